@@ -1,0 +1,133 @@
+package wire
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// Control calls: HTTP requests with a JSON body and a JSON answer, an error being docker's {"message": …}.
+const (
+	PathHello    = "/cradle/v1/hello"    // POST Hello → Agent: the first call of the first session
+	PathLaunch   = "/cradle/v1/launch"   // POST Launch → Status: once in a guest's life
+	PathStatus   = "/cradle/v1/status"   // GET → Status
+	PathWait     = "/cradle/v1/wait"     // GET → Status, as soon as the pod has ended
+	PathShutdown = "/cradle/v1/shutdown" // POST ?timeout=seconds → Status: containers stopped, volumes unmounted, disks synced
+	PathFreeze   = "/cradle/v1/freeze"   // POST ?volume=NAME: file system quiet and on disk until thawed
+	PathThaw     = "/cradle/v1/thaw"     // POST ?volume=NAME
+	PathGrow     = "/cradle/v1/grow"     // POST ?volume=NAME: the disk has grown, grow the file system
+	PathStats    = "/cradle/v1/stats"    // GET → Stats
+)
+
+// Hello makes a guest an individual: a restored one has the clock and the random state of its template until then.
+type Hello struct {
+	Time    time.Time `json:"time"`
+	Entropy []byte    `json:"entropy"` // 64 bytes from the host
+}
+
+// Agent is what answers in the guest.
+type Agent struct {
+	Version string `json:"version"`
+	Kernel  string `json:"kernel"`
+}
+
+// Launch is what the guest needs to run a pod: the Launch, and what the host decided at this start.
+type Launch struct {
+	Launch      spec.Launch `json:"launch"`
+	Disks       []Disk      `json:"disks"`
+	Directories []Directory `json:"directories,omitempty"`
+	Interfaces  []Interface `json:"interfaces,omitempty"`
+	DNS         DNS         `json:"dns"`
+}
+
+// Keys of disks, before the DiffID or the volume's name.
+const (
+	DiskScratch = "scratch"
+	DiskLayer   = "layer:"
+	DiskVolume  = "volume:"
+)
+
+// A Disk is found by its LUN on target 0 of the virtio-scsi bus; names like sda come in any order.
+type Disk struct {
+	Key      string `json:"key"` // DiskScratch, DiskLayer + DiffID, DiskVolume + name
+	LUN      int    `json:"lun"`
+	ReadOnly bool   `json:"readOnly,omitempty"`
+}
+
+// A Directory is where a directory volume is to be found.
+type Directory struct {
+	Volume string `json:"volume"`
+	Tag    string `json:"tag"`            // mount tag; transport 9p: ShareTag
+	Type   string `json:"type"`           // 9p, virtiofs
+	Path   string `json:"path,omitempty"` // inside the share
+	File   bool   `json:"file,omitempty"` // a single file
+}
+
+// ShareTag is the mount tag of a pod's one 9p device.
+const ShareTag = "cradle"
+
+// An Interface is set up as the host says; the guest asks nobody.
+type Interface struct {
+	Name      string         `json:"name"` // eth0
+	MAC       string         `json:"mac,omitempty"`
+	MTU       int            `json:"mtu,omitempty"`
+	Addresses []netip.Prefix `json:"addresses,omitempty"`
+	Routes    []Route        `json:"routes,omitempty"`
+}
+
+// A Route with an invalid Via is on the link.
+type Route struct {
+	Destination netip.Prefix `json:"destination"`
+	Via         netip.Addr   `json:"via,omitzero"`
+	Source      netip.Addr   `json:"source,omitzero"`
+	Metric      int          `json:"metric,omitempty"`
+}
+
+// DNS is the content of /etc/resolv.conf.
+type DNS struct {
+	Servers []string `json:"servers,omitempty"`
+	Search  []string `json:"search,omitempty"`
+	Options []string `json:"options,omitempty"`
+}
+
+// States of a pod and of a container, docker's words.
+const (
+	StateCreated    = "created"
+	StateRunning    = "running"
+	StatePaused     = "paused"
+	StateRestarting = "restarting"
+	StateExited     = "exited"
+	StateDead       = "dead"
+)
+
+// Status of a pod.
+type Status struct {
+	State      string            `json:"state"` // created, running, exited
+	Containers []ContainerStatus `json:"containers"`
+	// ExitCode is that of the container whose end ended the pod.
+	ExitCode int    `json:"exitCode"`
+	Error    string `json:"error,omitempty"`
+}
+
+// ContainerStatus is the part of docker's State that outlives the guest.
+type ContainerStatus struct {
+	ID         string    `json:"id"`
+	Name       string    `json:"name"`
+	State      string    `json:"state"`
+	ExitCode   int       `json:"exitCode"` // 126: not executable, 127: not found, 128+n: killed by signal n
+	OOMKilled  bool      `json:"oomKilled,omitempty"`
+	Error      string    `json:"error,omitempty"`
+	Starts     int       `json:"starts"`
+	StartedAt  time.Time `json:"startedAt,omitzero"`
+	FinishedAt time.Time `json:"finishedAt,omitzero"`
+	Health     string    `json:"health,omitempty"` // starting, healthy, unhealthy
+}
+
+// Stats of the guest as a whole, in bytes and nanoseconds. Per container: docker's stats.
+type Stats struct {
+	MemoryTotal     uint64 `json:"memoryTotal"`
+	MemoryAvailable uint64 `json:"memoryAvailable"`
+	MemoryUsed      uint64 `json:"memoryUsed"` // by the containers, as their cgroup counts it, without reclaimable cache
+	CPU             uint64 `json:"cpu"`        // by the containers, since boot
+}
