@@ -1,0 +1,96 @@
+# Every target does its own set-up. Comments behind ## are the help that plain `make` prints.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The working copy may belong to another user than the one who builds: no version-control stamps.
+export GOFLAGS := $(strip $(filter-out -buildvcs=%,$(GOFLAGS)) -buildvcs=false)
+export PATH := $(CURDIR)/bin:$(PATH)
+FUZZTIME ?= 20s
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cradlestack
+TOOL := go tool -modfile=tools/go.mod
+
+# One entry per program: its folder. A program appears here with its first working version.
+COMMANDS := $(wildcard driver-cradle/kcradle bali)
+
+.PHONY: help
+help: ## list the targets (this)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## compile the programs into bin/ (needs no root)
+	@mkdir -p bin/boot
+	@for dir in $(COMMANDS); do \
+	  if compgen -G "$$dir/main*.go" >/dev/null; then go build -trimpath -o bin/ ./$$dir; fi; \
+	done
+	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/boot/cradle-init ./driver-cradle/guest/cradle-init
+
+.PHONY: setup
+setup: ## install what the distribution's packages provide (root; nothing to do the second time)
+	@tools/setup.sh
+
+.PHONY: kernel
+kernel: setup ## build the guest kernel of boot package default (5 minutes the first time, then cached)
+	@tools/kernel/build.sh >/dev/null
+
+.PHONY: boot boot-default boot-stock
+boot: boot-default boot-stock ## assemble the boot packages bin/boot/default (own kernel) and bin/boot/stock (distribution's)
+boot-default: kernel build
+	@bin/kcradle boot build --variant default --kernel "$$(tools/kernel/build.sh)" --agent bin/boot/cradle-init bin/boot/default
+boot-stock: setup build
+	@stock=$$(tools/kernel/stock.sh); bin/kcradle boot build --variant stock --kernel "$$stock/vmlinux" --modules "$$stock/modules" --agent bin/boot/cradle-init bin/boot/stock
+
+.PHONY: images
+images: setup ## make the example images from the distribution's packages (examples/images)
+	@examples/images/build.sh all
+
+.PHONY: check
+check: ## quick tests: no root, no VM
+	go test ./...
+
+.PHONY: test
+test: boot images ## all tests, with real VMs, dockerd and clients (root)
+	go test -tags vm -p 2 -timeout 45m ./...
+
+.PHONY: soak
+soak: boot images ## the long drills (root, hours)
+	go test -tags 'vm soak' -p 1 -count 1 -timeout 6h -run Soak -v ./...
+
+.PHONY: lint
+lint: ## go vet, golangci-lint, gofumpt, shell syntax
+	@for script in .ci/run $$(git ls-files '*.sh'); do bash -n "$$script"; done
+	$(TOOL) golangci-lint run ./...
+	$(TOOL) golangci-lint fmt --diff ./...
+
+.PHONY: fmt
+fmt: ## format the Go sources
+	$(TOOL) golangci-lint fmt ./...
+
+.PHONY: fuzz
+fuzz: ## run each fuzz target for FUZZTIME (20s)
+	@go list -f '{{.Dir}}' ./... | while read -r dir; do \
+	  (cd "$$dir" && { grep -ohE '^func Fuzz[A-Za-z0-9_]*' *_test.go 2>/dev/null || true; }) | sed 's/^func //' | while read -r target; do \
+	    echo "$${dir#$(CURDIR)/} $$target"; go test -tags vm -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$dir"; \
+	  done; \
+	done
+
+.PHONY: bench
+bench: boot images ## measure what the README promises and print the table (docs/performance.md)
+	@go run ./test/bench
+
+.PHONY: demo
+demo: setup build images ## mariadb, nginx and redis in microVMs, used by real clients (root)
+	@if kernel=$$(tools/kernel/build.sh --cached 2>/dev/null); then \
+	  $(MAKE) --no-print-directory boot-default; variant=default; \
+	else \
+	  echo "demo: the own guest kernel is not built yet (make kernel takes 5 minutes): using the distribution's"; \
+	  $(MAKE) --no-print-directory boot-stock; variant=stock; \
+	fi; \
+	CRADLE_BOOT=$(CURDIR)/bin/boot/$$variant go run ./test/demo
+
+.PHONY: clean
+clean: ## remove bin/ and what is cached outside the tree, but for the built kernel
+	rm -rf bin
+	@if [ -d "$(CACHE)" ]; then find "$(CACHE)" -mindepth 1 -maxdepth 1 ! -name kernel -exec rm -rf {} +; fi

@@ -1,0 +1,282 @@
+// Package cradlestack holds no code: this folder's test executes the rules that hold for the repository as a whole,
+// which package may import which, that each has a doc comment, and that main functions only wire things up.
+package cradlestack
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"io/fs"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+const module = "github.com/cradlestack/cradlestack/"
+
+// mayImport is the architecture: for each folder with everything below it, the folders of ours that its code may
+// import (with everything below them; "." after a folder's name means that package alone). A package is judged by its
+// longest matching row, may always import what lies in the same row, and tests are bound just as well. A package
+// without a row fails: a new one gets its row here first.
+var mayImport = map[string][]string{
+	".":    {},
+	"spec": {},
+
+	"driver-cradle":                   {"driver-cradle/driver"}, // main.go: plugins.Serve and nothing else
+	"driver-cradle/driver":            {"spec", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
+	"driver-cradle/kcradle":           {"spec", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
+	"driver-cradle/pod":               {"spec", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network"},
+	"driver-cradle/vmm":               {"spec", "driver-cradle/wire", "driver-cradle/boot"},
+	"driver-cradle/boot":              {"spec", "driver-cradle/wire"},
+	"driver-cradle/image":             {"spec", "driver-cradle/wire"},
+	"driver-cradle/network":           {"spec", "driver-cradle/wire"},
+	"driver-cradle/wire":              {"spec"},
+	"driver-cradle/guest":             {"spec", "driver-cradle/wire"},
+	"driver-cradle/guest/stdio":       {"spec"},
+	"driver-cradle/guest/vdocker":     {"spec", "driver-cradle/wire", "driver-cradle/guest.", "driver-cradle/guest/stdio"},
+	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
+
+	"bali": {}, // stands alone: it brings up hosts before anything else exists
+
+	"docs":            {"spec"},
+	"examples/images": {},
+	"test":            {"spec", "driver-cradle/wire"}, // end to end: through the programs, not around them
+}
+
+// onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).
+var onlyImporter = map[string][]string{
+	// BUSL-1.1 since 1.7; the client module nomad/api (MPL-2.0) is another module and free to use.
+	"github.com/hashicorp/nomad/plugins":     {"driver-cradle/driver", "driver-cradle"},
+	"github.com/hashicorp/nomad/client":      {"driver-cradle/driver"},
+	"github.com/hashicorp/nomad/helper":      {"driver-cradle/driver"},
+	"github.com/hashicorp/nomad/nomad":       {"driver-cradle/driver"},
+	"github.com/hashicorp/nomad/drivers":     {"driver-cradle/driver"},
+	"github.com/google/go-containerregistry": {"driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
+	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
+	"github.com/u-root/u-root":               {"driver-cradle/boot"},
+	"github.com/moby/moby/client":            {"driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
+	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali"},
+}
+
+// A listed package, as `go list -json` prints it.
+type listed struct {
+	ImportPath, Dir, Name, Doc         string
+	GoFiles, TestGoFiles, XTestGoFiles []string
+	Imports, TestImports, XTestImports []string
+	Deps                               []string
+}
+
+// folder is the package's path in the repository, "." for the root.
+func (p listed) folder() string { return folderOf(p.ImportPath) }
+
+func folderOf(importPath string) string {
+	if importPath+"/" == module {
+		return "."
+	}
+	return strings.TrimPrefix(importPath, module)
+}
+
+// packages lists every package of the module, with the files behind all build tags of the repository.
+func packages(t *testing.T) []listed {
+	t.Helper()
+	all, err := goList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+var goList = sync.OnceValues(func() ([]listed, error) {
+	var stderr bytes.Buffer
+	cmd := exec.Command("go", "list", "-tags=vm,soak", "-json=ImportPath,Dir,Name,Doc,GoFiles,TestGoFiles,XTestGoFiles,Imports,TestImports,XTestImports,Deps", "./...")
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list: %w\n%s", err, stderr.String())
+	}
+	var all []listed
+	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p listed
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return nil, fmt.Errorf("go list: %w", err)
+		}
+		all = append(all, p)
+	}
+	if len(all) < 3 {
+		return nil, fmt.Errorf("go list shows %d packages; this test must run at the repository's root", len(all))
+	}
+	return all, nil
+})
+
+// under says whether folder is root or lies below it; a root that ends in "." stands for itself alone.
+func under(folder, root string) bool {
+	if alone, ok := strings.CutSuffix(root, "."); ok && alone != "" {
+		return folder == alone
+	}
+	return folder == root || strings.HasPrefix(folder, root+"/")
+}
+
+// rowOf is the longest key of mayImport that covers the folder.
+func rowOf(folder string) (row string, ok bool) {
+	for key := range mayImport {
+		if (key == folder || key != "." && under(folder, key)) && (!ok || len(key) > len(row)) {
+			row, ok = key, true
+		}
+	}
+	return row, ok
+}
+
+func TestImports(t *testing.T) {
+	for _, p := range packages(t) {
+		row, ok := rowOf(p.folder())
+		if !ok {
+			t.Errorf("%s has no row in mayImport: say there what it may import", p.folder())
+			continue
+		}
+		for _, imported := range slices.Concat(p.Imports, p.TestImports, p.XTestImports) {
+			if strings.HasPrefix(imported+"/", module) {
+				checkOurs(t, p.folder(), row, folderOf(imported))
+			} else {
+				checkForeign(t, p.folder(), imported)
+			}
+		}
+	}
+}
+
+func checkOurs(t *testing.T, folder, row, imported string) {
+	t.Helper()
+	if target, _ := rowOf(imported); target == row || imported == folder {
+		return
+	}
+	if !slices.ContainsFunc(mayImport[row], func(root string) bool { return under(imported, root) }) {
+		t.Errorf("%s imports %s; %s may import %v", folder, imported, row, mayImport[row])
+	}
+}
+
+func checkForeign(t *testing.T, folder, imported string) {
+	t.Helper()
+	for prefix, importers := range onlyImporter {
+		if under(imported, prefix) && !slices.ContainsFunc(importers, func(root string) bool { return under(folder, root) }) {
+			t.Errorf("%s imports %s; only %v may", folder, imported, importers)
+		}
+	}
+}
+
+// The guest's agent is the one binary of the initramfs and is measured by it: it links no registry client, no CLI
+// library and nothing of Nomad, not even through something else.
+func TestGuestStaysSmall(t *testing.T) {
+	for _, p := range packages(t) {
+		if !under(p.folder(), "driver-cradle/guest") {
+			continue
+		}
+		for _, dep := range p.Deps {
+			for _, banned := range []string{"github.com/hashicorp/nomad", "github.com/google/go-containerregistry", "github.com/spf13/cobra", "github.com/moby/moby/client", "github.com/sirupsen/logrus"} {
+				if under(dep, banned) {
+					t.Errorf("%s links %s", p.folder(), dep)
+				}
+			}
+		}
+	}
+}
+
+// spec is compiled into the guest as well as into the Terraform provider: the standard library is all that it needs.
+func TestSpecHasNoDependencies(t *testing.T) {
+	for _, p := range packages(t) {
+		if p.folder() != "spec" {
+			continue
+		}
+		for _, dep := range p.Deps {
+			if first, _, _ := strings.Cut(dep, "/"); strings.Contains(first, ".") {
+				t.Errorf("spec depends on %s", dep)
+			}
+		}
+	}
+}
+
+// minDoc is what a package comment must have to say: what the package is for, not only its name.
+const minDoc = 60
+
+func TestPackageDocs(t *testing.T) {
+	for _, p := range packages(t) {
+		doc := p.Doc
+		if len(p.GoFiles) == 0 { // only tests: go list does not show their comment
+			doc = testDoc(t, p)
+		}
+		want := "Package " + p.Name + " "
+		if p.Name == "main" {
+			want = "" // a command's comment begins with the command's name
+		}
+		switch {
+		case doc == "":
+			t.Errorf("%s has no package comment", p.folder())
+		case !strings.HasPrefix(doc, want):
+			t.Errorf("%s: the package comment begins %q; it should begin %q", p.folder(), first(doc, 30), want)
+		case len(p.GoFiles) > 0 && len(doc) < minDoc && !strings.HasSuffix(doc, "."):
+			t.Errorf("%s: the package comment %q says too little", p.folder(), doc)
+		}
+	}
+}
+
+func testDoc(t *testing.T, p listed) string {
+	t.Helper()
+	for _, name := range slices.Concat(p.TestGoFiles, p.XTestGoFiles) {
+		f, err := parser.ParseFile(token.NewFileSet(), filepath.Join(p.Dir, name), nil, parser.PackageClauseOnly|parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.Doc != nil {
+			return f.Doc.Text()
+		}
+	}
+	return ""
+}
+
+func first(s string, n int) string { return s[:min(n, len(s))] }
+
+// maxMain is the length of a main function: run(ctx, args, …) error does the work, so that a test can call it.
+const maxMain = 20
+
+func TestMainsAreShort(t *testing.T) {
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			if name := d.Name(); path != "." && (strings.HasPrefix(name, ".") || name == "testdata" || name == "bin") {
+				return filepath.SkipDir
+			}
+			return nil
+		}
+		if !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return nil
+		}
+		fset := token.NewFileSet()
+		f, err := parser.ParseFile(fset, path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		for _, decl := range f.Decls {
+			fn, ok := decl.(*ast.FuncDecl)
+			if !ok || fn.Name.Name != "main" || fn.Recv != nil || f.Name.Name != "main" {
+				continue
+			}
+			if lines := fset.Position(fn.End()).Line - fset.Position(fn.Pos()).Line + 1; lines >= maxMain {
+				t.Errorf("%s: main has %d lines; under %d, let run(ctx, args, …) error do the work", path, lines, maxMain)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

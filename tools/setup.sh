@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# setup.sh [--check]: install what building, testing and the demo need from the distribution's packages.
+#
+# Debian 12 or newer and Ubuntu 22.04 or newer. Does nothing (in a few milliseconds) where everything is there; --check
+# only says what is missing. One plain message and exit code 1 where something can't be had.
+set -euo pipefail
+die() { echo "setup: $*" >&2; exit 1; }
+command -v go >/dev/null || die "go is missing: install Go 1.26 or newer from https://go.dev/dl"
+command -v dpkg-query >/dev/null || die "this is neither Debian nor Ubuntu; install by hand what tools/setup.sh lists"
+[ "$(dpkg --print-architecture)" = amd64 ] || die "the guest kernel and the tests are for amd64, this is $(dpkg --print-architecture)"
+
+# newest_source is the newest linux-source-VERSION that is installed, else the newest that apt offers, 6.1 (which is what
+# the kernel's configuration was written for) before all others.
+newest_source() {
+  local all
+  all=$(dpkg-query -W -f '${Package} ${db:Status-Status}\n' 'linux-source-*' 2>/dev/null | awk '$2 == "installed" { print $1 }')
+  [ -n "$all" ] || all=$(apt-cache pkgnames linux-source- | grep -E '^linux-source-[0-9.]+$' || true)
+  if grep -qx linux-source-6.1 <<<"$all"; then echo linux-source-6.1; else sort -V <<<"$all" | tail -n 1; fi
+}
+
+packages=(
+  # running pods
+  qemu-system-x86 e2fsprogs xfsprogs iproute2 util-linux
+  # the guest's kernel: own build, and the distribution's as it is
+  build-essential flex bison bc libelf-dev libssl-dev cpio kmod lz4 xz-utils zstd
+  # images made from packages
+  mmdebstrap debian-archive-keyring fakeroot
+  # tests and demo: the real clients, and docker to compare with
+  docker.io mariadb-client redis-tools curl ca-certificates git nfs-common procps
+)
+missing=()
+want_missing() {
+  missing=()
+  local name status
+  declare -A have=()
+  while read -r name status; do [ "$status" != installed ] || have[$name]=1; done \
+    < <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "${packages[@]}" 2>/dev/null)
+  for name in "${packages[@]}"; do
+    [ -n "${have[$name]:-}" ] || missing+=("$name")
+  done
+  [ -n "$(dpkg-query -W -f '${db:Status-Status}\n' 'linux-source-*' 2>/dev/null | grep -x installed)" ] || missing+=(linux-source)
+}
+want_missing
+[ "${#missing[@]}" -gt 0 ] || exit 0
+if [ "${1:-}" = --check ]; then die "missing packages: ${missing[*]}: run tools/setup.sh as root"; fi
+
+run=()
+if [ "$(id -u)" != 0 ]; then
+  sudo -n true 2>/dev/null || die "missing packages: ${missing[*]}: run make setup as root"
+  run=(sudo -n)
+fi
+echo "setup: installing ${missing[*]}" >&2
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+apt() {
+  # No package starts a daemon: the tests start dockerd by hand, on their own folders.
+  "${run[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 "$@" </dev/null >>"$log" 2>&1 || { tail -n 20 "$log" >&2; die "apt-get $* (see above)"; }
+}
+apt update
+for i in "${!missing[@]}"; do
+  [ "${missing[i]}" != linux-source ] || missing[i]=$(newest_source)
+  [ -n "${missing[i]}" ] || die "apt offers no linux-source package: enable the distribution's main archive"
+done
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  printf '#!/bin/sh\nexit 101\n' | "${run[@]}" tee "$policy" >/dev/null
+  "${run[@]}" chmod 0755 "$policy"
+  trap 'rm -f "$log"; "${run[@]}" rm -f "$policy"' EXIT
+fi
+apt install -y --no-install-recommends "${missing[@]}"
