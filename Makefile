@@ -40,7 +40,7 @@ boot: boot-default boot-stock ## assemble the boot packages bin/boot/default (ow
 boot-default: kernel build
 	@bin/kcradle boot build --variant default --kernel "$$(tools/kernel/build.sh)" --agent bin/boot/cradle-init bin/boot/default
 boot-stock: setup build
-	@stock=$$(tools/kernel/stock.sh); bin/kcradle boot build --variant stock --kernel "$$stock/vmlinux" --modules "$$stock/modules" --agent bin/boot/cradle-init bin/boot/stock
+	@stock=$$(tools/kernel/stock.sh); bin/kcradle boot build --variant stock --kernel "$$stock/vmlinuz" --modules "$$stock/modules" --agent bin/boot/cradle-init bin/boot/stock
 
 .PHONY: images
 images: setup ## make the example images from the distribution's packages (examples/images)
