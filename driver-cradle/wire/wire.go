@@ -12,14 +12,17 @@
 package wire
 
 import (
-	"bytes"
+	"bufio"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-yamux/v5"
@@ -28,28 +31,50 @@ import (
 // PortName is the name of the virtio-serial port, as /sys/class/virtio-ports/*/name shows it in the guest.
 const PortName = "cradle.0"
 
-// Greetings. The first byte is no yamux version, so a greeting in the middle of a session ends that session.
+// A greeting is a mark, one of three kinds, a nonce of the host process and a newline; all have one length. The mark's first byte is
+// no yamux version, so a greeting where a frame should begin ends the session that still expects one.
 const (
-	greetHello = "\xffcradle/1 hello "
-	greetReady = "\xffcradle/1 ready "
-	greetGo    = "\xffcradle/1 go "
-	nonceLen   = 32
+	greetMark   = "\xffcradle/1 "
+	greetHello  = greetMark + "hello " // host: here is a new process
+	greetReady  = greetMark + "ready " // guest: nothing but greetings will be taken from that process until it begins
+	greetBegin  = greetMark + "begin " // host: the session follows
+	nonceLen    = 32
+	greetingLen = len(greetHello) + nonceLen + 1
 )
 
+const maxMessage = 64 << 10 // of a stream's bytes in one frame
+
 // A Session is one host process talking to one guest. It is a net.Listener for the streams that the other side opens.
-type Session struct{ *yamux.Session }
+//
+// A Session whose port has failed ends by itself; it still has to be closed before the port is used again.
+type Session struct{ mux *yamux.Session }
 
 // Open opens a stream to the other side.
 func (s *Session) Open(ctx context.Context) (net.Conn, error) {
-	c, err := s.OpenStream(ctx)
+	c, err := s.mux.OpenStream(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open stream: %w", err)
 	}
-	return c, nil
+	return &stream{c}, nil
 }
 
 // Accept waits for a stream of the other side.
-func (s *Session) Accept() (net.Conn, error) { return s.AcceptStream() }
+func (s *Session) Accept() (net.Conn, error) {
+	c, err := s.mux.AcceptStream()
+	if err != nil {
+		return nil, fmt.Errorf("accept stream: %w", err)
+	}
+	return &stream{c}, nil
+}
+
+// Done is closed when the session has ended, for whatever reason.
+func (s *Session) Done() <-chan struct{} { return s.mux.CloseChan() }
+
+// Close ends the session and all of its streams. When it returns, the port is no longer used.
+func (s *Session) Close() error { return s.mux.Close() }
+
+// Addr implements net.Listener.
+func (s *Session) Addr() net.Addr { return s.mux.Addr() }
 
 // Dial begins a session from the host's side of the port. It repeats its greeting until the guest answers or ctx ends; conn is
 // closed when it fails.
@@ -57,7 +82,7 @@ func Dial(ctx context.Context, conn net.Conn) (*Session, error) {
 	s, err := dial(ctx, conn)
 	if err != nil {
 		conn.Close()
-		return nil, err
+		return nil, fmt.Errorf("greet the guest: %w", err)
 	}
 	return s, nil
 }
@@ -70,21 +95,10 @@ func dial(ctx context.Context, conn net.Conn) (*Session, error) {
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	answered, sent := make(chan struct{}), make(chan error, 1)
-	go func() {
-		for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-			if _, err := io.WriteString(conn, greetHello+nonce+"\n"); err != nil {
-				sent <- err
-				return
-			}
-			select {
-			case <-answered:
-				sent <- nil
-				return
-			case <-time.After(wait):
-			}
-		}
-	}()
-	err := skipPast(conn, greetReady+nonce+"\n")
+	go func() { sent <- repeatHello(conn, nonce, answered) }()
+
+	r := bufio.NewReaderSize(conn, readBuffer)
+	err := awaitReady(r, nonce)
 	close(answered)
 	if err != nil {
 		conn.SetDeadline(time.Unix(1, 0))
@@ -93,119 +107,170 @@ func dial(ctx context.Context, conn net.Conn) (*Session, error) {
 		err = werr
 	}
 	if err == nil {
-		_, err = io.WriteString(conn, greetGo+nonce+"\n")
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return nil, fmt.Errorf("greet the guest: %w", err)
+		_, err = io.WriteString(conn, greetBegin+nonce+"\n")
 	}
 	if !stop() {
-		return nil, fmt.Errorf("greet the guest: %w", context.Cause(ctx))
+		err = context.Cause(ctx)
 	}
-	m, err := yamux.Client(conn, config(), nil)
 	if err != nil {
-		return nil, fmt.Errorf("begin session: %w", err)
+		return nil, err
+	}
+	c := config()
+	c.MaxIncomingStreams = 16 // a guest may be hostile, and each costs memory here
+	m, err := yamux.Client(&bufferedConn{Conn: conn, r: r}, c, nil)
+	if err != nil {
+		return nil, err
 	}
 	return &Session{m}, nil
 }
 
-// Accept begins a session from the guest's side: it throws bytes away until a host process has greeted.
-func Accept(conn net.Conn) (*Session, error) {
-	nonce, err := greeted(conn)
+// unstick is sent where greetings stay unanswered. A guest that missed the end of a session may be inside one of its frames, and takes
+// greetings for the frame's content. This outlasts the longest frame and is no header, so that the session ends.
+func unstick() string { return strings.Repeat("x", maxMessage+4096) }
+
+// repeatHello greets until answered is closed.
+func repeatHello(w io.Writer, nonce string, answered <-chan struct{}) error {
+	const longest = time.Second
+	hello := []byte(greetHello + nonce + "\n")
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, longest) {
+		if wait == longest {
+			hello = []byte(unstick() + greetHello + nonce + "\n")
+		}
+		if _, err := w.Write(hello); err != nil {
+			return err
+		}
+		select {
+		case <-answered:
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+func awaitReady(r *bufio.Reader, nonce string) error {
 	for {
+		kind, n, err := readGreeting(r)
+		if err != nil || kind == greetReady && n == nonce {
+			return err
+		}
+	}
+}
+
+// Accept begins a session from the guest's side: it throws bytes away until a host process has greeted. The previous session must have
+// been closed. After an error the caller accepts again.
+func Accept(conn net.Conn) (*Session, error) {
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return nil, fmt.Errorf("wait for the host's greeting: %w", err)
+	}
+	r := bufio.NewReaderSize(conn, readBuffer)
+	ready := "" // the process that was answered; any other that greets takes its place
+	for {
+		kind, nonce, err := readGreeting(r)
+		if err == nil && kind == greetHello && nonce != ready {
+			ready = nonce
+			_, err = io.WriteString(conn, greetReady+nonce+"\n")
+		}
 		if err != nil {
 			return nil, fmt.Errorf("wait for the host's greeting: %w", err)
 		}
-		if _, err = io.WriteString(conn, greetReady+nonce+"\n"); err != nil {
-			continue
-		}
-		// The host may have greeted several times; what follows its go is the session.
-		var next string
-		if next, err = confirmed(conn, nonce); err == nil && next == "" {
+		if kind == greetBegin && nonce == ready {
 			break
 		}
-		nonce = next
 	}
-	m, err := yamux.Server(conn, config(), nil)
+	m, err := yamux.Server(&bufferedConn{Conn: conn, r: r}, config(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("begin session: %w", err)
 	}
 	return &Session{m}, nil
 }
 
-// greeted reads up to the end of a hello and returns its nonce.
-func greeted(r io.Reader) (string, error) {
+// readGreeting throws bytes away until it has read a greeting, and takes nothing of what follows it.
+func readGreeting(r *bufio.Reader) (kind, nonce string, err error) {
 	for {
-		if err := skipPast(r, greetHello); err != nil {
-			return "", err
+		if _, err := r.ReadSlice(greetMark[0]); errors.Is(err, bufio.ErrBufferFull) {
+			continue
+		} else if err != nil {
+			return "", "", err
 		}
-		nonce, err := readNonce(r)
-		if err != nil || nonce != "" {
-			return nonce, err
-		}
-	}
-}
-
-// confirmed reads greetings up to the go for nonce ("") or the hello of another host process (its nonce).
-func confirmed(r io.Reader, nonce string) (string, error) {
-	for {
-		kind, err := skipPastAny(r, greetHello, greetGo)
+		// That many bytes always come: whoever waits for an answer goes on greeting, and an answer is as long as a greeting.
+		rest, err := r.Peek(greetingLen - 1)
 		if err != nil {
-			return "", err
+			return "", "", err
 		}
-		n, err := readNonce(r)
-		switch {
-		case err != nil:
-			return "", err
-		case kind == greetGo && n == nonce:
-			return "", nil
-		case kind == greetHello && n != "" && n != nonce:
-			return n, nil
+		g := greetMark[:1] + string(rest)
+		kind, nonce = g[:len(greetHello)], g[len(greetHello):greetingLen-1]
+		if kind != greetHello && kind != greetReady && kind != greetBegin || g[greetingLen-1] != '\n' || !isNonce(nonce) {
+			continue
 		}
+		_, err = r.Discard(greetingLen - 1)
+		return kind, nonce, err
 	}
 }
 
-// readNonce reads a nonce and the newline behind it; "" where these bytes are none.
-func readNonce(r io.Reader) (string, error) {
-	var b [nonceLen + 1]byte
-	if _, err := io.ReadFull(r, b[:]); err != nil {
-		return "", err
-	}
-	if _, err := hex.Decode(make([]byte, nonceLen/2), b[:nonceLen]); err != nil || b[nonceLen] != '\n' {
-		return "", nil
-	}
-	return string(b[:nonceLen]), nil
+func isNonce(s string) bool {
+	_, err := hex.DecodeString(s)
+	return err == nil
 }
 
-func skipPast(r io.Reader, mark string) error {
-	_, err := skipPastAny(r, mark)
-	return err
+const readBuffer = 64 << 10
+
+// bufferedConn reads what was buffered while greeting before anything else, and nothing that is no frame of ours. Without that check
+// yamux could take a few bytes of another process's greeting for the rest of a header, and wait for gigabytes of body.
+type bufferedConn struct {
+	net.Conn
+	r      *bufio.Reader
+	header [12]byte // github.com/hashicorp/yamux spec.md: version, type, flags, stream, length
+	have   int      // bytes of header
+	body   uint32   // bytes until the next header
+
+	mu     sync.Mutex
+	closed bool
 }
 
-// skipPastAny reads byte by byte, so that nothing of the session behind a greeting is taken, until it has read one of marks.
-func skipPastAny(r io.Reader, marks ...string) (string, error) {
-	longest := 0
-	for _, m := range marks {
-		longest = max(longest, len(m))
+var errFrame = errors.New("not a frame of this session")
+
+func (c *bufferedConn) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	for b := p[:n]; len(b) > 0; {
+		if c.body > 0 {
+			k := min(len(b), int(c.body))
+			c.body -= uint32(k)
+			b = b[k:]
+			continue
+		}
+		k := copy(c.header[c.have:], b)
+		c.have += k
+		b = b[k:]
+		if c.have < len(c.header) {
+			break
+		}
+		c.have = 0
+		const data = 0
+		if c.header[1] == data {
+			c.body = binary.BigEndian.Uint32(c.header[8:])
+		}
+		if c.header[0] != 0 || c.body > maxMessage {
+			return 0, errFrame
+		}
 	}
-	tail := make([]byte, 0, 2*longest)
-	var b [1]byte
-	for {
-		if _, err := io.ReadFull(r, b[:]); err != nil {
-			return "", err
-		}
-		if len(tail) == cap(tail) {
-			tail = append(tail[:0], tail[len(tail)-longest:]...)
-		}
-		tail = append(tail, b[0])
-		for _, m := range marks {
-			if bytes.HasSuffix(tail, []byte(m)) {
-				return m, nil
-			}
-		}
+	return n, err
+}
+
+// SetWriteDeadline does nothing once closed: yamux may extend its deadline while it closes, and a Port is closed by a deadline.
+func (c *bufferedConn) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return net.ErrClosed
 	}
+	return c.Conn.SetWriteDeadline(t)
+}
+
+func (c *bufferedConn) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	return c.Conn.Close()
 }
 
 func config() *yamux.Config {
@@ -215,40 +280,18 @@ func config() *yamux.Config {
 	c.ConnectionWriteTimeout = time.Hour        // a paused or stopped guest is no broken one
 	c.InitialStreamWindowSize = 1 << 20
 	c.MaxStreamWindowSize = 4 << 20
-	c.ReadBufSize = 64 << 10
+	c.ReadBufSize = 0 // bufferedConn has one
+	c.MaxMessageSize = maxMessage
 	c.WriteCoalesceDelay = 0
 	c.LogOutput = io.Discard
 	return c
 }
 
-// Proxy copies between two connections until both directions have ended, passing on the end of each direction by itself
-// (docker's attach and exec go on sending after their stdin has ended). When one side is gone, the other is closed.
-func Proxy(a, b net.Conn) {
-	done := make(chan struct{}, 2)
-	pass := func(dst, src net.Conn) {
-		defer func() { done <- struct{}{} }()
-		if _, err := io.Copy(dst, src); err != nil && !errors.Is(err, io.EOF) {
-			reset(a)
-			reset(b)
-			return
-		}
-		if w, ok := dst.(interface{ CloseWrite() error }); !ok || w.CloseWrite() != nil {
-			reset(dst)
-		}
-	}
-	go pass(a, b)
-	go pass(b, a)
-	<-done
-	<-done
-	a.Close()
-	b.Close()
-}
+// stream is a yamux stream whose Close behaves as that of a TCP connection: what was written still arrives, and a peer that goes on
+// writing is told that nobody reads. With yamux alone it would fill its window and then wait for ever.
+type stream struct{ *yamux.Stream }
 
-// reset ends a connection at once, so that the other side's next write fails instead of filling a window that nobody reads.
-func reset(c net.Conn) {
-	if s, ok := c.(*yamux.Stream); ok {
-		s.Reset()
-		return
-	}
-	c.Close()
+func (s *stream) Close() error {
+	s.CloseWrite() // fails only where the stream is over, and then so is what Close is for
+	return s.Reset()
 }
