@@ -70,6 +70,9 @@ func (s *Session) Accept() (net.Conn, error) {
 // Done is closed when the session has ended, for whatever reason.
 func (s *Session) Done() <-chan struct{} { return s.mux.CloseChan() }
 
+// IsClosed says whether the session has ended.
+func (s *Session) IsClosed() bool { return s.mux.IsClosed() }
+
 // Close ends the session and all of its streams. When it returns, the port is no longer used.
 func (s *Session) Close() error { return s.mux.Close() }
 
