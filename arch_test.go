@@ -46,7 +46,7 @@ var mayImport = map[string][]string{
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
-	"docs":            {"spec"},
+	"docs":            {},
 	"examples/images": {},
 	"test":            {"spec", "driver-cradle/wire"}, // end to end: through the programs, not around them
 }

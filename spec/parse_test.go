@@ -92,9 +92,9 @@ func TestLaunchErrors(t *testing.T) {
 	}{
 		// The text.
 		{"minimal", `"version": 1,`, `"version": 1`, `launch.json:3:3: no valid JSON: invalid character '"' after object key:value pair`},
-		{"minimal", `"oci:/var/lib/images/busybox"`, `oci`, `launch.json:13:22: no valid JSON: invalid character 'o' looking for beginning of value`},
-		{"minimal", "\n}\n", "\n", "launch.json:28:1: the document ends too early; is a closing bracket missing?"},
-		{"minimal", "\n}\n", "\n}\n{}", "launch.json:29:1: something follows the document; remove it"},
+		{"minimal", `"oci:/var/lib/images/busybox"`, `oci`, `launch.json:11:22: no valid JSON: invalid character 'o' looking for beginning of value`},
+		{"minimal", "\n}\n", "\n", "launch.json:26:1: the document ends too early; is a closing bracket missing?"},
+		{"minimal", "\n}\n", "\n}\n{}", "launch.json:27:1: something follows the document; remove it"},
 		{"minimal", `"name": "hello",`, `"name": "hello", "name": "hello",`, "launch.json:4:20: name: is there twice; keep one"},
 		{"minimal", `"hello"`, "\"\xff\"", "launch.json:4:12: no valid UTF-8; is it the right file?"},
 		// Fields and types.
@@ -106,17 +106,17 @@ func TestLaunchErrors(t *testing.T) {
 		{"mariadb", `"cpus": 2`, `"cpus": 1.5`, "launch.json:8:13: resources.cpus: 1.5 is out of range; write a whole number"},
 		{"mariadb", `"hostPort": 3306`, `"hostPort": 70000`, "launch.json:19:21: network.publish[0].hostPort: 70000 is out of range; write a number from 0 to 65535"},
 		{"mariadb", `"interval": "10s"`, `"interval": 10`, `launch.json:83:21: containers[0].healthcheck.interval: duration 10 is no string such as "1m30s"`},
-		{"minimal", `"network": {}`, `"network": []`, "launch.json:7:14: network: is a list; write an object: {…}"},
+		{"minimal", `"hostname"`, `"network": [], "hostname"`, "launch.json:5:14: network: is a list; write an object: {…}"},
 		{"minimal", `"version": 1`, `"version": "1"`, "launch.json:2:14: version: is a string; write a whole number"},
 		{"sidecars", `"net.core.somaxconn": "1024"`, `"net.core.somaxconn": 1024`, `launch.json:68:31: containers[1].sysctls["net.core.somaxconn"]: is a number; write a string`},
 		// Meaning.
 		{"minimal", `"version": 1`, `"version": 2`, "launch.json:2:14: version: is 2; this program reads version 1"},
 		{"minimal", `"id": "b94d`, `"id": "B94D`, `launch.json:3:9: id: "B94D27b9934d3e08a52e52d7da7dabfac484efe37a5380ee9088f7ace2efcde9" is no id; 64 lower-case hexadecimal digits`},
-		{"minimal", `"name": "hello",` + "\n      \"image\"", `"name": "../hello",` + "\n      \"image\"", `launch.json:11:15: containers[0].name: "../hello" is no name; letters, digits, _ . and -, a letter or digit first, at most 128`},
-		{"minimal", `"layers/0.ext4"`, `"../0.ext4"`, `launch.json:19:19: containers[0].layers[0].file: "../0.ext4" is no path inside the pod directory; write it relative, without .., //, and a slash at its end`},
-		{"minimal", `"id": "sha256:`, `"id": "sha265:`, `launch.json:14:15: containers[0].image.id: "sha265:de7d1b721a1e0632b7cf04edf5032c8ecffa9f9a08492152b926f1a5a7e765d7" is no digest; sha256: and 64 lower-case hexadecimal digits`},
-		{"minimal", `"hello"` + "\n      ]", `"a\u0000b"` + "\n      ]", "launch.json:24:9: containers[0].command[1]: holds a NUL byte; remove it"},
-		{"minimal", `"resources": {}`, `"resources": {"memory": "1MiB"}`, "launch.json:6:27: resources.memory: 1MiB is too small to boot; at least 16MiB"},
+		{"minimal", `"name": "hello",` + "\n      \"image\"", `"name": "../hello",` + "\n      \"image\"", `launch.json:9:15: containers[0].name: "../hello" is no name; letters, digits, _ . and -, a letter or digit first, at most 128`},
+		{"minimal", `"layers/0.ext4"`, `"../0.ext4"`, `launch.json:17:19: containers[0].layers[0].file: "../0.ext4" is no path inside the pod directory; write it relative, without .., //, and a slash at its end`},
+		{"minimal", `"id": "sha256:`, `"id": "sha265:`, `launch.json:12:15: containers[0].image.id: "sha265:de7d1b721a1e0632b7cf04edf5032c8ecffa9f9a08492152b926f1a5a7e765d7" is no digest; sha256: and 64 lower-case hexadecimal digits`},
+		{"minimal", `"hello"` + "\n      ]", `"a\u0000b"` + "\n      ]", "launch.json:22:9: containers[0].command[1]: holds a NUL byte; remove it"},
+		{"minimal", `"hostname"`, `"resources": {"memory": "1MiB"}, "hostname"`, "launch.json:5:27: resources.memory: 1MiB is too small to boot; at least 16MiB"},
 		{"mariadb", `"cpus": 2`, `"cpus": 65`, "launch.json:8:13: resources.cpus: 65 is out of range; 1 to 64, or leave it out for 1"},
 		{"mariadb", `"template"`, `"warm"`, `launch.json:12:14: boot.start: "warm" is none of auto, template, cold; write one of them, or leave it out for auto`},
 		{"mariadb", `"port": 3306`, `"protocol": "sctp"`, "launch.json:17:7: network.publish[0].port: is missing; 1 to 65535\n" +
@@ -164,11 +164,12 @@ func TestLaunchErrors(t *testing.T) {
 
 func TestPodErrors(t *testing.T) {
 	for _, test := range []struct{ old, new, want string }{
-		{`"image": "registry.example.org/nginx:1.22",`, ``, "pod.json:20:5: containers[0].image: is missing; name one: debian:12, docker-archive:FILE, oci:DIR"},
-		{`"NGINX_VERSION"`, `""`, `pod.json:31:9: containers[0].env[1]: "" has no name; write NAME=value, or NAME to remove one`},
-		{`"hostPort": 0`, `"hostPort": 8080, "hostIp": "::1"`, ""},
+		{`"image": "registry.example.org/nginx:1.22",`, ``, "pod.json:19:5: containers[0].image: is missing; name one: debian:12, docker-archive:FILE, oci:DIR"},
+		{`"NGINX_VERSION"`, `""`, `pod.json:30:9: containers[0].env[1]: "" has no name; write NAME=value, or NAME to remove one`},
+		{`"port": 53`, `"port": 53, "hostPort": 8080, "hostIp": "::1"`, ""},
+		{`"port": 53`, `"port": 53, "hostPort": 8080, "hostIp": "::"`, ""},
 		{`"protocol": "udp"`, `"protocol": "tcp"`, ""},
-		{`"path": "/srv/page"`, `"path": "srv/page"`, `pod.json:52:17: volumes[0].directory.path: "srv/page" is no clean absolute path; write it from /, without .., //, and a slash at its end`},
+		{`"path": "/srv/page"`, `"path": "srv/page"`, `pod.json:51:17: volumes[0].directory.path: "srv/page" is no clean absolute path; write it from /, without .., //, and a slash at its end`},
 	} {
 		data := string(read(t, "pod")["web.json"])
 		if !strings.Contains(data, test.old) {

@@ -45,13 +45,13 @@ type PodContainer struct {
 // A Launch is what one guest executes: a Pod whose images are resolved to layers. It is stored as launch.json in the pod
 // directory and made to be read and edited.
 type Launch struct {
-	Version    int         `json:"version"`  // LaunchVersion
+	Version    int         `json:"version"`  // of the format: 1
 	ID         string      `json:"id"`       // 64 lower-case hexadecimal digits
 	Name       string      `json:"name"`     // of the pod
 	Hostname   string      `json:"hostname"` // of every container that names none
-	Resources  Resources   `json:"resources"`
+	Resources  Resources   `json:"resources,omitzero"`
 	Boot       Boot        `json:"boot,omitzero"`
-	Network    Network     `json:"network"`
+	Network    Network     `json:"network,omitzero"`
 	Scratch    Scratch     `json:"scratch,omitzero"`
 	Containers []Container `json:"containers"`
 	Volumes    []Volume    `json:"volumes,omitempty"`
@@ -59,9 +59,9 @@ type Launch struct {
 
 // A Container of a Launch: resolved, nothing left to look up.
 type Container struct {
-	ID     string  `json:"id"`   // 64 lower-case hexadecimal digits
-	Name   string  `json:"name"` // unique in the pod
-	Image  Image   `json:"image"`
+	ID     string  `json:"id"`               // 64 lower-case hexadecimal digits
+	Name   string  `json:"name"`             // unique in the pod
+	Image  Image   `json:"image,omitzero"`   // left out only where a volume at / brings its own system
 	Layers []Layer `json:"layers,omitempty"` // lowest first; none where a volume is mounted at /
 
 	// Entrypoint and Command are resolved: what runs is the one followed by the other.
@@ -159,8 +159,8 @@ type HostEntry struct {
 
 // Publish makes a port of the pod reachable on the host (user mode only; in a network namespace it is there already).
 type Publish struct {
-	HostIP   string `json:"hostIp,omitempty"` // default: all addresses
-	HostPort uint16 `json:"hostPort"`         // 0: chosen at start
+	HostIP   string `json:"hostIp,omitempty"`   // default: all addresses
+	HostPort uint16 `json:"hostPort,omitempty"` // default: chosen at start
 	Port     uint16 `json:"port"`
 	Protocol string `json:"protocol,omitempty"` // tcp (default), udp
 }

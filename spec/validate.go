@@ -147,14 +147,14 @@ func (c *PodContainer) validate(v *validator, field string, volumes map[string]V
 }
 
 func (c *Container) validate(v *validator, field string, volumes map[string]Volume) {
+	onVolume := slices.ContainsFunc(c.Mounts, func(m Mount) bool { return m.Path == "/" })
 	v.text(join(field, "image.reference"), c.Image.Reference)
-	if c.Image.ID != "" || c.Image.Digest == "" {
+	if c.Image.ID != "" || !onVolume {
 		v.digest(join(field, "image.id"), c.Image.ID)
 	}
 	if c.Image.Digest != "" {
 		v.digest(join(field, "image.digest"), c.Image.Digest)
 	}
-	onVolume := slices.ContainsFunc(c.Mounts, func(m Mount) bool { return m.Path == "/" })
 	switch {
 	case len(c.Layers) == 0 && !onVolume:
 		v.reject(join(field, "layers"), "are missing; summon the image again, or mount a volume at /")
