@@ -1,0 +1,192 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxLUN is virtio-scsi's last logical unit (virtio-v1.2 §5.6.6.1 has 14 bits).
+const maxLUN = 16383
+
+func diskNode(lun int) string   { return fmt.Sprintf("disk%d", lun) }
+func diskDevice(lun int) string { return fmt.Sprintf("lun%d", lun) }
+
+// AddDisk plugs a disk in and returns its LUN.
+func (m *Machine) AddDisk(ctx context.Context, d Disk) (lun int, err error) {
+	m.mu.Lock()
+	for lun = range maxLUN + 1 {
+		if _, used := m.state.Disks[lun]; !used {
+			break
+		}
+	}
+	m.state.Disks[lun] = d // taken
+	m.mu.Unlock()
+	if err := m.plug(ctx, lun, d); err != nil {
+		m.mu.Lock()
+		delete(m.state.Disks, lun)
+		m.mu.Unlock()
+		return 0, err
+	}
+	return lun, m.save()
+}
+
+// save writes the state for whoever takes the machine up.
+func (m *Machine) save() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state.write(m.dir)
+}
+
+// plug opens a disk's file here and passes it to QEMU, which sees no path of the host.
+func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
+	flags := os.O_RDWR
+	if d.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(d.Path, flags|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	defer f.Close()
+	driver, err := blockDriver(f)
+	if err != nil {
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	if err := m.monitor.call(ctx, "add-fd", map[string]any{"fdset-id": lun}, nil, f); err != nil {
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	// QEMU drops a set whose files nobody has open, so failing below needs to undo only what it did.
+	file := map[string]any{
+		"driver": driver, "filename": fmt.Sprintf("/dev/fdset/%d", lun), "node-name": diskNode(lun) + "-file",
+		"read-only": d.ReadOnly, "auto-read-only": false, "discard": "unmap",
+	}
+	node := map[string]any{
+		"driver": "raw", "node-name": diskNode(lun), "read-only": d.ReadOnly, "discard": "unmap", "file": file,
+	}
+	if err := m.QMP(ctx, "blockdev-add", node, nil); err != nil {
+		m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+		if strings.Contains(err.Error(), "lock") {
+			err = fmt.Errorf("%w: another machine or program uses %s", err, d.Path)
+		}
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	device := map[string]any{
+		"driver": "scsi-hd", "id": diskDevice(lun), "drive": diskNode(lun), "bus": "scsi.0", "scsi-id": 0, "lun": lun,
+		"rotation_rate": 1, // as SSDs say
+	}
+	if err := m.QMP(ctx, "device_add", device, nil); err != nil {
+		m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
+		m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	m.mu.Lock()
+	m.state.Disks[lun] = d
+	m.mu.Unlock()
+	return nil
+}
+
+func blockDriver(f *os.File) (string, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	switch {
+	case fi.Mode().IsRegular():
+		if fi.Size() == 0 || fi.Size()%512 != 0 {
+			return "", fmt.Errorf("%s has %d bytes, a disk has a multiple of 512", f.Name(), fi.Size())
+		}
+		return "file", nil
+	case fi.Mode()&os.ModeDevice != 0 && fi.Mode()&os.ModeCharDevice == 0:
+		return "host_device", nil
+	default:
+		return "", fmt.Errorf("%s is neither a file nor a block device", f.Name())
+	}
+}
+
+// RemoveDisk unplugs a disk. The guest has to let go of it.
+func (m *Machine) RemoveDisk(ctx context.Context, lun int) error {
+	d, err := m.disk(lun)
+	if err != nil {
+		return err
+	}
+	gone := m.expect("deleted " + diskDevice(lun))
+	err = m.QMP(ctx, "device_del", map[string]any{"id": diskDevice(lun)}, nil)
+	if err == nil {
+		_, err = m.await(ctx, gone, nil)
+	}
+	if err == nil {
+		err = m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("detach disk %s: %w", d.Key, err)
+	}
+	// QEMU may have dropped the set with the last use of its file.
+	m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+	m.mu.Lock()
+	delete(m.state.Disks, lun)
+	m.mu.Unlock()
+	return m.save()
+}
+
+func (m *Machine) disk(lun int) (Disk, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d, ok := m.state.Disks[lun]
+	if !ok {
+		return Disk{}, fmt.Errorf("machine has no disk with LUN %d", lun)
+	}
+	return d, nil
+}
+
+// ErrShrink is what ResizeDisk returns for a size below the present one.
+var ErrShrink = errors.New("a disk can't shrink")
+
+// ResizeDisk grows an image to size, or takes note that a block device has grown to it, and tells the guest.
+func (m *Machine) ResizeDisk(ctx context.Context, lun int, size int64) error {
+	d, err := m.disk(lun)
+	if err != nil {
+		return err
+	}
+	var nodes []struct {
+		Name  string `json:"node-name"`
+		Image struct {
+			Size int64 `json:"virtual-size"`
+		} `json:"image"`
+	}
+	if err := m.QMP(ctx, "query-named-block-nodes", nil, &nodes); err != nil {
+		return fmt.Errorf("resize disk %s: %w", d.Key, err)
+	}
+	for _, n := range nodes {
+		if n.Name == diskNode(lun) && size < n.Image.Size {
+			return fmt.Errorf("resize disk %s from %d to %d bytes: %w", d.Key, n.Image.Size, size, ErrShrink)
+		}
+	}
+	if err := m.QMP(ctx, "block_resize", map[string]any{"node-name": diskNode(lun), "size": size}, nil); err != nil {
+		return fmt.Errorf("resize disk %s: %w", d.Key, err)
+	}
+	return nil
+}
+
+// A Throttle bounds a disk's traffic, per second. Zero is no bound.
+type Throttle struct {
+	ReadBytes, WriteBytes, ReadOps, WriteOps int64
+}
+
+// Throttle sets a disk's bounds; the zero Throttle takes them away.
+func (m *Machine) Throttle(ctx context.Context, lun int, t Throttle) error {
+	d, err := m.disk(lun)
+	if err != nil {
+		return err
+	}
+	if err := m.QMP(ctx, "block_set_io_throttle", map[string]any{
+		"id": diskDevice(lun), "bps": 0, "bps_rd": t.ReadBytes, "bps_wr": t.WriteBytes, "iops": 0, "iops_rd": t.ReadOps, "iops_wr": t.WriteOps,
+	}, nil); err != nil {
+		return fmt.Errorf("throttle disk %s: %w", d.Key, err)
+	}
+	return nil
+}

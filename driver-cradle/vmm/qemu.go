@@ -1,0 +1,188 @@
+package vmm
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+const qemuName = "qemu-system-x86_64"
+
+// ErrNoQEMU is part of the error of a start on a host without QEMU.
+var ErrNoQEMU = errors.New(qemuName + " is missing: apt-get install qemu-system-x86")
+
+// A qemu is the program.
+type qemu struct {
+	path    string // symbolic links resolved
+	version string // 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)
+}
+
+// findQEMU looks for $CRADLE_QEMU, then in $PATH. Asking QEMU for its version takes longer than starting a pod should: the answer is
+// kept in the cache directory, by the file's identity.
+func findQEMU(ctx context.Context, cacheDir string) (*qemu, error) {
+	name := os.Getenv("CRADLE_QEMU")
+	if name == "" {
+		name = qemuName
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %w", ErrNoQEMU)
+	}
+	if path, err = filepath.EvalSymlinks(path); err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
+	}
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
+	}
+	type known struct{ File, Version string }
+	file := fmt.Sprintf("%s %d %d", path, fi.Size(), fi.ModTime().UnixNano())
+	sum := sha256.Sum256([]byte(file))
+	cache := filepath.Join(cacheDir, "qemu-"+hex.EncodeToString(sum[:8])+".json")
+	var k known
+	if data, err := os.ReadFile(cache); err == nil && json.Unmarshal(data, &k) == nil && k.File == file && k.Version != "" {
+		return &qemu{path, k.Version}, nil
+	}
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %s --version: %w", path, err)
+	}
+	if k.Version, err = parseVersion(out); err != nil {
+		return nil, fmt.Errorf("start machine: %s: %w", path, err)
+	}
+	k.File = file
+	if data, err := json.Marshal(k); err == nil {
+		writeFile(cache, data) // only a cache: without it the next start asks again
+	}
+	return &qemu{path, k.Version}, nil
+}
+
+var versionLine = regexp.MustCompile(`^QEMU emulator version (([0-9]+)\.([0-9]+)\S*(?: \([^)\n]*\))?)`)
+
+func parseVersion(out []byte) (string, error) {
+	m := versionLine.FindSubmatch(bytes.TrimSpace(out))
+	if m == nil {
+		return "", fmt.Errorf("version not understood: %q", out)
+	}
+	major, _ := strconv.Atoi(string(m[2]))
+	minor, _ := strconv.Atoi(string(m[3]))
+	if major < 7 || major == 7 && minor < 2 {
+		return "", fmt.Errorf("version %s is too old, 7.2 is needed: apt-get install qemu-system-x86", m[1])
+	}
+	return string(m[1]), nil
+}
+
+// A hardware is everything that QEMU's command line depends on. Numbers are file descriptors in the QEMU process.
+type hardware struct {
+	machine []string // -M and -global values, of the boot package
+	globals []string
+	accel   string
+	memory  spec.Bytes
+	cpus    int
+
+	kernel, initramfs      int
+	args                   string // of the kernel
+	control, qmp, console  int
+	ram                    int  // a file to map, 0: anonymous memory
+	ramShared              bool // the guest's writes go into that file
+	incoming               bool // wait for a template's state
+	tap                    int  // 0: a hub, which user networking is plugged into later
+	mac                    string
+	shares                 string // directory of the 9p device
+	virtiofs               int    // connected socket of the daemon, 0: none
+	pageReporting, sandbox bool
+}
+
+// templateMAC is what the guest of a template sees until it is told its own.
+const templateMAC = "52:54:00:c7:ad:1e"
+
+// VirtiofsTag is the mount tag of a machine's one virtiofs device.
+const VirtiofsTag = "cradle-fs"
+
+// arguments is QEMU's command line.
+func (h *hardware) arguments() []string {
+	a := []string{
+		"-name", "cradle", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-M", strings.Join(append(slices.Clone(h.machine), "memory-backend=mem"), ","),
+	}
+	for _, g := range h.globals {
+		a = append(a, "-global", g)
+	}
+	if h.sandbox {
+		a = append(a, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	}
+	a = append(a, "-accel", h.accel, "-cpu", cpuModel(h.accel), "-smp", strconv.Itoa(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20))
+	memory := fmt.Sprintf("memory-backend-ram,id=mem,size=%d", h.memory)
+	if h.ram != 0 {
+		memory = fmt.Sprintf("memory-backend-file,id=mem,size=%d,mem-path=/proc/self/fd/%d,share=%s", h.memory, h.ram, onOff(h.ramShared))
+	}
+	a = append(a, "-object", memory,
+		"-kernel", fmt.Sprintf("/proc/self/fd/%d", h.kernel), "-initrd", fmt.Sprintf("/proc/self/fd/%d", h.initramfs), "-append", h.args,
+		"-chardev", fmt.Sprintf("socket,id=console,fd=%d,server=on,wait=off", h.console), "-serial", "chardev:console",
+		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", h.qmp), "-mon", "chardev=qmp,mode=control",
+		"-device", "virtio-serial-device",
+		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.control),
+		"-device", "virtserialport,chardev=control,name="+wire.PortName,
+		"-device", "virtio-scsi-device,id=scsi",
+		"-device", "virtio-rng-device",
+		"-device", "virtio-balloon-device,free-page-reporting="+onOff(h.pageReporting))
+	if h.tap != 0 {
+		a = append(a, "-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", h.tap))
+	} else {
+		a = append(a, "-netdev", "hubport,id=net,hubid=0")
+	}
+	a = append(a, "-device", "virtio-net-device,netdev=net,mac="+h.mac)
+	if h.shares != "" {
+		a = append(a, "-fsdev", "local,id=shares,path="+h.shares+",security_model=passthrough,multidevs=remap",
+			"-device", "virtio-9p-device,fsdev=shares,mount_tag="+wire.ShareTag)
+	}
+	if h.virtiofs != 0 {
+		a = append(a, "-chardev", fmt.Sprintf("socket,id=virtiofs,fd=%d", h.virtiofs),
+			"-device", "vhost-user-fs-device,chardev=virtiofs,tag="+VirtiofsTag)
+	}
+	if h.incoming {
+		a = append(a, "-S", "-incoming", "defer")
+	}
+	return a
+}
+
+func cpuModel(accel string) string {
+	if accel == KVM {
+		return "host"
+	}
+	return "max"
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
+// kernelArgs adds what depends on the host to the boot package's arguments.
+func kernelArgs(args []string, accel string) (string, error) {
+	khz, err := tscKHz()
+	if err != nil {
+		return "", err
+	}
+	args = append(slices.Clone(args), fmt.Sprintf("tsc_early_khz=%d", khz))
+	if accel == TCG {
+		args = append(args, "mitigations=off") // there is nothing to leak from
+	}
+	return strings.Join(args, " "), nil
+}

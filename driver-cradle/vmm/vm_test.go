@@ -1,0 +1,173 @@
+//go:build vm
+
+package vmm
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+)
+
+// shared is what all tests of this package use: one boot package with the test agent, one cache of templates.
+var shared struct {
+	dir string
+	pkg *boot.Package
+}
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "vmm-test-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		os.Chmod(dir, 0o755)
+		shared.dir = dir
+		if err := buildPackage(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// buildPackage makes a boot package of the project's kernel and the test agent.
+func buildPackage() error {
+	kernel, err := exec.Command("../../tools/kernel/build.sh").Output()
+	if err != nil {
+		return fmt.Errorf("tools/kernel/build.sh: %w", err)
+	}
+	agent := filepath.Join(shared.dir, "agent")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./testdata/agent")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the test agent: %w\n%s", err, out)
+	}
+	out := filepath.Join(shared.dir, "boot")
+	if err := boot.Build(context.Background(), boot.BuildOptions{
+		Kernel: strings.TrimSpace(string(kernel)), Agent: agent, Variant: boot.VariantDefault, Out: out,
+	}); err != nil {
+		return err
+	}
+	shared.pkg, err = boot.Open(out)
+	return err
+}
+
+func config(t testing.TB) Config {
+	if os.Getuid() != 0 {
+		t.Fatal("tests of virtual machines need root")
+	}
+	if _, err := exec.LookPath(qemuName); err != nil {
+		t.Fatal(ErrNoQEMU)
+	}
+	return Config{
+		Package: shared.pkg, Accel: TCG, Start: Cold, Memory: 64 << 20,
+		RunDir: filepath.Join(t.TempDir(), "run"), CacheDir: filepath.Join(shared.dir, "cache"),
+		Log: slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	}
+}
+
+type testWriter struct{ testing.TB }
+
+func (w testWriter) Write(p []byte) (int, error) {
+	w.Logf("%s", strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
+func start(t testing.TB, c Config) *Machine {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	m, err := Start(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Kill(); err != nil {
+			t.Error(err)
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return m
+}
+
+// ask has the test agent do something and decodes its answer into v unless that is nil.
+func ask(t testing.TB, m *Machine, what string, form url.Values, v any) {
+	t.Helper()
+	if err := try(t, m, what, form, v); err != nil {
+		t.Fatalf("%s in the guest: %v", what, err)
+	}
+}
+
+func try(t testing.TB, m *Machine, what string, form url.Values, v any) error {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://guest/test/"+what, strings.NewReader(form.Encode()))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	resp, err := m.Client().Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", resp.Status, body)
+	}
+	if v == nil {
+		return nil
+	}
+	return json.Unmarshal(body, v)
+}
+
+func image(t testing.TB, text string, size int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestVMColdStart(t *testing.T) {
+	c := config(t)
+	c.Disks = []Disk{{Key: "a", Path: image(t, "first", 1<<20), ReadOnly: true}, {Key: "b", Path: image(t, "second", 2<<20)}}
+	began := time.Now()
+	m := start(t, c)
+	t.Logf("hello after %v: %+v", time.Since(began), m.Info())
+	var got string
+	ask(t, m, "read", url.Values{"lun": {"0"}}, &got)
+	if got != "first" {
+		t.Errorf("disk 0 reads %q", got)
+	}
+	ask(t, m, "write", url.Values{"lun": {"1"}, "text": {"written"}}, nil)
+	if data, _ := os.ReadFile(c.Disks[1].Path); !strings.HasPrefix(string(data), "written") {
+		t.Errorf("image of disk 1 holds %.20q", data)
+	}
+	if err := try(t, m, "write", url.Values{"lun": {"0"}, "text": {"written"}}, nil); err == nil {
+		t.Error("a read-only disk could be written")
+	}
+}
