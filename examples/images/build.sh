@@ -60,6 +60,7 @@ download() {
 # finish NAME: makes $work/NAME the image.
 finish() {
 	recipe_key "$1" >"$work/$1/recipe"
+	chmod -R a+rX "$work/$1"
 	rm -rf "${cache:?}/$1.old"
 	[ ! -e "$cache/$1" ] || mv "$cache/$1" "$cache/$1.old"
 	mv "$work/$1" "$cache/$1"
