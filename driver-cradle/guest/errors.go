@@ -8,6 +8,8 @@ var (
 	ErrNotRunning = errors.New("not running")
 	ErrConflict   = errors.New("conflict")
 	ErrInvalid    = errors.New("invalid")
+	// ErrNotModified: the container is in the state that was asked for already (docker's 304).
+	ErrNotModified = errors.New("not modified")
 )
 
 // A stateError reads like docker's message and is one of the sentinels.

@@ -19,6 +19,8 @@ type State struct {
 	FinishedAt   time.Time
 	RestartCount int
 	Health       *Health // nil without a healthcheck
+
+	oomBefore uint64 // OOM kills in the cgroup before this start
 }
 
 // States of health, docker's words.

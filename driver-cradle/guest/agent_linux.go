@@ -1,0 +1,204 @@
+package guest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+)
+
+// Version of the agent, as hello answers it.
+const Version = "1"
+
+// Main is what this executable does: PID 1 of the VM; or, by the name it was started with, a stage or a container's init.
+// handler answers everything that is not a control call. It does not return as PID 1.
+func Main(args []string, handler func(*Pod) http.Handler) int {
+	switch {
+	case len(args) > 0 && args[0] == stageName:
+		runStage()
+	case len(args) > 2 && args[0] == initName && args[1] == "--":
+		return runInit(args[2:])
+	case os.Getpid() != 1:
+		fmt.Fprintln(os.Stderr, "cradle-init: this is PID 1 of a pod's VM and nothing else")
+		return 2
+	}
+	// Threads that change their namespaces end with their goroutine; the first one can't, so nothing else may run on it.
+	runtime.LockOSThread()
+	// With little garbage, collecting late costs less than collecting often; the limit keeps the agent inside its reserve.
+	debug.SetGCPercent(400)
+	debug.SetMemoryLimit(24 << 20)
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if err := serve(log, handler); err != nil {
+		log.Error("the agent can't go on", "error", err)
+	}
+	// The end of PID 1 is a kernel panic: that ends the VM, with the reason above on its console.
+	return 1
+}
+
+// serve boots the guest and serves one host process after the other, for ever.
+func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
+	if err := leaveRootfs(); err != nil {
+		return err
+	}
+	if err := mountSystem(); err != nil {
+		return err
+	}
+	if err := loadModules(); err != nil {
+		return err
+	}
+	if err := makePodCgroup(); err != nil {
+		return err
+	}
+	tuneKernel()
+	if err := loopbackUp(); err != nil {
+		return err
+	}
+	events, err := listenUevents()
+	if err != nil {
+		return err
+	}
+	pod := newPod(log, newChildren(), events)
+	port, err := wire.OpenPort()
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: pod.routes(handler(pod)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
+	for {
+		// In a template, the guest is saved while it sleeps here.
+		if err := port.Wait(); err != nil {
+			return fmt.Errorf("wait for the host: %w", err)
+		}
+		session, err := wire.Accept(port)
+		if err != nil {
+			continue // the host process went away
+		}
+		_ = server.Serve(session)
+		session.Close()
+	}
+}
+
+// loadModules loads the modules that a distribution's kernel needs, in the order of their names.
+func loadModules() error {
+	files, err := filepath.Glob("/modules/*.ko")
+	if err != nil {
+		return err
+	}
+	for _, path := range files {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		err = unix.FinitModule(int(f.Fd()), "", 0)
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			return &os.PathError{Op: "load module", Path: path, Err: err}
+		}
+	}
+	return nil
+}
+
+// maxLaunch bounds a control call's body: 127 layers and hundreds of volumes are far below.
+const maxLaunch = 16 << 20
+
+// routes are the control calls of package wire; everything else is docker's.
+func (p *Pod) routes(docker http.Handler) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
+		var h wire.Hello
+		if err := decode(r, &h); err != nil {
+			answer(w, nil, err)
+			return
+		}
+		if err := becomeIndividual(h.Time, h.Entropy); err != nil {
+			answer(w, nil, err)
+			return
+		}
+		var uts unix.Utsname
+		_ = unix.Uname(&uts)
+		answer(w, wire.Agent{Version: Version, Kernel: unix.ByteSliceToString(uts.Release[:])}, nil)
+	})
+	mux.HandleFunc("POST "+wire.PathLaunch, func(w http.ResponseWriter, r *http.Request) {
+		l := new(wire.Launch)
+		if err := decode(r, l); err != nil {
+			answer(w, nil, err)
+			return
+		}
+		err := p.start(r.Context(), l)
+		answer(w, p.Status(), err)
+	})
+	mux.HandleFunc("GET "+wire.PathStatus, func(w http.ResponseWriter, _ *http.Request) { answer(w, p.Status(), nil) })
+	mux.HandleFunc("GET "+wire.PathWait, func(w http.ResponseWriter, r *http.Request) {
+		s, err := p.Wait(r.Context())
+		answer(w, s, err)
+	})
+	mux.HandleFunc("POST "+wire.PathShutdown, func(w http.ResponseWriter, r *http.Request) {
+		var timeout time.Duration
+		if t := r.FormValue("timeout"); t != "" {
+			n, err := strconv.Atoi(t)
+			if err != nil {
+				answer(w, nil, &stateError{ErrInvalid, fmt.Sprintf("timeout %q is no number of seconds", t)})
+				return
+			}
+			timeout = time.Duration(n) * time.Second
+		}
+		s, err := p.Shutdown(r.Context(), timeout)
+		answer(w, s, err)
+	})
+	for path, call := range map[string]func(string) error{wire.PathFreeze: p.Freeze, wire.PathThaw: p.Thaw, wire.PathGrow: p.Grow} {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+			err := call(r.FormValue("volume"))
+			answer(w, struct{}{}, err)
+		})
+	}
+	mux.HandleFunc("GET "+wire.PathStats, func(w http.ResponseWriter, _ *http.Request) {
+		s, err := p.Stats()
+		answer(w, s, err)
+	})
+	mux.Handle("/cradle/", http.NotFoundHandler())
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/cradle/") {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		docker.ServeHTTP(w, r)
+	})
+}
+
+func decode(r *http.Request, v any) error {
+	if err := json.NewDecoder(io.LimitReader(r.Body, maxLaunch)).Decode(v); err != nil {
+		return &stateError{ErrInvalid, "request body: " + err.Error()}
+	}
+	return nil
+}
+
+// answer is docker's: JSON, an error as {"message": …}.
+func answer(w http.ResponseWriter, v any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		status := http.StatusInternalServerError
+		switch {
+		case errors.Is(err, ErrInvalid):
+			status = http.StatusBadRequest
+		case errors.Is(err, ErrNotFound):
+			status = http.StatusNotFound
+		case errors.Is(err, ErrConflict), errors.Is(err, ErrNotRunning):
+			status = http.StatusConflict
+		}
+		w.WriteHeader(status)
+		v = map[string]string{"message": err.Error()}
+	}
+	_ = json.NewEncoder(w).Encode(v)
+}

@@ -1,0 +1,111 @@
+package guest
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Requests of linux/fs.h, fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h.
+const (
+	fiFreeze         = 0xc0045877 // FIFREEZE
+	fiThaw           = 0xc0045878 // FITHAW
+	ext4ResizeFS     = 0x40086610 // EXT4_IOC_RESIZE_FS, __u64 blocks
+	xfsGrowFSData    = 0x4010586e // XFS_IOC_FSGROWFSDATA, struct xfs_growfs_data
+	xfsMaxInodesPerc = 25         // mkfs.xfs's default; the kernel caps what it is given for large ones
+)
+
+// freeze makes a file system quiet and complete on disk.
+func (v *volume) freeze() error { return v.fsctl("freeze", fiFreeze, true) }
+
+// thaw ends a freeze; of one that is not frozen it does nothing.
+func (v *volume) thaw() error { return v.fsctl("thaw", fiThaw, false) }
+
+func (v *volume) fsctl(what string, request uintptr, frozen bool) error {
+	if v.spec.Block == nil || v.dev == "" {
+		return &stateError{ErrInvalid, fmt.Sprintf("volume %s is no block volume: there is nothing to %s", v.spec.Name, what)}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.frozen == frozen {
+		return nil
+	}
+	f, err := os.Open(v.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := ioctl(f, request, nil); err != nil {
+		return fmt.Errorf("%s volume %s: %w", what, v.spec.Name, err)
+	}
+	v.frozen = frozen
+	return nil
+}
+
+// grow makes the file system as large as its disk has become.
+func (v *volume) grow() error {
+	if v.spec.Block == nil || v.dev == "" {
+		return &stateError{ErrInvalid, fmt.Sprintf("volume %s is no block volume: there is nothing to grow", v.spec.Name)}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	// The capacity-change event may still be under way: ask the disk now.
+	rescan := filepath.Join("/sys/class/block", filepath.Base(v.dev), "device/rescan")
+	if err := writeFile(rescan, "1"); err != nil {
+		return fmt.Errorf("grow volume %s: %w", v.spec.Name, err)
+	}
+	kind, err := fsKindOf(v.dev)
+	if err != nil {
+		return err
+	}
+	size, err := deviceSize(v.dev)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(v.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("grow volume %s: %w", v.spec.Name, err)
+	}
+	blocks := size / uint64(st.Bsize)
+	switch kind {
+	case "ext4":
+		err = ioctl(f, ext4ResizeFS, unsafe.Pointer(&blocks))
+	case "xfs":
+		request := struct {
+			blocks uint64
+			imaxpc uint32
+			_      uint32
+		}{blocks: blocks, imaxpc: xfsMaxInodesPerc}
+		err = ioctl(f, xfsGrowFSData, unsafe.Pointer(&request))
+	default:
+		err = errors.New("its file system is neither ext4 nor xfs")
+	}
+	if err != nil {
+		return fmt.Errorf("grow volume %s: %w", v.spec.Name, err)
+	}
+	return nil
+}
+
+// deviceSize in bytes.
+func deviceSize(dev string) (uint64, error) {
+	f, err := os.Open(dev)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	var buf [8]byte
+	if err := ioctl(f, unix.BLKGETSIZE64, unsafe.Pointer(&buf[0])); err != nil {
+		return 0, &os.PathError{Op: "size of", Path: dev, Err: err}
+	}
+	return binary.NativeEndian.Uint64(buf[:]), nil
+}
