@@ -30,9 +30,18 @@ recipe_key() {
 	} | sha256sum | cut -c1-32
 }
 
-# Everything that mounts or forks runs in namespaces of its own: whatever kills this script, nothing stays behind.
+# contained COMMAND…: whatever mounts or leaves processes runs in namespaces of its own. They end with this script, however
+# that ends: the kernel kills unshare with its parent, and the namespace's first process with unshare.
 contained() {
-	unshare --mount --pid --fork --kill-child --mount-proc --propagation private -- "$@"
+	setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc --propagation private -- "$@" &
+	child=$!
+	wait "$child" || return
+	child=
+}
+
+cleanup() {
+	[ -z "${child:-}" ] || { kill -KILL "$child"; wait "$child"; } 2>/dev/null || true
+	rm -rf "$work"
 }
 
 need() {
@@ -255,7 +264,9 @@ fi
 [ "$(id -u)" = 0 ] || die "building images needs root (chroot, overlay mounts)"
 rm -rf "$cache"/.work.* # of a run that was killed
 work=$(mktemp -d "$cache/.work.XXXXXX")
-trap 'rm -rf "$work"' EXIT
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 (cd "$top" && go build -o "$work/mkimage" ./examples/images/mkimage)
 for name in "${names[@]}"; do
 	make_one "$name"

@@ -13,3 +13,5 @@ install -d -o postgres -g postgres -m 3777 /var/run/postgresql
 mkdir /docker-entrypoint-initdb.d
 # Compiling queries at run time takes LLVM, four fifths of the packages' size; without its provider postgres just doesn't.
 rm -rf /usr/lib/postgresql/*/lib/bitcode /usr/lib/postgresql/*/lib/llvmjit* /usr/lib/*/libLLVM-*.so* /usr/lib/llvm-* /usr/lib/*/libz3.so*
+# A private key that everyone has is none.
+rm -f /etc/ssl/private/ssl-cert-snakeoil.key /etc/ssl/certs/ssl-cert-snakeoil.pem
