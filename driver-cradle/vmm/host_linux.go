@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -31,19 +32,48 @@ func hostMemory() spec.Bytes {
 	return spec.Bytes(si.Totalram * uint64(si.Unit))
 }
 
-// startTime is when a process started, in clock ticks since boot (proc(5), field 22 of stat): with the pid it names one process.
-func startTime(pid int) (uint64, error) {
+// procStat gives the fields of /proc/PID/stat from the third on (proc(5)), so field n is at n-3.
+func procStat(pid int) ([]string, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	// The name in parentheses may hold anything, also parentheses.
 	i := bytes.LastIndexByte(data, ')')
 	fields := strings.Fields(string(data[i+1:]))
-	if i < 0 || len(fields) < 20 {
-		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
+	if i < 0 || len(fields) < 22 {
+		return nil, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
 	}
-	return strconv.ParseUint(fields[19], 10, 64)
+	return fields, nil
+}
+
+// startTime is when a process started, in clock ticks since boot (field 22): with the pid it names one process.
+func startTime(pid int) (uint64, error) {
+	fields, err := procStat(pid)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseUint(fields[22-3], 10, 64)
+}
+
+// clockTick is the unit of times in /proc/PID/stat: USER_HZ is 100 on all machines that Linux runs on with KVM.
+const clockTick = 10 * time.Millisecond
+
+// cpuTime is the processor time that a process has used (fields 14 and 15).
+func cpuTime(pid int) (time.Duration, error) {
+	fields, err := procStat(pid)
+	if err != nil {
+		return 0, err
+	}
+	var sum time.Duration
+	for _, f := range fields[14-3 : 16-3] {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("/proc/%d/stat: %w", pid, err)
+		}
+		sum += time.Duration(n) * clockTick
+	}
+	return sum, nil
 }
 
 // tscKHz is the frequency of the processor's time stamp counter. A microvm has no other clock to measure it with, so an error here

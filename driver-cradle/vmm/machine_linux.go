@@ -25,11 +25,12 @@ type Machine struct {
 	lock *os.File
 	log  *slog.Logger
 
-	process *process
-	stderr  *tailBuffer // nil for a machine that was taken up
-	monitor *monitor
-	console *console
-	client  *http.Client
+	template *memory // that the guest's memory is a copy of, nil after a cold start
+	process  *process
+	stderr   *tailBuffer // nil for a machine that was taken up
+	monitor  *monitor
+	console  *console
+	client   *http.Client
 
 	life context.Context // until the machine has ended or was let go
 	end  context.CancelCauseFunc
@@ -115,6 +116,7 @@ func (m *Machine) watch() {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.template.release()
 	if ended && !m.killed {
 		m.err = m.postMortem(m.reason)
 	}
@@ -165,6 +167,8 @@ func (m *Machine) onEvent(name string, data json.RawMessage) {
 		Reason string `json:"reason"`
 		Device string `json:"device"`
 		Status string `json:"status"`
+		ID     string `json:"id"`
+		Open   bool   `json:"open"`
 	}
 	if json.Unmarshal(data, &e) != nil {
 		return
@@ -176,6 +180,10 @@ func (m *Machine) onEvent(name string, data json.RawMessage) {
 		m.reason = e.Reason
 	case "DEVICE_DELETED":
 		m.happened("deleted " + e.Device)
+	case "VSERPORT_CHANGE":
+		if e.ID == "control" && e.Open {
+			m.happened("agent")
+		}
 	case "MIGRATION":
 		m.happened("migration " + e.Status)
 	}

@@ -94,17 +94,17 @@ type hardware struct {
 	memory  spec.Bytes
 	cpus    int
 
-	kernel, initramfs      int
-	args                   string // of the kernel
-	control, qmp, console  int
-	ram                    int  // a file to map, 0: anonymous memory
-	ramShared              bool // the guest's writes go into that file
-	incoming               bool // wait for a template's state
-	tap                    int  // 0: a hub, which user networking is plugged into later
-	mac                    string
-	shares                 string // directory of the 9p device
-	virtiofs               int    // connected socket of the daemon, 0: none
-	pageReporting, sandbox bool
+	kernel, initramfs     int
+	args                  string // of the kernel
+	control, qmp, console int
+	ram                   int  // a file to map, 0: anonymous memory
+	ramShared             bool // the guest's writes go into that file
+	incoming              bool // wait for a template's state
+	tap                   int  // 0: a hub, which user networking is plugged into later
+	mac                   string
+	shares                string // directory of the 9p device
+	virtiofs              int    // connected socket of the daemon, 0: none
+	pageReporting         bool
 }
 
 // templateMAC is what the guest of a template sees until it is told its own.
@@ -122,10 +122,8 @@ func (h *hardware) arguments() []string {
 	for _, g := range h.globals {
 		a = append(a, "-global", g)
 	}
-	if h.sandbox {
-		a = append(a, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	}
-	a = append(a, "-accel", h.accel, "-cpu", cpuModel(h.accel), "-smp", strconv.Itoa(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20))
+	a = append(a, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-accel", h.accel, "-cpu", cpuModel(h.accel), "-smp", strconv.Itoa(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20))
 	memory := fmt.Sprintf("memory-backend-ram,id=mem,size=%d", h.memory)
 	if h.ram != 0 {
 		memory = fmt.Sprintf("memory-backend-file,id=mem,size=%d,mem-path=/proc/self/fd/%d,share=%s", h.memory, h.ram, onOff(h.ramShared))
@@ -136,7 +134,7 @@ func (h *hardware) arguments() []string {
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", h.qmp), "-mon", "chardev=qmp,mode=control",
 		"-device", "virtio-serial-device",
 		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.control),
-		"-device", "virtserialport,chardev=control,name="+wire.PortName,
+		"-device", "virtserialport,id=control,chardev=control,name="+wire.PortName,
 		"-device", "virtio-scsi-device,id=scsi",
 		"-device", "virtio-rng-device",
 		"-device", "virtio-balloon-device,free-page-reporting="+onOff(h.pageReporting))
@@ -146,10 +144,8 @@ func (h *hardware) arguments() []string {
 		a = append(a, "-netdev", "hubport,id=net,hubid=0")
 	}
 	a = append(a, "-device", "virtio-net-device,netdev=net,mac="+h.mac)
-	if h.shares != "" {
-		a = append(a, "-fsdev", "local,id=shares,path="+h.shares+",security_model=passthrough,multidevs=remap",
-			"-device", "virtio-9p-device,fsdev=shares,mount_tag="+wire.ShareTag)
-	}
+	a = append(a, "-fsdev", "local,id=shares,path="+h.shares+",security_model=passthrough,multidevs=remap",
+		"-device", "virtio-9p-device,fsdev=shares,mount_tag="+wire.ShareTag)
 	if h.virtiofs != 0 {
 		a = append(a, "-chardev", fmt.Sprintf("socket,id=virtiofs,fd=%d", h.virtiofs),
 			"-device", "vhost-user-fs-device,chardev=virtiofs,tag="+VirtiofsTag)
@@ -175,14 +171,10 @@ func onOff(b bool) string {
 }
 
 // kernelArgs adds what depends on the host to the boot package's arguments.
-func kernelArgs(args []string, accel string) (string, error) {
-	khz, err := tscKHz()
-	if err != nil {
-		return "", err
-	}
-	args = append(slices.Clone(args), fmt.Sprintf("tsc_early_khz=%d", khz))
+func kernelArgs(args []string, accel string, tscKHz int64) string {
+	args = append(slices.Clone(args), fmt.Sprintf("tsc_early_khz=%d", tscKHz))
 	if accel == TCG {
 		args = append(args, "mitigations=off") // there is nothing to leak from
 	}
-	return strings.Join(args, " "), nil
+	return strings.Join(args, " ")
 }

@@ -1,65 +1,111 @@
 package vmm
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
-// A child is a QEMU process that this process has started and that waits for its go-ahead.
+// A child is a confined process that this process has started and that waits for its go-ahead.
 type child struct {
 	*process
 	start uint64
 	goes  *os.File
 }
 
-func (c *child) goAhead() { c.goes.Close() }
+// goAhead lets the child become the program.
+func (c *child) goAhead() error {
+	_, err := c.goes.Write([]byte{1})
+	return errors.Join(err, c.goes.Close())
+}
 
+// abort ends the child before its go-ahead.
 func (c *child) abort() {
-	c.kill()
 	c.goes.Close()
+	c.kill()
 	c.file.Close()
 }
 
-// spawn starts a program. With leashed, it dies with this process.
-func spawn(path string, args []string, files []*os.File, stderr io.Writer, leashed bool) (*child, error) {
+// spawn executes this program again, as the confined program that c describes. files are inherited, numbered from 3.
+func spawn(c *confinement, files []*os.File, stderr io.Writer) (*child, error) {
+	config, configEnd, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", c.Path, err)
+	}
+	defer config.Close()
+	defer configEnd.Close()
+	goes, goesEnd, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", c.Path, err)
+	}
+	defer goes.Close()
+
+	cmd := &exec.Cmd{
+		Path: "/proc/self/exe", Args: []string{confineName, strconv.Itoa(3 + len(files))}, Env: []string{"GOMAXPROCS=1"},
+		ExtraFiles: append(files[:len(files):len(files)], config, goes), Stderr: stderr,
+		SysProcAttr: &syscall.SysProcAttr{
+			Setsid:     true, // a terminal's Ctrl-C is the launcher's
+			Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP,
+		},
+	}
+	if !c.Network {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
+	}
+	p, start, err := run(cmd)
+	if err != nil {
+		goesEnd.Close()
+		return nil, fmt.Errorf("start %s: %w", c.Path, err)
+	}
+	ch := &child{p, start, goesEnd}
+	if err := json.NewEncoder(configEnd).Encode(c); err != nil {
+		ch.abort()
+		return nil, fmt.Errorf("start %s: %w", c.Path, err)
+	}
+	return ch, nil
+}
+
+// run starts a command and sees to it that it is waited for. The parent-death signal is sent when the thread that forked ends:
+// this one lives as long as the child does.
+func run(cmd *exec.Cmd) (*process, uint64, error) {
 	type result struct {
-		child *child
+		p     *process
+		start uint64
 		err   error
 	}
-	started := make(chan result)
+	started := make(chan result, 1)
 	go func() {
-		// The parent-death signal is sent when the thread that forked ends: it is this goroutine's, up to the child's end.
 		runtime.LockOSThread()
-		cmd := exec.Command(path, args...)
-		cmd.ExtraFiles = files
-		cmd.Stderr = stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{}
-		if leashed {
-			cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-		}
 		if err := cmd.Start(); err != nil {
 			started <- result{err: err}
 			return
 		}
-		st, err := startTime(cmd.Process.Pid)
+		start, err := startTime(cmd.Process.Pid)
 		var p *process
 		if err == nil {
-			p, err = openProcess(cmd.Process.Pid, st)
+			p, err = openProcess(cmd.Process.Pid, start)
 		}
 		if err != nil {
 			cmd.Process.Kill()
-			cmd.Wait()
-			started <- result{err: fmt.Errorf("start %s: %w", path, err)}
-			return
 		}
-		r, _, _ := os.Pipe()
-		started <- result{child: &child{p, st, r}}
+		started <- result{p, start, err}
 		cmd.Wait() // its status says nothing that the monitor, stderr and the console don't say better
 	}()
 	r := <-started
-	return r.child, r.err
+	return r.p, r.start, r.err
+}
+
+// userOf is the user that a run directory's processes get.
+func userOf(dir string) int {
+	h := fnv.New32a()
+	h.Write([]byte(dir))
+	return firstUID + int(h.Sum32()&userMask)
 }

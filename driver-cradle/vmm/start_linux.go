@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // newMachine makes the run directory ready for a new machine.
@@ -59,24 +61,44 @@ func newMachine(c *Config, info Info) (_ *Machine, err error) {
 	return m, nil
 }
 
-// boot starts QEMU and brings the guest to its hello, from t or, where that is nil, cold. Nothing is left when it fails.
+// A role is what a machine's memory is to it: its own, the template that it becomes, or the template that it comes from.
+type role struct {
+	ram      *os.File // nil: its own
+	shared   bool     // the guest's writes go into ram
+	incoming bool     // it waits for the rest of its state
+}
+
+// A restoreError is a failure of the template, in contrast to one of the pod's own disks and ports.
+type restoreError struct{ error }
+
+func (e restoreError) Unwrap() error { return e.error }
+
+// boot starts QEMU and brings the guest to its hello, from t (which it takes over) or, where that is nil, cold. Nothing is left when it
+// fails.
 func (c *Config) boot(ctx context.Context, q *qemu, info Info, t *template) (*Machine, error) {
 	m, err := newMachine(c, info)
 	if err != nil {
+		t.release()
 		return nil, err
 	}
-	timeout := c.HelloTimeout
+	timeout, r := c.HelloTimeout, role{}
 	if t != nil {
-		timeout = min(timeout, restoreHelloTimeout)
+		timeout, r = min(timeout, restoreHelloTimeout), role{ram: t.memory.file, incoming: true}
+		m.template = t.memory
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the guest did not answer within %v", timeout))
 	defer cancel()
 	m.state.Info.StartedAt = time.Now()
-	if err := m.launch(c, q, t); err != nil {
+	if err := m.launch(c, q, r); err != nil {
 		return nil, err
 	}
 	if err := m.bringUp(ctx, c, t); err != nil {
-		return nil, fmt.Errorf("start machine: %w", m.abandon(err))
+		var re restoreError
+		ofTemplate := errors.As(err, &re)
+		if err = fmt.Errorf("start machine: %w", m.abandon(err)); ofTemplate {
+			err = restoreError{err}
+		}
+		return nil, err
 	}
 	return m, nil
 }
@@ -102,12 +124,18 @@ func (m *Machine) abandon(err error) error {
 
 // bringUp talks a new QEMU's guest into life.
 func (m *Machine) bringUp(ctx context.Context, c *Config, t *template) error {
-	if err := m.QMP(ctx, "qmp_capabilities", nil, nil); err != nil {
+	guest := func(err error) error {
+		if err != nil && t != nil {
+			return restoreError{fmt.Errorf("restore template %s: %w", t.Name, err)}
+		}
 		return err
+	}
+	if err := m.QMP(ctx, "qmp_capabilities", nil, nil); err != nil {
+		return guest(err)
 	}
 	if t != nil {
 		if err := m.restore(ctx, t); err != nil {
-			return fmt.Errorf("restore template: %w", err)
+			return guest(err)
 		}
 	}
 	for lun, d := range c.Disks {
@@ -122,11 +150,11 @@ func (m *Machine) bringUp(ctx context.Context, c *Config, t *template) error {
 	}
 	if t != nil {
 		if err := m.QMP(ctx, "cont", nil, nil); err != nil {
-			return err
+			return guest(err)
 		}
 	}
 	if err := m.hello(ctx); err != nil {
-		return err
+		return guest(err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -162,27 +190,26 @@ func listenUnix(root *os.File, name string) (*os.File, error) {
 }
 
 // launch starts the QEMU process and attends to it.
-func (m *Machine) launch(c *Config, q *qemu, t *template) (err error) {
+func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 	var files inherited
 	defer files.close()
 	info := &m.state.Info
-	h := hardware{
-		accel: info.Accel, memory: info.Memory, cpus: info.CPUs,
-		machine: append([]string{c.Package.Manifest.Machine.Type}, c.Package.Manifest.Machine.Options...),
-		globals: c.Package.Manifest.Machine.Globals,
-		mac:     templateMAC, pageReporting: t == nil, sandbox: true,
-	}
+	h := c.hardware(info.Accel, info.Memory)
+	h.ramShared, h.incoming, h.pageReporting = r.shared, r.incoming, r.ram == nil
 	started := false
 	defer func() {
 		if !started {
 			removeRun(m.root)
+			m.template.release()
 			err = errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), m.lock.Close())
 		}
 	}()
-	if h.args, err = kernelArgs(c.Package.Manifest.Args, info.Accel); err != nil {
+	khz, err := tscKHz()
+	if err != nil {
 		return err
 	}
-	if t == nil && c.Net.MAC != "" {
+	h.args = kernelArgs(c.Package.Manifest.Args, info.Accel, khz)
+	if r.ram == nil && c.Net.MAC != "" {
 		h.mac = c.Net.MAC
 	}
 	for _, f := range []struct {
@@ -208,9 +235,8 @@ func (m *Machine) launch(c *Config, q *qemu, t *template) (err error) {
 			return err
 		}
 	}
-	if t != nil {
-		h.incoming = true
-		if h.ram, err = files.dup(t.ram); err != nil {
+	if r.ram != nil {
+		if h.ram, err = files.dup(r.ram); err != nil {
 			return err
 		}
 	}
@@ -223,7 +249,20 @@ func (m *Machine) launch(c *Config, q *qemu, t *template) (err error) {
 	if err != nil {
 		return errors.Join(err, monitor.Close())
 	}
-	child, err := spawn(q.path, h.arguments(), files.list, m.stderr, !c.Detached)
+	conf := confinement{
+		Path: q.path, UID: userOf(m.dir), Mount: m.dir, Leashed: !c.Detached, NoFile: qemuFiles, Network: c.Net.Mode == NetUser,
+	}
+	for _, s := range c.Shares {
+		conf.Shares = append(conf.Shares, bind(s))
+		conf.Caps = shareCaps
+	}
+	if info.Accel == KVM {
+		if err := conf.allowKVM(); err != nil {
+			return errors.Join(err, monitor.Close(), console.Close())
+		}
+	}
+	conf.Args = h.arguments()
+	child, err := spawn(&conf, files.list, m.stderr)
 	if err != nil {
 		return errors.Join(err, monitor.Close(), console.Close())
 	}
@@ -240,8 +279,35 @@ func (m *Machine) launch(c *Config, q *qemu, t *template) (err error) {
 	m.monitor = newMonitor(monitor, m.onEvent)
 	started = true
 	go m.watch()
-	child.goAhead()
+	if err := child.goAhead(); err != nil {
+		m.log.Debug("QEMU's go-ahead", "error", err) // it has ended: watch will say so
+	}
 	return nil
+}
+
+// qemuFiles is how many files QEMU may have open: 9p keeps those of the guest open as long as it can.
+const qemuFiles = 16 << 10
+
+// allowKVM lets the process open /dev/kvm.
+func (c *confinement) allowKVM() error {
+	var st unix.Stat_t
+	if err := unix.Stat(kvmDevice, &st); err != nil {
+		return fmt.Errorf("stat %s: %w", kvmDevice, err)
+	}
+	c.Devices = append(c.Devices, kvmDevice)
+	c.Groups = append(c.Groups, int(st.Gid))
+	return nil
+}
+
+const kvmDevice = "/dev/kvm"
+
+// hardware is what machines of this configuration have in common, whatever their role.
+func (c *Config) hardware(accel string, memory spec.Bytes) hardware {
+	return hardware{
+		machine: append([]string{c.Package.Manifest.Machine.Type}, c.Package.Manifest.Machine.Options...),
+		globals: c.Package.Manifest.Machine.Globals,
+		accel:   accel, memory: memory, cpus: c.CPUs, mac: templateMAC, shares: sharesDir,
+	}
 }
 
 // Files that a new process inherits are numbered from 3.

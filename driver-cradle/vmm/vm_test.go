@@ -27,6 +27,7 @@ var shared struct {
 }
 
 func TestMain(m *testing.M) {
+	Confine()
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "vmm-test-")
 		if err != nil {
@@ -169,5 +170,21 @@ func TestVMColdStart(t *testing.T) {
 	}
 	if err := try(t, m, "write", url.Values{"lun": {"0"}, "text": {"written"}}, nil); err == nil {
 		t.Error("a read-only disk could be written")
+	}
+}
+
+func TestVMFromTemplate(t *testing.T) {
+	for range 3 {
+		c := config(t)
+		c.Start = Template
+		c.Disks = []Disk{{Key: "a", Path: image(t, "first", 1<<20), ReadOnly: true}, {Key: "b", Path: image(t, "second", 2<<20)}}
+		began := time.Now()
+		m := start(t, c)
+		t.Logf("hello after %v: %+v", time.Since(began), m.Info())
+		var got string
+		ask(t, m, "read", url.Values{"lun": {"0"}}, &got)
+		if got != "first" {
+			t.Errorf("disk 0 reads %q", got)
+		}
 	}
 }

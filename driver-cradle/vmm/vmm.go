@@ -207,7 +207,40 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 
 func (c *Config) startWith(ctx context.Context, q *qemu, accel, accelWhy string) (*Machine, error) {
 	info := Info{
-		Accel: accel, AccelWhy: accelWhy, Start: Cold, Memory: class(c.Memory), CPUs: c.CPUs, Package: c.Package.Digest,
+		Accel: accel, AccelWhy: accelWhy, Start: Template, Memory: class(c.Memory), CPUs: c.CPUs, Package: c.Package.Digest,
 	}
+	switch {
+	case c.Start == Cold:
+	case len(c.Virtiofs) > 0:
+		info.StartWhy = "virtiofs needs a cold start"
+	default:
+		m, err := c.fromTemplate(ctx, q, info)
+		var re restoreError
+		if err == nil || c.Start == Template || ctx.Err() != nil || !errors.As(err, &re) {
+			return m, err
+		}
+		info.StartWhy = err.Error()
+		c.Log.Warn("starting cold", "error", err)
+	}
+	info.Start = Cold
 	return c.boot(ctx, q, info, nil)
+}
+
+// fromTemplate restores a machine from its template. A template that does not restore is removed.
+func (c *Config) fromTemplate(ctx context.Context, q *qemu, info Info) (*Machine, error) {
+	k, err := c.key(q, info.Accel)
+	if err != nil {
+		return nil, restoreError{fmt.Errorf("start machine: %w", err)}
+	}
+	ts := OpenTemplates(c.CacheDir, c.Log)
+	t, err := ts.open(ctx, c, q, k)
+	if err != nil {
+		return nil, restoreError{fmt.Errorf("start machine: %w", err)}
+	}
+	m, err := c.boot(ctx, q, info, t)
+	var re restoreError
+	if errors.As(err, &re) && ctx.Err() == nil {
+		ts.spoil(t.Name, err)
+	}
+	return m, err
 }

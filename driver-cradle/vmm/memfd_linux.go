@@ -1,0 +1,234 @@
+package vmm
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// All pods of a template on a host map one memfd that is sealed: not one of them, nor a QEMU that its guest has taken over, can change
+// what the others see. It lives as long as somebody holds it: each process that starts machines from it says so in the template's
+// directory (holders/PID-STARTTIME, holding the file descriptor's number), where the next one finds it.
+
+const seals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+
+const pageSize = 4096
+
+var zeroPage [pageSize]byte
+
+func memfdName(key string) string { return "cradle-template-" + key }
+
+func newMemfd(key string, size int64) (*os.File, error) {
+	fd, err := unix.MemfdCreate(memfdName(key), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_NOEXEC_SEAL)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
+		fd, err = unix.MemfdCreate(memfdName(key), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), memfdName(key))
+	// QEMU runs as another user and opens it by /proc/self/fd.
+	if err := errors.Join(f.Truncate(size), f.Chmod(0o666)); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func seal(f *os.File) error {
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
+		return fmt.Errorf("seal template memory: %w", err)
+	}
+	return nil
+}
+
+// copySparse copies the pages of from that are not zero to to, which may be nil, and returns how many they are and their digest:
+// sha256 over each page's offset (64 bits, little-endian) and content.
+func copySparse(to, from *os.File) (pages int64, digest string, err error) {
+	size, err := from.Seek(0, io.SeekEnd)
+	if err != nil {
+		return 0, "", err
+	}
+	h := sha256.New()
+	buf := make([]byte, 256*pageSize)
+	for off := int64(0); off < size; {
+		data, err := unix.Seek(int(from.Fd()), off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		if err != nil {
+			return 0, "", fmt.Errorf("%s: %w", from.Name(), err)
+		}
+		hole, err := unix.Seek(int(from.Fd()), data, unix.SEEK_HOLE)
+		if err != nil {
+			return 0, "", fmt.Errorf("%s: %w", from.Name(), err)
+		}
+		for off = data &^ (pageSize - 1); off < hole; {
+			n, err := from.ReadAt(buf[:min(int64(len(buf)), size-off)], off)
+			if err != nil && !(errors.Is(err, io.EOF) && n > 0) {
+				return 0, "", err
+			}
+			for i := 0; i+pageSize <= n; i += pageSize {
+				page := buf[i : i+pageSize]
+				if bytes.Equal(page, zeroPage[:]) {
+					continue
+				}
+				pages++
+				at := off + int64(i)
+				h.Write(binary.LittleEndian.AppendUint64(nil, uint64(at)))
+				h.Write(page)
+				if to != nil {
+					if _, err := to.WriteAt(page, at); err != nil {
+						return 0, "", err
+					}
+				}
+			}
+			off += int64(n)
+		}
+	}
+	return pages, hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// A memory is a template's RAM as this process holds it.
+type memory struct {
+	file *os.File
+	id   string // of the template's directory: a template that was made again is another one
+	refs int
+	note string // path of the holder's note
+}
+
+// held are the memories that this process holds, by template directory.
+var held = struct {
+	sync.Mutex
+	memories map[string]*memory
+}{memories: map[string]*memory{}}
+
+// hold gives the memory of the template in dir: the one this process has, or another holder's, or a new one filled by fill.
+func hold(dir string, size int64, digest string, fill func() (*os.File, error)) (*memory, error) {
+	held.Lock()
+	defer held.Unlock()
+	id := dir + " " + digest
+	if m := held.memories[id]; m != nil {
+		m.refs++
+		return m, nil
+	}
+	f := adopt(dir, size)
+	if f == nil {
+		var err error
+		if f, err = fill(); err != nil {
+			return nil, err
+		}
+	}
+	m := &memory{file: f, id: id, refs: 1}
+	if err := m.announce(dir); err != nil {
+		f.Close()
+		return nil, err
+	}
+	held.memories[id] = m
+	return m, nil
+}
+
+// release lets go of a memory; with its last user it is gone from this process.
+func (m *memory) release() {
+	if m == nil {
+		return
+	}
+	held.Lock()
+	defer held.Unlock()
+	if m.refs--; m.refs > 0 {
+		return
+	}
+	delete(held.memories, m.id)
+	os.Remove(m.note)
+	m.file.Close()
+}
+
+func (m *memory) announce(dir string) error {
+	start, err := startTime(os.Getpid())
+	if err != nil {
+		return err
+	}
+	holders := filepath.Join(dir, "holders")
+	if err := os.MkdirAll(holders, 0o700); err != nil {
+		return err
+	}
+	m.note = filepath.Join(holders, fmt.Sprintf("%d-%d", os.Getpid(), start))
+	return os.WriteFile(m.note, strconv.AppendUint(nil, uint64(m.file.Fd()), 10), 0o600)
+}
+
+// adopt opens the memory of a process that holds it, nil if there is none. Notes of processes that have ended are removed.
+func adopt(dir string, size int64) *os.File {
+	notes, err := os.ReadDir(filepath.Join(dir, "holders"))
+	if err != nil {
+		return nil
+	}
+	for _, n := range notes {
+		p, s, _ := strings.Cut(n.Name(), "-")
+		pid, perr := strconv.Atoi(p)
+		start, serr := strconv.ParseUint(s, 10, 64)
+		if perr != nil || serr != nil {
+			continue
+		}
+		path := filepath.Join(dir, "holders", n.Name())
+		if now, err := startTime(pid); err != nil || now != start {
+			os.Remove(path)
+			continue
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		fd, err := strconv.ParseUint(string(data), 10, 31)
+		if err != nil {
+			continue
+		}
+		if f := adoptFrom(pid, start, fd, filepath.Base(dir), size); f != nil {
+			return f
+		}
+	}
+	return nil
+}
+
+// adoptFrom opens file descriptor fd of a process of root's, if it is a template's memory with all its seals. What a process of
+// another user holds could be anything.
+func adoptFrom(pid int, start, fd uint64, key string, size int64) *os.File {
+	var st unix.Stat_t
+	if unix.Stat(fmt.Sprintf("/proc/%d", pid), &st) != nil || st.Uid != 0 {
+		return nil
+	}
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", pid, fd), os.O_RDWR, 0)
+	if err != nil {
+		return nil
+	}
+	// The number may have become another process's, or the descriptor another file's, since the note was written.
+	now, err := startTime(pid)
+	if err == nil && now == start && isSealedMemory(f, key, size) {
+		return f
+	}
+	f.Close()
+	return nil
+}
+
+func isSealedMemory(f *os.File, key string, size int64) bool {
+	fi, err := f.Stat()
+	if err != nil || fi.Size() != size {
+		return false
+	}
+	name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil || name != "/memfd:"+memfdName(key)+" (deleted)" {
+		return false
+	}
+	got, err := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0)
+	return err == nil && got&seals == seals
+}
