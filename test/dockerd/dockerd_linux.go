@@ -1,0 +1,162 @@
+// Package dockerd starts a dockerd of its own, Debian's, to compare with: on its own folders and socket, without a bridge, in
+// namespaces that end with it, so that it neither meets another dockerd of the machine nor leaves anything behind.
+package dockerd
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"golang.org/x/sys/unix"
+)
+
+// startTimeout bounds the wait for dockerd's first answer.
+const startTimeout = time.Minute
+
+// A Daemon is a running dockerd.
+type Daemon struct {
+	Host string // for docker -H and DOCKER_HOST
+
+	dir    string
+	cgroup string
+	cmd    *exec.Cmd
+	exited chan error
+}
+
+// Start starts dockerd with everything of its in dir, which must be short: a socket's path has at most 107 bytes.
+func Start(ctx context.Context, dir string) (*Daemon, error) {
+	for _, tool := range []string{"dockerd", "containerd", "runc", "docker", "unshare"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return nil, fmt.Errorf("%w: apt-get install --no-install-recommends docker.io", err)
+		}
+	}
+	d := &Daemon{
+		Host:   "unix://" + filepath.Join(dir, "docker.sock"),
+		dir:    dir,
+		cgroup: fmt.Sprintf("cradle-test-%d", os.Getpid()),
+		exited: make(chan error, 1),
+	}
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	// The process namespace takes dockerd's containerd and every container down with it, the mount namespace their mounts.
+	d.cmd = exec.Command("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+		"dockerd", "--data-root", filepath.Join(dir, "root"), "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
+		"--host", d.Host, "--bridge", "none", "--iptables=false", "--ip-masq=false", "--cgroup-parent", "/"+d.cgroup,
+		"--storage-driver", "overlay2", "--log-level", "warn")
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := d.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start dockerd: %w", err)
+	}
+	go func() { d.exited <- d.cmd.Wait() }()
+	if err := d.ready(ctx); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+func (d *Daemon) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		if err := exec.CommandContext(ctx, "docker", "-H", d.Host, "version").Run(); err == nil {
+			return nil
+		}
+		select {
+		case err := <-d.exited:
+			d.exited <- err
+			return fmt.Errorf("dockerd ended: %v\n%s", err, d.log())
+		case <-ctx.Done():
+			return fmt.Errorf("dockerd does not answer: %w\n%s", context.Cause(ctx), d.log())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (d *Daemon) log() string {
+	text, _ := os.ReadFile(filepath.Join(d.dir, "log"))
+	return string(text[max(0, len(text)-4096):])
+}
+
+// Load gives the daemon an image.
+func (d *Daemon) Load(ctx context.Context, reference string, image v1.Image) error {
+	tag, err := name.NewTag(reference)
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(d.dir, "load.tar")
+	defer os.Remove(file)
+	if err := tarball.WriteToFile(file, tag, image); err != nil {
+		return fmt.Errorf("write %s: %w", reference, err)
+	}
+	if out, err := exec.CommandContext(ctx, "docker", "-H", d.Host, "load", "-i", file).CombinedOutput(); err != nil {
+		return fmt.Errorf("docker load %s: %w: %s", reference, err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// Close ends the daemon with all containers.
+func (d *Daemon) Close() error {
+	// The last process of the namespace to die is its init; unshare, which waits for it, dies after it.
+	if err := unix.Kill(-d.cmd.Process.Pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("end dockerd: %w", err)
+	}
+	<-d.exited
+	return removeCgroups(d.cgroup)
+}
+
+// removeCgroups removes what dockerd made in each hierarchy (v1) or the one (v2).
+func removeCgroups(name string) error {
+	var errs []error
+	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+		tops, err := filepath.Glob(pattern + name)
+		if err != nil {
+			return err
+		}
+		for _, top := range tops {
+			errs = append(errs, removeTree(top))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeTree removes cgroups from the leaves up. The kernel reaps killed processes a moment after their namespace has ended: EBUSY until then.
+func removeTree(top string) error {
+	var dirs []string
+	err := filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for i := len(dirs) - 1; i >= 0; i-- {
+		for try := 0; ; try++ {
+			err := unix.Rmdir(dirs[i])
+			if err == nil || errors.Is(err, unix.ENOENT) {
+				break
+			}
+			if try == 100 || !errors.Is(err, unix.EBUSY) {
+				return fmt.Errorf("remove cgroup %s: %w", strings.TrimPrefix(dirs[i], "/sys/fs/cgroup/"), err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	return nil
+}
