@@ -128,8 +128,12 @@ func (h *hardware) arguments() []string {
 	if h.ram != 0 {
 		memory = fmt.Sprintf("memory-backend-file,id=mem,size=%d,mem-path=/proc/self/fd/%d,share=%s", h.memory, h.ram, onOff(h.ramShared))
 	}
-	a = append(a, "-object", memory,
-		"-kernel", fmt.Sprintf("/proc/self/fd/%d", h.kernel), "-initrd", fmt.Sprintf("/proc/self/fd/%d", h.initramfs), "-append", h.args,
+	a = append(a, "-object", memory)
+	if !h.incoming { // a template's memory has the kernel already
+		a = append(a, "-kernel", fmt.Sprintf("/proc/self/fd/%d", h.kernel), "-initrd", fmt.Sprintf("/proc/self/fd/%d", h.initramfs),
+			"-append", h.args)
+	}
+	a = append(a,
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d,server=on,wait=off", h.console), "-serial", "chardev:console",
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", h.qmp), "-mon", "chardev=qmp,mode=control",
 		"-device", "virtio-serial-device",

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,51 +13,66 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
+// init makes a Machine that knows nothing but its run directory.
+func (m *Machine) init(dir string) {
+	m.dir = dir
+	m.done = make(chan struct{})
+	m.dialing = make(chan struct{}, 1)
+	m.dialing <- struct{}{}
+	m.events = map[string]chan struct{}{}
+	m.life, m.end = context.WithCancelCause(context.Background())
+	m.client = m.newClient()
+}
+
 // newMachine makes the run directory ready for a new machine.
 func newMachine(c *Config, info Info) (_ *Machine, err error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
+	}
 	if err := os.MkdirAll(c.RunDir, 0o700); err != nil {
 		return nil, fmt.Errorf("start machine: %w", err)
 	}
 	m := &Machine{
-		dir: c.RunDir, log: c.Log, stderr: &tailBuffer{}, done: make(chan struct{}), dialing: make(chan struct{}, 1),
-		events: map[string]chan struct{}{},
-		state:  state{Version: stateVersion, Info: info, Disks: map[int]Disk{}},
+		log: c.Log, stderr: &tailBuffer{},
+		state: state{Version: stateVersion, BootID: boot, Info: info, Disks: map[int]Disk{}},
 	}
-	m.dialing <- struct{}{}
-	m.life, m.end = context.WithCancelCause(context.Background())
-	m.client = m.newClient()
-	if m.lock, err = attend(c.RunDir); err != nil {
+	m.init(c.RunDir)
+	if err := m.open(); err != nil {
 		return nil, fmt.Errorf("start machine: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			m.lock.Close()
-		}
-	}()
-	if m.root, err = os.Open(c.RunDir); err != nil {
-		return nil, fmt.Errorf("start machine: %w", err)
+	if err := m.clear(); err != nil {
+		return nil, errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), m.lock.Close())
 	}
-	defer func() {
-		if err != nil {
-			m.root.Close()
-		}
-	}()
-	if s, err := readState(c.RunDir); err == nil {
+	return m, nil
+}
+
+// ErrRunning is what Start returns where a machine lives already.
+var ErrRunning = errors.New("a machine is running already")
+
+// clear removes what a machine that has ended left in the run directory.
+func (m *Machine) clear() error {
+	s, err := readState(m.dir)
+	if errors.Is(err, ErrNotRunning) {
+		s, err = nil, nil
+	}
+	if err != nil {
+		return err
+	}
+	if s != nil {
 		p, err := s.lives()
 		if err == nil {
 			p.file.Close()
-			return nil, fmt.Errorf("start machine: %s: process %d is running it already", c.RunDir, s.PID)
+			return fmt.Errorf("%s: %w as process %d", m.dir, ErrRunning, s.PID)
 		}
 		if !errors.Is(err, ErrNotRunning) {
-			return nil, fmt.Errorf("start machine: %w", err)
+			return err
 		}
-	}
-	if m.state.BootID, err = bootID(); err != nil {
-		return nil, fmt.Errorf("start machine: %w", err)
+		old := Machine{state: *s}
+		old.endDaemon()
 	}
 	removeRun(m.root)
-	os.Remove(filepath.Join(c.RunDir, consoleFile))
-	return m, nil
+	return ignoreNotExist(os.Remove(via(m.root, consoleFile)))
 }
 
 // A role is what a machine's memory is to it: its own, the template that it becomes, or the template that it comes from.
@@ -298,8 +312,6 @@ func (c *confinement) allowKVM() error {
 	c.Groups = append(c.Groups, int(st.Gid))
 	return nil
 }
-
-const kvmDevice = "/dev/kvm"
 
 // hardware is what machines of this configuration have in common, whatever their role.
 func (c *Config) hardware(accel string, memory spec.Bytes) hardware {

@@ -188,3 +188,12 @@ func TestVMFromTemplate(t *testing.T) {
 		}
 	}
 }
+
+func TestVMAccelerator(t *testing.T) {
+	c := config(t)
+	c.Accel = KVM
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "accelerator be auto or tcg") {
+		t.Error(err)
+	}
+	t.Log(measureKVM())
+}

@@ -1,0 +1,125 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// takeUpTimeout bounds QEMU's answer to a new process: one that hangs is no machine any more.
+const takeUpTimeout = 20 * time.Second
+
+// TakeUp attends to the machine that an earlier process has started in runDir. Where none lives it returns ErrNotRunning, together
+// with a *PanicError if the guest's kernel panicked meanwhile; where another process attends to it, ErrAttended. A machine whose
+// start was not completed is ended.
+func TakeUp(ctx context.Context, runDir string) (*Machine, error) {
+	runDir, err := filepath.Abs(runDir)
+	if err != nil {
+		return nil, fmt.Errorf("take up machine: %w", err)
+	}
+	m, err := takeUp(ctx, runDir)
+	if err != nil {
+		return nil, fmt.Errorf("take up machine %s: %w", runDir, err)
+	}
+	return m, nil
+}
+
+func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
+	if _, err := readState(dir); err != nil {
+		return nil, err
+	}
+	m := &Machine{log: slog.New(slog.DiscardHandler)}
+	m.init(dir)
+	if err := m.open(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.root.Close(), m.lock.Close())
+		}
+	}()
+	s, err := readState(dir) // again: the process that had the machine may have ended it just now
+	if err != nil {
+		return nil, err
+	}
+	m.state = *s
+	if m.state.Disks == nil {
+		m.state.Disks = map[int]Disk{}
+	}
+	m.process, err = s.lives()
+	if errors.Is(err, ErrNotRunning) {
+		return nil, errors.Join(err, m.remains())
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !s.Ready {
+		err := m.process.kill()
+		if err == nil {
+			err = m.process.wait()
+		}
+		m.process.file.Close()
+		return nil, errors.Join(ErrNotRunning, err, m.remains())
+	}
+	monitor, err := dialUnix(m.root, qmpSock)
+	if err != nil {
+		return nil, errors.Join(err, m.process.file.Close())
+	}
+	conn, err := dialUnix(m.root, consoleSock)
+	if err != nil {
+		return nil, errors.Join(err, monitor.Close(), m.process.file.Close())
+	}
+	if m.console, err = newConsole(dir, conn); err != nil {
+		return nil, errors.Join(err, monitor.Close(), m.process.file.Close())
+	}
+	m.monitor = newMonitor(monitor, m.onEvent)
+	ctx, cancel := context.WithTimeoutCause(ctx, takeUpTimeout, errors.New("QEMU does not answer"))
+	defer cancel()
+	err = m.QMP(ctx, "qmp_capabilities", nil, nil)
+	if err != nil {
+		m.monitor.close()
+		m.console.close()
+		return nil, errors.Join(err, m.process.file.Close())
+	}
+	go m.watch()
+	return m, nil
+}
+
+// remains clears away what a machine that has ended unattended left, and tells about its end.
+func (m *Machine) remains() error {
+	m.endDaemon()
+	removeRun(m.root)
+	data, err := readBounded(via(m.root, consoleFile), maxConsole)
+	if err != nil {
+		return ignoreNotExist(err)
+	}
+	if p := findPanic(string(data)); p != nil {
+		return p
+	}
+	return nil
+}
+
+// endDaemon ends a virtiofs daemon that outlived its machine.
+func (m *Machine) endDaemon() {
+	if d := m.state.Virtiofs; d != nil {
+		if p, err := openProcess(d.PID, d.StartTime); err == nil {
+			p.kill()
+			p.file.Close()
+		}
+	}
+}
+
+// open attends to the run directory.
+func (m *Machine) open() (err error) {
+	if m.lock, err = attend(m.dir); err != nil {
+		return err
+	}
+	if m.root, err = os.Open(m.dir); err != nil {
+		return errors.Join(err, m.lock.Close())
+	}
+	return nil
+}
