@@ -180,12 +180,11 @@ func (c *Container) update(f func(s *State)) {
 // run is one start to its end.
 func (c *Container) run(context.Context) outcome {
 	c.op.Lock()
-	cmd, stopHealth, err := c.begin()
+	cmd, drained, stopHealth, err := c.begin()
 	c.op.Unlock()
 	if err != nil {
 		return c.failed(err)
 	}
-	drained := c.io.Run(cmd.streams)
 	code := cmd.wait()
 	stopHealth()
 	<-drained
@@ -193,28 +192,29 @@ func (c *Container) run(context.Context) outcome {
 }
 
 // begin starts the command.
-func (c *Container) begin() (*command, func(), error) {
+func (c *Container) begin() (cmd *command, drained <-chan struct{}, stopHealth func(), err error) {
 	crew := c.pod.crew
 	crew.mu.Lock()
 	stopped, again := crew.stopping || c.unit.halt, c.attempts > 0
 	crew.mu.Unlock()
 	if stopped {
-		return nil, nil, errStopped
+		return nil, nil, nil, errStopped
 	}
 	if again {
 		if err := c.refresh(); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 	}
 	config, err := c.stageConfig()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	before := cgroupValue(c.cgroup, "memory.events", "oom_kill")
-	cmd, err := c.pod.startStage(stageRequest{config: config, cgroup: c.cgroup, stdin: c.spec.OpenStdin})
+	cmd, err = c.pod.startStage(stageRequest{config: config, cgroup: c.cgroup, stdin: c.spec.OpenStdin})
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
+	drained = c.io.Run(cmd.streams) // before anyone is told that the container runs: following its log begins with that
 	crew.mu.Lock()
 	c.command = cmd
 	c.attempts++
@@ -223,7 +223,7 @@ func (c *Container) begin() (*command, func(), error) {
 	crew.up(c.unit)
 	crew.mu.Unlock()
 	c.Emit("start", nil)
-	return cmd, c.watchHealth(), nil
+	return cmd, drained, c.watchHealth(), nil
 }
 
 // errStopped is why a container that was stopped meanwhile does not start.
@@ -516,23 +516,30 @@ func (c *Container) thaw() error {
 
 // Wait waits for a condition and gives the exit code of the end it saw. In a pod, a container is removed when it has ended for good.
 func (c *Container) Wait(ctx context.Context, condition string) (exitCode int, errmsg string, err error) {
+	return c.Awaiting(condition)(ctx)
+}
+
+// Awaiting is Wait in two steps: an end that comes after Awaiting has returned is not missed, whenever the waiting begins.
+func (c *Container) Awaiting(condition string) func(context.Context) (exitCode int, errmsg string, err error) {
 	c.pod.crew.mu.Lock()
 	exits := c.exits
 	c.pod.crew.mu.Unlock()
-	err = c.await(ctx, func() (bool, error) {
-		exitCode, errmsg = c.state.ExitCode, c.state.Error
-		switch condition {
-		case "", WaitNotRunning:
-			return c.exits > exits || c.command == nil && !c.unit.restarting, nil
-		case WaitNextExit:
-			// The end of a pod in which it does not start again is the last exit there will be.
-			return c.exits > exits || !c.unit.active && c.pod.crew.stopping, nil
-		case WaitRemoved:
-			return !c.unit.active, nil
-		}
-		return true, &stateError{ErrInvalid, fmt.Sprintf("invalid condition: %q", condition)}
-	})
-	return exitCode, errmsg, err
+	return func(ctx context.Context) (exitCode int, errmsg string, err error) {
+		err = c.await(ctx, func() (bool, error) {
+			exitCode, errmsg = c.state.ExitCode, c.state.Error
+			switch condition {
+			case "", WaitNotRunning:
+				return c.exits > exits || c.command == nil && !c.unit.restarting, nil
+			case WaitNextExit:
+				// The end of a pod in which it does not start again is the last exit there will be.
+				return c.exits > exits || !c.unit.active && c.pod.crew.stopping, nil
+			case WaitRemoved:
+				return !c.unit.active, nil
+			}
+			return true, &stateError{ErrInvalid, fmt.Sprintf("invalid condition: %q", condition)}
+		})
+		return exitCode, errmsg, err
+	}
 }
 
 // Resize sets the size of the container's terminal.
