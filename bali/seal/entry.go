@@ -133,15 +133,23 @@ func (e *Entry) check() error {
 		return fmt.Errorf("%w: %q has mode %o", ErrFormat, e.Path, e.Mode)
 	case e.UID < 0 || e.GID < 0 || int64(e.UID) > maxID || int64(e.GID) > maxID:
 		return fmt.Errorf("%w: %q belongs to %d:%d", ErrFormat, e.Path, e.UID, e.GID)
+	case e.Kind == Symlink && e.Mode != 0o777:
+		return fmt.Errorf("%w: symbolic link %q has mode %o", ErrFormat, e.Path, e.Mode)
 	case len(e.Xattrs) > 0 && e.Kind != File && e.Kind != Dir:
 		return fmt.Errorf("%w: %q has extended attributes and is no file or folder", ErrFormat, e.Path)
 	}
 	for k, v := range e.Xattrs {
-		if k == "" || len(k) > 255 || len(v) > 64<<10 || strings.ContainsAny(k, "=\x00") {
+		if !KeepXattr(k) || len(k) > 255 || len(v) > 64<<10 || strings.ContainsAny(k, "=\x00") {
 			return fmt.Errorf("%w: extended attribute %q of %q", ErrFormat, k, e.Path)
 		}
 	}
 	return nil
+}
+
+// KeepXattr reports whether the format has an extended attribute: what a
+// program needs at run time. security.selinux and the like belong to a machine.
+func KeepXattr(name string) bool {
+	return name == "security.capability" || strings.HasPrefix(name, "user.")
 }
 
 var kinds = map[byte]Kind{
@@ -217,11 +225,20 @@ type guard struct {
 	count int
 	max   int
 	dirs  map[string]bool
-	files map[string]bool
+	files map[string]attributes
 }
 
+// attributes are an inode's, which its hard links repeat.
+type attributes struct {
+	mode     uint32
+	uid, gid int
+	mtime    int64
+}
+
+func (e *Entry) attributes() attributes { return attributes{e.Mode, e.UID, e.GID, e.ModTime} }
+
 func newGuard(maxEntries int) *guard {
-	return &guard{max: maxEntries, dirs: map[string]bool{".": true}, files: make(map[string]bool)}
+	return &guard{max: maxEntries, dirs: map[string]bool{".": true}, files: make(map[string]attributes)}
 }
 
 func (g *guard) admit(e *Entry) error {
@@ -253,10 +270,14 @@ func (g *guard) admit(e *Entry) error {
 	case Dir:
 		g.dirs[e.Path] = true
 	case File:
-		g.files[e.Path] = true
+		g.files[e.Path] = e.attributes()
 	case Hardlink:
-		if !g.files[e.Link] {
+		file, ok := g.files[e.Link]
+		if !ok {
 			return fmt.Errorf("%w: %q is a hard link to %q, which is no earlier file of the image", ErrFormat, e.Path, e.Link)
+		}
+		if file != e.attributes() {
+			return fmt.Errorf("%w: hard link %q has other attributes than %q", ErrFormat, e.Path, e.Link)
 		}
 	}
 	return nil

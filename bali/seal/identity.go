@@ -55,7 +55,11 @@ func IdentityOf(pub ssh.PublicKey) (Identity, error) {
 	if pub.Type() != ssh.KeyAlgoED25519 {
 		return Identity{}, fmt.Errorf("a key of type %s can't sign images, only %s can: make one with bali id", pub.Type(), ssh.KeyAlgoED25519)
 	}
-	c, ok := pub.(ssh.CryptoPublicKey)
+	parsed, err := ssh.ParsePublicKey(pub.Marshal()) // an agent's key is only bytes
+	if err != nil {
+		return Identity{}, fmt.Errorf("ssh-ed25519 key: %w", err)
+	}
+	c, ok := parsed.(ssh.CryptoPublicKey)
 	if !ok {
 		return Identity{}, errors.New("ssh-ed25519 key without its public half")
 	}

@@ -25,7 +25,7 @@ import (
 var update = flag.Bool("update", false, "rewrite testdata/vectors")
 
 // vectorTree is sha256sum testdata/vectors/hello.tree.
-const vectorTree = "ed71d6a84f926cd2ed221f6b0dcd61fdbac475d1edf3ccdabaaef49e76cbd52b"
+const vectorTree = "d645f1f60b1c73b60b7595953c66699ab8f602e266125d7f2a3eb9eff989740f"
 
 // signer makes a key from a seed of one repeated byte.
 func signer(t testing.TB, seed byte) (ssh.Signer, Identity) {
@@ -52,7 +52,11 @@ func dir(path string) item {
 }
 
 func link(kind Kind, path, target string) item {
-	return item{Entry{Path: path, Kind: kind, Mode: 0o777, ModTime: 1700000000, Link: target}, ""}
+	mode := uint32(0o777)
+	if kind == Hardlink {
+		mode = 0o755
+	}
+	return item{Entry{Path: path, Kind: kind, Mode: mode, ModTime: 1700000000, Link: target}, ""}
 }
 
 var testImage = Image{
@@ -279,7 +283,7 @@ func TestAttacks(t *testing.T) {
 	reg := func(name string) *tar.Header { return &tar.Header{Name: name, Typeflag: tar.TypeReg, Size: 1} }
 	folder := func(name string) *tar.Header { return &tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755} }
 	sym := func(name, to string) *tar.Header {
-		return &tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: to}
+		return &tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: to, Mode: 0o777}
 	}
 	hard := func(name, to string) *tar.Header {
 		return &tar.Header{Name: name, Typeflag: tar.TypeLink, Linkname: to}
@@ -350,6 +354,7 @@ func TestAttacks(t *testing.T) {
 		{"hard link out", raw(t, key, hard("a", "../../etc/shadow")), ErrFormat, "leaves the image"},
 		{"hard link through a symlink", raw(t, key, sym("a", "/etc"), hard("b", "a/passwd")), ErrFormat, "no earlier file"},
 		{"hard link to a symlink", raw(t, key, sym("a", "/etc/passwd"), hard("b", "a")), ErrFormat, "no earlier file"},
+		{"hard link with other attributes", raw(t, key, reg("a"), &tar.Header{Name: "b", Typeflag: tar.TypeLink, Linkname: "a", Mode: 0o4755}), ErrFormat, "other attributes"},
 		{"device", raw(t, key, &tar.Header{Name: "sda", Typeflag: tar.TypeBlock, Devmajor: 8}), nil, "device node"},
 		{"fifo", raw(t, key, &tar.Header{Name: "p", Typeflag: tar.TypeFifo}), nil, "device node"},
 		{"global header", raw(t, key, paxGlobal), ErrFormat, "type 'g'"},

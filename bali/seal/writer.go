@@ -31,9 +31,8 @@ type Writer struct {
 	verity  Verity
 	open    *Entry // the File being written
 	left    int64
-	// Entries and Bytes count what went in, for progress and reports.
-	Entries int
-	Bytes   int64
+	// Progress, if set, gets the content of every file too.
+	Progress io.Writer
 }
 
 // NewWriter starts an image with its description. mtime is the description's
@@ -87,7 +86,6 @@ func (w *Writer) WriteEntry(e *Entry) error {
 	if err := w.tar.WriteHeader(e.header()); err != nil {
 		return fmt.Errorf("write %s: %w", e.Path, err)
 	}
-	w.Entries++
 	if e.Kind != File {
 		w.tree.Add(e, [32]byte{})
 		return nil
@@ -102,7 +100,9 @@ func (w *Writer) Write(p []byte) (int, error) {
 	n, err := w.tar.Write(p)
 	w.verity.Write(p[:n])
 	w.left -= int64(n)
-	w.Bytes += int64(n)
+	if w.Progress != nil {
+		w.Progress.Write(p[:n])
+	}
 	return n, err
 }
 

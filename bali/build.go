@@ -1,0 +1,295 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/cradlestack/cradlestack/bali/seal"
+	gather "github.com/cradlestack/cradlestack/bali/source"
+)
+
+// building are the flags of bali build.
+type building struct {
+	from, platform, timestamp, owner string
+	zstd, unsigned, devices          bool
+	maxSize                          bytesFlag
+
+	entrypoint, cmd, env []string
+	workdir, user        string
+}
+
+func (c *cli) build() *cobra.Command {
+	b := building{maxSize: seal.DefaultMaxSize}
+	cmd := &cobra.Command{
+		Use:   "build OUT.tar.gz [--from SOURCE | docker build arguments]",
+		Short: "make a signed image",
+		Long: `Make a signed image from a Dockerfile, by docker buildx build or docker build:
+
+  bali build app.tar.gz -f Dockerfile .
+
+or from a SOURCE, without docker:
+
+  docker-archive:FILE   what docker save writes
+  oci:DIR[:TAG]         an OCI layout
+  REGISTRY/REPO:TAG     an image in a registry, with docker's credentials
+  ./DIR, dir:DIR        a folder; all in it belongs to root without --owner keep
+
+OUT.tar.zst, or --zstd, compresses with zstd; OUT - writes to standard output.
+The same input gives the same bytes, and --timestamp, or SOURCE_DATE_EPOCH in
+the environment, makes every file equally old.`,
+		DisableFlagParsing: true, // docker's flags are not ours to refuse
+	}
+	f := cmd.Flags()
+	f.StringVar(&b.from, "from", "", "build from `SOURCE` instead of a Dockerfile")
+	f.StringVar(&b.platform, "platform", "", "`OS/ARCH` to choose, or to build for")
+	f.StringVar(&b.timestamp, "timestamp", os.Getenv("SOURCE_DATE_EPOCH"), "`TIME` of every file: seconds since 1970 or RFC 3339")
+	f.StringVar(&b.owner, "owner", "root", "whose the files of a folder are: root, or keep")
+	f.BoolVar(&b.zstd, "zstd", false, "compress with zstd")
+	f.BoolVar(&b.unsigned, "unsigned", false, "don't sign")
+	f.BoolVar(&b.devices, "devices", false, "keep device nodes")
+	f.Var(&b.maxSize, "max-size", "refuse a source that unpacks to more")
+	f.StringArrayVar(&b.entrypoint, "entrypoint", nil, "`WORD` of the entrypoint; repeat for more")
+	f.StringArrayVar(&b.cmd, "cmd", nil, "`WORD` of the default arguments; repeat for more")
+	f.StringArrayVar(&b.env, "env", nil, "`NAME=VALUE` to add to the image's environment")
+	f.StringVar(&b.workdir, "workdir", "", "working `DIR`")
+	f.StringVar(&b.user, "user", "", "`NAME[:GROUP]` or numbers")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		ours, docker := splitFlags(cmd, args)
+		cmd.DisableFlagParsing = false
+		if err := cmd.ParseFlags(ours); err != nil {
+			return err
+		}
+		if help, _ := cmd.Flags().GetBool("help"); help {
+			return cmd.Help()
+		}
+		if len(docker) == 0 {
+			return errors.New("build needs a file to write: bali build OUT.tar.gz …")
+		}
+		return c.buildTo(cmd.Context(), &b, docker[0], docker[1:])
+	}
+	return cmd
+}
+
+// splitFlags takes bali's own flags out of a command line that is otherwise
+// docker's. All after -- is docker's.
+func splitFlags(cmd *cobra.Command, args []string) (ours, rest []string) {
+	for i := 0; i < len(args); i++ {
+		a := args[i]
+		if a == "--" {
+			return ours, append(rest, args[i+1:]...)
+		}
+		name, _, hasValue := strings.Cut(strings.TrimPrefix(a, "--"), "=")
+		f := cmd.Flag(name)
+		switch {
+		case a == "-h" || a == "-q" && len(rest) == 0:
+			ours = append(ours, a)
+		case !strings.HasPrefix(a, "--") || f == nil && name != "help":
+			rest = append(rest, a)
+		case hasValue || f == nil || f.NoOptDefVal != "" || i+1 == len(args):
+			ours = append(ours, a)
+		default:
+			ours = append(ours, a, args[i+1])
+			i++
+		}
+	}
+	return ours, rest
+}
+
+func (b *building) options(c *cli) (gather.Options, error) {
+	o := gather.Options{
+		Devices: b.devices, MaxSize: int64(b.maxSize), KeepOwners: b.owner == "keep",
+		Warn: func(format string, args ...any) { c.log.Warn(fmt.Sprintf(format, args...)) },
+	}
+	if b.owner != "keep" && b.owner != "root" {
+		return o, fmt.Errorf("--owner %s: there are root and keep", b.owner)
+	}
+	if b.platform != "" {
+		p, err := v1.ParsePlatform(b.platform)
+		if err != nil {
+			return o, fmt.Errorf("--platform: %w", err)
+		}
+		o.Platform = *p
+	}
+	if b.timestamp != "" {
+		t, err := strconv.ParseInt(b.timestamp, 10, 64)
+		if err != nil {
+			at, err := time.Parse(time.RFC3339, b.timestamp)
+			if err != nil {
+				return o, fmt.Errorf("--timestamp %s: want seconds since 1970 or a time like 2006-01-02T15:04:05Z", b.timestamp)
+			}
+			t = at.Unix()
+		}
+		o.Timestamp = &t
+	}
+	return o, nil
+}
+
+func (c *cli) buildTo(ctx context.Context, b *building, out string, docker []string) error {
+	o, err := b.options(c)
+	if err != nil {
+		return err
+	}
+	var signer ssh.Signer
+	if !b.unsigned { // before the long part
+		var done func()
+		if signer, done, err = c.signer(); err != nil {
+			return err
+		}
+		defer done()
+	}
+	var root *gather.Rootfs
+	switch {
+	case b.from != "" && len(docker) > 0:
+		return fmt.Errorf("--from takes no docker arguments: %q", docker)
+	case b.from != "":
+		root, err = gather.Open(ctx, b.from, o)
+	default:
+		root, err = c.dockerBuild(ctx, b, docker, o)
+	}
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	b.describe(&root.Image)
+	s, n, err := c.writeImage(ctx, b, out, root, o, signer)
+	if err != nil {
+		return err
+	}
+	c.log.Info("built", "image", out, "digest", s.Digest(), "bytes", n)
+	return nil
+}
+
+// describe lays what the command line says over what the source says.
+func (b *building) describe(i *seal.Image) {
+	if len(b.entrypoint) > 0 {
+		i.Entrypoint, i.Cmd = b.entrypoint, nil // as docker run --entrypoint
+	}
+	if len(b.cmd) > 0 {
+		i.Cmd = b.cmd
+	}
+	for _, e := range b.env {
+		name, _, _ := strings.Cut(e, "=")
+		i.Env = slices.DeleteFunc(slices.Clone(i.Env), func(old string) bool { return strings.HasPrefix(old, name+"=") })
+		i.Env = append(i.Env, e)
+	}
+	if b.workdir != "" {
+		i.Workdir = b.workdir
+	}
+	if b.user != "" {
+		i.User = b.user
+	}
+}
+
+// writeImage writes beside the target and moves it there when it is whole.
+func (c *cli) writeImage(ctx context.Context, b *building, out string, root *gather.Rootfs, o gather.Options, signer ssh.Signer) (s *seal.Signature, n int64, err error) {
+	to := c.stdout
+	if out != "-" {
+		partial := filepath.Join(filepath.Dir(out), "."+filepath.Base(out)+".partial")
+		f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+		if err != nil {
+			return nil, 0, err
+		}
+		defer func() {
+			if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+				err = os.Rename(partial, out)
+			}
+			if err != nil {
+				os.Remove(partial)
+			}
+		}()
+		to = f
+	}
+	comp := seal.Gzip
+	if b.zstd || strings.HasSuffix(out, ".zst") || strings.HasSuffix(out, ".tzst") {
+		comp = seal.Zstd
+	}
+	count := &counter{w: to}
+	var stamp int64
+	if o.Timestamp != nil {
+		stamp = *o.Timestamp
+	}
+	w, err := seal.NewWriter(count, &root.Image, comp, stamp)
+	if err != nil {
+		return nil, 0, err
+	}
+	bar := c.bar(root.Size, "pack")
+	defer bar.Close()
+	w.Progress = bar
+	if err := root.Write(ctx, w); err != nil {
+		return nil, 0, err
+	}
+	s, err = w.Seal(signer)
+	return s, count.n, err
+}
+
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// dockerBuild lets docker build, and streams the result out of it. The image
+// stays in docker's store, where it is the cache of the next build.
+func (c *cli) dockerBuild(ctx context.Context, b *building, args []string, o gather.Options) (*gather.Rootfs, error) {
+	if _, err := exec.LookPath("docker"); err != nil {
+		return nil, fmt.Errorf("%w: install docker, or build without it by --from", err)
+	}
+	dir, err := os.MkdirTemp("", "bali-build-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	iidFile := filepath.Join(dir, "iid")
+	argv := []string{"build", "--iidfile", iidFile}
+	if exec.CommandContext(ctx, "docker", "buildx", "version").Run() == nil {
+		argv = []string{"buildx", "build", "--load", "--iidfile", iidFile}
+	}
+	if b.platform != "" {
+		argv = append(argv, "--platform", b.platform)
+	}
+	cmd := exec.CommandContext(ctx, "docker", append(argv, args...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.stdin, c.stderr, c.stderr // stdout may be the image
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("docker %s: %w", strings.Join(argv[:1], " "), err)
+	}
+	iid, err := os.ReadFile(iidFile)
+	if err != nil {
+		return nil, fmt.Errorf("docker build left no image id: %w", err)
+	}
+	save := exec.CommandContext(ctx, "docker", "save", strings.TrimSpace(string(iid)))
+	save.Stderr = c.stderr
+	stream, err := save.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := save.Start(); err != nil {
+		return nil, err
+	}
+	archive, err := gather.Spool(stream)
+	if err = errors.Join(err, save.Wait()); err != nil {
+		if archive != nil {
+			archive.Close()
+		}
+		return nil, fmt.Errorf("docker save: %w", err)
+	}
+	defer archive.Close()
+	return gather.DockerArchive(ctx, archive, o)
+}

@@ -1,0 +1,45 @@
+package fetch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+)
+
+// file is a path. Pipes and standard input as /dev/stdin work, once.
+type file string
+
+func (f file) String() string { return string(f) }
+
+func (f file) Open(_ context.Context, offset int64) (Part, error) {
+	h, err := os.Open(string(f))
+	if err != nil {
+		return Part{}, permanent{err}
+	}
+	fi, err := h.Stat()
+	if err != nil {
+		h.Close()
+		return Part{}, permanent{err}
+	}
+	size := fi.Size()
+	switch {
+	case fi.IsDir():
+		h.Close()
+		return Part{}, permanent{fmt.Errorf("it is a folder, not an image: make one with bali build OUT --from %s", f)}
+	case !fi.Mode().IsRegular():
+		if offset != 0 {
+			h.Close()
+			return Part{}, permanent{errors.New("it can only be read once")}
+		}
+		return Part{h, 0, -1}, nil
+	case offset < 0:
+		offset = max(size+offset, 0)
+	}
+	if _, err := h.Seek(offset, io.SeekStart); err != nil {
+		h.Close()
+		return Part{}, permanent{err}
+	}
+	return Part{h, offset, size}, nil
+}

@@ -1,0 +1,445 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
+
+	"github.com/cradlestack/cradlestack/bali/seal"
+)
+
+func (c *cli) id() *cobra.Command {
+	var asSSH bool
+	cmd := &cobra.Command{
+		Use:   "id",
+		Short: "print the identity that signs here, making its key on first use",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			path, err := c.keyPath()
+			if err != nil {
+				return err
+			}
+			if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+				if err := makeKey(path); err != nil {
+					return err
+				}
+				c.log.Info("made a new key", "file", path)
+			}
+			id, err := publicHalf(path)
+			if err != nil {
+				return err
+			}
+			switch {
+			case c.output == "json":
+				return c.json(map[string]string{"identity": id.String(), "key": path, "ssh": id.AuthorizedKey()})
+			case asSSH:
+				fmt.Fprintln(c.stdout, id.AuthorizedKey())
+			default:
+				fmt.Fprintln(c.stdout, id)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asSSH, "ssh", false, "print it as a line of OpenSSH's")
+	c.outputFlag(cmd)
+	return cmd
+}
+
+func (c *cli) keyPath() (string, error) {
+	if c.keyFile != "" {
+		return c.keyFile, nil
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", fmt.Errorf("no place for the key: %w: name it with --key", err)
+	}
+	return filepath.Join(dir, "bali", "id_ed25519"), nil
+}
+
+// makeKey writes a new key in OpenSSH's format, never over another one.
+func makeKey(path string) error {
+	if strings.HasSuffix(path, ".pub") {
+		return fmt.Errorf("%s: no such public key", path)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	block, err := ssh.MarshalPrivateKey(key, "bali")
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(pem.Encode(f, block), f.Sync(), f.Close()); err != nil {
+		os.Remove(path) // half a key would look like a key
+		return err
+	}
+	return nil
+}
+
+// publicHalf reads the identity of a private or public key file.
+func publicHalf(path string) (seal.Identity, error) {
+	b, err := readKey(path)
+	if err != nil {
+		return seal.Identity{}, err
+	}
+	if bytes.HasPrefix(b, []byte("ssh-")) {
+		return seal.ParseIdentity(string(b))
+	}
+	s, err := parseKey(path, b)
+	if err != nil {
+		return seal.Identity{}, err
+	}
+	return seal.IdentityOf(s.PublicKey())
+}
+
+// readKey refuses a private key that others may read.
+func readKey(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: make a key with bali id", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, 64<<10)
+	n, err := f.Read(b)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	b = b[:n]
+	if !bytes.HasPrefix(b, []byte("ssh-")) && fi.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s: others can read this key: chmod 600 it", path)
+	}
+	return b, nil
+}
+
+func parseKey(path string, b []byte) (ssh.Signer, error) {
+	s, err := ssh.ParsePrivateKey(b)
+	var locked *ssh.PassphraseMissingError
+	if errors.As(err, &locked) {
+		return nil, fmt.Errorf("%s has a passphrase: ssh-add it and use --key %s.pub", path, path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("key %s: %w", path, err)
+	}
+	return s, nil
+}
+
+// signer loads the key, or finds it in the ssh-agent if --key is its public
+// half. done ends the agent's connection.
+func (c *cli) signer() (s ssh.Signer, done func(), err error) {
+	done = func() {}
+	path, err := c.keyPath()
+	if err != nil {
+		return nil, done, err
+	}
+	b, err := readKey(path)
+	if err != nil {
+		return nil, done, err
+	}
+	if !bytes.HasPrefix(b, []byte("ssh-")) {
+		s, err = parseKey(path, b)
+		return s, done, err
+	}
+	want, err := seal.ParseIdentity(string(b))
+	if err != nil {
+		return nil, done, fmt.Errorf("%s: %w", path, err)
+	}
+	sock := os.Getenv("SSH_AUTH_SOCK")
+	if sock == "" {
+		return nil, done, fmt.Errorf("%s is a public key and there is no ssh-agent: start one, or name the private key", path)
+	}
+	conn, err := net.Dial("unix", sock)
+	if err != nil {
+		return nil, done, fmt.Errorf("ssh-agent: %w", err)
+	}
+	signers, err := agent.NewClient(conn).Signers()
+	if err != nil {
+		conn.Close()
+		return nil, done, fmt.Errorf("ssh-agent: %w", err)
+	}
+	for _, s := range signers {
+		if id, err := seal.IdentityOf(s.PublicKey()); err == nil && id == want {
+			return s, func() { conn.Close() }, nil
+		}
+	}
+	conn.Close()
+	return nil, done, fmt.Errorf("the ssh-agent doesn't hold %s: ssh-add it", path)
+}
+
+func (c *cli) trustPath() (string, error) {
+	if c.trustFile != "" {
+		return c.trustFile, nil
+	}
+	if os.Geteuid() == 0 {
+		return "/etc/bali/trust", nil
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", fmt.Errorf("no trust file: %w: name it with --trust", err)
+	}
+	return filepath.Join(dir, "bali", "trust"), nil
+}
+
+// trusted is one line of the trust file.
+type trusted struct {
+	Identity seal.Identity `json:"-"`
+	Text     string        `json:"identity"`
+	Comment  string        `json:"comment,omitempty"`
+}
+
+const maxTrust = 1 << 20
+
+// readTrust reads the trust file; none is an empty one. One that others may
+// write to is no basis for trust.
+func readTrust(path string) ([]trusted, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if fi.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("%s: others can write to it: chmod go-w it", path)
+	}
+	if fi.Size() > maxTrust {
+		return nil, fmt.Errorf("%s: %d bytes are no list of identities", path, fi.Size())
+	}
+	var out []trusted
+	lines := bufio.NewScanner(f)
+	for n := 1; lines.Scan(); n++ {
+		l := strings.TrimSpace(lines.Text())
+		if l == "" || l[0] == '#' {
+			continue
+		}
+		t, err := parseTrusted(l)
+		if err != nil {
+			return nil, fmt.Errorf("%s line %d: %w", path, n, err)
+		}
+		out = append(out, t)
+	}
+	return out, lines.Err()
+}
+
+// parseTrusted reads IDENTITY [COMMENT] or a line of OpenSSH's.
+func parseTrusted(l string) (trusted, error) {
+	key, comment, _ := strings.Cut(l, " ")
+	if strings.HasPrefix(l, "ssh-") {
+		blob, rest, _ := strings.Cut(strings.TrimSpace(comment), " ")
+		key, comment = key+" "+blob, rest
+	}
+	id, err := seal.ParseIdentity(key)
+	return trusted{id, id.String(), strings.TrimSpace(comment)}, err
+}
+
+func (c *cli) trust() *cobra.Command {
+	cmd := &cobra.Command{Use: "trust", Short: "say whose images may run here"}
+	var comment string
+	add := &cobra.Command{
+		Use:   "add IDENTITY|KEY.pub",
+		Short: "trust an identity",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			line := args[0]
+			if b, err := os.ReadFile(args[0]); err == nil {
+				line = strings.TrimSpace(string(b))
+			}
+			t, err := parseTrusted(line)
+			if err != nil {
+				return err
+			}
+			if comment != "" {
+				t.Comment = strings.Join(strings.Fields(comment), " ")
+			}
+			return c.editTrust(func(list []trusted) ([]trusted, error) {
+				for _, l := range list {
+					if l.Identity == t.Identity {
+						return list, nil
+					}
+				}
+				return append(list, t), nil
+			})
+		},
+	}
+	add.Flags().StringVar(&comment, "comment", "", "whose it is")
+	ls := &cobra.Command{
+		Use:   "ls",
+		Short: "list trusted identities",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			path, err := c.trustPath()
+			if err != nil {
+				return err
+			}
+			list, err := readTrust(path)
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return c.json(append([]trusted{}, list...))
+			}
+			for _, t := range list {
+				fmt.Fprintln(c.stdout, strings.TrimSpace(t.Text+" "+t.Comment))
+			}
+			return nil
+		},
+	}
+	c.outputFlag(ls)
+	rm := &cobra.Command{
+		Use:   "rm IDENTITY|COMMENT",
+		Short: "trust an identity no longer",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return c.editTrust(func(list []trusted) ([]trusted, error) {
+				var left []trusted
+				for _, t := range list {
+					if t.Text != args[0] && t.Comment != args[0] {
+						left = append(left, t)
+					}
+				}
+				if len(left) == len(list) {
+					return nil, fmt.Errorf("%s is not trusted: see bali trust ls", args[0])
+				}
+				return left, nil
+			})
+		},
+	}
+	cmd.AddCommand(add, ls, rm)
+	return cmd
+}
+
+// editTrust rewrites the trust file in one step.
+func (c *cli) editTrust(edit func([]trusted) ([]trusted, error)) error {
+	path, err := c.trustPath()
+	if err != nil {
+		return err
+	}
+	list, err := readTrust(path)
+	if err != nil {
+		return err
+	}
+	if list, err = edit(list); err != nil {
+		return err
+	}
+	var b strings.Builder
+	b.WriteString("# identities whose images bali runs here: bali trust add|ls|rm\n")
+	for _, t := range list {
+		b.WriteString(strings.TrimSpace(t.Text+" "+t.Comment) + "\n")
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return writeFile(path, []byte(b.String()), 0o644)
+}
+
+// writeFile replaces a file in one step.
+func writeFile(path string, content []byte, mode fs.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+// policy decides whose signature counts.
+type policy struct {
+	only     []seal.Identity // if any, nobody else
+	trusted  []trusted
+	file     string
+	insecure bool
+}
+
+// policy reads the trust file unless identities are named.
+func (c *cli) policy(identities []string, insecure bool) (*policy, error) {
+	p := &policy{insecure: insecure}
+	for _, s := range identities {
+		id, err := seal.ParseIdentity(s)
+		if err != nil {
+			return nil, err
+		}
+		p.only = append(p.only, id)
+	}
+	if len(p.only) > 0 {
+		return p, nil
+	}
+	var err error
+	if p.file, err = c.trustPath(); err != nil {
+		if insecure {
+			return p, nil
+		}
+		return nil, err
+	}
+	p.trusted, err = readTrust(p.file)
+	return p, err
+}
+
+// accept takes what reading an image ended with. A bad signature is never
+// accepted; --insecure takes none, and anybody's.
+func (p *policy) accept(s *seal.Signature, err error) error {
+	switch {
+	case errors.Is(err, seal.ErrUnsigned) && p.insecure:
+		return nil
+	case err != nil:
+		return err
+	case p.insecure:
+		return nil
+	}
+	_, err = p.who(s.Identity)
+	return err
+}
+
+// who names a trusted identity.
+func (p *policy) who(id seal.Identity) (comment string, err error) {
+	for _, o := range p.only {
+		if o == id {
+			return "", nil
+		}
+	}
+	for _, t := range p.trusted {
+		if t.Identity == id {
+			return t.Comment, nil
+		}
+	}
+	if len(p.only) > 0 {
+		return "", fmt.Errorf("%w: it is signed by %s, not by the identity asked for", seal.ErrUntrusted, id)
+	}
+	return "", fmt.Errorf("%w: it is signed by %s, which is not in %s: if you know whose key that is, bali trust add %s", seal.ErrUntrusted, id, p.file, id)
+}

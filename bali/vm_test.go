@@ -1,0 +1,304 @@
+//go:build vm
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// TestRootScript runs the part of the manual that takes root: testdata/root.
+func TestRootScript(t *testing.T) {
+	testscript.Run(t, testscript.Params{Dir: "testdata/root", Setup: func(e *testscript.Env) error {
+		rootless(t)
+		return private(e)
+	}})
+}
+
+func rootless(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("bali run takes root: sudo go test -tags vm ./bali")
+	}
+	if _, err := os.Stat("/bin/busybox"); err != nil {
+		t.Fatalf("%v: apt-get install busybox-static", err)
+	}
+}
+
+// place is a folder with a bali, a trusted key and an image.
+type place struct {
+	t    testing.TB
+	dir  string
+	bali string
+}
+
+func newPlace(t testing.TB) *place {
+	rootless(t)
+	p := &place{t: t, dir: t.TempDir()}
+	if err := os.Mkdir(filepath.Join(p.dir, "tmp"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	p.bali = filepath.Join(p.dir, "bali")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", p.bali, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p.ok("id")
+	p.sh(`bali trust add "$(bali id)"`)
+	p.sh(`mkdir -p app/bin && cp /bin/busybox app/bin/ && ln -s busybox app/bin/sh`)
+	return p
+}
+
+func (p *place) env() []string {
+	return append(os.Environ(), "XDG_CONFIG_HOME="+p.dir+"/config", "BALI_TRUST="+p.dir+"/trust", "PATH="+p.dir+":"+os.Getenv("PATH"), "TMPDIR="+p.dir+"/tmp")
+}
+
+func (p *place) command(args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(p.t.Context(), p.bali, args...)
+	cmd.Dir, cmd.Env = p.dir, p.env()
+	return cmd
+}
+
+func (p *place) ok(args ...string) string {
+	p.t.Helper()
+	out, err := p.command(args...).CombinedOutput()
+	if err != nil {
+		p.t.Fatalf("bali %q: %v\n%s", args, err, out)
+	}
+	return string(out)
+}
+
+func (p *place) refused(reason string, args ...string) {
+	p.t.Helper()
+	out, err := p.command(args...).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), reason) || strings.Contains(string(out), "RAN") {
+		p.t.Errorf("bali %q: %v, want a refusal that says %q:\n%s", args, err, reason, out)
+	}
+}
+
+func (p *place) sh(script string) string {
+	p.t.Helper()
+	cmd := exec.CommandContext(p.t.Context(), "sh", "-euc", script)
+	cmd.Dir, cmd.Env = p.dir, p.env()
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		p.t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	return string(out)
+}
+
+func (p *place) build(out, says string) []byte {
+	p.t.Helper()
+	p.sh(fmt.Sprintf("head -c 3000000 /dev/urandom > app/ballast && echo %s > app/says", says))
+	p.ok("build", out, "--from", "./app", "--entrypoint", "/bin/sh", "--entrypoint", "-c", "--cmd", "echo RAN; cat /says", "--env", "PATH=/bin")
+	b, err := os.ReadFile(filepath.Join(p.dir, out))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return b
+}
+
+// TestRootSwap changes the image while it is read: on the server between two
+// requests of one transfer, in the middle of an answer, and on the disk.
+func TestRootSwap(t *testing.T) {
+	p := newPlace(t)
+	one, two := p.build("one.tar.gz", "one"), p.build("two.tar.gz", "two")
+	p.sh("BALI_KEY=foreign bali id && BALI_KEY=foreign bali build evil.tar.gz --from ./app --entrypoint /bin/sh --cmd -c --cmd 'echo RAN'")
+	evil, err := os.ReadFile(filepath.Join(p.dir, "evil.tar.gz"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	half := len(one) / 2
+	spliced := append(bytes.Clone(one[:half]), two[half:]...)
+	flipped := bytes.Clone(one)
+	flipped[half] ^= 1
+	trailer := 162
+	grafted := append(bytes.Clone(evil[:len(evil)-trailer]), one[len(one)-trailer:]...)
+
+	// each answers the requests for an image one after the other
+	answers := map[string][]func(w http.ResponseWriter, r *http.Request){
+		"/good":      {whole(one)},
+		"/cut":       {part(one, half, true), rest(one, true)},
+		"/no-ranges": {part(one, half, false), whole(one)},
+		"/slow":      {dribble(one)},
+		"/spliced":   {whole(spliced)},
+		"/flipped":   {whole(flipped)},
+		"/grafted":   {whole(grafted)},
+		"/foreign":   {whole(evil)},
+		"/truncated": {whole(one[:len(one)-10])},
+		// the second half comes from another good image, with and without a
+		// server that says so
+		"/swapped":         {part(one, half, true), rest(two, true)},
+		"/swapped-etag":    {tagged("1", part(one, half, true)), tagged("2", whole(two))},
+		"/swapped-to-evil": {part(one, half, false), whole(evil)},
+		"/gone":            {part(one, half, true), func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }},
+		"/busy":            {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, whole(one)},
+	}
+	count := map[string]int{}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a := answers[r.URL.Path] // one client at a time
+		if len(a) == 0 {
+			http.NotFound(w, r)
+			return
+		}
+		i := min(count[r.URL.Path], len(a)-1)
+		count[r.URL.Path]++
+		a[i](w, r)
+	}))
+	defer server.Close()
+
+	for _, path := range []string{"/good", "/cut", "/no-ranges", "/slow", "/busy"} {
+		if out := p.ok("run", server.URL+path); !strings.HasSuffix(out, "RAN\none\n") {
+			t.Errorf("%s: %s", path, out)
+		}
+	}
+	for path, reason := range map[string]string{
+		"/spliced": "", "/flipped": "", "/grafted": "bad signature", "/foreign": "untrusted identity", "/truncated": "no signature",
+		"/swapped": "", "/swapped-etag": "changed while it was fetched", "/swapped-to-evil": "", "/gone": "404", "/nothing": "404",
+	} {
+		p.refused(reason, "run", "--retries", "2", server.URL+path)
+	}
+
+	// a file that another process keeps replacing and rewriting: what runs is
+	// one of the good images as a whole, or nothing
+	stop, done := make(chan struct{}), make(chan struct{})
+	target := filepath.Join(p.dir, "live.tar.gz")
+	if err := os.WriteFile(target, one, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(done)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+				os.WriteFile(target, [][]byte{one, two, evil, flipped}[i%4], 0o600)
+			}
+		}
+	}()
+	for range 20 {
+		out, err := p.command("run", target).CombinedOutput()
+		if s := string(out); err == nil && s != "RAN\none\n" && s != "RAN\ntwo\n" || err != nil && strings.Contains(s, "RAN") {
+			t.Errorf("ran something else: %v %q", err, s)
+		}
+	}
+	close(stop)
+	<-done
+}
+
+func whole(b []byte) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, _ *http.Request) { w.Write(b) }
+}
+
+// part promises all, gives n bytes and cuts the connection.
+func part(b []byte, n int, ranges bool) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		if ranges {
+			w.Header().Set("Accept-Ranges", "bytes")
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+		w.Write(b[:n])
+		panic(http.ErrAbortHandler)
+	}
+}
+
+func rest(b []byte, _ bool) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, r *http.Request) {
+		r.Header.Del("If-Range")
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b))
+	}
+}
+
+func tagged(tag string, next func(http.ResponseWriter, *http.Request)) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"`+tag+`"`)
+		next(w, r)
+	}
+}
+
+func dribble(b []byte) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		for len(b) > 0 {
+			n := min(len(b), 100_000)
+			w.Write(b[:n])
+			w.(http.Flusher).Flush()
+			b = b[n:]
+		}
+	}
+}
+
+// TestRootKill ends bali with SIGKILL while it fetches, and while the service
+// runs: no mount, no process and no file is left.
+func TestRootKill(t *testing.T) {
+	p := newPlace(t)
+	image := p.build("app.tar.gz", "one")
+	before := mounts(t)
+	half := make(chan struct{})
+	hang, release := context.WithCancel(t.Context())
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(len(image)))
+		w.Write(image[:len(image)/2])
+		w.(http.Flusher).Flush()
+		close(half)
+		<-hang.Done()
+	}))
+	defer server.Close()
+	defer release()
+
+	fetching := p.command("run", server.URL)
+	if err := fetching.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-half
+	serving := p.command("run", "app.tar.gz", "--", "echo RAN; exec sleep 1000")
+	out, err := serving.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := serving.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(out, make([]byte, 4)); err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range []*exec.Cmd{fetching, serving} {
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+		if s := cmd.ProcessState.Sys().(syscall.WaitStatus); s.Signal() != syscall.SIGKILL {
+			t.Errorf("%v: ended with %v", cmd.Args, cmd.ProcessState)
+		}
+		if err := syscall.Kill(-cmd.Process.Pid, 0); err == nil {
+			t.Errorf("%v: its process group is still there", cmd.Args)
+		}
+	}
+	if after := mounts(t); after != before {
+		t.Errorf("mounts before:\n%s\nafter:\n%s", before, after)
+	}
+	if left := p.sh("ls -A | grep -v -x -e app -e app.tar.gz -e bali -e config -e tmp -e trust || true; ls -A tmp"); left != "" {
+		t.Errorf("left behind: %s", left)
+	}
+}
+
+func mounts(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
