@@ -22,7 +22,7 @@ packages=(
   # running pods
   qemu-system-x86 e2fsprogs xfsprogs iproute2 util-linux
   # the guest's kernel: own build, and the distribution's as it is
-  build-essential flex bison bc libelf-dev libssl-dev cpio kmod lz4 xz-utils zstd
+  build-essential flex bison bc libelf-dev libssl-dev cpio kmod lz4 xz-utils bzip2 zstd
   # images made from packages
   mmdebstrap debian-archive-keyring fakeroot
   # tests and demo: the real clients, and docker to compare with

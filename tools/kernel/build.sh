@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# build.sh [DEST]: build the guest kernel of boot package "default" and print the path of its vmlinux.
+# build.sh [--cached]: build the guest kernel of boot package "default" and print the path of its vmlinux.
 #
-# Debian's linux-source, `make allnoconfig` with cradle.config on top. The result is cached under
-# ${XDG_CACHE_HOME:-~/.cache}/cradlestack/kernel/KEY, where KEY hashes the configuration, this script,
-# the source package's version and the compiler's; a second run prints the path and ends.
+# The distribution's linux-source (6.1, which cradle.config was written for, before any other that is installed, else the newest),
+# `make allnoconfig` with cradle.config on top. The result is cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/kernel/KEY,
+# where KEY hashes the configuration, this script, the source package's version and the compiler's; a second run prints the path
+# and ends. --cached builds nothing: exit code 3 where there is no kernel yet.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-src=/usr/src/linux-source-6.1.tar.xz
-[ -e "$src" ] || { echo "build.sh: $src is missing: apt-get install linux-source-6.1" >&2; exit 1; }
+src=$(ls -v /usr/src/linux-source-*.tar.* 2>/dev/null | tail -n 1 || true)
+for known in /usr/src/linux-source-6.1.tar.*; do [ ! -e "$known" ] || src=$known; done
+[ -n "$src" ] || { echo "build.sh: /usr/src holds no linux-source: apt-get install linux-source-6.1, or the newest one of this distribution" >&2; exit 1; }
+package=$(basename "${src%.tar.*}")
 for tool in gcc make flex bison bc lz4 xz; do
   command -v "$tool" >/dev/null || { echo "build.sh: $tool is missing: apt-get install build-essential flex bison bc lz4 xz-utils libelf-dev libssl-dev" >&2; exit 1; }
 done
-version=$(dpkg-query -W -f '${Version}' linux-source-6.1)
+version=$(dpkg-query -W -f '${Version}' "$package")
 key=$( (cat "$here/cradle.config" "$here/build.sh"; echo "$version"; gcc -dumpfullversion) | sha256sum | cut -c1-16)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/cradlestack/kernel
 out=$cache/$key
@@ -25,12 +28,28 @@ work=$cache/$key.build
 rm -rf "$work"
 mkdir -p "$work"
 trap 'rm -rf "$work"' EXIT
-echo "build.sh: unpacking linux-source-6.1 $version" >&2
+echo "build.sh: unpacking $package $version" >&2
 tar -C "$work" --strip-components=1 -xf "$src"
 # Two builds of the same inputs give the same bytes.
 export KBUILD_BUILD_TIMESTAMP='1970-01-01 00:00:00 UTC' KBUILD_BUILD_USER=cradle KBUILD_BUILD_HOST=cradle KBUILD_BUILD_VERSION=1
 cd "$work"
-make -s KCONFIG_ALLCONFIG="$here/cradle.config" allnoconfig >&2
+# Later versions renamed some options and dropped others; for 6.1 there is no such excuse.
+cp "$here/cradle.config" wanted.config
+if [ "$package" != linux-source-6.1 ]; then
+  grep -rhoE --include='Kconfig*' '^[[:space:]]*(menu)?config [A-Z0-9_]+' . | awk '{ print "CONFIG_" $2 }' | sort -u >known
+  while IFS== read -r name value; do
+    case $name in
+      CONFIG_*) ;;
+      *) continue ;;
+    esac
+    renamed=CONFIG_MITIGATION_${name#CONFIG_}
+    renamed=${renamed/MITIGATION_CPU_/MITIGATION_}
+    if grep -qxF "$name" known; then echo "$name=$value"
+    elif grep -qxF "$renamed" known; then echo "$renamed=$value"
+    else echo "build.sh: $package knows no ${name#CONFIG_}: left out" >&2; fi
+  done <"$here/cradle.config" >wanted.config
+fi
+make -s KCONFIG_ALLCONFIG=wanted.config allnoconfig >&2
 # Every option asked for must have been taken: a renamed or unmet one is an error here, not a surprise in the guest.
 missing=0
 while read -r line; do
@@ -38,7 +57,7 @@ while read -r line; do
     CONFIG_*=n) grep -q "^${line%=n}=y" .config && { echo "build.sh: ${line%=n} is on though cradle.config says n" >&2; missing=1; } ;;
     CONFIG_*=*) grep -qxF -- "$line" .config || { echo "build.sh: $line was not taken by Kconfig" >&2; missing=1; } ;;
   esac
-done <"$here/cradle.config"
+done <wanted.config
 [ "$missing" = 0 ] || exit 1
 echo "build.sh: compiling (about 5 minutes on two cores)" >&2
 make -s -j"$(nproc)" KCFLAGS="-ffile-prefix-map=$work=." vmlinux >&2
@@ -46,6 +65,6 @@ strip --strip-debug -o vmlinux.stripped vmlinux
 mkdir -p "$out.tmp"
 mv vmlinux.stripped "$out.tmp/vmlinux"
 cp .config "$out.tmp/config"
-echo "linux-source-6.1 $version" >"$out.tmp/source"
+echo "$package $version" >"$out.tmp/source"
 mv "$out.tmp" "$out"
 echo "$out/vmlinux"
