@@ -59,7 +59,7 @@ var onlyImporter = map[string][]string{
 	"github.com/hashicorp/nomad/helper":      {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/nomad":       {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/drivers":     {"driver-cradle/driver"},
-	"github.com/google/go-containerregistry": {"driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
+	"github.com/google/go-containerregistry": {"bali", "bali/source", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
