@@ -1,14 +1,11 @@
 package vmm
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"runtime"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/cradlestack/cradlestack/spec"
 )
 
 const tunDevice = "/dev/net/tun"
@@ -61,8 +58,4 @@ func spareTap() (*os.File, error) {
 	}()
 	r := <-made
 	return r.tap, r.err
-}
-
-func (m *Machine) plugUserNet(ctx context.Context, publish []spec.Publish) error {
-	return nil
 }

@@ -12,3 +12,20 @@ func Running(runDir string) (pid int, err error) {
 	}
 	return s.PID, p.file.Close()
 }
+
+// Kill ends the machine of a run directory at once, whoever attends to it. It returns when QEMU has ended.
+func Kill(runDir string) error {
+	s, err := readState(runDir)
+	if err != nil {
+		return err
+	}
+	p, err := s.lives()
+	if err != nil {
+		return err
+	}
+	defer p.file.Close()
+	if err := p.kill(); err != nil {
+		return err
+	}
+	return p.wait()
+}

@@ -35,8 +35,9 @@ func (c *child) abort() {
 	c.file.Close()
 }
 
-// spawn executes this program again, as the confined program that c describes. files are inherited, numbered from 3.
-func spawn(c *confinement, files []*os.File, stderr io.Writer) (*child, error) {
+// spawn executes this program again, in cgroup (nil: where this process is), as the confined program that c describes. files are
+// inherited, numbered from 3.
+func spawn(c *confinement, files []*os.File, cgroup *os.File, stderr io.Writer) (*child, error) {
 	config, configEnd, err := os.Pipe()
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.Path, err)
@@ -59,6 +60,9 @@ func spawn(c *confinement, files []*os.File, stderr io.Writer) (*child, error) {
 	}
 	if !c.Network {
 		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
+	}
+	if cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
 	}
 	p, start, err := run(cmd)
 	if err != nil {

@@ -276,7 +276,18 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 		}
 	}
 	conf.Args = h.arguments()
-	child, err := spawn(&conf, files.list, m.stderr)
+	for _, p := range c.Net.Publish {
+		if p.HostPort != 0 && p.HostPort < firstFreePort() {
+			conf.Caps = append(conf.Caps[:len(conf.Caps):len(conf.Caps)], unix.CAP_NET_BIND_SERVICE)
+			break
+		}
+	}
+	group, err := c.cgroup()
+	if err != nil {
+		return errors.Join(err, monitor.Close(), console.Close())
+	}
+	defer group.Close()
+	child, err := spawn(&conf, files.list, group, m.stderr)
 	if err != nil {
 		return errors.Join(err, monitor.Close(), console.Close())
 	}
@@ -297,6 +308,17 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 		m.log.Debug("QEMU's go-ahead", "error", err) // it has ended: watch will say so
 	}
 	return nil
+}
+
+// cgroup opens the one that QEMU starts in; nil is this process's own.
+func (c *Config) cgroup() (*os.File, error) {
+	if c.Net.Mode == NetUser {
+		return noLoopback(c.Cgroup)
+	}
+	if c.Cgroup == "" {
+		return nil, nil
+	}
+	return os.Open(c.Cgroup)
 }
 
 // qemuFiles is how many files QEMU may have open: 9p keeps those of the guest open as long as it can.

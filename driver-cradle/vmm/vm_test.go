@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // shared is what all tests of this package use: one boot package with the test agent, one cache of templates.
@@ -196,4 +198,87 @@ func TestVMAccelerator(t *testing.T) {
 		t.Error(err)
 	}
 	t.Log(measureKVM())
+}
+
+func TestVMUserNetwork(t *testing.T) {
+	for _, how := range []string{Cold, Template} {
+		t.Run(how, func(t *testing.T) { userNetwork(t, how) })
+	}
+}
+
+func userNetwork(t *testing.T, how string) {
+	local, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer local.Close()
+	go func() {
+		for {
+			conn, err := local.Accept()
+			if err != nil {
+				return
+			}
+			io.WriteString(conn, "secret")
+			conn.Close()
+		}
+	}()
+	secret, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer secret.Close()
+	heard := make(chan string, 10)
+	go func() {
+		b := make([]byte, 100)
+		for {
+			n, _, err := secret.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			heard <- string(b[:n])
+		}
+	}()
+
+	c := config(t)
+	c.Start = how
+	c.Net = Net{Mode: NetUser, Publish: []spec.Publish{
+		{HostIP: "127.0.0.1", Port: 80}, {Port: 81}, {HostIP: "127.0.0.1", Port: 53, Protocol: "udp"},
+	}}
+	m := start(t, c)
+	ports := m.Info().Publish
+	ask(t, m, "net", nil, nil)
+	ask(t, m, "listen", url.Values{"network": {"tcp"}, "address": {":80"}}, nil)
+	ask(t, m, "listen", url.Values{"network": {"tcp"}, "address": {":81"}}, nil)
+	ask(t, m, "listen", url.Values{"network": {"udp"}, "address": {":53"}}, nil)
+	for _, p := range ports {
+		conn, err := net.Dial(p.Protocol, fmt.Sprintf("127.0.0.1:%d", p.HostPort))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		io.WriteString(conn, "hello")
+		b := make([]byte, 100)
+		n, err := conn.Read(b)
+		if string(b[:n]) != "HELLO" {
+			t.Errorf("published port %+v answers %q, %v", p, b[:n], err)
+		}
+	}
+	_, port, _ := net.SplitHostPort(local.Addr().String())
+	for _, host := range []string{UserGateway, "127.0.0.1", "10.0.2.3", "10.0.2.77", "0.0.0.0", "127.9.9.9"} {
+		var got string
+		err := try(t, m, "dial", url.Values{"network": {"tcp"}, "address": {net.JoinHostPort(host, port)}, "text": {"x"}}, &got)
+		if err == nil || got != "" {
+			t.Errorf("the guest reaches the host's loopback interface as %s: %q", host, got)
+		}
+	}
+	_, port, _ = net.SplitHostPort(secret.LocalAddr().String())
+	if err := try(t, m, "dial", url.Values{"network": {"udp"}, "address": {net.JoinHostPort(UserGateway, port)}, "text": {"x"}}, nil); err == nil {
+		t.Error("a datagram to the loopback interface was answered")
+	}
+	select {
+	case s := <-heard:
+		t.Errorf("the loopback interface received %q from the guest", s)
+	default:
+	}
 }

@@ -55,6 +55,7 @@ type Config struct {
 	RunDir   string // state, sockets, console.log; made with mode 0700
 	CacheDir string // templates are in CacheDir/templates
 	Detached bool   // the machine goes on when the process that started it ends
+	Cgroup   string // directory of the cgroup (version 2) that QEMU starts in; default: that of this process
 
 	// HelloTimeout bounds the time from QEMU's start to the agent's answer. Default: two minutes, and 20 seconds of that for a
 	// machine from a template.
@@ -171,6 +172,12 @@ func (c *Config) check() error {
 		seen[s.Name] = true
 	}
 	var err error
+	if c.Net.Publish, err = completePublish(c.Net.Publish); err != nil {
+		return fmt.Errorf("start machine: %w", err)
+	}
+	if len(c.Net.Publish) > 0 && c.Net.Mode != NetUser {
+		return fmt.Errorf("start machine: publishing ports takes network mode %s", NetUser)
+	}
 	if c.RunDir, err = filepath.Abs(c.RunDir); err != nil {
 		return fmt.Errorf("start machine: %w", err)
 	}

@@ -277,12 +277,12 @@ func flood(kib string) error {
 }
 
 func dial(network, address, text string) (string, error) {
-	c, err := net.DialTimeout(network, address, 5*time.Second)
+	c, err := net.DialTimeout(network, address, 2*time.Second)
 	if err != nil {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(2 * time.Second))
 	if _, err := io.WriteString(c, text); err != nil {
 		return "", err
 	}
