@@ -20,7 +20,7 @@ const (
 	MinScratch    Bytes = 16 << 20
 	MaxScratch    Bytes = 1 << 50
 	MaxContainers       = 64
-	MaxLayers           = 256 // of one container; docker builds at most 127
+	MaxLayers           = 500 // of one container: what overlayfs stacks; docker builds at most 127
 	MaxVolumes          = 256
 	minLimit      Bytes = 6 << 20 // docker's least memory of a container
 
