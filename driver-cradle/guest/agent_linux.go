@@ -1,11 +1,13 @@
 package guest
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -144,19 +146,17 @@ func (p *Pod) routes(docker http.Handler) http.Handler {
 		s, err := p.Wait(r.Context())
 		answer(w, s, err)
 	})
-	mux.HandleFunc("POST "+wire.PathShutdown, func(w http.ResponseWriter, r *http.Request) {
-		var timeout time.Duration
-		if t := r.FormValue("timeout"); t != "" {
-			n, err := strconv.Atoi(t)
+	for path, call := range map[string]func(context.Context, *time.Duration) (wire.Status, error){wire.PathStop: p.Stop, wire.PathShutdown: p.Shutdown} {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+			grace, err := parseGrace(r.FormValue("timeout"))
 			if err != nil {
-				answer(w, nil, &stateError{ErrInvalid, fmt.Sprintf("timeout %q is no number of seconds", t)})
+				answer(w, nil, err)
 				return
 			}
-			timeout = time.Duration(n) * time.Second
-		}
-		s, err := p.Shutdown(r.Context(), timeout)
-		answer(w, s, err)
-	})
+			s, err := call(r.Context(), grace)
+			answer(w, s, err)
+		})
+	}
 	for path, call := range map[string]func(string) error{wire.PathFreeze: p.Freeze, wire.PathThaw: p.Thaw, wire.PathGrow: p.Grow} {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
 			err := call(r.FormValue("volume"))
@@ -175,6 +175,19 @@ func (p *Pod) routes(docker http.Handler) http.Handler {
 		}
 		docker.ServeHTTP(w, r)
 	})
+}
+
+// parseGrace reads a number of seconds; "" is nil.
+func parseGrace(s string) (*time.Duration, error) {
+	if s == "" {
+		return nil, nil
+	}
+	n, err := strconv.ParseFloat(s, 64)
+	if err != nil || !(n >= 0 && n <= math.MaxInt32) {
+		return nil, &stateError{ErrInvalid, fmt.Sprintf("timeout %q is no number of seconds", s)}
+	}
+	d := time.Duration(n * float64(time.Second))
+	return &d, nil
 }
 
 func decode(r *http.Request, v any) error {

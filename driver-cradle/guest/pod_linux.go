@@ -24,6 +24,7 @@ type Pod struct {
 	uevents  *uevents
 	bus      bus
 	crew     *crew
+	grace    *time.Duration // of all containers when the pod is stopped, nil: each its own; guarded by crew's mutex
 
 	launching sync.Mutex // one launch at a time, and one in all
 	launchErr error      // what became of it
@@ -233,9 +234,12 @@ func (p *Pod) mountLayer(ctx context.Context, d wire.Disk, dir string) error {
 // supervise ends the pod: when its end is decided, everything that still runs is stopped.
 func (p *Pod) supervise() {
 	<-p.crew.over
+	p.crew.mu.Lock()
+	grace := p.grace
+	p.crew.mu.Unlock()
 	var wg sync.WaitGroup
 	for _, c := range p.Containers() {
-		wg.Go(func() { _ = c.stop(context.Background(), "", nil, "") })
+		wg.Go(func() { _ = c.stop(context.Background(), "", grace, "") })
 	}
 	wg.Wait()
 	<-p.crew.ended
@@ -278,11 +282,10 @@ func (p *Pod) Wait(ctx context.Context) (wire.Status, error) {
 	}
 }
 
-// Shutdown stops all containers, each with its stop signal and at most timeout (0: each container's own) to end, then unmounts the
-// volumes and writes everything to the disks. The guest is of no use after that.
-func (p *Pod) Shutdown(ctx context.Context, timeout time.Duration) (wire.Status, error) {
+// Stop ends the pod: all containers get their stop signals and, after grace (nil: each its own stop timeout), SIGKILL. Their logs can still be
+// read afterwards.
+func (p *Pod) Stop(ctx context.Context, grace *time.Duration) (wire.Status, error) {
 	if p.Containers() == nil {
-		unix.Sync()
 		return p.Status(), nil
 	}
 	for _, v := range p.volumes {
@@ -291,17 +294,28 @@ func (p *Pod) Shutdown(ctx context.Context, timeout time.Duration) (wire.Status,
 		}
 	}
 	p.crew.mu.Lock()
+	hurry := p.crew.stopping && grace != nil
+	if !p.crew.stopping {
+		p.grace = grace
+	}
 	p.crew.stop()
 	p.crew.mu.Unlock()
-	if timeout > 0 {
+	if hurry {
 		for _, c := range p.Containers() {
-			go func() { _ = c.stop(ctx, "", &timeout, "") }()
+			go func() { _ = c.stop(ctx, "", grace, "") }()
 		}
 	}
-	select {
-	case <-p.ended:
-	case <-ctx.Done():
-		return wire.Status{}, context.Cause(ctx)
+	return p.Wait(ctx)
+}
+
+// Shutdown stops the pod, then unmounts the volumes and writes everything to the disks. The guest is of no use after that.
+func (p *Pod) Shutdown(ctx context.Context, grace *time.Duration) (wire.Status, error) {
+	if p.Containers() == nil {
+		unix.Sync()
+		return p.Status(), nil
+	}
+	if s, err := p.Stop(ctx, grace); err != nil {
+		return s, err
 	}
 	var err error
 	p.down.Do(func() { err = p.unmountAll() })

@@ -13,7 +13,8 @@ const (
 	PathLaunch   = "/cradle/v1/launch"   // POST Launch → Status: once in a guest's life
 	PathStatus   = "/cradle/v1/status"   // GET → Status
 	PathWait     = "/cradle/v1/wait"     // GET → Status, as soon as the pod has ended
-	PathShutdown = "/cradle/v1/shutdown" // POST ?timeout=seconds → Status: containers stopped, volumes unmounted, disks synced
+	PathStop     = "/cradle/v1/stop"     // POST ?timeout=seconds → Status: containers stopped; without a timeout each has its own
+	PathShutdown = "/cradle/v1/shutdown" // POST ?timeout=seconds → Status: after that, volumes unmounted, disks synced, logs closed
 	PathFreeze   = "/cradle/v1/freeze"   // POST ?volume=NAME: file system quiet and on disk until thawed
 	PathThaw     = "/cradle/v1/thaw"     // POST ?volume=NAME
 	PathGrow     = "/cradle/v1/grow"     // POST ?volume=NAME: the disk has grown, grow the file system

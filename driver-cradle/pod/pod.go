@@ -1,0 +1,262 @@
+// Package pod makes, starts, takes up and ends pods. A pod is a directory that holds everything one microVM needs:
+//
+//	launch.json    the Launch: what the guest executes; made to be read and edited
+//	cradle         link to the boot package
+//	layers/N.ext4  links to the images' layers in the shared cache
+//	scratch.img    the writable disk: container layers, anonymous volumes, logs; grows as it is used
+//	vdocker.sock   while it runs: docker's API for the containers
+//	run/           of the present or the last run: the machine's state and console, the status at the end, the containers' logs
+//
+// Everything is private to the owner. The process that has started a pod or taken it up attends to it: it answers on vdocker.sock,
+// waits for the end, and brings status and logs home. It may be killed at any time; a pod that was started detached goes on and the next one takes
+// it up.
+//
+// pod imports spec, wire, boot, image, network and vmm, and never Nomad: kcradle and the Nomad driver both use it.
+package pod
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// Names in a pod directory.
+const (
+	LaunchFile = "launch.json"
+	BootLink   = "cradle"
+	SocketFile = "vdocker.sock"
+
+	layersDir    = "layers"
+	scratchFile  = "scratch.img"
+	runDir       = "run"
+	lockFile     = "pod.lock"
+	statusFile   = "status.json"
+	launchedFile = "launch.json" // in runDir: what the run was started with
+	killedFile   = "killed"      // in runDir: the run's machine was killed on purpose
+	logsDir      = "logs"
+)
+
+// What is asked of a pod in the wrong moment fails with one of these, for errors.Is.
+var (
+	ErrNoPod      = errors.New("no pod directory")
+	ErrRunning    = errors.New("pod is running")
+	ErrNotRunning = errors.New("pod is not running")
+	ErrNotStarted = errors.New("pod has not run yet")
+)
+
+// A RunningError is an ErrRunning that knows who attends to the pod.
+type RunningError struct {
+	Dir string
+	PID int // of the attending process; 0 where that has died and the machine goes on
+}
+
+func (e *RunningError) Error() string {
+	if e.PID == 0 {
+		return fmt.Sprintf("%s is running, attended by nobody: kcradle status %[1]s takes it up, kcradle stop %[1]s ends it", e.Dir)
+	}
+	return fmt.Sprintf("%s is running (attended by process %d): kcradle stop %[1]s ends it", e.Dir, e.PID)
+}
+
+// Is makes it an ErrRunning.
+func (e *RunningError) Is(target error) bool { return target == ErrRunning }
+
+// A Dir is a pod directory.
+type Dir struct {
+	path string
+	log  *slog.Logger
+}
+
+// Open returns the pod directory at path. log may be nil.
+func Open(path string, log *slog.Logger) (*Dir, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(path, LaunchFile)); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w (it has no %s): make one with kcradle summon %s IMAGE", path, ErrNoPod, LaunchFile, path)
+	} else if err != nil {
+		return nil, err
+	}
+	return &Dir{path, log}, nil
+}
+
+// Path is absolute.
+func (d *Dir) Path() string { return d.path }
+
+func (d *Dir) join(elem ...string) string { return filepath.Join(append([]string{d.path}, elem...)...) }
+
+// Launch reads and validates launch.json.
+func (d *Dir) Launch() (*spec.Launch, error) {
+	data, err := readBounded(d.join(LaunchFile), spec.MaxDocument)
+	if err != nil {
+		return nil, err
+	}
+	return spec.ParseLaunch(d.join(LaunchFile), data)
+}
+
+// A Report is what is known of a pod's last run after its end.
+type Report struct {
+	Version   int         `json:"version"`
+	StartedAt time.Time   `json:"startedAt"`
+	EndedAt   time.Time   `json:"endedAt"`
+	Status    wire.Status `json:"status"`
+	// Failure says why the machine ended before the pod: a guest's panic, QEMU killed. The status is then what was last known.
+	Failure string   `json:"failure,omitempty"`
+	Machine vmm.Info `json:"machine"`
+}
+
+const reportVersion = 1
+
+// Report returns that of the last run: ErrRunning before its end, ErrNotStarted before the first.
+func (d *Dir) Report() (*Report, error) {
+	data, err := readBounded(d.join(runDir, statusFile), 16<<20)
+	if errors.Is(err, fs.ErrNotExist) {
+		if running, err := d.Running(); err != nil || running {
+			return nil, errors.Join(err, fmt.Errorf("%s: %w", d.path, ErrRunning))
+		}
+		return nil, fmt.Errorf("%s: %w", d.path, ErrNotStarted)
+	}
+	if err != nil {
+		return nil, err
+	}
+	var r Report
+	if err := json.Unmarshal(data, &r); err != nil {
+		return nil, fmt.Errorf("%s: %w", d.join(runDir, statusFile), err)
+	}
+	if r.Version != reportVersion {
+		return nil, fmt.Errorf("%s: version %d, this program reads version %d", d.join(runDir, statusFile), r.Version, reportVersion)
+	}
+	return &r, nil
+}
+
+// Running says whether a process attends to the pod, or its machine lives on without one.
+func (d *Dir) Running() (bool, error) {
+	pid, err := d.Attendant()
+	if err != nil || pid != 0 {
+		return pid != 0, err
+	}
+	return d.machineAlive()
+}
+
+func (d *Dir) machineAlive() (bool, error) {
+	_, err := vmm.Running(d.join(runDir))
+	if errors.Is(err, vmm.ErrNotRunning) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Attendant is the id of the process that attends to the pod, 0 where none does.
+func (d *Dir) Attendant() (pid int, err error) {
+	f, err := os.OpenFile(d.join(runDir, lockFile), os.O_RDONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); {
+	case err == nil:
+		return 0, nil
+	case !errors.Is(err, unix.EWOULDBLOCK):
+		return 0, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, 32))
+	if err != nil {
+		return 0, err
+	}
+	if pid, err = strconv.Atoi(strings.TrimSpace(string(data))); err != nil || pid <= 0 {
+		pid = -1 // it has only just begun
+	}
+	return pid, nil
+}
+
+// attend makes this process the pod's attendant until the file is closed.
+func (d *Dir) attend() (*os.File, error) {
+	if err := os.MkdirAll(d.join(runDir), 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(d.join(runDir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	// Whoever only looks has it for a moment.
+	for range 50 {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+			break
+		}
+		if pid, perr := d.Attendant(); perr == nil && pid != 0 && pid != -1 {
+			f.Close()
+			return nil, &RunningError{d.path, pid}
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = &RunningError{d.path, -1}
+	}
+	if err == nil {
+		if err = f.Truncate(0); err == nil {
+			_, err = fmt.Fprintln(f, os.Getpid())
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %v", path, spec.Bytes(limit))
+	}
+	return data, err
+}
+
+// writeFile replaces a file in one step.
+func writeFile(path string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+func writeJSON(path string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(path, append(data, '\n'))
+}

@@ -1,0 +1,453 @@
+package pod
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// A Running is a pod that this process attends to, until Wait returns or Detach is called.
+type Running struct {
+	dir         *Dir
+	log         *slog.Logger
+	machine     *vmm.Machine
+	lock        *os.File
+	spec        *spec.Launch
+	started     time.Time
+	discardLogs bool
+
+	listener *net.UnixListener
+	proxies  sync.WaitGroup
+	holds    sync.WaitGroup
+
+	ctx  context.Context // of everything that is done for this pod
+	stop context.CancelCauseFunc
+	done chan struct{}
+
+	mu     sync.Mutex
+	conns  map[net.Conn]bool
+	killed bool
+	last   wire.Status // the latest known
+
+	report *Report // valid once done is closed
+	err    error
+}
+
+var (
+	errDetached = errors.New("pod was let go")
+	errEnded    = errors.New("pod has ended")
+)
+
+// launchTimeout bounds what a guest has to set up before its first container runs; copying an image's content into volumes is part of that.
+const launchTimeout = 10 * time.Minute
+
+func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, started time.Time, discardLogs bool) (*Running, error) {
+	r := &Running{
+		dir: d, log: d.log, machine: m, lock: lock, spec: launch, started: started, discardLogs: discardLogs,
+		done: make(chan struct{}), conns: map[net.Conn]bool{},
+	}
+	r.ctx, r.stop = context.WithCancelCause(context.Background())
+	return r, r.listen()
+}
+
+// TakeUp attends to a pod that another process has started detached and no longer attends to. It fails with ErrRunning where one does,
+// with ErrNotRunning where the pod has ended.
+func (d *Dir) TakeUp(ctx context.Context) (_ *Running, err error) {
+	lock, err := d.attend()
+	if err != nil {
+		return nil, fmt.Errorf("take up pod: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	m, err := vmm.TakeUp(ctx, d.join(runDir))
+	if errors.Is(err, vmm.ErrNotRunning) {
+		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, ErrNotRunning), d.bury(err))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("take up %s: %w", d.path, err)
+	}
+	launch, err := d.launched() // launch.json may have been edited since
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
+	}
+	r, err := d.running(m, lock, launch, m.Info().StartedAt, false)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
+	}
+	go r.watch()
+	return r, nil
+}
+
+func (d *Dir) launched() (*spec.Launch, error) {
+	data, err := readBounded(d.join(runDir, launchedFile), spec.MaxDocument)
+	if err != nil {
+		return nil, err
+	}
+	return spec.ParseLaunch(d.join(runDir, launchedFile), data)
+}
+
+// bury reports the end of a pod whose machine has ended while nobody attended to it, if there is one.
+func (d *Dir) bury(why error) error {
+	launch, err := d.launched()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	report := Report{Version: reportVersion, EndedAt: time.Now(), Failure: "the machine has ended while no process attended to the pod"}
+	var panicked *vmm.PanicError
+	if errors.As(why, &panicked) {
+		report.Failure = panicked.Error()
+	}
+	if d.wasKilled() {
+		report.Failure = ""
+	}
+	report.Status.State, report.Status.ExitCode = wire.StateExited, exitLost
+	for _, c := range launch.Containers {
+		report.Status.Containers = append(report.Status.Containers, wire.ContainerStatus{ID: c.ID, Name: c.Name, State: wire.StateExited, ExitCode: exitLost})
+	}
+	return errors.Join(writeJSON(d.join(runDir, statusFile), report), d.tidy())
+}
+
+// Launch is what the guest executes.
+func (r *Running) Launch() *spec.Launch { return r.spec }
+
+// Info tells how the machine was started.
+func (r *Running) Info() vmm.Info { return r.machine.Info() }
+
+// Published are the ports that are reachable on the host, with their numbers where the spec leaves those open.
+func (r *Running) Published() []spec.Publish { return r.machine.Info().Publish }
+
+// Open opens a stream to the guest's HTTP server: control calls of package wire, else docker's API.
+func (r *Running) Open(ctx context.Context) (net.Conn, error) { return r.machine.Open(ctx) }
+
+// Machine is the virtual machine, for its disks and statistics.
+func (r *Running) Machine() *vmm.Machine { return r.machine }
+
+// Client speaks HTTP with the guest's server; the host in URLs is ignored.
+func (r *Running) Client() *http.Client { return r.machine.Client() }
+
+// Done is closed when the pod has ended and everything of it is brought home, or when it was let go.
+func (r *Running) Done() <-chan struct{} { return r.done }
+
+// Release ends what StartOptions.Hold has begun. Call it once.
+func (r *Running) Release() { r.holds.Done() }
+
+// call makes a control call. in and out may be nil.
+func (r *Running) call(ctx context.Context, method, path string, query url.Values, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		data, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(data)
+	}
+	u := url.URL{Scheme: "http", Host: "guest", Path: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
+	if err != nil {
+		return err
+	}
+	resp, err := r.machine.Client().Do(req)
+	if err != nil {
+		var u *url.Error
+		if errors.As(err, &u) {
+			err = u.Err
+		}
+		return err
+	}
+	defer resp.Body.Close()
+	const limit = 16 << 20
+	if resp.StatusCode >= 300 {
+		var e struct{ Message string }
+		data, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+		if json.Unmarshal(data, &e) != nil || e.Message == "" {
+			e.Message = resp.Status
+		}
+		return &GuestError{resp.StatusCode, e.Message}
+	}
+	if out == nil {
+		return nil
+	}
+	return json.NewDecoder(io.LimitReader(resp.Body, limit)).Decode(out)
+}
+
+// A GuestError is the guest's refusal of a call.
+type GuestError struct {
+	Code    int // HTTP status
+	Message string
+}
+
+func (e *GuestError) Error() string { return e.Message }
+
+func (r *Running) launch(ctx context.Context, w *wire.Launch) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, launchTimeout, fmt.Errorf("the guest did not set the pod up within %v", launchTimeout))
+	defer cancel()
+	ctx, cancelCause := context.WithCancelCause(ctx)
+	defer cancelCause(nil)
+	go func() {
+		select {
+		case <-r.machine.Done():
+			cancelCause(r.machineEnd())
+		case <-ctx.Done():
+		}
+	}()
+	var s wire.Status
+	if err := r.call(ctx, http.MethodPost, wire.PathLaunch, nil, w, &s); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return err
+	}
+	r.mu.Lock()
+	r.last = s
+	r.mu.Unlock()
+	return nil
+}
+
+// machineEnd says why the machine has ended.
+func (r *Running) machineEnd() error {
+	if err := r.machine.Err(); err != nil {
+		return err
+	}
+	return errors.New("the machine was killed")
+}
+
+// Status asks the guest.
+func (r *Running) Status(ctx context.Context) (wire.Status, error) {
+	var s wire.Status
+	if err := r.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &s); err != nil {
+		return s, fmt.Errorf("status of pod %s: %w", r.spec.Name, err)
+	}
+	r.mu.Lock()
+	r.last = s
+	r.mu.Unlock()
+	return s, nil
+}
+
+// Wait returns the report once the pod has ended and its machine is gone. After Detach it fails.
+func (r *Running) Wait(ctx context.Context) (*Report, error) {
+	select {
+	case <-r.done:
+		return r.report, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Signal sends a signal (SIGHUP, 1) to the main process of a container; "" is every one that runs.
+func (r *Running) Signal(ctx context.Context, container, signal string) error {
+	names := []string{container}
+	if container == "" {
+		names = nil
+		s, err := r.Status(ctx)
+		if err != nil {
+			return err
+		}
+		for _, c := range s.Containers {
+			if c.State == wire.StateRunning {
+				names = append(names, c.Name)
+			}
+		}
+	}
+	var errs []error
+	for _, name := range names {
+		q := url.Values{"signal": {signal}}
+		err := r.call(ctx, http.MethodPost, "/containers/"+name+"/kill", q, nil, nil)
+		var refused *GuestError
+		if container == "" && errors.As(err, &refused) && refused.Code == http.StatusConflict {
+			continue // it has just ended
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("signal container %s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Stop ends the pod: every container gets its stop signal, and SIGKILL after grace (nil: its own stop timeout). A guest that does not
+// answer is killed. It returns when the pod has ended, as Wait does.
+func (r *Running) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
+	limit, q := patience(r.spec, grace)
+	asked, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the guest did not stop within %v", limit))
+	defer cancel()
+	var s wire.Status
+	err := r.call(asked, http.MethodPost, wire.PathStop, q, nil, &s)
+	if err == nil {
+		report, err := r.Wait(asked)
+		if report != nil || err != nil && asked.Err() == nil {
+			return report, err
+		}
+	}
+	select {
+	case <-r.done:
+		return r.report, r.err
+	default:
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	r.log.Warn("pod does not stop, killing its machine", "pod", r.spec.Name, "error", err)
+	return r.Kill(ctx)
+}
+
+// Kill ends the machine at once, and with it the pod.
+func (r *Running) Kill(ctx context.Context) (*Report, error) {
+	r.mu.Lock()
+	r.killed = true
+	r.mu.Unlock()
+	if err := r.machine.Kill(); err != nil {
+		return nil, fmt.Errorf("kill pod %s: %w", r.spec.Name, err)
+	}
+	return r.Wait(ctx)
+}
+
+// Detach lets a pod go that was started detached, without ending it: another process may take it up.
+func (r *Running) Detach() error {
+	r.stop(errDetached)
+	<-r.done
+	if errors.Is(r.err, errDetached) {
+		return nil
+	}
+	return r.err
+}
+
+// watch waits for the pod's end and brings everything home.
+func (r *Running) watch() {
+	defer close(r.done)
+	defer r.lock.Close()
+	status, err := r.awaitEnd()
+	if errors.Is(err, errDetached) {
+		r.err = errDetached
+		r.unlisten()
+		r.closeConns()
+		r.proxies.Wait()
+		if err := r.machine.Close(); err != nil {
+			r.err = err
+		}
+		return
+	}
+	report := &Report{Version: reportVersion, StartedAt: r.started, Machine: r.machine.Info()}
+	if err == nil {
+		report.Status = status
+		r.bringHome(&status)
+	} else {
+		report.Status, report.Failure = r.lastStatus(err)
+	}
+	report.EndedAt = time.Now()
+	if err := errors.Join(r.end(), writeJSON(r.dir.join(runDir, statusFile), report), r.dir.tidy()); err != nil {
+		r.err = fmt.Errorf("end pod %s: %w", r.spec.Name, err)
+	}
+	r.report = report
+}
+
+// awaitEnd returns the status of a pod that has ended. The error is errDetached, or why the machine has ended.
+func (r *Running) awaitEnd() (wire.Status, error) {
+	ctx, cancel := context.WithCancelCause(r.ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-r.machine.Done():
+			cancel(r.machineEnd())
+		case <-ctx.Done():
+		}
+	}()
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+		var s wire.Status
+		begun := time.Now()
+		err := r.call(ctx, http.MethodGet, wire.PathWait, nil, nil, &s)
+		if err == nil {
+			return s, nil
+		}
+		if ctx.Err() != nil {
+			return s, context.Cause(ctx)
+		}
+		r.log.Debug("waiting for the pod's end was interrupted", "pod", r.spec.Name, "error", err)
+		if time.Since(begun) > time.Minute {
+			wait = 50 * time.Millisecond
+		}
+		select {
+		case <-ctx.Done():
+			return s, context.Cause(ctx)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// lastStatus makes a final status of the latest known one, for a pod whose machine has ended under it.
+func (r *Running) lastStatus(why error) (wire.Status, string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, failure, code := r.last, why.Error(), exitLost
+	if r.killed || r.dir.wasKilled() {
+		failure, code = "", exitKilled
+	}
+	s.State, s.ExitCode = wire.StateExited, code
+	for i := range s.Containers {
+		if c := &s.Containers[i]; c.State != wire.StateExited {
+			c.State, c.ExitCode, c.FinishedAt = wire.StateExited, code, time.Now()
+		}
+	}
+	return s, failure
+}
+
+// Exit codes of a pod that did not end by itself.
+const (
+	exitLost   = 255 // as docker has it for a container that nobody saw end
+	exitKilled = 137 // 128 + SIGKILL
+)
+
+// bringHome takes from a guest whose pod has ended what is wanted afterwards. What fails is only logged: the pod has ended all the same.
+func (r *Running) bringHome(s *wire.Status) {
+	if !r.discardLogs {
+		if err := r.saveLogs(); err != nil {
+			r.log.Error("logs are not saved", "pod", r.spec.Name, "error", err)
+		}
+	}
+	r.holds.Wait()
+	// Answers that are on their way still arrive; a client that has asked for events without end does not keep the machine.
+	r.unlisten()
+	finished := make(chan struct{})
+	go func() {
+		r.proxies.Wait()
+		close(finished)
+	}()
+	select {
+	case <-finished:
+	case <-time.After(time.Second):
+	}
+	ctx, cancel := context.WithTimeout(r.ctx, stopMargin)
+	defer cancel()
+	if err := r.call(ctx, http.MethodPost, wire.PathShutdown, nil, nil, nil); err != nil {
+		r.log.Warn("guest does not put its volumes away", "pod", r.spec.Name, "error", err)
+	}
+}
+
+// end ends the machine and everything that this process does for it.
+func (r *Running) end() error {
+	r.unlisten()
+	err := r.machine.Kill()
+	r.closeConns()
+	r.proxies.Wait()
+	r.stop(errEnded)
+	return errors.Join(err, r.machine.Close())
+}

@@ -1,0 +1,135 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+)
+
+// listen answers on the pod's vdocker.sock.
+func (r *Running) listen() error {
+	path := r.dir.join(SocketFile)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	short, done, err := shorten(path)
+	if err != nil {
+		return err
+	}
+	defer done()
+	r.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: short, Net: "unix"})
+	if err != nil {
+		return fmt.Errorf("listen on %s: %w", path, err)
+	}
+	r.listener.SetUnlinkOnClose(false) // its name is only good here
+	if err := os.Chmod(path, 0o600); err != nil {
+		r.unlisten()
+		return err
+	}
+	r.proxies.Go(r.serve)
+	return nil
+}
+
+// Dial connects to the vdocker.sock of a pod that some process attends to.
+func (d *Dir) Dial(ctx context.Context) (net.Conn, error) {
+	path := d.join(SocketFile)
+	short, done, err := shorten(path)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	c, err := new(net.Dialer).DialContext(ctx, "unix", short)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, errors.Unwrap(err))
+	}
+	return c, nil
+}
+
+func (d *Dir) dialContext(ctx context.Context, _, _ string) (net.Conn, error) { return d.Dial(ctx) }
+
+// shorten gives a name for path that fits into a socket's address (108 bytes), valid until done is called.
+func shorten(path string) (short string, done func() error, err error) {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return "", nil, err
+	}
+	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)), dir.Close, nil
+}
+
+func (r *Running) unlisten() {
+	r.listener.Close()
+	os.Remove(r.dir.join(SocketFile))
+}
+
+func (r *Running) serve() {
+	for {
+		c, err := r.listener.Accept()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			time.Sleep(10 * time.Millisecond) // out of file descriptors
+			continue
+		}
+		r.proxies.Go(func() { r.proxy(c) })
+	}
+}
+
+// openTimeout bounds how long a client waits for a guest that does not answer.
+const openTimeout = 30 * time.Second
+
+func (r *Running) proxy(client net.Conn) {
+	defer client.Close()
+	ctx, cancel := context.WithTimeoutCause(r.ctx, openTimeout, errors.New("the guest does not answer"))
+	defer cancel()
+	stream, err := r.machine.Open(ctx)
+	if err != nil {
+		body := fmt.Sprintf("{\"message\":%q}\n", "pod "+r.spec.Name+": "+err.Error())
+		fmt.Fprintf(client, "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body)
+		return
+	}
+	if !r.keep(client, stream) {
+		stream.Close()
+		return
+	}
+	defer r.drop(client, stream)
+	wire.Proxy(client, stream)
+}
+
+// keep notes connections for closeConns, unless that was called already.
+func (r *Running) keep(conns ...net.Conn) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.conns == nil {
+		return false
+	}
+	for _, c := range conns {
+		r.conns[c] = true
+	}
+	return true
+}
+
+func (r *Running) drop(conns ...net.Conn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range conns {
+		delete(r.conns, c)
+	}
+}
+
+func (r *Running) closeConns() {
+	r.mu.Lock()
+	conns := r.conns
+	r.conns = nil
+	r.mu.Unlock()
+	for c := range conns {
+		c.Close()
+	}
+}

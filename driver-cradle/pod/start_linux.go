@@ -1,0 +1,268 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/network"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// StartOptions say how to start a pod; what launch.json says counts where they are zero.
+type StartOptions struct {
+	CacheDir    string // templates are in CacheDir/templates
+	Boot        string // boot package instead of the directory's
+	Accel       string // auto, kvm, tcg
+	Start       string // auto, template, cold
+	Detached    bool   // the pod goes on when this process ends
+	DiscardLogs bool   // do not bring the containers' logs home at the end
+	Hold        bool   // keep the machine after the pod's end until Running.Release
+}
+
+// Start starts the pod and returns when the guest has been told what to run. Where it fails, nothing is left running.
+func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error) {
+	lock, err := d.attend()
+	if err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	if alive, err := d.machineAlive(); err != nil || alive {
+		return nil, fmt.Errorf("start pod: %w", errors.Join(err, &RunningError{Dir: d.path}))
+	}
+	launch, err := d.Launch()
+	if err != nil {
+		return nil, err // tells file, line and column
+	}
+	if err := d.tidy(); err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
+	if err := errors.Join(remove(d.join(runDir, statusFile)), remove(d.join(runDir, killedFile))); err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
+	c := vmm.Config{
+		Accel: or(o.Accel, launch.Boot.Accel), Start: or(o.Start, launch.Boot.Start),
+		Memory: launch.Resources.Memory, CPUs: launch.Resources.CPUs,
+		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Log: d.log,
+	}
+	if c.Package, err = boot.Open(or(o.Boot, d.join(BootLink))); err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
+	w := wire.Launch{Launch: *launch}
+	if err := d.storage(ctx, launch, &c, &w); err != nil {
+		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
+	}
+	// From here on there is something that another process would have to put away.
+	if err := writeJSON(d.join(runDir, launchedFile), launch); err != nil {
+		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.tidy())
+		}
+	}()
+	if err := connect(ctx, launch, d.log, &c, &w); err != nil {
+		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
+	}
+	started := time.Now()
+	m, err := vmm.Start(ctx, c)
+	if c.Net.Tap != nil {
+		c.Net.Tap.Close() // QEMU has its own
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
+	}
+	r, err := d.running(m, lock, launch, started, o.DiscardLogs)
+	if err == nil {
+		if err = r.launch(ctx, &w); err == nil {
+			if o.Hold {
+				r.holds.Add(1)
+			}
+			go r.watch()
+			return r, nil
+		}
+		r.unlisten()
+	}
+	return nil, errors.Join(fmt.Errorf("start pod %s: %w", launch.Name, err), m.Kill(), m.Close())
+}
+
+func or(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// tidy removes what a run has left whose attendant and machine are gone: its logs stay until the next ones replace them.
+func (d *Dir) tidy() error {
+	run := d.join(runDir, launchedFile)
+	data, err := readBounded(run, spec.MaxDocument)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var launch spec.Launch
+	if err := json.Unmarshal(data, &launch); err != nil {
+		return fmt.Errorf("%s: %w", run, err)
+	}
+	if launch.Network.Mode == "netns" {
+		if err := network.Release(launch.Network.Netns); err != nil {
+			return err
+		}
+	}
+	return errors.Join(remove(d.join(SocketFile)), remove(run))
+}
+
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// storage makes the list of disks and directories: LUN 0 is the scratch disk, then come the layers, then the block volumes.
+func (d *Dir) storage(ctx context.Context, launch *spec.Launch, c *vmm.Config, w *wire.Launch) error {
+	add := func(key, path string, readOnly bool) {
+		w.Disks = append(w.Disks, wire.Disk{Key: key, LUN: len(c.Disks), ReadOnly: readOnly})
+		c.Disks = append(c.Disks, vmm.Disk{Key: key, Path: path, ReadOnly: readOnly})
+	}
+	scratch := d.join(scratchFile)
+	if _, err := os.Stat(scratch); errors.Is(err, fs.ErrNotExist) {
+		if err := makeScratch(ctx, scratch, launch.Scratch.Size); err != nil {
+			return err
+		}
+	}
+	add(wire.DiskScratch, scratch, false)
+
+	seen := map[string]bool{}
+	for _, container := range launch.Containers {
+		for _, l := range container.Layers {
+			if seen[l.DiffID] {
+				continue
+			}
+			seen[l.DiffID] = true
+			path := d.join(l.File)
+			if _, err := os.Stat(path); err != nil {
+				return fmt.Errorf("layer %s of image %s is missing (%w): summon the pod again", l.File, container.Image.Reference, err)
+			}
+			add(wire.DiskLayer+l.DiffID, path, true)
+		}
+	}
+	for i := range launch.Volumes {
+		v := &launch.Volumes[i]
+		switch {
+		case v.Block != nil:
+			path := v.Block.Path
+			if !filepath.IsAbs(path) {
+				path = d.join(path)
+			}
+			if err := prepareBlock(ctx, v, path, isMounted(launch, v.Name)); err != nil {
+				return err
+			}
+			add(wire.DiskVolume+v.Name, path, v.Block.ReadOnly)
+		case v.Directory != nil:
+			if err := share(v, c, w); err != nil {
+				return fmt.Errorf("volume %s: %w", v.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// isMounted says whether a container sees the volume's file system, and not only its raw device.
+func isMounted(launch *spec.Launch, volume string) bool {
+	return slices.ContainsFunc(launch.Containers, func(c spec.Container) bool {
+		return slices.ContainsFunc(c.Mounts, func(m spec.Mount) bool { return m.Volume == volume && !m.Raw })
+	})
+}
+
+func share(v *spec.Volume, c *vmm.Config, w *wire.Launch) error {
+	path := v.Directory.Path
+	fi, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s does not exist: make the directory first", path)
+	}
+	if err != nil {
+		return err
+	}
+	if !fi.IsDir() && !fi.Mode().IsRegular() {
+		return fmt.Errorf("%s is neither a directory nor a file", path)
+	}
+	s := vmm.Share{Name: v.Name, Path: path, ReadOnly: v.Directory.ReadOnly}
+	dir := wire.Directory{Volume: v.Name, Tag: wire.ShareTag, Type: "9p", Path: s.Name, File: !fi.IsDir()}
+	if v.Directory.Transport == "virtiofs" {
+		dir.Tag, dir.Type = vmm.VirtiofsTag, "virtiofs"
+		c.Virtiofs = append(c.Virtiofs, s)
+	} else {
+		c.Shares = append(c.Shares, s)
+	}
+	w.Directories = append(w.Directories, dir)
+	return nil
+}
+
+// connect decides on the pod's network; tidy undoes it once the machine has ended.
+func connect(ctx context.Context, launch *spec.Launch, log *slog.Logger, c *vmm.Config, w *wire.Launch) error {
+	n := &launch.Network
+	w.DNS = wire.DNS{Servers: n.DNS, Search: n.DNSSearch, Options: n.DNSOptions}
+	if n.Mode != "none" && len(n.DNS) == 0 {
+		host, err := network.HostDNS()
+		if err != nil {
+			return err
+		}
+		w.DNS.Servers = host.Servers
+		if len(host.Servers) == 0 {
+			log.Warn("the host's resolvers listen on its loopback only, where no guest gets: names will not be found; set network.dns")
+		}
+		if len(w.DNS.Search) == 0 {
+			w.DNS.Search = host.Search
+		}
+		if len(w.DNS.Options) == 0 {
+			w.DNS.Options = host.Options
+		}
+	}
+	switch n.Mode {
+	case "none":
+		c.Net.Mode = vmm.NetNone
+	case "netns":
+		tap, i, err := network.Take(ctx, n.Netns)
+		if err != nil {
+			return err
+		}
+		c.Net = vmm.Net{Mode: vmm.NetTap, Tap: tap, MAC: i.MAC}
+		w.Interfaces = []wire.Interface{i}
+	default:
+		i := userInterface(launch.ID)
+		c.Net = vmm.Net{Mode: vmm.NetUser, Publish: n.Publish, MAC: i.MAC}
+		w.Interfaces = []wire.Interface{i}
+	}
+	return nil
+}
+
+// userInterface is what QEMU's user mode network expects of its guest (qemu-options.hx, -netdev user). The MAC is the pod's own.
+func userInterface(id string) wire.Interface {
+	return wire.Interface{
+		Name: "eth0", MAC: fmt.Sprintf("02:%s:%s:%s:%s:%s", id[0:2], id[2:4], id[4:6], id[6:8], id[8:10]), MTU: 1500,
+		Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24"), netip.MustParsePrefix("fec0::15/64")},
+		Routes: []wire.Route{
+			{Destination: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.0.2.2")},
+			{Destination: netip.MustParsePrefix("::/0"), Via: netip.MustParseAddr("fec0::2")},
+		},
+	}
+}

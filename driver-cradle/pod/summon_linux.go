@@ -1,0 +1,195 @@
+package pod
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// SummonOptions are what Summon needs beside the pod.
+type SummonOptions struct {
+	Images *image.Store
+	Boot   *boot.Package
+	Pull   image.PullOptions
+	ID     string       // of the pod, 64 lower-case hexadecimal digits; default: random
+	Log    *slog.Logger // of the Dir; may be nil
+}
+
+// Summon makes a pod directory: it pulls the images, resolves the pod and makes the scratch disk. The directory must not exist or be
+// empty; it becomes a pod in the last step, and what a Summon that was killed left in it is replaced by the next. After an error nothing is left.
+func Summon(ctx context.Context, path string, p *spec.Pod, o SummonOptions) (*Dir, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Validate(); err != nil {
+		return nil, err
+	}
+	images, err := pull(ctx, p, o)
+	if err != nil {
+		return nil, err
+	}
+	id := o.ID
+	if id == "" {
+		var raw [32]byte
+		rand.Read(raw[:])
+		id = hex.EncodeToString(raw[:])
+	}
+	launch, err := Resolve(p, id, images)
+	if err != nil {
+		return nil, err
+	}
+	made, err := claim(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := fill(ctx, path, launch, images, o); err != nil {
+		return nil, errors.Join(fmt.Errorf("summon %s: %w", path, err), clear(path, made))
+	}
+	return Open(path, o.Log)
+}
+
+// pull brings the images of all containers into the cache.
+func pull(ctx context.Context, p *spec.Pod, o SummonOptions) (map[string]*image.Image, error) {
+	var mu sync.Mutex
+	images := map[string]*image.Image{}
+	asked := map[string]bool{}
+	g, ctx := errgroup.WithContext(ctx)
+	for _, c := range p.Containers {
+		if asked[c.Image] {
+			continue
+		}
+		asked[c.Image] = true
+		g.Go(func() error {
+			img, err := o.Images.Pull(ctx, c.Image, o.Pull)
+			mu.Lock()
+			defer mu.Unlock()
+			images[c.Image] = img
+			return err
+		})
+	}
+	return images, g.Wait()
+}
+
+// claim makes sure that path is a directory for nothing but this pod; made says that it was made.
+func claim(path string) (made bool, err error) {
+	err = os.Mkdir(path, 0o700)
+	if err == nil {
+		return true, nil
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return false, err
+	}
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return false, err
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case LaunchFile:
+			return false, fmt.Errorf("%s is a pod already: kcradle rm %[1]s removes it", path)
+		case BootLink, layersDir, scratchFile, runDir:
+		default:
+			return false, fmt.Errorf("%s is not empty (%s is in it): name a new directory", path, e.Name())
+		}
+	}
+	if err := clear(path, false); err != nil {
+		return false, err
+	}
+	return false, os.Chmod(path, 0o700)
+}
+
+// clear removes what Summon makes.
+func clear(path string, made bool) error {
+	if made {
+		return os.RemoveAll(path)
+	}
+	var errs []error
+	for _, name := range []string{LaunchFile, BootLink, layersDir, scratchFile, runDir} {
+		errs = append(errs, os.RemoveAll(filepath.Join(path, name)))
+	}
+	return errors.Join(errs...)
+}
+
+func fill(ctx context.Context, path string, launch *spec.Launch, images map[string]*image.Image, o SummonOptions) error {
+	if err := os.Mkdir(filepath.Join(path, layersDir), 0o700); err != nil {
+		return err
+	}
+	files := map[string]string{}
+	for _, c := range launch.Containers {
+		for _, l := range c.Layers {
+			files[l.DiffID] = l.File
+		}
+	}
+	var releases []func() error
+	undo := func(err error) error {
+		for _, release := range releases {
+			err = errors.Join(err, release())
+		}
+		return err
+	}
+	for _, img := range images {
+		release, err := o.Images.Hold(img, path)
+		if err != nil {
+			return undo(err)
+		}
+		releases = append(releases, release)
+		for _, l := range img.Layers {
+			if err := os.Symlink(l.Path, filepath.Join(path, files[l.DiffID])); err != nil && !errors.Is(err, fs.ErrExist) {
+				return undo(err)
+			}
+		}
+	}
+	if err := os.Symlink(o.Boot.Dir, filepath.Join(path, BootLink)); err != nil {
+		return undo(err)
+	}
+	if err := makeScratch(ctx, filepath.Join(path, scratchFile), launch.Scratch.Size); err != nil {
+		return undo(err)
+	}
+	if ctx.Err() != nil {
+		return undo(context.Cause(ctx))
+	}
+	if err := writeJSON(filepath.Join(path, LaunchFile), launch); err != nil {
+		return undo(err)
+	}
+	return nil
+}
+
+// Remove deletes a pod directory that is not running. Images stay in the cache, volumes where they are.
+func (d *Dir) Remove() error {
+	lock, err := d.attend()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if running, err := d.machineAlive(); err != nil || running {
+		return errors.Join(err, &RunningError{Dir: d.path})
+	}
+	// Without launch.json it is no pod any more, whatever happens on the way.
+	if err := os.Remove(d.join(LaunchFile)); err != nil {
+		return err
+	}
+	for _, name := range []string{BootLink, layersDir, scratchFile, SocketFile, runDir} {
+		if err := os.RemoveAll(d.join(name)); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(d.path); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return nil // with files of others in it, the directory stays
+}

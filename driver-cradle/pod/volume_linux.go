@@ -1,0 +1,185 @@
+package pod
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// prepareBlock makes a block volume ready to be attached: a blank one gets its file system, one that holds anything else is refused.
+// The host never mounts it. mounted says whether a container mounts it; where it is only used raw, its content is nobody's business.
+func prepareBlock(ctx context.Context, v *spec.Volume, path string, mounted bool) error {
+	if err := prepare(ctx, v.Block, path, mounted); err != nil {
+		return fmt.Errorf("volume %s: %w", v.Name, err)
+	}
+	return nil
+}
+
+func prepare(ctx context.Context, b *spec.BlockVolume, path string, mounted bool) error {
+	f, size, err := openDisk(path, b.ReadOnly)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if !mounted {
+		return nil
+	}
+	want := b.FSType
+	if want == "" {
+		want = "ext4"
+	}
+	found, err := identify(f, size)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", path, err)
+	case found == want:
+		return nil
+	case found == "xfs" || found == "ext4":
+		return fmt.Errorf("%s holds an %s file system, and %s is asked for: set its fsType to %s to use it as it is", path, found, want, found)
+	case found != contentBlank:
+		return fmt.Errorf("%s holds %s and is not overwritten: name another, or clear it with wipefs -a if nobody needs that", path, found)
+	case b.ReadOnly:
+		return fmt.Errorf("%s is blank, and read-only: there is nothing to mount", path)
+	}
+	return makeFilesystem(ctx, want, f, path)
+}
+
+// openDisk opens an image file or block device that nobody else uses. The lock ends with the file: a running machine holds QEMU's
+// own, which is checked here.
+func openDisk(path string, readOnly bool) (f *os.File, size int64, err error) {
+	flags := os.O_RDWR | unix.O_NONBLOCK
+	if readOnly {
+		flags = os.O_RDONLY | unix.O_NONBLOCK
+	}
+	fi, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, 0, fmt.Errorf("%s does not exist: make an empty image with truncate -s 10G %s", path, path)
+	case err != nil:
+		return nil, 0, err
+	case fi.Mode()&os.ModeDevice != 0 && fi.Mode()&os.ModeCharDevice == 0:
+		claim, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_EXCL, 0) // fails while the host has it mounted
+		if errors.Is(err, unix.EBUSY) {
+			return nil, 0, fmt.Errorf("%s is in use on this host: unmount it first", path)
+		} else if err != nil {
+			return nil, 0, err
+		}
+		claim.Close()
+	case !fi.Mode().IsRegular():
+		return nil, 0, fmt.Errorf("%s is neither an image file nor a block device", path)
+	}
+	if f, err = os.OpenFile(path, flags, 0); err != nil {
+		return nil, 0, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	how := unix.LOCK_EX
+	if readOnly {
+		how = unix.LOCK_SH
+	}
+	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, 0, inUse(path)
+	} else if err != nil {
+		return nil, 0, fmt.Errorf("lock %s: %w", path, err)
+	}
+	// QEMU marks what it does with an image by locks on single bytes from 100 on (qemu block/file-posix.c, RAW_LOCK_PERM_BASE); one
+	// that writes it holds byte 101.
+	const permWrite, perms = 101, 200
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Start: permWrite, Len: 1}
+	if !readOnly {
+		lock.Start, lock.Len = permWrite-1, perms
+	}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock); err != nil {
+		return nil, 0, fmt.Errorf("lock %s: %w", path, err)
+	}
+	if lock.Type != unix.F_UNLCK {
+		return nil, 0, inUse(path)
+	}
+	if size, err = f.Seek(0, io.SeekEnd); err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", path, err)
+	}
+	if size == 0 {
+		return nil, 0, fmt.Errorf("%s is empty: give it a size with truncate -s 10G %s", path, path)
+	}
+	return f, size, nil
+}
+
+func inUse(path string) error {
+	return fmt.Errorf("%s is in use by another pod: stop that one first (a volume is attached to one pod at a time)", path)
+}
+
+// mkfs is how a blank volume gets its file system. The programs' own checks for existing content stay on.
+var mkfs = map[string]struct {
+	arguments []string
+	sparse    []string // added for an image without any content
+	install   string
+}{
+	"ext4": {[]string{"mke2fs", "-q", "-t", "ext4", "-m", "0", "-E", "nodiscard"}, []string{"-E", "nodiscard,assume_storage_prezeroed=1"}, "apt-get install e2fsprogs"},
+	"xfs":  {[]string{"mkfs.xfs", "-q", "-K"}, nil, "apt-get install xfsprogs"},
+}
+
+// makeFilesystem formats disk with further arguments. The program outlives this process should that be killed, and holds the disk's
+// lock until it has finished: a file system is made as a whole or not begun.
+func makeFilesystem(ctx context.Context, fsType string, disk *os.File, path string, arguments ...string) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	m := mkfs[fsType]
+	program, err := exec.LookPath(m.arguments[0])
+	if err != nil {
+		return fmt.Errorf("%s is missing: %s", m.arguments[0], m.install)
+	}
+	arguments = append(m.arguments[1:len(m.arguments):len(m.arguments)], arguments...)
+	if _, err := disk.Seek(0, unix.SEEK_DATA); errors.Is(err, unix.ENXIO) {
+		arguments = append(arguments, m.sparse...)
+	}
+	var out bytes.Buffer
+	cmd := exec.Command(program, append(arguments, "/proc/self/fd/3")...)
+	cmd.ExtraFiles = []*os.File{disk}
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // nor does Ctrl-C reach it
+	if err := cmd.Run(); err != nil {
+		if text := strings.TrimSpace(out.String()); text != "" {
+			err = errors.New(strings.ReplaceAll(text, "/proc/self/fd/3", path))
+		}
+		return fmt.Errorf("make %s on %s: %w", fsType, path, err)
+	}
+	return nil
+}
+
+// makeScratch makes the pod's writable disk: sparse, known to be all zeros, so that a guest that mounts it has nothing to initialize.
+// Its small journal is for the guest's restarts; the host never reads it.
+func makeScratch(ctx context.Context, path string, size spec.Bytes) (err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err = errors.Join(err, f.Close()); err != nil {
+			os.Remove(path)
+		}
+	}()
+	if err := f.Truncate(int64(size) &^ 4095); err != nil {
+		return fmt.Errorf("scratch disk of %v: %w", size, err)
+	}
+	journal := "size=8"
+	if size < 64<<20 {
+		journal = "size=4" // the least
+	}
+	return makeFilesystem(ctx, "ext4", f, path, "-b", "4096", "-I", "256", "-J", journal, "-O", "^resize_inode,sparse_super2",
+		"-E", "nodiscard,packed_meta_blocks=1,root_owner=0:0,assume_storage_prezeroed=1")
+}
