@@ -99,9 +99,9 @@ func confine() error {
 	if err := unix.Sethostname([]byte("cradle")); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}
-	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: c.NoFile, unix.RLIMIT_NPROC: 1024} {
-		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: limit, Max: limit}); err != nil {
-			return fmt.Errorf("set limit %d to %d: %w", resource, limit, err)
+	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: c.NoFile, unix.RLIMIT_NPROC: maxThreads} {
+		if err := limitTo(resource, limit); err != nil {
+			return err
 		}
 	}
 	if err := c.dropPrivileges(); err != nil {
@@ -118,6 +118,23 @@ func confine() error {
 	}
 	err = unix.Exec(c.Path, append([]string{filepath.Base(c.Path)}, c.Args...), []string{"PATH=/usr/bin", "LC_ALL=C"})
 	return fmt.Errorf("execute %s: %w", c.Path, err)
+}
+
+// maxThreads bounds the threads of a confined process's user; QEMU has one for each virtual processor and at most 64 for its disks.
+const maxThreads = 1024
+
+// limitTo sets a resource limit, or leaves it where it is lower.
+func limitTo(resource int, limit uint64) error {
+	var now unix.Rlimit
+	err := unix.Getrlimit(resource, &now)
+	if err == nil {
+		limit = min(limit, now.Max)
+		err = unix.Setrlimit(resource, &unix.Rlimit{Cur: limit, Max: limit})
+	}
+	if err != nil {
+		return fmt.Errorf("set limit %d to %d: %w", resource, limit, err)
+	}
+	return nil
 }
 
 // ownFiles opens the configuration, whose number is the only argument, and the go-ahead behind it. The program does not inherit them.

@@ -27,6 +27,7 @@ type Machine struct {
 
 	template *memory // that the guest's memory is a copy of, nil after a cold start
 	process  *process
+	daemon   *process    // virtiofsd, or nil; it ends with its connection to QEMU
 	stderr   *tailBuffer // nil for a machine that was taken up
 	monitor  *monitor
 	console  *console
@@ -102,6 +103,9 @@ func (m *Machine) Close() error {
 	m.client.CloseIdleConnections()
 	m.process.file.Close() // watch returns
 	<-m.done
+	if m.daemon != nil {
+		m.daemon.file.Close()
+	}
 	m.monitor.close()
 	m.console.close()
 	return errors.Join(m.root.Close(), m.lock.Close())
@@ -131,13 +135,16 @@ func (m *Machine) watch() {
 
 // gone removes what another process would take up.
 func (m *Machine) gone() {
+	if m.daemon != nil {
+		m.daemon.kill()
+	}
 	m.console.ended()
 	<-m.monitor.done
 	removeRun(m.root)
 }
 
 func removeRun(root *os.File) {
-	for _, name := range []string{stateFile, controlSock, qmpSock, consoleSock} {
+	for _, name := range []string{stateFile, controlSock, qmpSock, consoleSock, virtiofsSock} {
 		os.Remove(via(root, name))
 	}
 }

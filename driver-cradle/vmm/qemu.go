@@ -125,7 +125,10 @@ func (h *hardware) arguments() []string {
 	a = append(a, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-accel", h.accel, "-cpu", cpuModel(h.accel), "-smp", strconv.Itoa(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20))
 	memory := fmt.Sprintf("memory-backend-ram,id=mem,size=%d", h.memory)
-	if h.ram != 0 {
+	switch {
+	case h.virtiofs != 0: // the daemon maps it as well
+		memory = fmt.Sprintf("memory-backend-memfd,id=mem,size=%d,share=on", h.memory)
+	case h.ram != 0:
 		memory = fmt.Sprintf("memory-backend-file,id=mem,size=%d,mem-path=/proc/self/fd/%d,share=%s", h.memory, h.ram, onOff(h.ramShared))
 	}
 	a = append(a, "-object", memory)

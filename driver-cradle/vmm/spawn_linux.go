@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A child is a confined process that this process has started and that waits for its go-ahead.
+// A child is a confined process that this process has started and that waits for its go-ahead. A nil one is none.
 type child struct {
 	*process
 	start uint64
@@ -24,12 +24,18 @@ type child struct {
 
 // goAhead lets the child become the program.
 func (c *child) goAhead() error {
+	if c == nil {
+		return nil
+	}
 	_, err := c.goes.Write([]byte{1})
 	return errors.Join(err, c.goes.Close())
 }
 
 // abort ends the child before its go-ahead.
 func (c *child) abort() {
+	if c == nil {
+		return
+	}
 	c.goes.Close()
 	c.kill()
 	c.file.Close()

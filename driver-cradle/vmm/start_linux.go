@@ -275,7 +275,6 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 			return errors.Join(err, monitor.Close(), console.Close())
 		}
 	}
-	conf.Args = h.arguments()
 	for _, p := range c.Net.Publish {
 		if p.HostPort != 0 && p.HostPort < firstFreePort() {
 			conf.Caps = append(conf.Caps[:len(conf.Caps):len(conf.Caps)], unix.CAP_NET_BIND_SERVICE)
@@ -287,8 +286,19 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 		return errors.Join(err, monitor.Close(), console.Close())
 	}
 	defer group.Close()
+	var daemon *child
+	if len(c.Virtiofs) > 0 {
+		var conn *os.File
+		if daemon, conn, err = m.spawnVirtiofs(c, group); err != nil {
+			return errors.Join(err, monitor.Close(), console.Close())
+		}
+		h.virtiofs = files.add(conn)
+		m.daemon, m.state.Virtiofs = daemon.process, &daemonHandle{daemon.pid, daemon.start}
+	}
+	conf.Args = h.arguments()
 	child, err := spawn(&conf, files.list, group, m.stderr)
 	if err != nil {
+		daemon.abort()
 		return errors.Join(err, monitor.Close(), console.Close())
 	}
 	m.process = child.process
@@ -298,14 +308,16 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 		err = m.state.write(m.dir)
 	}
 	if err != nil {
+		daemon.abort()
 		child.abort()
 		return errors.Join(err, monitor.Close(), console.Close())
 	}
 	m.monitor = newMonitor(monitor, m.onEvent)
 	started = true
 	go m.watch()
-	if err := child.goAhead(); err != nil {
-		m.log.Debug("QEMU's go-ahead", "error", err) // it has ended: watch will say so
+	// Who ends before its go-ahead is watch's to report.
+	if err := errors.Join(daemon.goAhead(), child.goAhead()); err != nil {
+		m.log.Debug("go-ahead", "error", err)
 	}
 	return nil
 }

@@ -76,6 +76,12 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 	if m.console, err = newConsole(dir, conn); err != nil {
 		return nil, errors.Join(err, monitor.Close(), m.process.file.Close())
 	}
+	if d := s.Virtiofs; d != nil {
+		// One that has died is the guest's to notice.
+		if m.daemon, err = openProcess(d.PID, d.StartTime); err != nil {
+			m.daemon = nil
+		}
+	}
 	m.monitor = newMonitor(monitor, m.onEvent)
 	ctx, cancel := context.WithTimeoutCause(ctx, takeUpTimeout, errors.New("QEMU does not answer"))
 	defer cancel()

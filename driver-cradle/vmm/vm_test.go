@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -280,5 +281,53 @@ func userNetwork(t *testing.T, how string) {
 	case s := <-heard:
 		t.Errorf("the loopback interface received %q from the guest", s)
 	default:
+	}
+}
+
+func TestVMShares(t *testing.T) {
+	for name, set := range map[string]func(*Config, []Share){
+		"9p":       func(c *Config, s []Share) { c.Shares, c.Start = s, Template },
+		"virtiofs": func(c *Config, s []Share) { c.Virtiofs, c.Start = s, Auto },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, other, file := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "file")
+			if err := os.WriteFile(file, []byte("one file"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(other, "f"), []byte("of a directory"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Symlink("/etc/shadow", filepath.Join(dir, "shadow")); err != nil {
+				t.Fatal(err)
+			}
+			c := config(t)
+			set(&c, []Share{{"rw", dir, false}, {"ro", other, true}, {"one", file, false}})
+			m := start(t, c)
+			ask(t, m, strings.Replace(name, "virtiofs", "fs", 1), nil, nil)
+			for path, want := range map[string]string{"/mnt/ro/f": "of a directory", "/mnt/one": "one file"} {
+				var got string
+				if ask(t, m, "file", url.Values{"path": {path}}, &got); got != want {
+					t.Errorf("%s reads %q", path, got)
+				}
+			}
+			ask(t, m, "put", url.Values{"path": {"/mnt/rw/new"}, "text": {"from the guest"}, "uid": {"1234"}}, nil)
+			fi, err := os.Stat(filepath.Join(dir, "new"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if uid := fi.Sys().(*syscall.Stat_t).Uid; uid != 1234 {
+				t.Errorf("a file of the guest's user 1234 belongs to %d", uid)
+			}
+			if err := try(t, m, "put", url.Values{"path": {"/mnt/ro/new"}, "text": {"x"}}, nil); err == nil {
+				t.Error("a read-only share could be written")
+			}
+			if err := try(t, m, "mknod", url.Values{"path": {"/mnt/rw/sda"}}, nil); err == nil {
+				t.Error("the guest made a device node on the host")
+			}
+			var got string
+			if err := try(t, m, "file", url.Values{"path": {"/mnt/rw/../../proc/1/root/etc/shadow"}}, &got); err == nil {
+				t.Errorf("outside of the share: %.20q", got)
+			}
+		})
 	}
 }
