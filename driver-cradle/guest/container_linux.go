@@ -147,6 +147,9 @@ func (c *Container) stateLocked() State {
 	if c.unit.restarting && !s.Running {
 		s.Status, s.Running, s.Restarting = wire.StateRestarting, true, true
 	}
+	if u := c.unit; !u.active && !u.begun && u.last.reason != "" {
+		s.ExitCode, s.Error = u.last.code, u.last.reason // what it waited for never came
+	}
 	if c.health != nil {
 		h := *c.health
 		h.Log = append([]Probe(nil), h.Log...)
@@ -357,6 +360,9 @@ func (c *Container) stop(ctx context.Context, signal string, timeout *time.Durat
 	crew.change()
 	crew.mu.Unlock()
 	if err := c.end(ctx, signal, timeout); err != nil {
+		return err
+	}
+	if err := c.await(ctx, func() (bool, error) { return !c.unit.active, nil }); err != nil {
 		return err
 	}
 	if event != "" {

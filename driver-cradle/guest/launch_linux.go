@@ -62,7 +62,7 @@ func (p *Pod) startStage(r stageRequest) (*command, error) {
 	}
 	config, err := json.Marshal(r.config)
 	if err == nil {
-		_, err = conn.Write(append(config, '\n'))
+		_, err = conn.Write(config)
 	}
 	if err != nil && !errors.Is(err, unix.EPIPE) {
 		_ = proc.signal(unix.SIGKILL)

@@ -26,22 +26,23 @@ func mount(source, target, fstype string, flags uintptr, data string) error {
 // fdPath names an open file for calls that take a path only. The agent's own /proc serves: it never leaves its mount namespace.
 func fdPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
 
-// bind mounts source at target. Flags of a bind mount (read-only, nosuid, …) take a second call.
-func bind(source, target string, flags uintptr) error {
-	if err := unix.Mount(source, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return &os.PathError{Op: "bind " + source + " at", Path: target, Err: err}
+// bind mounts source, with what is mounted below it, at target; attributes (unix.MOUNT_ATTR_RDONLY, …) hold for all of it, and from
+// the beginning. What the mount has already, such as nosuid, stays.
+func bind(source, target string, attributes uint64) error {
+	fail := func(err error) error { return &os.PathError{Op: "bind " + source + " at", Path: target, Err: err} }
+	tree, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if err != nil {
+		return fail(err)
 	}
-	if flags == 0 {
-		return nil
+	defer unix.Close(tree)
+	if attributes != 0 {
+		attr := unix.MountAttr{Attr_set: attributes}
+		if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
+			return fail(err)
+		}
 	}
-	// Flags that the mount has and may not lose (it was nosuid on the host's share) are kept.
-	var st unix.Statfs_t
-	if err := unix.Statfs(target, &st); err != nil {
-		return &os.PathError{Op: "statfs", Path: target, Err: err}
-	}
-	flags |= uintptr(st.Flags) & (unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_RDONLY)
-	if err := unix.Mount("", target, "", unix.MS_BIND|unix.MS_REMOUNT|flags, ""); err != nil {
-		return &os.PathError{Op: "remount", Path: target, Err: err}
+	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS); err != nil {
+		return fail(err)
 	}
 	return nil
 }

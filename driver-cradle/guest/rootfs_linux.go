@@ -154,11 +154,7 @@ func (p point) late() (lateMount, error) {
 	if p.mount.Subpath != "" {
 		return lateMount{}, &stateError{ErrInvalid, fmt.Sprintf("mount %s: no subpath of a volume can be mounted there", p.path)}
 	}
-	l := lateMount{Source: p.volume.path, File: p.volume.file, Target: p.path}
-	if p.mount.ReadOnly || p.volume.readOnly() {
-		l.Flags = unix.MS_RDONLY
-	}
-	return l, nil
+	return lateMount{Source: p.volume.path, File: p.volume.file, Target: p.path, ReadOnly: p.mount.ReadOnly || p.volume.readOnly()}, nil
 }
 
 func rawNode(v *volume) (deviceNode, error) {

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A stageConfig tells a stage what to become. It goes over the stage's socket as one line of JSON.
+// A stageConfig tells a stage what to become. It goes over the stage's socket as JSON.
 type stageConfig struct {
 	// Enter is set for a command in a running container: the stage enters the namespaces of the pidfd it inherits. Otherwise it is in
 	// new ones and builds the container's inside around Rootfs.
@@ -50,11 +50,12 @@ type stageConfig struct {
 
 // A lateMount is one below /dev, /proc or /sys: it comes after those.
 type lateMount struct {
-	Source  string // path in the agent's tree; "" makes a tmpfs
-	File    bool
-	Target  string
-	Flags   uintptr
-	Options string
+	Source   string // path in the agent's tree; "" makes a tmpfs
+	File     bool
+	ReadOnly bool
+	Target   string
+	Flags    uintptr // tmpfs
+	Options  string  // tmpfs
 }
 
 // A deviceNode is a block volume that the container gets raw.
@@ -162,6 +163,9 @@ func buildInside(c *stageConfig) error {
 		{"/dev/mqueue", "mqueue", locked, ""},
 		{"/dev/shm", "tmpfs", locked, fmt.Sprintf("mode=1777,size=%d", c.ShmSize)},
 	} {
+		if slices.ContainsFunc(c.Mounts, func(l lateMount) bool { return l.Target == m.target }) {
+			continue // the pod brings its own
+		}
 		if err := mountInside(c.Rootfs, m.target, func(at string) error { return mount(m.fstype, at, m.fstype, m.flags, m.data) }); err != nil {
 			return err
 		}
@@ -200,7 +204,11 @@ func mountLate(root string, m lateMount) error {
 	if m.Source == "" {
 		return mount("tmpfs", at.path(), "tmpfs", m.Flags, m.Options)
 	}
-	return bind(m.Source, at.path(), m.Flags)
+	var attributes uint64
+	if m.ReadOnly {
+		attributes = unix.MOUNT_ATTR_RDONLY
+	}
+	return bind(m.Source, at.path(), attributes)
 }
 
 // pivot makes dir the root of this mount namespace and lets go of everything else.
@@ -245,6 +253,9 @@ func makeDevices(c *stageConfig) error {
 		{"/proc/self/fd", "fd"}, {"/proc/self/fd/0", "stdin"}, {"/proc/self/fd/1", "stdout"}, {"/proc/self/fd/2", "stderr"}, {"pts/ptmx", "ptmx"},
 		{"/proc/kcore", "core"},
 	} {
+		if l[1] == "core" && !exists(l[0]) {
+			continue
+		}
 		if err := os.Symlink(l[0], dev+"/"+l[1]); err != nil {
 			return err
 		}
@@ -268,6 +279,11 @@ func makeDevices(c *stageConfig) error {
 		}
 	}
 	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 func makeNode(path string, mode uint32, dev uint64) error {
@@ -391,7 +407,7 @@ func mask() error {
 		if _, err := os.Stat(p); err != nil {
 			continue
 		}
-		if err := bind(p, p, unix.MS_RDONLY); err != nil {
+		if err := bind(p, p, unix.MOUNT_ATTR_RDONLY); err != nil {
 			return err
 		}
 	}
@@ -444,12 +460,12 @@ func readStage(conn *net.UnixConn) (master *os.File, err error) {
 				master = f
 			}
 		}
-		for _, b := range buf[:n] {
+		for _, b := range buf[:max(n, 0)] {
 			if b != ttyMark || len(text) > 0 {
 				text = append(text, b)
 			}
 		}
-		if n == 0 || rerr != nil || len(text) > 64<<10 {
+		if n <= 0 || rerr != nil || len(text) > 64<<10 {
 			break
 		}
 	}

@@ -217,11 +217,11 @@ func bindVolume(v *volume, m spec.Mount, at mountPoint) error {
 		defer f.Close()
 		source = fdPath(f)
 	}
-	var flags uintptr
+	var attributes uint64
 	if m.ReadOnly || v.readOnly() {
-		flags = unix.MS_RDONLY
+		attributes = unix.MOUNT_ATTR_RDONLY
 	}
-	return bind(source, at.path(), flags)
+	return bind(source, at.path(), attributes)
 }
 
 // isFile says whether what a mount names is a single file.
