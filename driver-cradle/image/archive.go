@@ -65,7 +65,7 @@ func spoolArchive(ctx context.Context, r io.Reader, x *session, limit int64) (*a
 	if err != nil {
 		return nil, err
 	}
-	x.closers = append(x.closers, f)
+	x.closers = append(x.closers, f.file)
 	n, err := io.Copy(f, io.LimitReader(r, limit+1))
 	if err != nil {
 		return nil, spaceError(err, x.dir)
@@ -73,10 +73,10 @@ func spoolArchive(ctx context.Context, r io.Reader, x *session, limit int64) (*a
 	if n > limit {
 		return nil, fmt.Errorf("%w: an archive of more than %s", ErrTooLarge, formatSize(limit))
 	}
-	if err := f.Truncate(f.end); err != nil {
+	if err := f.finish(); err != nil {
 		return nil, err
 	}
-	return indexArchive(f.File, f.end)
+	return indexArchive(f.file, f.end)
 }
 
 func indexArchive(f *os.File, size int64) (*archive, error) {

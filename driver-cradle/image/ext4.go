@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -21,7 +22,7 @@ import (
 // The conversion is tar2ext4's. It sees a tar that holds every file exactly once, parents before children, with what it
 // would get wrong already put right: see fsTime and ext4Xattrs. What remains is put right afterwards: see fixRoot and
 // padBitmaps.
-func writeExt4(t *tree, content io.ReaderAt, w io.ReadWriteSeeker, wa io.WriterAt, ra io.ReaderAt) error {
+func writeExt4(t *tree, content io.ReaderAt, out *sparseFile) error {
 	stand := standIn(t.root)
 	pr, pw := io.Pipe()
 	done := make(chan struct{})
@@ -37,13 +38,16 @@ func writeExt4(t *tree, content io.ReaderAt, w io.ReadWriteSeeker, wa io.WriterA
 	// Twice the content and room for each inode is more than any tree takes; what it bounds is only the space kept for
 	// group descriptors, one block for each 16 GiB.
 	limit := 2*t.content + int64(t.entries)*16<<10 + 1<<30
-	err := tar2ext4.ConvertTarToExt4(pr, w, tar2ext4.MaximumDiskSize(limit))
+	err := tar2ext4.ConvertTarToExt4(pr, out, tar2ext4.MaximumDiskSize(limit))
 	pr.CloseWithError(errStopped)
 	<-done
 	if err != nil {
 		return err
 	}
-	p := &patcher{r: ra, w: wa}
+	if err := out.finish(); err != nil {
+		return err
+	}
+	p := &patcher{file: out.file}
 	fixRoot(p, stand)
 	padBitmaps(p)
 	if p.err != nil {
@@ -175,7 +179,7 @@ const (
 
 // ext4Xattrs returns the extended attributes among an entry's pax records as ext4 stores them. Those of overlayfs itself
 // describe the builder's storage and are dropped, like those of other systems, which Linux can't store.
-func ext4Xattrs(records map[string]string) (map[string]string, error) {
+func ext4Xattrs(records map[string]string, mode int64) (map[string]string, error) {
 	var xattrs map[string]string
 	for key, value := range records {
 		name, ok := strings.CutPrefix(key, xattrRecord)
@@ -189,10 +193,10 @@ func ext4Xattrs(records map[string]string) (map[string]string, error) {
 				return nil, fmt.Errorf("has an extended attribute with the impossible name %.300q", name)
 			}
 		case "system":
-			if name != "system.posix_acl_access" && name != "system.posix_acl_default" {
+			if name != aclAccess && name != aclDefault {
 				continue
 			}
-			acl, err := ext4ACL(value)
+			acl, err := ext4ACL(value, name == aclAccess, mode)
 			if err != nil {
 				return nil, fmt.Errorf("has a bad %s: %w", name, err)
 			}
@@ -235,24 +239,55 @@ func xattrsFit(xattrs map[string]string) bool {
 	return true
 }
 
+const (
+	aclAccess  = "system.posix_acl_access"
+	aclDefault = "system.posix_acl_default"
+)
+
+// Kinds of entries in an access control list (linux/posix_acl.h).
+const (
+	aclUserObj  = 0x01
+	aclUser     = 0x02
+	aclGroupObj = 0x04
+	aclGroup    = 0x08
+	aclMask     = 0x10
+	aclOther    = 0x20
+)
+
 // ext4ACL turns the form that system calls and archives use (linux/posix_acl_xattr.h: version 2, 8 bytes an entry) into
 // the one on disk (fs/ext4/acl.h: version 1, an id only where the entry names a user or group). tar2ext4 would store
-// the former, and Linux then fails to open the file.
-func ext4ACL(value string) (string, error) {
-	const (
-		user, group = 0x02, 0x08 // ACL_USER, ACL_GROUP
-	)
+// the former, and Linux then fails to open the file. Where an access list disagrees with the mode, the mode wins, as it
+// does for every program that unpacks and then calls chmod.
+func ext4ACL(value string, access bool, mode int64) (string, error) {
 	b := []byte(value)
 	if len(b) < 4 || (len(b)-4)%8 != 0 || binary.LittleEndian.Uint32(b) != 2 {
 		return "", errors.New("not an access control list")
 	}
+	group := uint16(aclGroupObj)
+	for e := b[4:]; len(e) > 0; e = e[8:] {
+		if binary.LittleEndian.Uint16(e) == aclMask {
+			group = aclMask
+		}
+	}
 	out := binary.LittleEndian.AppendUint32(nil, 1)
 	for e := b[4:]; len(e) > 0; e = e[8:] {
-		out = append(out, e[:4]...)
-		switch tag := binary.LittleEndian.Uint16(e); tag {
-		case user, group:
+		tag, perm := binary.LittleEndian.Uint16(e), binary.LittleEndian.Uint16(e[2:])
+		if access {
+			switch tag {
+			case aclUserObj:
+				perm = uint16(mode >> 6 & 7)
+			case group:
+				perm = uint16(mode >> 3 & 7)
+			case aclOther:
+				perm = uint16(mode & 7)
+			}
+		}
+		out = binary.LittleEndian.AppendUint16(out, tag)
+		out = binary.LittleEndian.AppendUint16(out, perm)
+		switch tag {
+		case aclUser, aclGroup:
 			out = append(out, e[4:8]...)
-		case 0x01, 0x04, 0x10, 0x20: // ACL_USER_OBJ, ACL_GROUP_OBJ, ACL_MASK, ACL_OTHER
+		case aclUserObj, aclGroupObj, aclMask, aclOther:
 		default:
 			return "", fmt.Errorf("unknown tag %#x", tag)
 		}
@@ -358,9 +393,8 @@ func padBitmaps(p *patcher) {
 
 // A patcher reads and writes little-endian numbers and keeps the first error.
 type patcher struct {
-	r   io.ReaderAt
-	w   io.WriterAt
-	err error
+	file *os.File
+	err  error
 }
 
 func (p *patcher) fail(msg string) {
@@ -372,14 +406,14 @@ func (p *patcher) fail(msg string) {
 func (p *patcher) get(off int64, n int) []byte {
 	b := make([]byte, n)
 	if p.err == nil {
-		_, p.err = p.r.ReadAt(b, off)
+		_, p.err = p.file.ReadAt(b, off)
 	}
 	return b
 }
 
 func (p *patcher) put(off int64, b []byte) {
 	if p.err == nil {
-		_, p.err = p.w.WriteAt(b, off)
+		_, p.err = p.file.WriteAt(b, off)
 	}
 }
 

@@ -186,7 +186,7 @@ func (s *Store) collect(ctx context.Context, o GCOptions, report *GCReport) erro
 	if o.DryRun {
 		return nil
 	}
-	return s.removeStray(sizes)
+	return s.removeStray()
 }
 
 // layerSizes returns what each layer takes on disk.
@@ -208,13 +208,16 @@ func (s *Store) removeLayer(diffID string) error {
 	return nil
 }
 
-// removeStray removes records and locks without a layer. A lock that someone holds is left: a layer is coming.
-func (s *Store) removeStray(layers map[string]int64) error {
+// removeStray removes locks that nobody holds and records without a layer. Where a lock is held a layer is coming.
+func (s *Store) removeStray() error {
 	dir := filepath.Join("layers", "sha256")
 	return s.each(dir, "", func(path string, _ os.FileInfo) error {
 		base, ext, _ := strings.Cut(filepath.Base(path), ".")
+		if ext == "ext4" {
+			return nil
+		}
 		id := "sha256:" + base
-		if _, ok := layers[id]; ok || ext == "ext4" {
+		if _, err := os.Stat(s.layerPath(id, ".ext4")); err == nil && ext == "json" {
 			return nil
 		}
 		lock, err := tryLock(s.layerPath(id, ".lock"), lockExclusive, true)
@@ -222,7 +225,7 @@ func (s *Store) removeStray(layers map[string]int64) error {
 			return err
 		}
 		defer lock.release()
-		if _, err := os.Stat(s.layerPath(id, ".ext4")); err == nil {
+		if _, err := os.Stat(s.layerPath(id, ".ext4")); err == nil || ext == "lock" {
 			return nil
 		}
 		if err := os.Remove(path); err != nil && !isNotExist(err) {

@@ -8,12 +8,14 @@ import (
 	"encoding/hex"
 	"io"
 	"log"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -159,9 +161,8 @@ func makeImage(t testing.TB, config v1.Config, layers ...v1.Layer) v1.Image {
 // A testRegistry is a real registry on a port of this machine.
 type testRegistry struct {
 	*httptest.Server
-	host     string
-	requests []string // method and path, in order
-	handler  http.Handler
+	host    string
+	handler http.Handler
 }
 
 func startRegistry(t testing.TB, wrap func(http.Handler) http.Handler) *testRegistry {
@@ -232,4 +233,55 @@ func readFile(t testing.TB, name string) []byte {
 		t.Fatal(err)
 	}
 	return data
+}
+
+func newZstd(t testing.TB, w io.Writer) io.WriteCloser {
+	t.Helper()
+	z, err := zstd.NewWriter(w)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return z
+}
+
+// contextOfProcess is for the process that TestKilled starts.
+var contextOfProcess = context.Background()
+
+// blockSecondHalf makes a registry stop in the middle of layers of more than 100 kB, while block is set.
+func blockSecondHalf(block *atomic.Bool, reached chan<- struct{}) func(http.Handler) http.Handler {
+	return func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+			if !block.Load() || q.Method != http.MethodGet || !strings.Contains(q.URL.Path, "/blobs/") {
+				h.ServeHTTP(w, q)
+				return
+			}
+			rec := httptest.NewRecorder()
+			h.ServeHTTP(rec, q)
+			body := rec.Body.Bytes()
+			if len(body) > 100<<10 {
+				_, _ = w.Write(body[:len(body)/2])
+				w.(http.Flusher).Flush()
+				reached <- struct{}{}
+				<-q.Context().Done()
+				return
+			}
+			_, _ = w.Write(body)
+		})
+	}
+}
+
+// randomText does not compress well.
+func randomText(n int) string {
+	b := make([]byte, n)
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return string(b)
+}
+
+func digestReader(r io.Reader) (string, error) {
+	h := sha256.New()
+	_, err := io.Copy(h, r)
+	return hex.EncodeToString(h.Sum(nil)), err
 }

@@ -31,7 +31,7 @@ const (
 	zstdWindow = 128 << 20 // what `zstd --long` uses; docker and containerd write 8 MiB at most
 
 	// spaceEvery is how many bytes are written between two looks at the free space.
-	spaceEvery = 64 << 20
+	spaceEvery = 4 << 20
 	// maxReserve of free space is never touched, or a twentieth of a small file system.
 	maxReserve = 1 << 30
 )
@@ -96,7 +96,7 @@ func (j *job) ensure(ctx context.Context) (Layer, error) {
 	l, _, err := j.store.readLayer(j.blob.diffID)
 	if err != nil {
 		if err := j.convert(ctx); err != nil {
-			return Layer{}, err
+			return Layer{}, spaceError(err, j.store.root)
 		}
 		if l, _, err = j.store.readLayer(j.blob.diffID); err != nil {
 			return Layer{}, err
@@ -118,7 +118,7 @@ func (j *job) convert(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer content.Close()
+	defer content.file.Close()
 	t, err := j.fetch(ctx, content)
 	if err != nil {
 		return err
@@ -130,27 +130,24 @@ func (j *job) convert(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer out.Close()
+	defer out.file.Close()
 	out.written = func(n int64) { j.progress(Converting, min(n, total), total) }
-	if err := writeExt4(t, content.File, out, out.File, out.File); err != nil {
-		return fmt.Errorf("convert to ext4: %w", spaceError(err, dir))
-	}
-	if err := out.Truncate(out.end); err != nil {
-		return err
+	if err := writeExt4(t, content.file, out); err != nil {
+		return fmt.Errorf("convert to ext4: %w", err)
 	}
 	sum, err := j.sync(out)
 	if err != nil {
-		return spaceError(err, dir)
+		return err
 	}
 
 	rec := layerRecord{
 		DiffID: j.blob.diffID, Size: out.end, SHA256: sum, TarSize: total, Created: time.Now().UTC().Truncate(time.Second),
 	}
 	if err := writeJSON(dir, j.store.layerPath(j.blob.diffID, ".json"), rec); err != nil {
-		return spaceError(err, dir)
+		return err
 	}
 	path := j.store.layerPath(j.blob.diffID, ".ext4")
-	if err := os.Rename(out.Name(), path); err != nil {
+	if err := os.Rename(out.file.Name(), path); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(path))
@@ -160,13 +157,13 @@ func (j *job) convert(ctx context.Context) error {
 func (j *job) sync(f *sparseFile) (string, error) {
 	var g errgroup.Group
 	g.Go(func() error {
-		if err := f.Chmod(0o444); err != nil {
+		if err := f.file.Chmod(0o444); err != nil {
 			return err
 		}
-		return f.Sync()
+		return f.file.Sync()
 	})
 	h := sha256.New()
-	if _, err := io.Copy(h, io.NewSectionReader(f.File, 0, f.end)); err != nil {
+	if _, err := io.Copy(h, io.NewSectionReader(f.file, 0, f.end)); err != nil {
 		return "", errors.Join(err, g.Wait())
 	}
 	return hex.EncodeToString(h.Sum(nil)), g.Wait()
@@ -199,7 +196,7 @@ func (j *job) fetch(ctx context.Context, w *sparseFile) (*tree, error) {
 	if got := "sha256:" + hex.EncodeToString(diff.Sum(nil)); got != j.blob.diffID {
 		return nil, fmt.Errorf("%w: content has the digest %s, the image says %s", ErrCorrupt, got, j.blob.diffID)
 	}
-	return t, w.Truncate(w.end)
+	return t, w.finish()
 }
 
 func (j *job) scan(in *blobReader, diff hash.Hash, w *sparseFile) (*tree, error) {
@@ -209,7 +206,7 @@ func (j *job) scan(in *blobReader, diff hash.Hash, w *sparseFile) (*tree, error)
 	}
 	defer closeReader()
 	limit := &layerLimit{r: r, in: in, job: j}
-	return scanTar(io.TeeReader(limit, io.MultiWriter(diff, w)), j.maxLayer)
+	return scanTar(io.TeeReader(limit, io.MultiWriter(diff, w)), layerBounds(j.maxLayer))
 }
 
 var (
@@ -339,8 +336,10 @@ func (l *layerLimit) Read(p []byte) (int, error) {
 }
 
 // A sparseFile is written with holes where there would be blocks of zeros, and only while the file system has room.
+//
+// The file is no embedded field: its ReadFrom would go past Write.
 type sparseFile struct {
-	*os.File
+	file    *os.File
 	ctx     context.Context
 	pos     int64
 	end     int64 // of the content
@@ -353,8 +352,7 @@ func createSparse(ctx context.Context, path string) (*sparseFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &sparseFile{File: f, ctx: ctx, disk: spaceEvery}
-	return s, nil
+	return &sparseFile{file: f, ctx: ctx, disk: spaceEvery}, nil
 }
 
 var zeros [ext4Block]byte
@@ -369,7 +367,7 @@ func (s *sparseFile) Write(p []byte) (int, error) {
 			if err := s.room(n); err != nil {
 				return len(p) - len(rest), err
 			}
-			if _, err := s.WriteAt(rest[:n], s.pos); err != nil {
+			if _, err := s.file.WriteAt(rest[:n], s.pos); err != nil {
 				return len(p) - len(rest), err
 			}
 		}
@@ -413,7 +411,7 @@ func (s *sparseFile) room(n int) error {
 		return nil
 	}
 	s.disk = 0
-	return checkSpace(filepath.Dir(s.Name()), int64(n))
+	return checkSpace(filepath.Dir(s.file.Name()), int64(n))
 }
 
 func checkSpace(dir string, want int64) error {
@@ -436,6 +434,9 @@ func spaceError(err error, dir string) error {
 	return err
 }
 
+// finish gives the file its size, also where it ends in a hole.
+func (s *sparseFile) finish() error { return s.file.Truncate(s.end) }
+
 func (s *sparseFile) Seek(offset int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekCurrent:
@@ -451,7 +452,7 @@ func (s *sparseFile) Seek(offset int64, whence int) (int64, error) {
 }
 
 func (s *sparseFile) Read(p []byte) (int, error) {
-	n, err := s.ReadAt(p, s.pos)
+	n, err := s.file.ReadAt(p, s.pos)
 	s.pos += int64(n)
 	return n, err
 }

@@ -188,7 +188,7 @@ type layoutSource struct {
 func (s layoutSource) resolve(ctx context.Context, platform string) (*resolved, error) {
 	data, err := readSmall(s.fsys, "index.json", maxManifest)
 	if isNotExist(err) {
-		return nil, errors.New("no OCI layout: index.json is missing")
+		return nil, fmt.Errorf("%w: index.json is missing: it is no OCI layout, or cut short", ErrCorrupt)
 	}
 	if err != nil {
 		return nil, err
@@ -289,7 +289,7 @@ func (s archiveSource) resolve(ctx context.Context, platform string) (*resolved,
 		if _, err := fs.Stat(s.fsys, "index.json"); err == nil {
 			return layoutSource(s).resolve(ctx, platform)
 		}
-		return nil, errors.New("no docker archive: manifest.json is missing")
+		return nil, fmt.Errorf("%w: manifest.json is missing: it is no docker archive, or cut short", ErrCorrupt)
 	}
 	if err != nil {
 		return nil, err
@@ -306,8 +306,7 @@ func (s archiveSource) resolve(ctx context.Context, platform string) (*resolved,
 	if r.config, err = readSmall(s.fsys, img.Config, maxConfig); err != nil {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
-	// The configuration's name is its digest: <hex>.json, or blobs/sha256/<hex> since docker 25.
-	r.id = "sha256:" + strings.TrimSuffix(path.Base(img.Config), ".json")
+	r.id = img.id()
 	if m, d := s.manifestOf(r.id); m != nil {
 		return layoutSource{s.fsys, ""}.image(m, d)
 	}
@@ -330,6 +329,12 @@ type archiveImage struct {
 	Layers   []string
 }
 
+// id is the configuration's digest, which is its name: <hex>.json, blobs/sha256/<hex> since docker 25, sha256:<hex> where
+// go-containerregistry wrote the archive.
+func (a *archiveImage) id() string {
+	return "sha256:" + strings.TrimPrefix(strings.TrimSuffix(path.Base(a.Config), ".json"), "sha256:")
+}
+
 func (s archiveSource) pick(images []archiveImage) (*archiveImage, error) {
 	var names []string
 	for i, img := range images {
@@ -342,7 +347,7 @@ func (s archiveSource) pick(images []archiveImage) (*archiveImage, error) {
 			}
 			names = append(names, familiar(tag))
 		}
-		if id := "sha256:" + strings.TrimSuffix(path.Base(img.Config), ".json"); s.name != "" && s.name == id {
+		if s.name != "" && s.name == img.id() {
 			return &images[i], nil
 		}
 	}

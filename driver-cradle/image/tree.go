@@ -10,16 +10,24 @@ import (
 	"time"
 )
 
-// Bounds of one layer's content. Path and name lengths are Linux's (PATH_MAX, NAME_MAX); the others are far above every
-// image seen and keep what a hostile layer can make us remember below about a gigabyte.
+// bounds of one layer's content. They are far above every image seen and keep what a hostile layer can make us remember
+// and compute within about a gigabyte and half a minute.
+type bounds struct {
+	entries  int
+	devices  int
+	metadata int   // bytes of names, link targets and extended attributes
+	steps    int   // path components looked up
+	content  int64 // bytes of all regular files, which sparse entries can make far larger than the tar
+}
+
+func layerBounds(content int64) bounds {
+	return bounds{entries: 2 << 20, devices: 4096, metadata: 256 << 20, steps: 64 << 20, content: content}
+}
+
 const (
-	maxEntries  = 2 << 20
-	maxDevices  = 4096
-	maxMetadata = 256 << 20 // bytes of names, link targets and extended attributes
-	maxSteps    = 64 << 20  // path components looked up
-	maxPath     = 4095
-	maxName     = 255
-	maxSymlinks = 40 // followed for one entry
+	maxPath     = 4095 // PATH_MAX
+	maxName     = 255  // NAME_MAX
+	maxSymlinks = 40   // followed for one entry, as Linux does
 	// maxFile is the largest file that tar2ext4 describes correctly: beyond 340 extents of 128 MiB it is wrong.
 	maxFile = 339 * 128 << 20
 )
@@ -36,6 +44,7 @@ const (
 // file may replace a directory, hard links keep what their name meant then) in front of a writer that can only append.
 type tree struct {
 	root     *file
+	bounds   bounds
 	entries  int
 	devices  int
 	metadata int
@@ -63,8 +72,8 @@ type file struct {
 	whiteout bool             // the name is deleted
 }
 
-func newTree() *tree {
-	return &tree{root: &file{typ: tar.TypeDir, mode: 0o755, children: make(map[string]*file)}}
+func newTree(b bounds) *tree {
+	return &tree{bounds: b, root: &file{typ: tar.TypeDir, mode: 0o755, children: make(map[string]*file)}}
 }
 
 // An entryError says which entry of a layer is refused.
@@ -93,10 +102,9 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// scanTar reads an uncompressed layer to its end and returns its tree. maxContent bounds the sum of the files' sizes,
-// which sparse entries can make far larger than the tar.
-func scanTar(r io.Reader, maxContent int64) (*tree, error) {
-	t := newTree()
+// scanTar reads an uncompressed layer to its end and returns its tree.
+func scanTar(r io.Reader, b bounds) (*tree, error) {
+	t := newTree(b)
 	cr := &countingReader{r: r}
 	tr := tar.NewReader(cr)
 	for {
@@ -112,7 +120,7 @@ func scanTar(r io.Reader, maxContent int64) (*tree, error) {
 		if h.Typeflag == tar.TypeXGlobalHeader {
 			continue
 		}
-		if err := t.add(h, start, cr.n, maxContent); err != nil {
+		if err := t.add(h, start, cr.n); err != nil {
 			return nil, err
 		}
 		if _, err := io.Copy(io.Discard, tr); err != nil {
@@ -140,7 +148,7 @@ func corruptTar(err error) error {
 	return err
 }
 
-func (t *tree) add(h *tar.Header, header, content, maxContent int64) error {
+func (t *tree) add(h *tar.Header, header, content int64) error {
 	dir, base, err := splitEntry(h.Name, h.Name)
 	if err != nil {
 		return err
@@ -151,8 +159,8 @@ func (t *tree) add(h *tar.Header, header, content, maxContent int64) error {
 		}
 	}
 	t.metadata += len(base) + len(h.Linkname)
-	if t.metadata > maxMetadata {
-		return &entryError{h.Name, fmt.Sprintf("is one too many: names and attributes take over %s", formatSize(maxMetadata)), ErrTooLarge}
+	if t.metadata > t.bounds.metadata {
+		return &entryError{h.Name, fmt.Sprintf("is one too many: names and attributes take over %s", formatSize(int64(t.bounds.metadata))), ErrTooLarge}
 	}
 	if base == "" {
 		if h.Typeflag != tar.TypeDir {
@@ -194,8 +202,8 @@ func (t *tree) add(h *tar.Header, header, content, maxContent int64) error {
 		if f.size > maxFile {
 			return &entryError{h.Name, fmt.Sprintf("has %s: more than %s in one file can't be converted", formatSize(f.size), formatSize(maxFile)), ErrTooLarge}
 		}
-		if f.size > maxContent-t.content {
-			return &entryError{h.Name, fmt.Sprintf("makes the layer larger than %s", formatSize(maxContent)), ErrTooLarge}
+		if f.size > t.bounds.content-t.content {
+			return &entryError{h.Name, fmt.Sprintf("makes the layer larger than %s", formatSize(t.bounds.content)), ErrTooLarge}
 		}
 		t.content += f.size
 	case tar.TypeDir:
@@ -207,8 +215,8 @@ func (t *tree) add(h *tar.Header, header, content, maxContent int64) error {
 			return refuse(h.Name, "is a symbolic link of %d bytes, not 1 to %d", len(f.link), maxPath)
 		}
 	case tar.TypeChar, tar.TypeBlock:
-		if t.devices++; t.devices > maxDevices {
-			return refuse(h.Name, "is one too many: a layer may have %d device nodes", maxDevices)
+		if t.devices++; t.devices > t.bounds.devices {
+			return refuse(h.Name, "is one too many: a layer may have %d device nodes", t.bounds.devices)
 		}
 		f.major, f.minor = h.Devmajor, h.Devminor
 		if f.major < 0 || f.major >= 1<<12 || f.minor < 0 || f.minor >= 1<<20 {
@@ -243,7 +251,7 @@ func (t *tree) describe(f *file, h *tar.Header, name string) error {
 		return refuse(name, "has the impossible owner %d:%d", h.Uid, h.Gid)
 	}
 	f.mode, f.uid, f.gid, f.mtime = h.Mode&0o7777, h.Uid, h.Gid, h.ModTime
-	xattrs, err := ext4Xattrs(h.PAXRecords)
+	xattrs, err := ext4Xattrs(h.PAXRecords, f.mode)
 	if err != nil {
 		return refuse(name, "%v", err)
 	}
@@ -254,8 +262,8 @@ func (t *tree) describe(f *file, h *tar.Header, name string) error {
 // put gives f one more name. A name that exists is replaced with all that is below it, as unpacking would.
 func (t *tree) put(dir *file, base string, f *file, name string) error {
 	if dir.children[base] == nil {
-		if t.entries++; t.entries > maxEntries {
-			return &entryError{name, fmt.Sprintf("is one too many: a layer may have %d", maxEntries), ErrTooLarge}
+		if t.entries++; t.entries > t.bounds.entries {
+			return &entryError{name, fmt.Sprintf("is one too many: a layer may have %d", t.bounds.entries), ErrTooLarge}
 		}
 	}
 	if f.typ == tar.TypeDir {
@@ -357,7 +365,7 @@ func (t *tree) walk(dir, entry string, create bool) (*file, error) {
 	at, links := t.root, 0
 	rest := strings.Split(dir, "/")
 	for len(rest) > 0 {
-		if t.steps++; t.steps > maxSteps {
+		if t.steps++; t.steps > t.bounds.steps {
 			return nil, &entryError{entry, "is one too many: the layer's paths are too deep", ErrTooLarge}
 		}
 		c := rest[0]
