@@ -57,10 +57,10 @@ func (b *bench) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	bare, template, cold, docker := m[0], m[1], m[2], m[3]
+	bare, template, cold, dockerd := m[0], m[1], m[2], m[3]
 	b.table.compare("`kcradle run` busybox `echo`, from a template", seconds(template), "bare cold boot "+seconds(bare), ratio(template, bare), 0.5, 0)
 	b.table.compare("the same, cold", seconds(cold), "bare cold boot "+seconds(bare), ratio(cold, bare), 1.25, 0)
-	b.table.compare("the same, from a template", seconds(template), "`docker run --rm` "+seconds(docker), ratio(template, docker), 0, 0)
+	b.table.compare("the same, from a template", seconds(template), "`docker run --rm` "+seconds(dockerd), ratio(template, dockerd), 0, 0)
 	return nil
 }
 
@@ -175,12 +175,12 @@ func (b *bench) exec(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.stop(dir, b.kcradle)) }()
-	if _, err := timed(ctx, "docker", "-H", b.daemon.Host, "run", "-d", "--name", "resident", "--network", "none", dockerBusybox, "sleep", "100000"); err != nil {
+	if _, err := docker(ctx, b.daemon.Host, "run", "-d", "--name", "resident", "--network", "none", dockerBusybox, "sleep", "100000"); err != nil {
 		return err
 	}
 	execTrue := func(host, name string) func(context.Context) (time.Duration, error) {
 		return func(ctx context.Context) (time.Duration, error) {
-			return timed(ctx, "docker", "-H", host, "exec", name, "true")
+			return docker(ctx, host, "exec", name, "true")
 		}
 	}
 	m, err := b.interleave(ctx, execTrue("unix://"+filepath.Join(dir, "vdocker.sock"), "bench"), execTrue(b.daemon.Host, "resident"))
@@ -202,7 +202,7 @@ func (b *bench) copy(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, raw.close()) }()
+	defer raw.close()
 	dir, p, err := b.resident(ctx)
 	if err != nil {
 		return err
@@ -219,11 +219,11 @@ func (b *bench) copy(ctx context.Context) (err error) {
 	defer func() { b.rounds = rounds }()
 	m, err := b.interleave(ctx, raw.send,
 		func(ctx context.Context) (time.Duration, error) {
-			return timed(ctx, "docker", "-H", host, "cp", "-q", file, "bench:/blob")
+			return docker(ctx, host, "cp", "-q", file, "bench:/blob")
 		},
 		raw.receive,
 		func(ctx context.Context) (time.Duration, error) {
-			return timed(ctx, "docker", "-H", host, "cp", "-q", "bench:/blob", filepath.Join(b.dir, "back"))
+			return docker(ctx, host, "cp", "-q", "bench:/blob", filepath.Join(b.dir, "back"))
 		})
 	if err != nil {
 		return err
@@ -299,13 +299,12 @@ func (b *bench) startRaw(ctx context.Context) (*rawMachine, error) {
 	return m, nil
 }
 
-func (m *rawMachine) close() error {
+func (m *rawMachine) close() {
 	if m.session != nil {
 		m.session.Close()
 	}
 	m.cmd.Process.Kill()
 	m.cmd.Wait()
-	return nil
 }
 
 func (m *rawMachine) send(ctx context.Context) (time.Duration, error) {

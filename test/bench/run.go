@@ -62,7 +62,7 @@ func firstByte(ctx context.Context, program string, args ...string) (*process, e
 	}
 	go func() {
 		defer rest.Close()
-		io.Copy(io.Discard, rest)
+		_, _ = io.Copy(io.Discard, rest) // it ends with the program, however that ends
 	}()
 	return p, nil
 }
@@ -144,12 +144,12 @@ func (b *bench) dockerEcho(ctx context.Context) (time.Duration, error) {
 	return p.after, p.finish()
 }
 
-// timed runs a command to its end.
-func timed(ctx context.Context, program string, args ...string) (time.Duration, error) {
+// docker times a command of the docker CLI.
+func docker(ctx context.Context, host string, args ...string) (time.Duration, error) {
 	begin := time.Now()
-	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "docker", append([]string{"-H", host}, args...)...).CombinedOutput()
 	if err != nil {
-		return 0, fmt.Errorf("%s %s: %w: %s", program, strings.Join(args, " "), err, bytes.TrimSpace(out))
+		return 0, fmt.Errorf("docker %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
 	}
 	return time.Since(begin), nil
 }

@@ -31,7 +31,7 @@ type Daemon struct {
 	dir    string
 	cgroup string
 	cmd    *exec.Cmd
-	exited chan error
+	exited chan struct{} // closed when cmd has been waited for
 }
 
 // Start starts dockerd with everything of its in dir, which must be short: a socket's path has at most 107 bytes.
@@ -45,7 +45,7 @@ func Start(ctx context.Context, dir string) (*Daemon, error) {
 		Host:   "unix://" + filepath.Join(dir, "docker.sock"),
 		dir:    dir,
 		cgroup: fmt.Sprintf("cradle-test-%d", os.Getpid()),
-		exited: make(chan error, 1),
+		exited: make(chan struct{}),
 	}
 	log, err := os.Create(filepath.Join(dir, "log"))
 	if err != nil {
@@ -62,7 +62,10 @@ func Start(ctx context.Context, dir string) (*Daemon, error) {
 	if err := d.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start dockerd: %w", err)
 	}
-	go func() { d.exited <- d.cmd.Wait() }()
+	go func() {
+		defer close(d.exited)
+		d.cmd.Wait()
+	}()
 	if err := d.ready(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -77,9 +80,8 @@ func (d *Daemon) ready(ctx context.Context) error {
 			return nil
 		}
 		select {
-		case err := <-d.exited:
-			d.exited <- err
-			return fmt.Errorf("dockerd ended: %v\n%s", err, d.log())
+		case <-d.exited:
+			return fmt.Errorf("dockerd ended: %s\n%s", d.cmd.ProcessState, d.log())
 		case <-ctx.Done():
 			return fmt.Errorf("dockerd does not answer: %w\n%s", context.Cause(ctx), d.log())
 		case <-time.After(50 * time.Millisecond):

@@ -1,0 +1,71 @@
+//go:build vm
+
+package readme
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// blocks finds the examples: fenced as sh, with <!-- run --> on the line before.
+var blocks = regexp.MustCompile("(?s)<!-- run -->\n```sh\n(.*?)```\n")
+
+// TestVMExamples runs the README's examples one after the other in one shell, as a reader would, in a folder of their own.
+func TestVMExamples(t *testing.T) {
+	root, err := programs.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"kcradle", "boot/default/manifest.json"} {
+		if _, err := programs.Path(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var script strings.Builder
+	for _, block := range blocks.FindAllSubmatch(text, -1) {
+		script.Write(block[1])
+	}
+	if n := strings.Count(script.String(), "\n"); n < 10 {
+		t.Fatalf("the README has %d lines of examples", n)
+	}
+	dir, err := os.MkdirTemp("", "readme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// What a failed example has left running ends with it.
+		pods, _ := filepath.Glob(filepath.Join(dir, "*", "launch.json"))
+		for _, pod := range pods {
+			if out, err := exec.Command(filepath.Join(root, "bin", "kcradle"), "kill", filepath.Dir(pod)).CombinedOutput(); err == nil && t.Failed() {
+				t.Logf("kcradle kill: %s", out)
+			}
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-euxo", "pipefail", "-c", script.String())
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Join(root, "bin")+":"+os.Getenv("PATH"))
+	cmd.WaitDelay = 5 * time.Second
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+}
