@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -146,8 +147,10 @@ func ownFiles() (config, goes *os.File, err error) {
 	if err != nil || n < 3 {
 		return nil, nil, errors.New("this is no command")
 	}
-	unix.CloseOnExec(n)
-	unix.CloseOnExec(n + 1)
+	// With these two go all files that the launcher has inherited itself and does not know of.
+	if err := unix.CloseRange(uint(n), math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, nil, fmt.Errorf("close inherited files: %w", err)
+	}
 	return os.NewFile(uintptr(n), "config"), os.NewFile(uintptr(n+1), "go-ahead"), nil
 }
 

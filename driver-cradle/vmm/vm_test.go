@@ -31,6 +31,17 @@ var shared struct {
 
 func TestMain(m *testing.M) {
 	Confine()
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == hostileArg:
+		hostile()
+		return
+	case os.Args[0] == launcherName:
+		if err := launch(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "vmm-test-")
 		if err != nil {
@@ -68,6 +79,10 @@ func buildPackage() error {
 	}
 	shared.pkg, err = boot.Open(out)
 	return err
+}
+
+func testContext() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), 3*time.Minute)
 }
 
 func config(t testing.TB) Config {
