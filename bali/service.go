@@ -1,5 +1,337 @@
 package main
 
-import "github.com/spf13/cobra"
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 
-func (c *cli) service() []*cobra.Command { return nil }
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/bali/launch"
+	"github.com/cradlestack/cradlestack/bali/seal"
+)
+
+func (c *cli) service() []*cobra.Command {
+	return []*cobra.Command{c.unit(), c.install(), c.upgrade(), c.rollback()}
+}
+
+// unitOptions say what a service's unit looks like; bali install keeps them as
+// JSON for the next upgrade.
+type unitOptions struct {
+	Name        string   `json:"name"`
+	Bali        string   `json:"bali"`
+	Type        string   `json:"type,omitempty"` // notify, exec, oneshot
+	Host        bool     `json:"host,omitempty"`
+	Identities  []string `json:"identities,omitempty"`
+	Env         []string `json:"env,omitempty"`
+	Volumes     []string `json:"volumes,omitempty"`
+	Credentials []string `json:"credentials,omitempty"` // NAME:PATH
+	State       []string `json:"state,omitempty"`       // below /var/lib
+	After       []string `json:"after,omitempty"`
+	Cache       string   `json:"cache,omitempty"`
+	User        string   `json:"user,omitempty"`
+	MemoryMax   string   `json:"memoryMax,omitempty"`
+	Setid       bool     `json:"setid,omitempty"`
+	Command     []string `json:"command,omitempty"`
+}
+
+func (o *unitOptions) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&o.Name, "name", "", "`NAME` of the service")
+	f.StringVar(&o.Bali, "bali", "", "`PATH` of bali on the host (default this program's)")
+	f.StringVar(&o.Type, "type", "", "notify (the service tells when it is ready), exec or oneshot (default the image's label bali.type, or exec)")
+	f.BoolVar(&o.Host, "host", false, "for a service that manages the host: no sandbox, its mounts reach the host, its children outlive it")
+	f.StringArrayVarP(&o.Identities, "identity", "i", nil, "accept this identity and no other")
+	f.StringArrayVarP(&o.Env, "env", "e", nil, "`NAME=VALUE` for bali run -e")
+	f.StringArrayVarP(&o.Volumes, "volume", "v", nil, "`HOST:PATH[:ro]` for bali run -v")
+	f.StringArrayVar(&o.Credentials, "credential", nil, "`NAME:FILE` to pass as a systemd credential; with FILE encrypted, NAME:encrypted:FILE")
+	f.StringArrayVar(&o.State, "state", nil, "`DIR` below /var/lib that systemd makes for the service")
+	f.StringArrayVar(&o.After, "after", nil, "`UNIT` to start after, and to want")
+	f.StringVar(&o.Cache, "cache", "", "`DIR` for bali run --cache")
+	f.StringVar(&o.User, "user", "", "`NAME[:GROUP]` for bali run --user")
+	f.StringVar(&o.MemoryMax, "memory-max", "", "`SIZE` of memory, the unpacked image included")
+	f.BoolVar(&o.Setid, "setid", false, "for bali run --setid")
+}
+
+func (c *cli) unit() *cobra.Command {
+	var o unitOptions
+	var r reading
+	cmd := &cobra.Command{
+		Use:   "unit FILE|URL --name NAME [-- CMD…]",
+		Short: "print a systemd unit that runs an image",
+		Long: `Print a systemd unit that runs an image. The image is read to learn how it
+stops and whether it tells systemd that it is ready; it must be trusted.`,
+		Args: fileAndCommand,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.Command = args[1:]
+			p, err := c.policy(o.Identities, false)
+			if err != nil {
+				return err
+			}
+			src, err := c.open(cmd.Context(), args[0], r.fetch)
+			if err != nil {
+				return err
+			}
+			defer src.Close()
+			image, _, err := describeImage(src, r.limits(), p)
+			if err != nil {
+				return fmt.Errorf("%s: %w", args[0], err)
+			}
+			where, err := absolute(args[0])
+			if err != nil {
+				return err
+			}
+			text, err := o.render(image, where)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprint(c.stdout, text)
+			return err
+		},
+	}
+	o.flags(cmd)
+	r.flags(cmd)
+	return cmd
+}
+
+func fileAndCommand(cmd *cobra.Command, args []string) error {
+	switch n := cmd.ArgsLenAtDash(); {
+	case len(args) == 0 || n == 0:
+		return errors.New("name an image: FILE|URL")
+	case n < 0 && len(args) > 1 || n > 1:
+		return fmt.Errorf("unexpected %q: the command comes after --", args[1])
+	}
+	return nil
+}
+
+// absolute makes paths independent of where they are used.
+func absolute(where string) (string, error) {
+	if strings.Contains(where, "://") {
+		return where, nil
+	}
+	return filepath.Abs(where)
+}
+
+// describeImage reads a whole image for its description, and verifies it.
+func describeImage(src *source, l seal.Limits, p *policy) (*seal.Image, *seal.Signature, error) {
+	r, err := seal.NewReader(src, l)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer r.Close()
+	for err == nil {
+		_, err = r.Next()
+	}
+	if !isEOF(err) {
+		return nil, nil, err
+	}
+	s, err := r.Finish()
+	if err := p.accept(s, err); err != nil {
+		return nil, nil, err
+	}
+	return r.Image(), s, nil
+}
+
+var unitName = regexp.MustCompile(`^[A-Za-z0-9:_.-]{1,200}$`)
+
+func (o *unitOptions) check() error {
+	switch {
+	case !unitName.MatchString(o.Name) || strings.HasPrefix(o.Name, "."):
+		return fmt.Errorf("--name %q: want letters, digits and :_.-", o.Name)
+	case !slices.Contains([]string{"", "notify", "exec", "oneshot"}, o.Type):
+		return fmt.Errorf("--type %s: there are notify, exec and oneshot", o.Type)
+	}
+	for _, v := range o.Volumes {
+		if _, err := launch.ParseVolume(v); err != nil {
+			return err
+		}
+	}
+	for _, s := range o.State {
+		if path.IsAbs(s) || path.Clean(s) != s || strings.HasPrefix(s, "..") {
+			return fmt.Errorf("--state %s: want a name below /var/lib", s)
+		}
+	}
+	for _, cr := range o.Credentials {
+		name, file, ok := strings.Cut(cr, ":")
+		file = strings.TrimPrefix(file, "encrypted:")
+		if !ok || !unitName.MatchString(name) || !path.IsAbs(file) {
+			return fmt.Errorf("--credential %s: want NAME:/absolute/file", cr)
+		}
+	}
+	return nil
+}
+
+// render is the unit for an image that lies at where.
+func (o *unitOptions) render(image *seal.Image, where string) (string, error) {
+	if err := o.check(); err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	section := func(name string) { fmt.Fprintf(&b, "\n[%s]\n", name) }
+	set := func(key string, value ...string) {
+		for _, v := range value {
+			fmt.Fprintf(&b, "%s=%s\n", key, v)
+		}
+	}
+	b.WriteString("# made by bali unit; bali install and bali upgrade write it anew\n[Unit]\n")
+	set("Description", specifiers(o.Name)+", run by bali from a signed image")
+	set("Wants", strings.Join(append([]string{"network-online.target"}, o.After...), " "))
+	set("After", strings.Join(append([]string{"network-online.target"}, o.After...), " "))
+	set("StartLimitIntervalSec", "300")
+	set("StartLimitBurst", "20")
+
+	section("Service")
+	kind := o.kind(image)
+	set("Type", kind)
+	if kind == "notify" {
+		set("NotifyAccess", "main")
+	}
+	command, err := o.command(where)
+	if err != nil {
+		return "", err
+	}
+	set("ExecStart", command)
+	if kind == "oneshot" {
+		set("RemainAfterExit", "yes")
+	} else {
+		set("Restart", "always")
+		set("RestartSec", "2")
+	}
+	set("TimeoutStartSec", "300") // fetching the image is part of it
+	if image.StopSignal != "" {
+		set("KillSignal", stopSignal(image.StopSignal))
+	}
+	set("TimeoutStopSec", "60")
+	set("LimitNOFILE", "65536")
+	set("TasksMax", "infinity")
+	if o.MemoryMax != "" {
+		set("MemoryMax", o.MemoryMax)
+	}
+	if len(o.State) > 0 {
+		set("StateDirectory", strings.Join(o.State, " "))
+		set("StateDirectoryMode", "0700")
+	}
+	for _, cr := range o.Credentials {
+		name, file, _ := strings.Cut(cr, ":")
+		if encrypted, ok := strings.CutPrefix(file, "encrypted:"); ok {
+			set("LoadCredentialEncrypted", specifiers(name+":"+encrypted))
+		} else {
+			set("LoadCredential", specifiers(cr))
+		}
+	}
+	o.sandbox(set)
+
+	section("Install")
+	set("WantedBy", "multi-user.target")
+	return b.String(), nil
+}
+
+func (o *unitOptions) kind(image *seal.Image) string {
+	switch label := image.Labels["bali.type"]; {
+	case o.Type != "":
+		return o.Type
+	case label == "notify" || label == "oneshot":
+		return label
+	}
+	return "exec"
+}
+
+func stopSignal(s string) string {
+	if strings.HasPrefix(s, "SIG") || s[0] >= '0' && s[0] <= '9' {
+		return specifiers(s)
+	}
+	return "SIG" + specifiers(s)
+}
+
+// sandbox is what systemd takes from a service that bali's mounts don't need.
+// The part that gives the unit mounts of its own cuts the propagation of
+// volumes to the host, so a host service has none of it.
+func (o *unitOptions) sandbox(set func(string, ...string)) {
+	set("LockPersonality", "yes")
+	set("SystemCallArchitectures", "native")
+	if o.Host {
+		set("Delegate", "yes")
+		set("KillMode", "process")
+		set("OOMScoreAdjust", "-900")
+		return
+	}
+	set("KillMode", "mixed")
+	set("RestrictRealtime", "yes")
+	set("RestrictNamespaces", "mnt")
+	for _, k := range []string{"ProtectClock", "ProtectControlGroups", "ProtectHostname", "ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables", "PrivateTmp"} {
+		set(k, "yes")
+	}
+	if !o.Setid {
+		set("NoNewPrivileges", "yes")
+	}
+	set("ProtectSystem", "strict")
+	var writable []string
+	for _, v := range o.Volumes {
+		if p, err := launch.ParseVolume(v); err == nil && !p.ReadOnly {
+			writable = append(writable, p.Host)
+		}
+	}
+	if o.Cache != "" {
+		writable = append(writable, o.Cache)
+	}
+	for _, w := range writable {
+		set("ReadWritePaths", "-"+quoteUnit(w))
+	}
+}
+
+// command is bali run's command line.
+func (o *unitOptions) command(where string) (string, error) {
+	self := o.Bali
+	if self == "" {
+		var err error
+		if self, err = os.Executable(); err != nil {
+			return "", err
+		}
+	}
+	argv := []string{self, "run"}
+	add := func(flag string, values ...string) {
+		for _, v := range values {
+			if v != "" {
+				argv = append(argv, flag, v)
+			}
+		}
+	}
+	add("-i", o.Identities...)
+	add("-e", o.Env...)
+	add("-v", o.Volumes...)
+	add("--cache", o.Cache)
+	add("--user", o.User)
+	if o.Setid {
+		argv = append(argv, "--setid")
+	}
+	argv = append(argv, where)
+	if len(o.Command) > 0 {
+		argv = append(append(argv, "--"), o.Command...)
+	}
+	quoted := make([]string, len(argv))
+	for i, a := range argv {
+		if strings.ContainsAny(a, "\n\r\x00") {
+			return "", fmt.Errorf("%q doesn't fit into a unit: it has a line break", a)
+		}
+		// systemd.service(5): $ starts a variable in ExecStart=
+		quoted[i] = strings.ReplaceAll(quoteUnit(a), "$", "$$")
+	}
+	return strings.Join(quoted, " "), nil
+}
+
+// specifiers keeps systemd from expanding %.
+func specifiers(s string) string { return strings.ReplaceAll(s, "%", "%%") }
+
+// quoteUnit quotes a word as systemd.syntax(7) says.
+func quoteUnit(s string) string {
+	s = specifiers(s)
+	if s != "" && !strings.ContainsAny(s, " \t\"'\\;") {
+		return s
+	}
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(s) + `"`
+}

@@ -266,8 +266,8 @@ func TestOpen(t *testing.T) {
 		r.Close()
 	}
 	for from, reason := range map[string]string{
-		"oci:" + filepath.Join(dir, "oci"):         "more than one image",
-		"oci:" + filepath.Join(dir, "oci") + ":no": "no image for",
+		"oci:" + filepath.Join(dir, "oci"):          "more than one image",
+		"oci:" + filepath.Join(dir, "oci") + ":no":  "no image for",
 		"docker-archive:" + filepath.Join(dir, "x"): "no such file",
 		where + "00": "pull ",
 		"Bad Name":   "write a folder with a leading ./",
