@@ -268,7 +268,7 @@ func (c *cli) dockerBuild(ctx context.Context, b *building, args []string, o gat
 	cmd := exec.CommandContext(ctx, "docker", append(argv, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.stdin, c.stderr, c.stderr // stdout may be the image
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("docker %s: %w", strings.Join(argv[:1], " "), err)
+		return nil, fmt.Errorf("docker build: %w", err)
 	}
 	iid, err := os.ReadFile(iidFile)
 	if err != nil {
