@@ -62,6 +62,10 @@ type ExecConfig struct {
 	OpenStdin  bool
 	Privileged bool
 	Rows, Cols uint16 // of the tty, where known
+
+	// What the client that made it wants of it: kept for vdocker.
+	AttachStdout, AttachStderr bool
+	DetachKeys                 string
 }
 
 // ExecState is an Exec's part of docker's inspect.

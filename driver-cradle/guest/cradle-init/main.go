@@ -2,12 +2,10 @@
 package main
 
 import (
-	"net/http"
 	"os"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/driver-cradle/guest/vdocker"
 )
 
-func main() {
-	os.Exit(guest.Main(os.Args, func(*guest.Pod) http.Handler { return http.NotFoundHandler() }))
-}
+func main() { os.Exit(guest.Main(os.Args, vdocker.Handler)) }

@@ -1,0 +1,248 @@
+package vdocker
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	securejoin "github.com/cyphar/filepath-securejoin"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/sys/user"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// statHeader tells what is at the path, as base64 of JSON.
+const statHeader = "X-Docker-Container-Path-Stat"
+
+// found is something in a container.
+type found struct {
+	root *root
+	dir  *os.File
+	base string // in dir; "": dir itself
+	info fs.FileInfo
+	name string // as asked for, absolute
+}
+
+func (f *found) Close() {
+	f.dir.Close()
+	f.root.Close()
+}
+
+// find looks a path of the request up. A slash or dot at its end follows a link to a directory, as in docker cp.
+func find(r *http.Request, c *guest.Container) (*found, error) {
+	name := r.FormValue("path")
+	if name == "" {
+		return nil, invalid("missing path: the request's parameter path is empty")
+	}
+	if !strings.HasPrefix(name, "/") {
+		name = "/" + name
+	}
+	root, err := openRoot(c.Rootfs())
+	if err != nil {
+		return nil, err
+	}
+	f := &found{root: root, name: name}
+	f.dir, f.base, f.info, err = root.lookup(name)
+	if err != nil {
+		root.Close()
+		return nil, lookupError(err, r, name)
+	}
+	return f, nil
+}
+
+func lookupError(err error, r *http.Request, name string) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return statusError{http.StatusNotFound, fmt.Sprintf("Could not find the file %s in container %s", name, r.PathValue("id"))}
+	}
+	if errors.Is(err, unix.ENOTDIR) {
+		return invalid("%s is not a directory", name)
+	}
+	return err
+}
+
+// setStat adds the header that docker cp decides by.
+func (f *found) setStat(w http.ResponseWriter, c *guest.Container) error {
+	s := container.PathStat{Name: path.Base(f.name), Size: f.info.Size(), Mode: f.info.Mode(), Mtime: f.info.ModTime()}
+	if s.Mode&fs.ModeSymlink != 0 {
+		// Where it leads in the container, be there something or not.
+		target, err := securejoin.SecureJoin(c.Rootfs(), f.name)
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(c.Rootfs(), target)
+		if err != nil {
+			return err
+		}
+		s.LinkTarget = path.Join("/", rel)
+	}
+	text, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	w.Header().Set(statHeader, base64.StdEncoding.EncodeToString(text))
+	return nil
+}
+
+func (a *api) statPath(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	f, err := find(r, c)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.setStat(w, c)
+}
+
+func (a *api) getArchive(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	f, err := find(r, c)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.setStat(w, c); err != nil {
+		return err
+	}
+	// docker cp expects the names to begin with the last element of the path that it asked for, which is "/" for the root.
+	name := path.Base(f.name)
+	if strings.HasSuffix(f.name, "/.") {
+		name = "."
+	}
+	w.Header().Set("Content-Type", "application/x-tar")
+	if err := pack(r.Context(), w, f.dir, f.base, name, false); err != nil {
+		return cutOff(r, err)
+	}
+	c.Emit("archive-path", nil)
+	return nil
+}
+
+// cutOff ends an answer that can't be completed: the client sees a broken transfer, not the end of an archive.
+func cutOff(r *http.Request, err error) error {
+	if r.Context().Err() != nil {
+		return nil
+	}
+	panic(http.ErrAbortHandler)
+}
+
+func (a *api) putArchive(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	name := r.URL.Query().Get("path")
+	if name == "" {
+		return invalid("missing path: the request's parameter path is empty")
+	}
+	root, err := openRoot(c.Rootfs())
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	dir, err := root.open(path.Join("/", name), unix.O_PATH)
+	if err != nil {
+		return lookupError(err, r, name)
+	}
+	info, err := dir.Stat()
+	dir.Close()
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return invalid("extraction point is not a directory")
+	}
+	s := c.Spec()
+	u := &unpacker{ctx: r.Context(), root: root, base: path.Join("/", name), noReplace: truth(r, "noOverwriteDirNonDir")}
+	if u.writable, err = writable(root, s); err != nil {
+		return err
+	}
+	if _, err := u.parent(u.base); err != nil { // refused before anything is read
+		return err
+	}
+	if truth(r, "copyUIDGID") && s.User != "" {
+		if u.owner, err = lookupOwner(root, s.User); err != nil {
+			return err
+		}
+	}
+	if err := u.unpack(r.Body); err != nil {
+		return err
+	}
+	c.Emit("extract-to-dir", nil)
+	w.WriteHeader(http.StatusOK)
+	return nil
+}
+
+var (
+	errReadOnlyRoot   = statusError{http.StatusForbidden, "container rootfs is marked read-only"}
+	errReadOnlyVolume = statusError{http.StatusForbidden, "mounted volume is marked read-only"}
+)
+
+// writable tells directories that may be written to: not on a root that the container has read-only, nor on such a volume.
+func writable(root *root, s spec.Container) (func(*os.File) error, error) {
+	rootMount, err := mountID(root.dir)
+	if err != nil {
+		return nil, err
+	}
+	readOnly := s.ReadOnly || slices.ContainsFunc(s.Mounts, func(m spec.Mount) bool { return path.Clean("/"+m.Path) == "/" && m.ReadOnly })
+	return func(dir *os.File) error {
+		mount, err := mountID(dir)
+		if err != nil {
+			return err
+		}
+		if mount == rootMount && readOnly {
+			return errReadOnlyRoot
+		}
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(int(dir.Fd()), &st); err == nil && st.Flags&unix.ST_RDONLY != 0 {
+			return errReadOnlyVolume
+		}
+		return nil
+	}, nil
+}
+
+// lookupOwner gives the ids of the container's user, by its own files.
+func lookupOwner(root *root, name string) (*[2]int, error) {
+	open := func(file string) *os.File {
+		f, err := root.open(file, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY)
+		if err != nil {
+			return nil
+		}
+		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() > 4<<20 {
+			f.Close()
+			return nil
+		}
+		return f
+	}
+	passwd, group := open("/etc/passwd"), open("/etc/group")
+	defer passwd.Close()
+	defer group.Close()
+	u, err := user.GetExecUser(name, nil, passwd, group)
+	if err != nil {
+		return nil, invalid("user %s: %v", name, err)
+	}
+	return &[2]int{u.Uid, u.Gid}, nil
+}
+
+// export answers docker export: the container's root without what is mounted in it.
+func (a *api) export(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	all, err := openRoot(c.Rootfs())
+	if err != nil {
+		return err
+	}
+	defer all.Close()
+	root, err := all.withoutMounts()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	w.Header().Set("Content-Type", "application/octet-stream")
+	if err := pack(r.Context(), w, root.dir, "", "", true); err != nil {
+		return cutOff(r, err)
+	}
+	c.Emit("export", nil)
+	return nil
+}

@@ -1,0 +1,108 @@
+package vdocker
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/moby/moby/api/types/container"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/driver-cradle/guest/stdio"
+)
+
+func (a *api) execCreate(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	var q container.ExecCreateRequest
+	if err := decode(w, r, &q); err != nil {
+		return err
+	}
+	if len(q.Cmd) == 0 {
+		return invalid("no exec command specified")
+	}
+	if q.DetachKeys != "" {
+		if _, err := detachKeys(r, q.DetachKeys); err != nil {
+			return err
+		}
+	}
+	cfg := guest.ExecConfig{
+		Args: q.Cmd, Env: q.Env, User: q.User, WorkingDir: q.WorkingDir, TTY: q.Tty, OpenStdin: q.AttachStdin, Privileged: q.Privileged,
+		AttachStdout: q.AttachStdout, AttachStderr: q.AttachStderr, DetachKeys: q.DetachKeys,
+	}
+	if q.ConsoleSize != nil {
+		cfg.Rows, cfg.Cols = uint16(q.ConsoleSize[0]), uint16(q.ConsoleSize[1])
+	}
+	e, err := c.Exec(cfg)
+	if err != nil {
+		return err
+	}
+	return answer(w, http.StatusCreated, container.ExecCreateResponse{ID: e.ID()})
+}
+
+func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
+	e, err := a.pod.LookupExec(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	var q container.ExecStartRequest
+	if err := decode(w, r, &q); err != nil {
+		return err
+	}
+	if q.Detach {
+		if err := e.Start(r.Context()); err != nil {
+			return err
+		}
+		w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	if s := e.State(); s.Started {
+		return statusError{http.StatusConflict, "exec command " + e.ID() + " is already running"}
+	}
+	cfg := e.Config()
+	keys, err := detachKeys(r, cfg.DetachKeys)
+	if err != nil {
+		return err
+	}
+	ctx, gone := context.WithCancelCause(context.WithoutCancel(r.Context()))
+	defer gone(nil)
+	return a.serveStreams(ctx, gone, w, r, e.IO(), streams{
+		attach: stdio.AttachOptions{Stream: true}, tty: cfg.TTY, keys: keys, stdin: cfg.OpenStdin, stdout: cfg.AttachStdout, stderr: cfg.AttachStderr,
+		began:    func() error { return e.Start(ctx) },
+		detached: func() { e.Container().Emit("exec_detach", map[string]string{"execID": e.ID()}) },
+		// A client asks for the exit code as soon as the stream has ended.
+		finished: func(ctx context.Context) { _, _ = e.Wait(ctx) },
+	})
+}
+
+func (a *api) execResize(w http.ResponseWriter, r *http.Request) error {
+	e, err := a.pod.LookupExec(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	rows, columns, err := size(r)
+	if err != nil {
+		return err
+	}
+	if err := e.Resize(rows, columns); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusOK)
+	return nil
+}
+
+func (a *api) execInspect(w http.ResponseWriter, r *http.Request) error {
+	e, err := a.pod.LookupExec(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	cfg, state := e.Config(), e.State()
+	out := container.ExecInspectResponse{
+		ID: e.ID(), ContainerID: e.Container().Spec().ID, Running: state.Running, Pid: state.Pid, CanRemove: state.Started && !state.Running,
+		OpenStdin: cfg.OpenStdin, OpenStdout: cfg.AttachStdout, OpenStderr: cfg.AttachStderr, DetachKeys: []byte(cfg.DetachKeys),
+		ProcessConfig: &container.ExecProcessConfig{
+			Tty: cfg.TTY, Entrypoint: cfg.Args[0], Arguments: cfg.Args[1:], User: cfg.User, Privileged: &cfg.Privileged,
+		},
+	}
+	if state.Started && !state.Running {
+		out.ExitCode = &state.ExitCode
+	}
+	return answer(w, http.StatusOK, out)
+}

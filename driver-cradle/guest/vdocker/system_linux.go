@@ -1,0 +1,211 @@
+package vdocker
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/moby/api/types/events"
+	"github.com/moby/moby/api/types/system"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+)
+
+func (a *api) ping(w http.ResponseWriter, r *http.Request) error {
+	h := w.Header()
+	h.Set("Builder-Version", "")
+	h.Set("Docker-Experimental", "false")
+	h.Set("Swarm", "inactive")
+	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
+	h.Set("Pragma", "no-cache")
+	h.Set("Content-Type", "text/plain; charset=utf-8")
+	if r.Method == http.MethodHead {
+		h.Set("Content-Length", "0")
+		return nil
+	}
+	_, _ = io.WriteString(w, "OK")
+	return nil
+}
+
+func (a *api) version(w http.ResponseWriter, _ *http.Request) error {
+	v := system.VersionResponse{
+		Platform:      system.PlatformInfo{Name: "cradle pod"},
+		Version:       "cradle-" + guest.Version,
+		APIVersion:    apiVersion(maxVersion),
+		MinAPIVersion: apiVersion(minVersion),
+		Os:            runtime.GOOS,
+		Arch:          runtime.GOARCH,
+		GoVersion:     runtime.Version(),
+		KernelVersion: kernel(),
+	}
+	v.Components = []system.ComponentVersion{{Name: "cradle-init", Version: guest.Version, Details: map[string]string{
+		"ApiVersion": v.APIVersion, "MinAPIVersion": v.MinAPIVersion, "Os": v.Os, "Arch": v.Arch, "GoVersion": v.GoVersion, "KernelVersion": v.KernelVersion,
+	}}}
+	return answer(w, http.StatusOK, v)
+}
+
+func kernel() string {
+	var uts unix.Utsname
+	_ = unix.Uname(&uts)
+	return unix.ByteSliceToString(uts.Release[:])
+}
+
+func (a *api) info(w http.ResponseWriter, _ *http.Request) error {
+	i := system.Info{
+		Driver: "overlay", LoggingDriver: "cradle", CgroupDriver: "cgroupfs", CgroupVersion: "2",
+		MemoryLimit: true, PidsLimit: true, CPUShares: true, CPUCfsPeriod: true, CPUCfsQuota: true, IPv4Forwarding: true,
+		KernelVersion: kernel(), OperatingSystem: "cradle pod", OSType: runtime.GOOS, Architecture: machine(),
+		NCPU: runtime.NumCPU(), MemTotal: int64(memoryLimit(podCgroup)), NGoroutines: runtime.NumGoroutine(),
+		SystemTime: time.Now().Format(time.RFC3339Nano), ServerVersion: "cradle-" + guest.Version, DockerRootDir: "/run/cradle",
+	}
+	if l := a.pod.Launch(); l != nil {
+		i.ID, i.Name = l.Launch.ID, l.Launch.Hostname
+		if i.Name == "" {
+			i.Name = l.Launch.Name
+		}
+	}
+	for _, c := range a.pod.Containers() {
+		i.Containers++
+		switch c.State().Status {
+		case wire.StateRunning, wire.StateRestarting:
+			i.ContainersRunning++
+		case wire.StatePaused:
+			i.ContainersPaused++
+		default:
+			i.ContainersStopped++
+		}
+	}
+	if fds, err := os.ReadDir("/proc/self/fd"); err == nil {
+		i.NFd = len(fds)
+	}
+	return answer(w, http.StatusOK, i)
+}
+
+func machine() string {
+	var uts unix.Utsname
+	_ = unix.Uname(&uts)
+	return unix.ByteSliceToString(uts.Machine[:])
+}
+
+// event is docker's message with what it had before version 1.22 as well, which old clients still print.
+type event struct {
+	Status string `json:"status,omitempty"`
+	ID     string `json:"id,omitempty"`
+	From   string `json:"from,omitempty"`
+	events.Message
+}
+
+func (a *api) events(w http.ResponseWriter, r *http.Request) error {
+	f, err := parseFilters(r, "type", "event", "container", "label", "image", "scope", "daemon", "network", "volume", "plugin", "service", "node", "secret", "config")
+	if err != nil {
+		return err
+	}
+	since, err := parseTime(r.FormValue("since"))
+	if err != nil {
+		return invalid("since: %v", err)
+	}
+	until, err := parseTime(r.FormValue("until"))
+	if err != nil {
+		return invalid("until: %v", err)
+	}
+	if !until.IsZero() && until.Before(since) {
+		return invalid("`since` time (%s) cannot be after `until` time (%s)", r.FormValue("since"), r.FormValue("until"))
+	}
+	ctx := r.Context()
+	if !until.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, until)
+		defer cancel()
+	}
+	past, live, cancel := a.pod.Subscribe(since)
+	defer cancel()
+
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusOK)
+	out := http.NewResponseController(w)
+	enc := json.NewEncoder(w)
+	send := func(e guest.Event) error {
+		if !until.IsZero() && e.Time.After(until) || !a.wanted(f, e) {
+			return nil
+		}
+		return enc.Encode(message(e))
+	}
+	for _, e := range past {
+		if send(e) != nil {
+			return nil
+		}
+	}
+	for {
+		if out.Flush() != nil {
+			return nil
+		}
+		select {
+		case e, ok := <-live:
+			if !ok || send(e) != nil {
+				return nil
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func message(e guest.Event) event {
+	m := event{Status: e.Action, ID: e.ID, From: e.Attributes["image"]}
+	m.Type, m.Action, m.Scope = events.Type(e.Type), events.Action(e.Action), "local"
+	m.Actor = events.Actor{ID: e.ID, Attributes: e.Attributes}
+	m.Time, m.TimeNano = e.Time.Unix(), e.Time.UnixNano()
+	return m
+}
+
+func (a *api) wanted(f filters, e guest.Event) bool {
+	for _, kind := range []string{"daemon", "network", "volume", "plugin", "service", "node", "secret", "config"} {
+		if len(f[kind]) > 0 {
+			return false
+		}
+	}
+	return f.any("type", func(v string) bool { return v == e.Type }) &&
+		f.any("scope", func(v string) bool { return v == "local" }) &&
+		f.any("event", func(v string) bool { return e.Action == v || strings.HasPrefix(e.Action, v+":") }) &&
+		f.any("container", func(v string) bool {
+			return e.Attributes["name"] == v || v != "" && strings.HasPrefix(e.ID, v)
+		}) &&
+		f.any("image", func(v string) bool {
+			name, _, _ := strings.Cut(e.Attributes["image"], ":")
+			return v == e.Attributes["image"] || v == name
+		}) &&
+		f.labels("label", e.Attributes, false)
+}
+
+// parseTime reads a time as docker's API takes it: seconds since 1970 with a fraction, or RFC 3339; "" and 0 are none.
+func parseTime(s string) (time.Time, error) {
+	if s == "" || s == "0" {
+		return time.Time{}, nil
+	}
+	whole, fraction, _ := strings.Cut(s, ".")
+	if seconds, err := strconv.ParseInt(whole, 10, 64); err == nil {
+		fraction = (fraction + "000000000")[:9]
+		nanos, err := strconv.ParseUint(fraction, 10, 32)
+		if err != nil {
+			return time.Time{}, invalid("%q is no time", s)
+		}
+		return time.Unix(seconds, int64(nanos)), nil
+	}
+	t, err := time.Parse(time.RFC3339Nano, s)
+	if err != nil {
+		return time.Time{}, invalid("%q is neither seconds since 1970 nor a time such as 2006-01-02T15:04:05Z", s)
+	}
+	return t, nil
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
