@@ -2,6 +2,7 @@ package image
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -28,10 +29,17 @@ func writeExt4(t *tree, content io.ReaderAt, out *sparseFile) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		e := &emitter{tar: tar.NewWriter(pw), content: content, first: make(map[*file]string), standIn: stand}
+		buf := bufio.NewWriterSize(pw, 256<<10)
+		e := &emitter{
+			tar: tar.NewWriter(buf), content: content, first: make(map[*file]string), standIn: stand,
+			buf: make([]byte, 256<<10),
+		}
 		err := e.emit(t.root, "")
 		if err == nil {
 			err = e.tar.Close()
+		}
+		if err == nil {
+			err = buf.Flush()
 		}
 		pw.CloseWithError(err)
 	}()
@@ -64,6 +72,7 @@ type emitter struct {
 	content io.ReaderAt
 	first   map[*file]string // first path of files that were written
 	standIn string           // what the layer's own lost+found is called for now
+	buf     []byte
 }
 
 func (e *emitter) emit(f *file, name string) error {
@@ -119,14 +128,14 @@ func (e *emitter) write(f *file, name string) error {
 		}
 		e.first[f] = name
 	}
-	if err := e.header(h); err != nil || f.typ != tar.TypeReg {
+	if err := e.header(h); err != nil || h.Size == 0 {
 		return err
 	}
 	r, err := f.open(e.content)
 	if err != nil {
 		return err
 	}
-	if _, err := io.Copy(e.tar, r); err != nil {
+	if _, err := io.CopyBuffer(e.tar, r, e.buf); err != nil {
 		return fmt.Errorf("read %s again: %w", name, err)
 	}
 	return nil

@@ -287,8 +287,8 @@ type Problem struct {
 
 func (p Problem) String() string { return fmt.Sprintf("%s: %v", p.Path, p.Err) }
 
-// Verify reads every layer and record again and compares them with what was recorded when they were made. Removing a
-// damaged file is safe: the next Pull with Force brings it anew.
+// Verify reads every layer and record again and compares them with what was recorded when they were made. The remedy for
+// each Problem is to remove its file: the next Pull brings it anew.
 func (s *Store) Verify(ctx context.Context) ([]Problem, error) {
 	var problems []Problem
 	err := s.each(filepath.Join("layers", "sha256"), ".ext4", func(path string, _ os.FileInfo) error {

@@ -88,10 +88,20 @@ type PullOptions struct {
 	Jobs         int            // layers in work at once; default 4
 }
 
-func (o PullOptions) withDefaults() PullOptions {
+func (o PullOptions) withDefaults() (PullOptions, error) {
 	if o.Platform == "" {
 		o.Platform = "linux/" + runtime.GOARCH
 	}
+	os, arch, variant := splitPlatform(o.Platform)
+	switch arch {
+	case "":
+		return o, fmt.Errorf("platform %q: give os/arch[/variant], as in linux/arm64", o.Platform)
+	case "x86_64":
+		arch = "amd64"
+	case "aarch64":
+		arch = "arm64"
+	}
+	o.Platform = joinPlatform(os, arch, variant)
 	if o.Keychain == nil {
 		o.Keychain = authn.DefaultKeychain
 	}
@@ -104,7 +114,7 @@ func (o PullOptions) withDefaults() PullOptions {
 	if o.Jobs <= 0 {
 		o.Jobs = 4
 	}
-	return o
+	return o, nil
 }
 
 // A Phase is what is being done with a layer.

@@ -40,7 +40,7 @@ const (
 type blob struct {
 	diffID    string // of the uncompressed tar
 	digest    string // of the blob; empty where only the diff id is known
-	size      int64  // of the blob, -1 where unknown
+	size      int64  // of the blob
 	mediaType string // empty where the source names none
 	open      func(ctx context.Context) (io.ReadCloser, error)
 }
@@ -52,6 +52,9 @@ func (b *blob) check() error {
 	}
 	if b.digest != "" && !isDigest(b.digest) {
 		return fmt.Errorf("%w: %.100q is no sha256 digest", ErrCorrupt, b.digest)
+	}
+	if b.size < 0 {
+		return fmt.Errorf("%w: a blob of %d bytes", ErrCorrupt, b.size)
 	}
 	switch b.mediaType {
 	case "",
@@ -171,7 +174,11 @@ func (j *job) sync(f *sparseFile) (string, error) {
 
 // fetch writes the uncompressed layer to w and returns its tree, once both digests are what they should be.
 func (j *job) fetch(ctx context.Context, w *sparseFile) (*tree, error) {
-	j.progress(Downloading, 0, max(j.blob.size, 0))
+	// What doesn't compress grows by less than a hundredth.
+	if j.blob.size > j.maxLayer+j.maxLayer/100+1<<20 {
+		return nil, fmt.Errorf("%w: %s, the limit of one layer is %s", ErrTooLarge, formatSize(j.blob.size), formatSize(j.maxLayer))
+	}
+	j.progress(Downloading, 0, j.blob.size)
 	src, err := j.blob.open(ctx)
 	if err != nil {
 		return nil, err
@@ -278,16 +285,14 @@ type blobReader struct {
 
 func (b *blobReader) Read(p []byte) (int, error) {
 	size := b.job.blob.size
-	if size >= 0 && b.n >= size {
+	if b.n >= size {
 		return 0, io.EOF
 	}
-	if size >= 0 && int64(len(p)) > size-b.n {
-		p = p[:size-b.n]
-	}
+	p = p[:min(int64(len(p)), size-b.n)]
 	n, err := b.src.Read(p)
 	b.hash.Write(p[:n])
 	b.n += int64(n)
-	b.job.progress(Downloading, b.n, max(size, 0))
+	b.job.progress(Downloading, b.n, size)
 	if err != nil && err != io.EOF {
 		b.failed = true
 		if errors.Is(err, io.ErrUnexpectedEOF) {
@@ -304,7 +309,7 @@ func (b *blobReader) verify() error {
 		return err
 	}
 	want := b.job.blob
-	if want.size >= 0 && b.n < want.size {
+	if b.n < want.size {
 		return fmt.Errorf("%w: truncated: %d of %d bytes: pull it again or rebuild the image", ErrCorrupt, b.n, want.size)
 	}
 	if got := "sha256:" + hex.EncodeToString(b.hash.Sum(nil)); want.digest != "" && got != want.digest {

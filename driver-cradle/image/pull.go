@@ -23,7 +23,10 @@ import (
 // A registry reference that is cached is returned without asking anyone, unless Force is set; the other sources are local
 // and asked each time. A layer that is in the cache is never fetched again, wherever it comes from.
 func (s *Store) Pull(ctx context.Context, ref string, o PullOptions) (*Image, error) {
-	o = o.withDefaults()
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
 	r, err := parseReference(ref, o.Insecure)
 	if err != nil {
 		return nil, err
@@ -98,7 +101,7 @@ func (s *Store) pull(ctx context.Context, ref reference, o PullOptions) (img *Im
 func (s *Store) source(ctx context.Context, ref reference, o PullOptions, x *session) (source, error) {
 	switch ref.kind {
 	case "":
-		return registrySource{ref.repo, o}, nil
+		return registrySource{ref.repo, o, x}, nil
 	case "docker-daemon":
 		return newDaemonSource(ref.name, x, o.MaxImageSize)
 	}

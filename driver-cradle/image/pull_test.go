@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -386,6 +387,11 @@ func TestPullIndex(t *testing.T) {
 			t.Errorf("%s: got the image for %s", platform, img.Config.Config.Labels["p"])
 		}
 	}
+	if img := pull(t, s, ref.Name(), PullOptions{Platform: "linux/aarch64"}); img.Platform != "linux/arm64" {
+		t.Errorf("aarch64 became %s", img.Platform)
+	}
+	_, err = s.Pull(t.Context(), ref.Name(), PullOptions{Platform: "arm64"})
+	assertError(t, err, nil, `platform "arm64": give os/arch`)
 	_, err = s.Pull(t.Context(), ref.Name(), PullOptions{Platform: "linux/riscv64"})
 	assertError(t, err, ErrPlatform, "pull "+ref.Name(),
 		"none for linux/riscv64, only for linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64/v8, windows/amd64")
@@ -746,34 +752,128 @@ func TestPullDockerSave(t *testing.T) {
 	assertClean(t, s)
 }
 
-func TestManifestLimits(t *testing.T) {
+func TestPullMalformedLayout(t *testing.T) {
 	s := openStore(t)
-	for name, index := range map[string]string{
-		"too large":              `{"manifests":[]` + strings.Repeat(" ", maxManifest) + `}`,
-		"the layout is empty":    `{"manifests":[]}`,
-		"is no sha256 digest":    `{"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"sha512:` + strings.Repeat("a", 128) + `","size":3}]}`,
-		"points out of":          `{"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"../../x:00","size":3}]}`,
-		"corrupt image: unexpec": `{"manifests":`,
+	const head = `{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":3,"digest":"`
+	for _, tt := range []struct {
+		index string
+		kind  error
+		want  string
+	}{
+		{`{"manifests":[]` + strings.Repeat(" ", maxManifest) + `}`, ErrTooLarge, "index.json: too large: more than 4096 KiB"},
+		{`{"manifests":[]}`, ErrNotFound, "the layout is empty"},
+		{`{"manifests":`, ErrCorrupt, "index.json: corrupt image"},
+		{`{"manifests":[` + head + `../../../x:00"}]}`, ErrCorrupt, "index.json"},
+		{`{"manifests":[` + head + `sha512:` + strings.Repeat("a", 128) + `"}]}`, nil, "sha512"},
+		{`{"manifests":[` + head + digestOf(nil) + `"}]}`, fs.ErrNotExist, digestOf(nil)[7:]},
 	} {
 		dir := t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, "index.json"), []byte(index), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "index.json"), []byte(tt.index), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		_, err := s.Pull(t.Context(), "oci:"+dir, PullOptions{})
-		if err == nil {
-			t.Errorf("%s: no error", name)
-		} else {
-			t.Log(err)
-		}
+		assertError(t, err, tt.kind, "pull oci:"+dir, tt.want)
+		assertEmpty(t, s)
 	}
-	// A document that claims to be an index and an image at once.
-	both := `{"schemaVersion":2,"config":{"digest":"` + digestOf(nil) + `"},"layers":[],"manifests":[{"digest":"` + digestOf(nil) + `"}]}`
-	_, _, err := manifest(t.Context(), v1.Descriptor{}, []byte(both), "linux/amd64", nil)
-	assertError(t, err, ErrRefused, "both an index and a manifest")
-	// Indexes inside each other without end.
-	var data []byte
-	loop := func(context.Context, v1.Descriptor) ([]byte, error) { return data, nil }
-	data, _ = json.Marshal(map[string]any{"manifests": []any{map[string]any{"digest": digestOf([]byte("x"))}}})
-	_, _, err = manifest(t.Context(), v1.Descriptor{}, data, "linux/amd64", loop)
-	assertError(t, err, ErrCorrupt, "")
+}
+
+func TestManifest(t *testing.T) {
+	descriptor := func(data []byte) map[string]any { return map[string]any{"digest": digestOf(data), "size": len(data)} }
+	encode := func(v any) []byte {
+		data, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	image := encode(map[string]any{"config": descriptor(nil), "layers": []any{}})
+	both := encode(map[string]any{"config": descriptor(nil), "manifests": []any{descriptor(nil)}})
+	blobs := map[string][]byte{digestOf(image): image}
+	nested := image
+	var levels [][]byte
+	for range maxIndexDepth {
+		nested = encode(map[string]any{"manifests": []any{descriptor(nested)}})
+		blobs[digestOf(nested)] = nested
+		levels = append(levels, nested)
+	}
+	fetch := func(_ context.Context, d v1.Descriptor) ([]byte, error) { return blobs[d.Digest.String()], nil }
+	swapped := func(context.Context, v1.Descriptor) ([]byte, error) { return both, nil }
+	for _, tt := range []struct {
+		name  string
+		data  []byte
+		fetch fetchFunc
+		kind  error
+		want  string
+	}{
+		{"image", image, fetch, nil, ""},
+		{"deep index", levels[maxIndexDepth-2], fetch, nil, ""},
+		{"too deep", levels[maxIndexDepth-1], fetch, ErrRefused, "more than 4 indexes inside each other"},
+		{"index and image at once", both, fetch, ErrRefused, "both an index and a manifest"},
+		{"another manifest than the index says", levels[0], swapped, ErrCorrupt, "the manifest has the digest"},
+		{"docker's first version", []byte(`{"schemaVersion":1,"fsLayers":[]}`), fetch, nil, "push the image again"},
+		{"nothing", []byte(`{}`), fetch, ErrCorrupt, "neither a configuration nor manifests"},
+		{"no JSON", []byte(`<html>`), fetch, ErrCorrupt, "manifest"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m, _, err := manifest(t.Context(), v1.Descriptor{}, tt.data, "linux/amd64", tt.fetch)
+			if tt.want == "" {
+				if err != nil || m.Config.Digest.String() != digestOf(nil) {
+					t.Errorf("%+v, %v", m, err)
+				}
+				return
+			}
+			assertError(t, err, tt.kind, tt.want)
+		})
+	}
+}
+
+func FuzzManifest(f *testing.F) {
+	f.Add([]byte(`{"config":{"digest":"`+digestOf(nil)+`"},"layers":[{"digest":"`+digestOf(nil)+`","mediaType":"application/vnd.oci.image.layer.v1.tar"}]}`), []byte(`{"rootfs":{"diff_ids":["`+digestOf(nil)+`"]}}`))
+	f.Add([]byte(`{"manifests":[{"digest":"`+digestOf(nil)+`","platform":{"os":"linux","architecture":"amd64"}}]}`), []byte(`{}`))
+	f.Fuzz(func(t *testing.T, data, config []byte) {
+		m, _, err := manifest(t.Context(), v1.Descriptor{}, data, "linux/amd64", func(context.Context, v1.Descriptor) ([]byte, error) { return data, nil })
+		if err != nil {
+			return
+		}
+		r := &resolved{id: digestOf(config), config: config}
+		for _, l := range m.Layers {
+			r.blobs = append(r.blobs, blob{digest: l.Digest.String(), size: l.Size, mediaType: string(l.MediaType)})
+		}
+		if _, err := r.parse("linux/amd64"); err != nil {
+			return
+		}
+		for _, b := range r.blobs {
+			if !isDigest(b.diffID) || !isDigest(b.digest) {
+				t.Fatalf("accepted %+v", b)
+			}
+		}
+	})
+}
+
+func FuzzArchive(f *testing.F) {
+	f.Add(makeTar(f, reg("manifest.json", `[{"Config":"a.json","Layers":["x/layer.tar"]}]`), reg("a.json", "{}"), symlink("x/layer.tar", "../y"), hardlink("y", "a.json")))
+	f.Add(makeTar(f, reg("index.json", `{"manifests":[]}`), symlink("loop", "loop")))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		file := filepath.Join(t.TempDir(), "tar")
+		if err := os.WriteFile(file, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		a, err := indexArchive(f, int64(len(data)))
+		if err != nil {
+			return
+		}
+		for name := range a.files {
+			if f, err := a.Open(name); err == nil {
+				if n, err := io.Copy(io.Discard, f); err != nil || n > int64(len(data)) {
+					t.Fatalf("%q: %d bytes of %d, %v", name, n, len(data), err)
+				}
+			}
+		}
+		_, _ = archiveSource{fsys: a}.resolve(t.Context(), "linux/amd64")
+	})
 }

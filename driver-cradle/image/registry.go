@@ -26,8 +26,9 @@ var errStalled = fmt.Errorf("%w: nothing came for %s", ErrUnreachable, idleTimeo
 
 // A registrySource is an image in a registry, or in one of its mirrors.
 type registrySource struct {
-	ref  name.Reference
-	opts PullOptions
+	ref     name.Reference
+	opts    PullOptions
+	session *session // closes the connections
 }
 
 func (s registrySource) resolve(ctx context.Context, platform string) (*resolved, error) {
@@ -84,9 +85,11 @@ func (s registrySource) endpoints() ([]name.Reference, error) {
 
 func (s registrySource) resolveAt(ctx context.Context, ref name.Reference, platform string) (*resolved, error) {
 	insecure := ref.Context().Scheme() == "http" || slices.Contains(s.opts.Insecure, ref.Context().RegistryStr())
+	transport := newTransport(insecure)
+	s.session.closers = append(s.session.closers, transport)
 	puller, err := remote.NewPuller(
 		remote.WithAuthFromKeychain(s.opts.Keychain),
-		remote.WithTransport(newTransport(insecure)),
+		remote.WithTransport(transport),
 		remote.WithUserAgent("cradlestack"),
 		remote.WithJobs(s.opts.Jobs),
 	)
@@ -167,7 +170,7 @@ func (b *registryBody) Read(p []byte) (int, error) {
 }
 
 // newTransport is docker's idea of a connection to a registry, with an end to stalled transfers.
-func newTransport(insecure bool) http.RoundTripper {
+func newTransport(insecure bool) *idleTransport {
 	t := remote.DefaultTransport.(*http.Transport).Clone()
 	if insecure {
 		t.TLSClientConfig = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // what the user asked for by name
@@ -177,12 +180,18 @@ func newTransport(insecure bool) http.RoundTripper {
 
 type idleTransport struct{ inner *http.Transport }
 
+// Close ends the connections that are kept for another request.
+func (t *idleTransport) Close() error {
+	t.inner.CloseIdleConnections()
+	return nil
+}
+
 func (t *idleTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(req.Context())
 	timer := time.AfterFunc(idleTimeout, func() { cancel(errStalled) })
 	resp, err := t.inner.RoundTrip(req.WithContext(ctx))
+	timer.Stop()
 	if err != nil {
-		timer.Stop()
 		if errors.Is(context.Cause(ctx), errStalled) {
 			err = errStalled
 		}
@@ -202,8 +211,9 @@ type idleBody struct {
 }
 
 func (b *idleBody) Read(p []byte) (int, error) {
-	b.timer.Reset(idleTimeout)
+	b.timer.Reset(idleTimeout) // a reader that is slow itself is not the registry's fault
 	n, err := b.ReadCloser.Read(p)
+	b.timer.Stop()
 	if err != nil && err != io.EOF && errors.Is(context.Cause(b.ctx), errStalled) {
 		err = errStalled
 	}
@@ -240,6 +250,8 @@ func explain(ref name.Reference, err error) error {
 		return fmt.Errorf("%s answers %d %s", host, te.StatusCode, http.StatusText(te.StatusCode))
 	case errors.Is(err, context.Canceled), errors.Is(err, errStalled), errors.Is(err, io.ErrUnexpectedEOF):
 		return err
+	case strings.Contains(err.Error(), "does not match requested digest"): // the client has no error type for it
+		return fmt.Errorf("%w: %s sends another manifest than the one asked for", ErrCorrupt, host)
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return fmt.Errorf("%w: %s has no TLS: name it as an insecure registry", ErrUnreachable, host)
 	case errors.As(err, &ne):

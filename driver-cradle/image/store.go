@@ -268,7 +268,8 @@ func (s *Store) cached(ctx context.Context, reference, platform string) (*Image,
 	if err != nil {
 		return nil, err
 	}
-	return img, os.Chtimes(path, now, now)
+	_ = os.Chtimes(path, now, now) // another user's cache: it only looks unused for longer
+	return img, nil
 }
 
 // A session is a Pull's directory below tmp, locked while the Pull lives. Its layers file keeps GC from removing layers
