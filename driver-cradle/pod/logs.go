@@ -98,7 +98,7 @@ func (d *Dir) Logs(container string, o LogOptions) error {
 	if err != nil {
 		return err
 	}
-	c, err := lookup(launch, container)
+	c, err := Lookup(launch, container)
 	if err != nil {
 		return fmt.Errorf("%s: %w", d.path, err)
 	}
@@ -131,8 +131,8 @@ func (d *Dir) Logs(container string, o LogOptions) error {
 	return nil
 }
 
-// lookup finds a container by its name or the beginning of its id; "" is the only one.
-func lookup(launch *spec.Launch, name string) (*spec.Container, error) {
+// Lookup finds a container by its name or the beginning of its id; "" is the only one.
+func Lookup(launch *spec.Launch, name string) (*spec.Container, error) {
 	if name == "" {
 		if len(launch.Containers) == 1 {
 			return &launch.Containers[0], nil

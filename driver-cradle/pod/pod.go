@@ -102,6 +102,12 @@ func (d *Dir) Path() string { return d.path }
 
 func (d *Dir) join(elem ...string) string { return filepath.Join(append([]string{d.path}, elem...)...) }
 
+// BootPackage is the path of the boot package.
+func (d *Dir) BootPackage() string { return d.join(BootLink) }
+
+// Machine tells about the machine of a pod that runs.
+func (d *Dir) Machine() (*vmm.Info, error) { return vmm.ReadInfo(d.join(runDir)) }
+
 // Launch reads and validates launch.json.
 func (d *Dir) Launch() (*spec.Launch, error) {
 	data, err := readBounded(d.join(LaunchFile), spec.MaxDocument)

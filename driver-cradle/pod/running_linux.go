@@ -131,6 +131,9 @@ func (d *Dir) bury(why error) error {
 // Launch is what the guest executes.
 func (r *Running) Launch() *spec.Launch { return r.spec }
 
+// Started is when the run began.
+func (r *Running) Started() time.Time { return r.started }
+
 // Info tells how the machine was started.
 func (r *Running) Info() vmm.Info { return r.machine.Info() }
 

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+)
+
+// monitorResult is what a monitor tells the process that has started it, on file descriptor 3.
+type monitorResult struct {
+	ID    string `json:"id,omitempty"`
+	Error string `json:"error,omitempty"`
+}
+
+// monitorLog is where a monitor's messages go, in the pod's run directory.
+const monitorLog = "monitor.log"
+
+func (c *cli) runDetached(ctx context.Context, dir string) error {
+	d, err := c.open(dir)
+	if err != nil {
+		return err
+	}
+	launch, err := d.Launch() // what is wrong in it is told here
+	if err != nil {
+		return err
+	}
+	if err := c.spawnMonitor(ctx, d); err != nil {
+		return err
+	}
+	fmt.Fprintln(c.stdout, launch.ID)
+	return nil
+}
+
+// spawnMonitor starts this program once more, in the background, to attend to a pod, and returns when it does.
+func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, more ...string) error {
+	run := filepath.Join(d.Path(), "run")
+	if err := os.MkdirAll(run, 0o700); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(run, monitorLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	exe, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	root, err := filepath.Abs(c.root)
+	if err != nil {
+		return err
+	}
+	args := []string{"monitor", "--root", root}
+	if c.bootDir != "" {
+		boot, err := filepath.Abs(c.bootDir)
+		if err != nil {
+			return err
+		}
+		args = append(args, "--boot", boot)
+	}
+	if c.verbose {
+		args = append(args, "--verbose")
+	}
+	cmd := exec.Command(exe, append(append(args, more...), d.Path())...)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
+	defer stop()
+	data, err := io.ReadAll(io.LimitReader(r, 1<<20))
+	if err != nil {
+		return err
+	}
+	var result monitorResult
+	if json.Unmarshal(data, &result) != nil {
+		cmd.Wait()
+		return fmt.Errorf("the monitor of %s ended early (%v): see %s", d.Path(), cmd.ProcessState, log.Name())
+	}
+	if result.Error != "" {
+		cmd.Wait()
+		return errors.New(result.Error)
+	}
+	return cmd.Process.Release()
+}
+
+// monitorCommand attends to a detached pod.
+func (c *cli) monitorCommand() *cobra.Command {
+	var takeUp bool
+	cmd := &cobra.Command{
+		Use:    "monitor DIR",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			answer := os.NewFile(3, "answer")
+			r, err := c.attend(cmd, args[0], takeUp)
+			var result monitorResult
+			if err != nil {
+				result.Error = err.Error()
+			} else {
+				result.ID = r.Launch().ID
+			}
+			if werr := json.NewEncoder(answer).Encode(result); werr != nil && err == nil {
+				c.log().Debug("nobody waits for the pod to start", "error", werr)
+			}
+			answer.Close()
+			if err != nil {
+				return err
+			}
+			_, err = r.Wait(context.Background())
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&takeUp, "take-up", false, "the pod runs already")
+	return cmd
+}
+
+func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running, error) {
+	ctx, cancel := interruptible(cmd)
+	defer cancel()
+	d, err := c.open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if takeUp {
+		return d.TakeUp(ctx)
+	}
+	options, err := c.startOptions(d)
+	if err != nil {
+		return nil, err
+	}
+	options.Detached = true
+	return d.Start(ctx, options)
+}

@@ -1,0 +1,432 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+func (c *cli) runCommand() *cobra.Command {
+	var flags podFlags
+	var pull pullFlags
+	var detach, remove bool
+	cmd := &cobra.Command{
+		Use:   "run DIR | run --rm [flags] IMAGE [COMMAND…]",
+		Short: "boot a pod and become it",
+		Long: `run boots the pod in DIR and becomes it: output, input, terminal and signals are the container's, and so is the exit code. SIGTERM, or Ctrl-C a second time,
+stops the pod: the stop signal, then SIGKILL after the grace time; once more ends it at once. Every other signal goes to the container. With -d the pod
+goes on in the background.
+
+With --rm and an image the pod lives in a temporary directory that is removed at its end; flags are those of kcradle summon.
+
+Exit codes are docker's: the container's, 128+n when signal n ended it, 127 when its command was not found, 126 when it can't be executed, 125 when there was
+nothing to run.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c.failure = exitRefused
+			if !remove || isPod(args[0]) {
+				if err := parseBehind(cmd, args[1:]); err != nil {
+					return err
+				}
+				if err := c.notForDirectories(cmd); err != nil {
+					return err
+				}
+				if detach {
+					return c.runDetached(cmd.Context(), args[0])
+				}
+				d, err := c.open(args[0])
+				if err != nil {
+					return err
+				}
+				return c.runForeground(cmd.Context(), d, remove)
+			}
+			if detach {
+				return errors.New("-d keeps the pod, --rm removes it: summon a directory and run that with -d")
+			}
+			return c.runImage(cmd, &flags, &pull, args)
+		},
+	}
+	cmd.Flags().Bool("help", false, "help for run")
+	flags.register(cmd.Flags())
+	pull.register(cmd)
+	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "start the pod in the background and print its id")
+	cmd.Flags().BoolVar(&remove, "rm", false, "remove the directory at the end")
+	cmd.Flags().SetInterspersed(false)
+	return cmd
+}
+
+func isPod(path string) bool {
+	_, err := os.Stat(filepath.Join(path, pod.LaunchFile))
+	return err == nil
+}
+
+// parseBehind reads flags that stand behind the directory.
+func parseBehind(cmd *cobra.Command, args []string) error {
+	if err := cmd.Flags().Parse(args); err != nil {
+		return err
+	}
+	if cmd.Flags().NArg() > 0 {
+		return fmt.Errorf("%s takes one directory: its command is in %s (for an image: kcradle run --rm IMAGE COMMAND…)", cmd.Name(), pod.LaunchFile)
+	}
+	return nil
+}
+
+// notForDirectories refuses flags that only describe a new pod.
+func (c *cli) notForDirectories(cmd *cobra.Command) error {
+	var err error
+	cmd.Flags().Visit(func(f *pflag.Flag) {
+		switch f.Name {
+		case "detach", "rm", "root", "boot", "verbose", "accel", "start", "quiet":
+		default:
+			err = fmt.Errorf("--%s describes a new pod: edit %s, or give it to kcradle summon", f.Name, pod.LaunchFile)
+		}
+	})
+	return err
+}
+
+func (c *cli) runImage(cmd *cobra.Command, flags *podFlags, pull *pullFlags, args []string) (err error) {
+	base, err := os.MkdirTemp("", "kcradle-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(base)) }()
+	dir := filepath.Join(base, "pod")
+	ctx, cancel := interruptible(cmd)
+	defer cancel()
+	p, err := c.describe(flags, dir, args[0], args[1:])
+	if err != nil {
+		return err
+	}
+	d, err := c.summon(ctx, dir, p, pull, "")
+	if err != nil {
+		return err
+	}
+	cancel()
+	return c.runForeground(cmd.Context(), d, true)
+}
+
+func (c *cli) startOptions(d *pod.Dir) (pod.StartOptions, error) {
+	cache, err := c.cacheDir()
+	return pod.StartOptions{CacheDir: cache, Boot: c.bootDir}, err
+}
+
+// runForeground becomes the pod.
+func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err error) {
+	signals := make(chan os.Signal, 64)
+	signal.Notify(signals)
+	defer signal.Stop(signals)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	options, err := c.startOptions(d)
+	if err != nil {
+		return err
+	}
+	options.Hold, options.DiscardLogs = true, remove
+	type started struct {
+		r   *pod.Running
+		err error
+	}
+	begun := make(chan started, 1)
+	go func() {
+		r, err := d.Start(ctx, options)
+		begun <- started{r, err}
+	}()
+	var early []os.Signal
+	var r *pod.Running
+	for r == nil {
+		select {
+		case s := <-begun:
+			if s.err != nil {
+				return s.err
+			}
+			r = s.r
+		case s := <-signals:
+			switch s {
+			case unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT:
+				cancel(fmt.Errorf("ended by %v", s))
+				if s := <-begun; s.r != nil { // it was too late
+					r = s.r
+					early = append(early, unix.SIGTERM)
+				} else {
+					return errors.Join(s.err, c.removeIf(d, remove))
+				}
+			}
+		}
+	}
+	f := &foreground{cli: c, pod: r, guest: &guest{r.Open}}
+	var helpers errgroup.Group
+	over := make(chan struct{})
+	helpers.Go(func() error {
+		for _, s := range early {
+			f.signal(s)
+		}
+		for {
+			select {
+			case s := <-signals:
+				f.signal(s)
+			case <-over:
+				return nil
+			}
+		}
+	})
+	aerr := f.attach()
+	r.Release()
+	report, err := r.Wait(context.Background())
+	close(over)
+	helpers.Wait()
+	f.others.Wait()
+	if err == nil {
+		err = aerr
+	}
+	if report != nil {
+		if err != nil {
+			fmt.Fprintln(c.stderr, "kcradle:", err)
+		}
+		err = c.tell(report)
+	}
+	return errors.Join(err, c.removeIf(d, remove))
+}
+
+func (c *cli) removeIf(d *pod.Dir, remove bool) error {
+	if !remove {
+		return nil
+	}
+	return d.Remove()
+}
+
+// tell says what a report has to say beside its exit code, which it returns.
+func (c *cli) tell(r *pod.Report) error {
+	switch {
+	case r.Failure != "":
+		return fmt.Errorf("the pod's machine ended: %s", r.Failure)
+	case r.Status.Error != "":
+		fmt.Fprintln(c.stderr, "kcradle:", r.Status.Error)
+	}
+	if r.Status.ExitCode != 0 {
+		return exitError(r.Status.ExitCode)
+	}
+	return nil
+}
+
+// A foreground is a pod that this program has become.
+type foreground struct {
+	*cli
+	pod    *pod.Running
+	guest  *guest
+	others sync.WaitGroup
+
+	interrupts, terminations int
+}
+
+// attach connects our streams with the containers' until they have ended.
+func (f *foreground) attach() error {
+	containers := f.pod.Launch().Containers
+	if len(containers) == 1 {
+		return f.attachTo(&containers[0], f.stdout, f.stderr, true)
+	}
+	out, err := &lineMixer{w: f.stdout}, &lineMixer{w: f.stderr}
+	var g errgroup.Group
+	for i := range containers {
+		c := &containers[i]
+		o, e := out.add(c.Name), err.add(c.Name)
+		g.Go(func() error {
+			defer o.flush()
+			defer e.flush()
+			return f.attachTo(c, o, e, false)
+		})
+	}
+	return g.Wait()
+}
+
+func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone bool) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		select {
+		case <-f.pod.Machine().Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	q := url.Values{"stream": {"1"}, "stdout": {"1"}, "stderr": {"1"}, "logs": {"1"}, "since": {since(f.pod)}}
+	withStdin := alone && c.OpenStdin
+	if withStdin {
+		q.Set("stdin", "1")
+	}
+	path := "/containers/" + c.Name
+	s, err := f.guest.hijack(ctx, path+"/attach", q, nil)
+	if err != nil {
+		return fmt.Errorf("attach to container %s: %w", c.Name, err)
+	}
+	defer s.Close()
+	if alone && c.TTY {
+		t, err := f.takeTerminal(ctx, f.guest, path, withStdin)
+		if err != nil {
+			return err
+		}
+		defer t.giveBack()
+	}
+	if withStdin {
+		f.feed(s)
+	}
+	if c.TTY {
+		_, err = io.Copy(stdout, s)
+	} else {
+		err = demux(s, stdout, stderr)
+	}
+	if errors.Is(err, unix.EPIPE) {
+		// Whoever read our output has gone. As for a process of theirs, that is the end.
+		f.others.Go(func() { f.pod.Stop(context.Background(), nil) })
+		return nil
+	}
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("output of container %s: %w", c.Name, err)
+	}
+	return nil
+}
+
+// since is when this run began: what the log has from before is not shown again.
+func since(r *pod.Running) string {
+	return strconv.FormatFloat(float64(r.Started().UnixMicro())/1e6, 'f', 6, 64)
+}
+
+// signal passes a signal on, or stops the pod.
+func (f *foreground) signal(s os.Signal) {
+	sig, ok := s.(syscall.Signal)
+	if !ok {
+		return
+	}
+	switch sig {
+	case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE, unix.SIGWINCH:
+	case unix.SIGTERM:
+		f.terminations++
+		f.end(f.terminations)
+	case unix.SIGINT:
+		f.interrupts++
+		if f.interrupts > 1 {
+			f.end(f.interrupts - 1)
+			return
+		}
+		f.forward(sig)
+	default:
+		f.forward(sig)
+	}
+}
+
+// end stops the pod, and kills it when asked again.
+func (f *foreground) end(times int) {
+	f.others.Go(func() {
+		var err error
+		if times == 1 {
+			_, err = f.pod.Stop(context.Background(), nil)
+		} else {
+			_, err = f.pod.Kill(context.Background())
+		}
+		if err != nil {
+			fmt.Fprintln(f.stderr, "kcradle:", err)
+		}
+	})
+}
+
+func (f *foreground) forward(sig syscall.Signal) {
+	f.others.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := f.pod.Signal(ctx, "", strconv.Itoa(int(sig))); err != nil {
+			select {
+			case <-f.pod.Machine().Done():
+			default:
+				fmt.Fprintf(f.stderr, "kcradle: pass on %v: %v\n", sig, err)
+			}
+		}
+	})
+}
+
+// A lineMixer writes the lines of several containers with their names in front.
+type lineMixer struct {
+	mu    sync.Mutex
+	w     io.Writer
+	width int
+}
+
+type prefixed struct {
+	*lineMixer
+	name string
+	line []byte
+}
+
+func (m *lineMixer) add(name string) *prefixed {
+	m.width = max(m.width, len(name))
+	return &prefixed{lineMixer: m, name: name}
+}
+
+func (p *prefixed) Write(b []byte) (int, error) {
+	p.line = append(p.line, b...)
+	for {
+		n, line, err := bufio.ScanLines(p.line, false)
+		if n == 0 || err != nil {
+			if len(p.line) < 64<<10 {
+				return len(b), nil
+			}
+			n, line = len(p.line), p.line
+		}
+		if err := p.write(line); err != nil {
+			return 0, err
+		}
+		p.line = p.line[n:]
+	}
+}
+
+func (p *prefixed) write(line []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, err := fmt.Fprintf(p.w, "%-*s | %s\n", p.width, p.name, line)
+	return err
+}
+
+func (p *prefixed) flush() {
+	if len(p.line) > 0 {
+		p.write(p.line)
+		p.line = nil
+	}
+}
+
+// guestOf is the server of a pod that runs; where nobody attends to it, a monitor is started that does.
+func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*guest, error) {
+	pid, err := d.Attendant()
+	if err != nil {
+		return nil, err
+	}
+	if pid == 0 {
+		running, err := d.Running()
+		if err != nil {
+			return nil, err
+		}
+		if !running {
+			return nil, fmt.Errorf("%s: %w: kcradle run %[1]s starts it", d.Path(), pod.ErrNotRunning)
+		}
+		if err := c.spawnMonitor(ctx, d, "--take-up"); err != nil && !errors.Is(err, pod.ErrRunning) {
+			return nil, err
+		}
+	}
+	return &guest{func(ctx context.Context) (net.Conn, error) { return d.Dial(ctx) }}, nil
+}

@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// A podStatus is what status shows; as JSON it is stable.
+type podStatus struct {
+	Directory  string                 `json:"directory"`
+	ID         string                 `json:"id"`
+	Name       string                 `json:"name"`
+	State      string                 `json:"state"`              // created, running, exited
+	Attendant  int                    `json:"attendant,omitzero"` // process id of the kcradle that attends to it
+	ExitCode   *int                   `json:"exitCode,omitempty"` // once it has exited
+	Error      string                 `json:"error,omitempty"`
+	StartedAt  time.Time              `json:"startedAt,omitzero"`
+	EndedAt    time.Time              `json:"endedAt,omitzero"`
+	Machine    *vmm.Info              `json:"machine,omitempty"`
+	Containers []wire.ContainerStatus `json:"containers"`
+
+	launch *spec.Launch
+}
+
+func (c *cli) statusCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "status DIR…",
+		Aliases:           []string{"ps"},
+		Short:             "show what a pod and its containers are doing",
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completePods,
+	}
+	asJSON := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		wantJSON, err := asJSON()
+		if err != nil {
+			return err
+		}
+		ctx, cancel := interruptible(cmd)
+		defer cancel()
+		var all []*podStatus
+		for _, dir := range args {
+			d, err := c.open(dir)
+			if err != nil {
+				return err
+			}
+			s, err := c.status(ctx, d)
+			if err != nil {
+				return err
+			}
+			all = append(all, s)
+		}
+		switch {
+		case wantJSON && len(all) == 1:
+			return c.printJSON(all[0])
+		case wantJSON:
+			return c.printJSON(all)
+		}
+		for i, s := range all {
+			if i > 0 {
+				fmt.Fprintln(c.stdout)
+			}
+			if err := c.printStatus(s); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return cmd
+}
+
+func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
+	launch, err := d.Launch()
+	if err != nil {
+		return nil, err
+	}
+	s := &podStatus{Directory: d.Path(), ID: launch.ID, Name: launch.Name, State: wire.StateCreated, Containers: []wire.ContainerStatus{}, launch: launch}
+	running, err := d.Running()
+	if err != nil {
+		return nil, err
+	}
+	if running {
+		g, err := c.guestOf(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		var w wire.Status
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		if err := g.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w); err == nil {
+			s.State, s.Containers = w.State, w.Containers
+			if s.Attendant, err = d.Attendant(); err != nil {
+				return nil, err
+			}
+			info, err := d.Machine()
+			if err == nil {
+				s.Machine, s.StartedAt = info, info.StartedAt
+			}
+			return s, nil
+		} else if still, _ := d.Running(); still {
+			return nil, fmt.Errorf("status of %s: %w", d.Path(), err)
+		}
+		// It has ended meanwhile.
+	}
+	r, err := d.Report()
+	if errors.Is(err, pod.ErrNotStarted) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.State, s.Containers, s.ExitCode = r.Status.State, r.Status.Containers, &r.Status.ExitCode
+	s.Error, s.StartedAt, s.EndedAt = r.Status.Error, r.StartedAt, r.EndedAt
+	if r.Failure != "" {
+		s.Error = r.Failure
+	}
+	if r.Machine.PID != 0 {
+		s.Machine = &r.Machine
+	}
+	return s, nil
+}
+
+func (c *cli) printStatus(s *podStatus) error {
+	fmt.Fprintf(c.stdout, "pod %s (%s): %s", s.Name, s.ID[:12], s.State)
+	switch {
+	case s.ExitCode != nil:
+		fmt.Fprintf(c.stdout, " %s ago with exit code %d", since0(s.EndedAt), *s.ExitCode)
+	case s.State == wire.StateRunning:
+		fmt.Fprintf(c.stdout, " for %s", since0(s.StartedAt))
+	}
+	fmt.Fprintln(c.stdout)
+	if s.Error != "" {
+		fmt.Fprintf(c.stdout, "error: %s\n", s.Error)
+	}
+	if m := s.Machine; m != nil {
+		fmt.Fprintf(c.stdout, "machine: %v, %d cpu, %s, %s%s", m.Memory, m.CPUs, m.Accel, startWord(m.Start), reason(m.StartWhy))
+		if s.State == wire.StateRunning {
+			fmt.Fprintf(c.stdout, ", qemu %d, attended by %d", m.PID, s.Attendant)
+		}
+		fmt.Fprintln(c.stdout)
+		for _, p := range m.Publish {
+			fmt.Fprintf(c.stdout, "port: %s -> %d/%s\n", hostPort(p), p.Port, protocol(p))
+		}
+	}
+	w := tabwriter.NewWriter(c.stdout, 0, 8, 3, ' ', 0)
+	fmt.Fprintln(w, "CONTAINER\tID\tIMAGE\tSTATE\tSTARTS\tHEALTH\tEXIT CODE")
+	for _, container := range s.launch.Containers {
+		st := wire.ContainerStatus{State: wire.StateCreated}
+		for _, o := range s.Containers {
+			if o.Name == container.Name {
+				st = o
+			}
+		}
+		code := ""
+		if st.State == wire.StateExited || st.State == wire.StateDead {
+			code = strconv.Itoa(st.ExitCode)
+			if st.OOMKilled {
+				code += " (out of memory)"
+			}
+			if st.Error != "" {
+				code += " (" + st.Error + ")"
+			}
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", container.Name, container.ID[:12], container.Image.Reference, st.State, st.Starts, st.Health, code)
+	}
+	return w.Flush()
+}
+
+func startWord(start string) string {
+	if start == vmm.Template {
+		return "from a template"
+	}
+	return "cold boot"
+}
+
+func reason(s string) string {
+	if s == "" {
+		return ""
+	}
+	return " (" + s + ")"
+}
+
+func since0(t time.Time) string {
+	d := time.Since(t)
+	if d < time.Minute {
+		return d.Round(time.Second).String()
+	}
+	return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
+}
+
+func hostPort(p spec.Publish) string {
+	ip := p.HostIP
+	if ip == "" {
+		ip = "0.0.0.0"
+	}
+	if a, err := netip.ParseAddr(ip); err == nil {
+		return netip.AddrPortFrom(a, p.HostPort).String()
+	}
+	return fmt.Sprintf("%s:%d", ip, p.HostPort)
+}
+
+func protocol(p spec.Publish) string {
+	if p.Protocol == "" {
+		return "tcp"
+	}
+	return p.Protocol
+}

@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// pullFlags say how images are fetched.
+type pullFlags struct {
+	always   bool
+	insecure []string
+	platform string
+	quiet    bool
+}
+
+func (p *pullFlags) register(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.BoolVar(&p.always, "pull", false, "ask the registry also when the image is in the cache")
+	f.StringArrayVar(&p.insecure, "insecure-registry", nil, "host[:port] that may be asked without TLS")
+	f.StringVar(&p.platform, "platform", "", "os/arch[/variant] (default: the host's)")
+	f.BoolVarP(&p.quiet, "quiet", "q", false, "no progress")
+}
+
+func (p *pullFlags) options(progress func(image.Progress)) image.PullOptions {
+	return image.PullOptions{Force: p.always, Insecure: p.insecure, Platform: p.platform, Progress: progress}
+}
+
+// interruptible gives a context that ends with Ctrl-C and SIGTERM.
+func interruptible(cmd *cobra.Command) (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(cmd.Context(), os.Interrupt, unix.SIGTERM)
+}
+
+func (c *cli) summonCommand() *cobra.Command {
+	var flags podFlags
+	var pull pullFlags
+	var file, id string
+	cmd := &cobra.Command{
+		Use:   "summon DIR IMAGE [flags] [-- COMMAND…]",
+		Short: "prepare a pod directory",
+		Long: `summon makes the directory DIR, which holds everything that a pod needs: launch.json, links to the image's layers in the cache, the writable disk, a link to
+the boot package. It is made to be read and edited; kcradle run boots it.
+
+IMAGE is a registry reference (debian:12, with the credentials that docker has), docker-daemon:NAME, docker-archive:FILE or oci:DIR. What
+follows -- replaces the image's command. With -f FILE the pod is read from a JSON file, which may have several containers.
+
+` + volumesHelp,
+		Args: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case file != "" && len(args) == 1, file == "" && len(args) >= 2:
+				return nil
+			case file != "":
+				return errors.New("summon -f FILE takes the directory only: kcradle summon DIR -f FILE")
+			}
+			return errors.New("name a directory and an image: kcradle summon DIR IMAGE [-- COMMAND…]")
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := interruptible(cmd)
+			defer cancel()
+			var p *spec.Pod
+			var err error
+			if file != "" {
+				p, err = readPod(file)
+			} else {
+				p, err = c.describe(&flags, args[0], args[1], args[2:])
+			}
+			if err != nil {
+				return err
+			}
+			_, err = c.summon(ctx, args[0], p, &pull, id)
+			return err
+		},
+	}
+	cmd.Flags().Bool("help", false, "help for summon") // -h is the host name, as with docker
+	flags.register(cmd.Flags())
+	pull.register(cmd)
+	cmd.Flags().StringVarP(&file, "file", "f", "", "read the pod from a JSON file (docs/launch-spec.md, Pod)")
+	cmd.Flags().StringVar(&id, "id", "", "id of the pod, 64 hexadecimal digits (default: random)")
+	return cmd
+}
+
+func readPod(file string) (*spec.Pod, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return spec.ParsePod(file, data)
+}
+
+// describe makes a Pod of the command line, and the directories and images that it asks to make.
+func (c *cli) describe(flags *podFlags, dir, image string, command []string) (*spec.Pod, error) {
+	path, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	p, makes, err := flags.pod(nameOf(filepath.Base(path)), image, command)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Validate(); err != nil {
+		return nil, err
+	}
+	for _, f := range makes {
+		if err := f(); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func (c *cli) summon(ctx context.Context, dir string, p *spec.Pod, pull *pullFlags, id string) (*pod.Dir, error) {
+	pkg, err := c.findBoot()
+	if err != nil {
+		return nil, err
+	}
+	store, err := c.store()
+	if err != nil {
+		return nil, err
+	}
+	bar := c.progress(pull.quiet)
+	defer bar.done()
+	d, err := pod.Summon(ctx, dir, p, pod.SummonOptions{Images: store, Boot: pkg, Pull: pull.options(bar.update), ID: id, Log: c.log()})
+	if err != nil {
+		return nil, fmt.Errorf("summon %s: %w", dir, err)
+	}
+	return d, nil
+}
