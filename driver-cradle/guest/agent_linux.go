@@ -29,8 +29,8 @@ const Version = "1"
 // handler answers everything that is not a control call. It does not return as PID 1.
 func Main(args []string, handler func(*Pod) http.Handler) int {
 	switch {
-	case len(args) > 0 && args[0] == stageName:
-		runStage()
+	case len(args) == 2 && args[0] == stageName:
+		runStage(args[1])
 	case len(args) > 2 && args[0] == initName && args[1] == "--":
 		return runInit(args[2:])
 	case os.Getpid() != 1:
@@ -42,6 +42,8 @@ func Main(args []string, handler func(*Pod) http.Handler) int {
 	// With little garbage, collecting late costs less than collecting often; the limit keeps the agent inside its reserve.
 	debug.SetGCPercent(400)
 	debug.SetMemoryLimit(24 << 20)
+	// Fixed, or Go looks for the cgroup's limit again and again.
+	runtime.GOMAXPROCS(runtime.NumCPU())
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	if err := serve(log, handler); err != nil {
 		log.Error("the agent can't go on", "error", err)
@@ -73,6 +75,12 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 		return err
 	}
 	pod := newPod(log, newChildren(), events)
+	if err := mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return err
+	}
+	if err := pod.parkStage(); err != nil {
+		return fmt.Errorf("park a stage: %w", err)
+	}
 	port, err := wire.OpenPort()
 	if err != nil {
 		return err

@@ -570,7 +570,6 @@ func (c *Container) Pids() ([]int, error) {
 
 // A record is what of a container outlives its VM.
 type record struct {
-	Created    time.Time `json:"created"`
 	StartedAt  time.Time `json:"startedAt,omitzero"`
 	FinishedAt time.Time `json:"finishedAt,omitzero"`
 	ExitCode   int       `json:"exitCode"`
@@ -580,26 +579,28 @@ type record struct {
 
 func (c *Container) recordPath() string { return filepath.Join(c.dir, "state.json") }
 
-// loadRecord takes over what an earlier VM left, or begins a record.
+// loadRecord takes over what an earlier VM left. A container is as old as its directory on the scratch disk.
 func (c *Container) loadRecord() {
+	var st unix.Statx_t
+	c.created = time.Now()
+	if err := unix.Statx(unix.AT_FDCWD, c.dir, 0, unix.STATX_BTIME, &st); err == nil && st.Mask&unix.STATX_BTIME != 0 {
+		c.created = time.Unix(st.Btime.Sec, int64(st.Btime.Nsec))
+	}
 	var r record
-	if data, err := os.ReadFile(c.recordPath()); err == nil && json.Unmarshal(data, &r) == nil && !r.Created.IsZero() {
-		c.created = r.Created
-		c.state = State{
-			Status: wire.StateCreated, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt, ExitCode: r.ExitCode, Error: r.Error, OOMKilled: r.OOMKilled,
-		}
-		if !r.FinishedAt.IsZero() {
-			c.state.Status = wire.StateExited
-		}
+	if data, err := os.ReadFile(c.recordPath()); err != nil || json.Unmarshal(data, &r) != nil {
 		return
 	}
-	c.created = time.Now()
-	c.saveRecord()
+	c.state = State{
+		Status: wire.StateCreated, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt, ExitCode: r.ExitCode, Error: r.Error, OOMKilled: r.OOMKilled,
+	}
+	if !r.FinishedAt.IsZero() {
+		c.state.Status = wire.StateExited
+	}
 }
 
 func (c *Container) saveRecord() {
 	s := c.State()
-	data, err := json.Marshal(record{c.created, s.StartedAt, s.FinishedAt, s.ExitCode, s.Error, s.OOMKilled})
+	data, err := json.Marshal(record{s.StartedAt, s.FinishedAt, s.ExitCode, s.Error, s.OOMKilled})
 	if err == nil {
 		tmp := c.recordPath() + ".new"
 		if err = os.WriteFile(tmp, data, 0o600); err == nil {

@@ -160,7 +160,7 @@ func (e *Exec) run(first *command) (*command, error) {
 		return nil, err
 	}
 	cfg := e.config
-	config.Enter, config.Rootfs, config.Sysctls, config.Devices, config.Nodes, config.Mounts, config.Init = true, "", nil, nil, nil, nil, false
+	config.Rootfs, config.Sysctls, config.Devices, config.Nodes, config.Mounts, config.Init = "", nil, nil, nil, nil, false
 	config.Args, config.TTY, config.Rows, config.Cols = cfg.Args, cfg.TTY, cfg.Rows, cfg.Cols
 	config.Env = mergeEnv(containerEnv(c.spec.Env, c.hostname(), cfg.TTY), cfg.Env)
 	if cfg.User != "" {

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -28,8 +30,53 @@ type command struct {
 type stageRequest struct {
 	config stageConfig
 	cgroup string
-	first  *process // Enter: the container's first process
+	first  *process // of the running container to enter; nil: a new one
 	stdin  bool     // with a pipe; else /dev/null
+}
+
+// A stage is a process that waits for its config.
+type stage struct {
+	*process
+	conn *net.UnixConn
+}
+
+// parkStage starts the stage of the first container before anybody asks for it: as part of a template it costs nothing at start. What
+// the agent mounts later propagates into its mount namespace.
+func (p *Pod) parkStage() error {
+	s, err := p.forkStage(stageNew, "", nil)
+	if err != nil {
+		return err
+	}
+	p.parked <- s
+	return nil
+}
+
+// takeStage gives a stage in the cgroup asked for: the parked one, or a new one.
+func (p *Pod) takeStage(r stageRequest) (*stage, error) {
+	kind := stageNew
+	switch {
+	case r.first != nil:
+		kind = stageEnters
+	case r.config.Privileged:
+		kind = stagePrivileged
+	default:
+		select {
+		case s := <-p.parked:
+			if err := writeFile(filepath.Join(r.cgroup, "cgroup.procs"), strconv.Itoa(s.pid)); err == nil {
+				return s, nil
+			}
+			s.abandon()
+		default:
+		}
+	}
+	return p.forkStage(kind, r.cgroup, r.first)
+}
+
+// abandon ends a stage that did not become anything.
+func (s *stage) abandon() {
+	s.conn.Close()
+	_ = s.signal(unix.SIGKILL)
+	s.wait()
 }
 
 // startStage starts a stage and returns when its command runs, or a *stageError says why it does not.
@@ -45,91 +92,125 @@ func (p *Pod) startStage(r stageRequest) (*command, error) {
 			closeStreams(streams)
 		}
 	}()
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("make socket for the stage: %w", err)
-	}
-	conn, err := unixConn(pair[0])
-	if err != nil {
-		unix.Close(pair[1])
-		return nil, err
-	}
-	defer conn.Close()
-	proc, err := p.forkStage(r, theirs, pair[1])
-	unix.Close(pair[1])
+	s, err := p.takeStage(r)
 	if err != nil {
 		return nil, fmt.Errorf("start the stage: %w", err)
 	}
 	config, err := json.Marshal(r.config)
 	if err == nil {
-		_, err = conn.Write(config)
+		err = sendConfig(s.conn, config, theirs)
 	}
 	if err != nil && !errors.Is(err, unix.EPIPE) {
-		_ = proc.signal(unix.SIGKILL)
-		proc.wait()
+		s.abandon()
 		return nil, fmt.Errorf("tell the stage: %w", err)
 	}
-	master, err := readStage(conn)
+	defer s.conn.Close()
+	master, err := readStage(s.conn)
 	if err != nil {
-		proc.wait()
+		s.wait()
 		return nil, err
 	}
 	if master != nil {
 		streams.Stdin, streams.Stdout = master, master
 	}
 	ok = true
-	return &command{proc, streams, master}, nil
+	return &command{s.process, streams, master}, nil
 }
 
-// forkStage forks and executes this program as a stage, in the cgroup and the namespaces it is to be in.
-func (p *Pod) forkStage(r stageRequest, streams [3]int, socket int) (*process, error) {
-	cgroup, err := unix.Open(r.cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: r.cgroup, Err: err}
+// sendConfig sends the config, and with its first bytes the streams.
+func sendConfig(conn *net.UnixConn, config []byte, streams [3]int) error {
+	n, _, err := conn.WriteMsgUnix(config, unix.UnixRights(streams[:]...), nil)
+	if err == nil && n < len(config) {
+		_, err = conn.Write(config[n:])
 	}
-	defer unix.Close(cgroup)
+	return err
+}
+
+// forkStage forks and executes this program as a stage: in the pid namespace of first, or in new namespaces.
+func (p *Pod) forkStage(kind, cgroup string, first *process) (*stage, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make socket: %w", err)
+	}
+	defer unix.Close(pair[1])
+	conn, err := unixConn(pair[0])
+	if err != nil {
+		return nil, err
+	}
+	proc, err := p.forkWith(kind, cgroup, first, pair[1])
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return &stage{proc, conn}, nil
+}
+
+func (p *Pod) forkWith(kind, cgroup string, first *process, socket int) (*process, error) {
+	null, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: "/dev/null", Err: err}
+	}
+	defer unix.Close(null)
 	attr := &syscall.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"GOGC=off", "GOMAXPROCS=1"},
-		Files: []uintptr{uintptr(streams[0]), uintptr(streams[1]), uintptr(streams[2]), uintptr(socket)},
-		Sys:   &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup, Setsid: true},
+		Files: []uintptr{uintptr(null), uintptr(null), uintptr(null), uintptr(socket)},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
 	}
-	start := func() (*process, error) { return p.children.start("/proc/self/exe", []string{stageName}, attr) }
-	if r.first == nil {
+	if cgroup != "" {
+		fd, err := openCgroup(cgroup)
+		if err != nil {
+			return nil, err
+		}
+		defer unix.Close(fd)
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
+	}
+	if first == nil {
 		attr.Sys.Cloneflags = containerNamespaces
-		return start()
+		return p.children.start("/proc/self/exe", []string{stageName, kind}, attr)
 	}
-	pidfd, err := r.first.dupPidfd()
+	pidfd, err := first.dupPidfd()
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(pidfd)
 	attr.Files = append(attr.Files, uintptr(pidfd))
-	return inPidNamespace(pidfd, start)
+	return onThread(func() (*process, error) {
+		if err := unix.Setns(pidfd, unix.CLONE_NEWPID); err != nil {
+			return nil, fmt.Errorf("enter pid namespace: %w", err)
+		}
+		return p.children.start("/proc/self/exe", []string{stageName, kind}, attr)
+	})
 }
 
-// stageName is what this executable is called to be a stage.
-const stageName = "cradle-stage"
-
-// inPidNamespace calls fork on a thread whose children are in the pid namespace of a process. The thread ends with that.
-func inPidNamespace(pidfd int, fork func() (*process, error)) (*process, error) {
-	type result struct {
-		p   *process
-		err error
+func openCgroup(dir string) (int, error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	done := make(chan result)
+	return fd, nil
+}
+
+// stageName is what this executable is called to be a stage, and its argument is of what kind.
+const (
+	stageName       = "cradle-stage"
+	stageNew        = "new"
+	stagePrivileged = "privileged"
+	stageEnters     = "enter"
+)
+
+// onThread calls f on a thread of its own, which ends with it: f may change what belongs to a thread.
+func onThread[T any](f func() (T, error)) (T, error) {
+	var v T
+	var err error
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		runtime.LockOSThread()
-		var r result
-		if err := unix.Setns(pidfd, unix.CLONE_NEWPID); err != nil {
-			r.err = fmt.Errorf("enter pid namespace: %w", err)
-		} else {
-			r.p, r.err = fork()
-		}
-		done <- r
+		v, err = f()
 	}()
-	r := <-done
-	return r.p, r.err
+	<-done
+	return v, err
 }
 
 // openStreams makes the pipes of a command: our ends, and theirs as descriptors for 0, 1 and 2. With a terminal all of theirs are

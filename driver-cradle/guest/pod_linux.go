@@ -34,13 +34,16 @@ type Pod struct {
 	containers []*Container
 	volumes    map[string]*volume
 
-	scratch string // where the scratch disk is mounted
+	parked  chan *stage // at most one
+	scratch string      // where the scratch disk is mounted
 	ended   chan struct{}
 	down    sync.Once
 }
 
 func newPod(log *slog.Logger, c *children, u *uevents) *Pod {
-	return &Pod{log: log, children: c, uevents: u, crew: newCrew(), volumes: make(map[string]*volume), ended: make(chan struct{})}
+	return &Pod{
+		log: log, children: c, uevents: u, crew: newCrew(), volumes: make(map[string]*volume), parked: make(chan *stage, 1), ended: make(chan struct{}),
+	}
 }
 
 // Launch is what the pod was launched with, nil before that.

@@ -305,14 +305,11 @@ func (c *Container) has(path string) bool {
 	return err == nil
 }
 
-// file is the place of a file that docker mounts into every container.
-func (c *Container) file(name string) string { return filepath.Join(c.dir, "files", name) }
+// file is the place of a file that docker mounts into every container. It is in memory, which costs the least at start.
+func (c *Container) file(name string) string { return filepath.Join(runDir, "c", c.spec.ID, name) }
 
 // writeFiles writes those files anew.
 func (c *Container) writeFiles() error {
-	if err := os.MkdirAll(filepath.Join(c.dir, "files"), 0o755); err != nil {
-		return err
-	}
 	l := c.pod.launch
 	var addresses []string
 	for _, i := range l.Interfaces {

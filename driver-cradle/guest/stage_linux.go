@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,10 +20,6 @@ import (
 
 // A stageConfig tells a stage what to become. It goes over the stage's socket as JSON.
 type stageConfig struct {
-	// Enter is set for a command in a running container: the stage enters the namespaces of the pidfd it inherits. Otherwise it is in
-	// new ones and builds the container's inside around Rootfs.
-	Enter bool `json:",omitempty"`
-
 	Rootfs     string            `json:",omitempty"`
 	Hostname   string            `json:",omitempty"`
 	Domainname string            `json:",omitempty"`
@@ -82,15 +79,16 @@ const (
 // File descriptors of a stage beyond stdio.
 const (
 	stageSocket = 3 // the agent: config in; then the tty's master, or an error, out; closed by a successful execve
-	stagePidfd  = 4 // Enter: the container's first process
+	stagePidfd  = 4 // entering: the container's first process
 )
 
-// runStage is the life of a stage: it does not return if all goes well.
-func runStage() {
+// runStage is the life of a stage: it does not return if all goes well. One that enters a running container inherits a pidfd of its
+// first process; the others are in new namespaces already, and build the container's inside.
+func runStage(kind string) {
 	// What is per thread (namespaces, capabilities, ids) is set on the one that executes the command.
 	runtime.LockOSThread()
 	unix.CloseOnExec(stageSocket)
-	err := becomeCommand(os.NewFile(stageSocket, "agent"))
+	err := becomeCommand(kind)
 	if _, ok := errors.AsType[*stageError](err); !ok {
 		err = &stageError{exitRefused, err.Error()}
 	}
@@ -99,15 +97,23 @@ func runStage() {
 	os.Exit(exitRefused)
 }
 
-func becomeCommand(agent *os.File) error {
-	var c stageConfig
-	if err := json.NewDecoder(agent).Decode(&c); err != nil {
-		if errors.Is(err, io.EOF) {
-			os.Exit(0) // never needed
+func becomeCommand(kind string) error {
+	entering := kind == stageEnters
+	if !entering {
+		// Until the config comes, what the agent mounts appears here too, and nothing of this one there.
+		if err := mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+			return err
 		}
-		return fmt.Errorf("read config: %w", err)
+		// What is the same for nearly all containers is made before the config: a parked stage has it in its template.
+		if err := makeSystem(kind == stagePrivileged); err != nil {
+			return err
+		}
 	}
-	if c.Enter {
+	var c stageConfig
+	if err := readConfig(&c); err != nil {
+		return err
+	}
+	if entering {
 		if err := enter(); err != nil {
 			return err
 		}
@@ -118,12 +124,46 @@ func becomeCommand(agent *os.File) error {
 	if err != nil {
 		return err
 	}
-	if !c.Enter {
+	if !entering {
 		if err := finishInside(&c, slave); err != nil {
 			return err
 		}
 	}
-	return execute(&c, slave)
+	return execute(&c, slave, entering)
+}
+
+// readConfig sleeps until the agent sends the config, and takes the streams that come with it.
+func readConfig(c *stageConfig) error {
+	buf, oob := make([]byte, 16<<10), make([]byte, unix.CmsgSpace(3*4))
+	var n, oobn int
+	for {
+		var err error
+		n, oobn, _, _, err = unix.Recvmsg(stageSocket, buf, oob, unix.MSG_CMSG_CLOEXEC)
+		if err == nil {
+			break
+		}
+		if err != unix.EINTR {
+			return fmt.Errorf("read config: %w", err)
+		}
+	}
+	if n == 0 {
+		os.Exit(0) // never needed
+	}
+	streams, err := receivedFDs(oob[:oobn])
+	if err != nil || len(streams) != 3 {
+		return fmt.Errorf("read config: %d streams came with it: %w", len(streams), err)
+	}
+	for i, fd := range streams {
+		if err := unix.Dup3(fd, i, 0); err != nil {
+			return fmt.Errorf("take stream %d: %w", i, err)
+		}
+		unix.Close(fd)
+	}
+	rest := io.MultiReader(bytes.NewReader(buf[:n]), os.NewFile(stageSocket, "agent"))
+	if err := json.NewDecoder(rest).Decode(c); err != nil {
+		return fmt.Errorf("read config: %w", err)
+	}
+	return nil
 }
 
 // enter joins the namespaces of a running container but the pid namespace, in which the agent has forked this process already.
@@ -137,7 +177,56 @@ func enter() error {
 	return unix.Close(stagePidfd)
 }
 
-// buildInside mounts what only the container sees, and makes Rootfs its root.
+// inside is where a stage makes the container's /proc, /dev and /sys.
+const inside = runDir + "/inside"
+
+// systemDirs are the directories whose content is never the image's.
+var systemDirs = []string{"proc", "dev", "sys"}
+
+// A systemMount is one of the file systems that docker mounts into every container.
+type systemMount struct {
+	path, fstype string
+	flags        uintptr
+	data         string
+}
+
+const lockedMount = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+// systemMounts but for /sys/fs/cgroup, which shows the cgroup that the container turns out to be in.
+var systemMounts = []systemMount{
+	{"/proc", "proc", lockedMount, ""},
+	{"/dev", "tmpfs", unix.MS_NOSUID | unix.MS_STRICTATIME, "mode=755,size=65536k"},
+	{"/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"},
+	{"/dev/mqueue", "mqueue", lockedMount, ""},
+	{"/dev/shm", "tmpfs", lockedMount, "mode=1777,size=65536k"},
+	{"/sys", "sysfs", lockedMount, ""},
+}
+
+// makeSystem makes /proc, /dev and /sys as docker does, in a place of this stage's own.
+func makeSystem(privileged bool) error {
+	if err := mount("tmpfs", inside, "tmpfs", 0, "mode=700"); err != nil {
+		return err
+	}
+	for _, dir := range systemDirs {
+		if err := os.Mkdir(filepath.Join(inside, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, m := range systemMounts {
+		if err := os.MkdirAll(inside+m.path, 0o755); err != nil {
+			return err
+		}
+		if err := mount(m.fstype, inside+m.path, m.fstype, m.flags, m.data); err != nil {
+			return err
+		}
+	}
+	if err := makeDevices(inside + "/dev"); err != nil || privileged {
+		return err
+	}
+	return mask(inside)
+}
+
+// buildInside puts that into Rootfs with what the config adds, and makes Rootfs the root.
 func buildInside(c *stageConfig) error {
 	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 		return fmt.Errorf("make cgroup namespace: %w", err)
@@ -145,33 +234,19 @@ func buildInside(c *stageConfig) error {
 	if err := mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return err
 	}
-	const locked = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	readOnly := uintptr(unix.MS_RDONLY)
-	if c.Privileged {
-		readOnly = 0
+	if err := adaptSystem(c); err != nil {
+		return err
 	}
-	for _, m := range []struct {
-		target, fstype string
-		flags          uintptr
-		data           string
-	}{
-		{"/proc", "proc", locked, ""},
-		{"/dev", "tmpfs", unix.MS_NOSUID | unix.MS_STRICTATIME, "mode=755,size=65536k"},
-		{"/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"},
-		{"/sys", "sysfs", locked | readOnly, ""},
-		{"/sys/fs/cgroup", "cgroup2", locked | readOnly, ""},
-		{"/dev/mqueue", "mqueue", locked, ""},
-		{"/dev/shm", "tmpfs", locked, fmt.Sprintf("mode=1777,size=%d", c.ShmSize)},
-	} {
-		if slices.ContainsFunc(c.Mounts, func(l lateMount) bool { return l.Target == m.target }) {
-			continue // the pod brings its own
-		}
-		if err := mountInside(c.Rootfs, m.target, func(at string) error { return mount(m.fstype, at, m.fstype, m.flags, m.data) }); err != nil {
+	for _, dir := range systemDirs {
+		at, err := openMountPoint(c.Rootfs, "/"+dir, false)
+		if err != nil {
 			return err
 		}
-	}
-	if err := makeDevices(c); err != nil {
-		return err
+		err = unix.MoveMount(unix.AT_FDCWD, filepath.Join(inside, dir), unix.AT_FDCWD, at.path(), unix.MOVE_MOUNT_T_SYMLINKS)
+		at.Close()
+		if err != nil {
+			return &os.PathError{Op: "mount", Path: "/" + dir, Err: err}
+		}
 	}
 	for _, m := range c.Mounts {
 		if err := mountLate(c.Rootfs, m); err != nil {
@@ -181,19 +256,35 @@ func buildInside(c *stageConfig) error {
 	return pivot(c.Rootfs)
 }
 
-// mountInside makes and opens a mount point inside root and mounts on it. Of the system's own file systems the mount point exists
-// below /sys and /proc, or nothing can be done about it.
-func mountInside(root, target string, mountAt func(path string) error) error {
-	at, err := openMountPoint(root, target, false)
-	if err != nil {
+// adaptSystem makes /proc, /dev and /sys what the config wants.
+func adaptSystem(c *stageConfig) error {
+	const cgroup = inside + "/sys/fs/cgroup"
+	if err := mount("cgroup2", cgroup, "cgroup2", lockedMount, ""); err != nil {
 		return err
 	}
-	defer at.Close()
-	if err := mountAt(at.path()); err != nil {
-		return fmt.Errorf("%s: %w", target, err)
+	if !c.Privileged {
+		for _, path := range []string{cgroup, inside + "/sys"} {
+			if err := mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|lockedMount, ""); err != nil {
+				return err
+			}
+		}
 	}
-	return nil
+	for _, own := range c.Mounts {
+		if slices.ContainsFunc(systemMounts, func(m systemMount) bool { return m.path == own.Target }) {
+			if err := unix.Unmount(inside+own.Target, unix.MNT_DETACH); err != nil {
+				return &os.PathError{Op: "unmount", Path: own.Target, Err: err}
+			}
+		}
+	}
+	if c.ShmSize != defaultShmSize {
+		if err := mount("", inside+"/dev/shm", "", unix.MS_REMOUNT|lockedMount, fmt.Sprintf("size=%d", c.ShmSize)); err != nil {
+			return err
+		}
+	}
+	return addDevices(c)
 }
+
+const defaultShmSize = 64 << 20
 
 func mountLate(root string, m lateMount) error {
 	at, err := openMountPoint(root, m.Target, m.File)
@@ -233,15 +324,8 @@ var standardDevices = []struct {
 	minor uint32
 }{{"null", 1, 3}, {"zero", 1, 5}, {"full", 1, 7}, {"random", 1, 8}, {"urandom", 1, 9}, {"tty", 5, 0}}
 
-// makeDevices fills the fresh /dev of a container.
-func makeDevices(c *stageConfig) error {
-	// /dev was mounted just now at a place inside the root; what is in it is ours.
-	at, err := openMountPoint(c.Rootfs, "/dev", false)
-	if err != nil {
-		return err
-	}
-	defer at.Close()
-	dev := at.path()
+// makeDevices fills a fresh /dev with what every container has.
+func makeDevices(dev string) error {
 	old := unix.Umask(0)
 	defer unix.Umask(old)
 	for _, d := range standardDevices {
@@ -260,6 +344,14 @@ func makeDevices(c *stageConfig) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// addDevices adds those of the guest that the config names, and raw volumes.
+func addDevices(c *stageConfig) error {
+	const dev = inside + "/dev"
+	old := unix.Umask(0)
+	defer unix.Umask(old)
 	devices := c.Devices
 	if c.Privileged || slices.Contains(devices, "all") {
 		devices = guestDevices()
@@ -336,7 +428,7 @@ var (
 		"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats",
 		"/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
 	}
-	readOnlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
+	readOnlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger"} // and /proc/sys, after the sysctls
 )
 
 // finishInside does what needs the container's own view: it is the root now.
@@ -360,7 +452,7 @@ func finishInside(c *stageConfig, slave *os.File) error {
 		}
 	}
 	if !c.Privileged {
-		if err := mask(); err != nil {
+		if err := bind("/proc/sys", "/proc/sys", unix.MOUNT_ATTR_RDONLY); err != nil {
 			return err
 		}
 	}
@@ -388,26 +480,27 @@ func bindConsole(slave *os.File) error {
 	return bind(slave.Name(), "/dev/console", 0)
 }
 
-func mask() error {
+// mask hides and write-protects parts of the /proc and /sys below root.
+func mask(root string) error {
 	for _, p := range maskedPaths {
-		st, err := os.Stat(p)
+		st, err := os.Stat(root + p)
 		if err != nil {
 			continue
 		}
 		if st.IsDir() {
-			err = mount("tmpfs", p, "tmpfs", unix.MS_RDONLY, "size=0,nr_inodes=1")
+			err = mount("tmpfs", root+p, "tmpfs", unix.MS_RDONLY, "size=0,nr_inodes=1")
 		} else {
-			err = bind("/dev/null", p, 0)
+			err = bind("/dev/null", root+p, 0)
 		}
 		if err != nil {
 			return err
 		}
 	}
 	for _, p := range readOnlyPaths {
-		if _, err := os.Stat(p); err != nil {
+		if !exists(root + p) {
 			continue
 		}
-		if err := bind(p, p, unix.MOUNT_ATTR_RDONLY); err != nil {
+		if err := bind(root+p, root+p, unix.MOUNT_ATTR_RDONLY); err != nil {
 			return err
 		}
 	}
@@ -484,11 +577,7 @@ func readStage(conn *net.UnixConn) (master *os.File, err error) {
 
 // receivedFile takes the descriptor out of a control message. A terminal's master is made non-blocking, so that reads end by Close.
 func receivedFile(oob []byte, name string) *os.File {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil || len(msgs) == 0 {
-		return nil
-	}
-	fds, err := unix.ParseUnixRights(&msgs[0])
+	fds, err := receivedFDs(oob)
 	if err != nil || len(fds) == 0 {
 		return nil
 	}
@@ -497,8 +586,16 @@ func receivedFile(oob []byte, name string) *os.File {
 	return os.NewFile(uintptr(fds[0]), name)
 }
 
+func receivedFDs(oob []byte) ([]int, error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(msgs) == 0 {
+		return nil, err
+	}
+	return unix.ParseUnixRights(&msgs[0])
+}
+
 // execute takes on the user, limits and capabilities and becomes the command.
-func execute(c *stageConfig, slave *os.File) error {
+func execute(c *stageConfig, slave *os.File, entering bool) error {
 	u, err := lookupUser(c.User, c.Groups)
 	if err != nil {
 		return err
@@ -516,7 +613,7 @@ func execute(c *stageConfig, slave *os.File) error {
 	if cwd == "" {
 		cwd = "/"
 	}
-	if !c.Enter {
+	if !entering {
 		// Best effort as in runc: what could not be made is seen by chdir.
 		_ = os.MkdirAll(cwd, 0o755)
 	}

@@ -61,7 +61,7 @@ func mountSystem() error {
 			return err
 		}
 	}
-	return os.Mkdir(runDir, 0o700)
+	return os.MkdirAll(inside, 0o700)
 }
 
 // podCgroup holds every container; the agent stays outside, so that no limit of the pod touches it.
