@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path"
 	"runtime"
@@ -22,15 +21,18 @@ type Measure func(fd int) (digest [32]byte, ok bool)
 // TreeOf computes the tree digest of an unpacked image: equal to the signed one
 // if not a bit of it is different. It follows no links.
 func TreeOf(ctx context.Context, dir *os.File, measure Measure) ([32]byte, error) {
-	s := &scan{ctx: ctx, measure: measure, inodes: make(map[[2]uint64]string)}
-	s.workers.SetLimit(max(2, runtime.GOMAXPROCS(0)))
-	fd, err := unix.Dup(int(dir.Fd()))
-	if err != nil {
-		return [32]byte{}, err
+	workers, ctx := errgroup.WithContext(ctx)
+	s := &scan{ctx: ctx, measure: measure, inodes: make(map[[2]uint64]string), work: make(chan job, 64)}
+	for range max(2, runtime.GOMAXPROCS(0)) {
+		workers.Go(s.hash)
 	}
-	err = s.folder(fd, "")
-	if werr := s.workers.Wait(); err == nil {
-		err = werr
+	fd, err := unix.Dup(int(dir.Fd()))
+	if err == nil {
+		err = s.folder(fd, "")
+	}
+	close(s.work)
+	if werr := workers.Wait(); werr != nil {
+		err = werr // the folder's is only that the context ended
 	}
 	if err != nil {
 		return [32]byte{}, err
@@ -59,9 +61,15 @@ type scanned struct {
 type scan struct {
 	ctx     context.Context
 	measure Measure
-	workers errgroup.Group
 	inodes  map[[2]uint64]string // path of a file's first name
 	found   []*scanned
+	work    chan job
+}
+
+// job is an open file to hash; the worker closes it.
+type job struct {
+	fd   int
+	file *scanned
 }
 
 // folder takes over fd.
@@ -153,23 +161,59 @@ func (s *scan) file(parent int, name string, f *scanned) error {
 			return nil
 		}
 	}
-	file := os.NewFile(uintptr(fd), name)
-	s.workers.Go(func() error {
-		defer file.Close()
-		var v Verity
-		_, err := io.CopyBuffer(&v, struct{ io.Reader }{onlyReader{s.ctx, file}}, make([]byte, 256<<10))
-		f.digest = v.Sum()
-		return err
-	})
-	return nil
+	select {
+	case s.work <- job{fd, f}:
+		return nil
+	case <-s.ctx.Done():
+		unix.Close(fd)
+		return context.Cause(s.ctx)
+	}
+}
+
+// hash works until the channel is closed, and closes what it can't read.
+func (s *scan) hash() error {
+	var v Verity
+	var failed error
+	buf := make([]byte, 256<<10)
+	for j := range s.work {
+		if failed == nil && s.ctx.Err() == nil {
+			v.Reset()
+			if err := readInto(s.ctx, &v, j.fd, buf); err != nil {
+				failed = fmt.Errorf("%s: %w", j.file.entry.Path, err)
+			}
+			j.file.digest = v.Sum()
+		}
+		unix.Close(j.fd)
+	}
+	return failed
+}
+
+func readInto(ctx context.Context, v *Verity, fd int, buf []byte) error {
+	for {
+		n, err := unix.Read(fd, buf)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		}
+		v.Write(buf[:n])
+	}
 }
 
 // fileXattrs reads the extended attributes that the format has.
 func fileXattrs(fd int) (map[string]string, error) {
-	names := make([]byte, 64<<10)
-	n, err := unix.Flistxattr(fd, names)
+	n, err := unix.Flistxattr(fd, nil)
 	if errors.Is(err, unix.ENOTSUP) || err == nil && n == 0 {
-		return nil, nil
+		return nil, nil // nearly every file
+	}
+	names := make([]byte, 64<<10)
+	if err == nil {
+		n, err = unix.Flistxattr(fd, names)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list extended attributes: %w", err)

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path"
 	"runtime"
-	"strings"
 	"syscall"
 	"time"
 
@@ -134,28 +133,5 @@ func (r *Rootfs) xattrs(p string) (map[string]string, error) {
 		return nil, err
 	}
 	defer f.Close()
-	names := make([]byte, 64<<10)
-	n, err := unix.Flistxattr(int(f.Fd()), names)
-	if errors.Is(err, unix.ENOTSUP) || n == 0 && err == nil {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list extended attributes: %w", err)
-	}
-	var out map[string]string
-	value := make([]byte, 64<<10)
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(names[:n]), "\x00"), "\x00") {
-		if !seal.KeepXattr(name) {
-			continue
-		}
-		n, err := unix.Fgetxattr(int(f.Fd()), name, value)
-		if err != nil {
-			return nil, fmt.Errorf("extended attribute %s: %w", name, err)
-		}
-		if out == nil {
-			out = make(map[string]string)
-		}
-		out[name] = string(value[:n])
-	}
-	return out, nil
+	return seal.ReadXattrs(f)
 }
