@@ -267,7 +267,7 @@ func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone
 		case <-ctx.Done():
 		}
 	}()
-	q := url.Values{"stream": {"1"}, "stdout": {"1"}, "stderr": {"1"}, "logs": {"1"}, "since": {since(f.pod)}}
+	q := url.Values{"stream": {"1"}, "stdout": {"1"}, "stderr": {"1"}, "logs": {"1"}, "restarts": {"1"}, "since": {since(f.pod)}}
 	withStdin := alone && c.OpenStdin
 	if withStdin {
 		q.Set("stdin", "1")

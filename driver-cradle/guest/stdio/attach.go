@@ -48,7 +48,7 @@ func (a *attachment) copyTo(ctx context.Context, o AttachOptions) error {
 			if r.stream == Stderr {
 				w = o.Stderr
 			}
-			if w != nil {
+			if w != nil && (o.Since.IsZero() || r.time >= o.Since.UnixNano()) {
 				if _, err := w.Write(r.payload); err != nil {
 					return err
 				}

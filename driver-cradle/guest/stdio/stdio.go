@@ -157,9 +157,10 @@ type AttachOptions struct {
 	// Stdout and Stderr take the output; nil: not wanted. The caller makes a pending Write return when ctx ends.
 	Stdout, Stderr io.Writer
 
-	Logs       bool   // first, everything that is in the log
-	Stream     bool   // then what comes, until the container ends
-	DetachKeys []byte // typing these ends the attachment; nil: none do
+	Logs       bool      // first, everything that is in the log
+	Since      time.Time // but what is from before
+	Stream     bool      // then what comes, until the container ends
+	DetachKeys []byte    // typing these ends the attachment; nil: none do
 
 	// Restarts, when not nil, lets the attachment go on over restarts of the container until Restarts is closed.
 	Restarts <-chan struct{}

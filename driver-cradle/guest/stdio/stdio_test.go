@@ -862,3 +862,22 @@ func BenchmarkLog(b *testing.B) {
 		})
 	}
 }
+
+func TestAttachSince(t *testing.T) {
+	o := open(t, Options{})
+	c := start(t, o)
+	say(t, o, c.stdout, "before")
+	c.exit(t)
+	time.Sleep(2 * time.Millisecond)
+	begin := time.Now()
+	c = start(t, o)
+	say(t, o, c.stdout, "now")
+	var out safeBuffer
+	a := attach(t, o, AttachOptions{Logs: true, Stream: true, Since: begin, Stdout: &out})
+	say(t, o, c.stdout, "later")
+	c.exit(t)
+	within(t, a.done, "the attachment goes on")
+	if got := out.String(); got != "nowlater" {
+		t.Errorf("attached client got %q", got)
+	}
+}

@@ -229,7 +229,7 @@ func (c *client) finish() {
 	}
 }
 
-// attach answers docker attach. restarts=1 as for logs.
+// attach answers docker attach. restarts=1 and since as for logs; docker has neither.
 func (a *api) attach(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
 	keys, err := detachKeys(r, "")
 	if err != nil {
@@ -246,6 +246,9 @@ func (a *api) attach(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	ctx, gone := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer gone(nil)
 	o := stdio.AttachOptions{Logs: replay, Stream: stream}
+	if o.Since, err = parseTime(r.FormValue("since")); err != nil {
+		return invalid("since: %v", err)
+	}
 	if stream && truth(r, "restarts") {
 		var stop func()
 		o.Restarts, stop = endedForGood(ctx, c)
