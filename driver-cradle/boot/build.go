@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/u-root/u-root/pkg/cpio"
 	"golang.org/x/sys/unix"
@@ -22,11 +23,12 @@ const (
 
 // BuildOptions say what a package is made of.
 type BuildOptions struct {
-	Kernel  string // vmlinux with a PVH entry; stock: Debian's vmlinuz will do
-	Agent   string // cradle-init, static
-	Variant string // VariantDefault, VariantStock
-	Modules string // stock: /lib/modules/VERSION of that kernel
-	Out     string // directory of the package; replaced when it is there
+	Kernel  string   // vmlinux with a PVH entry; stock: Debian's vmlinuz will do
+	Agent   string   // cradle-init, static
+	Variant string   // VariantDefault, VariantStock
+	Modules string   // stock: /lib/modules/VERSION of that kernel
+	Out     string   // directory of the package; replaced when it is there
+	Args    []string // more kernel arguments
 }
 
 // Build makes a package. What is at Out is replaced in one step, so that a running Open sees the old or the new one.
@@ -48,6 +50,7 @@ func Build(ctx context.Context, o BuildOptions) error {
 	default:
 		return fmt.Errorf("build boot package: variant %q is neither %s nor %s", o.Variant, VariantDefault, VariantStock)
 	}
+	m.Args = append(slices.Clone(m.Args), o.Args...)
 	out, err := filepath.Abs(o.Out)
 	if err != nil {
 		return fmt.Errorf("build boot package: %w", err)
@@ -77,10 +80,10 @@ func microvm(acpi string) Machine {
 	}
 }
 
-// kernelArgs are the same on every host. panic=-1 with reboot=t ends QEMU under -no-reboot; without no_timer_check and
+// kernelArgs are the same on every host. loglevel=0 would silence a panic, too. panic=-1 with reboot=t ends QEMU under -no-reboot; without no_timer_check and
 // tsc=reliable (and tsc_early_khz, which the host adds) a guest on a busy host can hang for ever while it calibrates its timers.
 var kernelArgs = []string{
-	"console=ttyS0", "quiet", "loglevel=0", "reboot=t", "panic=-1",
+	"console=ttyS0", "quiet", "loglevel=1", "reboot=t", "panic=-1",
 	"tsc=reliable", "no_timer_check", "cryptomgr.notests", "random.trust_cpu=on",
 }
 

@@ -70,10 +70,7 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 	}
 	if err := m.QMP(ctx, "blockdev-add", node, nil); err != nil {
 		m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
-		if strings.Contains(err.Error(), "lock") {
-			err = fmt.Errorf("%w: another machine or program uses %s", err, d.Path)
-		}
-		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
 	}
 	device := map[string]any{
 		"driver": "scsi-hd", "id": diskDevice(lun), "drive": diskNode(lun), "bus": "scsi.0", "scsi-id": 0, "lun": lun,
@@ -82,12 +79,23 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 	if err := m.QMP(ctx, "device_add", device, nil); err != nil {
 		m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
 		m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
-		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
 	}
 	m.mu.Lock()
 	m.state.Disks[lun] = d
 	m.mu.Unlock()
 	return nil
+}
+
+// ErrDiskInUse is part of the error of attaching an image that another machine writes, or would be written under another's eyes.
+var ErrDiskInUse = errors.New("another machine or program uses it")
+
+// inUse recognises QEMU's failure to lock an image.
+func inUse(err error, d Disk) error {
+	if strings.Contains(err.Error(), " lock") {
+		return fmt.Errorf("%s: %w: %w", d.Path, ErrDiskInUse, err)
+	}
+	return err
 }
 
 func blockDriver(f *os.File) (string, error) {

@@ -12,7 +12,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
@@ -45,6 +48,7 @@ type Machine struct {
 	session *wire.Session
 	killed  bool
 	closed  bool
+	ended   bool
 	reason  string                   // of QEMU's SHUTDOWN event
 	events  map[string]chan struct{} // that somebody waits for
 }
@@ -78,6 +82,10 @@ func (m *Machine) Console() string { return m.console.text() }
 // Kill ends the machine at once and returns when it has ended.
 func (m *Machine) Kill() error {
 	m.mu.Lock()
+	if m.ended {
+		m.mu.Unlock()
+		return nil
+	}
 	if m.reason == "" {
 		m.killed = true
 	}
@@ -120,6 +128,7 @@ func (m *Machine) watch() {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.ended = ended
 	m.template.release()
 	if ended && !m.killed {
 		m.err = m.postMortem(m.reason)
@@ -149,23 +158,41 @@ func removeRun(root *os.File) {
 	}
 }
 
+// postMortem finds out why QEMU ended without having been asked to; reason is that of its SHUTDOWN event.
 func (m *Machine) postMortem(reason string) error {
-	text := m.console.text()
-	if p := findPanic(text); p != nil {
+	var how error
+	if m.process.reaped != nil {
+		how = <-m.process.reaped
+	}
+	if p := findPanic(m.console.text()); p != nil {
 		return p
 	}
-	stderr := ""
-	if m.stderr != nil {
-		stderr = m.stderr.String()
-	}
-	switch {
-	case reason != "":
+	if reason != "" {
 		return fmt.Errorf("the guest ended by itself (%s)", reason)
-	case stderr != "":
-		return fmt.Errorf("QEMU ended: %s", lastLines(stderr, 5))
-	default:
-		return errors.New("QEMU was killed")
 	}
+	var exit *exec.ExitError
+	if errors.As(how, &exit) {
+		if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+			return fmt.Errorf("QEMU was killed by signal %d (%v)", status.Signal(), status.Signal())
+		}
+	}
+	if m.stderr != nil {
+		if text := withoutWarnings(m.stderr.String()); text != "" {
+			return fmt.Errorf("QEMU ended: %s", lastLines(text, 5))
+		}
+	}
+	return errors.New("QEMU ended")
+}
+
+// withoutWarnings drops QEMU's warnings, which tell nothing about its end.
+func withoutWarnings(text string) string {
+	var kept strings.Builder
+	for line := range strings.Lines(text) {
+		if !strings.Contains(line, ": warning: ") {
+			kept.WriteString(line)
+		}
+	}
+	return kept.String()
 }
 
 // onEvent is called by the monitor's reader.

@@ -12,6 +12,8 @@ import (
 type process struct {
 	pid  int
 	file *os.File // pidfd, non-blocking: the runtime's poller waits for the process's end
+
+	reaped <-chan error // of a child: how it ended, once; nil for a process that another one has started
 }
 
 // openProcess finds the process with this number and start time.
@@ -23,7 +25,7 @@ func openProcess(pid int, start uint64) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pidfd of process %d: %w", pid, err)
 	}
-	p := &process{pid, os.NewFile(uintptr(fd), "pidfd")}
+	p := &process{pid: pid, file: os.NewFile(uintptr(fd), "pidfd")}
 	// Only now, with the process held, does its start time say which one it is.
 	if got, err := startTime(pid); err != nil || got != start || p.ended() {
 		p.file.Close()

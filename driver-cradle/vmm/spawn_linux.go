@@ -105,9 +105,14 @@ func run(cmd *exec.Cmd) (*process, uint64, error) {
 		}
 		if err != nil {
 			cmd.Process.Kill()
+			started <- result{err: err}
+			cmd.Wait()
+			return
 		}
-		started <- result{p, start, err}
-		cmd.Wait() // its status says nothing that the monitor, stderr and the console don't say better
+		reaped := make(chan error, 1)
+		p.reaped = reaped
+		started <- result{p, start, nil}
+		reaped <- cmd.Wait() // all of its stderr has been read by then
 	}()
 	r := <-started
 	return r.p, r.start, r.err

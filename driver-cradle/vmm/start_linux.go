@@ -98,7 +98,7 @@ func (c *Config) boot(ctx context.Context, q *qemu, info Info, t *template) (*Ma
 	timeout, r := c.HelloTimeout, role{}
 	if t != nil {
 		timeout, r = min(timeout, restoreHelloTimeout), role{ram: t.memory.file, incoming: true}
-		m.template = t.memory
+		m.template, m.state.Info.Template = t.memory, t.Name
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the guest did not answer within %v", timeout))
 	defer cancel()

@@ -4,16 +4,28 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// virtiofsd is QEMU's own up to Debian 12, and a program of its own, with other options, from Debian 13 on.
-var virtiofsdPaths = []string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"}
+// virtiofsd is a program of its own from Debian 13 on. The one that came with QEMU before takes other options.
+const (
+	virtiofsdPath    = "/usr/libexec/virtiofsd"
+	oldVirtiofsdPath = "/usr/lib/qemu/virtiofsd"
+)
 
 // ErrNoVirtiofsd is part of the error of a start that needs it and does not find it.
 var ErrNoVirtiofsd = errors.New("virtiofsd is missing: apt-get install virtiofsd (Debian 12: qemu-system-common)")
+
+// findVirtiofsd looks for $CRADLE_VIRTIOFSD (of the newer kind), then where Debian has it.
+func findVirtiofsd() string {
+	for _, p := range []string{os.Getenv("CRADLE_VIRTIOFSD"), virtiofsdPath, oldVirtiofsdPath} {
+		if fi, err := os.Stat(p); err == nil && fi.Mode().IsRegular() {
+			return p
+		}
+	}
+	return ""
+}
 
 // virtiofsCaps are what virtiofsd keeps of root's: to act as the guest's users, and to confine itself further. It makes no device nodes.
 var virtiofsCaps = append(shareCaps[:len(shareCaps):len(shareCaps)],
@@ -25,13 +37,7 @@ const virtiofsFiles = 64 << 10
 
 // spawnVirtiofs starts the daemon, which waits for its go-ahead, and gives QEMU's end of the connection. The daemon ends with it.
 func (m *Machine) spawnVirtiofs(c *Config, cgroup *os.File) (d *child, conn *os.File, err error) {
-	path := ""
-	for _, p := range virtiofsdPaths {
-		if _, err := os.Stat(p); err == nil {
-			path = p
-			break
-		}
-	}
+	path := findVirtiofsd()
 	if path == "" {
 		return nil, nil, ErrNoVirtiofsd
 	}
@@ -52,10 +58,10 @@ func (m *Machine) spawnVirtiofs(c *Config, cgroup *os.File) (d *child, conn *os.
 		Path: path, Caps: virtiofsCaps, Mount: m.dir, Leashed: !c.Detached, NoFile: virtiofsFiles,
 		Args: []string{"--fd=3", "--rlimit-nofile=0"},
 	}
-	if strings.HasPrefix(path, "/usr/libexec/") {
-		conf.Args = append(conf.Args, "--shared-dir="+sharesDir, "--sandbox=chroot", "--announce-submounts", "--xattr", "--modcaps=-mknod")
-	} else {
+	if path == oldVirtiofsdPath {
 		conf.Args = append(conf.Args, "-f", "-o", "source="+sharesDir+",sandbox=chroot,announce_submounts,xattr,log_level=warn", "-o", "modcaps=-mknod")
+	} else {
+		conf.Args = append(conf.Args, "--shared-dir="+sharesDir, "--sandbox=chroot", "--announce-submounts", "--xattr", "--modcaps=-mknod")
 	}
 	for _, s := range c.Virtiofs {
 		conf.Shares = append(conf.Shares, bind(s))

@@ -92,7 +92,8 @@ type Info struct {
 	AccelWhy  string         `json:"accelWhy,omitempty"`
 	Start     string         `json:"start"` // Template, Cold
 	StartWhy  string         `json:"startWhy,omitempty"`
-	Memory    spec.Bytes     `json:"memory"` // of the machine
+	Template  string         `json:"template,omitempty"` // its name
+	Memory    spec.Bytes     `json:"memory"`             // of the machine
 	CPUs      int            `json:"cpus"`
 	Package   string         `json:"package"` // digest
 	Publish   []spec.Publish `json:"publish,omitempty"`
@@ -170,6 +171,9 @@ func (c *Config) check() error {
 			return fmt.Errorf("start machine: share name %q is taken or no path element", s.Name)
 		}
 		seen[s.Name] = true
+		if _, err := os.Stat(s.Path); err != nil {
+			return fmt.Errorf("start machine: share %s: %w", s.Name, err)
+		}
 	}
 	var err error
 	if c.Net.Publish, err = completePublish(c.Net.Publish); err != nil {

@@ -36,6 +36,12 @@ func run() error {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
 	}
+	if cmdline, _ := os.ReadFile("/proc/cmdline"); bytes.Contains(cmdline, []byte("agent=hang")) {
+		if console, err := os.OpenFile("/dev/console", os.O_WRONLY, 0); err == nil {
+			fmt.Fprintln(console, "agent: hanging")
+		}
+		unix.Pause()
+	}
 	if err := loadModules(); err != nil {
 		return err
 	}

@@ -1,0 +1,131 @@
+//go:build vm
+
+package vmm
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+)
+
+func takenPort(t *testing.T) uint16 {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return uint16(l.Addr().(*net.TCPAddr).Port)
+}
+
+// hangingPackage is a boot package whose agent says a word and does nothing.
+func hangingPackage(t *testing.T) *boot.Package {
+	dir := filepath.Join(t.TempDir(), "boot")
+	agent := filepath.Join(shared.dir, "agent")
+	if err := boot.Build(t.Context(), boot.BuildOptions{Kernel: shared.pkg.Kernel(), Agent: agent, Variant: boot.VariantDefault, Out: dir, Args: []string{"agent=hang"}}); err != nil {
+		t.Fatal(err)
+	}
+	p, err := boot.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestVMManyDisks(t *testing.T) {
+	const n = 60
+	for _, how := range []string{Cold, Template} {
+		t.Run(how, func(t *testing.T) {
+			c := config(t)
+			c.Start = how
+			for i := range n {
+				c.Disks = append(c.Disks, Disk{Key: fmt.Sprint(i), Path: image(t, fmt.Sprintf("disk %d", i), 1<<20), ReadOnly: i%2 == 0})
+			}
+			began := time.Now()
+			m := start(t, c)
+			t.Logf("start with %d disks: %v", n, time.Since(began))
+			for _, i := range []int{0, 1, n / 2, n - 1} {
+				var got string
+				ask(t, m, "read", url.Values{"lun": {fmt.Sprint(i)}}, &got)
+				if got != fmt.Sprintf("disk %d", i) {
+					t.Errorf("LUN %d reads %q", i, got)
+				}
+			}
+			t.Logf("all of them visible: %v", time.Since(began))
+			sizes := map[string]int64{}
+			if !eventually(func() bool { ask(t, m, "disks", nil, &sizes); return len(sizes) == n }) {
+				t.Errorf("the guest sees %d disks", len(sizes))
+			}
+		})
+	}
+}
+
+func TestVMDiskLife(t *testing.T) {
+	c := config(t)
+	c.Start = Template
+	c.Disks = []Disk{{Key: "a", Path: image(t, "first", 1<<20)}}
+	m := start(t, c)
+	ctx, cancel := testContext()
+	defer cancel()
+	added := Disk{Key: "b", Path: image(t, "second", 1<<20)}
+	lun, err := m.AddDisk(ctx, added)
+	if err != nil || lun != 1 {
+		t.Fatalf("AddDisk: %d, %v", lun, err)
+	}
+	ask(t, m, "write", url.Values{"lun": {"1"}, "text": {"changed"}}, nil)
+
+	if err := m.ResizeDisk(ctx, lun, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	var sizes map[string]int64
+	if !eventually(func() bool { ask(t, m, "disks", nil, &sizes); return sizes["1"] == 4<<20 }) {
+		t.Errorf("sizes after growing: %v", sizes)
+	}
+	if fi, _ := os.Stat(added.Path); fi.Size() != 4<<20 {
+		t.Errorf("the image has %d bytes", fi.Size())
+	}
+	if err := m.ResizeDisk(ctx, lun, 1<<20); !errors.Is(err, ErrShrink) {
+		t.Errorf("shrinking: %v", err)
+	}
+
+	stats, err := m.Stats(ctx)
+	if err != nil || len(stats.Disks) != 2 || stats.CPU == 0 || stats.PSS == 0 {
+		t.Fatalf("%+v, %v", stats, err)
+	}
+	if d := stats.Disks[1]; d.LUN != 1 || d.Key != "b" || d.WriteBytes != 4096 { // a page
+		t.Errorf("%+v", d)
+	}
+
+	if err := m.Throttle(ctx, lun, Throttle{WriteOps: 5}); err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now()
+	for range 10 {
+		ask(t, m, "write", url.Values{"lun": {"1"}, "text": {"slowly"}}, nil)
+	}
+	if took := time.Since(before); took < time.Second {
+		t.Errorf("10 writes at 5 a second took %v", took)
+	}
+	if err := m.Throttle(ctx, lun, Throttle{}); err != nil {
+		t.Fatal(err)
+	}
+
+	if err := m.RemoveDisk(ctx, lun); err != nil {
+		t.Fatal(err)
+	}
+	if !eventually(func() bool { sizes = nil; ask(t, m, "disks", nil, &sizes); return len(sizes) == 1 }) {
+		t.Errorf("disks after removing one: %v", sizes)
+	}
+	if lun, err = m.AddDisk(ctx, added); err != nil || lun != 1 {
+		t.Errorf("the same disk again: LUN %d, %v", lun, err)
+	}
+	if err := m.RemoveDisk(ctx, 7); err == nil {
+		t.Error("a disk that is not there was removed")
+	}
+}

@@ -1,0 +1,7 @@
+//go:build vm && soak
+
+package vmm
+
+import "testing"
+
+func TestVMSoakTemplateIsTheSameAfter100HostilePods(t *testing.T) { hostilePods(t, 100, 60) }
