@@ -47,10 +47,11 @@ func (p *Port) Wait() error {
 	// The runtime's poller is edge-triggered and the driver wakes it when the host comes or goes, so this sleeps in between.
 	return rc.Read(func(fd uintptr) bool {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if _, err := unix.Poll(fds, 0); err != nil {
-			return false
+		_, err := unix.Poll(fds, 0)
+		for err == unix.EINTR { // nothing would wake it again for this connection
+			_, err = unix.Poll(fds, 0)
 		}
-		return fds[0].Revents&unix.POLLHUP == 0
+		return err == nil && fds[0].Revents&unix.POLLHUP == 0
 	})
 }
 
