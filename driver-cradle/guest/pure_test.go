@@ -1,0 +1,300 @@
+package guest
+
+import (
+	"bytes"
+	"errors"
+	"math"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+const (
+	passwdFile = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/usr/sbin:/bin/false\nbroken line\n1000:x:77:78::/home/number:/bin/sh\nadm:x:3:4::/var/adm:\nnohome:x:5:5:::\n"
+	groupFile  = "root:x:0:\nadm:x:4:daemon,adm\nwheel:x:10:root,daemon\ntty:x:5:\nx:y\n"
+)
+
+func TestFindUser(t *testing.T) {
+	for _, x := range []struct {
+		spec     string
+		add      []string
+		uid, gid int
+		groups   []int
+		home     string
+		err      string
+	}{
+		{spec: "", uid: 0, gid: 0, groups: []int{0, 10}, home: "/root"},
+		{spec: "daemon", uid: 1, gid: 1, groups: []int{1, 4, 10}, home: "/usr/sbin"},
+		{spec: "1", uid: 1, gid: 1, groups: []int{1, 4, 10}, home: "/usr/sbin"},
+		{spec: "daemon:tty", uid: 1, gid: 5, groups: []int{5}, home: "/usr/sbin"},
+		{spec: "daemon:0", uid: 1, gid: 0, groups: []int{0}, home: "/usr/sbin"},
+		{spec: "4711", uid: 4711, gid: 0, groups: []int{0}, home: "/"},
+		{spec: "4711:4712", uid: 4711, gid: 4712, groups: []int{4712}, home: "/"},
+		{spec: "1000", uid: 1000, gid: 0, groups: []int{0}, home: "/"}, // the user named 1000 is another one
+		{spec: "nohome", uid: 5, gid: 5, groups: []int{5}, home: "/"},
+		{spec: "daemon", add: []string{"tty", "99", "wheel"}, uid: 1, gid: 1, groups: []int{1, 4, 10, 5, 99}, home: "/usr/sbin"},
+		{spec: "nobody", err: "unable to find user nobody: no matching entries in passwd file"},
+		{spec: "root:nogroup", err: "unable to find group nogroup: no matching entries in group file"},
+		{spec: "root", add: []string{"nogroup"}, err: "unable to find group nogroup: no matching entries in group file"},
+		{spec: "-1", err: "uids and gids must be in range 0-2147483647"},
+	} {
+		u, err := findUser(x.spec, x.add, strings.NewReader(passwdFile), strings.NewReader(groupFile))
+		if x.err != "" {
+			if e, ok := errors.AsType[*stageError](err); !ok || e.Text != x.err || e.Code != exitRefused {
+				t.Errorf("%q %v: error %v, want %q", x.spec, x.add, err, x.err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%q %v: %v", x.spec, x.add, err)
+			continue
+		}
+		slices.Sort(u.groups[1:])
+		slices.Sort(x.groups[1:])
+		if u.uid != x.uid || u.gid != x.gid || u.home != x.home || !slices.Equal(u.groups, x.groups) {
+			t.Errorf("%q %v: %+v, want %+v", x.spec, x.add, *u, x)
+		}
+	}
+	// An image without accounts.
+	if u, err := findUser("12:34", nil, nil, nil); err != nil || u.uid != 12 || u.gid != 34 || u.home != "/" {
+		t.Errorf("without files: %+v, %v", u, err)
+	}
+	if u, err := findUser("", []string{"5"}, nil, nil); err != nil || u.uid != 0 || !slices.Equal(u.groups, []int{0, 5}) {
+		t.Errorf("root without files: %+v, %v", u, err)
+	}
+}
+
+func FuzzFindUser(f *testing.F) {
+	f.Add("daemon:tty", "wheel", passwdFile, groupFile)
+	f.Add("0", "1", "root:x:99999999999:0::/:\n", "a:b:c:d,e")
+	f.Add("x", "", strings.Repeat("a", 70000), ":::::")
+	f.Fuzz(func(t *testing.T, spec, add, passwd, group string) {
+		u, err := findUser(spec, []string{add}, strings.NewReader(passwd), strings.NewReader(group))
+		if err != nil {
+			return
+		}
+		for _, id := range append(u.groups, u.uid, u.gid) {
+			if id < 0 || id > math.MaxInt32 {
+				t.Errorf("id %d is none that the kernel takes", id)
+			}
+		}
+		if u.home == "" {
+			t.Error("no home")
+		}
+	})
+}
+
+func TestEnv(t *testing.T) {
+	got := containerEnv([]string{"A=1", "PATH=/p", "B=", "A=2", "E=a=b"}, "host", true)
+	if want := []string{"PATH=/p", "HOSTNAME=host", "TERM=xterm", "A=2", "B=", "E=a=b"}; !slices.Equal(got, want) {
+		t.Errorf("container's environment %q, want %q", got, want)
+	}
+	got = mergeEnv([]string{"A=1", "AB=2"}, []string{"A", "C=3", "NOT"})
+	if want := []string{"AB=2", "C=3"}; !slices.Equal(got, want) {
+		t.Errorf("merged %q, want %q", got, want)
+	}
+	if v := lookupEnv([]string{"X=1", "XY=2", "X=3"}, "X"); v != "3" {
+		t.Errorf("looked up %q", v)
+	}
+}
+
+func TestCaps(t *testing.T) {
+	for _, x := range []struct {
+		privileged bool
+		add, drop  []string
+		want       capSet
+	}{
+		{want: 0xa80425fb},
+		{privileged: true, drop: []string{"ALL"}, want: 0x1ffffffffff},
+		{add: []string{"cap_net_admin"}, want: 0xa80425fb | 1<<unix.CAP_NET_ADMIN},
+		{drop: []string{"CHOWN"}, want: 0xa80425fa},
+		{add: []string{"NET_ADMIN"}, drop: []string{"ALL"}, want: 1 << unix.CAP_NET_ADMIN},
+		{add: []string{"ALL"}, drop: []string{"CAP_SYS_ADMIN"}, want: 0x1ffffffffff &^ (1 << unix.CAP_SYS_ADMIN)},
+		{add: []string{"all"}, drop: []string{"all"}, want: 0},
+	} {
+		got, err := resolveCaps(x.privileged, x.add, x.drop)
+		if err != nil || got != x.want {
+			t.Errorf("add %v, drop %v: %x, %v, want %x", x.add, x.drop, got, err, x.want)
+		}
+	}
+	if _, err := resolveCaps(false, []string{"FLY"}, nil); !errors.Is(err, ErrInvalid) {
+		t.Errorf("an unknown capability: %v", err)
+	}
+}
+
+func TestLimits(t *testing.T) {
+	got, err := resolveLimits([]spec.Ulimit{{Name: "nofile", Soft: 10, Hard: 20}, {Name: "memlock", Soft: -1, Hard: -1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := map[string]rlimit{}
+	for _, l := range got {
+		last[l.Name] = l
+	}
+	if l := last["nofile"]; l.Soft != 10 || l.Hard != 20 || l.Resource != unix.RLIMIT_NOFILE {
+		t.Errorf("nofile %+v", l)
+	}
+	if l := last["memlock"]; l.Soft != math.MaxUint64 || l.Hard != math.MaxUint64 {
+		t.Errorf("memlock %+v", l)
+	}
+	for _, u := range []spec.Ulimit{{Name: "nope"}, {Name: "core", Soft: 2, Hard: 1}, {Name: "core", Soft: -1, Hard: 1}} {
+		if _, err := resolveLimits([]spec.Ulimit{u}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%+v: %v", u, err)
+		}
+	}
+}
+
+func TestParseSignal(t *testing.T) {
+	for s, want := range map[string]unix.Signal{
+		"9": 9, "KILL": 9, "SIGKILL": 9, "sigterm": 15, "int": 2, "RTMIN": 34, "SIGRTMIN+3": 37, "RTMAX": 64, "rtmax-1": 63, "64": 64,
+	} {
+		if got, err := ParseSignal(s); err != nil || got != want {
+			t.Errorf("%s: %d, %v, want %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "0", "65", "-1", "SIGNOPE", "RTMIN+31", "RTMIN-1", "RTMAX+1", "RTMIN+", "SIG", "RTMIN+99999999999"} {
+		if got, err := ParseSignal(s); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%q: %d, %v", s, got, err)
+		}
+	}
+}
+
+func FuzzParseSignal(f *testing.F) {
+	f.Add("RTMIN+3")
+	f.Add("SIGSIGKILL")
+	f.Fuzz(func(t *testing.T, s string) {
+		if sig, err := ParseSignal(s); err == nil && (sig < 1 || sig > 64) {
+			t.Errorf("%q is signal %d", s, sig)
+		}
+	})
+}
+
+func TestMountOptions(t *testing.T) {
+	flags, data := parseMountOptions(unix.MS_NOSUID, "ro,suid, noatime,data=ordered,_netdev,x-systemd.automount,defaults,,uid=1")
+	if flags != unix.MS_RDONLY|unix.MS_NOATIME || !slices.Equal(data, []string{"data=ordered", "uid=1"}) {
+		t.Errorf("flags %x, data %q", flags, data)
+	}
+	flags, data, err := parseTmpfsOptions("exec,size=1m,mode=1770,rw")
+	if err != nil || flags != unix.MS_NOSUID|unix.MS_NODEV || !slices.Equal(data, []string{"size=1m", "mode=1770"}) {
+		t.Errorf("tmpfs: flags %x, data %q, %v", flags, data, err)
+	}
+	for _, bad := range []string{"nonsense", "size", "loop=/dev/sda"} {
+		if _, _, err := parseTmpfsOptions(bad); !errors.Is(err, ErrInvalid) {
+			t.Errorf("tmpfs option %s: %v", bad, err)
+		}
+	}
+}
+
+func FuzzTmpfsOptions(f *testing.F) {
+	f.Add("exec,size=1m,mode=1770,rw")
+	f.Add(",=,size==,mode")
+	f.Fuzz(func(t *testing.T, s string) {
+		_, data, err := parseTmpfsOptions(s)
+		if err != nil {
+			return
+		}
+		for _, o := range data {
+			if name, _, _ := strings.Cut(o, "="); !tmpfsData[name] || strings.Contains(o, ",") {
+				t.Errorf("%q lets %q pass", s, o)
+			}
+		}
+	})
+}
+
+func TestNFSMounts(t *testing.T) {
+	list := func(v *spec.NFSVolume, host, port, ip string) (out []string) {
+		mounts, err := nfsMounts(v, host, port, ip)
+		if err != nil {
+			return []string{err.Error()}
+		}
+		for _, m := range mounts {
+			out = append(out, m.fstype+" "+m.source+" "+m.data)
+		}
+		return out
+	}
+	for _, x := range []struct {
+		volume         spec.NFSVolume
+		host, port, ip string
+		want           []string
+	}{
+		{
+			spec.NFSVolume{Export: "/data", Options: "hard,vers=4.1"},
+			"filer", "", "192.0.2.1",
+			[]string{"nfs4 filer:/data hard,vers=4.1,addr=192.0.2.1,clientaddr=0.0.0.0"},
+		},
+		{
+			spec.NFSVolume{Export: "/data", Options: "nfsvers=3,soft"},
+			"filer", "12049", "192.0.2.1",
+			[]string{"nfs filer:/data soft,port=12049,vers=3,addr=192.0.2.1,nolock,mountport=12049,proto=tcp,mountproto=tcp"},
+		},
+		{
+			spec.NFSVolume{Export: "/"},
+			"2001:db8::1", "", "2001:db8::1",
+			[]string{
+				"nfs4 [2001:db8::1]:/ vers=4.2,addr=2001:db8::1,clientaddr=::", "nfs4 [2001:db8::1]:/ vers=4.1,addr=2001:db8::1,clientaddr=::",
+				"nfs4 [2001:db8::1]:/ vers=4.0,addr=2001:db8::1,clientaddr=::", "nfs [2001:db8::1]:/ vers=3,addr=2001:db8::1,nolock,proto=tcp,mountproto=tcp",
+			},
+		},
+		{spec.NFSVolume{Export: "/", Options: "addr=127.0.0.1"}, "h", "", "192.0.2.1", []string{"nfs option addr is set by the guest itself"}},
+	} {
+		if got := list(&x.volume, x.host, x.port, x.ip); !slices.Equal(got, x.want) {
+			t.Errorf("%+v:\n got %q\nwant %q", x.volume, got, x.want)
+		}
+	}
+}
+
+func TestFSKind(t *testing.T) {
+	image := func(off int, magic string) []byte {
+		b := make([]byte, 128<<10)
+		copy(b[off:], magic)
+		return b
+	}
+	for _, x := range []struct {
+		want string
+		data []byte
+	}{
+		{"blank", image(0, "")},
+		{"blank", make([]byte, 512)},
+		{"blank", nil},
+		{"xfs", image(0, "XFSB")},
+		{"ext4", image(1080, "\x53\xef")},
+		{"erofs", image(1024, "\xe2\xe1\xf5\xe0")},
+		{"", image(0, "somebody's data")},
+		{"", image(64<<10+0x40, "_BHRfS_M")},
+		{"", image(510, "\x55\xaa")},
+	} {
+		if got, err := fsKind(bytes.NewReader(x.data)); err != nil || got != x.want {
+			t.Errorf("kind %q, %v, want %q", got, err, x.want)
+		}
+	}
+}
+
+func TestHosts(t *testing.T) {
+	got := hostsFile("box", "example.org", []string{"10.0.2.15"}, []spec.HostEntry{{Name: "db", Address: "10.0.0.9"}})
+	if want := defaultHosts + "10.0.0.9\tdb\n10.0.2.15\tbox.example.org box\n"; got != want {
+		t.Errorf("hosts %q, want %q", got, want)
+	}
+}
+
+func TestCgroupSettings(t *testing.T) {
+	got := cgroupSettings(spec.Limits{Memory: 1 << 20, CPUs: 1.5, CPUShares: 1024, Pids: 9})
+	want := [][2]string{{"memory.max", "1048576"}, {"cpu.max", "150000 100000"}, {"cpu.weight", "39"}, {"pids.max", "9"}}
+	if !slices.Equal(got, want) {
+		t.Errorf("settings %q, want %q", got, want)
+	}
+	if got := cgroupSettings(spec.Limits{}); got != nil {
+		t.Errorf("no limits give %q", got)
+	}
+}
+
+func TestUnescape(t *testing.T) {
+	for s, want := range map[string]string{`/a\040b`: "/a b", `\134x`: `\x`, `/end\04`: `/end\04`, `\`: `\`, "": ""} {
+		if got := unescape(s); got != want {
+			t.Errorf("%q gives %q, want %q", s, got, want)
+		}
+	}
+}
