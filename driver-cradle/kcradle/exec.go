@@ -29,7 +29,6 @@ func (c *cli) execCommand() *cobra.Command {
 		Short: "run a command in a container of a running pod",
 		Args:  cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c.failure = exitRefused
 			d, err := c.open(args[0])
 			if err != nil {
 				return err
@@ -131,7 +130,7 @@ func execCode(message string) int {
 	case strings.Contains(message, "permission denied"), strings.Contains(message, "not executable"):
 		return 126
 	}
-	return exitRefused
+	return exitFailure
 }
 
 // containerName resolves what the user calls a container of a pod.

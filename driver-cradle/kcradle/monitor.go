@@ -9,17 +9,21 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 )
 
 // monitorResult is what a monitor tells the process that has started it, on file descriptor 3.
 type monitorResult struct {
 	ID    string `json:"id,omitempty"`
 	Error string `json:"error,omitempty"`
+	Code  int    `json:"code,omitempty"` // exit code that goes with the error
 }
 
 // monitorLog is where a monitor's messages go, in the pod's run directory.
@@ -97,11 +101,16 @@ func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, more ...string) erro
 		cmd.Wait()
 		return fmt.Errorf("the monitor of %s ended early (%v): see %s", d.Path(), cmd.ProcessState, log.Name())
 	}
-	if result.Error != "" {
+	if result.Code != 0 {
+		c.failure = result.Code
+	} else if result.Error != "" {
 		cmd.Wait()
-		return errors.New(result.Error)
 	}
-	return cmd.Process.Release()
+	err = cmd.Process.Release()
+	if result.Error != "" {
+		err = errors.New(result.Error)
+	}
+	return err
 }
 
 // monitorCommand attends to a detached pod.
@@ -119,6 +128,9 @@ func (c *cli) monitorCommand() *cobra.Command {
 				result.Error = err.Error()
 			} else {
 				result.ID = r.Launch().ID
+				if !takeUp {
+					result.Code, result.Error = begun(r)
+				}
 			}
 			if werr := json.NewEncoder(answer).Encode(result); werr != nil && err == nil {
 				c.log().Debug("nobody waits for the pod to start", "error", werr)
@@ -135,6 +147,29 @@ func (c *cli) monitorCommand() *cobra.Command {
 	return cmd
 }
 
+// begun waits until the containers run, and tells why the command of one was not executed, as docker run -d does. The pod may have others that
+// run; one that has ended has done so completely.
+func begun(r *pod.Running) (code int, why string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	s, err := r.Up(ctx)
+	r.Release()
+	if err != nil {
+		return 0, "" // it has been started; how it is doing is for status to tell
+	}
+	if !slices.ContainsFunc(s.Containers, func(c wire.ContainerStatus) bool { return c.State == wire.StateRunning }) {
+		wait, cancel := context.WithTimeout(ctx, 5*time.Second) // containers may be waiting for others
+		defer cancel()
+		r.Wait(wait)
+	}
+	for _, c := range s.Containers {
+		if c.Error != "" && (c.ExitCode == 126 || c.ExitCode == 127 || c.ExitCode == exitRefused) {
+			return c.ExitCode, fmt.Sprintf("container %s: %s", c.Name, c.Error)
+		}
+	}
+	return 0, ""
+}
+
 func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running, error) {
 	ctx, cancel := interruptible(cmd)
 	defer cancel()
@@ -149,6 +184,6 @@ func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running,
 	if err != nil {
 		return nil, err
 	}
-	options.Detached = true
+	options.Detached, options.Hold = true, true
 	return d.Start(ctx, options)
 }

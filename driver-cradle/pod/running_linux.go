@@ -235,6 +235,32 @@ func (r *Running) machineEnd() error {
 	return errors.New("the machine was killed")
 }
 
+// Up returns once every container that waits for no other has been started, or could not be.
+func (r *Running) Up(ctx context.Context) (wire.Status, error) {
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+		s, err := r.Status(ctx)
+		if err != nil || s.State == wire.StateExited || r.begun(&s) {
+			return s, err
+		}
+		select {
+		case <-time.After(wait):
+		case <-r.done:
+			return r.report.Status, r.err
+		case <-ctx.Done():
+			return s, context.Cause(ctx)
+		}
+	}
+}
+
+func (r *Running) begun(s *wire.Status) bool {
+	for i, c := range s.Containers {
+		if c.State == wire.StateCreated && c.Error == "" && len(r.spec.Containers[i].Lifecycle.After) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // Status asks the guest.
 func (r *Running) Status(ctx context.Context) (wire.Status, error) {
 	var s wire.Status
