@@ -66,6 +66,9 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 	if err := makePodCgroup(); err != nil {
 		return err
 	}
+	if err := limitDevices(podCgroup, defaultDevices); err != nil {
+		log.Warn("containers may use every device", "error", err) // a kernel without it boots pods all the same
+	}
 	tuneKernel()
 	if err := loopbackUp(); err != nil {
 		return err

@@ -86,6 +86,11 @@ func (p *Pod) newContainer(s *spec.Container, layers map[string]string) (*Contai
 	if err := c.assemble(); err != nil {
 		return nil, err
 	}
+	if rules := c.deviceRules(); rules != nil {
+		if err := limitDevices(c.cgroup, rules); err != nil {
+			return nil, err
+		}
+	}
 	c.Emit("create", nil)
 	return c, nil
 }

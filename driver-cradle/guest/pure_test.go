@@ -298,3 +298,65 @@ func TestUnescape(t *testing.T) {
 		}
 	}
 }
+
+// run interprets a device program, as far as deviceProgram uses the machine.
+func run(t *testing.T, program []bpfInsn, kind, major, minor, access uint32) bool {
+	t.Helper()
+	context := []uint32{access<<16 | kind, major, minor}
+	var r [11]uint64
+	for pc := 0; pc < len(program); pc++ {
+		i := program[pc]
+		dst, src := i.regs&15, i.regs>>4
+		operand := uint64(i.imm)
+		if i.code&unix.BPF_X != 0 {
+			operand = r[src]
+		}
+		switch i.code &^ unix.BPF_X {
+		case unix.BPF_LDX | unix.BPF_MEM | unix.BPF_W:
+			r[dst] = uint64(context[i.off/4])
+		case unix.BPF_ALU64 | unix.BPF_MOV:
+			r[dst] = operand
+		case unix.BPF_ALU | unix.BPF_AND:
+			r[dst] &= operand
+		case unix.BPF_ALU | unix.BPF_RSH:
+			r[dst] >>= operand
+		case unix.BPF_JMP | unix.BPF_JNE:
+			if r[dst] != operand {
+				pc += int(i.off)
+			}
+		case unix.BPF_JMP | unix.BPF_EXIT:
+			return r[0] == 1
+		default:
+			t.Fatalf("instruction %+v", i)
+		}
+	}
+	t.Fatal("ran off the end")
+	return false
+}
+
+func TestDeviceProgram(t *testing.T) {
+	const char, block, mknod, read, write = unix.BPF_DEVCG_DEV_CHAR, unix.BPF_DEVCG_DEV_BLOCK, unix.BPF_DEVCG_ACC_MKNOD, unix.BPF_DEVCG_ACC_READ, unix.BPF_DEVCG_ACC_WRITE
+	program := deviceProgram(append([]deviceRule{{block, 8, 16, read}}, defaultDevices...))
+	for _, x := range []struct {
+		kind, major, minor, access uint32
+		want                       bool
+	}{
+		{char, 1, 3, read | write, true},
+		{char, 136, 77, read | write, true},
+		{char, 10, 200, read, false},
+		{char, 10, 200, mknod, true},
+		{char, 10, 200, mknod | read, false},
+		{block, 1, 3, read, false},
+		{block, 8, 0, read, false},
+		{block, 8, 0, mknod, true},
+		{block, 8, 16, read, true},
+		{block, 8, 16, read | write, false},
+	} {
+		if got := run(t, program, x.kind, x.major, x.minor, x.access); got != x.want {
+			t.Errorf("%+v: %t", x, got)
+		}
+	}
+	if source, target, access := splitDevice("dev/../dev/fuse::r"); source != "/dev/fuse" || target != source || access != read {
+		t.Errorf("split %s %s %d", source, target, access)
+	}
+}

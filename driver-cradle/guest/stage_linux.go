@@ -399,16 +399,12 @@ func guestDevices() []string {
 
 // copyDevice makes a node of the guest's devtmpfs in a container's /dev.
 func copyDevice(dev, device string) error {
-	source, target, _ := strings.Cut(device, ":") // docker's HOST:CONTAINER:rwm
-	target, _, _ = strings.Cut(target, ":")
-	if target == "" {
-		target = source
-	}
+	source, target, _ := splitDevice(device)
 	var st unix.Stat_t
-	if err := unix.Stat(filepath.Clean("/"+source), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR && st.Mode&unix.S_IFMT != unix.S_IFBLK {
+	if err := unix.Stat(source, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR && st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return fmt.Errorf("device %s: there is no such device in the guest", source)
 	}
-	rel, ok := strings.CutPrefix(filepath.Clean("/"+target), "/dev/")
+	rel, ok := strings.CutPrefix(target, "/dev/")
 	if !ok {
 		return fmt.Errorf("device %s: %s is not below /dev", source, target)
 	}

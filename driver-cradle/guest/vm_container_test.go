@@ -130,6 +130,14 @@ func TestVMContainers(t *testing.T) {
 			stdout: "both\n",
 		},
 		{
+			c:      sh("disks", "mknod /sda b 8 0; mknod /tun c 10 200; mknod /null c 1 3; cat /sda /tun; echo x > /null && echo null"),
+			stdout: "null\n", stderr: "cat: can't open '/sda': Operation not permitted\ncat: can't open '/tun': Operation not permitted\n",
+		},
+		{
+			c:      settings(sh("devmode", "head -c 1 /dev/ro | wc -c; echo x > /dev/ro"), func(c *spec.Container) { c.Devices = []string{"/dev/sda:/dev/ro:r"} }),
+			stdout: "1\n", stderr: "sh: can't create /dev/ro: Operation not permitted\n", code: 1,
+		},
+		{
 			c:      settings(sh("init", "cat /proc/1/cmdline | tr '\\0' ' '; (sleep 0.2 &) ; kill -9 $$"), func(c *spec.Container) { c.Init = true }),
 			stdout: "/sbin/docker-init -- sh -c cat /proc/1/cmdline | tr '\\0' ' '; (sleep 0.2 &) ; kill -9 $$ ", code: 137,
 		},
@@ -145,7 +153,7 @@ func TestVMContainers(t *testing.T) {
 		},
 		{c: sh("pid1", "echo $$; ls -d /proc/[0-9]* | wc -l"), stdout: "1\n3\n"},
 		{c: sh("fds", "ls /proc/self/fd | wc -l"), stdout: "4\n"},
-		{c: sh("mountleak", "grep -c cradle /proc/self/mountinfo; awk '{print $5}' /proc/self/mountinfo | sort | head -3 | tr '\\n' ' '"), stdout: "1\n/ /dev /dev/mqueue "},
+		{c: sh("mountleak", "grep -c cradle /proc/self/mountinfo; awk '{print $5}' /proc/self/mountinfo | sort | head -3 | tr '\\n' ' '"), stdout: "4\n/ /dev /dev/mqueue "},
 		{
 			c:      settings(sh("term", "tty; echo $TERM; ls -l /dev/console | cut -c1"), func(c *spec.Container) { c.TTY = true }),
 			stdout: "/dev/pts/0\r\nxterm\r\nc\r\n",
