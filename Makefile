@@ -12,8 +12,9 @@ FUZZTIME ?= 20s
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cradlestack
 TOOL := go tool -modfile=tools/go.mod
 
-# One entry per program: its folder. A program appears here with its first working version.
-COMMANDS := $(wildcard driver-cradle/kcradle bali)
+# The programs' folders. A program appears here with its first working version.
+COMMANDS := ./driver-cradle/kcradle ./bali
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
 
 .PHONY: help
 help: ## list the targets (this)
@@ -22,9 +23,7 @@ help: ## list the targets (this)
 .PHONY: build
 build: ## compile the programs into bin/ (needs no root)
 	@mkdir -p bin/boot
-	@for dir in $(COMMANDS); do \
-	  if compgen -G "$$dir/main*.go" >/dev/null; then go build -trimpath -o bin/ ./$$dir; fi; \
-	done
+	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/ $(COMMANDS)
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/boot/cradle-init ./driver-cradle/guest/cradle-init
 
 .PHONY: setup

@@ -204,7 +204,7 @@ func (d *dockerSide) run(t *testing.T, c testCase, container string) outcome {
 	if c.script != "" {
 		args = append(args, "-d")
 	}
-	args = append(append(append(args, c.flags...), "compat/"+c.image+":1"), c.cmd...)
+	args = slices.Concat(args, c.flags, c.dockerFlags, []string{"compat/" + c.image + ":1"}, c.cmd)
 	defer func() {
 		// Where run was refused there may be no container.
 		exec.Command("docker", "-H", d.host, "rm", "-fv", container).Run()
@@ -219,6 +219,9 @@ func (d *dockerSide) run(t *testing.T, c testCase, container string) outcome {
 	}
 	return script(t, d.host, container, dir, c.script)
 }
+
+// refused is docker run's code for what it does not even try; kcradle summon fails with 1, as docker create does.
+const refused = 125
 
 // kcradleSide is ours.
 type kcradleSide struct {
@@ -249,11 +252,11 @@ func (k *kcradleSide) run(t *testing.T, c testCase, container string) outcome {
 	if len(c.cmd) > 0 {
 		args = append(append(args, "--"), c.cmd...)
 	}
-	// What docker run refuses, summon or run does.
 	if summoned := execute(t, nil, k.dir, "", k.program, args...); summoned.code != 0 {
 		if c.script != "" || !c.onlyCode {
 			t.Errorf("kcradle summon: %s", summoned)
 		}
+		summoned.code = refused
 		return summoned
 	}
 	if c.script == "" {
@@ -265,6 +268,7 @@ func (k *kcradleSide) run(t *testing.T, c testCase, container string) outcome {
 		return ran
 	}
 	defer func() {
+		// The pod's keeper still runs: there is a machine to end.
 		if ended := execute(t, nil, k.dir, "", k.program, "kill", dir); ended.code != 0 {
 			t.Errorf("kcradle kill: %s", ended)
 		}

@@ -185,7 +185,7 @@ func volumeContent() []entry {
 		{name: "data/sub", kind: tar.TypeDir, mode: 0o700, uid: 1001, gid: 1001},
 		{name: "data/sub/set-user-id", mode: 0o4755, text: "x"},
 		{name: "data/link", kind: tar.TypeSymlink, mode: 0o777, text: "sub/set-user-id"},
-		{name: "data/hard", kind: tar.TypeLink, mode: 0o640, text: "data/file"},
+		{name: "data/hard", kind: tar.TypeLink, mode: 0o640, uid: 1000, gid: 2000, text: "data/file"},
 		{name: "empty", kind: tar.TypeDir, mode: 0o711, uid: 7, gid: 8},
 	}
 }
