@@ -20,7 +20,7 @@ newest_source() {
 
 packages=(
   # running pods
-  qemu-system-x86 e2fsprogs xfsprogs iproute2 util-linux
+  qemu-system-x86 e2fsprogs xfsprogs iproute2 iputils-ping util-linux
   # the guest's kernel: own build, and the distribution's as it is
   build-essential flex bison bc libelf-dev libssl-dev cpio kmod lz4 xz-utils bzip2 zstd
   # images made from packages

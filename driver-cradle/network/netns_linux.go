@@ -228,20 +228,19 @@ func openTap() (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/net/tun: %w: the host's kernel needs the tun module (modprobe tun)", err)
 	}
-	f := os.NewFile(uintptr(fd), "/dev/net/tun")
 	ifr, err := unix.NewIfreq(tapName)
 	if err == nil {
 		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
 	}
 	if err != nil {
-		f.Close()
+		unix.Close(fd)
 		if errors.Is(err, unix.EBUSY) {
 			return nil, ErrInUse
 		}
 		return nil, fmt.Errorf("make tap %s: %w", tapName, err)
 	}
-	return f, nil
+	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil // not before: only now can it be waited for
 }
 
 // connect hands what arrives at link to the tap, and what arrives at the tap to link.
@@ -280,7 +279,7 @@ func redirect(from, to netlink.Link, hasIngress bool) error {
 	}
 	// Of the classifiers that match everything u32 is the one that every distribution's kernel has.
 	f := &netlink.U32{
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: netlink.MakeHandle(0xffff, 0), Priority: redirectPref, Protocol: unix.ETH_P_ALL},
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: redirectPref, Protocol: unix.ETH_P_ALL},
 		Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},
 		Actions:     []netlink.Action{netlink.NewMirredAction(to.Attrs().Index)},
 	}
@@ -311,7 +310,7 @@ func disconnect(link netlink.Link) error {
 	if err != nil || !ingress {
 		return err
 	}
-	filters, err := netlink.FilterList(link, netlink.MakeHandle(0xffff, 0))
+	filters, err := netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS)
 	if err != nil {
 		return fmt.Errorf("interface %s: list filters: %w", name, err)
 	}
@@ -322,7 +321,7 @@ func disconnect(link netlink.Link) error {
 		}
 		ours = true
 		del := &netlink.U32{FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: link.Attrs().Index, Parent: netlink.MakeHandle(0xffff, 0), Priority: redirectPref, Protocol: unix.ETH_P_ALL,
+			LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: redirectPref, Protocol: unix.ETH_P_ALL,
 		}}
 		if err := netlink.FilterDel(del); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("interface %s: remove redirection: %w", name, err)
@@ -332,7 +331,7 @@ func disconnect(link netlink.Link) error {
 	if !ours {
 		return nil
 	}
-	if filters, err = netlink.FilterList(link, netlink.MakeHandle(0xffff, 0)); err != nil {
+	if filters, err = netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS); err != nil {
 		return fmt.Errorf("interface %s: list filters: %w", name, err)
 	}
 	if len(filters) > 0 {
