@@ -198,7 +198,7 @@ func (s *installed) deploy(ctx context.Context, at places, r *reading) error {
 	}
 	image, sig, err := s.fetch(ctx, r, p)
 	if err != nil {
-		return fmt.Errorf("%s: %w", s.Source, err)
+		return named(s.Source, err)
 	}
 	name := filepath.Join("images", fmt.Sprintf("%x", sig.Payload[:16]))
 	if err := os.Rename(s.path("incoming"), s.path(name+".image")); err != nil {

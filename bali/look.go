@@ -29,12 +29,12 @@ func (c *cli) verify() *cobra.Command {
 			}
 			src, err := c.open(cmd.Context(), args[0], r.fetch)
 			if err != nil {
-				return err
+				return named(args[0], err)
 			}
 			defer src.Close()
 			s, err := seal.Verify(cmd.Context(), src)
 			if err := p.accept(s, err); err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
+				return named(args[0], err)
 			}
 			src.bar.Close()
 			comment, _ := p.who(s.Identity)
@@ -88,12 +88,12 @@ func (c *cli) inspect() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			src, err := c.open(cmd.Context(), args[0], r.fetch)
 			if err != nil {
-				return err
+				return named(args[0], err)
 			}
 			defer src.Close()
 			in, err := c.look(src, r.limits())
 			if err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
+				return named(args[0], err)
 			}
 			src.bar.Close()
 			if c.output == "json" {
@@ -241,14 +241,14 @@ setuid and setgid bits and file capabilities are dropped without --setid.`,
 			}
 			src, err := c.open(cmd.Context(), args[0], r.fetch)
 			if err != nil {
-				return err
+				return named(args[0], err)
 			}
 			defer src.Close()
 			u.Owners = owners
 			l := r.limits()
 			l.Unsigned = insecure
 			if err := extractTo(cmd.Context(), src, l, &u, p, args[1]); err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
+				return named(args[0], err)
 			}
 			return nil
 		},

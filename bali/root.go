@@ -20,6 +20,9 @@ import (
 	"github.com/cradlestack/cradlestack/bali/seal"
 )
 
+// version is set by the Makefile.
+var version = "development"
+
 // cli is what every command shares.
 type cli struct {
 	stdin          io.Reader
@@ -42,6 +45,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 mounts, then execve. The process is the service; nothing is left to clean up.
 
 Environment: BALI_KEY and BALI_TRUST are the defaults of --key and --trust.`,
+		Version:      version,
 		SilenceUsage: true, SilenceErrors: true,
 		PersistentPreRun: func(*cobra.Command, []string) {
 			c.log = slog.New(slog.DiscardHandler)
@@ -195,6 +199,11 @@ func (c *cli) openSource(ctx context.Context, s fetch.Source, o fetch.Options) (
 		return nil, err
 	}
 	return &source{Reader: r, bar: c.bar(r.Size(), "read")}, nil
+}
+
+// named says which image an error is about.
+func named(where string, err error) error {
+	return fmt.Errorf("%s: %w", fetch.Redacted(where), err)
 }
 
 // source is an image being read.

@@ -75,12 +75,12 @@ stops and whether it tells systemd that it is ready; it must be trusted.`,
 			}
 			src, err := c.open(cmd.Context(), args[0], r.fetch)
 			if err != nil {
-				return err
+				return named(args[0], err)
 			}
 			defer src.Close()
 			image, _, err := describeImage(src, r.limits(), p)
 			if err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
+				return named(args[0], err)
 			}
 			where, err := absolute(args[0])
 			if err != nil {

@@ -86,6 +86,15 @@ func New(where string, o Options) (Source, error) {
 // IsURL tells a URL from a path.
 func IsURL(where string) bool { return strings.Contains(where, "://") }
 
+// Redacted is where without a password, fit for messages. This package's errors
+// don't name the source: who asked for it does.
+func Redacted(where string) string {
+	if u, err := url.Parse(where); err == nil && IsURL(where) {
+		return u.Redacted()
+	}
+	return where
+}
+
 // Tail gives the last n bytes, without retries: it is a question, not a need.
 func Tail(ctx context.Context, s Source, n int64) ([]byte, error) {
 	part, err := s.Open(ctx, -n)
@@ -156,7 +165,7 @@ func (r *Reader) open() error {
 			part.Close()
 			r.idle.Stop()
 			cancel(ErrChanged)
-			return fmt.Errorf("%s: %w", r.src, ErrChanged)
+			return ErrChanged
 		default:
 			r.body, r.at = &cancelling{part, cancel}, part.Start
 			if part.Size >= 0 {
@@ -174,13 +183,13 @@ func (r *Reader) open() error {
 func (r *Reader) failed(err error) error {
 	var p permanent
 	if errors.As(err, &p) {
-		return fmt.Errorf("%s: %w", r.src, p.error)
+		return p.error
 	}
 	if r.ctx.Err() != nil {
 		return context.Cause(r.ctx)
 	}
 	if r.fails++; r.fails > r.opt.Retries {
-		return fmt.Errorf("%s: %w (after %d attempts)", r.src, err, r.fails)
+		return fmt.Errorf("%w (after %d attempts)", err, r.fails)
 	}
 	wait := min(200*time.Millisecond<<r.fails, 10*time.Second)
 	wait = wait/2 + rand.N(wait/2)
@@ -225,7 +234,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 			err = io.ErrUnexpectedEOF
 		}
 		if r.offset > r.size && r.size >= 0 {
-			r.err = fmt.Errorf("%s: %w", r.src, ErrChanged)
+			r.err = ErrChanged
 			continue
 		}
 		if r.err = r.failed(err); r.err == nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 )
 
@@ -16,6 +17,10 @@ func (f file) String() string { return string(f) }
 func (f file) Open(_ context.Context, offset int64) (Part, error) {
 	h, err := os.Open(string(f))
 	if err != nil {
+		var pe *fs.PathError
+		if errors.As(err, &pe) {
+			err = pe.Err
+		}
 		return Part{}, permanent{err}
 	}
 	fi, err := h.Stat()

@@ -602,6 +602,28 @@ func TestVectors(t *testing.T) {
 	}
 }
 
+// TestDocumented holds docs/bali-format.md to the test vectors.
+func TestDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/bali-format.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile("testdata/vectors/hello.tar.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, id := signer(t, 1)
+	trailer := b[len(b)-Gzip.trailerLen():]
+	for _, want := range []string{
+		vectorTree, id.String(), fmt.Sprintf("%x", sha512.Sum512(b[:len(b)-len(trailer)])),
+		fmt.Sprintf("%x\n%x\n%x", trailer[:54], trailer[54:108], trailer[108:]),
+	} {
+		if !strings.Contains(string(doc), want) {
+			t.Errorf("docs/bali-format.md doesn't have %s", want)
+		}
+	}
+}
+
 // FuzzReader feeds anything to the whole path from bytes to files: it may only
 // refuse or stay within its limits.
 func FuzzReader(f *testing.F) {
