@@ -161,6 +161,8 @@ build_service() {
 			var/cache/ldconfig/aux-cache var/cache/debconf/*-old var/lib/dpkg/*-old var/lib/apt/lists/* etc/*-
 	' build "$work/$name.mnt" "$here/$name" "$work/$name.debs" "$work/base" "$work/$name.upper" "$work/$name.ovl" \
 		</dev/null >"$work/$name.log" 2>&1 || { tail -n 40 "$work/$name.log" >&2; die "$name: install.sh failed"; }
+	# debconf writes its answers in an order of its own each time; nobody asks for them again, the base's will do.
+	rm -f "$work/$name.upper"/var/cache/debconf/config.dat
 	mkdir "$work/files"
 	cp -R "$here/$name/rootfs/." "$work/files/"
 	chmod -R u=rwX,go=rX "$work/files"
