@@ -291,6 +291,13 @@ func (c *Container) running() (*command, error) {
 // Start starts a container that has ended, and returns when its command runs. It goes on by its lifecycle as from its first start.
 func (c *Container) Start(ctx context.Context) error {
 	crew := c.pod.crew
+	// Between its end and what the rule makes of it, nothing can be said: it may start again by itself.
+	if err := c.await(ctx, func() (bool, error) {
+		u := c.unit
+		return !u.active || !u.begun || u.restarting || c.command != nil, nil
+	}); err != nil {
+		return err
+	}
 	crew.mu.Lock()
 	var err error
 	switch u := c.unit; {
