@@ -397,6 +397,9 @@ func (c *cli) policy(identities []string, insecure bool) (*policy, error) {
 		}
 		p.only = append(p.only, id)
 	}
+	if len(p.only) > 0 && insecure {
+		return nil, errors.New("--identity and --insecure contradict each other")
+	}
 	if len(p.only) > 0 {
 		return p, nil
 	}

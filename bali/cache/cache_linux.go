@@ -31,7 +31,7 @@ import (
 //	v1/KEY/signature   the signature record
 //	v1/KEY/tree/       the unpacked image
 //	sources/HASH       the KEY that a source had last
-//	tmp-*/             being filled, locked; removed by the next run if not
+//	tmp-*/             being filled; removed by the next run if that was killed
 type Store struct{ dir string }
 
 // Entry is one image in a store.
@@ -63,25 +63,40 @@ func Open(dir string) (*Store, error) {
 	return s, s.sweep()
 }
 
-// sweep removes what a killed run left half filled.
+// sweep removes what a killed run left half filled, unless one is filling now.
 func (s *Store) sweep() error {
+	lock, err := s.lock(unix.LOCK_EX)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	left, err := filepath.Glob(filepath.Join(s.dir, "tmp-*"))
 	if err != nil {
 		return err
 	}
 	for _, p := range left {
-		d, err := os.Open(p)
-		if err != nil {
-			continue // another run was faster
-		}
-		if unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			err = os.RemoveAll(p)
-		}
-		if err = errors.Join(err, d.Close()); err != nil {
+		if err := os.RemoveAll(p); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// lock holds the folder until the handle is closed: shared by those who fill
+// it, exclusively by the one who sweeps.
+func (s *Store) lock(how int) (*os.File, error) {
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(d.Fd()), how|unix.LOCK_NB); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("lock %s: %w", s.dir, err)
+	}
+	return d, nil
 }
 
 // key is the digest of what a file says about its signature at its end, known
@@ -149,26 +164,27 @@ func (s *Store) Add(ctx context.Context, src io.Reader, l seal.Limits, devices b
 		return nil, err
 	}
 	defer spool.Close()
-	if err := accept(seal.Verify(ctx, io.TeeReader(src, spool))); err != nil {
+	sig, err := seal.Verify(ctx, io.TeeReader(src, spool))
+	if err := accept(sig, err); err != nil {
 		return nil, err
+	}
+	if e := s.Find(sig); e != nil {
+		return e, nil // the source could not say beforehand what it has
 	}
 	if _, err := spool.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
+	lock, err := s.lock(unix.LOCK_SH)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
 	tmp, err := os.MkdirTemp(s.dir, "tmp-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp) // nothing is there any more if it succeeded
-	lock, err := os.Open(tmp)
-	if err != nil {
-		return nil, err
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", tmp, err)
-	}
-	sig, err := fill(ctx, spool, l, devices, tmp)
+	sig, err = fill(ctx, spool, l, devices, tmp)
 	if err != nil {
 		return nil, err
 	}

@@ -30,6 +30,16 @@ import (
 // "h b a".
 func layer(t *testing.T, lines ...string) v1.Layer {
 	t.Helper()
+	b := layerBytes(t, lines...)
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func layerBytes(t testing.TB, lines ...string) []byte {
+	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, l := range lines {
@@ -55,11 +65,7 @@ func layer(t *testing.T, lines ...string) v1.Layer {
 		}
 	}
 	w.Close()
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
+	return b.Bytes()
 }
 
 func image(t *testing.T, layers ...v1.Layer) v1.Image {
@@ -293,4 +299,40 @@ func TestNothingLeft(t *testing.T) {
 	if left, _ := os.ReadDir(os.TempDir()); len(left) > 0 {
 		t.Errorf("left in the temporary folder while in use: %v", left)
 	}
+}
+
+// FuzzLayer lays any layer over a small one: what can be flattened can be
+// written, so nothing of it breaks a rule of the format.
+func FuzzLayer(f *testing.F) {
+	for _, lines := range [][]string{
+		{"d a", "f a/b x", "l c a", "h d a/b"}, {"f c/x y", "f .wh.a ", "f a/.wh..wh..opq "}, {"l a a", "f a/a x"}, {"h x ../usr/lib/a"},
+	} {
+		f.Add(layerBytes(f, lines...))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil })
+		if err != nil {
+			return
+		}
+		r := &Rootfs{opt: Options{MaxSize: 1 << 20}, top: newDir(0, 0), Image: seal.Image{Version: 1, OS: "linux", Architecture: "amd64"}}
+		if r.spool, err = newSpool(); err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		for i, l := range []v1.Layer{layer(t, "d usr", "d usr/lib", "f usr/lib/a x", "l lib usr/lib"), l} {
+			if r.layer(t.Context(), l, i+1) != nil {
+				return
+			}
+		}
+		w, err := seal.NewWriter(io.Discard, &r.Image, seal.Gzip, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Write(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Seal(nil); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
