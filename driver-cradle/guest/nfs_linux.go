@@ -36,7 +36,8 @@ func mountNFS(ctx context.Context, n *spec.NFSVolume, at string) error {
 		if err = mount(m.source, at, m.fstype, m.flags, m.data); err == nil {
 			return nil
 		}
-		if !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EINVAL) {
+		// Not this version, or (the last) not the MOUNT program at this port.
+		if !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EPFNOSUPPORT) {
 			break
 		}
 	}
@@ -83,17 +84,17 @@ func nfsMounts(n *spec.NFSVolume, host, port, ip string) ([]nfsMount, error) {
 			if _, nolock := option(opts, "nolock"); !lock && !nolock {
 				opts = append(opts, "nolock") // no statd here: locks stay on this client
 			}
-			if p, set := option(opts, "port"); set {
-				// A server on a port of its own answers MOUNT there too, and has no portmapper.
-				if _, set := option(opts, "mountport"); !set {
-					opts = append(opts, "mountport="+p)
-				}
-			}
 			if _, set := option(opts, "proto"); !set {
 				opts = append(opts, "proto=tcp")
 			}
 			if _, set := option(opts, "mountproto"); !set {
 				opts = append(opts, "mountproto=tcp")
+			}
+			// A server on a port of its own may answer MOUNT there too, and have no portmapper.
+			_, mountport := option(opts, "mountport")
+			if p, set := option(opts, "port"); set && !mountport {
+				m.data = strings.Join(append(opts[:len(opts):len(opts)], "mountport="+p), ",")
+				out = append(out, m)
 			}
 		}
 		m.data = strings.Join(opts, ",")

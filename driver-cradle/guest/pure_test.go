@@ -229,7 +229,10 @@ func TestNFSMounts(t *testing.T) {
 		{
 			spec.NFSVolume{Export: "/data", Options: "nfsvers=3,soft"},
 			"filer", "12049", "192.0.2.1",
-			[]string{"nfs filer:/data soft,port=12049,vers=3,addr=192.0.2.1,nolock,mountport=12049,proto=tcp,mountproto=tcp"},
+			[]string{
+				"nfs filer:/data soft,port=12049,vers=3,addr=192.0.2.1,nolock,proto=tcp,mountproto=tcp,mountport=12049",
+				"nfs filer:/data soft,port=12049,vers=3,addr=192.0.2.1,nolock,proto=tcp,mountproto=tcp",
+			},
 		},
 		{
 			spec.NFSVolume{Export: "/"},
