@@ -87,6 +87,16 @@ func (l *lab) ping(address string, more ...string) bool {
 	return exec.Command("ip", append(args, address)...).Run() == nil
 }
 
+// answers gives address some time to answer: neighbours that were asked for in vain are not asked again at once.
+func (l *lab) answers(address string, more ...string) bool {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); {
+		if l.ping(address, more...) {
+			return true
+		}
+	}
+	return false
+}
+
 func (l *lab) in(ns string, f func() error) {
 	l.t.Helper()
 	if err := inNamespace(ns, f); err != nil {
@@ -170,7 +180,7 @@ func (l *lab) plug(tap *os.File, i wire.Interface) (unplug func()) {
 
 func TestRootTake(t *testing.T) {
 	l := newLab(t)
-	if !l.ping("10.88.0.5") {
+	if !l.answers("10.88.0.5") {
 		t.Fatal("the pod's namespace does not answer before it is taken over")
 	}
 	before := l.state()
@@ -206,11 +216,11 @@ func TestRootTake(t *testing.T) {
 
 	unplug := l.plug(tap, i)
 	for _, address := range []string{"10.88.0.5", "fd88::5"} {
-		if !l.ping(address) {
+		if !l.answers(address) {
 			t.Errorf("no answer from the guest at %s", address)
 		}
 	}
-	if !l.ping("10.88.0.5", "-M", "do", "-s", fmt.Sprint(labMTU-28)) {
+	if !l.answers("10.88.0.5", "-M", "do", "-s", fmt.Sprint(labMTU-28)) {
 		t.Error("a packet of the MTU's size does not pass")
 	}
 	for _, network := range []string{"tcp4", "tcp6", "udp4", "udp6"} {
@@ -224,7 +234,7 @@ func TestRootTake(t *testing.T) {
 	if err := Release(l.pod); err != nil {
 		t.Errorf("Release of a namespace in use: %v", err)
 	}
-	if !l.ping("10.88.0.5") {
+	if !l.answers("10.88.0.5") {
 		t.Error("Release cut off a namespace in use")
 	}
 	unplug()
@@ -236,7 +246,7 @@ func TestRootTake(t *testing.T) {
 	if err := Release(l.pod); err != nil {
 		t.Fatal(err)
 	}
-	if !l.ping("10.88.0.5") {
+	if !l.answers("10.88.0.5") {
 		t.Error("the namespace does not have its interface back after Release")
 	}
 	if after := l.state(); after != before {
@@ -318,7 +328,7 @@ func TestRootForeignFilter(t *testing.T) {
 	l.run("tc", "-n", ns, "filter", "add", "dev", "eth0", "ingress", "pref", "60000", "protocol", "ip", "u32", "match", "u32", "0", "0", "flowid", "1:1")
 	tap, i := l.take()
 	unplug := l.plug(tap, i)
-	if !l.ping("10.88.0.5") {
+	if !l.answers("10.88.0.5") {
 		t.Error("no answer from the guest")
 	}
 	unplug()
