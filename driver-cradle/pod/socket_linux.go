@@ -15,6 +15,14 @@ import (
 
 // listen answers on the pod's vdocker.sock.
 func (r *Running) listen() error {
+	if err := r.bind(); err != nil {
+		return err
+	}
+	r.proxies.Go(r.serve)
+	return nil
+}
+
+func (r *Running) bind() error {
 	path := r.dir.join(SocketFile)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -33,7 +41,6 @@ func (r *Running) listen() error {
 		r.unlisten()
 		return err
 	}
-	r.proxies.Go(r.serve)
 	return nil
 }
 
