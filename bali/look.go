@@ -300,14 +300,14 @@ func extractTo(ctx context.Context, src io.Reader, l seal.Limits, u *seal.Unpack
 // removeTree removes folders too that their modes protect from their owner.
 func removeTree(dir string) error {
 	err := os.RemoveAll(dir)
-	if errors.Is(err, fs.ErrPermission) {
-		filepath.WalkDir(dir, func(p string, d fs.DirEntry, _ error) error {
-			if d != nil && d.IsDir() {
-				os.Chmod(p, 0o700)
-			}
-			return nil
-		})
-		err = os.RemoveAll(dir)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
 	}
-	return err
+	err = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			return os.Chmod(p, 0o700) // before it is read
+		}
+		return err
+	})
+	return errors.Join(err, os.RemoveAll(dir))
 }

@@ -49,7 +49,7 @@ type Options struct {
 	Log *slog.Logger
 }
 
-// ErrChanged: the file became another one while it was read.
+// ErrChanged says that the file became another one while it was read.
 var ErrChanged = errors.New("the file changed while it was fetched: start again")
 
 // permanent marks an error that trying again doesn't help.

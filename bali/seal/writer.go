@@ -98,10 +98,10 @@ func (w *Writer) WriteEntry(e *Entry) error {
 // Write adds content to the File that WriteEntry began.
 func (w *Writer) Write(p []byte) (int, error) {
 	n, err := w.tar.Write(p)
-	w.verity.Write(p[:n])
+	_, _ = w.verity.Write(p[:n]) // never fails
 	w.left -= int64(n)
 	if w.Progress != nil {
-		w.Progress.Write(p[:n])
+		_, _ = w.Progress.Write(p[:n])
 	}
 	return n, err
 }

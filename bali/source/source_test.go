@@ -136,59 +136,73 @@ func TestLayers(t *testing.T) {
 		want   string
 	}{
 		{
-			"upper wins", [][]string{{"f a one", "f b one"}, {"f b two"}},
+			"upper wins",
+			[][]string{{"f a one", "f b one"}, {"f b two"}},
 			"- a one\n- b two\n",
 		},
 		{
-			"whiteout", [][]string{{"d d", "f d/a x", "f e x"}, {"f .wh.e ", "f d/.wh.a ", "f d/b y"}},
+			"whiteout",
+			[][]string{{"d d", "f d/a x", "f e x"}, {"f .wh.e ", "f d/.wh.a ", "f d/b y"}},
 			"d d \n- d/b y\n",
 		},
 		{
-			"whiteout and new in one layer", [][]string{{"d d", "f d/a x"}, {"f .wh.d ", "d d", "f d/b y"}},
+			"whiteout and new in one layer",
+			[][]string{{"d d", "f d/a x"}, {"f .wh.d ", "d d", "f d/b y"}},
 			"d d \n- d/b y\n",
 		},
 		{
-			"opaque hides lower layers only", [][]string{{"d d", "f d/a x", "d d/s", "f d/s/deep x"}, {"d d", "f d/b y", "d d/s", "f d/.wh..wh..opq ", "f d/c z"}},
+			"opaque hides lower layers only",
+			[][]string{{"d d", "f d/a x", "d d/s", "f d/s/deep x"}, {"d d", "f d/b y", "d d/s", "f d/.wh..wh..opq ", "f d/c z"}},
 			"d d \n- d/b y\n- d/c z\nd d/s \n",
 		},
 		{
-			"folder becomes file and back", [][]string{{"d a", "f a/x x", "f b x"}, {"f a file", "d b", "f b/y y"}},
+			"folder becomes file and back",
+			[][]string{{"d a", "f a/x x", "f b x"}, {"f a file", "d b", "f b/y y"}},
 			"- a file\nd b \n- b/y y\n",
 		},
 		{
-			"folder keeps what is below it", [][]string{{"d a", "f a/x x"}, {"d a", "f a/y y"}},
+			"folder keeps what is below it",
+			[][]string{{"d a", "f a/x x"}, {"d a", "f a/y y"}},
 			"d a \n- a/x x\n- a/y y\n",
 		},
 		{
-			"hard links, also to what an upper layer replaces", [][]string{{"f a x", "h b a", "h c a"}, {"f a new"}},
+			"hard links, also to what an upper layer replaces",
+			[][]string{{"f a x", "h b a", "h c a"}, {"f a new"}},
 			"- a new\n- b x\nh c b\n",
 		},
 		{
-			"hard link across layers", [][]string{{"f a x"}, {"h b a"}},
+			"hard link across layers",
+			[][]string{{"f a x"}, {"h b a"}},
 			"- a x\nh b a\n",
 		},
 		{
-			"hard link to a symbolic link", [][]string{{"l a to", "h b a"}},
+			"hard link to a symbolic link",
+			[][]string{{"l a to", "h b a"}},
 			"l a to\nl b to\n",
 		},
 		{
-			"through a lower symbolic link", [][]string{{"d usr/lib", "l lib usr/lib", "l abs /usr/lib"}, {"f lib/a x", "f abs/b y"}},
+			"through a lower symbolic link",
+			[][]string{{"d usr/lib", "l lib usr/lib", "l abs /usr/lib"}, {"f lib/a x", "f abs/b y"}},
 			"l abs /usr/lib\nl lib usr/lib\nd usr \nd usr/lib \n- usr/lib/a x\n- usr/lib/b y\n",
 		},
 		{
-			"symbolic link out of the image stays in it", [][]string{{"l up ../../..", "f up/a x"}},
+			"symbolic link out of the image stays in it",
+			[][]string{{"l up ../../..", "f up/a x"}},
 			"- a x\nl up ../../..\n",
 		},
 		{
-			"names that climb stay in it", [][]string{{"f ../../a x", "f /b y", "f ./c z"}},
+			"names that climb stay in it",
+			[][]string{{"f ../../a x", "f /b y", "f ./c z"}},
 			"- a x\n- b y\n- c z\n",
 		},
 		{
-			"parents that are missing", [][]string{{"f x/y/z x"}},
+			"parents that are missing",
+			[][]string{{"f x/y/z x"}},
 			"d x \nd x/y \n- x/y/z x\n",
 		},
 		{
-			"devices are left out", [][]string{{"d dev", "c dev/null"}},
+			"devices are left out",
+			[][]string{{"d dev", "c dev/null"}},
 			"d dev \n",
 		},
 	} {

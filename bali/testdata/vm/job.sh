@@ -4,18 +4,19 @@ set -eu
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin BALI_TRUST=/etc/bali/trust
 stage=1
 [ ! -e /var/lib/stage ] || stage=2
+trap '[ $? = 0 ] || journalctl --no-pager -n 80' EXIT
 ok() { echo "ok: $stage $*"; }
 # wait_for SECONDS WHAT COMMAND…: until the command succeeds
 wait_for() {
   left=$1 what=$2; shift 2
   until "$@" >/tmp/wait 2>&1; do
     left=$((left - 1))
-    [ $left -gt 0 ] || { echo "not ok: $what"; cat /tmp/wait; journalctl --no-pager -n 60; exit 1; }
+    [ $left -gt 0 ] || { echo "not ok: $what"; cat /tmp/wait; exit 1; }
     sleep 1
   done
   ok "$what"
 }
-fail() { echo "not ok: $*"; journalctl --no-pager -n 60; exit 1; }
+fail() { echo "not ok: $*"; exit 1; }
 nomad() { bali run -q --cache /var/cache/bali /var/lib/bali/nomad/current -- "$@"; }
 ready() { nomad node status | grep -w ready; }
 
