@@ -44,12 +44,9 @@ cleanup() {
 	rm -rf "$work"
 }
 
+# need COMMAND PACKAGE
 need() {
-	local missing=() pkg
-	for pkg in "$@"; do
-		dpkg-query -W -f '${Status}' "$pkg" 2>/dev/null | grep -q 'ok installed' || missing+=("$pkg")
-	done
-	[ ${#missing[@]} = 0 ] || die "missing packages; install them: apt-get install -y --no-install-recommends ${missing[*]}"
+	command -v "$1" >/dev/null || die "$1 is missing: apt-get install -y --no-install-recommends $2"
 }
 
 # download DIR STATUS PACKAGE…: the packages with what they need beyond the dpkg status file, by the host's own apt.
@@ -99,7 +96,7 @@ build_busybox() {
 }
 
 build_debian() {
-	need mmdebstrap
+	need mmdebstrap mmdebstrap
 	local sources=() f opts=()
 	for f in "/etc/apt/sources.list.d/$ID.sources" /etc/apt/sources.list; do
 		[ ! -s "$f" ] || sources+=("$f")
@@ -183,7 +180,8 @@ base_root() {
 
 # build_docker runs a real `docker build` in a dockerd of its own, which ends with it.
 build_docker() {
-	need docker.io
+	need dockerd docker.io
+	need docker docker.io
 	"$work/mkimage" save -o "$work/base.tar" -name debian:latest "$cache/debian"
 	"$work/mkimage" save -o "$work/bb.tar" -name busybox-packaged:latest "$cache/busybox"
 	contained bash -euc '
