@@ -115,7 +115,8 @@ func (c *Container) points() ([]point, error) {
 		add(point{path: path, options: options})
 	}
 	for _, name := range []string{"hosts", "hostname", "resolv.conf"} {
-		add(point{path: "/etc/" + name, source: c.file(name)})
+		// moby container/container_unix.go NetworkMounts: as writable as the root is.
+		add(point{path: "/etc/" + name, source: c.file(name), mount: spec.Mount{ReadOnly: c.spec.ReadOnly}})
 	}
 	slices.SortFunc(all, func(a, b point) int {
 		return cmp.Or(strings.Count(strings.TrimSuffix(a.path, "/"), "/")-strings.Count(strings.TrimSuffix(b.path, "/"), "/"), strings.Compare(a.path, b.path))
@@ -277,6 +278,9 @@ func (c *Container) mountPoint(p point) error {
 	case p.volume != nil:
 		return bindVolume(p.volume, p.mount, at)
 	case p.source != "":
+		if p.mount.ReadOnly {
+			return bind(p.source, at.path(), unix.MOUNT_ATTR_RDONLY)
+		}
 		return bind(p.source, at.path(), 0)
 	}
 	flags, data, err := parseTmpfsOptions(p.options)

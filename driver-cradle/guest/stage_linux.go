@@ -352,12 +352,13 @@ func addDevices(c *stageConfig) error {
 	const dev = inside + "/dev"
 	old := unix.Umask(0)
 	defer unix.Umask(old)
+	all := c.Privileged || slices.Contains(c.Devices, "all")
 	devices := c.Devices
-	if c.Privileged || slices.Contains(devices, "all") {
+	if all {
 		devices = guestDevices()
 	}
 	for _, d := range devices {
-		if err := copyDevice(dev, d); err != nil {
+		if err := copyDevice(dev, d); err != nil && !all { // of all devices, one may just be coming or going
 			return err
 		}
 	}
@@ -623,7 +624,7 @@ func execute(c *stageConfig, slave *os.File, entering bool) error {
 			return &stageError{codeOf(err), fmt.Sprintf("chdir to cwd (%q) failed: %v", cwd, err)}
 		}
 	}
-	if len(c.Args) == 0 || c.Args[0] == "" {
+	if len(c.Args) == 0 {
 		return &stageError{exitRefused, "no command specified"}
 	}
 	path, err := lookPath(c.Args[0], lookupEnv(c.Env, "PATH"))

@@ -1,7 +1,7 @@
 //go:build vm
 
-// These tests boot the project's kernel under QEMU with this agent in it. They need root, QEMU, e2fsprogs and the images that
-// `make images` makes.
+// These tests boot the project's kernel under QEMU with this agent in it, or the distribution's with CRADLE_TEST_VARIANT=stock. They
+// need root, QEMU, e2fsprogs, xfsprogs, nfs-ganesha and the images that `make images` makes.
 package guest_test
 
 import (
@@ -57,9 +57,19 @@ func setUp() (err error) {
 	if err := os.Chmod(shared.dir, 0o755); err != nil {
 		return err
 	}
-	kernel, err := exec.Command("../../tools/kernel/build.sh").Output()
+	options := boot.BuildOptions{Variant: boot.VariantDefault, Out: filepath.Join(shared.dir, "boot")}
+	if v := os.Getenv("CRADLE_TEST_VARIANT"); v != "" {
+		options.Variant = v
+	}
+	script := map[string]string{boot.VariantDefault: "build.sh", boot.VariantStock: "stock.sh"}[options.Variant]
+	kernel, err := exec.Command("../../tools/kernel/" + script).Output()
 	if err != nil {
-		return fmt.Errorf("tools/kernel/build.sh: %w", err)
+		return fmt.Errorf("tools/kernel/%s: %w", script, err)
+	}
+	options.Kernel = strings.TrimSpace(string(kernel))
+	if options.Variant == boot.VariantStock {
+		options.Modules = filepath.Join(options.Kernel, "modules")
+		options.Kernel = filepath.Join(options.Kernel, "vmlinuz")
 	}
 	agent := filepath.Join(shared.dir, "cradle-init")
 	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./testdata/agent")
@@ -67,13 +77,11 @@ func setUp() (err error) {
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build cradle-init: %w\n%s", err, out)
 	}
-	out := filepath.Join(shared.dir, "boot")
-	if err := boot.Build(context.Background(), boot.BuildOptions{
-		Kernel: strings.TrimSpace(string(kernel)), Agent: agent, Variant: boot.VariantDefault, Out: out,
-	}); err != nil {
+	options.Agent = agent
+	if err := boot.Build(context.Background(), options); err != nil {
 		return err
 	}
-	if shared.pkg, err = boot.Open(out); err != nil {
+	if shared.pkg, err = boot.Open(options.Out); err != nil {
 		return err
 	}
 	shared.store, err = image.Open(filepath.Join(shared.dir, "images"))

@@ -166,7 +166,11 @@ func (p *Pod) mountShare() error {
 			if err := os.Mkdir(at, 0o700); err != nil {
 				return err
 			}
-			return mount(wire.ShareTag, at, "9p", 0, shareOptions)
+			err := mount(wire.ShareTag, at, "9p", 0, shareOptions)
+			if errors.Is(err, unix.ENODEV) {
+				return fmt.Errorf("share directories: this boot package's kernel has no 9p: use the package %q, or virtiofs", "default")
+			}
+			return err
 		}
 	}
 	return nil
