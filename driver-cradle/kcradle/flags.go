@@ -32,6 +32,8 @@ type podFlags struct {
 	accel, start, restart                                             string
 	cpus                                                              float64
 	pidsLimit                                                         int64
+	cpuShares                                                         uint64
+	oomScoreAdj                                                       int
 	stopTimeout                                                       int
 	tty, interactive, init, readOnly, privileged                      bool
 
@@ -73,6 +75,8 @@ func (p *podFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&p.netns, "netns", "", "take over the interface of this network namespace: /run/netns/NAME, /proc/PID/ns/net")
 	f.StringVarP(&p.memory, "memory", "m", "", fmt.Sprintf("what the containers may use, exactly (default %v)", spec.DefaultMemory))
 	f.Float64Var(&p.cpus, "cpus", 0, "processors (default 1); a fraction limits the container's share")
+	f.Uint64Var(&p.cpuShares, "cpu-shares", 0, "weight against the pod's other containers, 1024 is one share")
+	f.IntVar(&p.oomScoreAdj, "oom-score-adj", 0, "which process ends first when memory runs out, -1000 to 1000")
 	f.Int64Var(&p.pidsLimit, "pids-limit", 0, "greatest number of processes")
 	f.StringVar(&p.shmSize, "shm-size", "", fmt.Sprintf("size of /dev/shm (default %v)", spec.DefaultShmSize))
 	f.StringVar(&p.scratchSize, "scratch-size", "", fmt.Sprintf("size of the writable disk, which grows as it is used (default %v)", spec.DefaultScratchSize))
@@ -130,7 +134,7 @@ func (p *podFlags) pod(name, image string, command []string) (pod *spec.Pod, mak
 	*s = spec.Settings{
 		Hostname: p.hostname, Domainname: p.domainname, GroupAdd: p.groupAdd, TTY: p.tty, OpenStdin: p.interactive, StdinOnce: p.interactive,
 		Init: p.init, ReadOnly: p.readOnly, Privileged: p.privileged, CapAdd: p.capAdd, CapDrop: p.capDrop,
-		Resources: spec.Limits{Pids: p.pidsLimit},
+		Resources: spec.Limits{Pids: p.pidsLimit, CPUShares: p.cpuShares, OOMScoreAdj: p.oomScoreAdj},
 	}
 	if p.flags.Changed("stop-timeout") {
 		d := spec.Duration(time.Duration(p.stopTimeout) * time.Second)
@@ -153,7 +157,7 @@ func (p *podFlags) pod(name, image string, command []string) (pod *spec.Pod, mak
 		func() (err error) { s.Tmpfs, err = parseTmpfs(p.tmpfs); return err },
 		func() error { return parseSize("shm-size", p.shmSize, &s.ShmSize) },
 		func() error { return parseSize("log-max-size", p.logMaxSize, &s.Logs.MaxSize) },
-		func() error { return parseSize("memory", p.memory, &pod.Resources.Memory) },
+		func() error { return p.memoryLimit(pod, s) },
 		func() error { return parseSize("scratch-size", p.scratchSize, &pod.Scratch.Size) },
 		func() error { return p.security(s) },
 		func() error { return p.processors(pod, s) },
@@ -286,6 +290,13 @@ func parseSize(flag, s string, into *spec.Bytes) error {
 	}
 	*into = b
 	return nil
+}
+
+// memoryLimit bounds the pod as a whole, and the container as well: programs look at their own limit to size themselves.
+func (p *podFlags) memoryLimit(pod *spec.Pod, s *spec.Settings) error {
+	err := parseSize("memory", p.memory, &pod.Resources.Memory)
+	s.Resources.Memory = pod.Resources.Memory
+	return err
 }
 
 func (p *podFlags) security(s *spec.Settings) error {
