@@ -112,17 +112,21 @@ func (a *api) getArchive(w http.ResponseWriter, r *http.Request, c *guest.Contai
 	if err := f.setStat(w, c); err != nil {
 		return err
 	}
-	// docker cp expects the names to begin with the last element of the path that it asked for, which is "/" for the root.
-	name := path.Base(f.name)
-	if strings.HasSuffix(f.name, "/.") {
-		name = "."
-	}
 	w.Header().Set("Content-Type", "application/x-tar")
-	if err := pack(r.Context(), w, f.dir, f.base, name, false); err != nil {
+	if err := pack(r.Context(), w, f.dir, f.base, archiveName(f.name), false); err != nil {
 		return cutOff(r, err)
 	}
 	c.Emit("archive-path", nil)
 	return nil
+}
+
+// archiveName is what the names in an archive begin with: docker cp expects the last element of the path that it asked for, which is
+// "/" for the root.
+func archiveName(asked string) string {
+	if strings.HasSuffix(asked, "/.") {
+		return "."
+	}
+	return path.Base(asked)
 }
 
 // cutOff ends an answer that can't be completed: the client sees a broken transfer, not the end of an archive.

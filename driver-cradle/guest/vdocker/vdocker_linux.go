@@ -89,6 +89,12 @@ func Handler(p *guest.Pod) http.Handler {
 			return statusError{http.StatusNotFound, fmt.Sprintf("No such %s: %s", kind, r.PathValue("name"))}
 		})
 	}
+	on("GET /images/{name...}", func(_ http.ResponseWriter, r *http.Request) error {
+		if name, ok := strings.CutSuffix(r.PathValue("name"), "/json"); ok {
+			return statusError{http.StatusNotFound, "No such image: " + name}
+		}
+		return statusError{http.StatusNotImplemented, noImages}
+	})
 	on("/", func(http.ResponseWriter, *http.Request) error {
 		return statusError{http.StatusNotFound, "page not found"}
 	})
@@ -128,7 +134,6 @@ const (
 
 // Single objects that docker inspect tries one after the other when it isn't told a type.
 var absent = map[string]string{
-	"GET /images/{name...}":    "image",
 	"GET /networks/{name}":     "network",
 	"GET /volumes/{name}":      "volume",
 	"GET /nodes/{name}":        "node",

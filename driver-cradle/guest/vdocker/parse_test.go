@@ -1,0 +1,195 @@
+package vdocker
+
+import (
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+func TestParseTime(t *testing.T) {
+	for text, want := range map[string]time.Time{
+		"": {}, "0": {}, "1700000000": time.Unix(1700000000, 0), "1700000000.5": time.Unix(1700000000, 5e8), "1700000000.000000001": time.Unix(1700000000, 1),
+		"2023-11-14T22:13:20.25Z": time.Unix(1700000000, 25e7),
+	} {
+		if got, err := parseTime(text); err != nil || !got.Equal(want) {
+			t.Errorf("%q is %v, %v; want %v", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"yesterday", "1.x", "1.-5", "--1"} {
+		if got, err := parseTime(text); err == nil {
+			t.Errorf("%q is %v", text, got)
+		}
+	}
+}
+
+func TestFilters(t *testing.T) {
+	parse := func(text string) (filters, error) {
+		return parseFilters(httptest.NewRequest("GET", "/?filters="+url.QueryEscape(text), nil), "label", "name")
+	}
+	for _, text := range []string{`{"label":["a=b"],"name":["x"]}`, `{"label":{"a=b":true,"c":false},"name":{"x":true}}`} {
+		f, err := parse(text)
+		if err != nil || !slices.Equal(f["label"], []string{"a=b"}) || !slices.Equal(f["name"], []string{"x"}) {
+			t.Errorf("%s: %v, %v", text, f, err)
+		}
+	}
+	for _, text := range []string{`{"colour":["red"]}`, `[]`, `{"label":"a"}`} {
+		if f, err := parse(text); status(err) != 400 {
+			t.Errorf("%s: %v, %v", text, f, err)
+		}
+	}
+	have := map[string]string{"a": "b", "empty": ""}
+	for label, want := range map[string]bool{"a": true, "a=b": true, "a=c": false, "nosuch": false, "empty": true, "empty=": true} {
+		if got := (filters{"label": {label}}).labels("label", have, false); got != want {
+			t.Errorf("label %s: %v", label, got)
+		}
+	}
+	if !(filters{}).any("name", func(string) bool { return false }) {
+		t.Error("no filter refuses something")
+	}
+}
+
+func TestStatusText(t *testing.T) {
+	now := time.Now()
+	ago := func(d time.Duration) time.Time { return now.Add(-d) }
+	for want, s := range map[string]guest.State{
+		"Up 5 minutes":                   {Running: true, StartedAt: ago(5 * time.Minute)},
+		"Up 5 minutes (Paused)":          {Running: true, Paused: true, StartedAt: ago(5 * time.Minute)},
+		"Up 5 minutes (healthy)":         {Running: true, StartedAt: ago(5 * time.Minute), Health: &guest.Health{Status: "healthy"}},
+		"Up 1 second (health: starting)": {Running: true, StartedAt: ago(time.Second), Health: &guest.Health{Status: "starting"}},
+		"Exited (3) 2 hours ago":         {Status: "exited", ExitCode: 3, FinishedAt: ago(2 * time.Hour)},
+		"Restarting (1) 2 seconds ago":   {Running: true, Restarting: true, ExitCode: 1, FinishedAt: ago(2 * time.Second)},
+		"Created":                        {Status: "created"},
+	} {
+		if got := statusText(s, now); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestIsImage(t *testing.T) {
+	i := spec.Image{Reference: "registry:5000/a/busybox:1.36", ID: "sha256:0123456789abcdef", Digest: "sha256:fedc"}
+	for want, ok := range map[string]bool{
+		"registry:5000/a/busybox:1.36": true, "registry:5000/a/busybox": false, "0123456789ab": true, "sha256:0123456789abcdef": true, "012": false, "sha256:fedc": true, "busybox": false,
+	} {
+		if isImage(i, want) != ok {
+			t.Errorf("%s: %v", want, !ok)
+		}
+	}
+	if i.Reference = "busybox"; !isImage(i, "busybox:latest") || !isImage(i, "busybox") {
+		t.Error("a reference without a tag is latest")
+	}
+}
+
+func TestUpdateSettings(t *testing.T) {
+	pids, none := int64(50), int64(0)
+	for _, tt := range []struct {
+		u    container.UpdateConfig
+		want string
+	}{
+		{container.UpdateConfig{Resources: container.Resources{Memory: 64 << 20, MemorySwap: -1}}, "memory.max=67108864"},
+		{container.UpdateConfig{Resources: container.Resources{NanoCPUs: 5e8}}, "cpu.max=50000 100000"},
+		{container.UpdateConfig{Resources: container.Resources{CPUQuota: 20000, CPUPeriod: 50000}}, "cpu.max=20000 50000"},
+		{container.UpdateConfig{Resources: container.Resources{CPUQuota: -1}}, "cpu.max=max 100000"},
+		{container.UpdateConfig{Resources: container.Resources{CPUShares: 1024}}, "cpu.weight=39"},
+		{container.UpdateConfig{Resources: container.Resources{PidsLimit: &pids}}, "pids.max=50"},
+		{container.UpdateConfig{Resources: container.Resources{PidsLimit: &none}}, "pids.max=max"},
+		{container.UpdateConfig{Resources: container.Resources{Memory: 1}}, "400"},
+		{container.UpdateConfig{Resources: container.Resources{NanoCPUs: 1e9, CPUQuota: 1000}}, "400"},
+		{container.UpdateConfig{Resources: container.Resources{CpusetCpus: "0"}}, "501"},
+		{container.UpdateConfig{RestartPolicy: container.RestartPolicy{Name: "always"}}, "501"},
+	} {
+		settings, err := cgroupSettings(tt.u)
+		var got []string
+		for _, s := range settings {
+			got = append(got, s[0]+"="+s[1])
+		}
+		if err != nil {
+			got = []string{map[int]string{400: "400", 501: "501"}[status(err)]}
+		}
+		if strings.Join(got, " ") != tt.want {
+			t.Errorf("%+v: %q, %v; want %s", tt.u.Resources, got, err, tt.want)
+		}
+	}
+}
+
+func TestPsColumns(t *testing.T) {
+	for args, want := range map[string]string{
+		"": "UID PID PPID C STIME TTY TIME CMD", "-ef": "UID PID PPID C STIME TTY TIME CMD", "-f -e": "UID PID PPID C STIME TTY TIME CMD",
+		"aux": "USER PID %CPU %MEM VSZ RSS TTY STAT START TIME COMMAND", "-e": "PID TTY TIME CMD", "ax": "PID TTY STAT TIME COMMAND",
+		"-o pid,comm": "PID COMMAND", "-eo pid,user=WHO,args": "PID WHO COMMAND", "-opid": "PID", "-o pid -o %cpu": "PID %CPU",
+	} {
+		cols, err := psColumns(args)
+		var titles []string
+		for _, c := range cols {
+			titles = append(titles, c.title)
+		}
+		if got := strings.Join(titles, " "); err != nil || got != want {
+			t.Errorf("%q: %q, %v; want %q", args, got, err, want)
+		}
+	}
+	for _, args := range []string{"-o", "-o nosuch", "--format=pid,x"} {
+		if cols, err := psColumns(args); status(err) != 400 {
+			t.Errorf("%q: %v, %v", args, cols, err)
+		}
+	}
+}
+
+func TestReadProcess(t *testing.T) {
+	p, err := readProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newMachineState(map[uint32]string{uint32(os.Getuid()): "me"})
+	if p.pid != os.Getpid() || p.ppid != os.Getppid() || p.userName(s) != "me" || !strings.Contains(p.args, "vdocker.test") || p.resident == 0 {
+		t.Errorf("this process is %+v", p)
+	}
+	if age := time.Since(p.started(s)); age < 0 || age > time.Hour {
+		t.Errorf("it started %v ago", age)
+	}
+	for _, text := range []string{"", "1", "1 (", ") (", "1 (a) R 1 2"} {
+		if p, err := parseStat(text); err == nil {
+			t.Errorf("%q is %+v", text, p)
+		}
+	}
+	if p, err := parseStat("7 (a) (b) S 1 7 7 34817 7 4194560 1 0 0 0 12 34 0 0 20 0 3 0 500 4096 2 0"); err != nil || p.comm != "a) (b" || p.ttyName() != "pts/1" || p.flags() != "Ssl+" || p.user != 12 {
+		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+func TestParseNetDev(t *testing.T) {
+	got := parseNetDev(`Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
+    lo:     100       1    0    0    0     0          0         0      100       1    0    0    0     0       0          0
+  eth0:12345678     90    1    2    0     0          0         0     4321      43    3    4    0     0       0          0
+`)
+	want := container.NetworkStats{RxBytes: 12345678, RxPackets: 90, RxErrors: 1, RxDropped: 2, TxBytes: 4321, TxPackets: 43, TxErrors: 3, TxDropped: 4}
+	if len(got) != 1 || got["eth0"] != want {
+		t.Errorf("got %+v", got)
+	}
+}
+
+func TestFrames(t *testing.T) {
+	var b strings.Builder
+	out, errs := outputs(&b, false, true, true)
+	out.Write([]byte("ab"))
+	errs.Write([]byte("c"))
+	if got := b.String(); got != "\x01\x00\x00\x00\x00\x00\x00\x02ab\x02\x00\x00\x00\x00\x00\x00\x01c" {
+		t.Errorf("got %q", got)
+	}
+	b.Reset()
+	if n, err := out.Write(make([]byte, framePayload+1)); n != framePayload+1 || err != nil || b.Len() != n+2*frameHeader {
+		t.Errorf("wrote %d as %d: %v", n, b.Len(), err)
+	}
+	if out, errs := outputs(&b, true, true, true); out != &b || errs != nil {
+		t.Error("a terminal's stream is not raw")
+	}
+}

@@ -1,0 +1,209 @@
+//go:build vm
+
+package vdocker_test
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/moby/api/pkg/stdcopy"
+	"github.com/moby/moby/client"
+)
+
+// lineReader reads a stream until it has seen a text.
+type lineReader struct {
+	r    io.Reader
+	seen strings.Builder
+}
+
+func (l *lineReader) until(t *testing.T, text string) {
+	t.Helper()
+	buf := make([]byte, 4096)
+	for !strings.Contains(l.seen.String(), text) {
+		n, err := l.r.Read(buf)
+		l.seen.Write(buf[:n])
+		if err != nil {
+			t.Fatalf("%q is not in %q: %v", text, l.seen.String(), err)
+		}
+	}
+}
+
+// TestVMDetachKeys: the client types the keys, the stream ends, the shell does not.
+func TestVMDetachKeys(t *testing.T) {
+	c := dockerClient(t, thePod(t))
+	for _, tt := range []struct{ option, typed string }{{"", "\x10\x11"}, {"ctrl-x,y", "\x18y"}} {
+		a, err := c.ContainerAttach(t.Context(), "term", client.ContainerAttachOptions{Stream: true, Stdin: true, Stdout: true, Stderr: true, DetachKeys: tt.option})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.Close()
+		if kind, ok := a.MediaType(); !ok || kind != "application/vnd.docker.raw-stream" {
+			t.Errorf("media type %q", kind)
+		}
+		out := &lineReader{r: a.Reader}
+		io.WriteString(a.Conn, "echo $((6*7))\n")
+		out.until(t, "42\r\n")
+		io.WriteString(a.Conn, tt.typed[:1])
+		io.WriteString(a.Conn, tt.typed[1:])
+		if _, err := io.Copy(io.Discard, a.Reader); err != nil {
+			t.Errorf("the end of the stream: %v", err)
+		}
+		s, err := c.ContainerInspect(t.Context(), "term", client.ContainerInspectOptions{})
+		if err != nil || !s.Container.State.Running {
+			t.Errorf("after detaching: %+v, %v", s.Container.State, err)
+		}
+	}
+}
+
+func TestVMResize(t *testing.T) {
+	c := dockerClient(t, thePod(t))
+	e, err := c.ExecCreate(t.Context(), "idle", client.ExecCreateOptions{
+		TTY: true, AttachStdin: true, AttachStdout: true, AttachStderr: true, ConsoleSize: client.ConsoleSize{Height: 33, Width: 77},
+		Cmd: []string{"sh", "-c", "trap 'stty size; exit' WINCH; stty size; while :; do sleep 0.1; done"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := c.ExecAttach(t.Context(), e.ID, client.ExecAttachOptions{TTY: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	out := &lineReader{r: a.Reader}
+	out.until(t, "33 77")
+	if _, err := c.ExecResize(t.Context(), e.ID, client.ExecResizeOptions{Height: 44, Width: 88}); err != nil {
+		t.Fatal(err)
+	}
+	out.until(t, "44 88")
+}
+
+// TestVMHalfClose: the end of the client's input ends the command's input, and the output comes to its own end.
+func TestVMHalfClose(t *testing.T) {
+	c := dockerClient(t, thePod(t))
+	e, err := c.ExecCreate(t.Context(), "idle", client.ExecCreateOptions{
+		AttachStdin: true, AttachStdout: true, AttachStderr: true, Cmd: []string{"sh", "-c", "wc -c; echo late >&2; exit 9"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := c.ExecAttach(t.Context(), e.ID, client.ExecAttachOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if kind, _ := a.MediaType(); kind != "application/vnd.docker.multiplexed-stream" {
+		t.Errorf("media type %q", kind)
+	}
+	if _, err := a.Conn.Write(make([]byte, 300_000)); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	var out, errs bytes.Buffer
+	if _, err := stdcopy.StdCopy(&out, &errs, a.Reader); err != nil {
+		t.Fatal(err)
+	}
+	if out.String() != "300000\n" || errs.String() != "late\n" {
+		t.Errorf("got %q, %q", out.String(), errs.String())
+	}
+	s, err := c.ExecInspect(t.Context(), e.ID, client.ExecInspectOptions{})
+	if err != nil || s.Running || s.ExitCode != 9 {
+		t.Errorf("exec is %+v, %v", s, err)
+	}
+}
+
+// TestVMWaitMissesNothing: an end that comes right after the header has been answered counts.
+func TestVMWaitMissesNothing(t *testing.T) {
+	c := dockerClient(t, thePod(t))
+	for range 5 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		w := c.ContainerWait(ctx, "code", client.ContainerWaitOptions{Condition: "next-exit"})
+		if _, err := c.ContainerStart(ctx, "code", client.ContainerStartOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case r := <-w.Result:
+			if r.StatusCode != 3 {
+				t.Errorf("exit code %d", r.StatusCode)
+			}
+		case err := <-w.Error:
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestVMDroppedClientsLeakNothing: clients of every streaming call go away in the middle; the agent's goroutines do too.
+func TestVMDroppedClientsLeakNothing(t *testing.T) {
+	p := thePod(t)
+	c := dockerClient(t, p)
+	goroutines := func() int {
+		i, err := c.Info(t.Context(), client.InfoOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i.Info.NGoroutines
+	}
+	before := goroutines()
+	for range 10 {
+		ctx, cancel := context.WithCancel(t.Context())
+		logs, err := c.ContainerLogs(ctx, "idle", client.ContainerLogsOptions{ShowStdout: true, Follow: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		attached, err := c.ContainerAttach(ctx, "term", client.ContainerAttachOptions{Stream: true, Stdin: true, Stdout: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		stats, err := c.ContainerStats(ctx, "idle", client.ContainerStatsOptions{Stream: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.ContainerWait(ctx, "idle", client.ContainerWaitOptions{})
+		c.Events(ctx, client.EventsListOptions{})
+		archive, err := c.CopyFromContainer(ctx, "idle", client.CopyFromContainerOptions{SourcePath: "/bin"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := c.ExecCreate(ctx, "idle", client.ExecCreateOptions{AttachStdout: true, Cmd: []string{"yes"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		running, err := c.ExecAttach(ctx, e.ID, client.ExecAttachOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.ReadFull(running.Reader, make([]byte, 100_000))
+		cancel()
+		logs.Close()
+		attached.Close()
+		stats.Body.Close()
+		archive.Content.Close()
+		running.Close()
+	}
+	if _, _, code := docker(t, p, nil, "exec", "idle", "killall", "yes"); code != 0 {
+		t.Error("no yes to kill")
+	}
+	io.WriteString(mustAttach(t, c), "echo\n") // the shell prints: clients that have gone are noticed at the latest then
+	deadline := time.Now().Add(time.Minute)
+	for n := goroutines(); n > before+3; n = goroutines() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines in the agent, %d before", n, before)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+func mustAttach(t *testing.T, c *client.Client) io.Writer {
+	a, err := c.ContainerAttach(t.Context(), "term", client.ContainerAttachOptions{Stream: true, Stdin: true, Stdout: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(a.Close)
+	return a.Conn
+}
