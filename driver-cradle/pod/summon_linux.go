@@ -39,6 +39,9 @@ func Summon(ctx context.Context, path string, p *spec.Pod, o SummonOptions) (*Di
 	if err := p.Validate(); err != nil {
 		return nil, err
 	}
+	if err := vacant(path); err != nil {
+		return nil, err
+	}
 	images, err := pull(ctx, p, o)
 	if err != nil {
 		return nil, err
@@ -87,6 +90,9 @@ func pull(ctx context.Context, p *spec.Pod, o SummonOptions) (map[string]*image.
 
 // claim makes sure that path is a directory for nothing but this pod; made says that it was made.
 func claim(path string) (made bool, err error) {
+	if err := vacant(path); err != nil {
+		return false, err
+	}
 	err = os.Mkdir(path, 0o700)
 	if err == nil {
 		return true, nil
@@ -94,23 +100,31 @@ func claim(path string) (made bool, err error) {
 	if !errors.Is(err, fs.ErrExist) {
 		return false, err
 	}
-	entries, err := os.ReadDir(path)
-	if err != nil {
-		return false, err
-	}
-	for _, e := range entries {
-		switch e.Name() {
-		case LaunchFile:
-			return false, fmt.Errorf("%s is a pod already: kcradle rm %[1]s removes it", path)
-		case BootLink, layersDir, scratchFile, runDir:
-		default:
-			return false, fmt.Errorf("%s is not empty (%s is in it): name a new directory", path, e.Name())
-		}
-	}
 	if err := clear(path, false); err != nil {
 		return false, err
 	}
 	return false, os.Chmod(path, 0o700)
+}
+
+// vacant says why a pod can't be made at path: something is there that no Summon has left half made.
+func vacant(path string) error {
+	entries, err := os.ReadDir(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case LaunchFile:
+			return fmt.Errorf("%s is a pod already: kcradle rm %[1]s removes it", path)
+		case BootLink, layersDir, scratchFile, runDir:
+		default:
+			return fmt.Errorf("%s is not empty (%s is in it): name a new directory", path, e.Name())
+		}
+	}
+	return nil
 }
 
 // clear removes what Summon makes.

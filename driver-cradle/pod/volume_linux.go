@@ -57,7 +57,7 @@ func prepare(ctx context.Context, b *spec.BlockVolume, path string, mounted bool
 
 // openDisk opens an image file or block device that nobody else uses. The lock ends with the file: a running machine holds QEMU's
 // own, which is checked here.
-func openDisk(path string, readOnly bool) (f *os.File, size int64, err error) {
+func openDisk(path string, readOnly bool) (_ *os.File, size int64, err error) {
 	flags := os.O_RDWR | unix.O_NONBLOCK
 	if readOnly {
 		flags = os.O_RDONLY | unix.O_NONBLOCK
@@ -79,7 +79,8 @@ func openDisk(path string, readOnly bool) (f *os.File, size int64, err error) {
 	case !fi.Mode().IsRegular():
 		return nil, 0, fmt.Errorf("%s is neither an image file nor a block device", path)
 	}
-	if f, err = os.OpenFile(path, flags, 0); err != nil {
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
 		return nil, 0, err
 	}
 	defer func() {

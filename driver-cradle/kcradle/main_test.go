@@ -1,0 +1,108 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+)
+
+func TestMain(m *testing.M) {
+	vmm.Confine()
+	testscript.Main(m, map[string]func(){"kcradle": main})
+}
+
+// The scripts read as the manual does; what needs a machine is in testdata/vm.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("CRADLE_ROOT", filepath.Join(env.WorkDir, "cache"))
+			env.Setenv("CRADLE_BOOT", filepath.Join(env.WorkDir, "boot"))
+			if err := writeImage(filepath.Join(env.WorkDir, "image"), "amd64"); err != nil {
+				return err
+			}
+			if err := writeImage(filepath.Join(env.WorkDir, "foreign"), "s390x"); err != nil {
+				return err
+			}
+			return writeBootPackage(filepath.Join(env.WorkDir, "boot"))
+		},
+	})
+}
+
+// writeImage writes an OCI layout of an image with one file.
+func writeImage(dir, architecture string) error {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	const text = "hello\n"
+	if err := w.WriteHeader(&tar.Header{Name: "hello", Size: int64(len(text)), Mode: 0o644}); err != nil {
+		return err
+	}
+	io.WriteString(w, text)
+	if err := w.Close(); err != nil {
+		return err
+	}
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
+	if err != nil {
+		return err
+	}
+	img, err := mutate.AppendLayers(empty.Image, layer)
+	if err != nil {
+		return err
+	}
+	config, err := img.ConfigFile()
+	if err != nil {
+		return err
+	}
+	config = config.DeepCopy()
+	config.Architecture, config.OS = architecture, "linux"
+	config.Config = v1.Config{
+		Cmd: []string{"/hello"}, Env: []string{"PATH=/bin", "COLOR=red"}, WorkingDir: "/srv", User: "1:1", StopSignal: "SIGINT",
+		Volumes: map[string]struct{}{"/data": {}}, ExposedPorts: map[string]struct{}{"80/tcp": {}},
+	}
+	if img, err = mutate.ConfigFile(img, config); err != nil {
+		return err
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: architecture}}})
+	_, err = layout.Write(dir, index)
+	return err
+}
+
+// writeBootPackage writes a package that is complete and boots nothing.
+func writeBootPackage(dir string) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	file := func(name, text string) (boot.File, error) {
+		sum := sha256.Sum256([]byte(text))
+		return boot.File{SHA256: hex.EncodeToString(sum[:]), Size: int64(len(text))}, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644)
+	}
+	kernel, err := file(boot.KernelFile, "kernel")
+	if err != nil {
+		return err
+	}
+	initramfs, err := file(boot.InitramfsFile, "initramfs")
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(boot.Manifest{Version: boot.ManifestVersion, Variant: "default", Kernel: kernel, Initramfs: initramfs, Machine: boot.Machine{Type: "microvm"}})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, boot.ManifestFile), data, 0o644)
+}
