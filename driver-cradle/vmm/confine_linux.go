@@ -37,6 +37,9 @@ type confinement struct {
 	Leashed bool     // dies with its parent
 	Network bool     // in the host's network namespace
 	NoFile  uint64   // RLIMIT_NOFILE
+	Nice    int      // 0: the launcher's
+	NoTHP   bool     // no transparent huge pages
+	Env     []string
 }
 
 type bind struct {
@@ -94,6 +97,16 @@ func confine() error {
 	if err := os.WriteFile("/proc/self/oom_score_adj", fmt.Append(nil, oomScore), 0); err != nil {
 		return err
 	}
+	if c.Nice != 0 {
+		if err := unix.Setpriority(unix.PRIO_PROCESS, 0, c.Nice); err != nil {
+			return fmt.Errorf("set priority: %w", err)
+		}
+	}
+	if c.NoTHP {
+		if err := unix.Prctl(unix.PR_SET_THP_DISABLE, 1, 0, 0, 0); err != nil {
+			return fmt.Errorf("disable transparent huge pages: %w", err)
+		}
+	}
 	if err := c.enterRoot(); err != nil {
 		return err
 	}
@@ -117,7 +130,7 @@ func confine() error {
 	if _, err := io.ReadFull(goes, make([]byte, 1)); err != nil {
 		return errors.New("the launcher has gone")
 	}
-	err = unix.Exec(c.Path, append([]string{filepath.Base(c.Path)}, c.Args...), []string{"PATH=/usr/bin", "LC_ALL=C"})
+	err = unix.Exec(c.Path, append([]string{filepath.Base(c.Path)}, c.Args...), append([]string{"PATH=/usr/bin", "LC_ALL=C"}, c.Env...))
 	return fmt.Errorf("execute %s: %w", c.Path, err)
 }
 

@@ -262,9 +262,9 @@ func TestVMConfinedChildNeedsItsGoAhead(t *testing.T) {
 }
 
 func TestVMRunsConfined(t *testing.T) {
-	for _, accel := range []string{TCG} {
+	for _, how := range []string{Cold, Template} {
 		c := config(t)
-		c.Accel, c.Start = accel, Template
+		c.Start = how
 		m := start(t, c)
 		proc := fmt.Sprintf("/proc/%d/", m.Info().PID)
 		status, err := os.ReadFile(proc + "status")
@@ -286,6 +286,13 @@ func TestVMRunsConfined(t *testing.T) {
 			if err != nil || mine == theirs {
 				t.Errorf("QEMU is in this process's %s namespace (%v)", ns, err)
 			}
+		}
+		mine, err := procStat(os.Getpid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fields, err := procStat(m.Info().PID); err != nil || fields[19-3] != mine[19-3] {
+			t.Errorf("QEMU's nice value is not this process's: %v, %v", fields, err)
 		}
 		if data, _ := os.ReadFile(proc + "oom_score_adj"); strings.TrimSpace(string(data)) != strconv.Itoa(oomScore) {
 			t.Errorf("oom_score_adj is %s", data)

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -427,7 +428,14 @@ func (t *Templates) make(ctx context.Context, c *Config, q *qemu, k Key) (err er
 	}
 	defer ram.Close()
 	state, err := c.park(ctx, q, k, ram, filepath.Join(work, "run"))
-	if err != nil {
+	for try := 1; errors.Is(err, errSlowTimer) && try < 3; try++ {
+		t.Log.Info("making the template again", "name", name, "reason", err)
+		if err := errors.Join(ram.Truncate(0), ram.Truncate(int64(k.Memory))); err != nil {
+			return err
+		}
+		state, err = c.park(ctx, q, k, ram, filepath.Join(work, "run"))
+	}
+	if err != nil && !errors.Is(err, errSlowTimer) {
 		return err
 	}
 	if err := os.RemoveAll(filepath.Join(work, "run")); err != nil {
@@ -493,13 +501,49 @@ func (c *Config) park(ctx context.Context, q *qemu, k Key, ram *os.File, dir str
 		return nil, err
 	}
 	state, err = m.saveTemplate(ctx, parked)
-	if err != nil {
+	if err != nil && !errors.Is(err, errSlowTimer) {
 		return nil, m.abandon(err)
 	}
-	return state, errors.Join(m.Kill(), m.Close())
+	return state, errors.Join(err, m.Kill(), m.Close())
 }
 
-// saveTemplate stops the guest once its agent is parked and returns the state of the devices.
+// errSlowTimer comes with the state of a guest whose kernel did not trust the local APIC's timer: on a host that is so busy that the
+// guest lost ticks while it compared the two, it falls back to the PIT, which wakes it 36 times a second for nothing. All pods of the
+// template would do so for ever.
+var errSlowTimer = errors.New("the guest fell back to a slow timer")
+
+// usesPIT tells whether the idle guest gets interrupts of the PIT, ISA's number 0.
+func (m *Machine) usesPIT(ctx context.Context) (bool, error) {
+	var counts [2]int64
+	for i := range counts {
+		if i > 0 {
+			select {
+			case <-time.After(settled):
+			case <-ctx.Done():
+				return false, context.Cause(ctx)
+			}
+		}
+		var text string
+		if err := m.QMP(ctx, "human-monitor-command", map[string]any{"command-line": "info irq"}, &text); err != nil {
+			return false, err
+		}
+		counts[i] = firstIRQ(text)
+	}
+	return counts[1]-counts[0] > 2, nil
+}
+
+// firstIRQ finds the count of interrupt 0 in QEMU's table; there is none of interrupts that never came, nor with KVM.
+func firstIRQ(table string) int64 {
+	for line := range strings.Lines(table) {
+		if count, ok := strings.CutPrefix(strings.TrimSpace(line), "0: "); ok {
+			n, _ := strconv.ParseInt(count, 10, 64)
+			return n
+		}
+	}
+	return 0
+}
+
+// saveTemplate stops the guest once its agent is parked and returns the state of the devices, with errSlowTimer if it is a poor one.
 func (m *Machine) saveTemplate(ctx context.Context, parked <-chan struct{}) ([]byte, error) {
 	if err := m.QMP(ctx, "qmp_capabilities", nil, nil); err != nil {
 		return nil, err
@@ -508,6 +552,10 @@ func (m *Machine) saveTemplate(ctx context.Context, parked <-chan struct{}) ([]b
 		return nil, err
 	}
 	if err := m.settle(ctx); err != nil {
+		return nil, err
+	}
+	pit, err := m.usesPIT(ctx)
+	if err != nil {
 		return nil, err
 	}
 	if err := m.QMP(ctx, "stop", nil, nil); err != nil {
@@ -546,7 +594,10 @@ func (m *Machine) saveTemplate(ctx context.Context, parked <-chan struct{}) ([]b
 		r.SetReadDeadline(time.Unix(1, 0))
 	}
 	reader.Wait()
-	return state, errors.Join(err, rerr)
+	if err = errors.Join(err, rerr); err == nil && pit {
+		err = errSlowTimer
+	}
+	return state, err
 }
 
 func (m *Machine) migrationCapabilities(ctx context.Context) error {

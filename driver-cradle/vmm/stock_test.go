@@ -1,0 +1,44 @@
+//go:build vm
+
+package vmm
+
+import (
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+)
+
+// The distribution's kernel needs other machine options and brings its drivers as modules; to this package it is just another package.
+func TestVMStockKernel(t *testing.T) {
+	out, err := exec.Command("../../tools/kernel/stock.sh").Output()
+	if err != nil {
+		t.Fatalf("tools/kernel/stock.sh: %v", err)
+	}
+	stock, dir := strings.TrimSpace(string(out)), filepath.Join(t.TempDir(), "boot")
+	if err := boot.Build(t.Context(), boot.BuildOptions{
+		Kernel: filepath.Join(stock, "vmlinuz"), Modules: filepath.Join(stock, "modules"),
+		Agent: filepath.Join(shared.dir, "agent"), Variant: boot.VariantStock, Out: dir,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	c := config(t)
+	if c.Package, err = boot.Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, how := range []string{Cold, Template} {
+		c := again(t, c)
+		c.Start = how
+		c.Disks = []Disk{{Key: "a", Path: image(t, "first", 1<<20)}}
+		began := time.Now()
+		m := start(t, c)
+		t.Logf("%s: hello after %v", how, time.Since(began))
+		var got string
+		if ask(t, m, "read", map[string][]string{"lun": {"0"}}, &got); got != "first" {
+			t.Errorf("%s: disk reads %q", how, got)
+		}
+	}
+}
