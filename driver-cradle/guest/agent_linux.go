@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // Version of the agent, as hello answers it.
@@ -70,6 +71,9 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 		log.Warn("containers may use every device", "error", err) // a kernel without it boots pods all the same
 	}
 	tuneKernel()
+	if err := makeBaseLayer(); err != nil {
+		return err
+	}
 	if err := loopbackUp(); err != nil {
 		return err
 	}
@@ -88,6 +92,7 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 	if err != nil {
 		return err
 	}
+	warmUp()
 	server := &http.Server{Handler: pod.routes(handler(pod)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
 	for {
 		// In a template, the guest is saved while it sleeps here.
@@ -100,6 +105,17 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 		}
 		_ = server.Serve(session)
 		session.Close()
+	}
+}
+
+// warmUp does in the template what would otherwise be done for the first time in every pod: to learn how the types of a launch are
+// read and written.
+func warmUp() {
+	var l wire.Launch
+	for _, v := range []any{&wire.Hello{}, &wire.Launch{Launch: spec.Launch{Containers: []spec.Container{{}}}}, &stageConfig{}, &wire.Status{}} {
+		if data, err := json.Marshal(v); err == nil {
+			_ = json.Unmarshal(data, &l)
+		}
 	}
 }
 

@@ -14,6 +14,9 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
+// containerCgroup is the cgroup of the pod's n-th container. Its name is no id: the first one's is part of the template.
+func containerCgroup(n int) string { return filepath.Join(podCgroup, "c"+strconv.Itoa(n)) }
+
 // makeCgroup makes a container's cgroup with its limits.
 func makeCgroup(dir string, l spec.Limits) error {
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {

@@ -104,6 +104,16 @@ func (p *process) dupPidfd() (int, error) {
 	return unix.FcntlInt(uintptr(p.pidfd), unix.F_DUPFD_CLOEXEC, 0)
 }
 
+// ended says whether the process is gone.
+func (p *process) ended() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // wait gives the exit code as docker does: 128+n for signal n.
 func (p *process) wait() int {
 	<-p.done

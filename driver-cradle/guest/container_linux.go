@@ -29,7 +29,7 @@ type Container struct {
 
 	dir    string   // on the scratch disk: upper, work, log, files, state.json
 	rootfs string   // assembled
-	lowers []string // lowest first
+	lowers []string // lowest first: baseLayer, then the image's
 	upper  string   // "" where a volume is the root
 	cgroup string
 	late   []lateMount
@@ -47,18 +47,19 @@ type Container struct {
 }
 
 // newContainer prepares a container's place. It does not start it.
-func (p *Pod) newContainer(s *spec.Container, layers map[string]string) (*Container, error) {
+func (p *Pod) newContainer(n int, s *spec.Container, layers map[string]string) (*Container, error) {
 	c := &Container{
 		pod: p, spec: s,
 		dir:    filepath.Join(p.scratch, "containers", s.ID),
 		rootfs: filepath.Join(runDir, "c", s.ID, "rootfs"),
-		cgroup: filepath.Join(podCgroup, s.ID),
+		cgroup: containerCgroup(n),
 		execs:  make(map[string]*Exec),
 	}
 	c.unit = &unit{name: s.Name, rule: s.Lifecycle, run: c.run}
 	if s.ID == "" || s.ID != filepath.Base(s.ID) {
 		return nil, &stateError{ErrInvalid, fmt.Sprintf("its id %q is no file name", s.ID)}
 	}
+	c.lowers = append(c.lowers, baseLayer)
 	for _, l := range s.Layers {
 		dir, ok := layers[l.DiffID]
 		if !ok {
@@ -127,7 +128,7 @@ func (c *Container) Rootfs() string { return c.rootfs }
 // Upper is the writable layer, in overlayfs's format; "" where a volume is the root.
 func (c *Container) Upper() string { return c.upper }
 
-// Lowers are the image's layers, lowest first.
+// Lowers are the layers below the writable one, lowest first: what docker adds to an image, then the image's.
 func (c *Container) Lowers() []string { return c.lowers }
 
 // Emit tells subscribers what happened to the container; vdocker does for what it alone knows (attach, archive-path, …).

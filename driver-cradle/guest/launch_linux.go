@@ -6,14 +6,13 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
-	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest/stdio"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // containerNamespaces are those of a new container; the cgroup namespace is made by the stage, once it is in the cgroup.
@@ -43,7 +42,10 @@ type stage struct {
 // parkStage starts the stage of the first container before anybody asks for it: as part of a template it costs nothing at start. What
 // the agent mounts later propagates into its mount namespace.
 func (p *Pod) parkStage() error {
-	s, err := p.forkStage(stageNew, "", nil)
+	if err := makeCgroup(containerCgroup(0), spec.Limits{}); err != nil {
+		return err
+	}
+	s, err := p.forkStage(stageNew, containerCgroup(0), nil)
 	if err != nil {
 		return err
 	}
@@ -51,7 +53,7 @@ func (p *Pod) parkStage() error {
 	return nil
 }
 
-// takeStage gives a stage in the cgroup asked for: the parked one, or a new one.
+// takeStage gives a stage in the cgroup asked for: the parked one, if that is the first container's, or a new one.
 func (p *Pod) takeStage(r stageRequest) (*stage, error) {
 	kind := stageNew
 	switch {
@@ -59,10 +61,11 @@ func (p *Pod) takeStage(r stageRequest) (*stage, error) {
 		kind = stageEnters
 	case r.config.Privileged:
 		kind = stagePrivileged
-	default:
+	}
+	if r.first == nil && r.cgroup == containerCgroup(0) {
 		select {
 		case s := <-p.parked:
-			if err := writeFile(filepath.Join(r.cgroup, "cgroup.procs"), strconv.Itoa(s.pid)); err == nil {
+			if kind == stageNew && !s.ended() {
 				return s, nil
 			}
 			s.abandon()
@@ -157,14 +160,12 @@ func (p *Pod) forkWith(kind, cgroup string, first *process, socket int) (*proces
 		Files: []uintptr{uintptr(null), uintptr(null), uintptr(null), uintptr(socket)},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	}
-	if cgroup != "" {
-		fd, err := openCgroup(cgroup)
-		if err != nil {
-			return nil, err
-		}
-		defer unix.Close(fd)
-		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
+	fd, err := openCgroup(cgroup)
+	if err != nil {
+		return nil, err
 	}
+	defer unix.Close(fd)
+	attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
 	if first == nil {
 		attr.Sys.Cloneflags = containerNamespaces
 		return p.children.start("/proc/self/exe", []string{stageName, kind}, attr)

@@ -54,9 +54,12 @@ type mountPoint struct{ *os.File }
 func (m mountPoint) path() string { return fdPath(m.File) }
 
 // openMountPoint resolves path inside root, symlinks and .. never leading out, and makes it where missing: a directory, or an empty
-// file in its directory. The links are resolved first, as text; then the path that has none left is opened by os.Root, which refuses
-// any that somebody put there meanwhile.
+// file in its directory. To make it, the links are resolved first, as text; then the path that has none left is opened by os.Root,
+// which refuses any that somebody put there meanwhile.
 func openMountPoint(root, path string, file bool) (mountPoint, error) {
+	if m, err := openInRoot(root, path); err == nil {
+		return mountPoint{m}, nil
+	}
 	resolved, err := securejoin.SecureJoin(root, path)
 	if err != nil {
 		return mountPoint{}, fmt.Errorf("resolve %s: %w", path, err)
@@ -95,14 +98,23 @@ func openMountPoint(root, path string, file bool) (mountPoint, error) {
 	return mountPoint{m}, nil
 }
 
+// openInRoot opens what is at path, if anything, as a mere place (O_PATH), links in it leading to where they would with dir as the root.
+func openInRoot(dir, path string) (*os.File, error) {
+	return openResolving(dir, filepath.Join(".", path), unix.RESOLVE_IN_ROOT)
+}
+
 // openBeneath opens a path below dir as a mere place (O_PATH), no symlink in it leading out.
 func openBeneath(dir, path string) (*os.File, error) {
+	return openResolving(dir, path, unix.RESOLVE_BENEATH)
+}
+
+func openResolving(dir, path string, resolve uint64) (*os.File, error) {
 	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
 	defer unix.Close(root)
-	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS}
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: resolve | unix.RESOLVE_NO_MAGICLINKS}
 	fd, err := unix.Openat2(root, path, &how)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: filepath.Join(dir, path), Err: err}

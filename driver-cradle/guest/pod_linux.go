@@ -145,7 +145,7 @@ func (p *Pod) prepare(ctx context.Context) error {
 	}
 	var containers []*Container
 	for i := range l.Launch.Containers {
-		c, err := p.newContainer(&l.Launch.Containers[i], layers)
+		c, err := p.newContainer(i, &l.Launch.Containers[i], layers)
 		if err != nil {
 			return fmt.Errorf("container %s: %w", l.Launch.Containers[i].Name, err)
 		}

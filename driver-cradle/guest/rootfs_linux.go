@@ -169,17 +169,29 @@ func rawNode(v *volume) (deviceNode, error) {
 	return deviceNode{Path: "/dev/volumes/" + v.spec.Name, Dev: st.Rdev}, nil
 }
 
+// baseLayer is below the image's layers and holds what docker's init layer adds where an image lacks it (moby
+// daemon/initlayer/setup_unix.go): the places of what is mounted, and the marks by which programs know that they are in a container.
+const baseLayer = runDir + "/l/base"
+
+// makeBaseLayer makes it in the agent's memory; it is part of the template.
+func makeBaseLayer() error {
+	for _, dir := range []string{"dev/pts", "dev/shm", "proc", "sys", "etc"} {
+		if err := os.MkdirAll(filepath.Join(baseLayer, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, file := range []string{".dockerenv", "etc/hosts", "etc/hostname", "etc/resolv.conf", "dev/console"} {
+		if err := os.WriteFile(filepath.Join(baseLayer, file), nil, 0o755); err != nil {
+			return err
+		}
+	}
+	return os.Symlink("/proc/mounts", filepath.Join(baseLayer, "etc/mtab"))
+}
+
 // mountOverlay stacks the image's layers and the writable one.
 func (c *Container) mountOverlay() error {
 	lowers := slices.Clone(c.lowers)
 	slices.Reverse(lowers) // overlayfs: uppermost first
-	if len(lowers) == 0 {
-		empty := filepath.Join(c.dir, "empty")
-		if err := os.MkdirAll(empty, 0o755); err != nil {
-			return err
-		}
-		lowers = []string{empty}
-	}
 	c.upper = filepath.Join(c.dir, "upper")
 	work := filepath.Join(c.dir, "work")
 	for dir, mode := range map[string]os.FileMode{c.upper: 0o755, work: 0o700} {
@@ -199,7 +211,7 @@ func (c *Container) mountOverlay() error {
 
 // mountRootVolume makes a volume the root. When it is empty the image's content is copied in, once.
 func (c *Container) mountRootVolume(p point) error {
-	if len(c.lowers) > 0 && !p.mount.ReadOnly && !p.volume.readOnly() && p.mount.Subpath == "" {
+	if len(c.spec.Layers) > 0 && !p.mount.ReadOnly && !p.volume.readOnly() && p.mount.Subpath == "" {
 		if err := c.mountOverlay(); err != nil {
 			return err
 		}

@@ -110,6 +110,7 @@ func becomeCommand(kind string) error {
 		}
 	}
 	var c stageConfig
+	_ = json.Unmarshal([]byte("{}"), &c) // what this type looks like is known when the config comes
 	if err := readConfig(&c); err != nil {
 		return err
 	}
@@ -192,7 +193,6 @@ type systemMount struct {
 
 const lockedMount = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
-// systemMounts but for /sys/fs/cgroup, which shows the cgroup that the container turns out to be in.
 var systemMounts = []systemMount{
 	{"/proc", "proc", lockedMount, ""},
 	{"/dev", "tmpfs", unix.MS_NOSUID | unix.MS_STRICTATIME, "mode=755,size=65536k"},
@@ -200,10 +200,14 @@ var systemMounts = []systemMount{
 	{"/dev/mqueue", "mqueue", lockedMount, ""},
 	{"/dev/shm", "tmpfs", lockedMount, "mode=1777,size=65536k"},
 	{"/sys", "sysfs", lockedMount, ""},
+	{"/sys/fs/cgroup", "cgroup2", lockedMount, ""}, // its root is the cgroup that the stage is in
 }
 
 // makeSystem makes /proc, /dev and /sys as docker does, in a place of this stage's own.
 func makeSystem(privileged bool) error {
+	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("make cgroup namespace: %w", err)
+	}
 	if err := mount("tmpfs", inside, "tmpfs", 0, "mode=700"); err != nil {
 		return err
 	}
@@ -223,14 +227,16 @@ func makeSystem(privileged bool) error {
 	if err := makeDevices(inside + "/dev"); err != nil || privileged {
 		return err
 	}
+	for _, path := range []string{"/sys/fs/cgroup", "/sys"} {
+		if err := mount("", inside+path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|lockedMount, ""); err != nil {
+			return err
+		}
+	}
 	return mask(inside)
 }
 
 // buildInside puts that into Rootfs with what the config adds, and makes Rootfs the root.
 func buildInside(c *stageConfig) error {
-	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
-		return fmt.Errorf("make cgroup namespace: %w", err)
-	}
 	if err := mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return err
 	}
@@ -258,17 +264,6 @@ func buildInside(c *stageConfig) error {
 
 // adaptSystem makes /proc, /dev and /sys what the config wants.
 func adaptSystem(c *stageConfig) error {
-	const cgroup = inside + "/sys/fs/cgroup"
-	if err := mount("cgroup2", cgroup, "cgroup2", lockedMount, ""); err != nil {
-		return err
-	}
-	if !c.Privileged {
-		for _, path := range []string{cgroup, inside + "/sys"} {
-			if err := mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|lockedMount, ""); err != nil {
-				return err
-			}
-		}
-	}
 	for _, own := range c.Mounts {
 		if slices.ContainsFunc(systemMounts, func(m systemMount) bool { return m.path == own.Target }) {
 			if err := unix.Unmount(inside+own.Target, unix.MNT_DETACH); err != nil {
