@@ -35,6 +35,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	pods := flags.Int("pods", 20, "pods started at once")
 	idle := flags.Duration("idle", 30*time.Second, "how long an idle pod is watched")
 	only := flags.String("only", "", "run only the parts in this list: start,image,crowd,copy,exec,idle")
+	into := flags.String("write", "", "also put the table into this Markdown file, between <!-- table --> and <!-- /table -->")
 	strict := flags.Bool("strict", false, "fail where a limit is exceeded")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -67,6 +68,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		}
 	}
 	b.table.print(stdout)
+	if *into != "" {
+		if err := b.table.writeInto(*into); err != nil {
+			return err
+		}
+	}
 	if exceeded := b.table.exceeded(); *strict && len(exceeded) > 0 {
 		return fmt.Errorf("over the limit: %s", strings.Join(exceeded, "; "))
 	}

@@ -3,7 +3,10 @@ package main
 import (
 	"fmt"
 	"io"
+	"os"
+	"runtime"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -61,6 +64,44 @@ func (t *table) print(w io.Writer) {
 		}
 		fmt.Fprintf(w, "| %s | %s | %s | %s | %s |\n", r.what, r.value, r.beside, ratio, limit)
 	}
+}
+
+// writeInto replaces the table in a document, and says where it was measured.
+func (t *table) writeInto(file string) error {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	const begin, end = "<!-- table -->\n", "<!-- /table -->"
+	before, rest, ok := strings.Cut(string(text), begin)
+	_, after, closed := strings.Cut(rest, end)
+	if !ok || !closed {
+		return fmt.Errorf("%s has no place for the table: %s…%s", file, strings.TrimSpace(begin), end)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s%sMeasured %s on %s.\n\n", before, begin, time.Now().UTC().Format(time.DateOnly), machine())
+	t.print(&b)
+	b.WriteString(end + after)
+	return os.WriteFile(file, []byte(b.String()), 0o644)
+}
+
+// machine names the processor and whether it virtualises.
+func machine() string {
+	model := "an unknown processor"
+	virtual := "without hardware virtualization (QEMU emulates)"
+	text, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(name) {
+		case "model name":
+			model = strings.TrimSpace(value)
+		case "flags":
+			if flags := strings.Fields(value); slices.Contains(flags, "vmx") || slices.Contains(flags, "svm") {
+				virtual = "with hardware virtualization"
+			}
+		}
+	}
+	return fmt.Sprintf("%d × %s, %s", runtime.NumCPU(), model, virtual)
 }
 
 // median of durations; of two in the middle the lower.
