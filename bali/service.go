@@ -196,6 +196,7 @@ func (o *unitOptions) render(image *seal.Image, where string) (string, error) {
 		return "", err
 	}
 	set("ExecStart", command)
+	set("SyslogIdentifier", o.Name) // the journal would say bali
 	if kind == "oneshot" {
 		set("RemainAfterExit", "yes")
 	} else {

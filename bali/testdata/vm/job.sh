@@ -29,6 +29,7 @@ fi
 dev=$(ls /sys/class/net | grep -v lo | head -n 1)
 ip link set "$dev" up
 ip addr add 10.0.2.15/24 dev "$dev"
+ip route add default via 10.0.2.2
 
 if [ $stage = 1 ]; then
   ! bali run foreign.tar.gz 2>/tmp/err || fail "a foreign image ran"
