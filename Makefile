@@ -51,7 +51,7 @@ check: ## quick tests: no root, no VM
 
 .PHONY: test
 test: boot images ## all tests, with real VMs, dockerd and clients (root)
-	go test -tags vm -p 2 -timeout 45m ./...
+	go test -tags vm -count 1 -p 2 -timeout 45m ./...
 
 .PHONY: soak
 soak: boot images ## the long drills (root, hours)
@@ -59,7 +59,7 @@ soak: boot images ## the long drills (root, hours)
 
 .PHONY: lint
 lint: ## go vet, golangci-lint, gofumpt, shell syntax
-	@for script in .ci/run $$(git ls-files '*.sh'); do bash -n "$$script"; done
+	@find .ci/run . -name .git -prune -o \( -name '*.sh' -o -path .ci/run \) -type f -print0 | xargs -0 -n 1 bash -n
 	$(TOOL) golangci-lint run ./...
 	$(TOOL) golangci-lint fmt --diff ./...
 
