@@ -45,6 +45,10 @@ boot-stock: setup build
 images: setup ## make the example images from the distribution's packages (examples/images)
 	@examples/images/build.sh all
 
+.PHONY: bootstrap-images
+bootstrap-images: build ## make the signed images of a host's services in bin/bootstrap (examples/bootstrap)
+	@examples/bootstrap/images.sh bin/bootstrap
+
 .PHONY: check
 check: ## quick tests: no root, no VM
 	go test ./...

@@ -1,0 +1,2 @@
+server             = false
+leave_on_terminate = true

@@ -1,0 +1,5 @@
+server = true
+
+ui_config {
+  enabled = true
+}
