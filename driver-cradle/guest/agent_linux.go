@@ -71,6 +71,9 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 		log.Warn("containers may use every device", "error", err) // a kernel without it boots pods all the same
 	}
 	tuneKernel()
+	if err := takeDefaultLimits(); err != nil {
+		return err
+	}
 	if err := makeBaseLayer(); err != nil {
 		return err
 	}

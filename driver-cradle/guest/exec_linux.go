@@ -173,11 +173,15 @@ func (e *Exec) run(first *command) (*command, error) {
 		config.Caps, config.Privileged = allCaps, true
 	}
 	request := stageRequest{config: config, cgroup: c.cgroup, first: first.process, stdin: cfg.OpenStdin}
-	cmd, err := c.pod.startStage(request)
+	start := c.pod.runInside
+	if len(c.spec.Ulimits) > 0 {
+		start = c.pod.startStage
+	}
+	cmd, err := start(request)
 	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EOPNOTSUPP) {
 		// The container runs a manager of its own below its cgroup, which then can't hold processes itself: go where its first one is.
 		if request.cgroup, err = cgroupOf(first.pid); err == nil {
-			cmd, err = c.pod.startStage(request)
+			cmd, err = start(request)
 		}
 	}
 	return cmd, err

@@ -499,36 +499,51 @@ func mask(root string) error {
 	return nil
 }
 
-// openTTY makes a terminal of the container's own devpts, makes it the controlling one and hands its master to the agent.
+// openTTY makes a terminal and hands its master to the agent.
 func openTTY(c *stageConfig) (slave *os.File, err error) {
 	if !c.TTY {
 		return nil, nil
 	}
-	master, err := os.OpenFile("/dev/pts/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	master, slave, err := makeTTY(c)
 	if err != nil {
-		return nil, fmt.Errorf("make terminal: %w", err)
+		return nil, err
 	}
 	defer master.Close()
-	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		return nil, fmt.Errorf("number of terminal: %w", err)
-	}
-	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		return nil, fmt.Errorf("unlock terminal: %w", err)
-	}
-	if c.Rows != 0 && c.Cols != 0 {
-		if err := unix.IoctlSetWinsize(int(master.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: c.Rows, Col: c.Cols}); err != nil {
-			return nil, fmt.Errorf("size of terminal: %w", err)
-		}
-	}
-	slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open terminal: %w", err)
-	}
 	if err := unix.Sendmsg(stageSocket, []byte{ttyMark}, unix.UnixRights(int(master.Fd())), nil, 0); err != nil {
 		return nil, fmt.Errorf("hand over terminal: %w", err)
 	}
 	return slave, nil
+}
+
+// makeTTY makes a terminal of the container's own devpts.
+func makeTTY(c *stageConfig) (master, slave *os.File, err error) {
+	fd, err := unix.Open("/dev/pts/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make terminal: %w", err)
+	}
+	master = os.NewFile(uintptr(fd), "tty")
+	defer func() {
+		if err != nil {
+			master.Close()
+		}
+	}()
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err != nil {
+		return nil, nil, fmt.Errorf("number of terminal: %w", err)
+	}
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		return nil, nil, fmt.Errorf("unlock terminal: %w", err)
+	}
+	if c.Rows != 0 && c.Cols != 0 {
+		if err := unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: c.Rows, Col: c.Cols}); err != nil {
+			return nil, nil, fmt.Errorf("size of terminal: %w", err)
+		}
+	}
+	slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open terminal: %w", err)
+	}
+	return master, slave, nil
 }
 
 // ttyMark goes with the master's descriptor; an error's JSON begins with a brace.
@@ -595,7 +610,7 @@ func execute(c *stageConfig, slave *os.File, entering bool) error {
 	if err := takeStreams(slave, u.uid); err != nil {
 		return err
 	}
-	if err := setLimits(c); err != nil {
+	if err := limitSelf(c); err != nil {
 		return err
 	}
 	if lookupEnv(c.Env, "HOME") == "" {
@@ -655,29 +670,13 @@ func codeOf(err error) int {
 	return exitRefused
 }
 
-// takeStreams makes the terminal stdin, stdout and stderr; pipes are given to the user, who may want to open /dev/stdout.
+// takeStreams makes the terminal stdin, stdout and stderr, or gives the pipes to the user.
 func takeStreams(slave *os.File, uid int) error {
 	if _, err := unix.Setsid(); err != nil && !errors.Is(err, unix.EPERM) { // EPERM: leads one already
 		return fmt.Errorf("begin session: %w", err)
 	}
 	if slave == nil {
-		var null unix.Stat_t
-		if err := unix.Stat("/dev/null", &null); err != nil {
-			return fmt.Errorf("stat /dev/null: %w", err)
-		}
-		for fd := range 3 {
-			var st unix.Stat_t
-			if err := unix.Fstat(fd, &st); err != nil {
-				return fmt.Errorf("stat stream %d: %w", fd, err)
-			}
-			if st.Rdev == null.Rdev && st.Mode&unix.S_IFMT == unix.S_IFCHR || int(st.Uid) == uid {
-				continue
-			}
-			if err := unix.Fchown(fd, uid, int(st.Gid)); err != nil {
-				return fmt.Errorf("give stream %d to user %d: %w", fd, uid, err)
-			}
-		}
-		return nil
+		return giveStreams([3]int{0, 1, 2}, uid)
 	}
 	fd := int(slave.Fd())
 	if err := unix.Fchown(fd, uid, -1); err != nil {
@@ -694,11 +693,30 @@ func takeStreams(slave *os.File, uid int) error {
 	return nil
 }
 
-func setLimits(c *stageConfig) error {
-	for _, l := range c.Limits {
-		if err := unix.Setrlimit(l.Resource, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}); err != nil {
-			return fmt.Errorf("set limit %s to %d:%d: %w", l.Name, l.Soft, l.Hard, err)
+// giveStreams makes pipes the user's, who may want to open /dev/stdout.
+func giveStreams(fds [3]int, uid int) error {
+	var null unix.Stat_t
+	if err := unix.Stat("/dev/null", &null); err != nil {
+		return fmt.Errorf("stat /dev/null: %w", err)
+	}
+	for i, fd := range fds {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return fmt.Errorf("stat stream %d: %w", i, err)
 		}
+		if st.Rdev == null.Rdev && st.Mode&unix.S_IFMT == unix.S_IFCHR || int(st.Uid) == uid {
+			continue
+		}
+		if err := unix.Fchown(fd, uid, int(st.Gid)); err != nil {
+			return fmt.Errorf("give stream %d to user %d: %w", i, uid, err)
+		}
+	}
+	return nil
+}
+
+func limitSelf(c *stageConfig) error {
+	if err := setLimits(c.Limits); err != nil {
+		return err
 	}
 	if err := os.WriteFile("/proc/self/oom_score_adj", fmt.Appendln(nil, c.OOMScore), 0); err != nil {
 		return fmt.Errorf("set oom_score_adj: %w", err)
@@ -708,20 +726,13 @@ func setLimits(c *stageConfig) error {
 
 // takeUser changes this thread's ids and capabilities for good, in the order that leaves each step possible.
 func takeUser(c *stageConfig, u *execUser) error {
-	for n := range capabilities {
-		if c.Caps&(1<<n) == 0 {
-			if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: not in this kernel
-				return fmt.Errorf("drop capability %s: %w", capabilities[n], err)
-			}
-		}
+	if err := boundCaps(c.Caps); err != nil {
+		return err
 	}
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("keep capabilities: %w", err)
 	}
-	groups := make([]uint32, len(u.groups))
-	for i, g := range u.groups {
-		groups[i] = uint32(g)
-	}
+	groups := u.groupIDs()
 	// Raw calls: the package syscall's would change all threads, and this one is all that is left after execve.
 	var first *uint32
 	if len(groups) > 0 {
@@ -750,10 +761,28 @@ func takeUser(c *stageConfig, u *execUser) error {
 	if err := unix.Capset(&header, &data[0]); err != nil {
 		return fmt.Errorf("set capabilities: %w", err)
 	}
-	if c.NoNewPrivs {
-		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("set no_new_privs: %w", err)
+	return forbidPrivs(c)
+}
+
+// boundCaps takes capabilities away from this thread's bounding set for good.
+func boundCaps(keep capSet) error {
+	for n := range capabilities {
+		if keep&(1<<n) != 0 {
+			continue
 		}
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: not in this kernel
+			return fmt.Errorf("drop capability %s: %w", capabilities[n], err)
+		}
+	}
+	return nil
+}
+
+func forbidPrivs(c *stageConfig) error {
+	if !c.NoNewPrivs {
+		return nil
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
 	}
 	return nil
 }

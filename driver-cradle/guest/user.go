@@ -21,6 +21,15 @@ type execUser struct {
 	home     string
 }
 
+// groupIDs are the supplementary groups as the kernel takes them.
+func (u *execUser) groupIDs() []uint32 {
+	ids := make([]uint32, len(u.groups))
+	for i, g := range u.groups {
+		ids[i] = uint32(g)
+	}
+	return ids
+}
+
 // lookupUser finds a user, (name|uid)[:(group|gid)], and supplementary groups in the container's own files: its root is this process's.
 func lookupUser(spec string, groupAdd []string) (*execUser, error) {
 	passwd, group := openAccounts("/etc/passwd"), openAccounts("/etc/group")

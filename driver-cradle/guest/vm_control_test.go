@@ -23,9 +23,15 @@ func TestVMExec(t *testing.T) {
 	c := sh("c", "echo up; exec sleep 1000")
 	c.Env = []string{"A=container", "B=container"}
 	c.Resources.Pids = 64
-	p.Containers = []spec.Container{c}
+	c.Resources.OOMScoreAdj = 123
+	limited := settings(sh("limited", "echo up; exec sleep 1000"), func(c *spec.Container) {
+		c.Ulimits, c.NoNewPrivs = []spec.Ulimit{{Name: "nofile", Soft: 100, Hard: 200}}, true
+	})
+	c.Lifecycle.Critical = true
+	p.Containers = []spec.Container{c, limited}
 	m := boots(t, p)
 	m.prints("c", "up")
+	m.prints("limited", "up")
 	for _, x := range []struct {
 		name   string
 		cfg    guest.ExecConfig
@@ -58,6 +64,18 @@ func TestVMExec(t *testing.T) {
 			}
 			t.Logf("started in %s, took %s µs", e.Started, e.Took)
 		})
+	}
+	for _, x := range [][3]string{
+		{"c", "ulimit -n; ulimit -c; cat /proc/self/oom_score_adj", "1048576\nunlimited\n123\n"},
+		{"limited", "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj; grep NoNew /proc/self/status; sleep 0", "100\n200\n0\nNoNewPrivs:\t1\n"},
+	} {
+		if e := m.exec(x[0], guestExec("sh", "-c", x[1]), ""); e.Stdout != x[2] {
+			t.Errorf("exec in %s: %+v, want %q", x[0], e, x[2])
+		}
+	}
+	e := m.exec("c", guest.ExecConfig{Args: []string{"sh", "-c", "id -G; grep -E 'Cap(Prm|Eff|Bnd)' /proc/self/status | cut -f2"}, User: "1000:1001"}, "")
+	if want := "1001\n0000000000000000\n0000000000000000\n00000000a80425fb\n"; e.Stdout != want {
+		t.Errorf("exec as a user: %+v, want %q", e, want)
 	}
 	t.Run("many", func(t *testing.T) {
 		for i := range 150 {

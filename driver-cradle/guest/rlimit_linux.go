@@ -31,6 +31,24 @@ var defaultLimits = []spec.Ulimit{
 	{Name: "core", Soft: -1, Hard: -1},
 }
 
+// takeDefaultLimits gives them to this process and to all that it starts.
+func takeDefaultLimits() error {
+	limits, err := resolveLimits(nil)
+	if err != nil {
+		return err
+	}
+	return setLimits(limits)
+}
+
+func setLimits(limits []rlimit) error {
+	for _, l := range limits {
+		if err := unix.Setrlimit(l.Resource, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}); err != nil {
+			return fmt.Errorf("set limit %s to %d:%d: %w", l.Name, l.Soft, l.Hard, err)
+		}
+	}
+	return nil
+}
+
 // resolveLimits are the defaults and what the spec sets over them.
 func resolveLimits(ulimits []spec.Ulimit) ([]rlimit, error) {
 	var out []rlimit
