@@ -73,11 +73,7 @@ fmt: ## format the Go sources
 
 .PHONY: fuzz
 fuzz: ## run each fuzz target for FUZZTIME (20s)
-	@go list -f '{{.Dir}}' ./... | while read -r dir; do \
-	  (cd "$$dir" && { grep -ohE '^func Fuzz[A-Za-z0-9_]*' *_test.go 2>/dev/null || true; }) | sed 's/^func //' | while read -r target; do \
-	    echo "$${dir#$(CURDIR)/} $$target"; go test -tags vm -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$dir"; \
-	  done; \
-	done
+	@tools/fuzz.sh $(FUZZTIME)
 
 .PHONY: bench
 bench: boot images ## measure what the README promises and print the table (docs/performance.md)
