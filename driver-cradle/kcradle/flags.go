@@ -102,8 +102,8 @@ func (p *podFlags) register(f *pflag.FlagSet) {
 // volumesHelp explains -v and --mount.
 const volumesHelp = `Volumes, as -v SOURCE:PATH[:option,…]:
 
-  DIRECTORY:PATH               a directory of the host, made where missing
-  FILE:PATH                    a file of the host
+  DIRECTORY:PATH               a directory of the host (./files: a name without a slash is NAME), made where missing
+  FILE:PATH                    a file of the host (likewise)
   IMAGE.img:PATH, /dev/X:PATH  a raw image (.img, .raw) or block device: formatted ext4 when blank, mounted by the guest
   nfs://HOST/EXPORT:PATH       mounted by the guest
   NAME:PATH, PATH              a directory on the pod's scratch disk
@@ -532,11 +532,11 @@ func (m *mountRequest) shortOptions(s string) error {
 
 // guess tells what a source of -v is.
 func (m *mountRequest) guess() string {
-	if !strings.ContainsAny(m.source[:1], "/.~") {
+	isDisk := strings.HasSuffix(m.source, ".img") || strings.HasSuffix(m.source, ".raw")
+	if !strings.ContainsAny(m.source[:1], "/.~") && !isDisk {
 		return "volume"
 	}
 	fi, err := os.Stat(m.source)
-	isDisk := strings.HasSuffix(m.source, ".img") || strings.HasSuffix(m.source, ".raw")
 	switch {
 	case err == nil && fi.Mode()&os.ModeDevice != 0 && fi.Mode()&os.ModeCharDevice == 0:
 		return "block"

@@ -24,8 +24,21 @@ import (
 
 func TestMain(m *testing.M) {
 	vmm.Confine()
-	testscript.Main(m, map[string]func(){"kcradle": main})
+	testscript.Main(tests{m}, map[string]func(){"kcradle": main})
 }
+
+type tests struct{ *testing.M }
+
+// Run runs all tests and what they have asked for at the end.
+func (m tests) Run() int {
+	code := m.M.Run()
+	for _, f := range atEnd {
+		f()
+	}
+	return code
+}
+
+var atEnd []func()
 
 // The scripts read as the manual does; what needs a machine is in testdata/vm.
 func TestScripts(t *testing.T) {

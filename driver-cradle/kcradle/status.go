@@ -101,7 +101,7 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 		var w wire.Status
 		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
-		if err := g.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w); err == nil {
+		if err := g.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w); err == nil && w.State != wire.StateExited {
 			s.State, s.Containers = w.State, w.Containers
 			if s.Attendant, err = d.Attendant(); err != nil {
 				return nil, err
@@ -111,10 +111,13 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 				s.Machine, s.StartedAt = info, info.StartedAt
 			}
 			return s, nil
-		} else if still, _ := d.Running(); still {
+		} else if still, _ := d.Running(); still && err != nil {
 			return nil, fmt.Errorf("status of %s: %w", d.Path(), err)
 		}
-		// It has ended meanwhile.
+		// It has ended, and is being brought home.
+		if err := d.AwaitEnd(ctx); err != nil {
+			return nil, fmt.Errorf("end of %s: %w", d.Path(), err)
+		}
 	}
 	r, err := d.Report()
 	if errors.Is(err, pod.ErrNotStarted) {

@@ -33,7 +33,7 @@ func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
 	defer cancel()
 	err = d.post(asked, wire.PathStop, query)
 	if err == nil {
-		err = d.awaitEnd(asked)
+		err = d.AwaitEnd(asked)
 	}
 	if err == nil {
 		return d.Report()
@@ -77,7 +77,7 @@ func (d *Dir) Kill(ctx context.Context) (*Report, error) {
 	if err := vmm.Kill(d.join(runDir)); err != nil && !errors.Is(err, vmm.ErrNotRunning) {
 		return nil, fmt.Errorf("kill %s: %w", d.path, err)
 	}
-	if err := d.awaitEnd(ctx); err != nil {
+	if err := d.AwaitEnd(ctx); err != nil {
 		return nil, err
 	}
 	return d.Report()
@@ -107,8 +107,8 @@ func (d *Dir) post(ctx context.Context, path string, query url.Values) error {
 	return nil
 }
 
-// awaitEnd returns once nobody attends to the pod any more.
-func (d *Dir) awaitEnd(ctx context.Context) error {
+// AwaitEnd returns once nobody attends to the pod any more.
+func (d *Dir) AwaitEnd(ctx context.Context) error {
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 		if pid, err := d.Attendant(); err != nil || pid == 0 {
 			return err

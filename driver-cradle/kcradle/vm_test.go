@@ -1,0 +1,149 @@
+//go:build vm
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+)
+
+// A world is what tests with machines share: a boot package of this source, a cache with its template, the example images.
+type world struct {
+	dir, root, boot, images, kcradle string
+}
+
+// theWorld is made once for the process.
+func theWorld(t testing.TB) *world {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("tests with machines need root")
+	}
+	w, err := makeWorld()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+var makeWorld = sync.OnceValues(func() (*world, error) {
+	// Beside the binaries of the build cache: os.TempDir may be a small tmpfs.
+	dir := filepath.Join(os.TempDir(), fmt.Sprintf("kcradle-test-%d", os.Getpid()))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	atEnd = append(atEnd, func() { os.RemoveAll(dir) })
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return nil, err
+	}
+	w := &world{dir: dir, root: filepath.Join(dir, "cache"), boot: filepath.Join(dir, "boot"), images: filepath.Join(cache, "cradlestack", "images"), kcradle: filepath.Join(dir, "kcradle")}
+	kernel, err := command("../../tools/kernel/build.sh")
+	if err != nil {
+		return nil, err
+	}
+	agent := filepath.Join(dir, "cradle-init")
+	for _, build := range [][]string{
+		{"go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent, "../guest/cradle-init"},
+		{"go", "build", "-o", w.kcradle, "."},
+		{"../../examples/images/build.sh", "busybox", "debian"},
+	} {
+		if _, err := command(build[0], build[1:]...); err != nil {
+			return nil, err
+		}
+	}
+	err = boot.Build(context.Background(), boot.BuildOptions{Kernel: strings.TrimSpace(kernel), Agent: agent, Variant: boot.VariantDefault, Out: w.boot})
+	return w, err
+})
+
+func command(name string, args ...string) (string, error) {
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s %v: %w\n%s", name, args, err, stderr.String())
+	}
+	return string(out), nil
+}
+
+// env is the environment of a kcradle in this world.
+func (w *world) env() []string {
+	return append(os.Environ(), "CRADLE_ROOT="+w.root, "CRADLE_BOOT="+w.boot, "PATH="+w.dir+":"+os.Getenv("PATH"))
+}
+
+// run executes kcradle and returns what it says and its exit code.
+func (w *world) run(t testing.TB, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, w.kcradle, args...)
+	cmd.Env = w.env()
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	if ctx.Err() != nil {
+		t.Fatalf("kcradle %v does not end\n%s%s", args, &out, &errs)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// must executes kcradle, which has to succeed.
+func (w *world) must(t testing.TB, args ...string) string {
+	t.Helper()
+	stdout, stderr, code := w.run(t, args...)
+	if code != 0 {
+		t.Fatalf("kcradle %v: exit code %d\n%s%s", args, code, stdout, stderr)
+	}
+	return stdout
+}
+
+// summon makes a pod directory of the busybox image.
+func (w *world) summon(t testing.TB, args ...string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "pod")
+	t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
+	w.must(t, append([]string{"summon", dir, "oci:" + w.images + "/busybox"}, args...)...)
+	return dir
+}
+
+func TestVMScripts(t *testing.T) {
+	w := theWorld(t)
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/vm",
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("CRADLE_ROOT", w.root)
+			env.Setenv("CRADLE_BOOT", w.boot)
+			env.Setenv("BUSYBOX", "oci:"+w.images+"/busybox")
+			env.Setenv("DEBIAN", "oci:"+w.images+"/debian")
+			env.Defer(func() { w.endAll(t, env.WorkDir) })
+			return nil
+		},
+		RequireExplicitExec: true,
+	})
+}
+
+// endAll ends the pods that a script has left running.
+func (w *world) endAll(t testing.TB, dir string) {
+	filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.Name() == "launch.json" && filepath.Base(filepath.Dir(path)) != "run" {
+			w.run(t, "kill", filepath.Dir(path))
+		}
+		return nil
+	})
+}
