@@ -147,7 +147,7 @@ func measureKVM() error {
 		return fmt.Errorf("kvm does not finish %d loops within %v", kvmLoops, kvmBound)
 	}
 	if err != nil {
-		return fmt.Errorf("kvm: %s", lastLines(out.String(), 1))
+		return errors.New(strings.TrimPrefix(lastLines(out.String(), 1), measureName+": "))
 	}
 	return nil
 }

@@ -428,7 +428,7 @@ func (t *Templates) make(ctx context.Context, c *Config, q *qemu, k Key) (err er
 	}
 	defer ram.Close()
 	state, err := c.park(ctx, q, k, ram, filepath.Join(work, "run"))
-	for try := 1; errors.Is(err, errSlowTimer) && try < 3; try++ {
+	if errors.Is(err, errSlowTimer) { // once: some kernels prefer it
 		t.Log.Info("making the template again", "name", name, "reason", err)
 		if err := errors.Join(ram.Truncate(0), ram.Truncate(int64(k.Memory))); err != nil {
 			return err
