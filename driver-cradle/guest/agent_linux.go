@@ -46,14 +46,12 @@ func Main(args []string, handler func(*Pod) http.Handler) int {
 	// Fixed, or Go looks for the cgroup's limit again and again.
 	runtime.GOMAXPROCS(runtime.NumCPU())
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	if err := serve(log, handler); err != nil {
-		log.Error("the agent can't go on", "error", err)
-	}
+	log.Error("the agent can't go on", "error", serve(log, handler))
 	// The end of PID 1 is a kernel panic: that ends the VM, with the reason above on its console.
 	return 1
 }
 
-// serve boots the guest and serves one host process after the other, for ever.
+// serve boots the guest and serves one host process after the other, for ever or until the reason that it returns.
 func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 	if err := leaveRootfs(); err != nil {
 		return err

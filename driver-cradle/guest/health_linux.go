@@ -15,7 +15,7 @@ import (
 func (c *Container) watchHealth() (stop func()) {
 	h := c.spec.Healthcheck
 	crew := c.pod.crew
-	args, ok := probeCommand(h, c.spec)
+	args, ok := probeCommand(h)
 	crew.mu.Lock()
 	c.health = nil
 	if ok {
@@ -35,7 +35,7 @@ func (c *Container) watchHealth() (stop func()) {
 }
 
 // probeCommand is what a healthcheck runs.
-func probeCommand(h *spec.Healthcheck, s *spec.Container) (args []string, ok bool) {
+func probeCommand(h *spec.Healthcheck) (args []string, ok bool) {
 	if h == nil || len(h.Test) == 0 {
 		return nil, false
 	}

@@ -86,10 +86,17 @@ func TestVMVolumes(t *testing.T) {
 	}
 	p.Resources.Memory = 256 << 20
 	p.Volumes = []spec.Volume{
-		{Name: "ext", Block: &spec.BlockVolume{}}, {Name: "xfs", Block: &spec.BlockVolume{FSType: "xfs", Options: "noatime,nodev"}}, {Name: "raw", Block: &spec.BlockVolume{}},
-		{Name: "dir", Directory: &spec.DirectoryVolume{Path: share}}, {Name: "conf", Directory: &spec.DirectoryVolume{Path: single, ReadOnly: true}},
-		{Name: "mem", Tmpfs: &spec.TmpfsVolume{Size: 1 << 20}}, {Name: "local", Scratch: &spec.ScratchVolume{}}, {Name: "etc", Scratch: &spec.ScratchVolume{}},
-		{Name: "usr", Scratch: &spec.ScratchVolume{}}, {Name: "outer", Scratch: &spec.ScratchVolume{}}, {Name: "inner", Tmpfs: &spec.TmpfsVolume{}},
+		{Name: "ext", Block: &spec.BlockVolume{}},
+		{Name: "xfs", Block: &spec.BlockVolume{FSType: "xfs", Options: "noatime,nodev"}},
+		{Name: "raw", Block: &spec.BlockVolume{}},
+		{Name: "dir", Directory: &spec.DirectoryVolume{Path: share}},
+		{Name: "conf", Directory: &spec.DirectoryVolume{Path: single, ReadOnly: true}},
+		{Name: "mem", Tmpfs: &spec.TmpfsVolume{Size: 1 << 20}},
+		{Name: "local", Scratch: &spec.ScratchVolume{}},
+		{Name: "etc", Scratch: &spec.ScratchVolume{}},
+		{Name: "usr", Scratch: &spec.ScratchVolume{}},
+		{Name: "outer", Scratch: &spec.ScratchVolume{}},
+		{Name: "inner", Tmpfs: &spec.TmpfsVolume{}},
 	}
 	p.Containers = []spec.Container{
 		with(sh("block", "ls -A /e /x; echo kept > /e/f; grep -E ' /(e|x) ' /proc/mounts | cut -d' ' -f2-4 | cut -d, -f1-3"), "ext:/e", "xfs:/x"),
