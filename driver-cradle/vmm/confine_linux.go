@@ -29,16 +29,15 @@ type confinement struct {
 	Path    string   // of the program
 	Args    []string // without the program's name
 	UID     int      // and GID
-	Groups  []int
-	Caps    []int // kept; all others are dropped for good
+	Caps    []int    // kept; all others are dropped for good
 	Shares  []bind
-	Devices []string // besides null and urandom
-	Mount   string   // a directory for the new root to be mounted on, in the process's own namespace
-	Leashed bool     // dies with its parent
-	Network bool     // in the host's network namespace
-	NoFile  uint64   // RLIMIT_NOFILE
-	Nice    int      // 0: the launcher's
-	NoTHP   bool     // no transparent huge pages
+	KVM     bool   // gets a /dev/kvm of its own
+	Mount   string // a directory for the new root to be mounted on, in the process's own namespace
+	Leashed bool   // dies with its parent
+	Network bool   // in the host's network namespace
+	NoFile  uint64 // RLIMIT_NOFILE
+	Nice    int    // 0: the launcher's
+	NoTHP   bool   // no transparent huge pages
 	Env     []string
 }
 
@@ -188,6 +187,9 @@ func (c *confinement) enterRoot() error {
 			return fmt.Errorf("new root: %w", err)
 		}
 	}
+	if err := c.makeDevices(); err != nil {
+		return err
+	}
 	for _, t := range trees {
 		if err := t.attach(); err != nil {
 			return err
@@ -209,8 +211,32 @@ func (c *confinement) enterRoot() error {
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
-	if err := unix.MountSetattr(unix.AT_FDCWD, "/", 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
-		return fmt.Errorf("make root read-only: %w", err)
+	for _, dir := range []string{"/", "/dev"} {
+		if err := unix.MountSetattr(unix.AT_FDCWD, dir, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
+			return fmt.Errorf("make %s read-only: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// makeDevices mounts the new root's /dev. Only kvm is a node of its own there: on some hosts it is root's alone, and QEMU is not root.
+func (c *confinement) makeDevices() error {
+	if err := unix.Mount("cradle", "dev", "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755,size=64k,nr_inodes=16"); err != nil {
+		return fmt.Errorf("mount new root's /dev: %w", err)
+	}
+	if !c.KVM {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(kvmDevice, &st); err != nil {
+		return fmt.Errorf("stat %s: %w", kvmDevice, err)
+	}
+	node := kvmDevice[1:]
+	if err := unix.Mknod(node, unix.S_IFCHR|0o600, int(st.Rdev)); err != nil {
+		return fmt.Errorf("make the new root's %s: %w", kvmDevice, err)
+	}
+	if err := os.Chown(node, c.UID, c.UID); err != nil {
+		return fmt.Errorf("make the new root's %s: %w", kvmDevice, err)
 	}
 	return nil
 }
@@ -239,7 +265,7 @@ func (c *confinement) trees() ([]tree, error) {
 	if prefix := filepath.Dir(filepath.Dir(c.Path)); prefix != "/" && !strings.HasPrefix(c.Path, "/usr/") {
 		sources = append(sources, source{prefix, prefix[1:], locked, false}) // a QEMU of one's own, with its firmware beside it
 	}
-	for _, d := range append([]string{"/dev/null", "/dev/urandom"}, c.Devices...) {
+	for _, d := range []string{"/dev/null", "/dev/urandom"} {
 		sources = append(sources, source{d, d[1:], unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC, false})
 	}
 	for _, s := range c.Shares {
@@ -327,7 +353,7 @@ func (c *confinement) dropPrivileges() error {
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("keep capabilities: %w", err)
 	}
-	if err := unix.Setgroups(c.Groups); err != nil {
+	if err := unix.Setgroups(nil); err != nil {
 		return fmt.Errorf("set groups: %w", err)
 	}
 	// Directly: package unix would have all threads do it, and this one alone becomes the program.

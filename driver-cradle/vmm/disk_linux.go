@@ -19,10 +19,14 @@ func diskDevice(lun int) string { return fmt.Sprintf("lun%d", lun) }
 // AddDisk plugs a disk in and returns its LUN.
 func (m *Machine) AddDisk(ctx context.Context, d Disk) (lun int, err error) {
 	m.mu.Lock()
-	for lun = range maxLUN + 1 {
+	for lun = 0; lun <= maxLUN; lun++ {
 		if _, used := m.state.Disks[lun]; !used {
 			break
 		}
+	}
+	if lun > maxLUN {
+		m.mu.Unlock()
+		return 0, fmt.Errorf("attach disk %s: the machine has %d disks already", d.Key, maxLUN+1)
 	}
 	m.state.Disks[lun] = d // taken
 	m.mu.Unlock()

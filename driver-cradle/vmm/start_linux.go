@@ -232,11 +232,11 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 	if r.ram == nil && c.Net.MAC != "" {
 		h.mac = c.Net.MAC
 	}
-	for _, f := range []struct {
-		number *int
-		path   string
-	}{{&h.kernel, c.Package.Kernel()}, {&h.initramfs, c.Package.Initramfs()}} {
-		if *f.number, err = files.open(f.path); err != nil {
+	if !r.incoming {
+		if h.kernel, err = files.open(c.Package.Kernel()); err != nil {
+			return err
+		}
+		if h.initramfs, err = files.open(c.Package.Initramfs()); err != nil {
 			return err
 		}
 	}
@@ -271,6 +271,7 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 	}
 	conf := confinement{
 		Path: q.path, UID: userOf(m.dir), Mount: m.dir, Leashed: !c.Detached, NoFile: qemuFiles, Network: c.Net.Mode == NetUser,
+		KVM: info.Accel == KVM,
 	}
 	// An idle QEMU is smaller by 6 MiB with one arena for its many threads, which hardly allocate, and without huge pages in the
 	// cache of translated code, which is not slower for it. With KVM there is no such cache, and huge pages are the guest's.
@@ -281,11 +282,6 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 	for _, s := range c.Shares {
 		conf.Shares = append(conf.Shares, bind(s))
 		conf.Caps = shareCaps
-	}
-	if info.Accel == KVM {
-		if err := conf.allowKVM(); err != nil {
-			return errors.Join(err, monitor.Close(), console.Close())
-		}
 	}
 	for _, p := range c.Net.Publish {
 		if p.HostPort != 0 && p.HostPort < firstFreePort() {
@@ -377,17 +373,6 @@ func (m *Machine) calm() error {
 
 // qemuFiles is how many files QEMU may have open: 9p keeps those of the guest open as long as it can.
 const qemuFiles = 16 << 10
-
-// allowKVM lets the process open /dev/kvm.
-func (c *confinement) allowKVM() error {
-	var st unix.Stat_t
-	if err := unix.Stat(kvmDevice, &st); err != nil {
-		return fmt.Errorf("stat %s: %w", kvmDevice, err)
-	}
-	c.Devices = append(c.Devices, kvmDevice)
-	c.Groups = append(c.Groups, int(st.Gid))
-	return nil
-}
 
 // hardware is what machines of this configuration have in common, whatever their role.
 func (c *Config) hardware(accel string, memory spec.Bytes) hardware {

@@ -258,6 +258,7 @@ func (t *Templates) flock(name string, how int) (func(), error) {
 
 // Build makes the template that machines with this configuration start from, unless it is there.
 func (t *Templates) Build(ctx context.Context, c Config) (TemplateInfo, error) {
+	c.CacheDir = filepath.Dir(t.Dir)
 	c.RunDir = t.Dir // not used: a template's machine runs in a directory of its own
 	if err := c.check(); err != nil {
 		return TemplateInfo{}, err

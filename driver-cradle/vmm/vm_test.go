@@ -223,6 +223,32 @@ func TestVMAccelerator(t *testing.T) {
 	}
 }
 
+// A KVM that passes for usable and does not bring a guest up costs one attempt.
+func TestVMKVMThatFails(t *testing.T) {
+	if _, err := os.Stat(kvmDevice); err != nil {
+		t.Skip("without /dev/kvm nothing passes for usable")
+	}
+	c := config(t)
+	c.Accel, c.HelloTimeout = Auto, 15*time.Second
+	if err := c.check(); err != nil {
+		t.Fatal(err)
+	}
+	q, err := findQEMU(t.Context(), c.CacheDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := c.startOn(t.Context(), q, KVM, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	defer m.Kill()
+	if i := m.Info(); i.Accel == TCG && !strings.Contains(i.AccelWhy, "kvm failed") {
+		t.Errorf("%+v", i)
+	}
+	t.Logf("%.300s", m.Info().AccelWhy)
+}
+
 func TestVMUserNetwork(t *testing.T) {
 	for _, how := range []string{Cold, Template} {
 		t.Run(how, func(t *testing.T) { userNetwork(t, how) })

@@ -122,6 +122,9 @@ func (c *Config) check() error {
 	if c.Package == nil {
 		return errors.New("start machine: no boot package")
 	}
+	if c.RunDir == "" || c.CacheDir == "" {
+		return errors.New("start machine: no run or cache directory")
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -176,6 +179,9 @@ func (c *Config) check() error {
 		}
 	}
 	var err error
+	if c.CacheDir, err = filepath.Abs(c.CacheDir); err != nil {
+		return fmt.Errorf("start machine: %w", err)
+	}
 	if c.Net.Publish, err = completePublish(c.Net.Publish); err != nil {
 		return fmt.Errorf("start machine: %w", err)
 	}
@@ -208,6 +214,11 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 	if err != nil {
 		return nil, err
 	}
+	return c.startOn(ctx, q, accel, why)
+}
+
+// startOn starts with accel, or else with TCG where the choice is ours.
+func (c *Config) startOn(ctx context.Context, q *qemu, accel, why string) (*Machine, error) {
 	m, err := c.startWith(ctx, q, accel, why)
 	if err != nil && c.Accel == Auto && accel == KVM && ctx.Err() == nil {
 		c.Log.Warn("machine did not come up with kvm, starting it with tcg", "error", err)
