@@ -13,11 +13,11 @@ import (
 
 // Requests of linux/fs.h, fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h.
 const (
-	fiFreeze         = 0xc0045877 // FIFREEZE
-	fiThaw           = 0xc0045878 // FITHAW
-	ext4ResizeFS     = 0x40086610 // EXT4_IOC_RESIZE_FS, __u64 blocks
-	xfsGrowFSData    = 0x4010586e // XFS_IOC_FSGROWFSDATA, struct xfs_growfs_data
-	xfsMaxInodesPerc = 25         // mkfs.xfs's default; the kernel caps what it is given for large ones
+	fiFreeze      = 0xc0045877 // FIFREEZE
+	fiThaw        = 0xc0045878 // FITHAW
+	ext4ResizeFS  = 0x40086610 // EXT4_IOC_RESIZE_FS, __u64 blocks
+	xfsGeometry   = 0x80705864 // XFS_IOC_FSGEOMETRY_V1, struct xfs_fsop_geom_v1
+	xfsGrowFSData = 0x4010586e // XFS_IOC_FSGROWFSDATA, struct xfs_growfs_data
 )
 
 // freeze makes a file system quiet and complete on disk.
@@ -81,12 +81,7 @@ func (v *volume) grow() error {
 	case "ext4":
 		err = ioctl(f, ext4ResizeFS, unsafe.Pointer(&blocks))
 	case "xfs":
-		request := struct {
-			blocks uint64
-			imaxpc uint32
-			_      uint32
-		}{blocks: blocks, imaxpc: xfsMaxInodesPerc}
-		err = ioctl(f, xfsGrowFSData, unsafe.Pointer(&request))
+		err = growXFS(f, blocks)
 	default:
 		err = errors.New("its file system is neither ext4 nor xfs")
 	}
@@ -94,6 +89,20 @@ func (v *volume) grow() error {
 		return fmt.Errorf("grow volume %s: %w", v.spec.Name, err)
 	}
 	return nil
+}
+
+// growXFS grows a mounted xfs to so many blocks; the share of it that inodes may take stays.
+func growXFS(f *os.File, blocks uint64) error {
+	var geometry [112]byte
+	if err := ioctl(f, xfsGeometry, unsafe.Pointer(&geometry[0])); err != nil {
+		return fmt.Errorf("geometry: %w", err)
+	}
+	request := struct {
+		blocks      uint64
+		maxInodePct uint32
+		_           uint32
+	}{blocks: blocks, maxInodePct: binary.NativeEndian.Uint32(geometry[28:])}
+	return ioctl(f, xfsGrowFSData, unsafe.Pointer(&request))
 }
 
 // deviceSize in bytes.

@@ -179,6 +179,11 @@ func tryBoot(t testing.TB, p podSpec) (*machine, error) {
 		if c.Name == "" {
 			c.Name = fmt.Sprintf("c%d", i)
 		}
+		if c.Layers != nil { // below the image's
+			for _, l := range c.Layers {
+				have[l.DiffID] = true
+			}
+		}
 		name := c.Image.Reference
 		if name == "" {
 			name = p.image

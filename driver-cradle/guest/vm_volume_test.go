@@ -3,8 +3,10 @@
 package guest_test
 
 import (
+	"fmt"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -168,6 +170,83 @@ func TestVMVolumeRefused(t *testing.T) {
 				t.Errorf("the disk has changed (%v)", err)
 			}
 		})
+	}
+}
+
+// Forty layers and twenty volumes in one pod, with disks that appear in any order.
+func TestVMManyDisks(t *testing.T) {
+	p := podSpec{disks: []vmm.Disk{{Key: wire.DiskScratch, Path: disk(t, "ext4", 256<<20)}}}
+	c := sh("c", "cat /layer*/f /v[0-9]*/f | sort -n | tr '\\n' ' '; cat /top")
+	for i := range 40 {
+		dir := t.TempDir()
+		sub := filepath.Join(dir, fmt.Sprintf("layer%d", i))
+		if err := os.Mkdir(sub, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for name, content := range map[string]string{filepath.Join(sub, "f"): fmt.Sprintln(i), filepath.Join(dir, "top"): fmt.Sprintf("layer %d\n", i)} {
+			if err := os.WriteFile(name, []byte(content), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		id := fmt.Sprintf("sha256:%064d", i)
+		p.disks = append(p.disks, vmm.Disk{Key: wire.DiskLayer + id, Path: filled(t, dir), ReadOnly: true})
+		c.Layers = append(c.Layers, spec.Layer{DiffID: id})
+	}
+	for i := range 20 {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "f"), fmt.Appendln(nil, 100+i), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		name := fmt.Sprintf("v%d", i)
+		p.disks = append(p.disks, vmm.Disk{Key: wire.DiskVolume + name, Path: filled(t, dir)})
+		p.Volumes = append(p.Volumes, spec.Volume{Name: name, Block: &spec.BlockVolume{}})
+		c = with(c, name+":/"+name)
+	}
+	p.Containers = []spec.Container{c}
+	m := boots(t, p)
+	m.ends()
+	var want strings.Builder
+	for i := range 40 {
+		fmt.Fprintf(&want, "%d ", i)
+	}
+	for i := range 20 {
+		fmt.Fprintf(&want, "%d ", 100+i)
+	}
+	m.printed("c", want.String()+"layer 39\n")
+}
+
+// filled makes an ext4 file system with what is in dir.
+func filled(t *testing.T, dir string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	if out, err := exec.Command("mke2fs", "-q", "-t", "ext4", "-d", dir, path, "4M").CombinedOutput(); err != nil {
+		t.Fatalf("mke2fs: %v (apt-get install e2fsprogs)\n%s", err, out)
+	}
+	return path
+}
+
+// An image with accounts, and directories whose owners and modes a volume has to have.
+func TestVMDebian(t *testing.T) {
+	p := podSpec{image: "debian"}
+	p.Resources.Memory = 256 << 20
+	p.Volumes = []spec.Volume{{Name: "mail", Scratch: &spec.ScratchVolume{}}, {Name: "tmp", Tmpfs: &spec.TmpfsVolume{}}, {Name: "log", Block: &spec.BlockVolume{}}}
+	p.disks = []vmm.Disk{{Key: wire.DiskScratch, Path: disk(t, "ext4", 256<<20)}, {Key: wire.DiskVolume + "log", Path: disk(t, "ext4", 64<<20)}}
+	p.Containers = []spec.Container{
+		settings(sh("user", "id; echo $HOME"), func(c *spec.Container) { c.User, c.GroupAdd = "www-data", []string{"audio", "4242"} }),
+		settings(sh("number", "id -un; id -gn"), func(c *spec.Container) { c.User = "33" }),
+		settings(sh("group", "id"), func(c *spec.Container) { c.User = "daemon:staff" }),
+		with(sh("copyup", "stat -c '%U:%G %a' /var/mail /tmp /var/log; ls -A /var/log | grep -c . ; stat -c '%U:%G %a' /var/log/btmp 2>/dev/null || true; test -e /var/log/lost+found || echo clean"), "mail:/var/mail", "tmp:/tmp", "log:/var/log"),
+		sh("marks", "ls -d /.dockerenv; readlink /etc/mtab; ls /etc/hostname"),
+	}
+	m := boots(t, p)
+	m.ends()
+	m.printed("user", "uid=33(www-data) gid=33(www-data) groups=33(www-data),29(audio),4242\n/var/www\n")
+	m.printed("number", "www-data\nwww-data\n")
+	m.printed("group", "uid=1(daemon) gid=50(staff) groups=50(staff)\n")
+	m.printed("marks", "/.dockerenv\n/proc/mounts\n/etc/hostname\n")
+	stdout, stderr := m.logs("copyup")
+	if !strings.HasPrefix(stdout, "root:mail 2775\nroot:root 1777\nroot:root 755\n") || !strings.HasSuffix(stdout, "clean\n") {
+		t.Errorf("copied up: %q, %q", stdout, stderr)
 	}
 }
 
