@@ -170,18 +170,19 @@ func (m *Machine) postMortem(reason string) error {
 	if reason != "" {
 		return fmt.Errorf("the guest ended by itself (%s)", reason)
 	}
+	says := ""
+	if m.stderr != nil {
+		if text := withoutWarnings(m.stderr.String()); text != "" {
+			says = ": " + lastLines(text, 5)
+		}
+	}
 	var exit *exec.ExitError
 	if errors.As(how, &exit) {
 		if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
-			return fmt.Errorf("QEMU was killed by signal %d (%v)", status.Signal(), status.Signal())
+			return fmt.Errorf("QEMU was killed by signal %d (%v)%s", status.Signal(), status.Signal(), says)
 		}
 	}
-	if m.stderr != nil {
-		if text := withoutWarnings(m.stderr.String()); text != "" {
-			return fmt.Errorf("QEMU ended: %s", lastLines(text, 5))
-		}
-	}
-	return errors.New("QEMU ended")
+	return errors.New("QEMU ended" + says)
 }
 
 // withoutWarnings drops QEMU's warnings, which tell nothing about its end.
