@@ -11,7 +11,7 @@ while read -r dir; do
     echo "== ${dir#"$PWD"/} $target"
     count=$((count + 1))
     if ! go test -tags vm -run '^$' -fuzz "^$target\$" -fuzztime "$time" "$dir" 2>&1 | tee "$log"; then
-      # The go command may also fail because its time ran out while a worker was busy (golang.org/issue/48157): nothing was found then.
+      # The go command may also fail because its time ran out while a worker was busy (go.dev/issue/75804, until Go 1.27): nothing was found then.
       grep -q 'context deadline exceeded' "$log" && ! grep -q 'Failing input written' "$log" || exit 1
     fi
   done
