@@ -139,6 +139,7 @@ type podSpec struct {
 	image  string // of containers that name none; default busybox
 	disks  []vmm.Disk
 	shares []vmm.Share
+	virtio []vmm.Share // by virtiofs
 	net    vmm.Net
 	ifs    []wire.Interface
 	dirs   []wire.Directory
@@ -216,7 +217,7 @@ func tryBoot(t testing.TB, p podSpec) (*machine, error) {
 	run := filepath.Join(t.TempDir(), "run")
 	vm, err := vmm.Start(ctx, vmm.Config{
 		Package: shared.pkg, Accel: vmm.TCG, Start: p.start, Memory: max(p.Resources.Memory, 128<<20), CPUs: max(p.Resources.CPUs, 1), Disks: disks,
-		Shares: p.shares, Net: p.net, RunDir: run, CacheDir: filepath.Join(shared.dir, "cache"),
+		Shares: p.shares, Virtiofs: p.virtio, Net: p.net, RunDir: run, CacheDir: filepath.Join(shared.dir, "cache"),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -173,6 +173,32 @@ func TestVMVolumeRefused(t *testing.T) {
 	}
 }
 
+func TestVMVirtiofs(t *testing.T) {
+	share, second := t.TempDir(), t.TempDir()
+	for _, dir := range []string{share, second} {
+		if err := os.WriteFile(filepath.Join(dir, "in"), []byte("from the host\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := podSpec{
+		virtio: []vmm.Share{{Name: "one", Path: share}, {Name: "two", Path: second}},
+		dirs: []wire.Directory{
+			{Volume: "one", Tag: vmm.VirtiofsTag, Type: "virtiofs", Path: "one"}, {Volume: "two", Tag: vmm.VirtiofsTag, Type: "virtiofs", Path: "two"},
+		},
+	}
+	p.Volumes = []spec.Volume{
+		{Name: "one", Directory: &spec.DirectoryVolume{Path: share, Transport: "virtiofs"}},
+		{Name: "two", Directory: &spec.DirectoryVolume{Path: second, Transport: "virtiofs", ReadOnly: true}},
+	}
+	p.Containers = []spec.Container{with(sh("c", "cat /1/in /2/in; echo back > /1/out; touch /2/x 2>/dev/null || echo refused; grep -c virtiofs /proc/mounts"), "one:/1", "two:/2")}
+	m := boots(t, p)
+	m.ends()
+	m.printed("c", "from the host\nfrom the host\nrefused\n2\n")
+	if data, err := os.ReadFile(filepath.Join(share, "out")); err != nil || string(data) != "back\n" {
+		t.Errorf("what the guest wrote: %q, %v", data, err)
+	}
+}
+
 // Forty layers and twenty volumes in one pod, with disks that appear in any order.
 func TestVMManyDisks(t *testing.T) {
 	p := podSpec{disks: []vmm.Disk{{Key: wire.DiskScratch, Path: disk(t, "ext4", 256<<20)}}}
