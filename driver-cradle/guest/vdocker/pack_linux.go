@@ -16,8 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// copyBuffer is what file contents are moved by.
-const copyBuffer = 1 << 20
+// What file contents are moved by.
+const (
+	copyBuffer  = 1 << 20
+	smallBuffer = 256 << 10
+)
 
 // packer writes a tree of the container as a tar archive.
 type packer struct {
@@ -26,6 +29,7 @@ type packer struct {
 	start *os.File // what names are relative to
 	links map[inode]string
 	buf   []byte
+	bulk  bulk
 }
 
 type inode struct{ dev, ino uint64 }
@@ -38,7 +42,8 @@ func pack(ctx context.Context, w io.Writer, dir *os.File, base, name string, bar
 		return err
 	}
 	defer start.Close()
-	p := &packer{ctx: ctx, tar: tar.NewWriter(w), start: start, links: map[inode]string{}, buf: make([]byte, copyBuffer)}
+	p := &packer{ctx: ctx, tar: tar.NewWriter(w), start: start, links: map[inode]string{}, buf: make([]byte, smallBuffer)}
+	defer p.bulk.close()
 	if base == "" {
 		base = "."
 	}
@@ -200,6 +205,19 @@ func (p *packer) file(dir *os.File, base, name string, st *unix.Stat_t) error {
 // content writes as many bytes as the header says, whatever the file has become since; zeros where it has shrunk, as tar does.
 func (p *packer) content(f *os.File, h *tar.Header) error {
 	left := h.Size
+	if left >= directSize {
+		err := p.bulk.read(f, left, func(b []byte) error {
+			if p.ctx.Err() != nil {
+				return context.Cause(p.ctx)
+			}
+			_, err := p.tar.Write(b)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("pack %s: %w", h.Name, err)
+		}
+		return nil
+	}
 	for left > 0 {
 		if p.ctx.Err() != nil {
 			return context.Cause(p.ctx)

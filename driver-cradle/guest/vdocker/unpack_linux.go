@@ -35,6 +35,7 @@ type unpacker struct {
 	dirName string
 	times   []dirTime
 	buf     []byte
+	bulk    bulk
 }
 
 type dirTime struct {
@@ -45,11 +46,12 @@ type dirTime struct {
 // unpack reads the archive, which may be compressed with gzip or bzip2, to its end.
 func (u *unpacker) unpack(r io.Reader) error {
 	defer u.leave()
+	defer u.bulk.close()
 	r, err := decompressed(r)
 	if err != nil {
 		return err
 	}
-	u.buf = make([]byte, copyBuffer)
+	u.buf = make([]byte, smallBuffer)
 	archive := tar.NewReader(r)
 	for {
 		if err := u.ctx.Err(); err != nil {
@@ -274,19 +276,27 @@ var zeros [hole]byte
 
 // write copies a file's content. Blocks of zeros are not written: they become holes.
 func (u *unpacker) write(f *os.File, content io.Reader, size int64) error {
-	var at int64
-	for at < size {
+	read := func(b []byte) error {
 		if u.ctx.Err() != nil {
 			return context.Cause(u.ctx)
 		}
-		n, err := io.ReadFull(content, u.buf[:min(size-at, int64(len(u.buf)))])
-		if err != nil && (n == 0 || !errors.Is(err, io.ErrUnexpectedEOF)) {
+		if _, err := io.ReadFull(content, b); err != nil {
 			return invalid("unreadable archive: %v", err)
 		}
-		if err := writeSparse(f, u.buf[:n], at); err != nil {
+		return nil
+	}
+	if size >= directSize {
+		return u.bulk.write(f, size, read)
+	}
+	for at := int64(0); at < size; {
+		b := u.buf[:min(size-at, int64(len(u.buf)))]
+		if err := read(b); err != nil {
 			return err
 		}
-		at += int64(n)
+		if err := writeSparse(f, b, at); err != nil {
+			return err
+		}
+		at += int64(len(b))
 	}
 	return f.Truncate(size)
 }

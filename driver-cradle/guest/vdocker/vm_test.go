@@ -81,7 +81,7 @@ func setUp() (err error) {
 		return fmt.Errorf("tools/kernel/build.sh: %w", err)
 	}
 	agent := filepath.Join(shared.dir, "cradle-init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "../cradle-init")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./testdata/agent")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build cradle-init: %w\n%s", err, out)
