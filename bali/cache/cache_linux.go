@@ -335,10 +335,17 @@ func protect(tree string) error {
 			return err
 		}
 		defer f.Close()
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+			return err
+		}
 		arg := enableArg{version: 1, hash: hashSHA256, block: verityBlock}
 		_, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fsIocEnableVerity, uintptr(unsafe.Pointer(&arg)))
 		switch e {
-		case 0, unix.EEXIST: // another name of the same file
+		case 0:
+			// ext4 makes the file new, and its time is part of what is signed
+			return unix.UtimesNanoAt(int(f.Fd()), "", []unix.Timespec{st.Atim, st.Mtim}, unix.AT_EMPTY_PATH)
+		case unix.EEXIST: // another name of the same file
 			return nil
 		case unix.ENOTTY, unix.EOPNOTSUPP, unix.EINVAL:
 			return filepath.SkipAll // not this file system, or not this kernel

@@ -38,7 +38,7 @@ if [ $stage = 1 ]; then
 
   sh ./bootstrap/bootstrap.sh all http://127.0.0.1:8000 /job/keys/node 10.0.2.15
   ok "bootstrap from a URL"
-  wait_for 120 "nomad node status is ready" ready
+  wait_for 60 "nomad node status is ready" ready
   bali run -q /var/lib/bali/consul/current -- members | grep -q alive && ok "consul has its member"
 
   # the service is the unit's main process, in the unit's cgroup, with its limits
