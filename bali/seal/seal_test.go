@@ -360,6 +360,7 @@ func TestAttacks(t *testing.T) {
 		{"global header", raw(t, key, paxGlobal), ErrFormat, "type 'g'"},
 		{"file in bali's folder", raw(t, key, reg(".bali/image.json2")), ErrFormat, "bali's own"},
 		{"gzip bomb", bomb(), ErrTooLarge, "--max-size"},
+		{"sparse file of an exbibyte", sealRaw(t, Gzip, member(sparse(t)), key), ErrFormat, "type 'S'"},
 		{"huge size in a header", sealRaw(t, Gzip, member(hugeHeader(t)), key), nil, ""},
 		{"file type in the mode", raw(t, key, &tar.Header{Name: "a", Typeflag: tar.TypeReg, Mode: 0o100644}), ErrFormat, "has mode"},
 		{"deep path", raw(t, key, reg(strings.Repeat("a/", 300)+"a")), ErrFormat, "folders deep"},
@@ -430,6 +431,28 @@ func hugeHeader(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return b[:len(b)-1024] + h.String()
+}
+
+// sparse turns a header into one of GNU's old sparse files, whose size is in
+// another field.
+func sparse(t *testing.T) string {
+	t.Helper()
+	b := tarOf(t, describe(t))
+	var h bytes.Buffer
+	w := tar.NewWriter(&h)
+	if err := w.WriteHeader(&tar.Header{Name: "sparse", Typeflag: tar.TypeReg, Format: tar.FormatGNU}); err != nil {
+		t.Fatal(err)
+	}
+	block := h.Bytes()[:512]
+	block[156] = tar.TypeGNUSparse
+	copy(block[483:], "\x80\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00") // realsize, base 256
+	copy(block[148:], "        ")
+	sum := 0
+	for _, c := range block {
+		sum += int(c)
+	}
+	copy(block[148:], fmt.Sprintf("%06o\x00 ", sum))
+	return b[:len(b)-1024] + string(block) + strings.Repeat("\x00", 1024)
 }
 
 type zeros struct{}
