@@ -88,7 +88,7 @@ func usableKVM(cacheDir string) error {
 			m.Failure = err.Error()
 		}
 		if data, err := json.Marshal(m); err == nil {
-			writeFile(cache, data) // only a cache
+			_ = writeFile(cache, data) // only a cache
 		}
 	}
 	if m.Failure != "" {

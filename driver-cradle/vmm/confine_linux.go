@@ -121,16 +121,32 @@ func confine() error {
 		return err
 	}
 	if c.Leashed {
-		// After the last change of credentials, which clears it. A parent that has died before never says go.
+		// After the last change of credentials, which clears it.
 		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 			return fmt.Errorf("set parent-death signal: %w", err)
 		}
 	}
 	if _, err := io.ReadFull(goes, make([]byte, 1)); err != nil {
-		return errors.New("the launcher has gone")
+		return errGone
+	}
+	// A launcher that said go and died before the signal was set shows by the other end of the pipe, which it never closes.
+	if c.Leashed && hungUp(goes) {
+		return errGone
 	}
 	err = unix.Exec(c.Path, append([]string{filepath.Base(c.Path)}, c.Args...), append([]string{"PATH=/usr/bin", "LC_ALL=C"}, c.Env...))
 	return fmt.Errorf("execute %s: %w", c.Path, err)
+}
+
+var errGone = errors.New("the launcher has gone")
+
+func hungUp(f *os.File) bool {
+	fds := []unix.PollFd{{Fd: int32(f.Fd())}}
+	for {
+		_, err := unix.Poll(fds, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return err != nil || fds[0].Revents&unix.POLLHUP != 0
+		}
+	}
 }
 
 // maxThreads bounds the threads of a confined process's user; QEMU has one for each virtual processor and at most 64 for its disks.

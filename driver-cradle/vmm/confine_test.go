@@ -242,22 +242,33 @@ func TestVMConfinementHolds(t *testing.T) {
 	}
 }
 
-// A child whose launcher is gone before the go-ahead does not become the program.
-func TestVMConfinedChildNeedsItsGoAhead(t *testing.T) {
+// A child whose launcher is gone does not become the program: neither before the go-ahead, nor after one that was given before the
+// parent-death signal was set.
+func TestVMConfinedChildNeedsItsLauncher(t *testing.T) {
 	config(t)
-	var out syncBuffer
-	c := confinement{Path: "/usr/bin/true", Mount: t.TempDir(), UID: firstUID, Leashed: true, NoFile: 100}
-	ch, err := spawn(&c, nil, nil, &out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ch.goes.Close()
-	if err := ch.wait(); err != nil {
-		t.Fatal(err)
-	}
-	ch.file.Close()
-	if !eventually(func() bool { return strings.Contains(out.String(), "the launcher has gone") }) {
-		t.Errorf("the child says %q", out.String())
+	for name, last := range map[string]func(*child) error{
+		"before the go-ahead": func(*child) error { return nil },
+		"after the go-ahead":  (*child).goAhead,
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out syncBuffer
+			c := confinement{Path: "/usr/bin/true", Mount: t.TempDir(), UID: firstUID, Leashed: true, NoFile: 100}
+			ch, err := spawn(&c, nil, nil, &out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := last(ch); err != nil {
+				t.Fatal(err)
+			}
+			ch.goes.Close()
+			if err := ch.wait(); err != nil {
+				t.Fatal(err)
+			}
+			ch.file.Close()
+			if !eventually(func() bool { return strings.Contains(out.String(), errGone.Error()) }) {
+				t.Errorf("the child says %q", out.String())
+			}
+		})
 	}
 }
 

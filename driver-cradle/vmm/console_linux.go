@@ -62,14 +62,14 @@ func (c *console) keep(p []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.tail)+len(p) <= maxConsole {
-		c.file.WriteAt(p, int64(len(c.tail)))
+		_, _ = c.file.WriteAt(p, int64(len(c.tail))) // a full disk must not end the pod; tail has it
 		c.tail = append(c.tail, p...)
 		return
 	}
 	c.tail = append(c.tail[max(0, len(c.tail)-maxConsole/2):], p...)
 	c.tail = append([]byte(nil), c.tail...)
-	c.file.WriteAt(c.tail, 0)
-	c.file.Truncate(int64(len(c.tail)))
+	_, _ = c.file.WriteAt(c.tail, 0)
+	_ = c.file.Truncate(int64(len(c.tail)))
 }
 
 // close ends reading after what has already arrived.

@@ -73,7 +73,7 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 		"driver": "raw", "node-name": diskNode(lun), "read-only": d.ReadOnly, "discard": "unmap", "file": file,
 	}
 	if err := m.QMP(ctx, "blockdev-add", node, nil); err != nil {
-		m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
 		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
 	}
 	device := map[string]any{
@@ -81,8 +81,8 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 		"rotation_rate": 1, // as SSDs say
 	}
 	if err := m.QMP(ctx, "device_add", device, nil); err != nil {
-		m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
-		m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+		_ = m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
+		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
 		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
 	}
 	m.mu.Lock()
@@ -138,7 +138,7 @@ func (m *Machine) RemoveDisk(ctx context.Context, lun int) error {
 		return fmt.Errorf("detach disk %s: %w", d.Key, err)
 	}
 	// QEMU may have dropped the set with the last use of its file.
-	m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+	_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
 	m.mu.Lock()
 	delete(m.state.Disks, lun)
 	m.mu.Unlock()

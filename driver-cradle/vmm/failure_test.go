@@ -193,6 +193,49 @@ func TestVMConsoleIsBounded(t *testing.T) {
 // The leash: whenever a launcher is killed, its machine ends with it, and the next one finds a usable directory.
 func TestVMLauncherKilledAtRandom(t *testing.T) { killLaunchers(t, 8) }
 
+// A launcher that is killed while it makes a template leaves neither a process nor a template that is half there.
+func TestVMLauncherKilledWhileMakingATemplate(t *testing.T) {
+	c := ownTemplates(t, fromTemplate(t))
+	conf := c
+	if err := conf.check(); err != nil {
+		t.Fatal(err)
+	}
+	k, err := conf.key(mustQEMU(t, c), TCG)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts := OpenTemplates(c.CacheDir, nil)
+	work := filepath.Join(ts.Dir, "."+k.String()+".work", "run")
+	for range 4 {
+		l := startLauncher(t, again(t, c))
+		time.Sleep(time.Duration(rand.IntN(1200)) * time.Millisecond)
+		l.Process.Kill()
+		l.Wait()
+		if !eventually(func() bool { return len(qemus(t, work)) == 0 }) {
+			t.Fatalf("the template's QEMU outlives its launcher: %v", qemus(t, work))
+		}
+		if list, err := ts.List(); err != nil || len(list) > 1 || len(list) == 1 && list[0].RAM == "" {
+			t.Errorf("templates: %+v, %v", list, err)
+		}
+	}
+	if _, err := ts.GC(Limit{}); err != nil {
+		t.Error(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(ts.Dir, ".*")); len(left) > 0 {
+		t.Errorf("GC leaves %v", left)
+	}
+	start(t, again(t, c))
+}
+
+func mustQEMU(t *testing.T, c Config) *qemu {
+	t.Helper()
+	q, err := findQEMU(t.Context(), c.CacheDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
 func killLaunchers(t *testing.T, n int) {
 	c := fromTemplate(t)
 	c = again(t, c)

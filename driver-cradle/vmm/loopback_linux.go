@@ -97,7 +97,7 @@ func guard(g *os.File) error {
 	if err := unix.Flock(int(g.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("lock cgroup: %w", err)
 	}
-	defer unix.Flock(int(g.Fd()), unix.LOCK_UN)
+	defer func() { _ = unix.Flock(int(g.Fd()), unix.LOCK_UN) }() // closing g does it as well
 	var missing []guardProgram
 	for _, p := range guardPrograms {
 		got, err := link.QueryPrograms(link.QueryOptions{Target: int(g.Fd()), Attach: p.attach})

@@ -145,7 +145,7 @@ func (m *Machine) watch() {
 // gone removes what another process would take up.
 func (m *Machine) gone() {
 	if m.daemon != nil {
-		m.daemon.kill()
+		_ = m.daemon.kill() // it ends with QEMU by itself
 	}
 	m.console.ended()
 	<-m.monitor.done

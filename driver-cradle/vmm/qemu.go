@@ -66,7 +66,7 @@ func findQEMU(ctx context.Context, cacheDir string) (*qemu, error) {
 	}
 	k.File = file
 	if data, err := json.Marshal(k); err == nil {
-		writeFile(cache, data) // only a cache: without it the next start asks again
+		_ = writeFile(cache, data) // only a cache: without it the next start asks again
 	}
 	return &qemu{path, k.Version}, nil
 }

@@ -2,7 +2,6 @@ package vmm
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -19,7 +18,7 @@ import (
 type child struct {
 	*process
 	start uint64
-	goes  *os.File
+	goes  *os.File // closed when the child has ended: as long as it is open, the child knows that this process lives
 }
 
 // goAhead lets the child become the program.
@@ -28,7 +27,7 @@ func (c *child) goAhead() error {
 		return nil
 	}
 	_, err := c.goes.Write([]byte{1})
-	return errors.Join(err, c.goes.Close())
+	return err
 }
 
 // abort ends the child before its go-ahead.
@@ -36,7 +35,6 @@ func (c *child) abort() {
 	if c == nil {
 		return
 	}
-	c.goes.Close()
 	c.kill()
 	c.file.Close()
 }
@@ -70,9 +68,8 @@ func spawn(c *confinement, files []*os.File, cgroup *os.File, stderr io.Writer) 
 	if cgroup != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
 	}
-	p, start, err := run(cmd)
+	p, start, err := run(cmd, goesEnd)
 	if err != nil {
-		goesEnd.Close()
 		return nil, fmt.Errorf("start %s: %w", c.Path, err)
 	}
 	ch := &child{p, start, goesEnd}
@@ -83,9 +80,9 @@ func spawn(c *confinement, files []*os.File, cgroup *os.File, stderr io.Writer) 
 	return ch, nil
 }
 
-// run starts a command and sees to it that it is waited for. The parent-death signal is sent when the thread that forked ends:
+// run starts a command and sees to it that it is waited for, and leash closed then. The parent-death signal is sent when the thread that forked ends:
 // this one lives as long as the child does.
-func run(cmd *exec.Cmd) (*process, uint64, error) {
+func run(cmd *exec.Cmd, leash *os.File) (*process, uint64, error) {
 	type result struct {
 		p     *process
 		start uint64
@@ -94,6 +91,7 @@ func run(cmd *exec.Cmd) (*process, uint64, error) {
 	started := make(chan result, 1)
 	go func() {
 		runtime.LockOSThread()
+		defer leash.Close()
 		if err := cmd.Start(); err != nil {
 			started <- result{err: err}
 			return

@@ -113,7 +113,7 @@ func (m *Machine) remains() error {
 func (m *Machine) endDaemon() {
 	if d := m.state.Virtiofs; d != nil {
 		if p, err := openProcess(d.PID, d.StartTime); err == nil {
-			p.kill()
+			_ = p.kill() // it may have ended with QEMU
 			p.file.Close()
 		}
 	}

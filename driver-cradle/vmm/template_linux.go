@@ -364,7 +364,7 @@ func (t *Templates) take(name string, k Key) (*template, error) {
 		return nil, err
 	}
 	now := time.Now()
-	os.Chtimes(filepath.Join(dir, keyFile), now, now)
+	_ = os.Chtimes(filepath.Join(dir, keyFile), now, now) // only the order of eviction depends on it
 	return tm, nil
 }
 
@@ -655,7 +655,7 @@ func (m *Machine) restore(ctx context.Context, t *template) error {
 	defer writer.Wait()
 	writer.Go(func() {
 		defer w.Close()
-		w.Write(t.state) // QEMU says what is wrong with what it got
+		_, _ = w.Write(t.state) // QEMU says what is wrong with what it got
 	})
 	completed, failed := m.expect("migration completed"), m.expect("migration failed")
 	err = m.QMP(ctx, "migrate-incoming", map[string]any{"uri": "fd:state"}, nil)

@@ -233,11 +233,7 @@ func TestVMKVMThatFails(t *testing.T) {
 	if err := c.check(); err != nil {
 		t.Fatal(err)
 	}
-	q, err := findQEMU(t.Context(), c.CacheDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := c.startOn(t.Context(), q, KVM, "")
+	m, err := c.startOn(t.Context(), mustQEMU(t, c), KVM, "")
 	if err != nil {
 		t.Fatal(err)
 	}
