@@ -430,6 +430,7 @@ func (p *patcher) u16(off int64) uint16 { return binary.LittleEndian.Uint16(p.ge
 func (p *patcher) u32(off int64) uint32 { return binary.LittleEndian.Uint32(p.get(off, 4)) }
 
 func (p *patcher) put16(off int64, v uint16) { p.put(off, binary.LittleEndian.AppendUint16(nil, v)) }
+
 func (p *patcher) put32(off int64, v uint32) { p.put(off, binary.LittleEndian.AppendUint32(nil, v)) }
 
 func (p *patcher) clearBit(bitmap, bit int64) {

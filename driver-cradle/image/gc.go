@@ -39,7 +39,7 @@ func (s *Store) Hold(img *Image, owner string) (release func() error, err error)
 	defer lock.release()
 	rec := holdRecord{Owner: owner, ID: img.ID}
 	for _, l := range img.Layers {
-		if _, _, err := s.readLayer(l.DiffID); err != nil {
+		if _, err := s.readLayer(l.DiffID); err != nil {
 			return nil, fmt.Errorf("hold image %s: %w: layer %s is gone: pull it again", img.Reference, ErrNotFound, short(l.DiffID))
 		}
 		rec.Layers = append(rec.Layers, l.DiffID)

@@ -26,7 +26,7 @@ func twoImages(t *testing.T) (s *Store, one, two *Image) {
 }
 
 func (s *Store) has(l Layer) bool {
-	_, _, err := s.readLayer(l.DiffID)
+	_, err := s.readLayer(l.DiffID)
 	return err == nil
 }
 

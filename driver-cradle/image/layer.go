@@ -82,7 +82,7 @@ type job struct {
 // ensure returns the layer, from the cache or converted now. Whoever comes while another converts the same layer, in
 // this process or another, waits for that one.
 func (j *job) ensure(ctx context.Context) (Layer, error) {
-	if l, _, err := j.store.readLayer(j.blob.diffID); err == nil {
+	if l, err := j.store.readLayer(j.blob.diffID); err == nil {
 		j.progress(Ready, l.Size, l.Size)
 		return l, nil
 	}
@@ -96,12 +96,12 @@ func (j *job) ensure(ctx context.Context) (Layer, error) {
 		return Layer{}, err
 	}
 	defer lock.release()
-	l, _, err := j.store.readLayer(j.blob.diffID)
+	l, err := j.store.readLayer(j.blob.diffID)
 	if err != nil {
 		if err := j.convert(ctx); err != nil {
 			return Layer{}, spaceError(err, j.store.root)
 		}
-		if l, _, err = j.store.readLayer(j.blob.diffID); err != nil {
+		if l, err = j.store.readLayer(j.blob.diffID); err != nil {
 			return Layer{}, err
 		}
 	}

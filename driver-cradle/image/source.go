@@ -17,11 +17,10 @@ import (
 
 // A resolved image is what a source says about it; nothing of it is verified but the manifest's digest.
 type resolved struct {
-	digest   string // of the manifest, or ""
-	id       string // digest of the configuration
-	config   []byte
-	blobs    []blob
-	platform string // of the manifest, as the index says, or ""
+	digest string // of the manifest, or ""
+	id     string // digest of the configuration
+	config []byte
+	blobs  []blob
 }
 
 // A source is a place that images come from: a registry, an OCI layout, a docker archive.

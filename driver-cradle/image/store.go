@@ -102,23 +102,23 @@ func (s *Store) imagePath(reference, platform string) string {
 }
 
 // readLayer returns the layer if it is in the cache, complete.
-func (s *Store) readLayer(diffID string) (Layer, layerRecord, error) {
+func (s *Store) readLayer(diffID string) (Layer, error) {
 	var rec layerRecord
 	if !isDigest(diffID) {
-		return Layer{}, rec, fmt.Errorf("%w: diff id %.100q is no sha256 digest", ErrCorrupt, diffID)
+		return Layer{}, fmt.Errorf("%w: diff id %.100q is no sha256 digest", ErrCorrupt, diffID)
 	}
 	l := Layer{DiffID: diffID, Path: s.layerPath(diffID, ".ext4")}
 	if err := readJSON(s.layerPath(diffID, ".json"), &rec); err != nil {
-		return l, rec, err
+		return l, err
 	}
 	fi, err := os.Stat(l.Path)
 	if err != nil {
-		return l, rec, err
+		return l, err
 	}
 	if l.Size = fi.Size(); l.Size != rec.Size || rec.DiffID != diffID {
-		return l, rec, fmt.Errorf("%s: %w: %d bytes, not the %d that were written", l.Path, ErrCorrupt, l.Size, rec.Size)
+		return l, fmt.Errorf("%s: %w: %d bytes, not the %d that were written", l.Path, ErrCorrupt, l.Size, rec.Size)
 	}
-	return l, rec, nil
+	return l, nil
 }
 
 // image makes an Image of a record. The error is fs.ErrNotExist where a layer is missing.
@@ -134,7 +134,7 @@ func (s *Store) image(rec *imageRecord, used time.Time) (*Image, error) {
 		img.Created = *img.Config.Created
 	}
 	for _, id := range rec.Layers {
-		l, _, err := s.readLayer(id)
+		l, err := s.readLayer(id)
 		if err != nil {
 			return nil, fmt.Errorf("image %s: layer %s: %w", rec.Reference, short(id), err)
 		}

@@ -7,7 +7,7 @@ import (
 
 // VerifyLayer reads one layer again and compares it with what was recorded when it was made.
 func (s *Store) VerifyLayer(ctx context.Context, diffID string) error {
-	l, _, err := s.readLayer(diffID)
+	l, err := s.readLayer(diffID)
 	if err == nil {
 		err = s.verifyLayer(ctx, l.Path)
 	}

@@ -127,7 +127,7 @@ func (g *guest) hijack(ctx context.Context, path string, query url.Values, body 
 	err = req.Write(conn)
 	var resp *http.Response
 	if err == nil {
-		resp, err = http.ReadResponse(r, req)
+		resp, err = http.ReadResponse(r, req) //nolint:bodyclose // the body is the stream, which the caller closes
 	}
 	if err == nil && resp.StatusCode != http.StatusSwitchingProtocols && resp.StatusCode != http.StatusOK {
 		if err = check(resp); err == nil {

@@ -160,7 +160,7 @@ func begun(r *pod.Running) (code int, why string) {
 	if !slices.ContainsFunc(s.Containers, func(c wire.ContainerStatus) bool { return c.State == wire.StateRunning }) {
 		wait, cancel := context.WithTimeout(ctx, 5*time.Second) // containers may be waiting for others
 		defer cancel()
-		r.Wait(wait)
+		_, _ = r.Wait(wait) // how it ended is looked at below
 	}
 	for _, c := range s.Containers {
 		if c.Error != "" && (c.ExitCode == 126 || c.ExitCode == 127 || c.ExitCode == exitRefused) {

@@ -31,7 +31,7 @@ func (c *cli) takeTerminal(ctx context.Context, g *guest, path string, raw bool)
 		if err != nil {
 			return nil, err
 		}
-		t.restore = sync.OnceFunc(func() { term.Restore(fd, before) })
+		t.restore = sync.OnceFunc(func() { _ = term.Restore(fd, before) })
 	}
 	changed := make(chan os.Signal, 1)
 	signal.Notify(changed, unix.SIGWINCH)
@@ -70,7 +70,7 @@ func (t *terminal) giveBack() {
 // feed copies stdin into a stream until either ends. It is not waited for: nothing makes a read of stdin return.
 func (c *cli) feed(s *stream) {
 	go func() {
-		io.Copy(s, c.stdin)
-		s.closeWrite()
+		_, _ = io.Copy(s, c.stdin) // it ends with either side, and the container learns of no other end
+		_ = s.closeWrite()
 	}()
 }

@@ -16,10 +16,14 @@ func TestHostDNS(t *testing.T) {
 		name, conf, upstreams string
 		want                  wire.DNS
 	}{
-		{"plain", "# comment\nnameserver 192.0.2.1\nnameserver 2001:db8::1 # the second\nsearch a.example b.example\noptions ndots:2 rotate\n", "",
-			wire.DNS{Servers: []string{"192.0.2.1", "2001:db8::1"}, Search: []string{"a.example", "b.example"}, Options: []string{"ndots:2", "rotate"}}},
-		{"stub", stub, "nameserver 192.0.2.7\nnameserver fe80::1%eth0\nnameserver 127.0.0.1\nsearch other.example\n",
-			wire.DNS{Servers: []string{"192.0.2.7"}, Search: []string{"example.org"}, Options: []string{"edns0", "trust-ad"}}},
+		{
+			"plain", "# comment\nnameserver 192.0.2.1\nnameserver 2001:db8::1 # the second\nsearch a.example b.example\noptions ndots:2 rotate\n", "",
+			wire.DNS{Servers: []string{"192.0.2.1", "2001:db8::1"}, Search: []string{"a.example", "b.example"}, Options: []string{"ndots:2", "rotate"}},
+		},
+		{
+			"stub", stub, "nameserver 192.0.2.7\nnameserver fe80::1%eth0\nnameserver 127.0.0.1\nsearch other.example\n",
+			wire.DNS{Servers: []string{"192.0.2.7"}, Search: []string{"example.org"}, Options: []string{"edns0", "trust-ad"}},
+		},
 		{"stub without upstreams", stub, "", wire.DNS{Search: []string{"example.org"}, Options: []string{"edns0", "trust-ad"}}},
 		{"one of two is local", "nameserver ::1\nnameserver 192.0.2.1\n", "nameserver 192.0.2.9\n", wire.DNS{Servers: []string{"192.0.2.1"}}},
 		{"root as search domain", "nameserver 192.0.2.1\nsearch .\n", "", wire.DNS{Servers: []string{"192.0.2.1"}, Search: []string{}}},

@@ -52,7 +52,7 @@ func (r *Running) saveLog(container, path string) (err error) {
 	}
 	silence := time.AfterFunc(time.Minute, cancel)
 	defer silence.Stop()
-	resp, err := r.machine.Client().Do(req)
+	resp, err := r.machine.Client().Do(req) //nolint:bodyclose // it is, below; the linter loses it in the closure
 	if err != nil {
 		return err
 	}

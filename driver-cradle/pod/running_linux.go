@@ -378,7 +378,7 @@ func (r *Running) watch() {
 	report := &Report{Version: reportVersion, StartedAt: r.started, Machine: r.machine.Info()}
 	if err == nil {
 		report.Status = status
-		r.bringHome(&status)
+		r.bringHome()
 	} else {
 		report.Status, report.Failure = r.lastStatus(err)
 	}
@@ -446,7 +446,7 @@ const (
 )
 
 // bringHome takes from a guest whose pod has ended what is wanted afterwards. What fails is only logged: the pod has ended all the same.
-func (r *Running) bringHome(s *wire.Status) {
+func (r *Running) bringHome() {
 	if !r.discardLogs {
 		if err := r.saveLogs(); err != nil {
 			r.log.Error("logs are not saved", "pod", r.spec.Name, "error", err)

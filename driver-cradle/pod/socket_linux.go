@@ -31,7 +31,7 @@ func (r *Running) bind() error {
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer func() { _ = done() }() // a directory that is only read
 	r.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: short, Net: "unix"})
 	if err != nil {
 		return fmt.Errorf("listen on %s: %w", path, err)
@@ -51,7 +51,7 @@ func (d *Dir) Dial(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer done()
+	defer func() { _ = done() }() // a directory that is only read
 	c, err := new(net.Dialer).DialContext(ctx, "unix", short)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, errors.Unwrap(err))

@@ -295,6 +295,6 @@ func config() *yamux.Config {
 type stream struct{ *yamux.Stream }
 
 func (s *stream) Close() error {
-	s.CloseWrite() // fails only where the stream is over, and then so is what Close is for
+	_ = s.CloseWrite() // fails only where the stream is over, and then so is what Close is for
 	return s.Reset()
 }

@@ -480,7 +480,7 @@ func TestProxyClientGone(t *testing.T) {
 		guest.SetDeadline(time.Now().Add(30 * time.Second))
 		for {
 			if _, err := guest.Write(random(1 << 10)); err != nil {
-				if err, ok := err.(net.Error); ok && err.Timeout() {
+				if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
 					t.Error("the guest's stream is still open")
 				}
 				break

@@ -241,7 +241,7 @@ func (l *log) put(r record, b []byte) {
 			l.wake()
 			return
 		}
-		s.file.Truncate(s.size)
+		_ = s.file.Truncate(s.size) // the next write begins at size anyway
 		l.makeRoom()
 	}
 }
@@ -340,7 +340,7 @@ func (l *log) remove(i int) {
 	l.segments = slices.Delete(l.segments, i, i+1)
 	if !s.memory {
 		if err := os.Remove(filepath.Join(l.dir, segmentName(s.seq))); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			s.file.Truncate(0)
+			_ = s.file.Truncate(0) // then at least its space is free
 		}
 	}
 	s.gone = true

@@ -114,7 +114,7 @@ func (a *api) getArchive(w http.ResponseWriter, r *http.Request, c *guest.Contai
 	}
 	w.Header().Set("Content-Type", "application/x-tar")
 	if err := pack(r.Context(), w, f.dir, f.base, archiveName(f.name), false); err != nil {
-		return cutOff(r, err)
+		return cutOff(r)
 	}
 	c.Emit("archive-path", nil)
 	return nil
@@ -129,10 +129,11 @@ func archiveName(asked string) string {
 	return path.Base(asked)
 }
 
-// cutOff ends an answer that can't be completed: the client sees a broken transfer, not the end of an archive.
-func cutOff(r *http.Request, err error) error {
+// cutOff ends an answer that can't be completed: the client sees a broken transfer, not the end of an archive. It returns where
+// the client has gone.
+func cutOff(r *http.Request) error {
 	if r.Context().Err() != nil {
-		return nil
+		return nil //nolint:nilerr // nobody is left to tell
 	}
 	panic(http.ErrAbortHandler)
 }
@@ -245,7 +246,7 @@ func (a *api) export(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	defer root.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
 	if err := pack(r.Context(), w, root.dir, "", "", true); err != nil {
-		return cutOff(r, err)
+		return cutOff(r)
 	}
 	c.Emit("export", nil)
 	return nil

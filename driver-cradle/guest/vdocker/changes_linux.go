@@ -208,7 +208,7 @@ func treeSize(dir string) (n int64, err error) {
 		}
 		info, err := e.Info()
 		if err != nil {
-			return nil // gone
+			return nil //nolint:nilerr // gone
 		}
 		if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink > 1 {
 			if seen[st.Ino] {

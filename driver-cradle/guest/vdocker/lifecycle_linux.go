@@ -99,11 +99,11 @@ func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusOK)
 	if err := http.NewResponseController(w).Flush(); err != nil {
-		return nil
+		return nil //nolint:nilerr // the client has gone
 	}
 	code, message, err := wait(r.Context())
 	if err != nil && r.Context().Err() != nil {
-		return nil
+		return nil //nolint:nilerr // the client has gone
 	}
 	answer := container.WaitResponse{StatusCode: int64(code)}
 	if err != nil {

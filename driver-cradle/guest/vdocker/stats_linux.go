@@ -42,7 +42,7 @@ func (a *api) stats(w http.ResponseWriter, r *http.Request, c *guest.Container) 
 		// A single answer has two samples behind it, unless the client wants it now, or nothing would change.
 		if stream || oneShot || before != nil || !c.State().Running {
 			if enc.Encode(s) != nil || out.Flush() != nil || !stream {
-				return nil
+				return nil //nolint:nilerr // done, or the client has gone
 			}
 		}
 		before = s

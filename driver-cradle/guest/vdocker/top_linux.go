@@ -100,15 +100,15 @@ func accounts(rootfs string) map[uint32]string {
 
 // process is what /proc tells about one (proc(5)).
 type process struct {
-	pid, ppid, pgrp, session  int
-	tty                       int
-	uid, gid                  uint32
-	comm, state, args         string
-	user, kernel, start       uint64 // clock ticks; start since boot
-	priority, nice, threads   int
-	virtual, resident, shared uint64 // bytes
-	sessionLeader             bool
-	foreground, locked        bool
+	pid, ppid, pgrp, session int
+	tty                      int
+	uid, gid                 uint32
+	comm, state, args        string
+	user, kernel, start      uint64 // clock ticks; start since boot
+	priority, nice, threads  int
+	virtual, resident        uint64 // bytes
+	sessionLeader            bool
+	foreground               bool
 }
 
 func readProcess(pid int) (*process, error) {
