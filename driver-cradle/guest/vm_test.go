@@ -210,7 +210,7 @@ func tryBoot(t testing.TB, p podSpec) (*machine, error) {
 		l.Disks = append(l.Disks, wire.Disk{Key: d.Key, LUN: lun, ReadOnly: d.ReadOnly})
 	}
 	if p.start == "" {
-		p.start = vmm.Cold
+		p.start = vmm.Auto
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()

@@ -69,6 +69,15 @@ func TestVMVolumes(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(share, "sub", "deep", "f"), []byte("deep\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Mkdir(filepath.Join(share, "own"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(filepath.Join(share, "own"), 1234, 4321); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(share, "secret"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	single := filepath.Join(t.TempDir(), "single.conf")
 	if err := os.WriteFile(single, []byte("one file\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -105,6 +114,9 @@ func TestVMVolumes(t *testing.T) {
 		after(with(sh("blockro", "cat /e/f; touch /e/g 2>/dev/null || echo refused"), "ext:/e:ro"), "block"),
 		with(sh("raw", "test -b /dev/volumes/raw && printf hello | dd of=/dev/volumes/raw conv=fsync 2>/dev/null && blockdev --getsize64 /dev/volumes/raw"), "raw:/:raw"),
 		with(sh("share", "cat /s/in; stat -c '%u:%g %a' /s/in; mkdir /s/made; echo back > /s/made/out; chown 77:88 /s/made/out; ln -s in /s/link; cat /c; echo x > /c || true"), "dir:/s", "conf:/c"),
+		settings(with(sh("shareuser", "cat /s/in; echo mine > /s/own/f; chmod 600 /s/own/f; stat -c '%u:%g %a' /s/own/f; cat /s/secret; touch /s/denied; mv /s/own/f /s/own/g && ls /s/own"), "dir:/s"), func(c *spec.Container) {
+			c.User = "1234:4321"
+		}),
 		with(sh("mem", "echo shared > /m/f; df -k /m | tail -1 | awk '{print $2}'"), "mem:/m"),
 		after(with(sh("mem2", "cat /m/f"), "mem:/m"), "mem"),
 		with(sh("copyup", "ls /etc/passwd; stat -c %a /new; id -un"), "etc:/etc", "local:/new"),
@@ -127,6 +139,10 @@ func TestVMVolumes(t *testing.T) {
 	stdout, stderr := m.logs("share")
 	if stdout != "from the host\n1234:4321 640\none file\n" || !strings.Contains(stderr, "Read-only file system") {
 		t.Errorf("share printed %q, %q", stdout, stderr)
+	}
+	stdout, stderr = m.logs("shareuser")
+	if stdout != "from the host\n1234:4321 600\ng\n" || stderr != "cat: can't open '/s/secret': Permission denied\ntouch: /s/denied: Permission denied\n" {
+		t.Errorf("a user of the share printed %q, %q", stdout, stderr)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(filepath.Join(share, "made", "out"), &st); err != nil || st.Uid != 77 || st.Gid != 88 {
