@@ -3,7 +3,9 @@
 package vmm
 
 import (
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -40,7 +42,7 @@ func BenchmarkVMStart(b *testing.B) {
 
 // BenchmarkVMTemplate measures making a template and filling a memory from its file.
 func BenchmarkVMTemplate(b *testing.B) {
-	var made, filled time.Duration
+	var made, hashed, filled time.Duration
 	var bytes int64
 	n := 0
 	for b.Loop() {
@@ -52,18 +54,22 @@ func BenchmarkVMTemplate(b *testing.B) {
 			b.Fatal(err)
 		}
 		made += time.Since(began)
-		began = time.Now()
-		f, err := ts.fill(ts.Dir+"/"+info.Name, info)
-		if err != nil {
-			b.Fatal(err)
+		os.Remove(filepath.Join(ts.Dir, info.Name, checkedFile)) // Build has filled one already
+		for _, sum := range []*time.Duration{&hashed, &filled} {
+			began = time.Now()
+			f, err := ts.fill(filepath.Join(ts.Dir, info.Name), info)
+			if err != nil {
+				b.Fatal(err)
+			}
+			*sum += time.Since(began)
+			f.Close()
 		}
-		filled += time.Since(began)
-		f.Close()
 		bytes = info.RAMBytes
 		n++
 	}
 	b.ReportMetric(float64(made.Milliseconds())/float64(n), "ms/make")
 	b.ReportMetric(float64(filled.Microseconds())/1000/float64(n), "ms/fill")
+	b.ReportMetric(float64(hashed.Microseconds())/1000/float64(n), "ms/fill-hashed")
 	b.ReportMetric(float64(bytes)/(1<<20), "MiB")
 	b.ReportMetric(0, "ns/op")
 }

@@ -53,33 +53,18 @@ func seal(f *os.File) error {
 	return nil
 }
 
-// copySparse copies the pages of from that are not zero to to, which may be nil, and returns how many they are and their digest:
-// sha256 over each page's offset (64 bits, little-endian) and content.
-func copySparse(to, from *os.File) (pages int64, digest string, err error) {
-	size, err := from.Seek(0, io.SeekEnd)
-	if err != nil {
-		return 0, "", err
-	}
+// digestSparse copies the pages of from that are not zero to to, which may be nil, and returns how many they are and their digest:
+// sha256 over each one's offset (64 bits, little-endian) and content.
+func digestSparse(to, from *os.File) (pages int64, digest string, err error) {
 	h := sha256.New()
 	buf := make([]byte, 256*pageSize)
-	for off := int64(0); off < size; {
-		data, err := unix.Seek(int(from.Fd()), off, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			break
-		}
-		if err != nil {
-			return 0, "", fmt.Errorf("%s: %w", from.Name(), err)
-		}
-		hole, err := unix.Seek(int(from.Fd()), data, unix.SEEK_HOLE)
-		if err != nil {
-			return 0, "", fmt.Errorf("%s: %w", from.Name(), err)
-		}
-		for off = data &^ (pageSize - 1); off < hole; {
-			n, err := from.ReadAt(buf[:min(int64(len(buf)), size-off)], off)
-			if err != nil && !(errors.Is(err, io.EOF) && n > 0) {
-				return 0, "", err
+	err = eachExtent(from, func(start, end int64) error {
+		for off := start; off < end; {
+			n, err := from.ReadAt(buf[:min(int64(len(buf)), end-off)], off)
+			if err != nil {
+				return err // sizes are whole pages: the file is being changed
 			}
-			for i := 0; i+pageSize <= n; i += pageSize {
+			for i := 0; i < n; i += pageSize {
 				page := buf[i : i+pageSize]
 				if bytes.Equal(page, zeroPage[:]) {
 					continue
@@ -90,14 +75,65 @@ func copySparse(to, from *os.File) (pages int64, digest string, err error) {
 				h.Write(page)
 				if to != nil {
 					if _, err := to.WriteAt(page, at); err != nil {
-						return 0, "", err
+						return err
 					}
 				}
 			}
 			off += int64(n)
 		}
+		return nil
+	})
+	return pages, hex.EncodeToString(h.Sum(nil)), err
+}
+
+// eachExtent calls f for each piece of a file that is no hole, in whole pages.
+func eachExtent(file *os.File, f func(start, end int64) error) error {
+	fi, err := file.Stat()
+	if err != nil {
+		return err
 	}
-	return pages, hex.EncodeToString(h.Sum(nil)), nil
+	size, fd := fi.Size(), int(file.Fd())
+	for off := int64(0); off < size; {
+		start, err := unix.Seek(fd, off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", file.Name(), err)
+		}
+		end, err := unix.Seek(fd, start, unix.SEEK_HOLE)
+		if err != nil {
+			return fmt.Errorf("%s: %w", file.Name(), err)
+		}
+		start, end = start&^(pageSize-1), min((end+pageSize-1)&^(pageSize-1), size)
+		if err := f(start, end); err != nil {
+			return err
+		}
+		off = end
+	}
+	return nil
+}
+
+// copyExtents copies what is no hole, without looking at it, inside the kernel.
+func copyExtents(to, from *os.File) error {
+	return eachExtent(from, func(start, end int64) error {
+		if _, err := unix.Seek(int(to.Fd()), start, io.SeekStart); err != nil {
+			return fmt.Errorf("%s: %w", to.Name(), err)
+		}
+		for start < end {
+			n, err := unix.Sendfile(int(to.Fd()), int(from.Fd()), &start, int(end-start))
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			if err == nil && n == 0 {
+				err = io.ErrUnexpectedEOF
+			}
+			if err != nil {
+				return fmt.Errorf("copy %s: %w", from.Name(), err)
+			}
+		}
+		return nil
+	})
 }
 
 // A memory is a template's RAM as this process holds it.

@@ -26,10 +26,11 @@ import (
 
 // Files of a template.
 const (
-	ramFile   = "ram"      // sparse
-	vmState   = "state"    // of the devices, as QEMU migrates it
-	keyFile   = "key.json" // a TemplateInfo; its modification time is that of the last use
-	brokenExt = ".broken"  // why a template with this key did not restore
+	ramFile     = "ram"          // sparse
+	vmState     = "state"        // of the devices, as QEMU migrates it
+	keyFile     = "key.json"     // a TemplateInfo; its modification time is that of the last use
+	checkedFile = "checked.json" // the identity of the ram file whose digest was right
+	brokenExt   = ".broken"      // why a template with this key did not restore
 )
 
 // brokenFor is how long a template that did not restore is not made again.
@@ -381,23 +382,39 @@ func readBounded(path string, limit int64) ([]byte, error) {
 	return data, err
 }
 
-// fill makes a sealed memory of a template's file, checking what it reads.
+// fill makes a sealed memory of a template's file. The content is hashed once in a boot of the host, which takes longer than copying
+// it; after that it is the same file as long as inode, size and change time are the same: nobody but root can write it, and not even
+// root can do so without changing the latter.
 func (t *Templates) fill(dir string, info TemplateInfo) (*os.File, error) {
 	ram, err := os.Open(filepath.Join(dir, ramFile))
 	if err != nil {
 		return nil, err
 	}
 	defer ram.Close()
-	if fi, err := ram.Stat(); err != nil || fi.Size() != int64(info.Key.Memory) {
+	now, err := identify(ram)
+	if err != nil {
+		return nil, err
+	}
+	if now.Size != int64(info.Key.Memory) {
 		return nil, fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
 	}
 	f, err := newMemfd(info.Name, int64(info.Key.Memory))
 	if err != nil {
 		return nil, err
 	}
-	_, digest, err := copySparse(f, ram)
-	if err == nil && digest != info.RAM {
-		err = fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
+	path := filepath.Join(dir, checkedFile)
+	var then identity
+	data, err := readBounded(path, 64<<10)
+	if err == nil && json.Unmarshal(data, &then) == nil && then == now {
+		err = copyExtents(f, ram)
+	} else {
+		var digest string
+		if _, digest, err = digestSparse(f, ram); err == nil && digest != info.RAM {
+			err = fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
+		}
+		if data, jerr := json.Marshal(now); err == nil && jerr == nil {
+			writeFile(path, data) // without it the next one hashes again
+		}
 	}
 	if err == nil {
 		err = seal(f)
@@ -407,6 +424,26 @@ func (t *Templates) fill(dir string, info TemplateInfo) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// An identity is that of a file's content, in one boot of the host.
+type identity struct {
+	BootID     string
+	Dev, Inode uint64
+	Size       int64
+	Changed    int64 // nanoseconds
+}
+
+func identify(f *os.File) (identity, error) {
+	boot, err := bootID()
+	if err != nil {
+		return identity{}, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return identity{}, fmt.Errorf("stat %s: %w", f.Name(), err)
+	}
+	return identity{boot, st.Dev, st.Ino, st.Size, st.Ctim.Nano()}, nil
 }
 
 // make boots a machine, waits until its agent is parked, and saves it. The caller has the template's lock.
@@ -450,7 +487,7 @@ func (t *Templates) make(ctx context.Context, c *Config, q *qemu, k Key) (err er
 	if err := file.Truncate(int64(k.Memory)); err != nil {
 		return err
 	}
-	pages, digest, err := copySparse(file, ram)
+	pages, digest, err := digestSparse(file, ram)
 	if err != nil {
 		return err
 	}
@@ -700,7 +737,7 @@ func (t *Templates) Verify(name string) error {
 		return fmt.Errorf("verify template: %w", err)
 	}
 	defer ram.Close()
-	if _, digest, err := copySparse(nil, ram); err != nil || digest != info.RAM {
+	if _, digest, err := digestSparse(nil, ram); err != nil || digest != info.RAM {
 		return errors.Join(fmt.Errorf("template %s: %s is damaged", name, ramFile), err)
 	}
 	return nil

@@ -60,7 +60,7 @@ func heldDigest(t testing.TB, name string) string {
 	defer held.Unlock()
 	for id, m := range held.memories {
 		if strings.Contains(id, name) {
-			_, digest, err := copySparse(nil, m.file)
+			_, digest, err := digestSparse(nil, m.file)
 			if err != nil {
 				t.Fatal(err)
 			}

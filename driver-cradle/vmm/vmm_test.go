@@ -290,12 +290,23 @@ func TestSparseCopyAndSeal(t *testing.T) {
 	if err := file.Truncate(size); err != nil {
 		t.Fatal(err)
 	}
-	pages, digest, err := copySparse(file, from)
+	pages, digest, err := digestSparse(file, from)
 	if err != nil || pages != 3 {
 		t.Fatalf("%d pages, %v", pages, err)
 	}
-	if _, again, err := copySparse(nil, file); err != nil || again != digest {
+	if _, again, err := digestSparse(nil, file); err != nil || again != digest {
 		t.Errorf("the copy's digest is %s, %v, want %s", again, err, digest)
+	}
+	third, err := newMemfd("test", size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer third.Close()
+	if err := copyExtents(third, file); err != nil {
+		t.Fatal(err)
+	}
+	if _, again, err := digestSparse(nil, third); err != nil || again != digest {
+		t.Errorf("the extents' digest is %s, %v, want %s", again, err, digest)
 	}
 	if isSealedMemory(from, "test", size) {
 		t.Error("memory without seals is taken for sealed")
