@@ -38,7 +38,8 @@ kernel: setup ## build the guest kernel of boot package default (5 minutes the f
 boot: boot-default boot-stock ## assemble the boot packages bin/boot/default (own kernel) and bin/boot/stock (distribution's)
 boot-default: kernel build
 	@bin/kcradle boot build --variant default --kernel "$$(tools/kernel/build.sh)" --agent bin/boot/cradle-init bin/boot/default
-boot-stock: setup build
+boot-stock: build
+	@tools/setup.sh --demo
 	@stock=$$(tools/kernel/stock.sh); bin/kcradle boot build --variant stock --kernel "$$stock/vmlinuz" --modules "$$stock/modules" --agent bin/boot/cradle-init bin/boot/stock
 
 .PHONY: images
@@ -80,7 +81,10 @@ bench: boot images ## measure what the README promises and print the table (docs
 	@go run ./test/bench
 
 .PHONY: demo
-demo: setup build images ## mariadb, nginx and redis in microVMs, used by real clients (root)
+demo: ## mariadb, nginx and redis in microVMs, used by real clients (root)
+	@tools/setup.sh --demo
+	@$(MAKE) --no-print-directory build
+	@examples/images/build.sh mariadb nginx redis
 	@if kernel=$$(tools/kernel/build.sh --cached 2>/dev/null); then \
 	  $(MAKE) --no-print-directory boot-default; variant=default; \
 	else \

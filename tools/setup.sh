@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# setup.sh [--check]: install what building, testing and the demo need from the distribution's packages.
+# setup.sh [--demo] [--check]: install what building and testing need from the distribution's packages; --demo: only what the
+# demo needs.
 #
 # Debian 12 or newer and Ubuntu 22.04 or newer. Does nothing (in a few milliseconds) where everything is there; --check
 # only says what is missing. One plain message and exit code 1 where something can't be had.
@@ -18,15 +19,29 @@ newest_source() {
   if grep -qx linux-source-6.1 <<<"$all"; then echo linux-source-6.1; else sort -V <<<"$all" | tail -n 1; fi
 }
 
+demo= check=
+for option in "$@"; do
+  case $option in
+    --demo) demo=1 ;;
+    --check) check=1 ;;
+    *) die "usage: setup.sh [--demo] [--check]" ;;
+  esac
+done
 packages=(
   # running pods
-  qemu-system-x86 e2fsprogs xfsprogs iproute2 iputils-ping util-linux
-  # the guest's kernel: own build, and the distribution's as it is
-  build-essential flex bison bc libelf-dev libssl-dev cpio kmod lz4 xz-utils bzip2 zstd
+  qemu-system-x86 e2fsprogs xfsprogs iproute2 util-linux
+  # the distribution's kernel as it is
+  kmod xz-utils
   # images made from packages
-  mmdebstrap debian-archive-keyring fakeroot
-  # tests and demo: the real clients, and docker to compare with
-  docker.io mariadb-client redis-tools curl ca-certificates git nfs-common procps
+  mmdebstrap debian-archive-keyring
+  # the demo's clients
+  mariadb-client redis-tools curl ca-certificates
+)
+[ -n "$demo" ] || packages+=(
+  # the guest's own kernel
+  build-essential flex bison bc libelf-dev libssl-dev cpio lz4 bzip2 zstd
+  # more clients, and docker to compare with
+  docker.io git nfs-common procps
 )
 missing=()
 want_missing() {
@@ -38,11 +53,11 @@ want_missing() {
   for name in "${packages[@]}"; do
     [ -n "${have[$name]:-}" ] || missing+=("$name")
   done
-  [ -n "$(dpkg-query -W -f '${db:Status-Status}\n' 'linux-source-*' 2>/dev/null | grep -x installed)" ] || missing+=(linux-source)
+  [ -n "$demo" ] || [ -n "$(dpkg-query -W -f '${db:Status-Status}\n' 'linux-source-*' 2>/dev/null | grep -x installed)" ] || missing+=(linux-source)
 }
 want_missing
 [ "${#missing[@]}" -gt 0 ] || exit 0
-if [ "${1:-}" = --check ]; then die "missing packages: ${missing[*]}: run tools/setup.sh as root"; fi
+if [ -n "$check" ]; then die "missing packages: ${missing[*]}: run tools/setup.sh as root"; fi
 
 run=()
 if [ "$(id -u)" != 0 ]; then
