@@ -424,8 +424,14 @@ func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*guest, error) {
 		if !running {
 			return nil, fmt.Errorf("%s: %w: kcradle run %[1]s starts it", d.Path(), pod.ErrNotRunning)
 		}
-		if err := c.spawnMonitor(ctx, d, "--take-up"); err != nil && !errors.Is(err, pod.ErrRunning) {
-			return nil, err
+		if err := c.spawnMonitor(ctx, d, "--take-up"); err != nil {
+			// Another command may have been first, or the machine has ended just now.
+			if pid, perr := d.Attendant(); perr == nil && pid == 0 {
+				if running, rerr := d.Running(); rerr == nil && !running {
+					err = fmt.Errorf("%s: %w", d.Path(), pod.ErrNotRunning)
+				}
+				return nil, err
+			}
 		}
 	}
 	return &guest{func(ctx context.Context) (net.Conn, error) { return d.Dial(ctx) }}, nil

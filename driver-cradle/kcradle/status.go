@@ -94,29 +94,8 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 		return nil, err
 	}
 	if running {
-		g, err := c.guestOf(ctx, d)
-		if err != nil {
-			return nil, err
-		}
-		var w wire.Status
-		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-		defer cancel()
-		if err := g.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w); err == nil && w.State != wire.StateExited {
-			s.State, s.Containers = w.State, w.Containers
-			if s.Attendant, err = d.Attendant(); err != nil {
-				return nil, err
-			}
-			info, err := d.Machine()
-			if err == nil {
-				s.Machine, s.StartedAt = info, info.StartedAt
-			}
-			return s, nil
-		} else if still, _ := d.Running(); still && err != nil {
-			return nil, fmt.Errorf("status of %s: %w", d.Path(), err)
-		}
-		// It has ended, and is being brought home.
-		if err := d.AwaitEnd(ctx); err != nil {
-			return nil, fmt.Errorf("end of %s: %w", d.Path(), err)
+		if err := c.liveStatus(ctx, d, s); err != nil || s.State == wire.StateRunning {
+			return s, err
 		}
 	}
 	r, err := d.Report()
@@ -135,6 +114,40 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 		s.Machine = &r.Machine
 	}
 	return s, nil
+}
+
+// liveStatus asks the guest. It leaves s as it is when the pod has ended, and is brought home.
+func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
+	g, err := c.guestOf(ctx, d)
+	if errors.Is(err, pod.ErrNotRunning) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	var w wire.Status
+	err = g.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w)
+	if err != nil {
+		if running, rerr := d.Running(); rerr == nil && running {
+			return fmt.Errorf("status of %s: %w", d.Path(), err)
+		}
+	}
+	if err != nil || w.State == wire.StateExited {
+		if err := d.AwaitEnd(ctx); err != nil {
+			return fmt.Errorf("end of %s: %w", d.Path(), err)
+		}
+		return nil
+	}
+	s.State, s.Containers = wire.StateRunning, w.Containers
+	if s.Attendant, err = d.Attendant(); err != nil {
+		return err
+	}
+	if info, err := d.Machine(); err == nil {
+		s.Machine, s.StartedAt = info, info.StartedAt
+	}
+	return nil
 }
 
 func (c *cli) printStatus(s *podStatus) error {

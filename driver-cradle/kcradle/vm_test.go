@@ -21,7 +21,7 @@ import (
 
 // A world is what tests with machines share: a boot package of this source, a cache with its template, the example images.
 type world struct {
-	dir, root, boot, images, kcradle string
+	dir, tmp, root, boot, images, kcradle string
 }
 
 // theWorld is made once for the process.
@@ -38,7 +38,6 @@ func theWorld(t testing.TB) *world {
 }
 
 var makeWorld = sync.OnceValues(func() (*world, error) {
-	// Beside the binaries of the build cache: os.TempDir may be a small tmpfs.
 	dir := filepath.Join(os.TempDir(), fmt.Sprintf("kcradle-test-%d", os.Getpid()))
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return nil, err
@@ -48,7 +47,10 @@ var makeWorld = sync.OnceValues(func() (*world, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &world{dir: dir, root: filepath.Join(dir, "cache"), boot: filepath.Join(dir, "boot"), images: filepath.Join(cache, "cradlestack", "images"), kcradle: filepath.Join(dir, "kcradle")}
+	w := &world{dir: dir, tmp: filepath.Join(dir, "tmp"), root: filepath.Join(dir, "cache"), boot: filepath.Join(dir, "boot"), images: filepath.Join(cache, "cradlestack", "images"), kcradle: filepath.Join(dir, "kcradle")}
+	if err := os.Mkdir(w.tmp, 0o700); err != nil {
+		return nil, err
+	}
 	kernel, err := command("../../tools/kernel/build.sh")
 	if err != nil {
 		return nil, err
@@ -81,13 +83,13 @@ func command(name string, args ...string) (string, error) {
 
 // env is the environment of a kcradle in this world.
 func (w *world) env() []string {
-	return append(os.Environ(), "CRADLE_ROOT="+w.root, "CRADLE_BOOT="+w.boot, "PATH="+w.dir+":"+os.Getenv("PATH"))
+	return append(os.Environ(), "CRADLE_ROOT="+w.root, "CRADLE_BOOT="+w.boot, "TMPDIR="+w.tmp, "PATH="+w.dir+":"+os.Getenv("PATH"))
 }
 
 // run executes kcradle and returns what it says and its exit code.
 func (w *world) run(t testing.TB, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // not the test's: clean-up runs after that
 	defer cancel()
 	cmd := exec.CommandContext(ctx, w.kcradle, args...)
 	cmd.Env = w.env()
@@ -129,6 +131,7 @@ func TestVMScripts(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("CRADLE_ROOT", w.root)
 			env.Setenv("CRADLE_BOOT", w.boot)
+			env.Setenv("TMPDIR", w.tmp)
 			env.Setenv("BUSYBOX", "oci:"+w.images+"/busybox")
 			env.Setenv("DEBIAN", "oci:"+w.images+"/debian")
 			env.Defer(func() { w.endAll(t, env.WorkDir) })

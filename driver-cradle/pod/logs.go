@@ -107,7 +107,7 @@ func (d *Dir) Logs(container string, o LogOptions) error {
 		if _, err := d.Report(); err != nil {
 			return err
 		}
-		return fmt.Errorf("%s: the logs of the last run are still on the scratch disk, because its machine ended before they were saved: the next run has them", d.path)
+		return fmt.Errorf("%s: the machine ended before the logs of the last run were saved: what of them has reached the scratch disk is there again in the next run", d.path)
 	}
 	if err != nil {
 		return err

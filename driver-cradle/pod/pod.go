@@ -15,6 +15,7 @@
 package pod
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ const (
 	statusFile   = "status.json"
 	launchedFile = "launch.json" // in runDir: what the run was started with
 	killedFile   = "killed"      // in runDir: the run's machine was killed on purpose
+	detachedFile = "detached"    // in runDir: the run's machine goes on without its attendant
 	logsDir      = "logs"
 )
 
@@ -132,22 +134,41 @@ const reportVersion = 1
 
 // Report returns that of the last run: ErrRunning before its end, ErrNotStarted before the first.
 func (d *Dir) Report() (*Report, error) {
-	data, err := readBounded(d.join(runDir, statusFile), 16<<20)
-	if errors.Is(err, fs.ErrNotExist) {
-		if running, err := d.Running(); err != nil || running {
-			return nil, errors.Join(err, fmt.Errorf("%s: %w", d.path, ErrRunning))
+	r, err := d.readReport()
+	if !errors.Is(err, fs.ErrNotExist) {
+		return r, err
+	}
+	if running, err := d.Running(); err != nil || running {
+		return nil, errors.Join(err, fmt.Errorf("%s: %w", d.path, ErrRunning))
+	}
+	if _, err := os.Stat(d.join(runDir, launchedFile)); err == nil {
+		// It was started, and its machine has ended while nobody attended to it: whoever takes it up reports that.
+		up, err := d.TakeUp(context.Background())
+		if err == nil {
+			return nil, errors.Join(fmt.Errorf("%s: %w", d.path, ErrRunning), up.Detach())
 		}
+		if !errors.Is(err, ErrNotRunning) {
+			return nil, err
+		}
+	}
+	if r, err = d.readReport(); errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w", d.path, ErrNotStarted)
 	}
+	return r, err
+}
+
+func (d *Dir) readReport() (*Report, error) {
+	path := d.join(runDir, statusFile)
+	data, err := readBounded(path, 16<<20)
 	if err != nil {
 		return nil, err
 	}
 	var r Report
 	if err := json.Unmarshal(data, &r); err != nil {
-		return nil, fmt.Errorf("%s: %w", d.join(runDir, statusFile), err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if r.Version != reportVersion {
-		return nil, fmt.Errorf("%s: version %d, this program reads version %d", d.join(runDir, statusFile), r.Version, reportVersion)
+		return nil, fmt.Errorf("%s: version %d, this program reads version %d", path, r.Version, reportVersion)
 	}
 	return &r, nil
 }

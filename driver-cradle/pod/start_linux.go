@@ -42,8 +42,8 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 			lock.Close()
 		}
 	}()
-	if alive, err := d.machineAlive(); err != nil || alive {
-		return nil, fmt.Errorf("start pod: %w", errors.Join(err, &RunningError{Dir: d.path}))
+	if err := d.awaitDying(ctx); err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
 	}
 	launch, err := d.Launch()
 	if err != nil {
@@ -66,6 +66,11 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	w := wire.Launch{Launch: *launch}
 	if err := d.storage(ctx, launch, &c, &w); err != nil {
 		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
+	}
+	if o.Detached {
+		if err := os.WriteFile(d.join(runDir, detachedFile), nil, 0o600); err != nil {
+			return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
+		}
 	}
 	// From here on there is something that another process would have to put away.
 	if err := writeJSON(d.join(runDir, launchedFile), launch); err != nil {
@@ -108,6 +113,24 @@ func or(a, b string) string {
 	return b
 }
 
+// awaitDying fails while a machine lives that nobody attends to. One that was not detached only takes a moment to follow its attendant.
+func (d *Dir) awaitDying(ctx context.Context) error {
+	for wait := time.Millisecond; ; wait *= 2 {
+		alive, err := d.machineAlive()
+		if err != nil || !alive {
+			return err
+		}
+		if _, err := os.Stat(d.join(runDir, detachedFile)); err == nil || wait > 5*time.Second {
+			return &RunningError{Dir: d.path}
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
 // tidy removes what a run has left whose attendant and machine are gone: its logs stay until the next ones replace them.
 func (d *Dir) tidy() error {
 	run := d.join(runDir, launchedFile)
@@ -127,7 +150,7 @@ func (d *Dir) tidy() error {
 			return err
 		}
 	}
-	return errors.Join(remove(d.join(SocketFile)), remove(run))
+	return errors.Join(remove(d.join(SocketFile)), remove(d.join(runDir, detachedFile)), remove(run))
 }
 
 func remove(path string) error {

@@ -190,8 +190,8 @@ func (d *Dir) Remove() error {
 		return err
 	}
 	defer lock.Close()
-	if running, err := d.machineAlive(); err != nil || running {
-		return errors.Join(err, &RunningError{Dir: d.path})
+	if err := d.awaitDying(context.Background()); err != nil {
+		return err
 	}
 	// Without launch.json it is no pod any more, whatever happens on the way.
 	if err := os.Remove(d.join(LaunchFile)); err != nil {

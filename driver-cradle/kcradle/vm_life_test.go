@@ -1,0 +1,700 @@
+//go:build vm
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+)
+
+// rounds is how often a drill is repeated: ten times for go test -tags vm, a hundred with -tags 'vm soak'.
+var rounds = 10
+
+// start executes kcradle and does not wait for it.
+func (w *world) start(t testing.TB, stdout io.Writer, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(w.kcradle, args...)
+	cmd.Env = w.env()
+	cmd.Stdout, cmd.Stderr = stdout, stdout
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
+
+// within waits until ok, for a minute.
+func within(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+}
+
+// exit waits for a kcradle that was started and returns its exit code.
+func exit(t testing.TB, cmd *exec.Cmd) int {
+	t.Helper()
+	timer := time.AfterFunc(2*time.Minute, func() { cmd.Process.Kill() })
+	err := cmd.Wait()
+	if !timer.Stop() {
+		t.Fatalf("%v does not end", cmd.Args)
+	}
+	if err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode()
+}
+
+func (w *world) status(t testing.TB, dir string) (s podStatus) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(w.must(t, "status", "-o", "json", dir)), &s); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// remains lists what a pod has left outside of its directory, and running: processes that have a file of it open, or were told its name.
+func remains(t testing.TB, dir string) []string {
+	t.Helper()
+	var found []string
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range processes {
+		if p == fmt.Sprintf("/proc/%d", os.Getpid()) {
+			continue
+		}
+		line, _ := os.ReadFile(p + "/cmdline")
+		if bytes.Contains(line, []byte(dir)) {
+			found = append(found, p+": "+string(bytes.ReplaceAll(line, []byte{0}, []byte{' '})))
+			continue
+		}
+		files, _ := os.ReadDir(p + "/fd")
+		for _, f := range files {
+			if to, err := os.Readlink(p + "/fd/" + f.Name()); err == nil && strings.HasPrefix(to, dir) {
+				found = append(found, p+" has "+to)
+			}
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if strings.Contains(line, dir) {
+			found = append(found, "mount "+line)
+		}
+	}
+	return found
+}
+
+// nothingRemains gives what was killed a moment to end.
+func nothingRemains(t testing.TB, dir string) {
+	t.Helper()
+	var found []string
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if found = remains(t, dir); len(found) == 0 {
+			return
+		}
+	}
+	t.Errorf("left of %s:\n%s", dir, strings.Join(found, "\n"))
+}
+
+func entries(t testing.TB, dirs ...string) (all []string) {
+	t.Helper()
+	for _, dir := range dirs {
+		list, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range list {
+			all = append(all, filepath.Join(dir, e.Name()))
+		}
+	}
+	return all
+}
+
+// A kcradle in the foreground that is killed at any moment leaves no machine, no tap, no mount, no file outside of its directory, and the next one works.
+func TestVMKilledAtAnyMoment(t *testing.T) {
+	w := theWorld(t)
+	ns := newNamespace(t)
+	dir := w.summon(t, "--netns", ns.path, "-v", filepath.Join(t.TempDir(), "v.img")+":/v:size=32M", "-v", t.TempDir()+":/d", "--", "sh", "-c", "echo up; sync; sleep 0.2")
+	begin := time.Now()
+	if out := w.must(t, "run", dir); out != "up\n" {
+		t.Fatalf("output %q", out)
+	}
+	whole := time.Since(begin)
+	places := []string{w.tmp, w.root, filepath.Join(w.root, "templates"), filepath.Join(w.root, "tmp")}
+	before := entries(t, places...)
+	for range rounds {
+		moment := time.Duration(rand.Int64N(int64(whole)))
+		cmd := w.start(t, io.Discard, "run", dir)
+		time.Sleep(moment)
+		cmd.Process.Kill()
+		cmd.Wait()
+		nothingRemains(t, dir)
+		if t.Failed() {
+			t.Fatalf("kcradle was killed %v after its start", moment)
+		}
+		within(t, "the tap goes", func() bool { return !strings.Contains(ns.links(t), "cradle0") })
+	}
+	if after := entries(t, places...); !slices.Equal(before, after) {
+		t.Errorf("files before %v, after %v", before, after)
+	}
+	if out := w.must(t, "run", dir); out != "up\n" {
+		t.Errorf("output of a run after %d killed ones: %q", rounds, out)
+	}
+	if filters := ns.tc(t, "filter", "show", "dev", "eth0", "ingress"); filters != "" {
+		t.Errorf("filters are left: %s", filters)
+	}
+}
+
+// Likewise summon: what a killed one has left is replaced by the next.
+func TestVMSummonKilledAtAnyMoment(t *testing.T) {
+	w := theWorld(t)
+	base := t.TempDir()
+	dir := filepath.Join(base, "pod")
+	args := []string{"summon", dir, "oci:" + w.images + "/busybox", "--root", filepath.Join(base, "cache"), "--", "true"}
+	begin := time.Now()
+	w.must(t, args...)
+	whole := time.Since(begin)
+	w.must(t, "rm", dir)
+	for range rounds {
+		os.RemoveAll(filepath.Join(base, "cache"))
+		cmd := w.start(t, io.Discard, args...)
+		time.Sleep(time.Duration(rand.Int64N(int64(whole))))
+		cmd.Process.Kill()
+		cmd.Wait()
+		nothingRemains(t, base)
+		if _, err := os.Stat(filepath.Join(dir, "launch.json")); err == nil {
+			w.must(t, "rm", dir)
+		}
+	}
+	w.must(t, args...)
+	w.must(t, "--root", filepath.Join(base, "cache"), "verify", dir)
+	if left := entries(t, filepath.Join(base, "cache", "tmp")); len(left) > 0 {
+		t.Errorf("left in the cache: %v", left)
+	}
+}
+
+// A detached pod goes on without its monitor; the next command takes it up and nothing is lost.
+func TestVMTakeUp(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "--", "sh", "-c", "trap 'exit 9' TERM; i=0; while :; do echo $i; i=$((i+1)); sleep 0.1; done")
+	w.must(t, "run", "-d", dir)
+	machine := w.status(t, dir).Machine.PID
+	for range 3 {
+		s := w.status(t, dir)
+		if s.State != "running" || s.Attendant == 0 || s.Machine.PID != machine {
+			t.Fatalf("status %+v", s)
+		}
+		if err := unix.Kill(s.Attendant, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		within(t, "the monitor ends", func() bool { return unix.Kill(s.Attendant, 0) != nil || isZombie(s.Attendant) })
+	}
+	within(t, "ten lines", func() bool { return strings.Count(w.must(t, "logs", dir), "\n") >= 10 })
+	w.must(t, "exec", dir, "true")
+	w.must(t, "stop", dir)
+	if s := w.status(t, dir); s.ExitCode == nil || *s.ExitCode != 9 {
+		t.Errorf("status %+v", s)
+	}
+	lines := strings.Split(strings.TrimSpace(w.must(t, "logs", dir)), "\n")
+	for i, line := range lines {
+		if line != strconv.Itoa(i) {
+			t.Fatalf("line %d of the log is %q", i, line)
+		}
+	}
+	if len(lines) < 10 {
+		t.Errorf("%d lines", len(lines))
+	}
+	nothingRemains(t, dir)
+}
+
+func isZombie(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && strings.Contains(string(stat), ") Z ")
+}
+
+// The end of a pod that nobody attends to is kept until somebody asks.
+func TestVMEndsUnattended(t *testing.T) {
+	w := theWorld(t)
+	for _, machineKilled := range []bool{false, true} {
+		dir := w.summon(t, "--", "sh", "-c", "echo begun; sleep 2; echo ended; exit 4")
+		w.must(t, "run", "-d", dir)
+		s := w.status(t, dir)
+		if err := unix.Kill(s.Attendant, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if machineKilled {
+			unix.Kill(s.Machine.PID, unix.SIGKILL)
+			within(t, "the machine ends", func() bool { return unix.Kill(s.Machine.PID, 0) != nil || isZombie(s.Machine.PID) })
+			s = w.status(t, dir)
+			if s.State != "exited" || s.ExitCode == nil || *s.ExitCode != 255 || s.Error == "" {
+				t.Errorf("status after the machine was killed: %+v", s)
+			}
+			if out, _, code := w.run(t, "run", dir); code != 4 || out != "begun\nended\n" {
+				t.Errorf("the next run: exit code %d, %q", code, out)
+			}
+			continue
+		}
+		time.Sleep(3 * time.Second) // it ends, and nobody is there
+		s = w.status(t, dir)
+		if s.State != "exited" || s.ExitCode == nil || *s.ExitCode != 4 {
+			t.Errorf("status %+v", s)
+		}
+		if out := w.must(t, "logs", dir); out != "begun\nended\n" {
+			t.Errorf("logs %q", out)
+		}
+		nothingRemains(t, dir)
+	}
+}
+
+// Every signal reaches the container; SIGTERM stops the pod.
+func TestVMSignals(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "--stop-signal", "SIGQUIT", "--", "sh", "-c",
+		"for s in HUP INT USR1 USR2; do trap \"echo $s\" $s; done; trap 'echo quit; exit 8' QUIT; echo ready; while :; do sleep 0.05; done")
+	r, pipe, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd := w.start(t, pipe, "run", dir)
+	pipe.Close()
+	lines := bufio.NewScanner(r)
+	expect := func(want string) {
+		t.Helper()
+		r.SetReadDeadline(time.Now().Add(time.Minute))
+		if !lines.Scan() || lines.Text() != want {
+			t.Fatalf("the container says %q (%v), want %q", lines.Text(), lines.Err(), want)
+		}
+	}
+	expect("ready")
+	for _, s := range []struct {
+		signal syscall.Signal
+		says   string
+	}{{unix.SIGHUP, "HUP"}, {unix.SIGUSR1, "USR1"}, {unix.SIGINT, "INT"}, {unix.SIGUSR2, "USR2"}, {unix.SIGTERM, "quit"}} {
+		cmd.Process.Signal(s.signal)
+		expect(s.says)
+	}
+	if code := exit(t, cmd); code != 8 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// Ctrl-C is passed on; again it stops the pod, once more it kills.
+func TestVMInterruptThrice(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "--", "sh", "-c", "trap '' INT TERM; echo ready; while :; do sleep 0.05; done")
+	r, pipe, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd := w.start(t, pipe, "run", dir)
+	pipe.Close()
+	if line, err := bufio.NewReader(r).ReadString('\n'); line != "ready\n" {
+		t.Fatal(line, err)
+	}
+	begin := time.Now()
+	for range 3 {
+		cmd.Process.Signal(unix.SIGINT)
+		time.Sleep(200 * time.Millisecond)
+	}
+	if code := exit(t, cmd); code != 137 {
+		t.Errorf("exit code %d", code)
+	}
+	t.Logf("ended after %v", time.Since(begin))
+	nothingRemains(t, dir)
+}
+
+// An interrupt while the machine starts ends everything.
+func TestVMInterruptedStart(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "--start", "cold", "--", "sleep", "1000")
+	for _, moment := range []time.Duration{10, 50, 200, 500} {
+		cmd := w.start(t, io.Discard, "run", dir)
+		time.Sleep(moment * time.Millisecond)
+		cmd.Process.Signal(unix.SIGTERM)
+		if code := exit(t, cmd); code == 0 {
+			t.Errorf("exit code %d", code)
+		}
+		nothingRemains(t, dir)
+	}
+}
+
+// A machine that is killed, a guest that hangs, a kernel that panics: told, and cleared away.
+func TestVMMachineFails(t *testing.T) {
+	w := theWorld(t)
+	running := func(args ...string) (string, *exec.Cmd, *bytes.Buffer, podStatus) {
+		t.Helper()
+		dir := w.summon(t, append(args, "--", "sleep", "1000")...)
+		var out bytes.Buffer
+		cmd := w.start(t, &out, "run", dir)
+		within(t, "the pod runs", func() bool {
+			_, _, code := w.run(t, "exec", dir, "true")
+			return code == 0
+		})
+		return dir, cmd, &out, w.status(t, dir)
+	}
+	t.Run("QEMU killed", func(t *testing.T) {
+		dir, cmd, out, s := running()
+		unix.Kill(s.Machine.PID, unix.SIGKILL)
+		if code := exit(t, cmd); code != 125 || !strings.Contains(out.String(), "the pod's machine ended: QEMU was killed") {
+			t.Errorf("exit code %d, %s", code, out)
+		}
+		nothingRemains(t, dir)
+	})
+	t.Run("guest panic", func(t *testing.T) {
+		dir, cmd, out, _ := running("--privileged")
+		w.run(t, "exec", dir, "sh", "-c", "kill -SEGV 1; echo c >/proc/sysrq-trigger")
+		if code := exit(t, cmd); code != 125 || !strings.Contains(out.String(), "panic") {
+			t.Errorf("exit code %d, %s", code, out)
+		}
+		nothingRemains(t, dir)
+	})
+	t.Run("guest hangs", func(t *testing.T) {
+		dir, cmd, _, s := running("--stop-timeout", "1")
+		unix.Kill(s.Machine.PID, unix.SIGSTOP)
+		if _, stderr, code := w.run(t, "stop", dir); code != 0 || !strings.Contains(stderr, "killing its machine") {
+			t.Errorf("stop: exit code %d, %s", code, stderr)
+		}
+		if code := exit(t, cmd); code != 137 {
+			t.Errorf("exit code %d", code)
+		}
+		nothingRemains(t, dir)
+	})
+}
+
+// A full disk is told, while pulling and while running, and the container sees it as any other.
+func TestVMDiskFull(t *testing.T) {
+	w := theWorld(t)
+	small := t.TempDir()
+	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(small, 0) })
+	dir := filepath.Join(t.TempDir(), "pod")
+	_, stderr, code := w.run(t, "--root", small, "summon", dir, "oci:"+w.images+"/debian")
+	if code != 1 || !strings.Contains(stderr, "no space") {
+		t.Errorf("summon with a full cache: exit code %d, %s", code, stderr)
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("a directory is left")
+	}
+	if left := entries(t, filepath.Join(small, "tmp"), filepath.Join(small, "layers", "sha256")); len(left) > 0 {
+		t.Errorf("left in the cache: %v", left)
+	}
+	dir = w.summon(t, "--scratch-size", "32m", "--", "sh", "-c", "dd if=/dev/zero of=/big bs=1M; echo still here; exit 3")
+	stdout, stderr, code := w.run(t, "run", dir)
+	if code != 3 || stdout != "still here\n" || !strings.Contains(stderr, "No space left on device") {
+		t.Errorf("exit code %d, %q, %s", code, stdout, stderr)
+	}
+}
+
+// Memory is limited exactly, and who goes beyond is killed.
+func TestVMMemory(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "-m", "64m", "--", "sh", "-c", "cat /sys/fs/cgroup/memory.max 2>/dev/null; tail /dev/zero")
+	_, _, code := w.run(t, "run", dir)
+	if code != 137 {
+		t.Errorf("exit code %d", code)
+	}
+	if s := w.status(t, dir); len(s.Containers) != 1 || !s.Containers[0].OOMKilled {
+		t.Errorf("status %+v", s)
+	}
+}
+
+// A pod with a terminal: sizes, line discipline, exit.
+func TestVMTerminal(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "-it", "--", "sh")
+	master, slave := openTerminal(t)
+	setSize(t, master, 33, 101)
+	cmd := exec.Command(w.kcradle, "run", dir)
+	cmd.Env = w.env()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen bytes.Buffer
+	expect := func(want string) {
+		t.Helper()
+		buf := make([]byte, 4096)
+		for !strings.Contains(seen.String(), want) {
+			master.SetReadDeadline(time.Now().Add(time.Minute))
+			n, err := master.Read(buf)
+			if err != nil {
+				t.Fatalf("%q does not come (%v):\n%s", want, err, &seen)
+			}
+			seen.Write(buf[:n])
+		}
+		seen.Reset()
+	}
+	expect("# ")
+	io.WriteString(master, "tty; stty size\r")
+	expect("/dev/pts/0\r\n33 101\r\n")
+	setSize(t, master, 20, 50)
+	within(t, "the new size arrives", func() bool {
+		io.WriteString(master, "stty size\r")
+		buf := make([]byte, 4096)
+		n, _ := master.Read(buf)
+		seen.Write(buf[:n])
+		return strings.Contains(seen.String(), "20 50\r\n")
+	})
+	seen.Reset()
+	io.WriteString(master, "sleep 1000\r")
+	within(t, "sleep runs", func() bool {
+		_, _, code := w.run(t, "exec", dir, "pidof", "sleep")
+		return code == 0
+	})
+	io.WriteString(master, "\x03") // Ctrl-C is the container's
+	io.WriteString(master, "echo got $?\r")
+	expect("got 130\r\n")
+	io.WriteString(master, "exit 7\r")
+	if code := exit(t, cmd); code != 7 {
+		t.Errorf("exit code %d", code)
+	}
+	after, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after.Lflag != before.Lflag|unix.ICANON|unix.ECHO {
+		t.Errorf("the terminal is not as it was: %x, %x", after.Lflag, before.Lflag)
+	}
+}
+
+func openTerminal(t *testing.T) (master, slave *os.File) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { master.Close() })
+	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	unix.SetNonblock(int(master.Fd()), true)
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.SetNonblock(int(master.Fd()), true)
+	slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { slave.Close() })
+	return master, slave
+}
+
+func setSize(t *testing.T, f *os.File, rows, columns uint16) {
+	t.Helper()
+	rc, err := f.SyscallConn()
+	if err == nil {
+		cerr := rc.Control(func(fd uintptr) {
+			err = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: columns})
+		})
+		err = errors.Join(err, cerr)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A namespace is a pod's as a container runtime prepares it: eth0 on a bridge of the host, 10.89.0.0/24.
+type namespace struct {
+	name, path, bridge string
+}
+
+func newNamespace(t testing.TB) *namespace {
+	t.Helper()
+	n := &namespace{name: fmt.Sprintf("kcradle-%d", os.Getpid())}
+	n.path, n.bridge = "/run/netns/"+n.name, fmt.Sprintf("kc%d", os.Getpid()%1_000_000)
+	ip := func(args string) { t.Helper(); sh(t, "ip", strings.Fields(args)...) }
+	ip("netns add " + n.name)
+	t.Cleanup(func() { ip("netns del " + n.name) })
+	ip("link add " + n.bridge + " type bridge")
+	t.Cleanup(func() { ip("link del " + n.bridge) })
+	ip("addr add 10.89.0.1/24 dev " + n.bridge)
+	ip("addr add fd89::1/64 dev " + n.bridge + " nodad")
+	ip("link set " + n.bridge + " up")
+	ip("link add v" + n.bridge + " mtu 1400 type veth peer name eth0 mtu 1400 netns " + n.name)
+	ip("link set v" + n.bridge + " master " + n.bridge + " up")
+	ip("-n " + n.name + " link set eth0 up")
+	ip("-n " + n.name + " addr add 10.89.0.7/24 dev eth0")
+	ip("-n " + n.name + " addr add fd89::7/64 dev eth0 nodad")
+	ip("-n " + n.name + " route add default via 10.89.0.1")
+	return n
+}
+
+func sh(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func (n *namespace) links(t testing.TB) string { t.Helper(); return sh(t, "ip", "-n", n.name, "link") }
+
+func (n *namespace) tc(t testing.TB, args ...string) string {
+	t.Helper()
+	return sh(t, "tc", append([]string{"-n", n.name}, args...)...)
+}
+
+// The namespace looks from outside as if the container were in it.
+func TestVMNetns(t *testing.T) {
+	w := theWorld(t)
+	n := newNamespace(t)
+	dir := w.summon(t, "--netns", n.path, "--", "sh", "-c", "echo page >/index.html; httpd -f -h /")
+	w.must(t, "run", "-d", dir)
+	out := w.must(t, "exec", dir, "sh", "-c", "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip -o addr show dev eth0 | awk '{print $4}'; ip route")
+	mac := strings.TrimSpace(sh(t, "ip", "netns", "exec", n.name, "cat", "/sys/class/net/eth0/address"))
+	for _, want := range []string{mac, "\n1400\n", "10.89.0.7/24", "fd89::7/64", "default via 10.89.0.1"} {
+		if !strings.Contains("\n"+out, want) {
+			t.Errorf("the guest has no %q:\n%s", want, out)
+		}
+	}
+	for _, address := range []string{"10.89.0.7", "[fd89::7]"} {
+		var got string
+		within(t, address+" answers", func() bool {
+			c, err := net.DialTimeout("tcp", address+":80", time.Second)
+			if err != nil {
+				return false
+			}
+			defer c.Close()
+			io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			data, err := io.ReadAll(c)
+			got = string(data)
+			return err == nil
+		})
+		if !strings.HasSuffix(got, "\npage\n") {
+			t.Errorf("%s answers %q", address, got)
+		}
+	}
+	// The other way, and large.
+	l, err := net.Listen("tcp", "10.89.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	large := bytes.Repeat([]byte("0123456789abcdef"), 1<<17)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Write(large)
+			c.Close()
+		}
+	}()
+	port := l.Addr().(*net.TCPAddr).Port
+	if out := w.must(t, "exec", dir, "sh", "-c", fmt.Sprintf("nc 10.89.0.1 %d | wc -c", port)); strings.TrimSpace(out) != strconv.Itoa(len(large)) {
+		t.Errorf("of %d bytes the guest got %s", len(large), out)
+	}
+	other := w.summon(t, "--netns", n.path, "--", "true")
+	if _, stderr, code := w.run(t, "run", other); code != 125 || !strings.Contains(stderr, "network namespace is in use by another pod") {
+		t.Errorf("a second pod in the namespace: exit code %d, %s", code, stderr)
+	}
+	w.must(t, "stop", "-t", "0", dir)
+	if links := n.links(t); strings.Contains(links, "cradle0") {
+		t.Errorf("a tap is left: %s", links)
+	}
+	if filters := n.tc(t, "filter", "show", "dev", "eth0", "ingress"); filters != "" {
+		t.Errorf("filters are left: %s", filters)
+	}
+}
+
+// Ports are published in user mode: TCP and UDP, chosen and given, on an address.
+func TestVMPublish(t *testing.T) {
+	w := theWorld(t)
+	dir := filepath.Join(t.TempDir(), "pod")
+	t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
+	w.must(t, "summon", dir, "oci:"+w.images+"/debian", "-p", "127.0.0.1::80", "-p", "127.0.0.1::53/udp", "--", "perl", "-MIO::Socket::INET", "-e", `
+		if (fork) {
+			my $s = IO::Socket::INET->new(Proto => "udp", LocalPort => 53) or die;
+			while (1) { $s->recv(my $m, 1000); $s->send($m) }
+		}
+		my $l = IO::Socket::INET->new(Listen => 5, LocalPort => 80) or die;
+		while (my $c = $l->accept) { <$c>; print $c "page\n"; close $c }
+	`)
+	w.must(t, "run", "-d", dir)
+	published := w.status(t, dir).Machine.Publish
+	if len(published) != 2 || published[0].HostPort == 0 || published[1].HostPort == 0 {
+		t.Fatalf("published %+v", published)
+	}
+	within(t, "the web server answers", func() bool {
+		c, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", published[0].HostPort), time.Second)
+		if err != nil {
+			return false
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+		data, _ := io.ReadAll(c)
+		return string(data) == "page\n"
+	})
+	within(t, "the UDP server answers", func() bool {
+		c, err := net.Dial("udp", fmt.Sprintf("127.0.0.1:%d", published[1].HostPort))
+		if err != nil {
+			return false
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(time.Second))
+		io.WriteString(c, "hello\n")
+		buf := make([]byte, 100)
+		n, err := c.Read(buf)
+		return err == nil && string(buf[:n]) == "hello\n"
+	})
+	w.must(t, "kill", dir)
+	if c, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", published[0].HostPort), time.Second); err == nil {
+		c.Close()
+		t.Error("the port is still open")
+	}
+}
+
+// From a template and cold: what the pod sees is the same.
+func TestVMStarts(t *testing.T) {
+	w := theWorld(t)
+	for _, start := range []string{vmm.Template, vmm.Cold} {
+		dir := w.summon(t, "--start", start, "--", "sh", "-c", "hostname; nproc; id -u")
+		out := w.must(t, "run", dir)
+		s := w.status(t, dir)
+		if s.Machine.Start != start || out != s.ID[:12]+"\n1\n0\n" {
+			t.Errorf("%s: %s, %q", start, s.Machine.Start, out)
+		}
+	}
+}

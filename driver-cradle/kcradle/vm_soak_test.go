@@ -1,0 +1,5 @@
+//go:build vm && soak
+
+package main
+
+func init() { rounds = 100 }
