@@ -12,7 +12,10 @@ import (
 )
 
 // The distribution's kernel needs other machine options and brings its drivers as modules; to this package it is just another package.
-func TestVMStockKernel(t *testing.T) {
+func TestVMStockKernel(t *testing.T) { stockKernel(t, Cold) }
+
+func stockKernel(t *testing.T, how string) {
+	t.Helper()
 	out, err := exec.Command("../../tools/kernel/stock.sh").Output()
 	if err != nil {
 		t.Fatalf("tools/kernel/stock.sh: %v", err)
@@ -28,7 +31,7 @@ func TestVMStockKernel(t *testing.T) {
 	if c.Package, err = boot.Open(dir); err != nil {
 		t.Fatal(err)
 	}
-	c.Start = Template // which boots it cold first
+	c.Start = how
 	c.Disks = []Disk{{Key: "a", Path: image(t, "first", 1<<20)}}
 	m := start(t, c)
 	var got string
