@@ -25,11 +25,11 @@ if [ $stage = 1 ]; then
   bali trust add "$(cat identity)" --comment operator
   busybox httpd -f -p 127.0.0.1:8000 -h /job/web &
   httpd=$!
+  # the network is the host's own business, there again after the reboot
+  printf '[Match]\nType=ether\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\n' >/etc/systemd/network/10-all.network
+  systemctl enable -q --now systemd-networkd.service
+  wait_for 60 "the network is up" ip route get 10.0.2.2
 fi
-dev=$(ls /sys/class/net | grep -v lo | head -n 1)
-ip link set "$dev" up
-ip addr add 10.0.2.15/24 dev "$dev"
-ip route add default via 10.0.2.2
 
 if [ $stage = 1 ]; then
   ! bali run foreign.tar.gz 2>/tmp/err || fail "a foreign image ran"
