@@ -21,6 +21,7 @@ import (
 )
 
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // who has stopped reading still gets everything cleaned up
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Stdout); err != nil {
