@@ -93,7 +93,9 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 	if err != nil {
 		return err
 	}
-	warmUp()
+	if !connected(port) {
+		warmUp() // a template: nobody waits
+	}
 	server := &http.Server{Handler: pod.routes(handler(pod)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
 	for {
 		// In a template, the guest is saved while it sleeps here.
@@ -107,6 +109,21 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 		_ = server.Serve(session)
 		session.Close()
 	}
+}
+
+// connected says whether a host process has connected to the port.
+func connected(port *wire.Port) bool {
+	rc, err := port.SyscallConn()
+	if err != nil {
+		return false
+	}
+	up := false
+	_ = rc.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		_, err := unix.Poll(fds, 0)
+		up = err == nil && fds[0].Revents&unix.POLLHUP == 0
+	})
+	return up
 }
 
 // warmUp does in the template what would otherwise be done for the first time in every pod: to learn how the types of a launch are

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 	"unsafe"
@@ -67,6 +68,9 @@ func mountSystem() error {
 // podCgroup holds every container; the agent stays outside, so that no limit of the pod touches it.
 const podCgroup = cgroupRoot + "/pod"
 
+// controllers that limits or statistics of containers need. Each one more costs time at every boot.
+var controllers = []string{"cpuset", "cpu", "io", "memory", "pids"}
+
 // makePodCgroup makes the pod's cgroup and turns the controllers on.
 func makePodCgroup() error {
 	have, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
@@ -75,7 +79,9 @@ func makePodCgroup() error {
 	}
 	var on []string
 	for _, c := range strings.Fields(string(have)) {
-		on = append(on, "+"+c)
+		if slices.Contains(controllers, c) {
+			on = append(on, "+"+c)
+		}
 	}
 	if err := os.Mkdir(podCgroup, 0o755); err != nil {
 		return err

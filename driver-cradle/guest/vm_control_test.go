@@ -245,7 +245,7 @@ func TestVMLifecycle(t *testing.T) {
 
 func TestVMShutdown(t *testing.T) {
 	p := podSpec{}
-	p.Containers = []spec.Container{sh("a", "trap 'echo bye; exit 4' TERM; echo up; sleep 1000 & wait"), sh("b", "trap '' TERM; echo up; sleep 1000")}
+	p.Containers = []spec.Container{sh("a", "trap 'echo bye; sleep 0.3; exit 4' TERM; echo up; sleep 1000 & wait"), sh("b", "trap '' TERM; echo up; sleep 1000")}
 	m := boots(t, p)
 	m.prints("a", "up")
 	m.prints("b", "up")
