@@ -15,16 +15,16 @@ type attachment struct {
 	restarts <-chan struct{}
 }
 
-func (l *log) attach(logs, stream bool, restarts <-chan struct{}) *attachment {
+func (l *log) attach(o AttachOptions) *attachment {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	a := &attachment{stream: stream, from: l.end(), run: l.awaited(), restarts: restarts}
-	if logs {
-		a.c = l.newCursor(l.segments[0], 0)
+	a := &attachment{stream: o.Stream, from: l.end(), run: l.awaited(), restarts: o.Restarts}
+	if o.Logs {
+		a.c = l.newCursor(l.segmentAt(o.Since), 0)
 	} else {
 		a.c = l.newCursor(l.segments[len(l.segments)-1], -1)
 	}
-	if stream {
+	if o.Stream {
 		l.pinned[a.c] = struct{}{}
 	}
 	return a

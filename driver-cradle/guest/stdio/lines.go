@@ -161,12 +161,7 @@ func (l *log) find(lo LogOptions, end place, mid mids, follow bool) origin {
 // firstSince finds the first record of that time or later, and which lines are unfinished before it.
 func (l *log) firstSince(since int64, end place, mid mids) (place, mids) {
 	l.mu.Lock()
-	seg := l.segments[0]
-	for _, s := range l.segments {
-		if s.size > 0 && s.first < since {
-			seg = s
-		}
-	}
+	seg := l.segmentAt(time.Unix(0, since))
 	c := l.newCursor(seg, 0)
 	l.mu.Unlock()
 	defer c.close()
@@ -179,6 +174,20 @@ func (l *log) firstSince(since int64, end place, mid mids) (place, mids) {
 			return p, r.mid
 		}
 	}
+}
+
+// segmentAt gives the segment in which the first record of that time or later is, unless it is the next one's first. l.mu is held.
+func (l *log) segmentAt(t time.Time) *segment {
+	seg := l.segments[0]
+	if t.IsZero() {
+		return seg
+	}
+	for _, s := range l.segments {
+		if s.size > 0 && s.first < t.UnixNano() {
+			seg = s
+		}
+	}
+	return seg
 }
 
 // search goes backwards through the log: first it counts the ends of wanted lines, then it looks, for each stream by itself, for where

@@ -178,7 +178,7 @@ func (o *IO) Attach(ctx context.Context, a AttachOptions) error {
 		release()
 	}
 	if o.log != nil {
-		out = o.log.attach(a.Logs, a.Stream, a.Restarts)
+		out = o.log.attach(a)
 	} else {
 		out = o.relay.attach()
 	}

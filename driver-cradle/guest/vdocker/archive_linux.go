@@ -41,7 +41,7 @@ func (f *found) Close() {
 
 // find looks a path of the request up. A slash or dot at its end follows a link to a directory, as in docker cp.
 func find(r *http.Request, c *guest.Container) (*found, error) {
-	name := r.FormValue("path")
+	name := parameter(r, "path")
 	if name == "" {
 		return nil, invalid("missing path: the request's parameter path is empty")
 	}
@@ -139,7 +139,7 @@ func cutOff(r *http.Request) error {
 }
 
 func (a *api) putArchive(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	name := r.URL.Query().Get("path")
+	name := parameter(r, "path")
 	if name == "" {
 		return invalid("missing path: the request's parameter path is empty")
 	}

@@ -13,7 +13,7 @@ type filters map[string][]string
 
 // parseFilters reads the parameter and refuses names that are not known.
 func parseFilters(r *http.Request, known ...string) (filters, error) {
-	text := r.FormValue("filters")
+	text := parameter(r, "filters")
 	if text == "" {
 		return nil, nil
 	}

@@ -374,7 +374,7 @@ func (a *api) list(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	limit := 0
-	if v := r.FormValue("limit"); v != "" {
+	if v := parameter(r, "limit"); v != "" {
 		if limit, err = strconv.Atoi(v); err != nil {
 			return invalid("limit: %q is no number", v)
 		}

@@ -28,7 +28,7 @@ func (a *api) start(w http.ResponseWriter, r *http.Request, c *guest.Container) 
 
 // grace reads the time between the stop signal and SIGKILL, in seconds; nil: the container's own.
 func grace(r *http.Request) (*time.Duration, error) {
-	t := r.FormValue("t")
+	t := parameter(r, "t")
 	if t == "" {
 		return nil, nil
 	}
@@ -45,7 +45,7 @@ func (a *api) stop(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	if err != nil {
 		return err
 	}
-	return done(w, c.Stop(r.Context(), r.FormValue("signal"), timeout))
+	return done(w, c.Stop(r.Context(), parameter(r, "signal"), timeout))
 }
 
 func (a *api) restart(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
@@ -53,11 +53,11 @@ func (a *api) restart(w http.ResponseWriter, r *http.Request, c *guest.Container
 	if err != nil {
 		return err
 	}
-	return done(w, c.Restart(r.Context(), r.FormValue("signal"), timeout))
+	return done(w, c.Restart(r.Context(), parameter(r, "signal"), timeout))
 }
 
 func (a *api) kill(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	name := r.FormValue("signal")
+	name := parameter(r, "signal")
 	if name == "" {
 		name = "KILL"
 	}
@@ -89,7 +89,7 @@ func (a *api) unpause(w http.ResponseWriter, _ *http.Request, c *guest.Container
 
 // wait sends its header as soon as the end that it waits for can't be missed any more: docker run starts the container then.
 func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	condition := r.FormValue("condition")
+	condition := parameter(r, "condition")
 	switch condition {
 	case "", guest.WaitNotRunning, guest.WaitNextExit, guest.WaitRemoved:
 	default:
@@ -118,13 +118,13 @@ func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 
 // size reads a terminal's size.
 func size(r *http.Request) (h, w uint16, err error) {
-	h64, err := strconv.ParseUint(r.FormValue("h"), 10, 16)
+	h64, err := strconv.ParseUint(parameter(r, "h"), 10, 16)
 	if err != nil {
-		return 0, 0, invalid("h: %q is no number of lines", r.FormValue("h"))
+		return 0, 0, invalid("h: %q is no number of lines", parameter(r, "h"))
 	}
-	w64, err := strconv.ParseUint(r.FormValue("w"), 10, 16)
+	w64, err := strconv.ParseUint(parameter(r, "w"), 10, 16)
 	if err != nil {
-		return 0, 0, invalid("w: %q is no number of columns", r.FormValue("w"))
+		return 0, 0, invalid("w: %q is no number of columns", parameter(r, "w"))
 	}
 	return uint16(h64), uint16(w64), nil
 }
@@ -134,10 +134,11 @@ func (a *api) resize(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	if err != nil {
 		return err
 	}
-	if err := c.Resize(rows, columns); err != nil {
+	// As with docker, there is no harm in resizing a terminal that isn't there.
+	if err := c.Resize(rows, columns); err != nil && (c.Spec().TTY || !errors.Is(err, guest.ErrInvalid)) {
 		return err
 	}
-	c.Emit("resize", map[string]string{"height": r.FormValue("h"), "width": r.FormValue("w")})
+	c.Emit("resize", map[string]string{"height": parameter(r, "h"), "width": parameter(r, "w")})
 	w.WriteHeader(http.StatusOK)
 	return nil
 }

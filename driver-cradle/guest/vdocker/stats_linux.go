@@ -23,7 +23,7 @@ const sampleInterval = time.Second
 
 // stats answers docker stats: samples once a second while somebody looks, nothing otherwise.
 func (a *api) stats(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	stream := r.FormValue("stream") == "" || truth(r, "stream")
+	stream := parameter(r, "stream") == "" || truth(r, "stream")
 	oneShot := truth(r, "one-shot")
 	if stream && oneShot {
 		return invalid("cannot have stream=true and one-shot=true")

@@ -37,7 +37,7 @@ var defaultDetachKeys = []byte{16, 17}
 
 func detachKeys(r *http.Request, text string) ([]byte, error) {
 	if text == "" {
-		text = r.FormValue("detachKeys")
+		text = parameter(r, "detachKeys")
 	}
 	if text == "" {
 		return defaultDetachKeys, nil
@@ -99,13 +99,13 @@ func (a *api) logs(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	}
 	lo := stdio.LogOptions{Timestamps: truth(r, "timestamps"), Follow: truth(r, "follow"), Tail: -1}
 	var err error
-	if lo.Since, err = parseTime(r.FormValue("since")); err != nil {
+	if lo.Since, err = parseTime(parameter(r, "since")); err != nil {
 		return invalid("since: %v", err)
 	}
-	if lo.Until, err = parseTime(r.FormValue("until")); err != nil {
+	if lo.Until, err = parseTime(parameter(r, "until")); err != nil {
 		return invalid("until: %v", err)
 	}
-	if n, err := strconv.Atoi(r.FormValue("tail")); err == nil && n >= 0 {
+	if n, err := strconv.Atoi(parameter(r, "tail")); err == nil && n >= 0 {
 		lo.Tail = n
 	}
 	ctx := r.Context()
@@ -246,7 +246,7 @@ func (a *api) attach(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	ctx, gone := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer gone(nil)
 	o := stdio.AttachOptions{Logs: replay, Stream: stream}
-	if o.Since, err = parseTime(r.FormValue("since")); err != nil {
+	if o.Since, err = parseTime(parameter(r, "since")); err != nil {
 		return invalid("since: %v", err)
 	}
 	if stream && truth(r, "restarts") {

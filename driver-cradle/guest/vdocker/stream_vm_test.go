@@ -3,9 +3,12 @@
 package vdocker_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"io"
+	"net"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -206,4 +209,52 @@ func mustAttach(t *testing.T, c *client.Client) io.Writer {
 	}
 	t.Cleanup(a.Close)
 	return a.Conn
+}
+
+// TestVMArchiveCall: what the docker CLI does not ask for.
+func TestVMArchiveCall(t *testing.T) {
+	p := thePod(t)
+	c := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", p.socket)
+	}}}
+	defer c.CloseIdleConnections()
+	put := func(query, kind string, content []byte) (int, string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://docker/v1.41/containers/user/archive?"+query, bytes.NewReader(content))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", kind)
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(text)
+	}
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	w.WriteHeader(&tar.Header{Name: "f", Typeflag: tar.TypeReg, Mode: 0o644, Uid: 77, Gid: 88})
+	w.Close()
+	for query, owner := range map[string]string{"path=/tmp": "77:88", "path=/tmp&copyUIDGID=1": "1234:567"} {
+		// curl's content type makes a form of the body for who is not careful.
+		if code, text := put(query, "application/x-www-form-urlencoded", archive.Bytes()); code != 200 {
+			t.Errorf("%s: %d %s", query, code, text)
+		}
+		if out, _, _ := docker(t, p, nil, "exec", "user", "stat", "-c", "%u:%g", "/tmp/f"); out != owner+"\n" {
+			t.Errorf("%s: the owner is %s", query, out)
+		}
+	}
+	for query, want := range map[string]int{"path=/nosuch": 404, "path=/bin/busybox": 400, "": 400} {
+		if code, text := put(query, "application/x-tar", archive.Bytes()); code != want || !strings.Contains(text, `{"message":"`) {
+			t.Errorf("%q: %d %s, want %d", query, code, text, want)
+		}
+	}
+	if code, text := put("path=/tmp", "application/x-tar", archive.Bytes()[:100]); code != 400 || !strings.Contains(text, "unreadable archive") {
+		t.Errorf("truncated: %d %s", code, text)
+	}
 }

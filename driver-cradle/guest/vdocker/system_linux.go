@@ -110,16 +110,16 @@ func (a *api) events(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	since, err := parseTime(r.FormValue("since"))
+	since, err := parseTime(parameter(r, "since"))
 	if err != nil {
 		return invalid("since: %v", err)
 	}
-	until, err := parseTime(r.FormValue("until"))
+	until, err := parseTime(parameter(r, "until"))
 	if err != nil {
 		return invalid("until: %v", err)
 	}
 	if !until.IsZero() && until.Before(since) {
-		return invalid("`since` time (%s) cannot be after `until` time (%s)", r.FormValue("since"), r.FormValue("until"))
+		return invalid("`since` time (%s) cannot be after `until` time (%s)", parameter(r, "since"), parameter(r, "until"))
 	}
 	ctx := r.Context()
 	if !until.IsZero() {

@@ -20,7 +20,7 @@ import (
 
 // top answers docker top. The guest has no ps: the table is made from /proc, in the formats that ps is asked for most.
 func (a *api) top(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	columns, err := psColumns(r.FormValue("ps_args"))
+	columns, err := psColumns(parameter(r, "ps_args"))
 	if err != nil {
 		return err
 	}

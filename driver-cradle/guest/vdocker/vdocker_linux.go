@@ -198,9 +198,12 @@ func answer(w http.ResponseWriter, status int, v any) error {
 	return nil
 }
 
+// parameter reads one of the URL's. The body is never taken for a form, whatever the client calls it: it may be an archive.
+func parameter(r *http.Request, name string) string { return r.URL.Query().Get(name) }
+
 // truth reads a boolean parameter as docker does: anything but nothing, 0, no, false and none.
 func truth(r *http.Request, name string) bool {
-	switch strings.ToLower(strings.TrimSpace(r.FormValue(name))) {
+	switch strings.ToLower(strings.TrimSpace(parameter(r, name))) {
 	case "", "0", "no", "false", "none":
 		return false
 	}
