@@ -211,10 +211,7 @@ func TestVMTakeUp(t *testing.T) {
 		if s.State != "running" || s.Attendant == 0 || s.Machine.PID != machine {
 			t.Fatalf("status %+v", s)
 		}
-		if err := unix.Kill(s.Attendant, unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		within(t, "the monitor ends", func() bool { return unix.Kill(s.Attendant, 0) != nil || isZombie(s.Attendant) })
+		killAndWait(t, s.Attendant)
 	}
 	within(t, "ten lines", func() bool { return strings.Count(w.must(t, "logs", dir), "\n") >= 10 })
 	w.must(t, "exec", dir, "true")
@@ -234,9 +231,20 @@ func TestVMTakeUp(t *testing.T) {
 	nothingRemains(t, dir)
 }
 
-func isZombie(pid int) bool {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	return err == nil && strings.Contains(string(stat), ") Z ")
+// killAndWait kills a process that need not be a child, and waits for all of its threads to end.
+func killAndWait(t testing.TB, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000); n != 1 {
+		t.Fatalf("process %d does not end: %v", pid, err)
+	}
 }
 
 // The end of a pod that nobody attends to is kept until somebody asks.
@@ -246,12 +254,9 @@ func TestVMEndsUnattended(t *testing.T) {
 		dir := w.summon(t, "--", "sh", "-c", "echo begun; sleep 2; echo ended; exit 4")
 		w.must(t, "run", "-d", dir)
 		s := w.status(t, dir)
-		if err := unix.Kill(s.Attendant, unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		killAndWait(t, s.Attendant)
 		if machineKilled {
-			unix.Kill(s.Machine.PID, unix.SIGKILL)
-			within(t, "the machine ends", func() bool { return unix.Kill(s.Machine.PID, 0) != nil || isZombie(s.Machine.PID) })
+			killAndWait(t, s.Machine.PID)
 			s = w.status(t, dir)
 			if s.State != "exited" || s.ExitCode == nil || *s.ExitCode != 255 || s.Error == "" {
 				t.Errorf("status after the machine was killed: %+v", s)

@@ -18,6 +18,7 @@ type line struct {
 	toGuest  []byte
 	toHost   []byte
 	quickly  bool // the guest does not see that a host process has gone, because the next is there before it looks
+	late     bool // the guest sees only now that an earlier host process had gone
 	left     int  // bytes that still pass to the guest before the host process dies; -1: any number
 	inflight int
 }
@@ -67,6 +68,13 @@ type guestEnd struct {
 	addr
 	line *line
 	deadline
+	used bool
+}
+
+func (g *guestEnd) again() bool {
+	used := g.used
+	g.used = true
+	return used
 }
 
 func (g *guestEnd) Read(p []byte) (int, error) {
@@ -82,6 +90,9 @@ func (g *guestEnd) Read(p []byte) (int, error) {
 			l.toGuest = l.toGuest[n:]
 			l.cond.Broadcast()
 			return n, nil
+		case l.late:
+			l.late = false
+			return 0, io.EOF
 		case l.host == nil && !l.quickly:
 			return 0, io.EOF
 		}

@@ -12,7 +12,16 @@ import (
 )
 
 // A Port is the guest's end of the virtio-serial port. It is opened once and never closed: Close ends a session, not the port.
-type Port struct{ *os.File }
+type Port struct {
+	*os.File
+	used bool // by Accept
+}
+
+func (p *Port) again() bool {
+	used := p.used
+	p.used = true
+	return used
+}
 
 // OpenPort finds the port by its name.
 func OpenPort() (*Port, error) {
@@ -30,7 +39,7 @@ func OpenPort() (*Port, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open %s: %w", path, err)
 		}
-		return &Port{os.NewFile(uintptr(fd), path)}, nil
+		return &Port{File: os.NewFile(uintptr(fd), path)}, nil
 	}
 	return nil, fmt.Errorf("no virtio-serial port named %s", PortName)
 }

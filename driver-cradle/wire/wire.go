@@ -127,8 +127,8 @@ func dial(ctx context.Context, conn net.Conn) (*Session, error) {
 	return &Session{m}, nil
 }
 
-// unstick is sent where greetings stay unanswered. A guest that missed the end of a session may be inside one of its frames, and takes
-// greetings for the frame's content. This outlasts the longest frame and is no header, so that the session ends.
+// unstick ends the other side's session, if it has one: it outlasts the longest frame and is no header. A host sends it where its greetings stay
+// unanswered: a guest that missed the end of a session may be inside a frame, and takes greetings for the frame's content.
 func unstick() string { return strings.Repeat("x", maxMessage+4096) }
 
 // repeatHello greets until answered is closed.
@@ -165,6 +165,13 @@ func Accept(conn net.Conn) (*Session, error) {
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("wait for the host's greeting: %w", err)
 	}
+	if c, ok := conn.(reused); ok && c.again() {
+		// The guest learns late, and by another way than its bytes, that a host process has gone: the session that ended may have been the next
+		// one's. That host has to notice; one that greets throws this away.
+		if _, err := io.WriteString(conn, unstick()); err != nil {
+			return nil, fmt.Errorf("end the last session: %w", err)
+		}
+	}
 	r := bufio.NewReaderSize(conn, readBuffer)
 	ready := "" // the process that was answered; any other that greets takes its place
 	for {
@@ -185,6 +192,11 @@ func Accept(conn net.Conn) (*Session, error) {
 		return nil, fmt.Errorf("begin session: %w", err)
 	}
 	return &Session{m}, nil
+}
+
+// reused is a connection that outlives its sessions, as a Port does.
+type reused interface {
+	again() bool // false the first time
 }
 
 // readGreeting throws bytes away until it has read a greeting, and takes nothing of what follows it.

@@ -32,17 +32,14 @@ func serve(t *testing.T, l *line, h http.Handler) {
 	go func() {
 		defer close(done)
 		for {
-			s, err := Accept(&l.guest)
+			l.waitForHost(ended)
 			select {
 			case <-ended:
-				if err == nil {
-					s.Close()
-				}
 				return
 			default:
 			}
+			s, err := Accept(&l.guest)
 			if err != nil {
-				l.waitForHost(ended)
 				continue
 			}
 			go func() {
@@ -215,6 +212,32 @@ func TestReconnect(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A guest that sees the end of an earlier host process only when the next one's session has begun ends that, and its host notices.
+func TestLateEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLine()
+		serve(t, l, echo)
+		for range 3 {
+			s := dialLine(t, l)
+			say(t, s, random(10))
+			c, err := s.Open(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			l.mu.Lock()
+			l.late = true
+			l.cond.Broadcast()
+			l.mu.Unlock()
+			<-s.Done()
+			if _, err := c.Read(make([]byte, 1)); err == nil {
+				t.Error("a stream outlives its session")
+			}
+			s.Close()
+		}
+		say(t, dialLine(t, l), random(10))
+	})
 }
 
 // Two host processes greet, the first dies before it begins.
