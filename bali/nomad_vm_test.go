@@ -153,3 +153,8 @@ END`, p.dir, p.bali))
 	until("its end", func() bool { out, _ := do("alloc", "logs", alloc); return strings.HasSuffix(out, "stopped\n") })
 	until("a complete allocation", func() bool { out, _ := do("alloc", "status", alloc); return strings.Contains(out, "Exit Code: 0") })
 }
+
+func lastLine(s string) string {
+	l := strings.Split(strings.TrimSpace(s), "\n")
+	return l[len(l)-1]
+}

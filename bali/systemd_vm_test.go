@@ -1,4 +1,4 @@
-//go:build vm
+//go:build vm && soak
 
 package main
 
@@ -13,11 +13,11 @@ import (
 	"time"
 )
 
-// TestVMSystemd boots a bare Debian and makes it a member of the stack with
+// TestVMSoakSystemd boots a bare Debian and makes it a member of the stack with
 // examples/bootstrap: consul and nomad from signed images under a real systemd,
 // upgrades, a rollback, the loss of the image server, a reboot. What happens
 // inside is testdata/vm/job.sh. Two boots take some minutes under emulation.
-func TestVMSystemd(t *testing.T) {
+func TestVMSoakSystemd(t *testing.T) {
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Fatalf("%v: apt-get install qemu-system-x86", err)
 	}
@@ -63,11 +63,6 @@ cp --sparse=always %[2]s/root.img root.img`, root, base))
 			t.Fatalf("boot %d did not get to %q", stage+1, want)
 		}
 	}
-}
-
-func lastLine(s string) string {
-	l := strings.Split(strings.TrimSpace(s), "\n")
-	return l[len(l)-1]
 }
 
 // boot runs the machine until it powers off and gives its console.

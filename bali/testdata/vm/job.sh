@@ -1,4 +1,4 @@
-# run.sh of TestVMSystemd, inside of the machine: every step says "ok: …" or the job ends with the reason.
+# run.sh of TestVMSoakSystemd, inside of the machine: every step says "ok: …" or the job ends with the reason.
 # Stage 1 makes a bare host a member of the stack; stage 2, after a reboot, finds it still is.
 set -eu
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin BALI_TRUST=/etc/bali/trust
