@@ -180,7 +180,7 @@ func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running,
 	if takeUp {
 		return d.TakeUp(ctx)
 	}
-	options, err := c.startOptions(d)
+	options, err := c.startOptions()
 	if err != nil {
 		return nil, err
 	}

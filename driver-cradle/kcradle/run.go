@@ -124,7 +124,7 @@ func (c *cli) runImage(cmd *cobra.Command, flags *podFlags, pull *pullFlags, arg
 	return c.runForeground(cmd.Context(), d, true)
 }
 
-func (c *cli) startOptions(d *pod.Dir) (pod.StartOptions, error) {
+func (c *cli) startOptions() (pod.StartOptions, error) {
 	cache, err := c.cacheDir()
 	return pod.StartOptions{CacheDir: cache, Boot: c.bootDir}, err
 }
@@ -136,7 +136,7 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 	defer signal.Stop(signals)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	options, err := c.startOptions(d)
+	options, err := c.startOptions()
 	if err != nil {
 		return err
 	}
@@ -173,9 +173,9 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 		}
 	}
 	f := &foreground{cli: c, pod: r, guest: &guest{r.Open}}
-	var helpers errgroup.Group
+	var helpers sync.WaitGroup
 	over := make(chan struct{})
-	helpers.Go(func() error {
+	helpers.Go(func() {
 		for _, s := range early {
 			f.signal(s)
 		}
@@ -184,7 +184,7 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 			case s := <-signals:
 				f.signal(s)
 			case <-over:
-				return nil
+				return
 			}
 		}
 	})
@@ -249,9 +249,8 @@ func (f *foreground) attach() error {
 		c := &containers[i]
 		o, e := out.add(c.Name), err.add(c.Name)
 		g.Go(func() error {
-			defer o.flush()
-			defer e.flush()
-			return f.attachTo(c, o, e, false)
+			aerr := f.attachTo(c, o, e, false)
+			return errors.Join(aerr, o.flush(), e.flush())
 		})
 	}
 	return g.Wait()
@@ -295,7 +294,7 @@ func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone
 	}
 	if errors.Is(err, unix.EPIPE) {
 		// Whoever read our output has gone. As for a process of theirs, that is the end.
-		f.others.Go(func() { f.pod.Stop(context.Background(), nil) })
+		f.end(1)
 		return nil
 	}
 	if err != nil && ctx.Err() == nil {
@@ -403,11 +402,13 @@ func (p *prefixed) write(line []byte) error {
 	return err
 }
 
-func (p *prefixed) flush() {
-	if len(p.line) > 0 {
-		p.write(p.line)
-		p.line = nil
+func (p *prefixed) flush() error {
+	if len(p.line) == 0 {
+		return nil
 	}
+	line := p.line
+	p.line = nil
+	return p.write(line)
 }
 
 // guestOf is the server of a pod that runs; where nobody attends to it, a monitor is started that does.

@@ -341,9 +341,9 @@ func TestVMInterruptThrice(t *testing.T) {
 func TestVMInterruptedStart(t *testing.T) {
 	w := theWorld(t)
 	dir := w.summon(t, "--start", "cold", "--", "sleep", "1000")
-	for _, moment := range []time.Duration{10, 50, 200, 500} {
+	for _, milliseconds := range []int{10, 50, 200, 500} {
 		cmd := w.start(t, io.Discard, "run", dir)
-		time.Sleep(moment * time.Millisecond)
+		time.Sleep(time.Duration(milliseconds) * time.Millisecond)
 		cmd.Process.Signal(unix.SIGTERM)
 		if code := exit(t, cmd); code == 0 {
 			t.Errorf("exit code %d", code)
