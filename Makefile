@@ -78,7 +78,7 @@ fuzz: ## run each fuzz target for FUZZTIME (20s)
 
 .PHONY: bench
 bench: boot images ## measure what the README promises and print the table (docs/performance.md)
-	@go run ./test/bench
+	@go run ./test/bench -write docs/performance.md
 
 .PHONY: demo
 demo: ## mariadb, nginx and redis in microVMs, used by real clients (root)
