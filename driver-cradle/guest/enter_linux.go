@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -13,8 +12,8 @@ import (
 )
 
 // runInside runs a command in a running container without a stage, which takes a third of the time: a thread of the agent's enters the
-// container's namespaces, takes on what a child inherits from its thread, and forks. Resource limits are the process's, not the
-// thread's: the child has the agent's, which are docker's default; commands with others take a stage.
+// container's namespaces, takes on what a child inherits from its thread, and forks. Resource limits and the OOM score are the
+// process's, not the thread's: the child has the agent's, which are docker's default; commands with others take a stage.
 func (p *Pod) runInside(r stageRequest) (*command, error) {
 	c := &r.config
 	streams, theirs, err := openStreams(r.stdin, c.TTY)
@@ -38,9 +37,6 @@ func (p *Pod) runInside(r stageRequest) (*command, error) {
 	if err != nil {
 		closeStreams(streams)
 		return nil, err
-	}
-	if c.OOMScore != 0 {
-		_ = writeFile("/proc/"+strconv.Itoa(cmd.pid)+"/oom_score_adj", strconv.Itoa(c.OOMScore))
 	}
 	return cmd, nil
 }

@@ -174,15 +174,20 @@ func (e *Exec) run(first *command) (*command, error) {
 	}
 	request := stageRequest{config: config, cgroup: c.cgroup, first: first.process, stdin: cfg.OpenStdin}
 	start := c.pod.runInside
-	if len(c.spec.Ulimits) > 0 {
+	if len(c.spec.Ulimits) > 0 || c.spec.Resources.OOMScoreAdj != 0 {
 		start = c.pod.startStage
 	}
+	refused := cgroupValue(c.cgroup, "pids.events", "max")
 	cmd, err := start(request)
 	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EOPNOTSUPP) {
 		// The container runs a manager of its own below its cgroup, which then can't hold processes itself: go where its first one is.
 		if request.cgroup, err = cgroupOf(first.pid); err == nil {
 			cmd, err = start(request)
 		}
+	}
+	if (errors.Is(err, unix.EAGAIN) || errors.Is(err, errStageDied)) && cgroupValue(c.cgroup, "pids.events", "max") > refused {
+		limit := cgroupValue(c.cgroup, "pids.max", "")
+		err = &stageError{exitNotExecutable, fmt.Sprintf("%v: the container's limit of %d processes is reached", unix.EAGAIN, limit)}
 	}
 	return cmd, err
 }
