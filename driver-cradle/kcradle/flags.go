@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,57 +46,57 @@ type podFlags struct {
 
 func (p *podFlags) register(f *pflag.FlagSet) {
 	p.flags = f
-	f.StringVar(&p.name, "name", "", "name of the pod and its container (default: the directory's)")
-	f.StringVarP(&p.hostname, "hostname", "h", "", "host name in the container (default: the first 12 digits of its id)")
-	f.StringVar(&p.domainname, "domainname", "", "NIS domain name")
-	f.StringVar(&p.entrypoint, "entrypoint", "", "replace the image's entrypoint; \"\" clears it")
-	f.StringVarP(&p.user, "user", "u", "", "user[:group], by name or number")
-	f.StringVarP(&p.workdir, "workdir", "w", "", "working directory")
-	f.StringVar(&p.stopSignal, "stop-signal", "", "signal that asks the container to end")
-	f.IntVar(&p.stopTimeout, "stop-timeout", 10, "seconds from the stop signal to SIGKILL")
-	f.StringArrayVarP(&p.env, "env", "e", nil, "NAME=value, or NAME for the value of this environment's")
-	f.StringArrayVar(&p.envFile, "env-file", nil, "read variables from a file, one on each line")
-	f.StringArrayVarP(&p.volume, "volume", "v", nil, "SOURCE:PATH[:options]; see kcradle summon --help")
-	f.StringArrayVar(&p.mount, "mount", nil, "type=bind|block|nfs|volume|tmpfs,source=…,target=…; see kcradle summon --help")
-	f.StringArrayVarP(&p.publish, "publish", "p", nil, "[[address:]host port:]port[/udp]; without a host port one is chosen")
-	f.StringArrayVar(&p.tmpfs, "tmpfs", nil, "PATH[:options]: mount a tmpfs")
-	f.StringArrayVarP(&p.label, "label", "l", nil, "NAME=value")
-	f.StringArrayVar(&p.capAdd, "cap-add", nil, "add a capability")
-	f.StringArrayVar(&p.capDrop, "cap-drop", nil, "drop a capability, or ALL")
-	f.StringArrayVar(&p.device, "device", nil, "give a device of the guest: /dev/net/tun, or all")
-	f.StringArrayVar(&p.dns, "dns", nil, "resolver's address")
-	f.StringArrayVar(&p.dnsSearch, "dns-search", nil, "search domain")
-	f.StringArrayVar(&p.dnsOption, "dns-option", nil, "option of resolv.conf")
-	f.StringArrayVar(&p.addHost, "add-host", nil, "NAME:address, added to /etc/hosts; address host-gateway is the host")
-	f.StringArrayVar(&p.groupAdd, "group-add", nil, "supplementary group")
-	f.StringArrayVar(&p.sysctl, "sysctl", nil, "NAME=value")
-	f.StringArrayVar(&p.ulimit, "ulimit", nil, "NAME=soft[:hard]")
-	f.StringArrayVar(&p.securityOpt, "security-opt", nil, "no-new-privileges")
-	f.StringVar(&p.network, "network", "user", "user: through this host's network, none: only a loopback")
-	f.StringVar(&p.netns, "netns", "", "take over the interface of this network namespace: /run/netns/NAME, /proc/PID/ns/net")
-	f.StringVarP(&p.memory, "memory", "m", "", fmt.Sprintf("what the containers may use, exactly (default %v)", spec.DefaultMemory))
-	f.Float64Var(&p.cpus, "cpus", 0, "processors (default 1); a fraction limits the container's share")
+	f.StringVar(&p.name, "name", "", "`name` of the pod and its container (default: the directory's)")
+	f.StringVarP(&p.hostname, "hostname", "h", "", "host `name` in the container (default: the first 12 digits of its id)")
+	f.StringVar(&p.domainname, "domainname", "", "NIS domain `name`")
+	f.StringVar(&p.entrypoint, "entrypoint", "", "`program` that replaces the image's entrypoint; \"\" clears it")
+	f.StringVarP(&p.user, "user", "u", "", "`user[:group]`, by name or number")
+	f.StringVarP(&p.workdir, "workdir", "w", "", "working `directory`")
+	f.StringVar(&p.stopSignal, "stop-signal", "", "`signal` that asks the container to end")
+	f.IntVar(&p.stopTimeout, "stop-timeout", 10, "`seconds` from the stop signal to SIGKILL")
+	f.StringArrayVarP(&p.env, "env", "e", nil, "`NAME=value`, or NAME for the value of this environment's")
+	f.StringArrayVar(&p.envFile, "env-file", nil, "read variables from a `file`, one on each line")
+	f.StringArrayVarP(&p.volume, "volume", "v", nil, "`SOURCE:PATH[:options]`; see kcradle summon --help")
+	f.StringArrayVar(&p.mount, "mount", nil, "`type=T,source=S,target=T`; see kcradle summon --help")
+	f.StringArrayVarP(&p.publish, "publish", "p", nil, "`[[address:]host port:]port[/udp]`; without a host port one is chosen")
+	f.StringArrayVar(&p.tmpfs, "tmpfs", nil, "`PATH[:options]`: mount a tmpfs")
+	f.StringArrayVarP(&p.label, "label", "l", nil, "`NAME=value`")
+	f.StringArrayVar(&p.capAdd, "cap-add", nil, "add a `capability`")
+	f.StringArrayVar(&p.capDrop, "cap-drop", nil, "drop a `capability`, or ALL")
+	f.StringArrayVar(&p.device, "device", nil, "give a `device` of the guest: /dev/net/tun, or all")
+	f.StringArrayVar(&p.dns, "dns", nil, "resolver's `address`")
+	f.StringArrayVar(&p.dnsSearch, "dns-search", nil, "search `domain`")
+	f.StringArrayVar(&p.dnsOption, "dns-option", nil, "`option` of resolv.conf")
+	f.StringArrayVar(&p.addHost, "add-host", nil, "`NAME:address`, added to /etc/hosts; address host-gateway is this host's, now")
+	f.StringArrayVar(&p.groupAdd, "group-add", nil, "supplementary `group`")
+	f.StringArrayVar(&p.sysctl, "sysctl", nil, "`NAME=value`")
+	f.StringArrayVar(&p.ulimit, "ulimit", nil, "`NAME=soft[:hard]`")
+	f.StringArrayVar(&p.securityOpt, "security-opt", nil, "`option`: only no-new-privileges means something here")
+	f.StringVar(&p.network, "network", "user", "`mode`: user (through this host's network), none (only a loopback)")
+	f.StringVar(&p.netns, "netns", "", "take over the interface of the network namespace at `path`: /run/netns/NAME, /proc/PID/ns/net")
+	f.StringVarP(&p.memory, "memory", "m", "", fmt.Sprintf("`size` of what the containers may use, exactly (default %v)", spec.DefaultMemory))
+	f.Float64Var(&p.cpus, "cpus", 0, "`number` of processors (default 1); a fraction limits the container's share")
 	f.Uint64Var(&p.cpuShares, "cpu-shares", 0, "weight against the pod's other containers, 1024 is one share")
 	f.IntVar(&p.oomScoreAdj, "oom-score-adj", 0, "which process ends first when memory runs out, -1000 to 1000")
-	f.Int64Var(&p.pidsLimit, "pids-limit", 0, "greatest number of processes")
-	f.StringVar(&p.shmSize, "shm-size", "", fmt.Sprintf("size of /dev/shm (default %v)", spec.DefaultShmSize))
-	f.StringVar(&p.scratchSize, "scratch-size", "", fmt.Sprintf("size of the writable disk, which grows as it is used (default %v)", spec.DefaultScratchSize))
-	f.StringVar(&p.logMaxSize, "log-max-size", "", "how much of the output is kept")
-	f.StringVar(&p.accel, "accel", "", "accelerator: auto, kvm, tcg")
-	f.StringVar(&p.start, "start", "", "how the machine comes up: auto, template, cold")
-	f.StringVar(&p.restart, "restart", "no", "no, always, unless-stopped, on-failure[:times]")
-	f.DurationVar(&p.delay, "restart-delay", 0, "wait before each restart (default: 100ms doubling up to a minute)")
+	f.Int64Var(&p.pidsLimit, "pids-limit", 0, "greatest `number` of processes")
+	f.StringVar(&p.shmSize, "shm-size", "", fmt.Sprintf("`size` of /dev/shm (default %v)", spec.DefaultShmSize))
+	f.StringVar(&p.scratchSize, "scratch-size", "", fmt.Sprintf("`size` of the writable disk, which grows as it is used (default %v)", spec.DefaultScratchSize))
+	f.StringVar(&p.logMaxSize, "log-max-size", "", "`size` of the output that is kept")
+	f.StringVar(&p.accel, "accel", "", "`accelerator`: auto, kvm, tcg")
+	f.StringVar(&p.start, "start", "", "`way` in which the machine comes up: auto, template, cold")
+	f.StringVar(&p.restart, "restart", "no", "`policy`: no, always, unless-stopped, on-failure[:times]")
+	f.DurationVar(&p.delay, "restart-delay", 0, "`time` to wait before each restart (default: 100ms doubling up to a minute)")
 	f.BoolVarP(&p.tty, "tty", "t", false, "give the container a terminal")
 	f.BoolVarP(&p.interactive, "interactive", "i", false, "keep standard input open")
 	f.BoolVar(&p.init, "init", false, "run an init as pid 1 that forwards signals and reaps processes")
 	f.BoolVar(&p.readOnly, "read-only", false, "mount the container's root file system read-only")
 	f.BoolVar(&p.privileged, "privileged", false, "all capabilities and devices, inside the guest")
-	f.StringVar(&p.healthCmd, "health-cmd", "", "command that checks health")
-	f.DurationVar(&p.healthInterval, "health-interval", 0, "time between checks")
-	f.DurationVar(&p.healthTimeout, "health-timeout", 0, "time after which a check has failed")
-	f.DurationVar(&p.healthStartPeriod, "health-start-period", 0, "time at the start in which failures do not count")
-	f.DurationVar(&p.healthStartInterval, "health-start-interval", 0, "time between checks at the start")
-	f.IntVar(&p.healthRetries, "health-retries", 0, "failures in a row that make it unhealthy")
+	f.StringVar(&p.healthCmd, "health-cmd", "", "`command` that checks health")
+	f.DurationVar(&p.healthInterval, "health-interval", 0, "`time` between checks")
+	f.DurationVar(&p.healthTimeout, "health-timeout", 0, "`time` after which a check has failed")
+	f.DurationVar(&p.healthStartPeriod, "health-start-period", 0, "`time` at the start in which failures do not count")
+	f.DurationVar(&p.healthStartInterval, "health-start-interval", 0, "`time` between checks at the start")
+	f.IntVar(&p.healthRetries, "health-retries", 0, "`number` of failures in a row that make it unhealthy")
 	f.BoolVar(&p.noHealthcheck, "no-healthcheck", false, "do not run the image's healthcheck")
 }
 
@@ -163,7 +164,7 @@ func (p *podFlags) pod(name, image string, command []string) (pod *spec.Pod, mak
 		func() error { return p.processors(pod, s) },
 		func() error { return p.lifecycle(s) },
 		func() error { return p.health(&c) },
-		func() error { return p.net(&pod.Network) },
+		func() error { return p.connect(&pod.Network) },
 		func() error { return volumes.all(p.volume, p.mount) },
 	} {
 		if err := step(); err != nil {
@@ -373,7 +374,7 @@ func (p *podFlags) health(c *spec.PodContainer) error {
 	return nil
 }
 
-func (p *podFlags) net(n *spec.Network) error {
+func (p *podFlags) connect(n *spec.Network) error {
 	n.Mode = p.network
 	switch {
 	case p.netns != "" && p.flags.Changed("network"):
@@ -414,10 +415,10 @@ func (p *podFlags) net(n *spec.Network) error {
 			name, address = h[:i], h[i+1:]
 		}
 		if address == "host-gateway" {
-			if n.Mode != "user" {
-				return fmt.Errorf("--add-host %s: the host is known in network mode user only: write its address", h)
+			var err error
+			if address, err = hostAddress(); err != nil {
+				return fmt.Errorf("--add-host %s: %w: write the host's address", h, err)
 			}
-			address = "10.0.2.2"
 		}
 		if name == "" || address == "" {
 			return fmt.Errorf("--add-host %s: write NAME:address", h)
@@ -425,6 +426,17 @@ func (p *podFlags) net(n *spec.Network) error {
 		n.ExtraHosts = append(n.ExtraHosts, spec.HostEntry{Name: name, Address: strings.Trim(address, "[]")})
 	}
 	return nil
+}
+
+// hostAddress is the address that others reach this host at: it has a route to the outside. Nothing is sent.
+func hostAddress() (string, error) {
+	c, err := net.Dial("udp4", "192.0.2.1:9") // RFC 5737: nobody's
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	host, _, err := net.SplitHostPort(c.LocalAddr().String())
+	return host, err
 }
 
 // A volumeSet puts volumes into a pod and mounts them in its container.

@@ -27,8 +27,8 @@ type pullFlags struct {
 func (p *pullFlags) register(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.BoolVar(&p.always, "pull", false, "ask the registry also when the image is in the cache")
-	f.StringArrayVar(&p.insecure, "insecure-registry", nil, "host[:port] that may be asked without TLS")
-	f.StringVar(&p.platform, "platform", "", "os/arch[/variant] (default: the host's)")
+	f.StringArrayVar(&p.insecure, "insecure-registry", nil, "`host[:port]` that may be asked without TLS")
+	f.StringVar(&p.platform, "platform", "", "`os/arch[/variant]` (default: the host's)")
 	f.BoolVarP(&p.quiet, "quiet", "q", false, "no progress")
 }
 
@@ -84,8 +84,8 @@ follows -- replaces the image's command. With -f FILE the pod is read from a JSO
 	cmd.Flags().Bool("help", false, "help for summon") // -h is the host name, as with docker
 	flags.register(cmd.Flags())
 	pull.register(cmd)
-	cmd.Flags().StringVarP(&file, "file", "f", "", "read the pod from a JSON file (docs/launch-spec.md, Pod)")
-	cmd.Flags().StringVar(&id, "id", "", "id of the pod, 64 hexadecimal digits (default: random)")
+	cmd.Flags().StringVarP(&file, "file", "f", "", "read the pod from a JSON `file` (docs/launch-spec.md, Pod)")
+	cmd.Flags().StringVar(&id, "id", "", "`id` of the pod, 64 hexadecimal digits (default: random)")
 	return cmd
 }
 

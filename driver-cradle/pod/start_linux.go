@@ -33,6 +33,7 @@ type StartOptions struct {
 
 // Start starts the pod and returns when the guest has been told what to run. Where it fails, nothing is left running.
 func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error) {
+	begin := time.Now()
 	lock, err := d.attend()
 	if err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
@@ -85,6 +86,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
 	}
 	started := time.Now()
+	d.log.Debug("pod is prepared", "pod", launch.Name, "took", started.Sub(begin).Round(time.Microsecond))
 	m, err := vmm.Start(ctx, c)
 	if c.Net.Tap != nil {
 		c.Net.Tap.Close() // QEMU has its own
@@ -92,9 +94,12 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	if err != nil {
 		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
 	}
+	answered := time.Now()
+	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
 	r, err := d.running(m, lock, launch, started, o.DiscardLogs)
 	if err == nil {
 		if err = r.launch(ctx, &w); err == nil {
+			d.log.Debug("guest has set the pod up", "pod", launch.Name, "took", time.Since(answered).Round(time.Microsecond))
 			if o.Hold {
 				r.holds.Add(1)
 			}
@@ -278,14 +283,11 @@ func connect(ctx context.Context, launch *spec.Launch, log *slog.Logger, c *vmm.
 	return nil
 }
 
-// userInterface is what QEMU's user mode network expects of its guest (qemu-options.hx, -netdev user). The MAC is the pod's own.
+// userInterface is what QEMU's user network expects of its guest (qemu-options.hx, -netdev user); it has IPv4 alone. The MAC is the pod's own.
 func userInterface(id string) wire.Interface {
 	return wire.Interface{
 		Name: "eth0", MAC: fmt.Sprintf("02:%s:%s:%s:%s:%s", id[0:2], id[2:4], id[4:6], id[6:8], id[8:10]), MTU: 1500,
-		Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24"), netip.MustParsePrefix("fec0::15/64")},
-		Routes: []wire.Route{
-			{Destination: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.0.2.2")},
-			{Destination: netip.MustParsePrefix("::/0"), Via: netip.MustParseAddr("fec0::2")},
-		},
+		Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")},
+		Routes:    []wire.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.0.2.2")}},
 	}
 }
