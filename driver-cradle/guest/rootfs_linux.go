@@ -215,7 +215,7 @@ func (c *Container) mountRootVolume(p point) error {
 		if err := c.mountOverlay(); err != nil {
 			return err
 		}
-		err := fillVolume(p.volume.path, c.rootfs)
+		err := fillVolume(p.volume.path, c.rootfs, p.volume.shared())
 		if uerr := unix.Unmount(c.rootfs, 0); err == nil && uerr != nil {
 			err = &os.PathError{Op: "unmount", Path: c.rootfs, Err: uerr}
 		}
@@ -260,7 +260,7 @@ func (c *Container) fill(p point) error {
 	if err != nil {
 		return err
 	}
-	return fillVolume(p.volume.path, source)
+	return fillVolume(p.volume.path, source, p.volume.shared())
 }
 
 func (c *Container) mountPoints(points []point) error {
