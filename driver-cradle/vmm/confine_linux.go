@@ -24,7 +24,7 @@ const sharesDir = "/share"
 
 // A confinement says what a process gets to see of the host: /usr to read, its shares, a few devices, the files that it inherits.
 // It is in its own mount, pid, ipc and uts namespaces, in an empty network namespace unless Network is set, and runs as a user of
-// its own that nothing belongs to.
+// its own that nothing belongs to. The signals that end services do not reach it, only SIGKILL does.
 type confinement struct {
 	Path    string   // of the program
 	Args    []string // without the program's name
@@ -85,6 +85,9 @@ func Confine() {
 
 func confine() error {
 	var c confinement
+	if err := ignoreEnders(); err != nil {
+		return err
+	}
 	config, goes, err := ownFiles()
 	if err != nil {
 		return err
@@ -135,6 +138,22 @@ func confine() error {
 	}
 	err = unix.Exec(c.Path, append([]string{filepath.Base(c.Path)}, c.Args...), append([]string{"PATH=/usr/bin", "LC_ALL=C"}, c.Env...))
 	return fmt.Errorf("execute %s: %w", c.Path, err)
+}
+
+// enders are the signals that whole sessions, services and cgroups are sent when they are to end.
+var enders = []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM}
+
+// ignoreEnders leaves the end of the program to the launcher, which has the pod stopped first. QEMU has handlers of its own, which
+// power the machine off at once; but it only ever adds to the signals that are blocked, and those stay so when a program is executed.
+func ignoreEnders() error {
+	var set unix.Sigset_t
+	for _, s := range enders {
+		set.Val[(s-1)/64] |= 1 << ((s - 1) % 64)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &set, nil); err != nil {
+		return fmt.Errorf("block signals: %w", err)
+	}
+	return nil
 }
 
 var errGone = errors.New("the launcher has gone")
