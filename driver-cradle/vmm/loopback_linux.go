@@ -19,8 +19,9 @@ import (
 // 127.0.0.1, and has no option against it. Services that listen there trust whoever can reach them. So QEMU is put into a cgroup whose
 // programs refuse connections and datagrams to it, except replies to who has sent a datagram to a published port.
 //
-// One such cgroup serves all machines that have the same parent. It is left behind, empty, for the next one: a cgroup of each machine's
-// own would be left behind by each process that is killed.
+// One such cgroup serves all machines that have the same parent: a cgroup of each machine's own would be left behind by each process
+// that is killed. Whoever sees a machine end removes it if that was the last one. A lock on it keeps it from being removed before the
+// machine that it was opened for is in it.
 
 // loopbackGroup is its name; another number for other programs.
 const loopbackGroup = "cradle-user-network.1"
@@ -32,7 +33,8 @@ const (
 	addrPort = 24
 )
 
-// noLoopback opens the cgroup below parent ("" is this process's own cgroup) that has no way to the host's loopback interface.
+// noLoopback opens the cgroup below parent ("" is this process's own cgroup) that has no way to the host's loopback interface. It is
+// there until the file is closed, and as long as a process is in it.
 func noLoopback(parent string) (*os.File, error) {
 	g, err := openNoLoopback(parent)
 	if err != nil {
@@ -48,18 +50,63 @@ func openNoLoopback(parent string) (_ *os.File, err error) {
 		}
 	}
 	path := filepath.Join(parent, loopbackGroup)
-	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, err
+	for {
+		if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
+		g, err := lockGroup(path, unix.LOCK_EX)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the last machine of another process has ended just now
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := guard(g); err != nil {
+			g.Close()
+			return nil, err
+		}
+		return g, nil
 	}
+}
+
+// lockGroup opens the cgroup at path and locks it until the file is closed.
+func lockGroup(path string, how int) (*os.File, error) {
 	g, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
-	if err := guard(g); err != nil {
+	err = flock(g, how)
+	if err == nil { // it may have been removed, and made again, before it was locked
+		var there, locked os.FileInfo
+		if locked, err = g.Stat(); err == nil {
+			if there, err = os.Stat(path); err == nil && !os.SameFile(there, locked) {
+				err = fs.ErrNotExist
+			}
+		}
+	}
+	if err != nil {
 		g.Close()
 		return nil, err
 	}
 	return g, nil
+}
+
+func flock(f *os.File, how int) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("flock", err)
+		}
+	}
+}
+
+// removeGroup removes the cgroup at path unless somebody uses it or is about to.
+func removeGroup(path string) {
+	g, err := lockGroup(path, unix.LOCK_EX|unix.LOCK_NB)
+	if err != nil {
+		return // who has it locked puts a machine into it, whose end is the next occasion
+	}
+	defer g.Close()
+	_ = os.Remove(path) // busy as long as a process is in it
 }
 
 // ownCgroup is the directory of this process's cgroup, version 2.
@@ -92,12 +139,8 @@ func ownCgroup() (string, error) {
 	return "", errors.New("cgroup v2 is not mounted")
 }
 
-// guard attaches the programs unless they are attached.
+// guard attaches the programs to a cgroup that is locked, unless they are attached.
 func guard(g *os.File) error {
-	if err := unix.Flock(int(g.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("lock cgroup: %w", err)
-	}
-	defer func() { _ = unix.Flock(int(g.Fd()), unix.LOCK_UN) }() // closing g does it as well
 	var missing []guardProgram
 	for _, p := range guardPrograms {
 		got, err := link.QueryPrograms(link.QueryOptions{Target: int(g.Fd()), Attach: p.attach})

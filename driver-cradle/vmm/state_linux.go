@@ -40,6 +40,7 @@ type state struct {
 	Info      Info          `json:"info"`
 	Disks     map[int]Disk  `json:"disks,omitempty"` // by LUN
 	Virtiofs  *daemonHandle `json:"virtiofs,omitempty"`
+	Group     string        `json:"group,omitempty"` // the cgroup without a way to the loopback interface that QEMU is in
 }
 
 type daemonHandle struct {
