@@ -13,7 +13,10 @@ import (
 // maxLUN is virtio-scsi's last logical unit (virtio-v1.2 §5.6.6.1 has 14 bits).
 const maxLUN = 16383
 
-func diskNode(lun int) string   { return fmt.Sprintf("disk%d", lun) }
+// diskPrefix and the LUN are the name of a disk's block node.
+const diskPrefix = "disk"
+
+func diskNode(lun int) string   { return fmt.Sprintf("%s%d", diskPrefix, lun) }
 func diskDevice(lun int) string { return fmt.Sprintf("lun%d", lun) }
 
 // AddDisk plugs a disk in and returns its LUN.
@@ -79,6 +82,8 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 	device := map[string]any{
 		"driver": "scsi-hd", "id": diskDevice(lun), "drive": diskNode(lun), "bus": "scsi.0", "scsi-id": 0, "lun": lun,
 		"rotation_rate": 1, // as SSDs say
+		// By default a write beyond the host's disk space stops the machine, without a word to anybody.
+		"werror": "report", "rerror": "report",
 	}
 	if err := m.QMP(ctx, "device_add", device, nil); err != nil {
 		_ = m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
@@ -141,6 +146,7 @@ func (m *Machine) RemoveDisk(ctx context.Context, lun int) error {
 	_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
 	m.mu.Lock()
 	delete(m.state.Disks, lun)
+	m.forgetDiskError(lun)
 	m.mu.Unlock()
 	return m.save()
 }

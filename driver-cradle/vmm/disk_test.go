@@ -5,12 +5,16 @@ package vmm
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
 )
@@ -64,6 +68,56 @@ func TestVMManyDisks(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An image whose host has no space left: the guest's program gets the error at once, the launcher says which file system it is, and the
+// machine goes on.
+func TestVMHostDiskFull(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	c := config(t)
+	c.Start = Template
+	var log syncBuffer
+	c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	path := filepath.Join(dir, "scratch.img")
+	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 16<<20)); err != nil {
+		t.Fatal(err)
+	}
+	c.Disks = []Disk{{Key: "layer", Path: image(t, "fine", 1<<20)}, {Key: "scratch", Path: path}}
+	m := start(t, c)
+	for range 2 {
+		err := try(t, m, "fill", url.Values{"lun": {"1"}, "mib": {"16"}}, nil)
+		// The kernel makes EIO of whatever a block device's page cache meets; a file system on it has ENOSPC.
+		if err == nil || !strings.Contains(err.Error(), "input/output error") {
+			t.Fatalf("writing 16 MiB to a host's 4: %v", err)
+		}
+	}
+	errs := m.Info().DiskErrors
+	if len(errs) != 1 || errs[0].LUN != 1 || errs[0].Key != "scratch" || !errs[0].NoSpace || errs[0].Mount != dir || errs[0].Operation != "write" {
+		t.Errorf("%+v", errs)
+	}
+	if info, err := ReadInfo(c.RunDir); err != nil || len(info.DiskErrors) != 1 {
+		t.Errorf("on record: %+v, %v", info, err)
+	}
+	said := log.String()
+	if strings.Count(said, "a disk of the machine fails") != 1 || !strings.Contains(said, path) || !strings.Contains(said, dir+" is full: free space there") {
+		t.Errorf("the log says %q", said)
+	}
+	var got string
+	if ask(t, m, "read", url.Values{"lun": {"0"}}, &got); got != "fine" {
+		t.Errorf("the other disk reads %q", got)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "size=32m"); err != nil {
+		t.Fatal(err)
+	}
+	ask(t, m, "fill", url.Values{"lun": {"1"}, "mib": {"16"}}, nil)
 }
 
 func TestVMDiskLife(t *testing.T) {

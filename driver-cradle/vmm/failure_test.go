@@ -3,6 +3,7 @@
 package vmm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -151,6 +153,102 @@ func TestVMQEMUKilled(t *testing.T) {
 		t.Errorf("the machine's end: %v", m.Err())
 	}
 	clean(t, c.RunDir)
+}
+
+// Whoever kills a machine that is starting gets what he wants, and the template stays what it was.
+func TestVMKilledWhileStarting(t *testing.T) {
+	c := ownTemplates(t, fromTemplate(t))
+	first := start(t, again(t, c))
+	c.Start = Auto
+	for i := range 8 {
+		c := again(t, c)
+		started := make(chan error, 1)
+		go func() {
+			m, err := Start(t.Context(), c)
+			if err == nil { // before it was killed
+				<-m.Done()
+				err = errors.Join(m.Err(), m.Close())
+			}
+			started <- err
+		}()
+		if !eventually(func() bool { _, err := Running(c.RunDir); return err == nil }) {
+			t.Fatal("no machine comes")
+		}
+		time.Sleep(time.Duration(i) * 8 * time.Millisecond)
+		if err := Kill(c.RunDir); err != nil {
+			t.Error(err)
+		}
+		if err := <-started; !errors.Is(err, ErrKilled) {
+			t.Errorf("a machine that was killed while it started: %v", err)
+		}
+		clean(t, c.RunDir)
+	}
+	ts := OpenTemplates(c.CacheDir, nil)
+	if why, ok := ts.broken(first.Info().Template); ok {
+		t.Errorf("the template is out of use: %s", why)
+	}
+	if m := start(t, again(t, c)); m.Info().Start != Template {
+		t.Errorf("%+v", m.Info())
+	}
+}
+
+// What ends a service's or a session's processes all together leaves the pod to its launcher, which stops it first.
+func TestVMSignalsAreTheLaunchers(t *testing.T) {
+	c := config(t)
+	c.Start = Template
+	m := start(t, c)
+	for _, s := range enders {
+		if err := unix.Kill(m.Info().PID, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	status, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", m.Info().PID))
+	if err != nil || len(status) == 0 {
+		t.Fatalf("threads: %v, %v", status, err)
+	}
+	const blocked = 1<<(unix.SIGHUP-1) | 1<<(unix.SIGINT-1) | 1<<(unix.SIGQUIT-1) | 1<<(unix.SIGTERM-1)
+	for _, path := range status {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue // a thread that has ended
+		}
+		_, mask, _ := strings.Cut(string(data), "SigBlk:\t")
+		mask, _, _ = strings.Cut(mask, "\n")
+		if n, err := strconv.ParseUint(mask, 16, 64); err != nil || n&blocked != blocked {
+			t.Errorf("%s: signals blocked: %s, %v", path, mask, err)
+		}
+	}
+	var s string
+	ask(t, m, "uuid", nil, &s)
+	if m.Err() != nil {
+		t.Error(m.Err())
+	}
+}
+
+// A QEMU that hangs while nobody attends to it answers nobody. To kill it takes no answer.
+func TestVMKillOfOneThatHangs(t *testing.T) {
+	c := fromTemplate(t)
+	c.Detached = true
+	l := startLauncher(t, c)
+	pid, _ := l.ready(t)
+	t.Cleanup(func() { Kill(c.RunDir) })
+	l.Process.Kill()
+	l.Wait()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if m, err := TakeUp(ctx, c.RunDir); err == nil || errors.Is(err, ErrNotRunning) {
+		t.Fatalf("TakeUp of a QEMU that hangs: %v, %v", m, err)
+	}
+	if err := Kill(c.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	clean(t, c.RunDir)
+	if err := Kill(c.RunDir); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("Kill of nothing: %v", err)
+	}
 }
 
 // An agent that says nothing, cold and from a template: the guest's part of the port is never opened.

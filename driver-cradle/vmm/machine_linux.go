@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -69,7 +70,7 @@ func (m *Machine) Err() error {
 	}
 }
 
-// Info tells how the machine was started.
+// Info tells how the machine was started, and which of its disks have failed.
 func (m *Machine) Info() Info {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -149,7 +150,15 @@ func (m *Machine) gone() {
 	}
 	m.console.ended()
 	<-m.monitor.done
+	m.sweep()
+}
+
+// sweep removes what a machine that has ended leaves.
+func (m *Machine) sweep() {
 	removeRun(m.root)
+	if m.state.Group != "" {
+		removeGroup(m.state.Group)
+	}
 }
 
 func removeRun(root *os.File) {
@@ -167,6 +176,9 @@ func (m *Machine) postMortem(reason string) error {
 	if p := findPanic(m.console.text()); p != nil {
 		return p
 	}
+	if reason == "host-signal" {
+		return fmt.Errorf("QEMU ended after a signal: %w", ErrKilled)
+	}
 	if reason != "" {
 		return fmt.Errorf("the guest ended by itself (%s)", reason)
 	}
@@ -179,10 +191,28 @@ func (m *Machine) postMortem(reason string) error {
 	var exit *exec.ExitError
 	if errors.As(how, &exit) {
 		if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
-			return fmt.Errorf("QEMU was killed by signal %d (%v)%s", status.Signal(), status.Signal(), says)
+			return &signalError{status.Signal(), says}
 		}
 	}
 	return errors.New("QEMU ended" + says)
+}
+
+// ErrKilled is part of the error of a machine whose QEMU somebody else has ended: an operator, another process by Kill, the kernel for
+// want of memory.
+var ErrKilled = errors.New("killed from outside")
+
+// A signalError is QEMU's end by a signal. Those that it does not send itself are ErrKilled.
+type signalError struct {
+	signal syscall.Signal
+	says   string
+}
+
+func (e *signalError) Error() string {
+	return fmt.Sprintf("QEMU was killed by signal %d (%v)%s", e.signal, e.signal, e.says)
+}
+
+func (e *signalError) Is(target error) bool {
+	return target == ErrKilled && (e.signal == syscall.SIGKILL || slices.Contains(enders, e.signal))
 }
 
 // withoutWarnings drops QEMU's warnings, which tell nothing about its end.
@@ -206,6 +236,10 @@ func (m *Machine) onEvent(name string, data json.RawMessage) {
 		Open   bool   `json:"open"`
 	}
 	if json.Unmarshal(data, &e) != nil {
+		return
+	}
+	if name == "BLOCK_IO_ERROR" {
+		m.diskFailed(data)
 		return
 	}
 	m.mu.Lock()

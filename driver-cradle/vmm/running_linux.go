@@ -1,6 +1,12 @@
 package vmm
 
-import "context"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+)
 
 // Running returns the process id of the machine of a run directory, ErrNotRunning where none lives. It does not take the machine up.
 func Running(runDir string) (pid int, err error) {
@@ -15,7 +21,10 @@ func Running(runDir string) (pid int, err error) {
 	return s.PID, p.file.Close()
 }
 
-// Kill ends the machine of a run directory at once, whoever attends to it. It returns when QEMU has ended.
+// Kill ends the machine of a run directory at once, whoever attends to it, and returns when QEMU has ended. It asks nothing of QEMU
+// or the guest: the process that the directory names by its id and start time gets SIGKILL, so it ends machines that hang as well, and
+// those whose start is not completed. Where none lives it returns ErrNotRunning. What is left of the machine is cleared away by the
+// process that attends to it, here if there is none.
 func Kill(runDir string) error {
 	s, err := readState(runDir)
 	if err != nil {
@@ -29,7 +38,33 @@ func Kill(runDir string) error {
 	if err := p.kill(); err != nil {
 		return err
 	}
-	return p.wait()
+	if err := p.file.SetReadDeadline(time.Now().Add(killTimeout)); err != nil {
+		return fmt.Errorf("wait for process %d: %w", s.PID, err)
+	}
+	if err := p.wait(); errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("process %d was killed and has not ended within %v: it waits in the kernel, look for storage that hangs", s.PID, killTimeout)
+	} else if err != nil {
+		return fmt.Errorf("wait for process %d: %w", s.PID, err)
+	}
+	return s.bury(runDir)
+}
+
+// killTimeout bounds the time from SIGKILL to the process's end.
+const killTimeout = 30 * time.Second
+
+// bury clears away what the machine left, which has ended, unless a process attends to the directory or another machine is there by now.
+func (s *state) bury(dir string) error {
+	m := &Machine{dir: dir, state: *s}
+	if err := m.open(); errors.Is(err, ErrAttended) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if now, err := readState(dir); err == nil && now.PID == s.PID && now.StartTime == s.StartTime {
+		m.endDaemon()
+		m.sweep()
+	}
+	return errors.Join(m.root.Close(), m.lock.Close())
 }
 
 // ReadInfo tells how the machine of a run directory was started, whoever attends to it.

@@ -69,8 +69,9 @@ func (m *Machine) clear() error {
 		if !errors.Is(err, ErrNotRunning) {
 			return err
 		}
-		old := Machine{state: *s}
+		old := Machine{state: *s, root: m.root}
 		old.endDaemon()
+		old.sweep()
 	}
 	removeRun(m.root)
 	return ignoreNotExist(os.Remove(via(m.root, consoleFile)))
@@ -83,7 +84,7 @@ type role struct {
 	incoming bool     // it waits for the rest of its state
 }
 
-// A restoreError is a failure of the template, in contrast to one of the pod's own disks and ports.
+// A restoreError is a failure of the template, in contrast to one of the pod's own disks and ports, and to somebody's killing it.
 type restoreError struct{ error }
 
 func (e restoreError) Unwrap() error { return e.error }
@@ -110,21 +111,19 @@ func (c *Config) boot(ctx context.Context, q *qemu, info Info, t *template) (*Ma
 	if err := m.bringUp(ctx, c, t); err != nil {
 		var re restoreError
 		ofTemplate := errors.As(err, &re)
-		if err = fmt.Errorf("start machine: %w", m.abandon(err)); ofTemplate {
-			err = restoreError{err}
+		err = m.abandon(ctx, err)
+		if ofTemplate && !errors.Is(err, ErrKilled) {
+			return nil, restoreError{fmt.Errorf("start machine: restore template %s: %w", t.Name, err)}
 		}
-		return nil, err
+		return nil, fmt.Errorf("start machine: %w", err)
 	}
 	return m, nil
 }
 
 // abandon ends a machine that did not come up and adds what its remains tell.
-func (m *Machine) abandon(err error) error {
-	if errors.Is(err, errQMPClosed) {
-		select { // QEMU is ending by itself: let it say why
-		case <-m.done:
-		case <-time.After(time.Second):
-		}
+func (m *Machine) abandon(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		m.letEnd(ctx)
 	}
 	if kerr := m.Kill(); kerr != nil {
 		err = errors.Join(err, kerr)
@@ -137,11 +136,30 @@ func (m *Machine) abandon(err error) error {
 	return errors.Join(err, m.Close())
 }
 
+// letEnd waits for the end of a QEMU that is ending by itself, so that its reason and not that of Kill is known. Whatever broke first,
+// one that ends does not answer any more: it has closed its monitor when its threads are gone, and no sooner.
+func (m *Machine) letEnd(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	if err := m.QMP(ctx, "query-name", nil, nil); err == nil || ctx.Err() != nil {
+		return
+	}
+	select {
+	case <-m.done:
+	case <-time.After(endTimeout):
+	}
+}
+
+const (
+	answerTimeout = time.Second      // of a QEMU that is there
+	endTimeout    = 10 * time.Second // of one that is ending; the kernel has its memory to free
+)
+
 // bringUp talks a new QEMU's guest into life.
 func (m *Machine) bringUp(ctx context.Context, c *Config, t *template) error {
 	guest := func(err error) error {
 		if err != nil && t != nil {
-			return restoreError{fmt.Errorf("restore template %s: %w", t.Name, err)}
+			return restoreError{err}
 		}
 		return err
 	}
@@ -219,7 +237,7 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 	started := false
 	defer func() {
 		if !started {
-			removeRun(m.root)
+			m.sweep()
 			m.template.release()
 			err = errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), m.lock.Close())
 		}
@@ -294,6 +312,9 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 		return errors.Join(err, monitor.Close(), console.Close())
 	}
 	defer group.Close()
+	if c.Net.Mode == NetUser {
+		m.state.Group = group.Name()
+	}
 	var daemon *child
 	if len(c.Virtiofs) > 0 {
 		var conn *os.File

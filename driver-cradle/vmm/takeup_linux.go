@@ -98,7 +98,7 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 // remains clears away what a machine that has ended unattended left, and tells about its end.
 func (m *Machine) remains() error {
 	m.endDaemon()
-	removeRun(m.root)
+	m.sweep()
 	data, err := readBounded(via(m.root, consoleFile), maxConsole)
 	if err != nil {
 		return ignoreNotExist(err)

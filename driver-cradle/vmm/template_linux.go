@@ -30,11 +30,28 @@ const (
 	vmState     = "state"        // of the devices, as QEMU migrates it
 	keyFile     = "key.json"     // a TemplateInfo; its modification time is that of the last use
 	checkedFile = "checked.json" // the identity of the ram file whose digest was right
-	brokenExt   = ".broken"      // why a template with this key did not restore
+	brokenExt   = ".broken"      // a failure of the template with this key
 )
 
-// brokenFor is how long a template that did not restore is not made again.
-const brokenFor = time.Hour
+// A failure is why a template did not restore. Its file's modification time says when.
+type failure struct {
+	Why   string `json:"why"`
+	Times int    `json:"times"` // in a row
+}
+
+const (
+	firstPause = time.Minute
+	maxPause   = time.Hour
+)
+
+// pause is how long the template is not made again: a minute, twice that after the next failure, an hour at most.
+func (f failure) pause() time.Duration {
+	pause := firstPause
+	for range min(f.Times-1, 6) {
+		pause *= 2
+	}
+	return min(pause, maxPause)
+}
 
 const maxState = 64 << 20
 
@@ -215,7 +232,7 @@ func (t *Templates) sweep() error {
 			errs = append(errs, os.RemoveAll(path))
 			unlock()
 		case strings.HasSuffix(e.Name(), brokenExt):
-			if fi, err := e.Info(); err == nil && time.Since(fi.ModTime()) > brokenFor {
+			if fi, err := e.Info(); err == nil && time.Since(fi.ModTime()) > maxPause {
 				errs = append(errs, ignoreNotExist(os.Remove(path)))
 			}
 		}
@@ -540,7 +557,7 @@ func (c *Config) park(ctx context.Context, q *qemu, k Key, ram *os.File, dir str
 	}
 	state, err = m.saveTemplate(ctx, parked)
 	if err != nil && !errors.Is(err, errSlowTimer) {
-		return nil, m.abandon(err)
+		return nil, m.abandon(ctx, err)
 	}
 	return state, errors.Join(err, m.Kill(), m.Close())
 }
@@ -708,22 +725,41 @@ func (m *Machine) restore(ctx context.Context, t *template) error {
 	return err
 }
 
-// broken tells why a template did not restore lately.
-func (t *Templates) broken(name string) (why string, ok bool) {
+// failure reads how a template failed last, if it did.
+func (t *Templates) failure(name string) (f failure, when time.Time, ok bool) {
 	path := filepath.Join(t.Dir, name+brokenExt)
 	fi, err := os.Stat(path)
-	if err != nil || time.Since(fi.ModTime()) > brokenFor {
-		return "", false
+	if err != nil {
+		return failure{}, time.Time{}, false
 	}
 	data, err := readBounded(path, 64<<10)
-	return string(data), err == nil
+	if err != nil || json.Unmarshal(data, &f) != nil {
+		return failure{}, time.Time{}, false
+	}
+	return f, fi.ModTime(), true
+}
+
+// broken tells why a template did not restore, as long as it is not to be made again.
+func (t *Templates) broken(name string) (why string, ok bool) {
+	f, when, ok := t.failure(name)
+	return f.Why, ok && time.Since(when) < f.pause()
 }
 
 // spoil notes that a template does not restore and removes it.
 func (t *Templates) spoil(name string, why error) {
-	if err := errors.Join(writeFile(filepath.Join(t.Dir, name+brokenExt), []byte(why.Error())), t.Remove(name)); err != nil {
+	last, _, _ := t.failure(name)
+	data, err := json.Marshal(failure{Why: why.Error(), Times: last.Times + 1})
+	if err == nil {
+		err = writeFile(filepath.Join(t.Dir, name+brokenExt), data)
+	}
+	if err := errors.Join(err, t.Remove(name)); err != nil {
 		t.Log.Warn("remove a template that does not restore", "name", name, "error", err)
 	}
+}
+
+// restored forgets earlier failures of a template.
+func (t *Templates) restored(name string) {
+	_ = os.Remove(filepath.Join(t.Dir, name+brokenExt)) // mostly there is none
 }
 
 // Verify reads a template's files and compares them with their digests.

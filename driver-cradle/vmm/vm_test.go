@@ -5,6 +5,7 @@ package vmm
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -15,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -225,9 +227,6 @@ func TestVMAccelerator(t *testing.T) {
 
 // A KVM that passes for usable and does not bring a guest up costs one attempt.
 func TestVMKVMThatFails(t *testing.T) {
-	if _, err := os.Stat(kvmDevice); err != nil {
-		t.Skip("without /dev/kvm nothing passes for usable")
-	}
 	c := config(t)
 	c.Accel, c.HelloTimeout = Auto, 15*time.Second
 	if err := c.check(); err != nil {
@@ -239,8 +238,12 @@ func TestVMKVMThatFails(t *testing.T) {
 	}
 	defer m.Close()
 	defer m.Kill()
-	if i := m.Info(); i.Accel == TCG && !strings.Contains(i.AccelWhy, "kvm failed") {
+	i := m.Info()
+	if i.Accel == TCG && !strings.Contains(i.AccelWhy, "kvm failed") {
 		t.Errorf("%+v", i)
+	}
+	if _, err := os.Stat(kvmDevice); err != nil && i.Accel != TCG {
+		t.Errorf("%s without %s", i.Accel, kvmDevice)
 	}
 	t.Logf("%.300s", m.Info().AccelWhy)
 }
@@ -326,6 +329,102 @@ func userNetwork(t *testing.T, how string) {
 		t.Errorf("the loopback interface received %q from the guest", s)
 	default:
 	}
+}
+
+// The cgroup of user networks goes with the last machine in it, whoever finds that one ended.
+func TestVMUserNetworkLeavesNoCgroup(t *testing.T) {
+	c := fromTemplate(t)
+	c.Cgroup, c.Net = ownGroup(t), Net{Mode: NetUser}
+	group := filepath.Join(c.Cgroup, loopbackGroup)
+	there := func() bool { _, err := os.Stat(group); return err == nil }
+	for range 2 {
+		one, other := start(t, again(t, c)), start(t, again(t, c))
+		if err := one.Kill(); err != nil || !there() {
+			t.Fatalf("the first of two machines has ended: %v, the cgroup is there: %v", err, there())
+		}
+		if err := other.Kill(); err != nil || there() {
+			t.Errorf("both machines have ended: %v, the cgroup is there: %v", err, there())
+		}
+	}
+	c.Detached = true
+	l := startLauncher(t, c)
+	pid, _ := l.ready(t)
+	l.Process.Kill()
+	l.Wait()
+	p, err := openProcess(pid, mustStartTime(t, pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.file.Close()
+	if err := errors.Join(p.kill(), p.wait()); err != nil || !there() {
+		t.Fatalf("nobody has seen the machine's end: %v, the cgroup is there: %v", err, there())
+	}
+	if _, err := TakeUp(t.Context(), c.RunDir); !errors.Is(err, ErrNotRunning) || there() {
+		t.Errorf("TakeUp: %v, the cgroup is there: %v", err, there())
+	}
+}
+
+// Machines that come and go at once never have the cgroup removed before they are in it.
+func TestVMLoopbackGroupIsKeptWhileOpen(t *testing.T) {
+	parent := ownGroup(t)
+	path := filepath.Join(parent, loopbackGroup)
+	var g sync.WaitGroup
+	for range 4 {
+		g.Go(func() {
+			for range 10 {
+				f, err := noLoopback(parent)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				sleep := exec.Command("sleep", "60")
+				sleep.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(f.Fd())}
+				if err := sleep.Start(); err != nil {
+					t.Error(err)
+				}
+				f.Close()
+				removeGroup(path)
+				if _, err := os.Stat(path); err != nil {
+					t.Errorf("removed under a process: %v", err)
+				}
+				sleep.Process.Kill()
+				sleep.Wait()
+				removeGroup(path)
+			}
+		})
+	}
+	g.Wait()
+	removeGroup(path)
+	if _, err := os.Stat(path); err == nil {
+		t.Error("the cgroup stays behind")
+	}
+}
+
+// ownGroup makes a cgroup for the test.
+func ownGroup(t *testing.T) string {
+	parent, err := ownCgroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path, err := os.MkdirTemp(parent, "vmm-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(path); err != nil {
+			t.Error(err)
+		}
+	})
+	return path
+}
+
+func mustStartTime(t *testing.T, pid int) uint64 {
+	t.Helper()
+	begun, err := startTime(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return begun
 }
 
 func TestVMShares(t *testing.T) {

@@ -85,7 +85,7 @@ type Net struct {
 	MAC     string         // at a cold start; the guest sets what wire.Interface says in any case
 }
 
-// Info tells how a machine was started.
+// Info tells how a machine was started, and what has gone wrong on the host since.
 type Info struct {
 	PID       int            `json:"pid"`
 	Accel     string         `json:"accel"` // KVM, TCG
@@ -98,6 +98,8 @@ type Info struct {
 	Package   string         `json:"package"` // digest
 	Publish   []spec.Publish `json:"publish,omitempty"`
 	StartedAt time.Time      `json:"startedAt"`
+
+	DiskErrors []*DiskError `json:"diskErrors,omitempty"` // one for each disk that has failed on the host since
 }
 
 // MinMemory is the least that containers can be given, as docker has it.
@@ -220,7 +222,7 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 // startOn starts with accel, or else with TCG where the choice is ours.
 func (c *Config) startOn(ctx context.Context, q *qemu, accel, why string) (*Machine, error) {
 	m, err := c.startWith(ctx, q, accel, why)
-	if err != nil && c.Accel == Auto && accel == KVM && ctx.Err() == nil {
+	if err != nil && c.Accel == Auto && accel == KVM && ctx.Err() == nil && !errors.Is(err, ErrKilled) {
 		c.Log.Warn("machine did not come up with kvm, starting it with tcg", "error", err)
 		m, err = c.startWith(ctx, q, TCG, "kvm failed: "+err.Error())
 	}
@@ -248,21 +250,31 @@ func (c *Config) startWith(ctx context.Context, q *qemu, accel, accelWhy string)
 	return c.boot(ctx, q, info, nil)
 }
 
-// fromTemplate restores a machine from its template. A template that does not restore is removed.
+// fromTemplate restores a machine from its template. A template that does not restore twice in a row is removed; that a machine was
+// killed while it started, or nobody wants it any more, says nothing about its template.
 func (c *Config) fromTemplate(ctx context.Context, q *qemu, info Info) (*Machine, error) {
 	k, err := c.key(q, info.Accel)
 	if err != nil {
 		return nil, restoreError{fmt.Errorf("start machine: %w", err)}
 	}
 	ts := OpenTemplates(c.CacheDir, c.Log)
-	t, err := ts.open(ctx, c, q, k)
-	if err != nil {
-		return nil, restoreError{fmt.Errorf("start machine: %w", err)}
+	for again := false; ; again = true {
+		t, err := ts.open(ctx, c, q, k)
+		if err != nil {
+			return nil, restoreError{fmt.Errorf("start machine: %w", err)}
+		}
+		m, err := c.boot(ctx, q, info, t)
+		var re restoreError
+		switch {
+		case err == nil:
+			ts.restored(k.String())
+			return m, nil
+		case ctx.Err() != nil || !errors.As(err, &re):
+			return nil, err
+		case again:
+			ts.spoil(k.String(), err)
+			return nil, err
+		}
+		c.Log.Warn("restoring again", "error", err)
 	}
-	m, err := c.boot(ctx, q, info, t)
-	var re restoreError
-	if errors.As(err, &re) && ctx.Err() == nil {
-		ts.spoil(t.Name, err)
-	}
-	return m, err
 }

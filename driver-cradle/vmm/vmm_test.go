@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -417,4 +418,37 @@ func FuzzPrintable(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A template that does not restore is left alone for a minute, for longer each time, and is as good as any once it restores.
+func TestTemplateFailures(t *testing.T) {
+	ts := OpenTemplates(t.TempDir(), nil)
+	name := strings.Repeat("0f", 16)
+	for _, want := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
+		if err := os.MkdirAll(filepath.Join(ts.Dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		ts.spoil(name, errors.New("no state of any machine"))
+		if _, err := os.Stat(filepath.Join(ts.Dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the template is still there: %v", err)
+		}
+		if why, ok := ts.broken(name); !ok || why != "no state of any machine" {
+			t.Errorf("broken: %v because of %q", ok, why)
+		}
+		if f, _, _ := ts.failure(name); f.pause() != want*time.Minute {
+			t.Errorf("pause after %d failures: %v, want %d minutes", f.Times, f.pause(), want)
+		}
+		f, _, _ := ts.failure(name)
+		past := time.Now().Add(-f.pause())
+		if err := os.Chtimes(filepath.Join(ts.Dir, name+brokenExt), past, past); err != nil {
+			t.Fatal(err)
+		}
+		if why, ok := ts.broken(name); ok {
+			t.Errorf("broken after %v: %s", f.pause(), why)
+		}
+	}
+	ts.restored(name)
+	if f, _, ok := ts.failure(name); ok {
+		t.Errorf("a template that has restored since: %+v", f)
+	}
 }

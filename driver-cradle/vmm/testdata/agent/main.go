@@ -107,6 +107,7 @@ func handler() http.Handler {
 		"disks": func(*http.Request) (any, error) { return disks() },
 		"read":  func(r *http.Request) (any, error) { return readDisk(r.FormValue("lun")) },
 		"write": func(r *http.Request) (any, error) { return nil, writeDisk(r.FormValue("lun"), r.FormValue("text")) },
+		"fill":  func(r *http.Request) (any, error) { return nil, fillDisk(r.FormValue("lun"), r.FormValue("mib")) },
 		"delete": func(r *http.Request) (any, error) {
 			return nil, os.WriteFile(scsi(r.FormValue("lun"))+"/delete", []byte("1"), 0)
 		},
@@ -229,6 +230,28 @@ func writeDisk(lun, text string) error {
 	defer f.Close()
 	_, err = f.Write(append([]byte(text), make([]byte, 512-len(text))...))
 	return err
+}
+
+// fillDisk writes from the disk's beginning on.
+func fillDisk(lun, mib string) error {
+	n, err := strconv.Atoi(mib)
+	if err != nil {
+		return err
+	}
+	f, err := openDisk(lun, os.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for range n {
+		if _, err := f.Write(bytes.Repeat([]byte("full"), 1<<18)); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dirty changes as much memory as it is told to and keeps it.
