@@ -26,9 +26,6 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 )
 
-// rounds is how often a drill is repeated: ten times for go test -tags vm, a hundred with -tags 'vm soak'.
-var rounds = 10
-
 // start executes kcradle and does not wait for it.
 func (w *world) start(t testing.TB, stdout io.Writer, args ...string) *exec.Cmd {
 	t.Helper()
@@ -138,7 +135,9 @@ func entries(t testing.TB, dirs ...string) (all []string) {
 }
 
 // A kcradle in the foreground that is killed at any moment leaves no machine, no tap, no mount, no file outside of its directory, and the next one works.
-func TestVMKilledAtAnyMoment(t *testing.T) {
+func TestVMKilledAtAnyMoment(t *testing.T) { killedAtAnyMoment(t, 10) }
+
+func killedAtAnyMoment(t *testing.T, rounds int) {
 	w := theWorld(t)
 	ns := newNamespace(t)
 	dir := w.summon(t, "--netns", ns.path, "-v", filepath.Join(t.TempDir(), "v.img")+":/v:size=32M", "-v", t.TempDir()+":/d", "--", "sh", "-c", "echo up; sync; sleep 0.2")
@@ -173,7 +172,9 @@ func TestVMKilledAtAnyMoment(t *testing.T) {
 }
 
 // Likewise summon: what a killed one has left is replaced by the next.
-func TestVMSummonKilledAtAnyMoment(t *testing.T) {
+func TestVMSummonKilledAtAnyMoment(t *testing.T) { summonKilledAtAnyMoment(t, 10) }
+
+func summonKilledAtAnyMoment(t *testing.T, rounds int) {
 	w := theWorld(t)
 	base := t.TempDir()
 	dir := filepath.Join(base, "pod")

@@ -2,4 +2,8 @@
 
 package main
 
-func init() { rounds = 100 }
+import "testing"
+
+func TestVMSoakKilledAtAnyMoment(t *testing.T) { killedAtAnyMoment(t, 100) }
+
+func TestVMSoakSummonKilledAtAnyMoment(t *testing.T) { summonKilledAtAnyMoment(t, 100) }
