@@ -227,7 +227,7 @@ func isNonce(s string) bool {
 	return err == nil
 }
 
-const readBuffer = 64 << 10
+const readBuffer = 8 << 10
 
 // bufferedConn reads what was buffered while greeting before anything else, and nothing that is no frame of ours. Without that check
 // yamux could take a few bytes of another process's greeting for the rest of a header, and wait for gigabytes of body.

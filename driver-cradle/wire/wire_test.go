@@ -520,3 +520,84 @@ func TestProxyGuestResets(t *testing.T) {
 	}
 	wait(t, done, "Proxy goes on after a reset")
 }
+
+// pagePort reads as a virtio-serial port does: a page at a time.
+type pagePort struct{ net.Conn }
+
+func (p pagePort) Read(b []byte) (int, error) { return p.Conn.Read(b[:min(len(b), 4096)]) }
+
+// BenchmarkProxy moves bytes from a client through the proxy, the session and the port to the guest ("in"), and back ("out").
+func BenchmarkProxy(b *testing.B) {
+	for _, direction := range []string{"in", "out"} {
+		b.Run(direction, func(b *testing.B) {
+			dir := b.TempDir()
+			socket := func(name string) (near, far net.Conn) {
+				ln, err := net.Listen("unix", filepath.Join(dir, name))
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer ln.Close()
+				if near, err = net.Dial("unix", ln.Addr().String()); err != nil {
+					b.Fatal(err)
+				}
+				if far, err = ln.Accept(); err != nil {
+					b.Fatal(err)
+				}
+				return near, far
+			}
+			hostPort, guestPort := socket("port")
+			accepted := make(chan *Session, 1)
+			go func() {
+				s, err := Accept(pagePort{guestPort})
+				if err != nil {
+					b.Error(err)
+				}
+				accepted <- s
+			}()
+			hs, err := Dial(b.Context(), hostPort)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer hs.Close()
+			gs := <-accepted
+			defer gs.Close()
+			stream, err := hs.Open(b.Context())
+			if err != nil {
+				b.Fatal(err)
+			}
+			guest, err := gs.Accept()
+			if err != nil {
+				b.Fatal(err)
+			}
+			client, proxied := socket("client")
+			done := make(chan struct{})
+			go func() {
+				Proxy(proxied, stream)
+				close(done)
+			}()
+			const chunk = 1 << 20
+			b.SetBytes(chunk)
+			from, to := client, guest
+			if direction == "out" {
+				from, to = guest, client
+			}
+			total := int64(b.N) * chunk
+			go func() {
+				buf := make([]byte, 128<<10)
+				for n := int64(0); n < total; n += int64(len(buf)) {
+					if _, err := from.Write(buf); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			}()
+			if n, err := io.CopyN(io.Discard, to, total); err != nil {
+				b.Fatal(n, err)
+			}
+			b.StopTimer()
+			client.Close()
+			guest.Close()
+			<-done
+		})
+	}
+}
