@@ -430,7 +430,7 @@ func (t *Templates) fill(dir string, info TemplateInfo) (*os.File, error) {
 			err = fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
 		}
 		if data, jerr := json.Marshal(now); err == nil && jerr == nil {
-			writeFile(path, data) // without it the next one hashes again
+			_ = writeFile(path, data) // without it the next one hashes again
 		}
 	}
 	if err == nil {

@@ -424,7 +424,7 @@ func FuzzPrintable(f *testing.F) {
 func TestTemplateFailures(t *testing.T) {
 	ts := OpenTemplates(t.TempDir(), nil)
 	name := strings.Repeat("0f", 16)
-	for _, want := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
+	for _, minutes := range []int{1, 2, 4, 8, 16, 32, 60, 60} {
 		if err := os.MkdirAll(filepath.Join(ts.Dir, name), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -435,8 +435,8 @@ func TestTemplateFailures(t *testing.T) {
 		if why, ok := ts.broken(name); !ok || why != "no state of any machine" {
 			t.Errorf("broken: %v because of %q", ok, why)
 		}
-		if f, _, _ := ts.failure(name); f.pause() != want*time.Minute {
-			t.Errorf("pause after %d failures: %v, want %d minutes", f.Times, f.pause(), want)
+		if f, _, _ := ts.failure(name); f.pause() != time.Duration(minutes)*time.Minute {
+			t.Errorf("pause after %d failures: %v, want %d minutes", f.Times, f.pause(), minutes)
 		}
 		f, _, _ := ts.failure(name)
 		past := time.Now().Add(-f.pause())
