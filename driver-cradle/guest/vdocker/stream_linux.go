@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/moby/term"
@@ -150,6 +151,7 @@ type client struct {
 	net.Conn
 	in    *bufio.Reader
 	gone  context.CancelCauseFunc
+	taken atomic.Bool // its input has been closed by us: what a Read says then tells nothing about the client
 	stop  func() bool
 	ended chan struct{} // what only watches has ended
 }
@@ -193,17 +195,26 @@ type clientInput struct{ c *client }
 // Read tells a client that has ended its input from one that is gone.
 func (i *clientInput) Read(p []byte) (int, error) {
 	n, err := i.c.in.Read(p)
-	if err != nil && !errors.Is(err, io.EOF) {
+	if err != nil && !errors.Is(err, io.EOF) && !i.c.taken.Load() {
 		i.c.gone(err)
 	}
 	return n, err
 }
 
 // Close makes a pending Read return.
-func (i *clientInput) Close() error { return i.c.SetReadDeadline(time.Unix(1, 0)) }
+func (i *clientInput) Close() error {
+	i.c.taken.Store(true)
+	return i.c.SetReadDeadline(time.Unix(1, 0))
+}
 
-// watch notices when a client that sends nothing goes away.
-func (c *client) watch() {
+// watch notices when a client whose input nobody takes, or nobody takes any more, goes away.
+func (c *client) watch(ctx context.Context) {
+	if c.taken.CompareAndSwap(true, false) {
+		_ = c.SetReadDeadline(time.Time{})
+		if ctx.Err() != nil {
+			c.interrupt() // which that may have undone
+		}
+	}
 	c.ended = make(chan struct{})
 	go func() {
 		defer close(c.ended)
@@ -254,12 +265,22 @@ func (a *api) attach(w http.ResponseWriter, r *http.Request, c *guest.Container)
 		o.Restarts, stop = endedForGood(ctx, c)
 		defer stop()
 	}
-	return a.serveStreams(ctx, gone, w, r, c.IO(), streams{
+	s := streams{
 		attach: o, tty: spec.TTY, keys: keys,
 		stdin: stream && truth(r, "stdin") && spec.OpenStdin, stdout: truth(r, "stdout"), stderr: truth(r, "stderr"),
-		began:    func() error { c.Emit("attach", nil); return nil },
 		detached: func() { c.Emit("detach", nil) },
-	})
+	}
+	var exited func(context.Context) (int, string, error)
+	s.began = func() error {
+		exited = c.Awaiting(guest.WaitNextExit)
+		c.Emit("attach", nil)
+		return nil
+	}
+	if stream && o.Restarts == nil {
+		// As docker: a client that asks when the stream has ended finds the container exited.
+		s.finished = func(ctx context.Context) { _, _, _ = exited(ctx) }
+	}
+	return a.serveStreams(ctx, gone, w, r, c.IO(), s)
 }
 
 // streams are what a client is connected with.
@@ -293,7 +314,7 @@ func (a *api) serveStreams(ctx context.Context, gone context.CancelCauseFunc, w 
 		}
 		out.w = c
 		if !s.stdin {
-			c.watch()
+			c.watch(ctx)
 		}
 		if err := s.began(); err != nil {
 			// As docker: the connection is a stream already, so the reason goes there.
@@ -310,6 +331,9 @@ func (a *api) serveStreams(ctx context.Context, gone context.CancelCauseFunc, w 
 	if errors.Is(err, stdio.ErrDetached) {
 		s.detached()
 	} else if err == nil && s.finished != nil {
+		if s.stdin {
+			c.watch(ctx)
+		}
 		s.finished(ctx)
 	}
 	c.finish()
