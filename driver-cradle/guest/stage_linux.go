@@ -550,13 +550,21 @@ func makeTTY(c *stageConfig) (master, slave *os.File, err error) {
 	return master, slave, nil
 }
 
-// ttyMark goes with the master's descriptor; an error's JSON begins with a brace.
-const ttyMark = 't'
+// What a stage says: ttyMark goes with the master's descriptor, execMark comes right before execve, and an error's JSON begins with a
+// brace.
+const (
+	ttyMark  = 't'
+	execMark = 'x'
+)
+
+// errStageDied is what there is to say of a stage that ended before its command began, without an error of its own.
+var errStageDied = errors.New("the process that prepares the command ended unexpectedly")
 
 // readStage reads what a stage has to say: nothing more once its command runs (nil), the master of its terminal, or why it failed.
 func readStage(conn *net.UnixConn) (master *os.File, err error) {
 	buf, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(4))
 	var text []byte
+	executes := false
 	for {
 		n, oobn, _, _, rerr := conn.ReadMsgUnix(buf, oob)
 		if oobn > 0 {
@@ -565,19 +573,25 @@ func readStage(conn *net.UnixConn) (master *os.File, err error) {
 			}
 		}
 		for _, b := range buf[:max(n, 0)] {
-			if b != ttyMark || len(text) > 0 {
+			switch {
+			case len(text) > 0 || b != ttyMark && b != execMark:
 				text = append(text, b)
+			case b == execMark:
+				executes = true
 			}
 		}
 		if n <= 0 || rerr != nil || len(text) > 64<<10 {
 			break
 		}
 	}
-	if len(text) == 0 {
+	if len(text) == 0 && executes {
 		return master, nil
 	}
 	if master != nil {
 		master.Close()
+	}
+	if len(text) == 0 {
+		return nil, errStageDied
 	}
 	e := &stageError{Code: exitRefused}
 	if err := json.Unmarshal(text, e); err != nil {
@@ -652,6 +666,9 @@ func execute(c *stageConfig, slave *os.File, entering bool) error {
 			return err
 		}
 		path, argv = self, append([]string{initName, "--"}, c.Args...)
+	}
+	if _, err := unix.Write(stageSocket, []byte{execMark}); err != nil {
+		return fmt.Errorf("tell the agent: %w", err)
 	}
 	err = syscall.Exec(path, argv, c.Env)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EACCES) {

@@ -2,6 +2,7 @@ package vdocker
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 
 	"github.com/moby/moby/api/types/container"
@@ -47,7 +48,7 @@ func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if q.Detach {
-		if err := e.Start(r.Context()); err != nil {
+		if err := startExec(r.Context(), e); err != nil {
 			return err
 		}
 		w.WriteHeader(http.StatusOK)
@@ -65,11 +66,20 @@ func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
 	defer gone(nil)
 	return a.serveStreams(ctx, gone, w, r, e.IO(), streams{
 		attach: stdio.AttachOptions{Stream: true}, tty: cfg.TTY, keys: keys, stdin: cfg.OpenStdin, stdout: cfg.AttachStdout, stderr: cfg.AttachStderr,
-		began:    func() error { return e.Start(ctx) },
+		began:    func() error { return startExec(ctx, e) },
 		detached: func() { e.Container().Emit("exec_detach", map[string]string{"execID": e.ID()}) },
 		// A client asks for the exit code as soon as the stream has ended.
 		finished: func(ctx context.Context) { _, _ = e.Wait(ctx) },
 	})
+}
+
+// startExec says why a command can't run as docker does, which names the runtime.
+func startExec(ctx context.Context, e *guest.Exec) error {
+	err := e.Start(ctx)
+	if err == nil || status(err) != http.StatusInternalServerError {
+		return err
+	}
+	return fmt.Errorf("OCI runtime exec failed: exec failed: unable to start container process: %w", err)
 }
 
 func (a *api) execResize(w http.ResponseWriter, r *http.Request) error {

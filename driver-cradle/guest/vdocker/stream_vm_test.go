@@ -120,6 +120,107 @@ func TestVMHalfClose(t *testing.T) {
 	}
 }
 
+// TestVMExitCodeAtStreamEnd: who asks as soon as the stream has ended, as docker's CLI does, is told the exit code.
+func TestVMExitCodeAtStreamEnd(t *testing.T) {
+	c := dockerClient(t, thePod(t))
+	for i := range 20 {
+		e, err := c.ExecCreate(t.Context(), "idle", client.ExecCreateOptions{
+			TTY: i%2 == 0, AttachStdin: true, AttachStdout: true, AttachStderr: true, Cmd: []string{"sh", "-c", "exit 5"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := c.ExecAttach(t.Context(), e.ID, client.ExecAttachOptions{TTY: i%2 == 0})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.Close()
+		if _, err := io.Copy(io.Discard, a.Reader); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := c.ExecInspect(t.Context(), e.ID, client.ExecInspectOptions{}); err != nil || s.Running || s.ExitCode != 5 {
+			t.Errorf("exec %d at the end of its stream: %+v, %v", i, s, err)
+		}
+	}
+	for i := range 10 {
+		a, err := c.ContainerAttach(t.Context(), "code", client.ContainerAttachOptions{Stream: true, Stdout: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.Close()
+		if _, err := c.ContainerStart(t.Context(), "code", client.ContainerStartOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, a.Reader); err != nil {
+			t.Fatal(err)
+		}
+		s, err := c.ContainerInspect(t.Context(), "code", client.ContainerInspectOptions{})
+		if err != nil || s.Container.State.Running || s.Container.State.ExitCode != 3 {
+			t.Errorf("container at the end of its stream, %d: %+v, %v", i, s.Container.State, err)
+		}
+	}
+}
+
+// TestVMExecWithoutOutput: a command that has closed its output still ends before its stream does, and a client that goes away while it
+// runs is noticed.
+func TestVMExecWithoutOutput(t *testing.T) {
+	c := dockerClient(t, thePod(t))
+	e, err := c.ExecCreate(t.Context(), "idle", client.ExecCreateOptions{
+		AttachStdin: true, AttachStdout: true, AttachStderr: true, Cmd: []string{"sh", "-c", "exec >/dev/null 2>&1; sleep 1; exit 6"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := c.ExecAttach(t.Context(), e.ID, client.ExecAttachOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if _, err := io.Copy(io.Discard, a.Reader); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := c.ExecInspect(t.Context(), e.ID, client.ExecInspectOptions{}); err != nil || s.Running || s.ExitCode != 6 {
+		t.Errorf("at the end of its stream: %+v, %v", s, err)
+	}
+}
+
+// TestVMExecAtPidsLimit: a command for which the container may have no process more fails with a reason, be it started by way of a
+// process that prepares it (limited has ulimits) or without one.
+func TestVMExecAtPidsLimit(t *testing.T) {
+	p := thePod(t)
+	must := func(args ...string) {
+		t.Helper()
+		if _, stderr, code := docker(t, p, nil, args...); code != 0 {
+			t.Fatalf("docker %s: %s", strings.Join(args, " "), stderr)
+		}
+	}
+	for name, before := range map[string]string{"limited": "50", "more": "0"} {
+		t.Run(name, func(t *testing.T) {
+			must("update", "--pids-limit", "12", name)
+			defer func() {
+				must("update", "--pids-limit", before, name)
+				must("restart", "-t", "0", name)
+			}()
+			text, code := "", 0
+			for n := 0; code == 0; n++ {
+				if n > 12 {
+					t.Fatal("there is no limit")
+				}
+				_, text, code = docker(t, p, nil, "exec", "-d", name, "sleep", "1000")
+			}
+			const want = "OCI runtime exec failed: exec failed: unable to start container process: " +
+				"resource temporarily unavailable: the container's limit of 12 processes is reached"
+			if !strings.Contains(text, want) {
+				t.Errorf("docker exec -d: %q", text)
+			}
+			stdout, stderr, code := docker(t, p, nil, "exec", name, "true")
+			if !strings.Contains(stdout+stderr, want) || code != 126 {
+				t.Errorf("docker exec: %d, %q, %q", code, stdout, stderr)
+			}
+		})
+	}
+}
+
 // TestVMWaitMissesNothing: an end that comes right after the header has been answered counts.
 func TestVMWaitMissesNothing(t *testing.T) {
 	c := dockerClient(t, thePod(t))

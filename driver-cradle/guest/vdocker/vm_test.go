@@ -293,7 +293,9 @@ func launch() spec.Launch {
 	add("trap", spec.Container{Settings: spec.Settings{Labels: map[string]string{"purpose": "signals"}}}, signals...)
 	add("watched", spec.Container{}, signals...)
 	add("limits", spec.Container{Settings: spec.Settings{StopTimeout: &zero, Resources: spec.Limits{Memory: 64 << 20, CPUs: 0.5, Pids: 50}}})
-	add("limited", spec.Container{Settings: spec.Settings{StopTimeout: &zero, Resources: spec.Limits{Memory: 64 << 20, CPUs: 0.5, Pids: 50}}})
+	add("limited", spec.Container{Settings: spec.Settings{
+		StopTimeout: &zero, Resources: spec.Limits{Memory: 64 << 20, CPUs: 0.5, Pids: 50}, Ulimits: []spec.Ulimit{{Name: "nofile", Soft: 1000, Hard: 2000}},
+	}})
 	add("term", spec.Container{Settings: spec.Settings{StopTimeout: &zero, OpenStdin: true, TTY: true}}, "sh")
 	add("health", spec.Container{Settings: quick, Healthcheck: &spec.Healthcheck{Test: []string{"CMD-SHELL", "echo fine"}, Interval: spec.Duration(time.Second)}})
 	return l
