@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -110,5 +111,46 @@ func TestVMNFS(t *testing.T) {
 	p.Containers = []spec.Container{with(sh("c", "true"), "v:/v")}
 	if _, err := tryBoot(t, p); err == nil || !strings.HasPrefix(err.Error(), "volume v: nfs "+strings.Split(address, ":")[0]+":/nope: ") {
 		t.Errorf("an export that is not there: %v", err)
+	}
+}
+
+// TestVMNFSFilledOnce: pods that start at the same time on one empty volume all find the image's content there, complete, and what the
+// first of them writes stays.
+func TestVMNFSFilledOnce(t *testing.T) {
+	dir := t.TempDir()
+	address := ganesha(t, dir)
+	var pods sync.WaitGroup
+	machines, errs := make([]*machine, 2), make([]error, 2)
+	for i := range machines {
+		p := podSpec{net: vmm.Net{Mode: vmm.NetUser}}
+		p.ifs = []wire.Interface{{
+			Name: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")},
+			Routes: []wire.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.0.2.2")}},
+		}}
+		p.Volumes = []spec.Volume{{Name: "v", NFS: &spec.NFSVolume{Address: address, Export: "/data"}}}
+		p.Containers = []spec.Container{with(sh("c", fmt.Sprintf("echo mine > /bin/of%d; ls -A /bin | grep -v ^of | sort", i)), "v:/bin")}
+		pods.Go(func() { machines[i], errs[i] = tryBoot(t, p) })
+	}
+	pods.Wait()
+	outputs := make([]string, 2)
+	for i, m := range machines {
+		if errs[i] != nil {
+			t.Fatal(errs[i])
+		}
+		m.ends()
+		stdout, stderr := m.logs("c")
+		outputs[i] = stdout + stderr
+	}
+	if outputs[0] != outputs[1] || !strings.Contains(outputs[0], "\nbusybox\n") {
+		t.Errorf("the pods saw %q and %q", outputs[0], outputs[1])
+	}
+	entries, err := os.ReadDir(dir)
+	if want := strings.Count(outputs[0], "\n") + 2; err != nil || len(entries) != want {
+		t.Errorf("the volume has %d entries, want %d (%v)", len(entries), want, err)
+	}
+	for _, name := range []string{"of0", "of1"} {
+		if data, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(data) != "mine\n" {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
 	}
 }
