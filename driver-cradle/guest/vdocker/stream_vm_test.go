@@ -161,8 +161,7 @@ func TestVMExitCodeAtStreamEnd(t *testing.T) {
 	}
 }
 
-// TestVMExecWithoutOutput: a command that has closed its output still ends before its stream does, and a client that goes away while it
-// runs is noticed.
+// TestVMExecWithoutOutput: a command that has closed its output still ends before its stream does.
 func TestVMExecWithoutOutput(t *testing.T) {
 	c := dockerClient(t, thePod(t))
 	e, err := c.ExecCreate(t.Context(), "idle", client.ExecCreateOptions{
