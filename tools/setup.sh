@@ -2,7 +2,7 @@
 # setup.sh [--demo] [--check]: install what building and testing need from the distribution's packages; --demo: only what the
 # demo needs.
 #
-# Debian 12 or newer and Ubuntu 22.04 or newer. Does nothing (in a few milliseconds) where everything is there; --check
+# Debian 12 or newer and Ubuntu 24.04 or newer. Does nothing (in a few milliseconds) where everything is there; --check
 # only says what is missing. One plain message and exit code 1 where something can't be had.
 set -euo pipefail
 die() { echo "setup: $*" >&2; exit 1; }
