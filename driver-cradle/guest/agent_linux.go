@@ -184,6 +184,12 @@ func (p *Pod) routes(docker http.Handler) http.Handler {
 			return
 		}
 		err := p.start(r.Context(), l)
+		if name := r.URL.Query().Get("attach"); err == nil && name != "" {
+			attach := r.Clone(r.Context())
+			attach.URL.Path = "/containers/" + name + "/attach"
+			docker.ServeHTTP(w, attach)
+			return
+		}
 		answer(w, p.Status(), err)
 	})
 	mux.HandleFunc("GET "+wire.PathStatus, func(w http.ResponseWriter, _ *http.Request) { answer(w, p.Status(), nil) })

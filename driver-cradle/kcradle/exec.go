@@ -69,22 +69,22 @@ func (c *cli) exec(ctx context.Context, d *pod.Dir, container string, e *execCon
 		return err
 	}
 	var made struct{ ID string }
-	if err := g.call(ctx, http.MethodPost, "/containers/"+name+"/exec", nil, e, &made); err != nil {
+	if err := g.Call(ctx, http.MethodPost, "/containers/"+name+"/exec", nil, e, &made); err != nil {
 		return fmt.Errorf("exec in container %s: %w", name, err)
 	}
 	path := "/exec/" + made.ID
 	start := struct{ Detach, Tty bool }{detach, e.Tty}
 	if detach {
-		if err := g.call(ctx, http.MethodPost, path+"/start", nil, start, nil); err != nil {
+		if err := g.Call(ctx, http.MethodPost, path+"/start", nil, start, nil); err != nil {
 			return fmt.Errorf("exec in container %s: %w", name, err)
 		}
 		return nil
 	}
-	s, err := g.hijack(ctx, path+"/start", nil, start)
+	s, err := g.Hijack(ctx, path+"/start", nil, start)
 	if err != nil {
-		var r *refusal
+		var r *pod.GuestError
 		if errors.As(err, &r) {
-			c.failure = execCode(r.message)
+			c.failure = execCode(r.Message)
 		}
 		return fmt.Errorf("exec in container %s: %w", name, err)
 	}
@@ -98,7 +98,7 @@ func (c *cli) exec(ctx context.Context, d *pod.Dir, container string, e *execCon
 	}
 	if e.AttachStdin {
 		c.feed(s)
-	} else if err := s.closeWrite(); err != nil {
+	} else if err := s.CloseWrite(); err != nil {
 		return err
 	}
 	if e.Tty {
@@ -113,7 +113,7 @@ func (c *cli) exec(ctx context.Context, d *pod.Dir, container string, e *execCon
 		Running  bool
 		ExitCode *int
 	}
-	if err := g.call(ctx, http.MethodGet, path+"/json", nil, nil, &state); err != nil {
+	if err := g.Call(ctx, http.MethodGet, path+"/json", nil, nil, &state); err != nil {
 		return fmt.Errorf("exit code of the command: %w", err)
 	}
 	if state.ExitCode != nil && *state.ExitCode != 0 {

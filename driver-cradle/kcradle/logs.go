@@ -97,7 +97,7 @@ func (c *cli) guestLogs(ctx context.Context, d *pod.Dir, container string, o pod
 			q.Set(name, fmt.Sprintf("%d.%09d", t.Unix(), t.Nanosecond()))
 		}
 	}
-	resp, err := g.get(ctx, http.MethodGet, "/containers/"+of.Name+"/logs", q, nil)
+	resp, err := g.Get(ctx, http.MethodGet, "/containers/"+of.Name+"/logs", q, nil)
 	if err != nil {
 		return fmt.Errorf("logs of container %s: %w", of.Name, err)
 	}

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -141,6 +139,11 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 		return err
 	}
 	options.Hold, options.DiscardLogs = true, remove
+	if launch, err := d.Launch(); err != nil {
+		return err
+	} else if len(launch.Containers) == 1 {
+		options.Attach, options.Stdin = launch.Containers[0].Name, launch.Containers[0].OpenStdin
+	}
 	type started struct {
 		r   *pod.Running
 		err error
@@ -172,7 +175,7 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 			}
 		}
 	}
-	f := &foreground{cli: c, pod: r, guest: &guest{r.Open}}
+	f := &foreground{cli: c, pod: r}
 	var helpers sync.WaitGroup
 	over := make(chan struct{})
 	helpers.Go(func() {
@@ -231,7 +234,6 @@ func (c *cli) tell(r *pod.Report) error {
 type foreground struct {
 	*cli
 	pod    *pod.Running
-	guest  *guest
 	others sync.WaitGroup
 
 	interrupts, terminations int
@@ -266,19 +268,18 @@ func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone
 		case <-ctx.Done():
 		}
 	}()
-	q := url.Values{"stream": {"1"}, "stdout": {"1"}, "stderr": {"1"}, "logs": {"1"}, "restarts": {"1"}, "since": {since(f.pod)}}
 	withStdin := alone && c.OpenStdin
-	if withStdin {
-		q.Set("stdin", "1")
-	}
 	path := "/containers/" + c.Name
-	s, err := f.guest.hijack(ctx, path+"/attach", q, nil)
-	if err != nil {
-		return fmt.Errorf("attach to container %s: %w", c.Name, err)
+	s := f.pod.Attached()
+	if s == nil {
+		var err error
+		if s, err = f.pod.Guest().Hijack(ctx, path+"/attach", pod.AttachQuery(f.pod.Started(), withStdin), nil); err != nil {
+			return fmt.Errorf("attach to container %s: %w", c.Name, err)
+		}
 	}
 	defer s.Close()
 	if alone && c.TTY {
-		t, err := f.takeTerminal(ctx, f.guest, path, withStdin)
+		t, err := f.takeTerminal(ctx, f.pod.Guest(), path, withStdin)
 		if err != nil {
 			return err
 		}
@@ -287,6 +288,7 @@ func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone
 	if withStdin {
 		f.feed(s)
 	}
+	var err error
 	if c.TTY {
 		_, err = io.Copy(stdout, s)
 	} else {
@@ -301,11 +303,6 @@ func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone
 		return fmt.Errorf("output of container %s: %w", c.Name, err)
 	}
 	return nil
-}
-
-// since is when this run began: what the log has from before is not shown again.
-func since(r *pod.Running) string {
-	return strconv.FormatFloat(float64(r.Started().UnixMicro())/1e6, 'f', 6, 64)
 }
 
 // signal passes a signal on, or stops the pod.
@@ -412,7 +409,7 @@ func (p *prefixed) flush() error {
 }
 
 // guestOf is the server of a pod that runs; where nobody attends to it, a monitor is started that does.
-func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*guest, error) {
+func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*pod.Guest, error) {
 	pid, err := d.Attendant()
 	if err != nil {
 		return nil, err
@@ -435,5 +432,5 @@ func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*guest, error) {
 			}
 		}
 	}
-	return &guest{func(ctx context.Context) (net.Conn, error) { return d.Dial(ctx) }}, nil
+	return d.Guest(), nil
 }

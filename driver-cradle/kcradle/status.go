@@ -128,7 +128,7 @@ func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	var w wire.Status
-	err = g.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w)
+	err = g.Call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w)
 	if err != nil {
 		if running, rerr := d.Running(); rerr == nil && running {
 			return fmt.Errorf("status of %s: %w", d.Path(), err)

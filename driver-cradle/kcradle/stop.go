@@ -111,9 +111,9 @@ func (c *cli) signalContainers(ctx context.Context, d *pod.Dir, container, signa
 	}
 	var errs []error
 	for _, name := range names {
-		err := g.call(ctx, http.MethodPost, "/containers/"+name+"/kill", url.Values{"signal": {signal}}, nil, nil)
-		var r *refusal
-		if errors.As(err, &r) && r.code == http.StatusConflict && len(names) > 1 {
+		err := g.Call(ctx, http.MethodPost, "/containers/"+name+"/kill", url.Values{"signal": {signal}}, nil, nil)
+		var r *pod.GuestError
+		if errors.As(err, &r) && r.Code == http.StatusConflict && len(names) > 1 {
 			continue // it does not run
 		}
 		if err != nil {

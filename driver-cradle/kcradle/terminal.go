@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
 )
 
 // A terminal is the user's, lent to a container that has one of its own.
@@ -20,7 +22,7 @@ type terminal struct {
 
 // takeTerminal puts the terminal of stdin into raw mode and keeps the container's, at path, as large as it. Where stdin is none, it does
 // nothing.
-func (c *cli) takeTerminal(ctx context.Context, g *guest, path string, raw bool) (*terminal, error) {
+func (c *cli) takeTerminal(ctx context.Context, g *pod.Guest, path string, raw bool) (*terminal, error) {
 	t := &terminal{restore: func() {}, stop: func() {}}
 	if !term.IsTerminal(int(c.stdin.Fd())) {
 		return t, nil
@@ -42,7 +44,7 @@ func (c *cli) takeTerminal(ctx context.Context, g *guest, path string, raw bool)
 		for {
 			if width, height, err := term.GetSize(fd); err == nil {
 				// A container that has not started yet refuses; its first size matters most.
-				for wait := 5 * time.Millisecond; g.resize(ctx, path, width, height) != nil && ctx.Err() == nil && wait < 500*time.Millisecond; wait *= 2 {
+				for wait := 5 * time.Millisecond; resize(ctx, g, path, width, height) != nil && ctx.Err() == nil && wait < 500*time.Millisecond; wait *= 2 {
 					time.Sleep(wait)
 				}
 			}
@@ -68,9 +70,9 @@ func (t *terminal) giveBack() {
 }
 
 // feed copies stdin into a stream until either ends. It is not waited for: nothing makes a read of stdin return.
-func (c *cli) feed(s *stream) {
+func (c *cli) feed(s *pod.Stream) {
 	go func() {
 		_, _ = io.Copy(s, c.stdin) // it ends with either side, and the container learns of no other end
-		_ = s.closeWrite()
+		_ = s.CloseWrite()
 	}()
 }

@@ -42,31 +42,23 @@ func (r *Running) saveLogs() error {
 
 func (r *Running) saveLog(container, path string) (err error) {
 	q := url.Values{"stdout": {"1"}, "stderr": {"1"}, "timestamps": {"1"}}
-	u := url.URL{Scheme: "http", Host: "guest", Path: "/containers/" + container + "/logs", RawQuery: q.Encode()}
-	// No deadline as a whole, a log may be long; the machine's end ends it.
-	ctx, cancel := context.WithCancel(r.ctx)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return err
-	}
-	silence := time.AfterFunc(time.Minute, cancel)
+	// No deadline as a whole, a log may be long; silence ends it, as does the machine's end.
+	ctx, cancel := context.WithCancelCause(r.ctx)
+	defer cancel(nil)
+	silence := time.AfterFunc(maxSilence, func() { cancel(errors.New("the guest has fallen silent")) })
 	defer silence.Stop()
-	resp, err := r.machine.Client().Do(req) //nolint:bodyclose // it is, below; the linter loses it in the closure
+	resp, err := r.Guest().Get(ctx, http.MethodGet, "/containers/"+container+"/logs", q, nil)
 	if err != nil {
-		return err
+		return fmt.Errorf("logs of container %s: %w", container, err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("logs of container %s: %s", container, resp.Status)
-	}
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
 	if err != nil {
 		return err
 	}
 	alive := readerFunc(func(p []byte) (int, error) {
 		n, err := resp.Body.Read(p)
-		silence.Reset(time.Minute)
+		silence.Reset(maxSilence)
 		return n, err
 	})
 	_, err = io.Copy(f, io.LimitReader(alive, maxSaved))
@@ -79,6 +71,8 @@ func (r *Running) saveLog(container, path string) (err error) {
 	}
 	return nil
 }
+
+const maxSilence = time.Minute
 
 type readerFunc func([]byte) (int, error)
 

@@ -1,12 +1,9 @@
 package pod
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -43,6 +40,8 @@ type Running struct {
 	conns  map[net.Conn]bool
 	killed bool
 	last   wire.Status // the latest known
+
+	attached *Stream
 
 	report *Report // valid once done is closed
 	err    error
@@ -146,63 +145,21 @@ func (r *Running) Open(ctx context.Context) (net.Conn, error) { return r.machine
 // Machine is the virtual machine, for its disks and statistics.
 func (r *Running) Machine() *vmm.Machine { return r.machine }
 
-// Client speaks HTTP with the guest's server; the host in URLs is ignored.
-func (r *Running) Client() *http.Client { return r.machine.Client() }
-
 // Done is closed when the pod has ended and everything of it is brought home, or when it was let go.
 func (r *Running) Done() <-chan struct{} { return r.done }
 
 // Release ends what StartOptions.Hold has begun. Call it once.
 func (r *Running) Release() { r.holds.Done() }
 
-// call makes a control call. in and out may be nil.
+// Guest is the server in the guest.
+func (r *Running) Guest() *Guest { return &Guest{Dial: r.machine.Open} }
+
 func (r *Running) call(ctx context.Context, method, path string, query url.Values, in, out any) error {
-	var body io.Reader
-	if in != nil {
-		data, err := json.Marshal(in)
-		if err != nil {
-			return err
-		}
-		body = bytes.NewReader(data)
-	}
-	u := url.URL{Scheme: "http", Host: "guest", Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
-	if err != nil {
-		return err
-	}
-	resp, err := r.machine.Client().Do(req)
-	if err != nil {
-		var u *url.Error
-		if errors.As(err, &u) {
-			err = u.Err
-		}
-		return err
-	}
-	defer resp.Body.Close()
-	const limit = 16 << 20
-	if resp.StatusCode >= 300 {
-		var e struct{ Message string }
-		data, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-		if json.Unmarshal(data, &e) != nil || e.Message == "" {
-			e.Message = resp.Status
-		}
-		return &GuestError{resp.StatusCode, e.Message}
-	}
-	if out == nil {
-		return nil
-	}
-	return json.NewDecoder(io.LimitReader(resp.Body, limit)).Decode(out)
+	return r.Guest().Call(ctx, method, path, query, in, out)
 }
 
-// A GuestError is the guest's refusal of a call.
-type GuestError struct {
-	Code    int // HTTP status
-	Message string
-}
-
-func (e *GuestError) Error() string { return e.Message }
-
-func (r *Running) launch(ctx context.Context, w *wire.Launch) error {
+// launch tells the guest what to run.
+func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, launchTimeout, fmt.Errorf("the guest did not set the pod up within %v", launchTimeout))
 	defer cancel()
 	ctx, cancelCause := context.WithCancelCause(ctx)
@@ -214,17 +171,38 @@ func (r *Running) launch(ctx context.Context, w *wire.Launch) error {
 		case <-ctx.Done():
 		}
 	}()
-	var s wire.Status
-	if err := r.call(ctx, http.MethodPost, wire.PathLaunch, nil, w, &s); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return err
+	r.last.State = wire.StateRunning
+	for _, c := range r.spec.Containers {
+		r.last.Containers = append(r.last.Containers, wire.ContainerStatus{ID: c.ID, Name: c.Name, State: wire.StateCreated})
 	}
-	r.mu.Lock()
-	r.last = s
-	r.mu.Unlock()
-	return nil
+	var err error
+	if o.Attach != "" {
+		q := AttachQuery(r.started, o.Stdin)
+		q.Set("attach", o.Attach)
+		r.attached, err = r.Guest().Hijack(ctx, wire.PathLaunch, q, w)
+	} else {
+		err = r.call(ctx, http.MethodPost, wire.PathLaunch, nil, w, &r.last)
+	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return err
+}
+
+// Attached is the stream of the container that StartOptions.Attach names, docker's raw stream: from the start of this run until the container
+// has ended for good.
+func (r *Running) Attached() *Stream { return r.attached }
+
+// AttachQuery are the parameters of docker's attach call for everything that a container puts out from since on, over its restarts.
+func AttachQuery(since time.Time, stdin bool) url.Values {
+	q := url.Values{
+		"stream": {"1"}, "stdout": {"1"}, "stderr": {"1"}, "logs": {"1"},
+		"restarts": {"1"}, "since": {fmt.Sprintf("%d.%09d", since.Unix(), since.Nanosecond())}, // these two are ours
+	}
+	if stdin {
+		q.Set("stdin", "1")
+	}
+	return q
 }
 
 // machineEnd says why the machine has ended.

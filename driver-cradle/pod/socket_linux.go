@@ -59,8 +59,6 @@ func (d *Dir) Dial(ctx context.Context) (net.Conn, error) {
 	return c, nil
 }
 
-func (d *Dir) dialContext(ctx context.Context, _, _ string) (net.Conn, error) { return d.Dial(ctx) }
-
 // shorten gives a name for path that fits into a socket's address (108 bytes), valid until done is called.
 func shorten(path string) (short string, done func() error, err error) {
 	dir, err := os.Open(filepath.Dir(path))

@@ -29,6 +29,11 @@ type StartOptions struct {
 	Detached    bool   // the pod goes on when this process ends
 	DiscardLogs bool   // do not bring the containers' logs home at the end
 	Hold        bool   // keep the machine after the pod's end until Running.Release
+
+	// Attach is a container whose streams are connected as part of the start, see Running.Attached: it saves a round trip before the first byte
+	// of output. Stdin says whether its input is wanted too.
+	Attach string
+	Stdin  bool
 }
 
 // Start starts the pod and returns when the guest has been told what to run. Where it fails, nothing is left running.
@@ -98,7 +103,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
 	r, err := d.running(m, lock, launch, started, o.DiscardLogs)
 	if err == nil {
-		if err = r.launch(ctx, &w); err == nil {
+		if err = r.launch(ctx, &w, &o); err == nil {
 			d.log.Debug("guest has set the pod up", "pod", launch.Name, "took", time.Since(answered).Round(time.Microsecond))
 			if o.Hold {
 				r.holds.Add(1)

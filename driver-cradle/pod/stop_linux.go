@@ -31,7 +31,7 @@ func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
 	limit, query := patience(launch, grace)
 	asked, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	err = d.post(asked, wire.PathStop, query)
+	err = d.Guest().Call(asked, http.MethodPost, wire.PathStop, query, nil, nil)
 	if err == nil {
 		err = d.AwaitEnd(asked)
 	}
@@ -86,25 +86,6 @@ func (d *Dir) Kill(ctx context.Context) (*Report, error) {
 func (d *Dir) wasKilled() bool {
 	_, err := os.Stat(d.join(runDir, killedFile))
 	return err == nil
-}
-
-// post makes a control call through the process that attends to the pod.
-func (d *Dir) post(ctx context.Context, path string, query url.Values) error {
-	client := http.Client{Transport: &http.Transport{DialContext: d.dialContext, DisableKeepAlives: true}}
-	u := url.URL{Scheme: "http", Host: "guest", Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), nil)
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	resp.Body.Close()
-	if resp.StatusCode >= 300 {
-		return fmt.Errorf("%s: %s", path, resp.Status)
-	}
-	return nil
 }
 
 // AwaitEnd returns once nobody attends to the pod any more.

@@ -366,6 +366,9 @@ func (m *Machine) newClient() *http.Client {
 
 // hello makes the guest an individual.
 func (m *Machine) hello(ctx context.Context) error {
+	if _, err := m.attached(ctx); err != nil { // which may take a second: the time is told afterwards
+		return err
+	}
 	h := wire.Hello{Time: time.Now(), Entropy: make([]byte, 64)}
 	rand.Read(h.Entropy)
 	body, err := json.Marshal(h)

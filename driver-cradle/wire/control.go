@@ -10,7 +10,7 @@ import (
 // Control calls: HTTP requests with a JSON body and a JSON answer, an error being docker's {"message": …}.
 const (
 	PathHello    = "/cradle/v1/hello"    // POST Hello → Agent: the first call of the first session
-	PathLaunch   = "/cradle/v1/launch"   // POST Launch → Status: once in a guest's life
+	PathLaunch   = "/cradle/v1/launch"   // POST Launch → Status: once in a guest's life; ?attach=NAME&… answers as docker's attach to NAME
 	PathStatus   = "/cradle/v1/status"   // GET → Status
 	PathWait     = "/cradle/v1/wait"     // GET → Status, as soon as the pod has ended
 	PathStop     = "/cradle/v1/stop"     // POST ?timeout=seconds → Status: containers stopped; without a timeout each has its own
