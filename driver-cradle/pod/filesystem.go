@@ -7,7 +7,8 @@ import (
 	"io"
 )
 
-// What is read of a disk to tell what is on it: everything that mkfs, partitioning and RAID tools look at is in there.
+// What is read of a disk to tell what is on it: everything that mkfs, partitioning and RAID tools look at is in there. Where that is blank,
+// searchData looks at the rest.
 const (
 	headSize = 1 << 20
 	tailSize = 64 << 10

@@ -62,7 +62,9 @@ func TestAttendant(t *testing.T) {
 		t.Errorf("attended by %d, %v, want %d", pid, err, os.Getpid())
 	}
 	var running *RunningError
-	if _, err := d.Start(t.Context(), StartOptions{}); !errors.As(err, &running) || running.PID != os.Getpid() || !errors.Is(err, ErrRunning) {
+	soon, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond) // of one that ends it would wait for the end
+	defer cancel()
+	if _, err := d.Start(soon, StartOptions{}); !errors.As(err, &running) || running.PID != os.Getpid() || !errors.Is(err, ErrRunning) {
 		t.Errorf("a second Start: %v", err)
 	}
 	if err := d.Remove(); !errors.Is(err, ErrRunning) {
@@ -264,6 +266,25 @@ func TestPrepareBlock(t *testing.T) {
 	refused(prepareAs(t.TempDir(), "", false, true), "neither")
 	refused(prepareAs(sparse(t, "empty", 0), "", false, true), "empty")
 	refused(prepareAs(sparse(t, "tiny.img", 4096), "", false, true), "make ext4")
+
+	middle := sparse(t, "middle.img", 64<<20)
+	m, err := os.OpenFile(middle, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.WriteAt([]byte("dear diary"), 40<<20)
+	m.WriteAt(make([]byte, 1<<20), 20<<20) // zeros are no data
+	m.Close()
+	refused(prepareAs(middle, "", false, true), "no known kind", "truncate -s 0 "+middle+" && truncate -s 67108864 "+middle)
+	m, err = os.OpenFile(middle, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.WriteAt(make([]byte, 10), 40<<20)
+	m.Close()
+	if err := prepareAs(middle, "", false, true); err != nil {
+		t.Errorf("zeros in the middle: %v", err)
+	}
 
 	foreign := sparse(t, "c.img", 16<<20)
 	f, err := os.OpenFile(foreign, os.O_WRONLY, 0)

@@ -40,6 +40,9 @@ func prepare(ctx context.Context, b *spec.BlockVolume, path string, mounted bool
 		want = "ext4"
 	}
 	found, err := identify(f, size)
+	if err == nil && found == contentBlank {
+		found, err = searchData(ctx, f, size)
+	}
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: %w", path, err)
@@ -48,11 +51,84 @@ func prepare(ctx context.Context, b *spec.BlockVolume, path string, mounted bool
 	case found == "xfs" || found == "ext4":
 		return fmt.Errorf("%s holds an %s file system, and %s is asked for: set its fsType to %s to use it as it is", path, found, want, found)
 	case found != contentBlank:
-		return fmt.Errorf("%s holds %s and is not overwritten: name another, or clear it with wipefs -a if nobody needs that", path, found)
+		return fmt.Errorf("%s holds %s and is not overwritten: name another, or, if nobody needs that, clear it with %s", path, found, clearing(f, path, size))
 	case b.ReadOnly:
 		return fmt.Errorf("%s is blank, and read-only: there is nothing to mount", path)
 	}
 	return makeFilesystem(ctx, want, f, path)
+}
+
+// clearing is a command that makes a disk blank; wipefs would leave what it does not know.
+func clearing(f *os.File, path string, size int64) string {
+	if fi, err := f.Stat(); err == nil && !fi.Mode().IsRegular() {
+		return "blkdiscard -z " + path
+	}
+	return fmt.Sprintf("truncate -s 0 %s && truncate -s %d %[1]s", path, size)
+}
+
+// searchData looks for data in the whole of a disk whose beginning and end are blank: contentBlank or contentUnknown. Of an image file it
+// reads everything that is not a hole; of a block device that is larger than maxSearched, which has no holes to tell, samples that lie where
+// ext4 keeps copies of its superblock (multiples of 128 MiB).
+func searchData(ctx context.Context, f *os.File, size int64) (string, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !fi.Mode().IsRegular() && size > maxSearched {
+		const group = 128 << 20
+		stride := max(1, size/(samples*group)) * group
+		for at := int64(0); at < size; at += stride {
+			if blank, err := blankRange(ctx, f, at, min(at+sampleSize, size)); err != nil || !blank {
+				return contentUnknown, err
+			}
+		}
+		return contentBlank, nil
+	}
+	for at := int64(0); at < size; {
+		end := size
+		if fi.Mode().IsRegular() {
+			at, err = unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) {
+				return contentBlank, nil // only a hole is left
+			}
+			if err == nil {
+				end, err = unix.Seek(int(f.Fd()), at, unix.SEEK_HOLE)
+			}
+			if err != nil {
+				return "", fmt.Errorf("look for data: %w", err)
+			}
+		}
+		if blank, err := blankRange(ctx, f, at, end); err != nil || !blank {
+			return contentUnknown, err
+		}
+		at = end
+	}
+	return contentBlank, nil
+}
+
+const (
+	maxSearched = 1 << 30
+	samples     = 1024 // at least as many of a disk that holds as many groups
+	sampleSize  = 64 << 10
+)
+
+// blankRange says whether the bytes in [at, end) are zero.
+func blankRange(ctx context.Context, r io.ReaderAt, at, end int64) (bool, error) {
+	buf := make([]byte, min(end-at, 1<<20))
+	for at < end {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
+		n, err := r.ReadAt(buf[:min(end-at, int64(len(buf)))], at)
+		if err != nil && (err != io.EOF || n == 0) {
+			return false, fmt.Errorf("look for data: %w", err)
+		}
+		if !zero(buf[:n]) {
+			return false, nil
+		}
+		at += int64(n)
+	}
+	return true, nil
 }
 
 // openDisk opens an image file or block device that nobody else uses. The lock ends with the file: a running machine holds QEMU's
