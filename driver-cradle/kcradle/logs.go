@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -53,7 +54,9 @@ func (c *cli) logsCommand() *cobra.Command {
 				if ctx.Err() != nil {
 					return exitError(130)
 				}
-				return err
+				if !errors.Is(err, pod.ErrNotRunning) {
+					return err
+				}
 			}
 			return d.Logs(container, o)
 		},

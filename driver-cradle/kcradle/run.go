@@ -237,6 +237,7 @@ type foreground struct {
 	others sync.WaitGroup
 
 	interrupts, terminations int
+	terminated               time.Time
 }
 
 // attach connects our streams with the containers' until they have ended.
@@ -260,14 +261,16 @@ func (f *foreground) attach() error {
 
 func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone bool) error {
 	ctx, cancel := context.WithCancel(context.Background())
+	var watcher sync.WaitGroup
+	defer watcher.Wait()
 	defer cancel()
-	go func() {
+	watcher.Go(func() {
 		select {
 		case <-f.pod.Machine().Done():
 			cancel()
 		case <-ctx.Done():
 		}
-	}()
+	})
 	withStdin := alone && c.OpenStdin
 	path := "/containers/" + c.Name
 	s := f.pod.Attached()
@@ -305,6 +308,9 @@ func (f *foreground) attachTo(c *spec.Container, stdout, stderr io.Writer, alone
 	return nil
 }
 
+// sameSignal is how soon after a SIGTERM another one is still the same request: timeout(1) sends it to the process and to its group.
+const sameSignal = time.Second
+
 // signal passes a signal on, or stops the pod.
 func (f *foreground) signal(s os.Signal) {
 	sig, ok := s.(syscall.Signal)
@@ -314,6 +320,10 @@ func (f *foreground) signal(s os.Signal) {
 	switch sig {
 	case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE, unix.SIGWINCH:
 	case unix.SIGTERM:
+		if time.Since(f.terminated) < sameSignal {
+			return
+		}
+		f.terminated = time.Now()
 		f.terminations++
 		f.end(f.terminations)
 	case unix.SIGINT:
@@ -351,6 +361,9 @@ func (f *foreground) forward(sig syscall.Signal) {
 			select {
 			case <-f.pod.Machine().Done():
 			default:
+				if sig == unix.SIGCONT { // it comes with SIGTERM, to whatever may be stopped
+					return
+				}
 				fmt.Fprintf(f.stderr, "kcradle: pass on %v: %v\n", sig, err)
 			}
 		}
@@ -431,6 +444,9 @@ func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*pod.Guest, error) {
 				return nil, err
 			}
 		}
+	}
+	if err := d.AwaitSettled(ctx); err != nil {
+		return nil, err
 	}
 	return d.Guest(), nil
 }

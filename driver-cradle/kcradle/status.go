@@ -116,6 +116,9 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 	return s, nil
 }
 
+// answerTimeout bounds how long a guest may take to say how it is.
+const answerTimeout = 10 * time.Second
+
 // liveStatus asks the guest. It leaves s as it is when the pod has ended, and is brought home.
 func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
 	g, err := c.guestOf(ctx, d)
@@ -125,16 +128,19 @@ func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	asked, cancel := context.WithTimeoutCause(ctx, answerTimeout,
+		fmt.Errorf("the guest does not answer within %v: kcradle kill %s ends it", answerTimeout, d.Path()))
 	defer cancel()
 	var w wire.Status
-	err = g.Call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &w)
+	err = g.Call(asked, http.MethodGet, wire.PathStatus, nil, nil, &w)
 	if err != nil {
 		if running, rerr := d.Running(); rerr == nil && running {
 			return fmt.Errorf("status of %s: %w", d.Path(), err)
 		}
 	}
 	if err != nil || w.State == wire.StateExited {
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
 		if err := d.AwaitEnd(ctx); err != nil {
 			return fmt.Errorf("end of %s: %w", d.Path(), err)
 		}
@@ -187,9 +193,9 @@ func (c *cli) printStatus(s *podStatus) error {
 			if st.OOMKilled {
 				code += " (out of memory)"
 			}
-			if st.Error != "" {
-				code += " (" + st.Error + ")"
-			}
+		}
+		if st.Error != "" {
+			code = strings.TrimSpace(code + " (" + st.Error + ")")
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", container.Name, container.ID[:12], container.Image.Reference, st.State, st.Starts, st.Health, code)
 	}

@@ -110,7 +110,7 @@ func (g *Guest) Hijack(ctx context.Context, path string, query url.Values, in an
 	err = req.Write(conn)
 	if err == nil {
 		var resp *http.Response
-		if resp, err = http.ReadResponse(s.r, req); err == nil {
+		if resp, err = http.ReadResponse(s.r, req); err == nil { //nolint:bodyclose // the body is the stream, which the caller closes
 			err = refused(resp) // what follows an upgrade is the stream, not a body
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/cradlestack/cradlestack/spec"
@@ -47,7 +48,7 @@ func (r *Running) saveLog(container, path string) (err error) {
 	defer cancel(nil)
 	silence := time.AfterFunc(maxSilence, func() { cancel(errors.New("the guest has fallen silent")) })
 	defer silence.Stop()
-	resp, err := r.Guest().Get(ctx, http.MethodGet, "/containers/"+container+"/logs", q, nil)
+	resp, err := r.Guest().Get(ctx, http.MethodGet, "/containers/"+container+"/logs", q, nil) //nolint:bodyclose // it is, below; the linter loses it in the closure
 	if err != nil {
 		return fmt.Errorf("logs of container %s: %w", container, err)
 	}
@@ -96,10 +97,11 @@ func (d *Dir) Logs(container string, o LogOptions) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", d.path, err)
 	}
+	_, reportErr := d.Report() // also reports the end of a run that nobody saw
 	f, err := os.Open(d.join(runDir, logsDir, c.Name))
 	if errors.Is(err, fs.ErrNotExist) {
-		if _, err := d.Report(); err != nil {
-			return err
+		if reportErr != nil {
+			return reportErr
 		}
 		return fmt.Errorf("%s: the machine ended before the logs of the last run were saved: what of them has reached the scratch disk is there again in the next run", d.path)
 	}
@@ -131,7 +133,11 @@ func Lookup(launch *spec.Launch, name string) (*spec.Container, error) {
 		if len(launch.Containers) == 1 {
 			return &launch.Containers[0], nil
 		}
-		return nil, fmt.Errorf("the pod has %d containers: name one of them", len(launch.Containers))
+		var names []string
+		for _, c := range launch.Containers {
+			names = append(names, c.Name)
+		}
+		return nil, fmt.Errorf("the pod has %d containers (%s): name one of them with -c", len(names), strings.Join(names, ", "))
 	}
 	for i := range launch.Containers {
 		if launch.Containers[i].Name == name {

@@ -55,13 +55,13 @@ var (
 // launchTimeout bounds what a guest has to set up before its first container runs; copying an image's content into volumes is part of that.
 const launchTimeout = 10 * time.Minute
 
-func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, started time.Time, discardLogs bool) (*Running, error) {
+func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, started time.Time, discardLogs bool) *Running {
 	r := &Running{
 		dir: d, log: d.log, machine: m, lock: lock, spec: launch, started: started, discardLogs: discardLogs,
 		done: make(chan struct{}), conns: map[net.Conn]bool{},
 	}
 	r.ctx, r.stop = context.WithCancelCause(context.Background())
-	return r, r.listen()
+	return r
 }
 
 // TakeUp attends to a pod that another process has started detached and no longer attends to. It fails with ErrRunning where one does,
@@ -76,19 +76,21 @@ func (d *Dir) TakeUp(ctx context.Context) (_ *Running, err error) {
 			lock.Close()
 		}
 	}()
+	info, _ := d.Machine() // there is none where the pod has not run
 	m, err := vmm.TakeUp(ctx, d.join(runDir))
 	if errors.Is(err, vmm.ErrNotRunning) {
-		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, ErrNotRunning), d.bury(err))
+		return nil, errors.Join(d.notRunning(), d.bury(err, info))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("take up %s: %w", d.path, err)
+		return nil, fmt.Errorf("take up %s: %w: kcradle kill %[1]s ends it", d.path, err)
 	}
 	launch, err := d.launched() // launch.json may have been edited since
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
 	}
-	r, err := d.running(m, lock, launch, m.Info().StartedAt, false)
-	if err != nil {
+	r := d.running(m, lock, launch, m.Info().StartedAt, false)
+	if err := r.listen(); err != nil {
+		r.stop(err)
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
 	}
 	go r.watch()
@@ -104,7 +106,8 @@ func (d *Dir) launched() (*spec.Launch, error) {
 }
 
 // bury reports the end of a pod whose machine has ended while nobody attended to it, if there is one.
-func (d *Dir) bury(why error) error {
+// info is the machine's, where it is known.
+func (d *Dir) bury(why error, info *vmm.Info) error {
 	launch, err := d.launched()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -113,18 +116,28 @@ func (d *Dir) bury(why error) error {
 		return err
 	}
 	report := Report{Version: reportVersion, EndedAt: time.Now(), Failure: "the machine has ended while no process attended to the pod"}
+	if info != nil {
+		report.Machine, report.StartedAt = *info, info.StartedAt
+	}
+	code := exitLost
 	var panicked *vmm.PanicError
 	if errors.As(why, &panicked) {
 		report.Failure = panicked.Error()
 	}
 	if d.wasKilled() {
-		report.Failure = ""
+		report.Failure, code = "", exitKilled
 	}
-	report.Status.State, report.Status.ExitCode = wire.StateExited, exitLost
-	for _, c := range launch.Containers {
-		report.Status.Containers = append(report.Status.Containers, wire.ContainerStatus{ID: c.ID, Name: c.Name, State: wire.StateExited, ExitCode: exitLost})
-	}
+	report.Status = endedStatus(launch, code)
 	return errors.Join(writeJSON(d.join(runDir, statusFile), report), d.tidy())
+}
+
+// endedStatus is that of a pod whose containers all ended in a way that nobody has seen.
+func endedStatus(launch *spec.Launch, code int) wire.Status {
+	s := wire.Status{State: wire.StateExited, ExitCode: code}
+	for _, c := range launch.Containers {
+		s.Containers = append(s.Containers, wire.ContainerStatus{ID: c.ID, Name: c.Name, State: wire.StateExited, ExitCode: code})
+	}
+	return s
 }
 
 // Launch is what the guest executes.
@@ -162,15 +175,8 @@ func (r *Running) call(ctx context.Context, method, path string, query url.Value
 func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, launchTimeout, fmt.Errorf("the guest did not set the pod up within %v", launchTimeout))
 	defer cancel()
-	ctx, cancelCause := context.WithCancelCause(ctx)
-	defer cancelCause(nil)
-	go func() {
-		select {
-		case <-r.machine.Done():
-			cancelCause(r.machineEnd())
-		case <-ctx.Done():
-		}
-	}()
+	ctx, done := r.whileItRuns(ctx)
+	defer done()
 	r.last.State = wire.StateRunning
 	for _, c := range r.spec.Containers {
 		r.last.Containers = append(r.last.Containers, wire.ContainerStatus{ID: c.ID, Name: c.Name, State: wire.StateCreated})
@@ -203,6 +209,23 @@ func AttachQuery(since time.Time, stdin bool) url.Values {
 		q.Set("stdin", "1")
 	}
 	return q
+}
+
+// whileItRuns makes a context that ends when the machine does. done is to be called, and waits.
+func (r *Running) whileItRuns(ctx context.Context) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		select {
+		case <-r.machine.Done():
+			cancel(r.machineEnd())
+		case <-ctx.Done():
+		}
+	})
+	return ctx, func() {
+		cancel(nil)
+		watcher.Wait()
+	}
 }
 
 // machineEnd says why the machine has ended.
@@ -369,15 +392,8 @@ func (r *Running) watch() {
 
 // awaitEnd returns the status of a pod that has ended. The error is errDetached, or why the machine has ended.
 func (r *Running) awaitEnd() (wire.Status, error) {
-	ctx, cancel := context.WithCancelCause(r.ctx)
-	defer cancel(nil)
-	go func() {
-		select {
-		case <-r.machine.Done():
-			cancel(r.machineEnd())
-		case <-ctx.Done():
-		}
-	}()
+	ctx, done := r.whileItRuns(r.ctx)
+	defer done()
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		var s wire.Status
 		begun := time.Now()

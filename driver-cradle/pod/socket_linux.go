@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -88,14 +89,22 @@ func (r *Running) serve() {
 }
 
 // openTimeout bounds how long a client waits for a guest that does not answer.
-const openTimeout = 30 * time.Second
+const openTimeout = 15 * time.Second
 
 func (r *Running) proxy(client net.Conn) {
 	defer client.Close()
-	ctx, cancel := context.WithTimeoutCause(r.ctx, openTimeout, errors.New("the guest does not answer"))
+	ctx, cancel := context.WithTimeoutCause(r.ctx, openTimeout, fmt.Errorf("the guest does not answer within %v: kcradle kill %s ends it", openTimeout, r.dir.path))
 	defer cancel()
-	stream, err := r.machine.Open(ctx)
+	// A stream to a guest that hangs opens, and then nothing comes of it.
+	err := r.call(ctx, http.MethodGet, "/_ping", nil, nil, nil)
+	var stream net.Conn
+	if err == nil {
+		stream, err = r.machine.Open(ctx)
+	}
 	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		body := fmt.Sprintf("{\"message\":%q}\n", "pod "+r.spec.Name+": "+err.Error())
 		fmt.Fprintf(client, "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body)
 		return

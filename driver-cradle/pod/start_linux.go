@@ -39,7 +39,7 @@ type StartOptions struct {
 // Start starts the pod and returns when the guest has been told what to run. Where it fails, nothing is left running.
 func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error) {
 	begin := time.Now()
-	lock, err := d.attend()
+	lock, err := d.attendNext(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
 	}
@@ -48,6 +48,11 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 			lock.Close()
 		}
 	}()
+	if err := d.forgetEnd(); err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
+	ctx, done := d.stoppable(ctx)
+	defer done()
 	if err := d.awaitDying(ctx); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
 	}
@@ -58,9 +63,14 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	if err := d.tidy(); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
 	}
-	if err := errors.Join(remove(d.join(runDir, statusFile)), remove(d.join(runDir, killedFile))); err != nil {
+	if err := remove(d.join(runDir, statusFile)); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
 	}
+	defer func() {
+		if err != nil && d.wasKilled() {
+			err = errors.Join(fmt.Errorf("start pod %s: %w", launch.Name, errStopped), d.reportStopped(launch, begin))
+		}
+	}()
 	c := vmm.Config{
 		Accel: or(o.Accel, launch.Boot.Accel), Start: or(o.Start, launch.Boot.Start),
 		Memory: launch.Resources.Memory, CPUs: launch.Resources.CPUs,
@@ -101,19 +111,33 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	}
 	answered := time.Now()
 	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
-	r, err := d.running(m, lock, launch, started, o.DiscardLogs)
-	if err == nil {
-		if err = r.launch(ctx, &w, &o); err == nil {
-			d.log.Debug("guest has set the pod up", "pod", launch.Name, "took", time.Since(answered).Round(time.Microsecond))
-			if o.Hold {
-				r.holds.Add(1)
-			}
-			go r.watch()
-			return r, nil
-		}
-		r.unlisten()
+	r := d.running(m, lock, launch, started, o.DiscardLogs)
+	if err = r.launch(ctx, &w, &o); err == nil && d.wasKilled() {
+		err = errStopped
 	}
-	return nil, errors.Join(fmt.Errorf("start pod %s: %w", launch.Name, err), m.Kill(), m.Close())
+	if err == nil {
+		err = r.listen()
+	}
+	if err != nil {
+		r.stop(err)
+		if r.attached != nil {
+			r.attached.Close()
+		}
+		return nil, errors.Join(fmt.Errorf("start pod %s: %w", launch.Name, err), m.Kill(), m.Close())
+	}
+	d.log.Debug("guest has set the pod up", "pod", launch.Name, "took", time.Since(answered).Round(time.Microsecond))
+	if o.Hold {
+		r.holds.Add(1)
+	}
+	go r.watch()
+	return r, nil
+}
+
+// reportStopped leaves the report of a run that was ended before it had begun.
+func (d *Dir) reportStopped(launch *spec.Launch, begin time.Time) error {
+	report := Report{Version: reportVersion, StartedAt: begin, EndedAt: time.Now(), Status: endedStatus(launch, exitKilled)}
+	report.Status.Error = errStopped.Error()
+	return writeJSON(d.join(runDir, statusFile), report)
 }
 
 func or(a, b string) string {

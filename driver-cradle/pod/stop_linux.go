@@ -4,34 +4,49 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"os"
 	"strconv"
+	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// Stop ends the pod, whichever process attends to it, and returns its report: see Running.Stop.
+// Stop ends the pod, whichever process attends to it, and returns its report: see Running.Stop. A pod that only starts is not waited for.
 func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
 	r, err := d.TakeUp(ctx)
-	if err == nil {
+	switch {
+	case err == nil:
 		return r.Stop(ctx, grace)
-	}
-	if !errors.Is(err, ErrRunning) {
+	case errors.Is(err, ErrNotRunning):
 		return nil, err
+	case !errors.Is(err, ErrRunning) && ctx.Err() == nil:
+		d.log.Warn("pod can't be taken up, killing its machine", "pod", d.path, "error", err)
+		return d.Kill(ctx)
+	case !errors.Is(err, ErrRunning):
+		return nil, context.Cause(ctx)
 	}
 	launch, err := d.launched()
+	if errors.Is(err, fs.ErrNotExist) {
+		launch, err = d.Launch() // it has only just begun
+	}
 	if err != nil {
 		return nil, err
 	}
 	limit, query := patience(launch, grace)
-	asked, cancel := context.WithTimeout(ctx, limit)
+	asked, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("it did not end within %v", limit))
 	defer cancel()
 	err = d.Guest().Call(asked, http.MethodPost, wire.PathStop, query, nil, nil)
+	if noListener(err) { // it starts, or is about to end
+		err = d.requestEnd()
+	}
 	if err == nil {
 		err = d.AwaitEnd(asked)
 	}
@@ -43,6 +58,11 @@ func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
 	}
 	d.log.Warn("pod does not stop, killing its machine", "pod", launch.Name, "error", err)
 	return d.Kill(ctx)
+}
+
+// noListener says whether nobody answers on vdocker.sock: the pod starts or ends.
+func noListener(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED)
 }
 
 // patience is how long a guest may take to stop, and what to ask of it.
@@ -62,30 +82,109 @@ func patience(launch *spec.Launch, grace *time.Duration) (time.Duration, url.Val
 // stopMargin is what a guest gets beside the containers' grace time to put its volumes away.
 const stopMargin = 20 * time.Second
 
-// Kill ends the pod's machine at once, whichever process attends to it.
+// killLimit bounds the time from the machine's end to that of its attendant's work.
+const killLimit = 30 * time.Second
+
+// Kill ends the pod's machine at once, whichever process attends to it. Neither the guest nor QEMU has to answer.
 func (d *Dir) Kill(ctx context.Context) (*Report, error) {
-	r, err := d.TakeUp(ctx)
+	lock, err := d.attend()
 	if err == nil {
-		return r.Kill(ctx)
+		defer lock.Close()
+		return d.killUnattended()
 	}
-	if !errors.Is(err, ErrRunning) {
+	var attended *RunningError
+	if !errors.As(err, &attended) {
 		return nil, err
 	}
-	if err := os.WriteFile(d.join(runDir, killedFile), nil, 0o600); err != nil {
-		return nil, err
+	ctx, cancel := context.WithTimeoutCause(ctx, killLimit,
+		fmt.Errorf("kill %s: its machine is killed, but process %d, which attends to it, hangs: end that with kill -9 %[2]d", d.path, attended.PID))
+	defer cancel()
+	for {
+		if err := d.requestEnd(); err != nil {
+			return nil, fmt.Errorf("kill %s: %w", d.path, err)
+		}
+		if err := vmm.Kill(d.join(runDir)); err != nil && !errors.Is(err, vmm.ErrNotRunning) {
+			return nil, fmt.Errorf("kill %s: %w", d.path, err)
+		}
+		// A pod that starts may have got its machine only now.
+		soon, cancel := context.WithTimeout(ctx, time.Second)
+		err := d.AwaitEnd(soon)
+		cancel()
+		if err == nil {
+			return d.Report()
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// killUnattended kills a machine that nobody attends to but us.
+func (d *Dir) killUnattended() (*Report, error) {
+	info, _ := d.Machine() // gone when the machine is
+	alive, err := d.machineAlive()
+	if err != nil {
+		return nil, fmt.Errorf("kill %s: %w", d.path, err)
+	}
+	if !alive {
+		return nil, errors.Join(d.notRunning(), d.bury(nil, info))
+	}
+	if err := d.requestEnd(); err != nil {
+		return nil, fmt.Errorf("kill %s: %w", d.path, err)
 	}
 	if err := vmm.Kill(d.join(runDir)); err != nil && !errors.Is(err, vmm.ErrNotRunning) {
 		return nil, fmt.Errorf("kill %s: %w", d.path, err)
 	}
-	if err := d.AwaitEnd(ctx); err != nil {
+	if err := d.bury(nil, info); err != nil {
 		return nil, err
 	}
-	return d.Report()
+	return d.readReport()
+}
+
+// requestEnd notes that the present run is ended on purpose. It tells whom it means: Start may find the note of an earlier run.
+func (d *Dir) requestEnd() error {
+	pid, err := d.Attendant()
+	if err != nil {
+		return err
+	}
+	return writeFile(d.join(runDir, killedFile), []byte(strconv.Itoa(pid)))
+}
+
+// forgetEnd removes the note of an earlier run.
+func (d *Dir) forgetEnd() error {
+	data, err := readBounded(d.join(runDir, killedFile), 32)
+	if err == nil && string(data) == strconv.Itoa(os.Getpid()) {
+		return nil
+	}
+	return remove(d.join(runDir, killedFile))
 }
 
 func (d *Dir) wasKilled() bool {
 	_, err := os.Stat(d.join(runDir, killedFile))
 	return err == nil
+}
+
+// errStopped is why a start was not completed.
+var errStopped = errors.New("it was stopped while it started")
+
+// stoppable makes a context that ends when somebody asks for the pod's end. done is to be called, and waits.
+func (d *Dir) stoppable(ctx context.Context) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		for !d.wasKilled() {
+			select {
+			case <-time.After(20 * time.Millisecond):
+			case <-ctx.Done():
+				return
+			}
+		}
+		cancel(errStopped)
+	})
+	return ctx, func() {
+		cancel(nil)
+		watcher.Wait()
+	}
 }
 
 // AwaitEnd returns once nobody attends to the pod any more.
@@ -100,4 +199,64 @@ func (d *Dir) AwaitEnd(ctx context.Context) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// settleLimit bounds how long a pod may take to begin or to end for those who want to know how it is.
+const settleLimit = 10 * time.Second
+
+// AwaitSettled returns nil once somebody answers on the vdocker.sock of a pod that is attended to, and ErrNotRunning once it has ended.
+func (d *Dir) AwaitSettled(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		conn, err := d.Dial(ctx)
+		if err == nil {
+			return conn.Close()
+		}
+		if !noListener(err) {
+			return err
+		}
+		pid, err := d.Attendant()
+		if err != nil {
+			return err
+		}
+		if pid == 0 {
+			return d.notRunning()
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s starts or ends, and process %d is not done with that yet: try again, or end it with kcradle kill %[1]s", d.path, pid)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// attendNext is attend for a new run: it waits for one that is about to end.
+func (d *Dir) attendNext(ctx context.Context) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	for {
+		lock, err := d.attend()
+		if !errors.Is(err, ErrRunning) || !d.ending(ctx) {
+			return lock, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// ending says whether an attended pod has ended and its attendant is busy with that. In doubt, it may be.
+func (d *Dir) ending(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	var s wire.Status
+	err := d.Guest().Call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &s)
+	return noListener(err) || err == nil && s.State == wire.StateExited
+}
+
+func (d *Dir) notRunning() error {
+	return fmt.Errorf("%s: %w: kcradle run %[1]s starts it", d.path, ErrNotRunning)
 }
