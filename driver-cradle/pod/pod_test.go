@@ -380,8 +380,10 @@ func TestMakeFilesystemHoldsLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	made := make(chan error, 1)
-	go func() { made <- makeFilesystem(ctx, "ext4", f, path) }()
+	wait, err := beginFilesystem(ctx, "ext4", f, path)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
 		if _, err := os.Stat(filepath.Join(bin, "begun")); err == nil {
 			break
@@ -399,7 +401,7 @@ func TestMakeFilesystemHoldsLock(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(bin, "go"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-made; err != nil {
+	if err := wait(); err != nil {
 		t.Error(err)
 	}
 	other, _, err := openDisk(path, false)

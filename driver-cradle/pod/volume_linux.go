@@ -212,13 +212,21 @@ var mkfs = map[string]struct {
 // makeFilesystem formats disk with further arguments. The program outlives this process should that be killed, and holds the disk's
 // lock until it has finished: a file system is made as a whole or not begun.
 func makeFilesystem(ctx context.Context, fsType string, disk *os.File, path string, arguments ...string) error {
+	wait, err := beginFilesystem(ctx, fsType, disk, path, arguments...)
+	if err != nil {
+		return err
+	}
+	return wait()
+}
+
+func beginFilesystem(ctx context.Context, fsType string, disk *os.File, path string, arguments ...string) (wait func() error, err error) {
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	}
 	m := mkfs[fsType]
 	program, err := exec.LookPath(m.arguments[0])
 	if err != nil {
-		return fmt.Errorf("%s is missing: %s", m.arguments[0], m.install)
+		return nil, fmt.Errorf("%s is missing: %s", m.arguments[0], m.install)
 	}
 	arguments = append(m.arguments[1:len(m.arguments):len(m.arguments)], arguments...)
 	if _, err := disk.Seek(0, unix.SEEK_DATA); errors.Is(err, unix.ENXIO) {
@@ -229,13 +237,19 @@ func makeFilesystem(ctx context.Context, fsType string, disk *os.File, path stri
 	cmd.ExtraFiles = []*os.File{disk}
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // nor does Ctrl-C reach it
-	if err := cmd.Run(); err != nil {
-		if text := strings.TrimSpace(out.String()); text != "" {
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("make %s on %s: %w", fsType, path, err)
+	}
+	return func() error {
+		err := cmd.Wait()
+		if text := strings.TrimSpace(out.String()); err != nil && text != "" {
 			err = errors.New(strings.ReplaceAll(text, "/proc/self/fd/3", path))
 		}
-		return fmt.Errorf("make %s on %s: %w", fsType, path, err)
-	}
-	return nil
+		if err != nil {
+			return fmt.Errorf("make %s on %s: %w", fsType, path, err)
+		}
+		return nil
+	}, nil
 }
 
 // makeScratch makes the pod's writable disk: sparse, known to be all zeros, so that a guest that mounts it has nothing to initialize.
