@@ -40,9 +40,14 @@ packages=(
 [ -n "$demo" ] || packages+=(
   # the guest's own kernel
   build-essential flex bison bc libelf-dev libssl-dev cpio lz4 bzip2 zstd
-  # more clients, and docker to compare with
-  docker.io git nfs-common procps
+  # more clients and servers, and docker to compare with
+  docker.io git nfs-common nfs-ganesha nfs-ganesha-vfs iputils-ping procps
+  # other programs that read bali's images, and what gives files their fs-verity digest
+  busybox-static fsverity libarchive-tools openssh-client python3
 )
+# Debian 13 has taken these out of docker.io and qemu-system-common.
+[ -n "$demo" ] || [ ! -e /usr/bin/qemu-system-x86_64 ] || [ -e /usr/lib/qemu/virtiofsd ] || packages+=(virtiofsd)
+[ -n "$demo" ] || [ ! -e /usr/sbin/dockerd ] || command -v docker >/dev/null || packages+=(docker-cli)
 missing=()
 want_missing() {
   missing=()
@@ -83,3 +88,5 @@ if [ ! -e "$policy" ]; then
   trap 'rm -f "$log"; "${run[@]}" rm -f "$policy"' EXIT
 fi
 apt install -y --no-install-recommends "${missing[@]}"
+# Whether docker's client and virtiofsd came along is known only now.
+[ -n "${SETUP_AGAIN:-}" ] || SETUP_AGAIN=1 "$0" "$@"
