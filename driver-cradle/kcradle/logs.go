@@ -102,6 +102,9 @@ func (c *cli) guestLogs(ctx context.Context, d *pod.Dir, container string, o pod
 	}
 	resp, err := g.Get(ctx, http.MethodGet, "/containers/"+of.Name+"/logs", q, nil)
 	if err != nil {
+		if serr := d.AwaitSettled(ctx); errors.Is(serr, pod.ErrNotRunning) {
+			return serr // it has ended just now
+		}
 		return fmt.Errorf("logs of container %s: %w", of.Name, err)
 	}
 	defer resp.Body.Close()

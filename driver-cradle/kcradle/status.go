@@ -134,7 +134,7 @@ func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
 	var w wire.Status
 	err = g.Call(asked, http.MethodGet, wire.PathStatus, nil, nil, &w)
 	if err != nil {
-		if running, rerr := d.Running(); rerr == nil && running {
+		if !errors.Is(d.AwaitSettled(ctx), pod.ErrNotRunning) { // else it has ended just now
 			return fmt.Errorf("status of %s: %w", d.Path(), err)
 		}
 	}
