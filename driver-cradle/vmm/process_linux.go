@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -56,6 +57,16 @@ func (p *process) wait() error {
 		return err
 	}
 	return rc.Read(readable)
+}
+
+// endsWithin waits for the process's end, for so long.
+func (p *process) endsWithin(d time.Duration) bool {
+	if p.file.SetReadDeadline(time.Now().Add(d)) != nil {
+		return p.ended()
+	}
+	err := p.wait()
+	_ = p.file.SetReadDeadline(time.Time{})
+	return err == nil
 }
 
 func (p *process) ended() bool {

@@ -13,6 +13,9 @@ import (
 // takeUpTimeout bounds QEMU's answer to a new process: one that hangs is no machine any more.
 const takeUpTimeout = 20 * time.Second
 
+// endingTimeout is how long a machine that can't be taken up may need to be gone.
+const endingTimeout = 2 * time.Second
+
 // TakeUp attends to the machine that an earlier process has started in runDir. Where none lives it returns ErrNotRunning, together
 // with a *PanicError if the guest's kernel panicked meanwhile; where another process attends to it, ErrAttended. A machine whose
 // start was not completed is ended.
@@ -65,18 +68,32 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 		m.process.file.Close()
 		return nil, errors.Join(ErrNotRunning, err, m.remains())
 	}
+	if err = m.connect(ctx); err != nil {
+		// Its end may have begun while it was still to be seen: a launcher's death takes a moment to reach it.
+		if m.process.endsWithin(endingTimeout) {
+			m.process.file.Close()
+			return nil, errors.Join(ErrNotRunning, m.remains())
+		}
+		return nil, errors.Join(err, m.process.file.Close())
+	}
+	go m.watch()
+	return m, nil
+}
+
+// connect opens the machine's monitor and console.
+func (m *Machine) connect(ctx context.Context) error {
 	monitor, err := dialUnix(m.root, qmpSock)
 	if err != nil {
-		return nil, errors.Join(err, m.process.file.Close())
+		return err
 	}
 	conn, err := dialUnix(m.root, consoleSock)
 	if err != nil {
-		return nil, errors.Join(err, monitor.Close(), m.process.file.Close())
+		return errors.Join(err, monitor.Close())
 	}
-	if m.console, err = newConsole(dir, conn); err != nil {
-		return nil, errors.Join(err, monitor.Close(), m.process.file.Close())
+	if m.console, err = newConsole(m.dir, conn); err != nil {
+		return errors.Join(err, monitor.Close())
 	}
-	if d := s.Virtiofs; d != nil {
+	if d := m.state.Virtiofs; d != nil {
 		// One that has died is the guest's to notice.
 		if m.daemon, err = openProcess(d.PID, d.StartTime); err != nil {
 			m.daemon = nil
@@ -85,14 +102,12 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 	m.monitor = newMonitor(monitor, m.onEvent)
 	ctx, cancel := context.WithTimeoutCause(ctx, takeUpTimeout, errors.New("QEMU does not answer"))
 	defer cancel()
-	err = m.QMP(ctx, "qmp_capabilities", nil, nil)
-	if err != nil {
+	if err := m.QMP(ctx, "qmp_capabilities", nil, nil); err != nil {
 		m.monitor.close()
 		m.console.close()
-		return nil, errors.Join(err, m.process.file.Close())
+		return err
 	}
-	go m.watch()
-	return m, nil
+	return nil
 }
 
 // remains clears away what a machine that has ended unattended left, and tells about its end.
