@@ -16,6 +16,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 )
 
 // Files of a package.
@@ -83,7 +85,7 @@ func Open(dir string) (*Package, error) {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, fmt.Errorf("open boot package: %w", err)
 	}
-	data, err := readBounded(filepath.Join(dir, ManifestFile), maxManifest)
+	data, err := hostfile.Read(filepath.Join(dir, ManifestFile), maxManifest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w in %s (it has no %s): make one with `make boot`", ErrNoPackage, dir, ManifestFile)
 	}
@@ -211,17 +213,4 @@ func digest(path string) (File, error) {
 		return File{}, err
 	}
 	return File{SHA256: hex.EncodeToString(h.Sum(nil)), Size: n}, nil
-}
-
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		err = fmt.Errorf("%s is larger than %d bytes", path, limit)
-	}
-	return data, err
 }

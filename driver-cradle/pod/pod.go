@@ -30,6 +30,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
@@ -112,7 +113,7 @@ func (d *Dir) Machine() (*vmm.Info, error) { return vmm.ReadInfo(d.join(runDir))
 
 // Launch reads and validates launch.json.
 func (d *Dir) Launch() (*spec.Launch, error) {
-	data, err := readBounded(d.join(LaunchFile), spec.MaxDocument)
+	data, err := hostfile.Read(d.join(LaunchFile), spec.MaxDocument)
 	if err != nil {
 		return nil, err
 	}
@@ -159,7 +160,7 @@ func (d *Dir) Report() (*Report, error) {
 
 func (d *Dir) readReport() (*Report, error) {
 	path := d.join(runDir, statusFile)
-	data, err := readBounded(path, 16<<20)
+	data, err := hostfile.Read(path, 16<<20)
 	if err != nil {
 		return nil, err
 	}
@@ -251,39 +252,10 @@ func (d *Dir) attend() (*os.File, error) {
 	return f, nil
 }
 
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		return nil, fmt.Errorf("%s is larger than %v", path, spec.Bytes(limit))
-	}
-	return data, err
-}
-
-// writeFile replaces a file in one step.
-func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
-}
-
 func writeJSON(path string, v any) error {
 	data, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}
-	return writeFile(path, append(data, '\n'))
+	return hostfile.Replace(path, append(data, '\n'))
 }

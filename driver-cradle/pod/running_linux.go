@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
@@ -98,7 +99,7 @@ func (d *Dir) TakeUp(ctx context.Context) (_ *Running, err error) {
 }
 
 func (d *Dir) launched() (*spec.Launch, error) {
-	data, err := readBounded(d.join(runDir, launchedFile), spec.MaxDocument)
+	data, err := hostfile.Read(d.join(runDir, launchedFile), spec.MaxDocument)
 	if err != nil {
 		return nil, err
 	}

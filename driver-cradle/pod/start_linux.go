@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/network"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
@@ -168,7 +169,7 @@ func (d *Dir) awaitDying(ctx context.Context) error {
 // tidy removes what a run has left whose attendant and machine are gone: its logs stay until the next ones replace them.
 func (d *Dir) tidy() error {
 	run := d.join(runDir, launchedFile)
-	data, err := readBounded(run, spec.MaxDocument)
+	data, err := hostfile.Read(run, spec.MaxDocument)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

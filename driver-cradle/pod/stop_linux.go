@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
@@ -147,12 +148,12 @@ func (d *Dir) requestEnd() error {
 	if err != nil {
 		return err
 	}
-	return writeFile(d.join(runDir, killedFile), []byte(strconv.Itoa(pid)))
+	return hostfile.Replace(d.join(runDir, killedFile), []byte(strconv.Itoa(pid)))
 }
 
 // forgetEnd removes the note of an earlier run.
 func (d *Dir) forgetEnd() error {
-	data, err := readBounded(d.join(runDir, killedFile), 32)
+	data, err := hostfile.Read(d.join(runDir, killedFile), 32)
 	if err == nil && string(data) == strconv.Itoa(os.Getpid()) {
 		return nil
 	}

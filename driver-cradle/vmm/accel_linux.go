@@ -17,6 +17,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 )
 
 // ErrNoKVM is part of the error of a start that insists on KVM where that is of no use.
@@ -88,7 +90,7 @@ func usableKVM(cacheDir string) error {
 			m.Failure = err.Error()
 		}
 		if data, err := json.Marshal(m); err == nil {
-			_ = writeFile(cache, data) // only a cache
+			_ = hostfile.Replace(cache, data) // only a cache
 		}
 	}
 	if m.Failure != "" {

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -66,7 +67,7 @@ func findQEMU(ctx context.Context, cacheDir string) (*qemu, error) {
 	}
 	k.File = file
 	if data, err := json.Marshal(k); err == nil {
-		_ = writeFile(cache, data) // only a cache: without it the next start asks again
+		_ = hostfile.Replace(cache, data) // only a cache: without it the next start asks again
 	}
 	return &qemu{path, k.Version}, nil
 }

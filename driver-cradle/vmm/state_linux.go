@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 )
 
 // Files in a run directory.
@@ -72,7 +74,7 @@ func (s *state) write(dir string) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(dir, stateFile), append(data, '\n'))
+	return hostfile.Replace(filepath.Join(dir, stateFile), append(data, '\n'))
 }
 
 // lives opens the process that the state names, if it is still the same one.
@@ -85,22 +87,6 @@ func (s *state) lives() (*process, error) {
 		return nil, ErrNotRunning
 	}
 	return openProcess(s.PID, s.StartTime)
-}
-
-// writeFile replaces a file in one step.
-func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
 }
 
 // attend makes this process the one that has the machine of a run directory, until the file is closed.

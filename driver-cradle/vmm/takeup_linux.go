@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 )
 
 // takeUpTimeout bounds QEMU's answer to a new process: one that hangs is no machine any more.
@@ -114,7 +116,7 @@ func (m *Machine) connect(ctx context.Context) error {
 func (m *Machine) remains() error {
 	m.endDaemon()
 	m.sweep()
-	data, err := readBounded(via(m.root, consoleFile), maxConsole)
+	data, err := hostfile.Read(via(m.root, consoleFile), maxConsole)
 	if err != nil {
 		return ignoreNotExist(err)
 	}

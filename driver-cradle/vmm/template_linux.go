@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -372,7 +373,7 @@ func (t *Templates) take(name string, k Key) (*template, error) {
 	}
 	dir := filepath.Join(t.Dir, name)
 	tm := &template{TemplateInfo: info}
-	if tm.state, err = readBounded(filepath.Join(dir, vmState), maxState); err != nil {
+	if tm.state, err = hostfile.Read(filepath.Join(dir, vmState), maxState); err != nil {
 		return nil, err
 	}
 	if sum := sha256.Sum256(tm.state); hex.EncodeToString(sum[:]) != info.State {
@@ -384,19 +385,6 @@ func (t *Templates) take(name string, k Key) (*template, error) {
 	now := time.Now()
 	_ = os.Chtimes(filepath.Join(dir, keyFile), now, now) // only the order of eviction depends on it
 	return tm, nil
-}
-
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		err = fmt.Errorf("%s is larger than %d bytes", path, limit)
-	}
-	return data, err
 }
 
 // fill makes a sealed memory of a template's file. The content is hashed once in a boot of the host, which takes longer than copying
@@ -421,7 +409,7 @@ func (t *Templates) fill(dir string, info TemplateInfo) (*os.File, error) {
 	}
 	path := filepath.Join(dir, checkedFile)
 	var then identity
-	data, err := readBounded(path, 64<<10)
+	data, err := hostfile.Read(path, 64<<10)
 	if err == nil && json.Unmarshal(data, &then) == nil && then == now {
 		err = copyExtents(f, ram)
 	} else {
@@ -430,7 +418,7 @@ func (t *Templates) fill(dir string, info TemplateInfo) (*os.File, error) {
 			err = fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
 		}
 		if data, jerr := json.Marshal(now); err == nil && jerr == nil {
-			_ = writeFile(path, data) // without it the next one hashes again
+			_ = hostfile.Replace(path, data) // without it the next one hashes again
 		}
 	}
 	if err == nil {
@@ -732,7 +720,7 @@ func (t *Templates) failure(name string) (f failure, when time.Time, ok bool) {
 	if err != nil {
 		return failure{}, time.Time{}, false
 	}
-	data, err := readBounded(path, 64<<10)
+	data, err := hostfile.Read(path, 64<<10)
 	if err != nil || json.Unmarshal(data, &f) != nil {
 		return failure{}, time.Time{}, false
 	}
@@ -750,7 +738,7 @@ func (t *Templates) spoil(name string, why error) {
 	last, _, _ := t.failure(name)
 	data, err := json.Marshal(failure{Why: why.Error(), Times: last.Times + 1})
 	if err == nil {
-		err = writeFile(filepath.Join(t.Dir, name+brokenExt), data)
+		err = hostfile.Replace(filepath.Join(t.Dir, name+brokenExt), data)
 	}
 	if err := errors.Join(err, t.Remove(name)); err != nil {
 		t.Log.Warn("remove a template that does not restore", "name", name, "error", err)

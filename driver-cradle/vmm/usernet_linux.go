@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -23,7 +24,7 @@ var ErrPortTaken = errors.New("port is taken on the host")
 
 // firstFreePort is where ports begin that anybody may listen on, unless the host says otherwise.
 func firstFreePort() uint16 {
-	data, err := readBounded("/proc/sys/net/ipv4/ip_unprivileged_port_start", 16)
+	data, err := hostfile.Read("/proc/sys/net/ipv4/ip_unprivileged_port_start", 16)
 	if err == nil {
 		if n, err := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 16); err == nil {
 			return uint16(n)
