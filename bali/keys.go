@@ -215,6 +215,14 @@ type trusted struct {
 
 const maxTrust = 1 << 20
 
+// trustList reads the trust file; path is its place, "" where there is none to be had.
+func (c *cli) trustList() (path string, list []trusted, err error) {
+	if path, err = c.trustPath(); err == nil {
+		list, err = readTrust(path)
+	}
+	return path, list, err
+}
+
 // readTrust reads the trust file; none is an empty one. One that others may
 // write to is no basis for trust.
 func readTrust(path string) ([]trusted, error) {
@@ -298,11 +306,7 @@ func (c *cli) trust() *cobra.Command {
 		Short: "list trusted identities",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			path, err := c.trustPath()
-			if err != nil {
-				return err
-			}
-			list, err := readTrust(path)
+			_, list, err := c.trustList()
 			if err != nil {
 				return err
 			}
@@ -341,11 +345,7 @@ func (c *cli) trust() *cobra.Command {
 
 // editTrust rewrites the trust file in one step.
 func (c *cli) editTrust(edit func([]trusted) ([]trusted, error)) error {
-	path, err := c.trustPath()
-	if err != nil {
-		return err
-	}
-	list, err := readTrust(path)
+	path, list, err := c.trustList()
 	if err != nil {
 		return err
 	}
@@ -404,14 +404,10 @@ func (c *cli) policy(identities []string, insecure bool) (*policy, error) {
 		return p, nil
 	}
 	var err error
-	if p.file, err = c.trustPath(); err != nil {
-		if insecure {
-			return p, nil
-		}
+	if p.file, p.trusted, err = c.trustList(); err != nil && (p.file != "" || !insecure) {
 		return nil, err
 	}
-	p.trusted, err = readTrust(p.file)
-	return p, err
+	return p, nil
 }
 
 // accept takes what reading an image ended with. A bad signature is never
