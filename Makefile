@@ -24,6 +24,7 @@ help: ## list the targets (this)
 build: ## compile the programs into bin/ (needs no root)
 	@mkdir -p bin/boot
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/ $(COMMANDS)
+	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-csi ./csi-plugin
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/boot/cradle-init ./driver-cradle/guest/cradle-init
 
 .PHONY: setup

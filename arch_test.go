@@ -45,6 +45,12 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/vdocker":     {"spec", "driver-cradle/wire", "driver-cradle/guest.", "driver-cradle/guest/stdio"},
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
+	"csi-plugin":        {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
+	"csi-plugin/rpc":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/dir":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/mount":  {"spec"},
+	"csi-plugin/volume": {"spec"},
+
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
 	"docs":            {},
@@ -70,7 +76,9 @@ var onlyImporter = map[string][]string{
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
-	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali"},
+	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin."},
+	"github.com/container-storage-interface": {"csi-plugin/rpc"},
+	"google.golang.org/grpc":                 {"csi-plugin/rpc"},
 }
 
 // A listed package, as `go list -json` prints it.

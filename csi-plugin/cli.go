@@ -1,0 +1,182 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// version is set by the linker.
+var version = "development"
+
+// A cli is one invocation.
+type cli struct {
+	stdout, stderr io.Writer
+
+	backend  string
+	pools    []string
+	endpoint string
+	nodeID   string
+	zone     string
+	verbose  bool
+}
+
+// run executes a command line and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	c := &cli{stdout: stdout, stderr: stderr}
+	cmd := c.command()
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintf(stderr, "cradle-csi: %s\n", strings.TrimRight(line, "\n"))
+	}
+	return 1
+}
+
+func (c *cli) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "cradle-csi",
+		Short:         "keep volumes for Nomad jobs: a CSI plugin",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Version:       version,
+	}
+	root.SetVersionTemplate("cradle-csi {{.Version}}\n")
+	root.AddCommand(
+		c.serveCommand("controller", "serve the Controller service: make, delete, snapshot, grow volumes", true, false),
+		c.serveCommand("node", "serve the Node service: attach volumes on this host", false, true),
+		c.serveCommand("monolith", "serve both", true, true),
+		&cobra.Command{
+			Use: "version", Short: "print the version", Args: cobra.NoArgs,
+			Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-csi %s\n", version) },
+		},
+	)
+	return root
+}
+
+func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: name, Short: short, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.serve(cmd.Context(), controller, node) },
+	}
+	f := cmd.Flags()
+	c.backendFlags(f)
+	f.StringVar(&c.endpoint, "endpoint", env("CSI_ENDPOINT", "unix:///run/cradle/csi.sock"), "unix socket to serve on ($CSI_ENDPOINT, which Nomad sets)")
+	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name")
+	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
+	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
+	return cmd
+}
+
+func (c *cli) backendFlags(f *pflag.FlagSet) {
+	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir")
+	f.StringArrayVar(&c.pools, "pool", []string{"/var/lib/cradle/volumes"}, "where: a directory, or NAME=DIRECTORY to be chosen by the parameter pool; more than once, the first is the default")
+}
+
+func env(name, fallback string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return fallback
+}
+
+func hostname() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return "" // which serve refuses
+	}
+	return name
+}
+
+// A keeper is a backend that holds something open.
+type keeper interface {
+	volume.Backend
+	io.Closer
+}
+
+// open opens the backend. local says whether a volume is on this host alone.
+func (c *cli) open() (b keeper, local bool, err error) {
+	switch c.backend {
+	case "dir":
+		var pools []dir.Pool
+		for _, p := range c.pools {
+			name, path, ok := strings.Cut(p, "=")
+			if !ok {
+				name, path = "default", p
+			}
+			if !volume.ValidName(name) {
+				return nil, false, fmt.Errorf("--pool %s: %q is no name of a pool; write NAME=DIRECTORY", p, name)
+			}
+			if path, err = filepath.Abs(path); err != nil {
+				return nil, false, err
+			}
+			pools = append(pools, dir.Pool{Name: name, Path: path})
+		}
+		b, err := dir.Open(pools)
+		if err != nil {
+			return nil, false, err
+		}
+		return b, true, nil
+	default:
+		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir is known", c.backend)
+	}
+}
+
+// maxSegment is the length of a topology's value (CSI spec, Topology).
+const maxSegment = 63
+
+// segment checks a name that becomes a topology's value.
+func segment(flag, value string) error {
+	if !volume.ValidName(value) || len(value) > maxSegment {
+		return fmt.Errorf("--%s %q: letters, digits, _ . and -, a letter or digit first, at most %d", flag, value, maxSegment)
+	}
+	return nil
+}
+
+func (c *cli) serve(ctx context.Context, controller, node bool) error {
+	if err := segment("node-id", c.nodeID); err != nil {
+		return err
+	}
+	if c.zone != "" {
+		if err := segment("zone", c.zone); err != nil {
+			return err
+		}
+	}
+	b, local, err := c.open()
+	if err != nil {
+		return err
+	}
+	l, err := rpc.Listen(c.endpoint)
+	if err != nil {
+		return errors.Join(err, b.Close())
+	}
+	level := slog.LevelInfo
+	if c.verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: level}))
+	log.Info("serving", "endpoint", c.endpoint, "backend", c.backend, "node", c.nodeID, "version", version)
+	s := rpc.New(rpc.Config{
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local,
+		Version: version, DirectDir: spec.DirectDir, Log: log,
+	})
+	return errors.Join(s.Serve(ctx, l), b.Close())
+}

@@ -1,0 +1,289 @@
+package mount
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// Is says whether something is mounted at path. A path that is not there is no mount.
+func Is(path string) (bool, error) {
+	mounted, err := mountinfo.Mounted(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return mounted, err
+}
+
+// At returns what is mounted at path, the uppermost; nil where nothing is.
+func At(path string) (*mountinfo.Info, error) {
+	path, err := resolve(path)
+	if err != nil {
+		return nil, err
+	}
+	found, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	return found[len(found)-1], nil
+}
+
+// resolve follows the symbolic links on the way to path, as the mount table does.
+func resolve(path string) (string, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		return path, nil
+	}
+	return filepath.Join(dir, filepath.Base(path)), err
+}
+
+// Filesystem mounts the file system of a block device. No set-user-id program and no device node on it counts.
+func Filesystem(device, target, fsType string, o Options) error {
+	data := o.data
+	if fsType == "xfs" {
+		data = append(slices.Clone(data), "nouuid") // a clone has its origin's uuid
+	}
+	if err := unix.Mount(device, target, fsType, o.flags|unix.MS_NODEV|unix.MS_NOSUID, strings.Join(data, ",")); err != nil {
+		return fmt.Errorf("mount %s of %s on %s: %w", fsType, device, target, err)
+	}
+	if o.flags&unix.MS_RDONLY == 0 {
+		dropLostFound(target)
+	}
+	return nil
+}
+
+// dropLostFound removes mkfs's directory from an otherwise empty file system: programs want a new volume to be empty (initdb), and
+// fsck makes another when it needs one.
+func dropLostFound(dir string) {
+	if entries, err := os.ReadDir(dir); err == nil && len(entries) == 1 && entries[0].Name() == "lost+found" {
+		os.Remove(filepath.Join(dir, "lost+found"))
+	}
+}
+
+// Bind makes the directory at source appear at target as well, with o's flags for the mount; the file system's are its own.
+func Bind(source, target string, o Options) error {
+	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind %s on %s: %w", source, target, err)
+	}
+	flags := o.flags&bindFlags | unix.MS_NODEV | unix.MS_NOSUID
+	if err := unix.Mount("", target, "", unix.MS_BIND|unix.MS_REMOUNT|flags, ""); err != nil {
+		err = fmt.Errorf("bind %s on %s: set its options: %w", source, target, err)
+		return errors.Join(err, unix.Unmount(target, unix.MNT_DETACH))
+	}
+	return nil
+}
+
+// BindDevice makes the block device appear at the file target.
+func BindDevice(device, target string) error {
+	if err := unix.Mount(device, target, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind %s on %s: %w", device, target, err)
+	}
+	return nil
+}
+
+// Empty mounts a file system on target that holds nothing and takes nothing.
+func Empty(target string) error {
+	const flags = unix.MS_RDONLY | unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXEC
+	if err := unix.Mount("cradle-direct", target, "tmpfs", flags, "size=4k,mode=0555"); err != nil {
+		return fmt.Errorf("mount an empty tmpfs on %s: %w", target, err)
+	}
+	return nil
+}
+
+// Unmount removes all that is mounted at target; nothing is no error. What is busy is an error that wraps EBUSY.
+func Unmount(target string) error { return unmount(target, 0) }
+
+// Detach is Unmount, and takes a mount that is busy out of the tree as well: whoever holds files in it keeps them.
+func Detach(target string) error { return unmount(target, unix.MNT_DETACH) }
+
+func unmount(target string, busy int) error {
+	for {
+		mounted, err := Is(target)
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", target, err)
+		}
+		if !mounted {
+			return nil
+		}
+		err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EBUSY) && busy != 0 {
+			err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|busy)
+		}
+		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) { // somebody else was faster
+			return fmt.Errorf("unmount %s: %w", target, err)
+		}
+	}
+}
+
+// Uses says where a block device is mounted, or its node bound to.
+func Uses(device string) ([]string, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(device, &st); err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: device, Err: err}
+	}
+	major, minor := int(unix.Major(st.Rdev)), int(unix.Minor(st.Rdev))
+	node, err := filepath.Rel("/dev", device)
+	if err != nil {
+		return nil, err
+	}
+	return where(func(m *mountinfo.Info) bool {
+		return m.Major == major && m.Minor == minor || m.FSType == "devtmpfs" && m.Root == "/"+node
+	})
+}
+
+// UsesOf says where a directory is bound to. It is given by its path on this host.
+func UsesOf(dir string) ([]string, error) {
+	all, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return nil, err
+	}
+	dir, err = filepath.EvalSymlinks(dir)
+	if err != nil {
+		return nil, err
+	}
+	var on *mountinfo.Info // that dir lies on
+	for _, m := range all {
+		if (dir == m.Mountpoint || strings.HasPrefix(dir, strings.TrimSuffix(m.Mountpoint, "/")+"/")) && (on == nil || len(m.Mountpoint) >= len(on.Mountpoint)) {
+			on = m
+		}
+	}
+	if on == nil {
+		return nil, fmt.Errorf("%s is on none of this host's mounts", dir)
+	}
+	rest, err := filepath.Rel(on.Mountpoint, dir)
+	if err != nil {
+		return nil, err
+	}
+	root := filepath.Join(on.Root, rest)
+	return where(func(m *mountinfo.Info) bool {
+		return m.Major == on.Major && m.Minor == on.Minor && (m.Root == root || strings.HasPrefix(m.Root, root+"/"))
+	})
+}
+
+func where(matches func(*mountinfo.Info) bool) ([]string, error) {
+	found, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return !matches(m), false })
+	if err != nil {
+		return nil, err
+	}
+	targets := make([]string, len(found))
+	for i, m := range found {
+		targets[i] = m.Mountpoint
+	}
+	return targets, nil
+}
+
+// Stats are statfs(2)'s of a mounted file system.
+func Stats(path string) (spec.VolumeStats, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(path, &s); err != nil {
+		return spec.VolumeStats{}, &fs.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	size := func(blocks uint64) spec.Bytes { return spec.Bytes(blocks * uint64(s.Bsize)) }
+	return spec.VolumeStats{
+		Total: size(s.Blocks), Used: size(s.Blocks - s.Bfree), Available: size(s.Bavail),
+		Inodes: s.Files, InodesUsed: s.Files - s.Ffree, InodesAvailable: s.Ffree,
+	}, nil
+}
+
+// Options of a mount that a caller chose.
+type Options struct {
+	flags uintptr
+	data  []string
+}
+
+// ReadOnly is o and read-only.
+func (o Options) ReadOnly() Options {
+	o.flags |= unix.MS_RDONLY
+	return o
+}
+
+// IsReadOnly says whether o wishes to read only.
+func (o Options) IsReadOnly() bool { return o.flags&unix.MS_RDONLY != 0 }
+
+// bindFlags are those that each mount of one file system has for itself.
+const bindFlags = unix.MS_RDONLY | unix.MS_NOEXEC | unix.MS_NOATIME | unix.MS_NODIRATIME | unix.MS_RELATIME
+
+// ParseOptions takes the options that can do no harm, whoever asks for them, and names the first other one.
+func ParseOptions(names []string) (o Options, unknown string) {
+	for _, name := range names {
+		flag, ok := options[name]
+		switch {
+		case ok:
+			o.flags |= flag
+		case name == "discard":
+			o.data = append(o.data, name)
+		default:
+			return o, name
+		}
+	}
+	return o, ""
+}
+
+var options = map[string]uintptr{
+	"rw": 0, "defaults": 0, "nodev": 0, "nosuid": 0, // the last two are always set
+	"ro": unix.MS_RDONLY, "noexec": unix.MS_NOEXEC, "noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME,
+	"relatime": unix.MS_RELATIME, "lazytime": unix.MS_LAZYTIME, "sync": unix.MS_SYNCHRONOUS, "dirsync": unix.MS_DIRSYNC,
+}
+
+// Mounted says whether the file system on a block device is mounted.
+func Mounted(device string) (bool, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(device, &st); err != nil {
+		return false, &fs.PathError{Op: "stat", Path: device, Err: err}
+	}
+	uses, err := where(func(m *mountinfo.Info) bool {
+		return m.Major == int(unix.Major(st.Rdev)) && m.Minor == int(unix.Minor(st.Rdev))
+	})
+	return len(uses) > 0, err
+}
+
+// Same says whether a mount is of the block device, or of the directory where there is none.
+func Same(m *mountinfo.Info, device, directory string) (bool, error) {
+	path := device
+	if device == "" {
+		path = directory
+	}
+	var st, at unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return false, &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if device != "" {
+		return m.Major == int(unix.Major(st.Rdev)) && m.Minor == int(unix.Minor(st.Rdev)), nil
+	}
+	if err := unix.Stat(m.Mountpoint, &at); err != nil {
+		return false, &fs.PathError{Op: "stat", Path: m.Mountpoint, Err: err}
+	}
+	return st.Dev == at.Dev && st.Ino == at.Ino, nil
+}
+
+// SameDevice says whether two nodes are of one device.
+func SameDevice(a, b string) (bool, error) {
+	var sa, sb unix.Stat_t
+	if err := unix.Stat(a, &sa); err != nil {
+		return false, &fs.PathError{Op: "stat", Path: a, Err: err}
+	}
+	if err := unix.Stat(b, &sb); err != nil {
+		return false, &fs.PathError{Op: "stat", Path: b, Err: err}
+	}
+	return sa.Rdev == sb.Rdev && sa.Mode&unix.S_IFMT == sb.Mode&unix.S_IFMT, nil
+}
+
+// IsReadOnly says whether nothing can be written through a mount.
+func IsReadOnly(m *mountinfo.Info) bool {
+	return slices.Contains(strings.Split(m.Options, ","), "ro")
+}
+
+// Writable is o without its wish to read only.
+func (o Options) Writable() Options {
+	o.flags &^= unix.MS_RDONLY
+	return o
+}

@@ -1,0 +1,231 @@
+package rpc
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// publishDirect leaves a record for whoever runs the pod, and on the target a mount that fails everybody else.
+func (s *node) publishDirect(ctx context.Context, v volume.Volume, target string, w wish) error {
+	source, err := s.config.Backend.Stage(ctx, v.ID, volume.Use{As: volume.AsGuest})
+	if err != nil {
+		return err
+	}
+	d := spec.DirectAttachment{
+		Version: spec.DirectVersion, Target: target, Volume: source.Guest, Raw: w.block, Limits: v.Limits,
+		Control: filepath.Join(s.config.DirectDir, spec.DirectSocket(target)),
+	}
+	if b := d.Volume.Block; b != nil {
+		b.ReadOnly, b.Options = w.readOnly, strings.Join(w.flags, ",")
+	}
+	if n := d.Volume.NFS; n != nil {
+		n.ReadOnly = w.readOnly
+	}
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("volume %s: its record: %w", v.ID, err)
+	}
+	if err := s.only(v.ID, target); err != nil {
+		return err
+	}
+	mounted, err := mount.Is(target)
+	if err != nil {
+		return err
+	}
+	if mounted {
+		former, err := s.record(spec.DirectFile(target))
+		if err != nil {
+			return status.Errorf(codes.AlreadyExists, "%s: something else is mounted there", target)
+		}
+		return published(target, former.Volume.Name == v.ID, readOnly(former), w.readOnly)
+	}
+	if err := s.write(d); err != nil {
+		return err
+	}
+	if err := os.Mkdir(target, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return mount.Empty(target)
+}
+
+func readOnly(d *spec.DirectAttachment) bool {
+	return d.Volume.Block != nil && d.Volume.Block.ReadOnly || d.Volume.NFS != nil && d.Volume.NFS.ReadOnly
+}
+
+// only refuses a second guest for a block volume: each would write what the other has cached.
+func (s *Server) only(id, target string) error {
+	all, err := s.attached(id)
+	if err != nil {
+		return err
+	}
+	for _, d := range all {
+		if d.Target != target && d.Volume.Block != nil {
+			return failed("volume %s: it is attached at %s already; a block volume has one guest", id, d.Target)
+		}
+	}
+	return nil
+}
+
+// unattached refuses what would take a volume from a guest.
+func (s *Server) unattached(id string) error {
+	all, err := s.attached(id)
+	if err != nil || len(all) == 0 {
+		return err
+	}
+	return fmt.Errorf("volume %s: %w: it is attached at %s", id, volume.ErrInUse, all[0].Target)
+}
+
+// attached returns the records of a volume whose targets are mounted. One whose target is not is left by a call that did not end.
+func (s *Server) attached(id string) ([]*spec.DirectAttachment, error) {
+	entries, err := os.ReadDir(s.config.DirectDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var all []*spec.DirectAttachment
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".json" || strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		d, err := s.record(e.Name())
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if d.Volume.Name != id {
+			continue
+		}
+		if mounted, err := mount.Is(d.Target); err != nil {
+			return nil, err
+		} else if mounted {
+			all = append(all, d)
+		}
+	}
+	return all, nil
+}
+
+func (s *Server) record(name string) (*spec.DirectAttachment, error) {
+	path := filepath.Join(s.config.DirectDir, name)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return spec.ParseDirectAttachment(path, data)
+}
+
+// write replaces a record in one step. It is gone after a reboot, as the mount is, so that nothing has to reach a disk.
+func (s *Server) write(d spec.DirectAttachment) error {
+	data, err := json.MarshalIndent(d, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(s.config.DirectDir, 0o700); err != nil {
+		return err
+	}
+	name := spec.DirectFile(d.Target)
+	temporary := filepath.Join(s.config.DirectDir, "."+name) // one call at a time for one volume, and so for its target
+	if err := os.WriteFile(temporary, append(data, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(temporary, filepath.Join(s.config.DirectDir, name))
+}
+
+// forget removes the record of a target, and the socket that its pod may have left.
+func (s *Server) forget(target string) error {
+	for _, name := range []string{spec.DirectFile(target), "." + spec.DirectFile(target), spec.DirectSocket(target)} {
+		if err := os.Remove(filepath.Join(s.config.DirectDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// errNoGuest is a pod that does not have the volume mounted: it has not started yet, has ended, or holds the volume raw.
+var errNoGuest = errors.New("no guest has it mounted")
+
+func (s *Server) guestStats(ctx context.Context, target string) (stats spec.VolumeStats, err error) {
+	err = s.guest(ctx, http.MethodGet, target, spec.DirectStatsPath, nil, &stats)
+	return stats, err
+}
+
+// guestResize tells a guest that its disk has grown. One that is not there finds out when it starts.
+func (s *Server) guestResize(ctx context.Context, target string, size int64) error {
+	err := s.guest(ctx, http.MethodPost, target, spec.DirectResizePath, spec.DirectResize{Size: spec.Bytes(size)}, nil)
+	if errors.Is(err, errNoGuest) {
+		return nil
+	}
+	return err
+}
+
+// maxAnswer bounds what is read of a pod's answer.
+const maxAnswer = 64 << 10
+
+// guest calls the DirectControl API of the pod that has the volume at target.
+func (s *Server) guest(ctx context.Context, method, target, path string, in, out any) error {
+	socket := filepath.Join(s.config.DirectDir, spec.DirectSocket(target))
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+	}
+	var body io.Reader
+	if in != nil {
+		data, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(data)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://pod"+path, body)
+	if err != nil {
+		return err
+	}
+	resp, err := transport.RoundTrip(req)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
+		return errNoGuest
+	}
+	if err != nil {
+		return fmt.Errorf("guest at %s: %w", target, err)
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("guest at %s: %w", target, err)
+	}
+	if resp.StatusCode == http.StatusNotFound {
+		return errNoGuest
+	}
+	if resp.StatusCode >= 300 {
+		var e spec.DirectError
+		if json.Unmarshal(data, &e) != nil || e.Message == "" {
+			e.Message = resp.Status
+		}
+		return fmt.Errorf("guest at %s: %s", target, e.Message)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(data, out); err != nil {
+		return fmt.Errorf("guest at %s: its answer: %w", target, err)
+	}
+	return nil
+}

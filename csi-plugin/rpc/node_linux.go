@@ -1,0 +1,374 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// node serves the Node service. It keeps nothing: what is staged and published is what the mount table and the records say.
+type node struct {
+	csi.UnimplementedNodeServer
+	*Server
+}
+
+func (s *node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
+	has := []csi.NodeServiceCapability_RPC_Type{
+		csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME,
+		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
+	}
+	if _, ok := s.config.Backend.(volume.Expander); ok {
+		has = append(has, csi.NodeServiceCapability_RPC_EXPAND_VOLUME)
+	}
+	var caps []*csi.NodeServiceCapability
+	for _, t := range has {
+		caps = append(caps, &csi.NodeServiceCapability{Type: &csi.NodeServiceCapability_Rpc{Rpc: &csi.NodeServiceCapability_RPC{Type: t}}})
+	}
+	return &csi.NodeGetCapabilitiesResponse{Capabilities: caps}, nil
+}
+
+func (s *node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
+	return &csi.NodeGetInfoResponse{NodeId: s.config.NodeID, AccessibleTopology: &csi.Topology{Segments: s.topology()}}, nil
+}
+
+// checkPath takes what a caller may name as a place to mount on.
+func checkPath(field, path string) error {
+	switch {
+	case path == "":
+		return invalid("%s: it is missing", field)
+	case !filepath.IsAbs(path) || len(path) >= unix.PathMax || strings.IndexByte(path, 0) >= 0 || filepath.Clean(path) == "/":
+		return invalid("%s: %.80q is no absolute path that something could be mounted on", field, path)
+	}
+	return nil
+}
+
+// begin checks what the calls that attach have in common, and takes the volume.
+func (s *node) begin(ctx context.Context, id string, c *csi.VolumeCapability) (v volume.Volume, w wish, unlock func(), err error) {
+	if c == nil {
+		return v, w, nil, invalid("volume capability: there is none; say access mode and access type")
+	}
+	if unlock, err = s.lock(ctx, id); err != nil {
+		return v, w, nil, err
+	}
+	if v, err = s.config.Backend.Get(ctx, id); err == nil {
+		w, err = wishFor(c, v)
+	}
+	if err != nil {
+		unlock()
+	}
+	return v, w, unlock, err
+}
+
+func (s *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
+	if err := checkPath("staging target path", req.GetStagingTargetPath()); err != nil {
+		return nil, err
+	}
+	v, w, unlock, err := s.begin(ctx, req.GetVolumeId(), req.GetVolumeCapability())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	source, err := s.config.Backend.Stage(ctx, v.ID, use(v, w, false))
+	if err != nil {
+		return nil, err
+	}
+	if !v.Direct && !w.block {
+		if err := stageFiles(ctx, source, filepath.Clean(req.GetStagingTargetPath()), w); err != nil {
+			return nil, err
+		}
+	}
+	return &csi.NodeStageVolumeResponse{}, nil
+}
+
+func use(v volume.Volume, w wish, readOnly bool) volume.Use {
+	switch {
+	case v.Direct:
+		return volume.Use{As: volume.AsGuest}
+	case w.block:
+		return volume.Use{As: volume.AsRaw, ReadOnly: readOnly || w.readOnly}
+	}
+	return volume.Use{As: volume.AsFiles}
+}
+
+// stageFiles mounts a volume's files at the staging path, always writable: one file system can't be mounted in two ways at
+// once, and who may only read it has that from the bind mount of the target.
+func stageFiles(ctx context.Context, source volume.Source, path string, w wish) error {
+	if err := os.MkdirAll(path, 0o750); err != nil {
+		return err
+	}
+	at, err := mount.At(path)
+	if err != nil {
+		return err
+	}
+	options := w.options.Writable()
+	switch {
+	case at != nil:
+		if same, err := mount.Same(at, source.Device, source.Directory); err != nil || !same {
+			return orElse(err, status.Errorf(codes.AlreadyExists, "%s: something else (%s) is mounted there", path, at.Source))
+		}
+	case source.Device != "":
+		err = mount.Filesystem(source.Device, path, source.FSType, options)
+	default:
+		err = mount.Bind(source.Directory, path, options)
+	}
+	if err != nil || source.Device == "" {
+		return err
+	}
+	return mount.Fill(ctx, source.Device, path, source.FSType)
+}
+
+// orElse is the first of two errors that is one.
+func orElse(err, other error) error {
+	if err != nil {
+		return err
+	}
+	return other
+}
+
+func (s *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
+	if err := checkPath("staging target path", req.GetStagingTargetPath()); err != nil {
+		return nil, err
+	}
+	unlock, err := s.lock(ctx, req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	err = mount.Unmount(filepath.Clean(req.GetStagingTargetPath()))
+	if errors.Is(err, unix.EBUSY) {
+		return nil, failed("volume %s: %v: end what still uses it", req.GetVolumeId(), err)
+	}
+	if err == nil {
+		err = s.config.Backend.Unstage(ctx, req.GetVolumeId())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeUnstageVolumeResponse{}, nil
+}
+
+func (s *node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
+	if err := checkPath("target path", req.GetTargetPath()); err != nil {
+		return nil, err
+	}
+	v, w, unlock, err := s.begin(ctx, req.GetVolumeId(), req.GetVolumeCapability())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if req.GetStagingTargetPath() == "" {
+		return nil, failed("staging target path: it is missing; stage the volume first")
+	}
+	if err := checkPath("staging target path", req.GetStagingTargetPath()); err != nil {
+		return nil, err
+	}
+	target := filepath.Clean(req.GetTargetPath())
+	if err := os.MkdirAll(filepath.Dir(target), 0o750); err != nil {
+		return nil, err
+	}
+	w.readOnly = w.readOnly || req.GetReadonly()
+	switch {
+	case v.Direct:
+		err = s.publishDirect(ctx, v, target, w)
+	case w.block:
+		err = s.publishDevice(ctx, v, target, w)
+	default:
+		err = publishFiles(filepath.Clean(req.GetStagingTargetPath()), target, w)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodePublishVolumeResponse{}, nil
+}
+
+// publishFiles makes what is staged appear at the target.
+func publishFiles(staging, target string, w wish) error {
+	staged, err := mount.At(staging)
+	if err != nil {
+		return err
+	}
+	if staged == nil {
+		return failed("%s: nothing is staged there; stage the volume first", staging)
+	}
+	if err := os.Mkdir(target, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	at, err := mount.At(target)
+	if err != nil {
+		return err
+	}
+	options := w.options
+	if w.readOnly {
+		options = options.ReadOnly()
+	}
+	if at == nil {
+		return mount.Bind(staging, target, options)
+	}
+	return published(target, at.Major == staged.Major && at.Minor == staged.Minor && at.Root == staged.Root, mount.IsReadOnly(at), w.readOnly)
+}
+
+// published judges what is at a target already.
+func published(target string, same, readOnly, wantReadOnly bool) error {
+	switch {
+	case !same:
+		return status.Errorf(codes.AlreadyExists, "%s: something else is mounted there", target)
+	case readOnly != wantReadOnly:
+		return status.Errorf(codes.AlreadyExists, "%s: the volume is published there already, read-only: %t", target, readOnly)
+	}
+	return nil
+}
+
+// publishDevice makes the volume's block device appear at the target.
+func (s *node) publishDevice(ctx context.Context, v volume.Volume, target string, w wish) error {
+	source, err := s.config.Backend.Stage(ctx, v.ID, use(v, w, w.readOnly))
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	mounted, err := mount.Is(target)
+	if err != nil {
+		return err
+	}
+	if !mounted {
+		return mount.BindDevice(source.Device, target)
+	}
+	same, err := mount.SameDevice(source.Device, target)
+	return orElse(err, published(target, same, w.readOnly, w.readOnly))
+}
+
+func (s *node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
+	if err := checkPath("target path", req.GetTargetPath()); err != nil {
+		return nil, err
+	}
+	unlock, err := s.lock(ctx, req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	target := filepath.Clean(req.GetTargetPath())
+	// The task has ended. Should a process of it be left, it keeps the files that it has open and nobody waits for it.
+	if err := mount.Detach(target); err != nil {
+		return nil, err
+	}
+	if err := s.forget(target); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	return &csi.NodeUnpublishVolumeResponse{}, nil
+}
+
+func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+	v, path, err := s.at(ctx, req.GetVolumeId(), req.GetVolumePath())
+	if err != nil {
+		return nil, err
+	}
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	bytes := func(total, used, available int64) *csi.VolumeUsage {
+		return &csi.VolumeUsage{Unit: csi.VolumeUsage_BYTES, Total: total, Used: used, Available: available}
+	}
+	var stats spec.VolumeStats
+	switch {
+	case fi.Mode().Type() == fs.ModeDevice:
+		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{bytes(v.Size, 0, 0)}}, nil
+	case v.Direct:
+		if stats, err = s.guestStats(ctx, path); errors.Is(err, errNoGuest) {
+			return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{bytes(v.Size, 0, 0)}}, nil
+		}
+	default:
+		stats, err = mount.Stats(path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{
+		bytes(int64(stats.Total), int64(stats.Used), int64(stats.Available)),
+		{Unit: csi.VolumeUsage_INODES, Total: int64(stats.Inodes), Used: int64(stats.InodesUsed), Available: int64(stats.InodesAvailable)},
+	}}, nil
+}
+
+// at finds a volume that is published or staged at a path.
+func (s *node) at(ctx context.Context, id, path string) (volume.Volume, string, error) {
+	if id == "" {
+		return volume.Volume{}, "", invalid("volume id: it is missing")
+	}
+	if path == "" {
+		return volume.Volume{}, "", invalid("volume path: it is missing")
+	}
+	v, err := s.config.Backend.Get(ctx, id)
+	if err != nil {
+		return v, "", err
+	}
+	mounted := false
+	if checkPath("volume path", path) == nil { // else nothing can be there
+		path = filepath.Clean(path)
+		mounted, err = mount.Is(path)
+	}
+	if err == nil && !mounted {
+		err = fmt.Errorf("volume %s: %w at %.80q", id, volume.ErrNotFound, path)
+	}
+	return v, path, err
+}
+
+func (s *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
+	e, ok := s.config.Backend.(volume.Expander)
+	if !ok {
+		return nil, status.Error(codes.Unimplemented, "this backend's volumes can't grow")
+	}
+	unlock, err := s.lock(ctx, req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	v, path, err := s.at(ctx, req.GetVolumeId(), req.GetVolumePath())
+	if err != nil {
+		return nil, err
+	}
+	if c := req.GetVolumeCapability(); c != nil {
+		if _, err := wishFor(c, v); err != nil {
+			return nil, err
+		}
+	}
+	if v.Size == 0 {
+		return &csi.NodeExpandVolumeResponse{}, nil
+	}
+	if v.Size < req.GetCapacityRange().GetRequiredBytes() {
+		return nil, status.Errorf(codes.OutOfRange, "volume %s has %v; expand it with ControllerExpandVolume first", v.ID, spec.Bytes(v.Size))
+	}
+	if _, err := e.Expand(ctx, v.ID, 0, 0); err != nil { // its devices learn of the new size
+		return nil, err
+	}
+	at, err := mount.At(path)
+	switch {
+	case err != nil || at == nil:
+	case v.Direct:
+		err = s.guestResize(ctx, path, v.Size)
+	case at.FSType == "ext4" || at.FSType == "xfs":
+		err = mount.Grow(ctx, at.Source, path, at.FSType)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeExpandVolumeResponse{CapacityBytes: v.Size}, nil
+}

@@ -1,0 +1,145 @@
+// Package rpc serves the Container Storage Interface (CSI spec v1.12.0): the Identity, Controller and Node services over one
+// volume.Backend. It translates between CSI and package volume and decides nothing about storage; no backend is imported here.
+//
+// Calls for one volume wait for each other, those for different volumes run at the same time. Nomad takes Aborted for final,
+// so a second call for a busy volume is not refused, and ends only with its own deadline.
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// Name is what the plugin calls itself, and the prefix of its topology's keys.
+const Name = "csi.cradlestack.org"
+
+// The topology's keys.
+const (
+	TopologyHost = Name + "/host"
+	TopologyZone = Name + "/zone"
+)
+
+// Config says what to serve.
+type Config struct {
+	Backend    volume.Backend
+	Controller bool   // serve the Controller service
+	Node       bool   // serve the Node service
+	NodeID     string // of this host in the topology
+	Zone       string // of this host; "" is none
+	Local      bool   // a volume is reachable on the host that made it alone; else in its zone
+	Version    string // of this program
+	DirectDir  string // where records of directly attached volumes are: spec.DirectDir
+	Log        *slog.Logger
+}
+
+// A Server answers CSI calls.
+type Server struct {
+	config Config
+	grpc   *grpc.Server
+	busy   keyed
+}
+
+// New returns a server that is not listening yet.
+func New(c Config) *Server {
+	s := &Server{config: c}
+	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.MaxRecvMsgSize(maxMessage))
+	csi.RegisterIdentityServer(s.grpc, &identity{Server: s})
+	if c.Controller {
+		csi.RegisterControllerServer(s.grpc, &controller{Server: s})
+	}
+	if c.Node {
+		csi.RegisterNodeServer(s.grpc, &node{Server: s})
+	}
+	return s
+}
+
+// maxMessage bounds what one call can make the server hold.
+const maxMessage = 1 << 20
+
+// Listen makes the unix socket of an endpoint, unix:///path or a path. A socket that nobody serves any more is replaced.
+func Listen(endpoint string) (net.Listener, error) {
+	path := strings.TrimPrefix(endpoint, "unix://")
+	if path == "" || strings.Contains(path, "://") {
+		return nil, fmt.Errorf("endpoint %q is no unix socket; write unix:///run/cradle/csi.sock", endpoint)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("endpoint %s: another program serves it; stop that first, or name another socket", path)
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == os.ModeSocket {
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("endpoint %s: %w", path, err)
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("endpoint %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("endpoint %s: %w", path, err), l.Close())
+	}
+	return l, nil
+}
+
+// Serve answers calls until ctx ends, then those that had begun. What is mounted stays so.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	stop := context.AfterFunc(ctx, s.grpc.GracefulStop)
+	defer stop()
+	return s.grpc.Serve(l)
+}
+
+// intercept logs every call and translates its error.
+func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	began := time.Now()
+	resp, err = handler(ctx, req)
+	err = translate(err)
+	method := info.FullMethod[strings.LastIndexByte(info.FullMethod, '/')+1:]
+	args := []any{"method", method, "took", time.Since(began).Round(time.Microsecond)}
+	// Of a request only its subject is logged: secrets, and options that hold some, are in the rest.
+	switch r := req.(type) {
+	case interface{ GetVolumeId() string }:
+		args = append(args, "volume", r.GetVolumeId())
+	case interface{ GetSnapshotId() string }:
+		args = append(args, "snapshot", r.GetSnapshotId())
+	case interface{ GetName() string }:
+		args = append(args, "name", r.GetName())
+	}
+	switch {
+	case err == nil && quiet[method]:
+		s.config.Log.Debug("call", args...)
+	case err == nil:
+		s.config.Log.Info("call", args...)
+	default:
+		s.config.Log.Warn("call failed", append(args, "code", status.Code(err).String(), "error", status.Convert(err).Message())...)
+	}
+	return resp, err
+}
+
+// quiet are calls that change nothing and come all the time.
+var quiet = map[string]bool{
+	"Probe": true, "GetPluginInfo": true, "GetPluginCapabilities": true, "ControllerGetCapabilities": true, "NodeGetCapabilities": true,
+	"NodeGetInfo": true, "NodeGetVolumeStats": true, "ListVolumes": true, "ListSnapshots": true, "GetCapacity": true, "ControllerGetVolume": true,
+}
+
+// invalid is an InvalidArgument.
+func invalid(format string, args ...any) error {
+	return status.Errorf(codes.InvalidArgument, format, args...)
+}
+
+// failed is a FailedPrecondition.
+func failed(format string, args ...any) error {
+	return status.Errorf(codes.FailedPrecondition, format, args...)
+}

@@ -1,0 +1,28 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+)
+
+// The errors that backends wrap. Whoever speaks to a caller translates them, once.
+var (
+	ErrNotFound    = errors.New("not found")
+	ErrExists      = errors.New("exists, and is another")
+	ErrInUse       = errors.New("in use")
+	ErrNoSpace     = errors.New("no space")
+	ErrRange       = errors.New("size out of range")
+	ErrInvalid     = errors.New("invalid")
+	ErrForeign     = errors.New("content is not the host's") // a volume whose content the host's kernel must not mount
+	ErrUnavailable = errors.New("storage unavailable")       // for the moment: the same call may succeed later
+)
+
+// Invalid is an ErrInvalid that names what is wrong.
+func Invalid(what, format string, args ...any) error {
+	return &invalidError{what + ": " + fmt.Sprintf(format, args...)}
+}
+
+type invalidError struct{ message string }
+
+func (e *invalidError) Error() string        { return e.message }
+func (e *invalidError) Is(target error) bool { return target == ErrInvalid }

@@ -1,0 +1,215 @@
+// Package volume is the model of stored data that all of csi-plugin shares: a Volume has a class, a size and parameters, a
+// Backend keeps volumes, and what more a backend can do is an upgrade interface. It knows neither CSI nor Nomad, and it
+// imports only spec. volume/volumetest holds what every backend has to pass.
+package volume
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// A Backend keeps volumes.
+//
+// Its methods may be called at the same time by several goroutines and several processes. Each is idempotent: called again
+// after it was interrupted at any point, it completes what it began or removes it. State is what the storage itself says;
+// a backend has no other. Errors wrap this package's sentinels where one fits.
+type Backend interface {
+	// Create makes an empty volume, or finds the one that is there already. ErrExists is one of that name that does not fit the
+	// request.
+	Create(ctx context.Context, r Request) (Volume, error)
+
+	// Delete removes a volume and its automatic snapshots; one that is not there is no error. ErrInUse is one that is staged,
+	// or that has snapshots which somebody took.
+	Delete(ctx context.Context, id string) error
+
+	// Get returns ErrNotFound where there is no such volume.
+	Get(ctx context.Context, id string) (Volume, error)
+
+	// List returns all volumes by id.
+	List(ctx context.Context) ([]Volume, error)
+
+	// Stage makes a volume's content reachable on this host. Repeated with the same use, it returns the same source.
+	Stage(ctx context.Context, id string, use Use) (Source, error)
+
+	// Unstage releases what Stage took, as far as nothing on this host uses it any more. A volume that is not there, or not
+	// staged, is no error.
+	Unstage(ctx context.Context, id string) error
+
+	// Capacity returns how many bytes a new volume with these parameters can have.
+	Capacity(ctx context.Context, p Parameters) (int64, error)
+
+	// Ready says why nothing can be kept at the moment, nil where it can.
+	Ready(ctx context.Context) error
+}
+
+// A Snapshotter keeps read-only states of volumes.
+type Snapshotter interface {
+	// Snapshot records the volume's present state, or finds the snapshot of that name. ErrExists is one that another volume has.
+	Snapshot(ctx context.Context, id, name string) (Snapshot, error)
+
+	// DeleteSnapshot removes a snapshot; one that is not there is no error.
+	DeleteSnapshot(ctx context.Context, snapshot SnapshotID) error
+
+	// Snapshots returns those of one volume, or all where id is "", by id.
+	Snapshots(ctx context.Context, id string) ([]Snapshot, error)
+}
+
+// A Cloner makes volumes of others.
+type Cloner interface {
+	// Clone is Create for a request with an origin: the volume's first content is that of a snapshot or of another volume, which
+	// has the same class. ErrNotFound is an origin that is not there.
+	Clone(ctx context.Context, r Request) (Volume, error)
+}
+
+// An Expander makes volumes larger, also while they are in use.
+type Expander interface {
+	// Expand gives the volume at least size bytes and at most limit (0 is no limit), and returns how many it has. It never
+	// shrinks one: a volume that is large enough already is left as it is.
+	Expand(ctx context.Context, id string, size, limit int64) (int64, error)
+}
+
+// A Statter tells how much of a volume is used, as the storage sees it.
+type Statter interface {
+	// Stats returns the bytes that the volume occupies in its pool, without its snapshots.
+	Stats(ctx context.Context, id string) (Usage, error)
+}
+
+// Usage of a pool by one volume.
+type Usage struct {
+	Allocated int64 // bytes, as the pool counts them
+	Snapshots int64 // bytes that only its snapshots hold, -1 where the storage can't tell
+}
+
+// A Request is a volume that is to exist.
+type Request struct {
+	Name   string
+	Size   int64 // bytes at least; 0 leaves it to the backend
+	Limit  int64 // bytes at most; 0 is no limit
+	Origin Origin
+	Parameters
+}
+
+// An Origin is where a volume's first content comes from. At most one of its fields is set.
+type Origin struct {
+	Volume   string     `json:"volume,omitempty"`
+	Snapshot SnapshotID `json:"snapshot,omitzero"`
+}
+
+// A Volume as it is.
+type Volume struct {
+	ID      string
+	Size    int64 // bytes; 0 is a file volume without a quota
+	Origin  Origin
+	Created time.Time
+	Content Content
+	Parameters
+}
+
+// Content says who has written a volume's file system, and so whether the host's kernel may mount it.
+type Content string
+
+// What is on a volume.
+const (
+	Blank   Content = ""        // nothing yet
+	Trusted Content = "trusted" // made and only ever mounted by this software's hosts
+	Guest   Content = "guest"   // a machine or task has had it as a block device: never mounted or checked by a host's kernel
+)
+
+// A SnapshotID names a snapshot: VOLUME@NAME.
+type SnapshotID struct{ Volume, Name string }
+
+// String is VOLUME@NAME, "" for none.
+func (s SnapshotID) String() string {
+	if s == (SnapshotID{}) {
+		return ""
+	}
+	return s.Volume + "@" + s.Name
+}
+
+// MarshalText is String.
+func (s SnapshotID) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText is ParseSnapshotID.
+func (s *SnapshotID) UnmarshalText(text []byte) (err error) {
+	*s, err = ParseSnapshotID(string(text))
+	return err
+}
+
+// ParseSnapshotID reads VOLUME@NAME. The error is ErrNotFound: no such snapshot can exist.
+func ParseSnapshotID(s string) (SnapshotID, error) {
+	id, name, ok := strings.Cut(s, "@")
+	if !ok || !ValidName(id) || !ValidName(name) {
+		return SnapshotID{}, fmt.Errorf("%w: %q is no snapshot; write VOLUME@NAME", ErrNotFound, abbreviate(s))
+	}
+	return SnapshotID{id, name}, nil
+}
+
+// A Snapshot is a volume's state at one time.
+type Snapshot struct {
+	ID      SnapshotID
+	Size    int64 // bytes that a volume made of it has at least
+	Created time.Time
+	// Copied says that the storage could not share the data with the volume and that all of it was written a second time.
+	Copied bool
+}
+
+// A Use is what a volume is staged for.
+type Use struct {
+	As       As
+	ReadOnly bool // Raw only: the device refuses writes
+}
+
+// As says who reads a volume's blocks.
+type As int
+
+// What a volume is staged as.
+const (
+	AsFiles As = iota // mounted by this host: Source.Device with a file system, or Source.Directory
+	AsRaw             // given to a task as a block device of this host: Source.Device
+	AsGuest           // given to a guest, which attaches it itself: Source.Guest
+)
+
+// A Source is where a staged volume's content is.
+type Source struct {
+	Device    string // block device of this host
+	Directory string
+	FSType    string // of the file system on Device; "" where it was staged raw
+	Guest     spec.Volume
+}
+
+// ValidName says whether a volume or snapshot can be called so: letters, digits, _ . and -, a letter or digit first, at most
+// 128. Every backend can use such a name in a path.
+func ValidName(name string) bool {
+	ok := name != "" && len(name) <= MaxName && alphanumeric(name[0])
+	for i := range len(name) {
+		ok = ok && (alphanumeric(name[i]) || strings.IndexByte("_.-", name[i]) >= 0)
+	}
+	return ok
+}
+
+// MaxName is the length of the longest name (CSI spec, "Size Limits").
+const MaxName = 128
+
+// CheckName is an ErrInvalid where ValidName is false.
+func CheckName(kind, name string) error {
+	if !ValidName(name) {
+		return Invalid(kind, "%q is no name; letters, digits, _ . and -, a letter or digit first, at most %d", abbreviate(name), MaxName)
+	}
+	return nil
+}
+
+func alphanumeric(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+}
+
+// abbreviate keeps a message on its line.
+func abbreviate(s string) string {
+	if len(s) > 80 {
+		return s[:80] + "…"
+	}
+	return s
+}
