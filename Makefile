@@ -12,6 +12,7 @@ FUZZTIME ?= 20s
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cradlestack
 TOOL := go tool -modfile=tools/go.mod
 
+MODULE := github.com/cradlestack/cradlestack
 # The programs' folders. A program appears here with its first working version.
 COMMANDS := ./driver-cradle/kcradle ./bali
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
@@ -25,6 +26,7 @@ build: ## compile the programs into bin/ (needs no root)
 	@mkdir -p bin/boot
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/ $(COMMANDS)
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-csi ./csi-plugin
+	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X $(MODULE)/driver-cradle/driver.Version=$(VERSION)' -o bin/nomad-driver-cradle ./driver-cradle
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/boot/cradle-init ./driver-cradle/guest/cradle-init
 
 .PHONY: setup

@@ -30,8 +30,8 @@ var mayImport = map[string][]string{
 	".":    {},
 	"spec": {},
 
-	"driver-cradle":                   {"driver-cradle/driver"}, // main.go: plugins.Serve and nothing else
-	"driver-cradle/driver":            {"spec", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
+	"driver-cradle":                   {"driver-cradle/driver", "driver-cradle/vmm"}, // main.go: vmm.Confine, plugins.Serve and nothing else
+	"driver-cradle/driver":            {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
 	"driver-cradle/kcradle":           {"spec", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
 	"driver-cradle/pod":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network"},
 	"driver-cradle/vmm":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/boot"},
@@ -72,7 +72,8 @@ var onlyImporter = map[string][]string{
 	"github.com/hashicorp/nomad/helper":      {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/nomad":       {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/drivers":     {"driver-cradle/driver"},
-	"github.com/google/go-containerregistry": {"bali", "bali/source", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
+	"github.com/hashicorp/nomad/jobspec2":    {"driver-cradle/driver"},
+	"github.com/google/go-containerregistry": {"bali", "bali/source", "driver-cradle/driver", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "test"},

@@ -197,17 +197,22 @@ func (p *Pod) routes(docker http.Handler) http.Handler {
 		s, err := p.Wait(r.Context())
 		answer(w, s, err)
 	})
-	for path, call := range map[string]func(context.Context, *time.Duration) (wire.Status, error){wire.PathStop: p.Stop, wire.PathShutdown: p.Shutdown} {
+	for path, call := range map[string]func(context.Context, StopOptions) (wire.Status, error){wire.PathStop: p.Stop, wire.PathShutdown: p.Shutdown} {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
-			grace, err := parseGrace(r.FormValue("timeout"))
+			o := StopOptions{Signal: r.FormValue("signal")}
+			var err error
+			if o.Grace, err = parseGrace(r.FormValue("timeout")); err == nil && o.Signal != "" {
+				_, err = ParseSignal(o.Signal)
+			}
 			if err != nil {
 				answer(w, nil, err)
 				return
 			}
-			s, err := call(r.Context(), grace)
+			s, err := call(r.Context(), o)
 			answer(w, s, err)
 		})
 	}
+	mux.HandleFunc("GET "+wire.PathOutput, p.output)
 	for path, call := range map[string]func(string) error{wire.PathFreeze: p.Freeze, wire.PathThaw: p.Thaw, wire.PathGrow: p.Grow} {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
 			err := call(r.FormValue("volume"))

@@ -24,7 +24,7 @@ type Pod struct {
 	uevents  *uevents
 	bus      bus
 	crew     *crew
-	grace    *time.Duration // of all containers when the pod is stopped, nil: each its own; guarded by crew's mutex
+	ending   StopOptions // of the pod's end; guarded by crew's mutex
 
 	launching sync.Mutex // one launch at a time, and one in all
 	launchErr error      // what became of it
@@ -238,11 +238,11 @@ func (p *Pod) mountLayer(ctx context.Context, d wire.Disk, dir string) error {
 func (p *Pod) supervise() {
 	<-p.crew.over
 	p.crew.mu.Lock()
-	grace := p.grace
+	ending := p.ending
 	p.crew.mu.Unlock()
 	var wg sync.WaitGroup
-	for _, c := range p.Containers() {
-		wg.Go(func() { _ = c.stop(context.Background(), "", grace, "") })
+	for i, c := range p.Containers() {
+		wg.Go(func() { _ = c.stop(context.Background(), ending.signal(i), ending.Grace, "") })
 	}
 	wg.Wait()
 	<-p.crew.ended
@@ -285,9 +285,22 @@ func (p *Pod) Wait(ctx context.Context) (wire.Status, error) {
 	}
 }
 
-// Stop ends the pod: all containers get their stop signals and, after grace (nil: each its own stop timeout), SIGKILL. Their logs can still be
-// read afterwards.
-func (p *Pod) Stop(ctx context.Context, grace *time.Duration) (wire.Status, error) {
+// StopOptions say how a pod is stopped.
+type StopOptions struct {
+	Grace  *time.Duration // of all containers; nil: each its own stop timeout
+	Signal string         // to the first container; "": its own stop signal, as the others get theirs
+}
+
+// signal is the i-th container's.
+func (o *StopOptions) signal(i int) string {
+	if i == 0 {
+		return o.Signal
+	}
+	return ""
+}
+
+// Stop ends the pod: all containers get their stop signals and, after the grace time, SIGKILL. Their logs can still be read afterwards.
+func (p *Pod) Stop(ctx context.Context, o StopOptions) (wire.Status, error) {
 	if p.Containers() == nil {
 		return p.Status(), nil
 	}
@@ -297,27 +310,27 @@ func (p *Pod) Stop(ctx context.Context, grace *time.Duration) (wire.Status, erro
 		}
 	}
 	p.crew.mu.Lock()
-	hurry := p.crew.stopping && grace != nil
+	hurry := p.crew.stopping && o.Grace != nil
 	if !p.crew.stopping {
-		p.grace = grace
+		p.ending = o
 	}
 	p.crew.stop()
 	p.crew.mu.Unlock()
 	if hurry {
-		for _, c := range p.Containers() {
-			go func() { _ = c.stop(ctx, "", grace, "") }()
+		for i, c := range p.Containers() {
+			go func() { _ = c.stop(ctx, o.signal(i), o.Grace, "") }()
 		}
 	}
 	return p.Wait(ctx)
 }
 
 // Shutdown stops the pod, then unmounts the volumes and writes everything to the disks. The guest is of no use after that.
-func (p *Pod) Shutdown(ctx context.Context, grace *time.Duration) (wire.Status, error) {
+func (p *Pod) Shutdown(ctx context.Context, o StopOptions) (wire.Status, error) {
 	if p.Containers() == nil {
 		unix.Sync()
 		return p.Status(), nil
 	}
-	if s, err := p.Stop(ctx, grace); err != nil {
+	if s, err := p.Stop(ctx, o); err != nil {
 		return s, err
 	}
 	var err error

@@ -178,7 +178,7 @@ func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running,
 		return nil, err
 	}
 	if takeUp {
-		return d.TakeUp(ctx)
+		return d.TakeUp(ctx, pod.TakeUpOptions{})
 	}
 	options, err := c.startOptions()
 	if err != nil {

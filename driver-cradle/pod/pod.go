@@ -144,7 +144,7 @@ func (d *Dir) Report() (*Report, error) {
 	}
 	if _, err := os.Stat(d.join(runDir, launchedFile)); err == nil {
 		// It was started, and its machine has ended while nobody attended to it: whoever takes it up reports that.
-		up, err := d.TakeUp(context.Background())
+		up, err := d.TakeUp(context.Background(), TakeUpOptions{})
 		if err == nil {
 			return nil, errors.Join(fmt.Errorf("%s: %w", d.path, ErrRunning), up.Detach())
 		}

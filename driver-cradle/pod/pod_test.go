@@ -70,14 +70,14 @@ func TestAttendant(t *testing.T) {
 	if err := d.Remove(); !errors.Is(err, ErrRunning) {
 		t.Errorf("Remove: %v", err)
 	}
-	if _, err := d.TakeUp(t.Context()); !errors.Is(err, ErrRunning) {
+	if _, err := d.TakeUp(t.Context(), TakeUpOptions{}); !errors.Is(err, ErrRunning) {
 		t.Errorf("TakeUp: %v", err)
 	}
 	if _, err := d.Report(); !errors.Is(err, ErrRunning) {
 		t.Errorf("Report: %v", err)
 	}
 	lock.Close()
-	if _, err := d.TakeUp(t.Context()); !errors.Is(err, ErrNotRunning) {
+	if _, err := d.TakeUp(t.Context(), TakeUpOptions{}); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("TakeUp of a pod that does not run: %v", err)
 	}
 	if _, err := d.Report(); !errors.Is(err, ErrNotStarted) {
@@ -98,7 +98,7 @@ func TestBury(t *testing.T) {
 	if err := writeJSON(d.join(runDir, launchedFile), launch); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.TakeUp(t.Context()); !errors.Is(err, ErrNotRunning) {
+	if _, err := d.TakeUp(t.Context(), TakeUpOptions{}); !errors.Is(err, ErrNotRunning) {
 		t.Fatalf("TakeUp: %v", err)
 	}
 	r, err := d.Report()

@@ -65,9 +65,15 @@ func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, starte
 	return r
 }
 
+// TakeUpOptions say how to attend to a pod that was taken up, as StartOptions do for one that is started.
+type TakeUpOptions struct {
+	DiscardLogs bool
+	Hold        bool
+}
+
 // TakeUp attends to a pod that another process has started detached and no longer attends to. It fails with ErrRunning where one does,
 // with ErrNotRunning where the pod has ended.
-func (d *Dir) TakeUp(ctx context.Context) (_ *Running, err error) {
+func (d *Dir) TakeUp(ctx context.Context, o TakeUpOptions) (_ *Running, err error) {
 	lock, err := d.attend()
 	if err != nil {
 		return nil, fmt.Errorf("take up pod: %w", err)
@@ -89,10 +95,13 @@ func (d *Dir) TakeUp(ctx context.Context) (_ *Running, err error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
 	}
-	r := d.running(m, lock, launch, m.Info().StartedAt, false)
+	r := d.running(m, lock, launch, m.Info().StartedAt, o.DiscardLogs)
 	if err := r.listen(); err != nil {
 		r.stop(err)
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
+	}
+	if o.Hold {
+		r.holds.Add(1)
 	}
 	go r.watch()
 	return r, nil
@@ -162,7 +171,7 @@ func (r *Running) Machine() *vmm.Machine { return r.machine }
 // Done is closed when the pod has ended and everything of it is brought home, or when it was let go.
 func (r *Running) Done() <-chan struct{} { return r.done }
 
-// Release ends what StartOptions.Hold has begun. Call it once.
+// Release ends what Hold, of StartOptions or TakeUpOptions, has begun. Call it once.
 func (r *Running) Release() { r.holds.Done() }
 
 // Guest is the server in the guest.
@@ -318,7 +327,15 @@ func (r *Running) Signal(ctx context.Context, container, signal string) error {
 // Stop ends the pod: every container gets its stop signal, and SIGKILL after grace (nil: its own stop timeout). A guest that does not
 // answer is killed. It returns when the pod has ended, as Wait does.
 func (r *Running) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
+	return r.StopWith(ctx, grace, "")
+}
+
+// StopWith is Stop with another signal than its own for the first container.
+func (r *Running) StopWith(ctx context.Context, grace *time.Duration, signal string) (*Report, error) {
 	limit, q := patience(r.spec, grace)
+	if signal != "" {
+		q.Set("signal", signal)
+	}
 	asked, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the guest did not stop within %v", limit))
 	defer cancel()
 	var s wire.Status

@@ -31,6 +31,8 @@ type StartOptions struct {
 	DiscardLogs bool   // do not bring the containers' logs home at the end
 	Hold        bool   // keep the machine after the pod's end until Running.Release
 
+	Held []*os.File // see vmm.Config.Held
+
 	// Attach is a container whose streams are connected as part of the start, see Running.Attached: it saves a round trip before the first byte
 	// of output. Stdin says whether its input is wanted too.
 	Attach string
@@ -75,7 +77,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	c := vmm.Config{
 		Accel: or(o.Accel, launch.Boot.Accel), Start: or(o.Start, launch.Boot.Start),
 		Memory: launch.Resources.Memory, CPUs: launch.Resources.CPUs,
-		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Log: d.log,
+		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Held: o.Held, Log: d.log,
 	}
 	if c.Package, err = boot.Open(or(o.Boot, d.join(BootLink))); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)

@@ -22,7 +22,7 @@ import (
 
 // Stop ends the pod, whichever process attends to it, and returns its report: see Running.Stop. A pod that only starts is not waited for.
 func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
-	r, err := d.TakeUp(ctx)
+	r, err := d.TakeUp(ctx, TakeUpOptions{})
 	switch {
 	case err == nil:
 		return r.Stop(ctx, grace)
@@ -77,7 +77,7 @@ func patience(launch *spec.Launch, grace *time.Duration) (time.Duration, url.Val
 			longest = max(longest, time.Duration(*c.StopTimeout))
 		}
 	}
-	return longest + stopMargin, nil
+	return longest + stopMargin, url.Values{}
 }
 
 // stopMargin is what a guest gets beside the containers' grace time to put its volumes away.

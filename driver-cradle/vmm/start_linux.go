@@ -278,6 +278,11 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 			return err
 		}
 	}
+	for _, f := range c.Held {
+		if _, err := files.dup(f); err != nil {
+			return err
+		}
+	}
 	// What this process holds of QEMU's is there before QEMU is: from here on the machine's own ways of ending apply.
 	monitor, err := dialUnix(m.root, qmpSock)
 	if err != nil {
@@ -422,8 +427,13 @@ func (i *inherited) open(path string) (number int, err error) {
 }
 
 func (i *inherited) dup(f *os.File) (number int, err error) {
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	rc, err := f.SyscallConn() // Fd would make it blocking
 	if err != nil {
+		return 0, err
+	}
+	var fd int
+	cerr := rc.Control(func(of uintptr) { fd, err = unix.FcntlInt(of, unix.F_DUPFD_CLOEXEC, 0) })
+	if err = errors.Join(cerr, err); err != nil {
 		return 0, fmt.Errorf("duplicate %s: %w", f.Name(), err)
 	}
 	return i.add(os.NewFile(uintptr(fd), f.Name())), nil

@@ -56,6 +56,9 @@ type Config struct {
 	CacheDir string // templates are in CacheDir/templates
 	Detached bool   // the machine goes on when the process that started it ends
 	Cgroup   string // directory of the cgroup (version 2) that QEMU starts in; default: that of this process
+	// Held are files that QEMU has open as long as it lives, without using them: the writing ends of pipes whose readers are not to see an end
+	// when this process ends. Start does not close them.
+	Held []*os.File
 
 	// HelloTimeout bounds the time from QEMU's start to the agent's answer. Default: two minutes, and 20 seconds of that for a
 	// machine from a template.

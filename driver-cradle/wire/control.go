@@ -13,12 +13,13 @@ const (
 	PathLaunch   = "/cradle/v1/launch"   // POST Launch → Status: once in a guest's life; ?attach=NAME&… answers as docker's attach to NAME
 	PathStatus   = "/cradle/v1/status"   // GET → Status
 	PathWait     = "/cradle/v1/wait"     // GET → Status, as soon as the pod has ended
-	PathStop     = "/cradle/v1/stop"     // POST ?timeout=seconds → Status: containers stopped; without a timeout each has its own
+	PathStop     = "/cradle/v1/stop"     // POST ?timeout=seconds&signal=NAME → Status: containers stopped; each has its own timeout and signal, unless they are given (the signal: the first container's)
 	PathShutdown = "/cradle/v1/shutdown" // POST ?timeout=seconds → Status: after that, volumes unmounted, disks synced, logs closed
 	PathFreeze   = "/cradle/v1/freeze"   // POST ?volume=NAME: file system quiet and on disk until thawed
 	PathThaw     = "/cradle/v1/thaw"     // POST ?volume=NAME
 	PathGrow     = "/cradle/v1/grow"     // POST ?volume=NAME: the disk has grown, grow the file system
 	PathStats    = "/cradle/v1/stats"    // GET → Stats
+	PathOutput   = "/cradle/v1/output"   // GET ?container=NAME&after=Mark → a stream of Pieces, until the container has ended for good
 )
 
 // Hello makes a guest an individual: a restored one has the clock and the random state of its template until then.

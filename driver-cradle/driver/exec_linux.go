@@ -1,0 +1,242 @@
+package driver
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/plugins/drivers"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+)
+
+// ExecTask runs a command in the task's container and collects its output.
+func (d *Driver) ExecTask(taskID string, cmd []string, timeout time.Duration) (*drivers.ExecTaskResult, error) {
+	t, err := d.task(taskID)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := d.ctx, context.CancelFunc(func() {})
+	if timeout > 0 {
+		ctx, cancel = context.WithTimeoutCause(d.ctx, timeout, fmt.Errorf("the command did not end within %v", timeout))
+	}
+	defer cancel()
+	var out, errs limited
+	result, err := t.exec(ctx, execution{command: cmd, stdout: &out, stderr: &errs})
+	if err != nil {
+		return nil, err
+	}
+	return &drivers.ExecTaskResult{Stdout: out.Bytes(), Stderr: errs.Bytes(), ExitResult: result}, nil
+}
+
+// A limited buffer keeps the beginning of what is written.
+type limited struct{ bytes.Buffer }
+
+const maxCollected = 4 << 20
+
+func (l *limited) Write(p []byte) (int, error) {
+	l.Buffer.Write(p[:min(len(p), max(maxCollected-l.Len(), 0))])
+	return len(p), nil
+}
+
+// ExecTaskStreaming runs a command in a container of the task, connected with Nomad's client.
+func (d *Driver) ExecTaskStreaming(ctx context.Context, taskID string, o *drivers.ExecOptions) (*drivers.ExitResult, error) {
+	t, err := d.task(taskID)
+	if err != nil {
+		return nil, err
+	}
+	return t.exec(ctx, execution{command: o.Command, tty: o.Tty, stdin: o.Stdin, stdout: o.Stdout, stderr: o.Stderr, resize: o.ResizeCh})
+}
+
+// An execution is a command that is to be run.
+type execution struct {
+	command        []string
+	tty            bool
+	stdin          io.ReadCloser // nil: none
+	stdout, stderr io.Writer
+	resize         <-chan drivers.TerminalSize
+}
+
+// containerOption is how a command is run in another container than the task's own.
+const containerOption = "--container="
+
+// target finds the container that a command is for.
+func (e *execution) target(r *pod.Running) (string, error) {
+	containers := r.Launch().Containers
+	if len(e.command) == 0 {
+		return "", errors.New("there is no command")
+	}
+	name, ok := strings.CutPrefix(e.command[0], containerOption)
+	if !ok {
+		return containers[0].Name, nil
+	}
+	e.command = e.command[1:]
+	if len(e.command) == 0 {
+		return "", fmt.Errorf("there is no command behind %s%s", containerOption, name)
+	}
+	var known []string
+	for _, c := range containers {
+		if c.Name == name {
+			return name, nil
+		}
+		known = append(known, c.Name)
+	}
+	return "", fmt.Errorf("the pod has no container %q: it has %s", name, strings.Join(known, ", "))
+}
+
+// exec runs a command to its end. A command that can't be run is a result, with docker's exit code for it.
+func (t *task) exec(ctx context.Context, e execution) (*drivers.ExitResult, error) {
+	r, err := t.live()
+	if err != nil {
+		return nil, err
+	}
+	container, err := e.target(r)
+	if err != nil {
+		return nil, err
+	}
+	// docker's ExecConfig (moby api/swagger.yaml).
+	create := map[string]any{
+		"AttachStdin": e.stdin != nil, "AttachStdout": true, "AttachStderr": !e.tty, "Tty": e.tty, "Cmd": e.command,
+	}
+	size, sized := e.firstSize()
+	if sized {
+		create["ConsoleSize"] = [2]int{size.Height, size.Width}
+	}
+	var made struct{ ID string }
+	g := r.Guest()
+	if err := g.Call(ctx, http.MethodPost, "/containers/"+container+"/exec", nil, create, &made); err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", container, err)
+	}
+	path := "/exec/" + made.ID
+	s, err := g.Hijack(ctx, path+"/start", nil, map[string]bool{"Tty": e.tty})
+	var refused *pod.GuestError
+	if errors.As(err, &refused) {
+		fmt.Fprintln(e.stderr, refused.Message)
+		return &drivers.ExitResult{ExitCode: execCode(refused.Message)}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", container, err)
+	}
+	if err := t.stream(ctx, g, path, s, &e); err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", container, err)
+	}
+	var state struct{ ExitCode *int }
+	if err := g.Call(ctx, http.MethodGet, path+"/json", nil, nil, &state); err != nil {
+		return nil, fmt.Errorf("exit code of the command in container %s: %w", container, err)
+	}
+	if state.ExitCode == nil {
+		return nil, fmt.Errorf("exec in container %s: the connection ended before the command", container)
+	}
+	return &drivers.ExitResult{ExitCode: *state.ExitCode}, nil
+}
+
+// execCode is docker's exit code for a command that was not executed.
+func execCode(message string) int {
+	switch {
+	case strings.Contains(message, "not found"), strings.Contains(message, "no such file"):
+		return 127
+	case strings.Contains(message, "permission denied"):
+		return 126
+	}
+	return 125
+}
+
+// firstSize is a terminal size that is known already.
+func (e *execution) firstSize() (size drivers.TerminalSize, ok bool) {
+	if !e.tty {
+		return size, false
+	}
+	for {
+		select {
+		case s, open := <-e.resize:
+			if !open {
+				return size, ok
+			}
+			size, ok = s, true
+		default:
+			return size, ok
+		}
+	}
+}
+
+// stream connects a command that has started with its client, until its output ends.
+func (t *task) stream(ctx context.Context, g *pod.Guest, path string, s *pod.Stream, e *execution) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var helpers sync.WaitGroup
+	defer helpers.Wait()
+	defer cancel(nil)
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer func() {
+		stop()
+		s.Close()
+	}()
+	if e.stdin != nil {
+		// Nomad's Reader may not return before the client goes: nobody waits for it.
+		go func() {
+			_, _ = io.Copy(s, e.stdin) // the command may have closed its input
+			_ = s.CloseWrite()
+		}()
+	} else if err := s.CloseWrite(); err != nil {
+		return err
+	}
+	if e.tty && e.resize != nil {
+		helpers.Go(func() { e.followSize(ctx, g, path) })
+	}
+	var err error
+	if e.tty {
+		_, err = io.Copy(e.stdout, s)
+	} else {
+		err = demultiplex(s, e.stdout, e.stderr)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+func (e *execution) followSize(ctx context.Context, g *pod.Guest, path string) {
+	for {
+		select {
+		case size, ok := <-e.resize:
+			if !ok {
+				return
+			}
+			q := url.Values{"h": {strconv.Itoa(size.Height)}, "w": {strconv.Itoa(size.Width)}}
+			_ = g.Call(ctx, http.MethodPost, path+"/resize", q, nil, nil) // the command may have ended
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// demultiplex takes docker's stream apart: frames with a header of 8 bytes, the stream's number first, the length big-endian last.
+func demultiplex(r io.Reader, stdout, stderr io.Writer) error {
+	var header [8]byte
+	for {
+		if _, err := io.ReadFull(r, header[:]); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		w := stdout
+		switch header[0] {
+		case 1:
+		case 2:
+			w = stderr
+		default:
+			return fmt.Errorf("the guest sent %x instead of a frame's header", header)
+		}
+		if _, err := io.CopyN(w, r, int64(binary.BigEndian.Uint32(header[4:]))); err != nil {
+			return err
+		}
+	}
+}

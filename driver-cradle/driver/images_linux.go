@@ -1,0 +1,176 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/cyphar/filepath-securejoin"
+	"github.com/docker/go-units"
+	"github.com/hashicorp/nomad/plugins/drivers"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// summon pulls the pod's images and makes its directory.
+func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) (*pod.Dir, error) {
+	timeout, err := parseDuration(cfg.PullTimeout, o.config.pullTimeout)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeoutCause(d.ctx, timeout, fmt.Errorf("the images were not there within %v (image_pull_timeout)", timeout))
+	defer cancel()
+	keys, err := o.config.keychain(cfg.Auth)
+	if err != nil {
+		return nil, err
+	}
+	progress := d.newProgress(t)
+	made, err := pod.Summon(ctx, filepath.Join(o.dir, podDir), p, pod.SummonOptions{
+		Images: o.state.images, Boot: o.boot, Log: d.log,
+		Pull: image.PullOptions{
+			Keychain: keys, Insecure: o.config.Insecure, Mirrors: o.config.mirrors(), Force: cfg.ForcePull, Progress: progress.report,
+		},
+	})
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		err = fmt.Errorf("prepare the pod: %w", err)
+		if transient(err) {
+			err = recoverable(err)
+		}
+		return nil, err
+	}
+	progress.end()
+	return made, nil
+}
+
+// transient says whether trying again may help without anybody doing something: it is on Nomad's restart policy then.
+func transient(err error) bool {
+	var invalid *spec.Error
+	return !errors.As(err, &invalid) && !errors.Is(err, image.ErrPlatform) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)
+}
+
+// A progress tells Nomad's users how a pull goes: that it began, how far it is now and then, that it is done. What is in the cache is not worth a
+// word.
+type progress struct {
+	d     *Driver
+	task  *drivers.TaskConfig
+	begun time.Time
+
+	mu     sync.Mutex
+	layers map[string]image.Progress // being downloaded or converted, and those done after that
+	told   time.Time
+}
+
+func (d *Driver) newProgress(t *drivers.TaskConfig) *progress {
+	return &progress{d: d, task: t, begun: now(), layers: map[string]image.Progress{}}
+}
+
+// progressPeriod is how often users hear of a pull that takes long. Nomad keeps only ten events of a task.
+const progressPeriod = 30 * time.Second
+
+func (p *progress) report(l image.Progress) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, known := p.layers[l.Layer]; !known && l.Phase == image.Ready {
+		return
+	}
+	first := len(p.layers) == 0
+	p.layers[l.Layer] = l
+	switch at := now(); {
+	case first:
+		p.told = at
+		p.d.emit(p.task, "Pulling images")
+	case at.Sub(p.told) >= progressPeriod:
+		p.told = at
+		p.d.emit(p.task, "Pulling images: "+p.text())
+	}
+}
+
+// text sums up what is known.
+func (p *progress) text() string {
+	var ready int
+	var done, total int64
+	for _, l := range p.layers {
+		switch l.Phase {
+		case image.Ready:
+			ready++
+		case image.Downloading:
+			done, total = done+l.Done, total+l.Total
+		}
+	}
+	text := fmt.Sprintf("%d of %d layers are there", ready, len(p.layers))
+	if total > 0 {
+		text += fmt.Sprintf(", %s of %s of the others", units.BytesSize(float64(done)), units.BytesSize(float64(total)))
+	}
+	return text
+}
+
+// end tells that everything is there, if there was something to wait for.
+func (p *progress) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.layers) > 0 {
+		p.d.emit(p.task, fmt.Sprintf("Pulled images in %v", now().Sub(p.begun).Round(100*time.Millisecond)))
+	}
+}
+
+// collectPeriod is how often images are looked at.
+const collectPeriod = 10 * time.Minute
+
+// collectImages removes images that were not used for long, or do not fit into what they may take. Those of pods stay.
+func (d *Driver) collectImages(c *config, s *state) {
+	if !enabled(c.GC.Image, true) {
+		return
+	}
+	period := min(collectPeriod, max(c.imageDelay, time.Second))
+	for {
+		select {
+		case <-time.After(period):
+		case <-d.ctx.Done():
+			return
+		}
+		report, err := s.images.GC(d.ctx, image.GCOptions{MaxAge: max(c.imageDelay, 1), MaxSize: int64(c.imageSize)})
+		if err != nil && d.ctx.Err() == nil {
+			d.log.Error("collect images", "error", err)
+		}
+		if len(report.Images) > 0 {
+			d.log.Info("removed images that no task uses", "images", report.Images, "freed", units.BytesSize(float64(report.Freed)))
+		}
+	}
+}
+
+// examine tells what is at a path of the host.
+func examine(path string) (pathKind, error) {
+	fi, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return 0, fmt.Errorf("%s does not exist on this client", path)
+	case err != nil:
+		return 0, err
+	case fi.IsDir():
+		return aDirectory, nil
+	case fi.Mode().IsRegular():
+		return aFile, nil
+	case fi.Mode()&os.ModeDevice != 0 && fi.Mode()&os.ModeCharDevice == 0:
+		return aBlockDevice, nil
+	}
+	return 0, fmt.Errorf("%s is neither a directory nor a file nor a block device", path)
+}
+
+// within finds path below root, where tasks write: symbolic links do not lead out of it.
+func within(root, path string) (string, error) {
+	found, err := securejoin.SecureJoin(root, path)
+	if err == nil {
+		_, err = examine(found)
+	}
+	return found, err
+}

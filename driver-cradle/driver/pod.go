@@ -1,0 +1,632 @@
+package driver
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/nomad/client/allocdir"
+	"github.com/hashicorp/nomad/plugins/drivers"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// A host is what podOf has to know of the client.
+type host struct {
+	cores   cores
+	disk    spec.Bytes // default size of scratch disks
+	variant string     // of the boot package
+	// examine tells what is at a path: a directory, a file, or a block device; a raw image is given to a pod as a block device where Nomad
+	// mounts it as one.
+	examine func(path string) (pathKind, error)
+	// allowed says why a task may not mount a directory of the host, nil where it may.
+	allowed func(path string) error
+	// within finds a path below a directory that tasks write to, without being led out of it.
+	within func(root, path string) (string, error)
+}
+
+type pathKind int
+
+const (
+	aDirectory pathKind = iota
+	aFile
+	aBlockDevice
+)
+
+// podOf turns a task into a pod. Its first container is the task's own and has the task's name. Errors name the key of the task's
+// configuration.
+func podOf(t *drivers.TaskConfig, c *taskConfig, h *host) (*spec.Pod, error) {
+	b := builder{task: t, config: c, host: h, pod: &spec.Pod{Name: nameOf(t.Name)}}
+	b.resources()
+	b.network()
+	b.scratch()
+	b.ownContainer()
+	for _, name := range slices.Sorted(maps.Keys(c.Containers)) {
+		b.container(name, c.Containers[name])
+	}
+	if err := errors.Join(b.errs...); err != nil {
+		return nil, err
+	}
+	if err := b.pod.Validate(); err != nil {
+		return nil, b.translate(err)
+	}
+	return b.pod, nil
+}
+
+// A builder makes a pod, and a list of what is wrong.
+type builder struct {
+	task   *drivers.TaskConfig
+	config *taskConfig
+	host   *host
+	pod    *spec.Pod
+	errs   []error
+}
+
+func (b *builder) wrong(key, format string, args ...any) {
+	b.errs = append(b.errs, fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
+}
+
+func (b *builder) size(key, s string) spec.Bytes {
+	if s == "" {
+		return 0
+	}
+	n, err := spec.ParseBytes(s)
+	if err != nil {
+		b.wrong(key, "%v", err)
+	}
+	return n
+}
+
+func (b *builder) duration(key, s string) spec.Duration {
+	d, err := parseDuration(s, 0)
+	if err != nil {
+		b.wrong(key, "%v", err)
+	}
+	return spec.Duration(d)
+}
+
+// resources makes the machine: as many processors as the task's share of the client needs, or as it has cores of its own; and the memory that
+// the task may use at most.
+func (b *builder) resources() {
+	r := b.task.Resources
+	if r == nil || r.NomadResources == nil {
+		return
+	}
+	b.pod.Resources.CPUs = processors(len(r.NomadResources.Cpu.ReservedCores), r.NomadResources.Cpu.CpuShares, b.host.cores)
+	memory := max(r.NomadResources.Memory.MemoryMB, r.NomadResources.Memory.MemoryMaxMB)
+	b.pod.Resources.Memory = spec.Bytes(memory) << 20
+}
+
+// processors is the number of a machine's.
+func processors(reserved int, mhz int64, c cores) int {
+	n := reserved
+	if n == 0 && c.mhz > 0 {
+		n = int(math.Ceil(float64(mhz)/c.mhz - 0.01)) // what is a core by the client's rounded figures is one
+	}
+	if c.count > 0 {
+		n = min(n, c.count)
+	}
+	return min(max(n, 1), spec.MaxCPUs)
+}
+
+func (b *builder) scratch() {
+	b.pod.Scratch.Size = b.host.disk
+	if b.config.Disk != "" {
+		b.pod.Scratch.Size = b.size("disk", b.config.Disk)
+	}
+	if id := b.config.DiskID; id != "" && !isDiskID(id) {
+		b.wrong("disk_id", "%q is no id: 1 to 64 letters, digits, _ . and -, a letter or digit first", id)
+	} else if id != "" {
+		b.wrong("disk_id", "is not supported yet: leave it out")
+	}
+	if v := b.config.Variant; v != "" && v != b.host.variant {
+		if v == "snp" {
+			b.wrong("variant", "snp is not supported yet: leave it out")
+		} else {
+			b.wrong("variant", "this client's boot package is variant %s: leave it out, or constrain the job to clients whose driver.cradle.boot.variant is %s", b.host.variant, v)
+		}
+	}
+	if _, err := parseDuration(b.config.PullTimeout, 0); err != nil {
+		b.wrong("image_pull_timeout", "%v", err)
+	}
+}
+
+func isDiskID(id string) bool {
+	if id == "" || len(id) > 64 {
+		return false
+	}
+	for i, r := range id {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+		case i > 0 && strings.ContainsRune("_.-", r):
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+func (b *builder) network() {
+	n := &b.pod.Network
+	b.pod.Hostname = b.config.Hostname
+	if i := b.task.NetworkIsolation; i != nil && i.Path != "" {
+		n.Mode, n.Netns = "netns", i.Path
+		if i.HostsConfig != nil && b.pod.Hostname == "" {
+			b.pod.Hostname = i.HostsConfig.Hostname
+		}
+	} else {
+		n.Mode = "user"
+		b.publish()
+	}
+	for i, label := range b.config.Ports {
+		if _, ok := b.ports()[label]; !ok {
+			b.wrong(fmt.Sprintf("ports[%d]", i), "the group's network has no port %q", label)
+		}
+	}
+	if dns := b.task.DNS; dns != nil {
+		n.DNS, n.DNSSearch, n.DNSOptions = dns.Servers, dns.Searches, dns.Options
+	}
+	for _, own := range []struct {
+		list []string
+		into *[]string
+	}{{b.config.DNSServers, &n.DNS}, {b.config.DNSSearch, &n.DNSSearch}, {b.config.DNSOptions, &n.DNSOptions}} {
+		if own.list != nil {
+			*own.into = own.list
+		}
+	}
+	for i, e := range b.config.ExtraHosts {
+		name, address, ok := strings.Cut(e, ":")
+		if !ok || name == "" || address == "" {
+			b.wrong(fmt.Sprintf("extra_hosts[%d]", i), "%q is no entry: write name:address", e)
+			continue
+		}
+		n.ExtraHosts = append(n.ExtraHosts, spec.HostEntry{Name: name, Address: strings.Trim(address, "[]")})
+	}
+}
+
+// publish forwards the ports that the task names, in a group whose network is the host's: a machine can't be in that.
+func (b *builder) publish() {
+	allocated := b.ports()
+	if b.config.Ports == nil && len(allocated) > 0 {
+		b.wrong("network", "the group's ports are in network mode host, where a microVM can't be: set mode = \"bridge\" in the group's network block, or name the ports that are to be forwarded to the pod in ports ([] for none)")
+		return
+	}
+	for i, label := range b.config.Ports {
+		p, ok := allocated[label]
+		if !ok {
+			continue // network has said so
+		}
+		to := p.To
+		if to <= 0 {
+			to = p.Value
+		}
+		for _, protocol := range []string{"tcp", "udp"} {
+			publish := spec.Publish{HostIP: p.HostIP, HostPort: uint16(p.Value), Port: uint16(to), Protocol: protocol}
+			if strings.Contains(p.HostIP, ":") {
+				b.wrong(fmt.Sprintf("ports[%d]", i), "%s is on an IPv6 address of the host, and only a group network in mode bridge has IPv6", label)
+				break
+			}
+			b.pod.Network.Publish = append(b.pod.Network.Publish, publish)
+		}
+	}
+}
+
+// A port is one that Nomad has allocated: Value on the host, To in the task.
+type port struct {
+	Value, To int
+	HostIP    string
+}
+
+func (b *builder) ports() map[string]port {
+	m := map[string]port{}
+	if r := b.task.Resources; r != nil && r.Ports != nil {
+		for _, p := range *r.Ports {
+			m[p.Label] = port{p.Value, p.To, p.HostIP}
+		}
+	}
+	return m
+}
+
+// ownContainer is the task's.
+func (b *builder) ownContainer() {
+	cfg := &b.config.containerConfig
+	c := b.newContainer("", b.pod.Name, cfg)
+	for _, name := range slices.Sorted(maps.Keys(b.task.Env)) {
+		c.Env = append(c.Env, name+"="+b.task.Env[name])
+	}
+	if b.task.User != "" {
+		if c.User != "" && c.User != b.task.User {
+			b.wrong("user", "is %q, and the task's own user is %q: write it once", c.User, b.task.User)
+		}
+		c.User = b.task.User
+	}
+	c.Domainname = b.config.Domainname
+	c.Lifecycle.Critical = cfg.Lifecycle == nil || enabled(cfg.Lifecycle.Critical, true)
+	c.Resources.Memory = b.pod.Resources.Memory
+	if len(b.task.Devices) > 0 {
+		b.wrong("device", "%s can't be given to a microVM: use another driver for tasks with host devices", b.task.Devices[0].HostPath)
+	}
+	b.taskDirs(c)
+	b.taskMounts(c)
+	b.ownMounts("", c, cfg)
+	b.pod.Containers = append(b.pod.Containers, *c)
+}
+
+// container is a further one.
+func (b *builder) container(name string, cfg containerConfig) {
+	at := fmt.Sprintf("container %q: ", name)
+	if name != nameOf(name) {
+		b.wrong(at+"name", "%q is no container's name: letters, digits, _ . and -, a letter or digit first", name)
+	}
+	if name == b.pod.Name {
+		b.wrong(at+"name", "is the task's own container's: choose another")
+	}
+	c := b.newContainer(at, name, &cfg)
+	for _, name := range slices.Sorted(maps.Keys(b.task.Env)) {
+		if _, own := cfg.Env[name]; strings.HasPrefix(name, "NOMAD_") && !own {
+			c.Env = append(c.Env, name+"="+b.task.Env[name])
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(cfg.Env)) {
+		c.Env = append(c.Env, name+"="+cfg.Env[name])
+	}
+	c.StopSignal = cfg.StopSignal
+	c.Lifecycle.Critical = cfg.Lifecycle != nil && enabled(cfg.Lifecycle.Critical, false)
+	c.Resources.Memory = b.size(at+"memory", cfg.Memory)
+	b.taskDirs(c)
+	b.ownMounts(at, c, &cfg)
+	b.pod.Containers = append(b.pod.Containers, *c)
+}
+
+// newContainer is what all containers have in common. at is what goes before a key's name in errors.
+func (b *builder) newContainer(at, name string, cfg *containerConfig) *spec.PodContainer {
+	c := &spec.PodContainer{Name: name, Image: cfg.Image, User: cfg.User, WorkingDir: cfg.WorkDir}
+	if cfg.Entrypoint != nil {
+		c.Entrypoint = &cfg.Entrypoint
+	}
+	var command []string
+	if cfg.Command != "" {
+		command = append(command, cfg.Command)
+	}
+	if command = append(command, cfg.Args...); len(command) > 0 {
+		c.Command = &command
+	}
+	c.Settings = spec.Settings{
+		Labels: cfg.Labels, GroupAdd: cfg.GroupAdd, TTY: cfg.TTY, OpenStdin: cfg.Interactive, Init: cfg.Init, ReadOnly: cfg.ReadonlyRootfs,
+		Privileged: cfg.Privileged, CapAdd: capabilities(cfg.CapAdd), CapDrop: capabilities(cfg.CapDrop), NoNewPrivs: cfg.NoNewPrivileges,
+		Sysctls: cfg.Sysctl, ShmSize: b.size(at+"shm_size", cfg.ShmSize), Devices: cfg.Devices,
+		Resources: spec.Limits{CPUs: cfg.CPUs, Pids: cfg.PidsLimit},
+	}
+	if cfg.CPUShares < 0 {
+		b.wrong(at+"cpu_shares", "%d is below 0", cfg.CPUShares)
+	}
+	c.Resources.CPUShares = uint64(max(cfg.CPUShares, 0))
+	for i, t := range cfg.Tmpfs {
+		target, options, _ := strings.Cut(t, ":")
+		if _, twice := c.Tmpfs[target]; twice {
+			b.wrong(fmt.Sprintf("%stmpfs[%d]", at, i), "%s is there twice", target)
+		}
+		c.Tmpfs = with(c.Tmpfs, target, options)
+	}
+	for _, name := range slices.Sorted(maps.Keys(cfg.Ulimit)) {
+		l, err := ulimit(name, cfg.Ulimit[name])
+		if err != nil {
+			b.wrong(at+"ulimit."+name, "%v", err)
+		}
+		c.Ulimits = append(c.Ulimits, l)
+	}
+	if h := cfg.Healthcheck; h != nil {
+		c.Healthcheck = &spec.Healthcheck{
+			Test: h.Test, Retries: h.Retries, Interval: b.duration(at+"healthcheck.interval", h.Interval), Timeout: b.duration(at+"healthcheck.timeout", h.Timeout),
+			StartPeriod: b.duration(at+"healthcheck.start_period", h.StartPeriod), StartInterval: b.duration(at+"healthcheck.start_interval", h.StartInterval),
+		}
+	}
+	if l := cfg.Lifecycle; l != nil {
+		c.Lifecycle = spec.Lifecycle{
+			RestartOnSuccess: l.RestartOnSuccess, RestartOnFailure: l.RestartOnFailure, MaxStarts: l.MaxStarts,
+			RestartDelay: b.duration(at+"lifecycle.restart_delay", l.RestartDelay),
+		}
+		for _, a := range l.After {
+			c.Lifecycle.After = append(c.Lifecycle.After, spec.After{Container: a.Container, Until: a.Until})
+		}
+	}
+	return c
+}
+
+func with(m map[string]string, name, value string) map[string]string {
+	if m == nil {
+		m = map[string]string{}
+	}
+	m[name] = value
+	return m
+}
+
+// capabilities are written as users of Nomad's other drivers do: net_admin, CAP_NET_ADMIN, all.
+func capabilities(names []string) []string {
+	var out []string
+	for _, n := range names {
+		out = append(out, strings.TrimPrefix(strings.ToUpper(n), "CAP_"))
+	}
+	return out
+}
+
+// ulimit reads docker's form, soft:hard.
+func ulimit(name, s string) (spec.Ulimit, error) {
+	soft, hard, both := strings.Cut(s, ":")
+	if !both {
+		hard = soft
+	}
+	l := spec.Ulimit{Name: name}
+	var err error
+	if l.Soft, err = strconv.ParseInt(soft, 10, 64); err == nil {
+		l.Hard, err = strconv.ParseInt(hard, 10, 64)
+	}
+	if err != nil {
+		return l, fmt.Errorf("%q is no limit: write SOFT:HARD, or one number", s)
+	}
+	return l, nil
+}
+
+// taskDirs are the directories that Nomad has for every task.
+func (b *builder) taskDirs(c *spec.PodContainer) {
+	if b.task.AllocDir == "" {
+		return
+	}
+	dir := b.task.TaskDir()
+	for _, d := range []struct{ name, path, target string }{
+		{"alloc", dir.SharedAllocDir, allocdir.SharedAllocContainerPath},
+		{"local", dir.LocalDir, allocdir.TaskLocalContainerPath},
+		{"secrets", dir.SecretsDir, allocdir.TaskSecretsContainerPath},
+	} {
+		if !b.hasVolume(d.name) {
+			b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: d.name, Directory: &spec.DirectoryVolume{Path: d.path}})
+		}
+		c.Mounts = append(c.Mounts, spec.Mount{Volume: d.name, Path: d.target, NoCopy: true})
+	}
+}
+
+func (b *builder) hasVolume(name string) bool {
+	return slices.ContainsFunc(b.pod.Volumes, func(v spec.Volume) bool { return v.Name == name })
+}
+
+// taskMounts are what Nomad mounts: host volumes, CSI volumes.
+func (b *builder) taskMounts(c *spec.PodContainer) {
+	for _, m := range b.task.Mounts {
+		target := path.Join("/", m.TaskPath)
+		at := "volume_mount " + target
+		switch m.PropagationMode {
+		case "", "private":
+		default:
+			b.wrong(at+": propagation_mode", "%s is not possible between a host and a microVM: use private", m.PropagationMode)
+		}
+		kind, err := b.host.examine(m.HostPath)
+		if err != nil {
+			b.wrong(at, "%v", err)
+			continue
+		}
+		if kind == aBlockDevice {
+			b.blockMount(at, c, m, target)
+			continue
+		}
+		name := b.unusedName(nameOf(strings.TrimPrefix(target, "/")))
+		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Directory: &spec.DirectoryVolume{Path: m.HostPath, ReadOnly: m.Readonly}})
+		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly, NoCopy: true})
+	}
+}
+
+// rawDevices is where raw block devices appear in a container, by their volumes' names.
+const rawDevices = "/dev/volumes/"
+
+// blockMount gives the machine a block device: its file system is mounted in the guest, or, below /dev/volumes, the device itself is there.
+func (b *builder) blockMount(at string, c *spec.PodContainer, m *drivers.MountConfig, target string) {
+	block := &spec.BlockVolume{Path: m.HostPath, ReadOnly: m.Readonly}
+	if name, raw := strings.CutPrefix(target, rawDevices); raw && name == nameOf(name) && !b.hasVolume(name) {
+		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Block: block})
+		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Raw: true, ReadOnly: m.Readonly})
+		return
+	}
+	if strings.HasPrefix(target, "/dev/") {
+		b.wrong(at, "a block device appears below %s: set destination to %[1]sNAME, or to a directory for its file system to be mounted", rawDevices)
+		return
+	}
+	name := b.unusedName(nameOf(strings.TrimPrefix(target, "/")))
+	b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Block: block})
+	c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly})
+}
+
+func (b *builder) unusedName(name string) string {
+	for n, try := 2, name; ; n++ {
+		if !b.hasVolume(try) {
+			return try
+		}
+		try = fmt.Sprintf("%s-%d", name, n)
+	}
+}
+
+// ownMounts are what the configuration names.
+func (b *builder) ownMounts(at string, c *spec.PodContainer, cfg *containerConfig) {
+	for i, v := range cfg.Volumes {
+		b.short(fmt.Sprintf("%svolumes[%d]", at, i), c, v)
+	}
+	for i, m := range cfg.Mounts {
+		b.mount(fmt.Sprintf("%smount[%d]", at, i), c, m)
+	}
+}
+
+// short reads SOURCE:TARGET[:OPTIONS].
+func (b *builder) short(at string, c *spec.PodContainer, v string) {
+	parts := strings.Split(v, ":")
+	if len(parts) < 2 || len(parts) > 3 || parts[0] == "" {
+		b.wrong(at, "%q is no volume: write SOURCE:TARGET or SOURCE:TARGET:ro", v)
+		return
+	}
+	m := mountConfig{Type: "bind", Source: parts[0], Target: parts[1]}
+	if !strings.ContainsRune(m.Source, '/') && m.Source != "." {
+		m.Type = "volume"
+	}
+	if len(parts) == 3 {
+		for _, o := range strings.Split(parts[2], ",") {
+			switch o {
+			case "ro":
+				m.Readonly = true
+			case "nocopy":
+				m.NoCopy = true
+			case "rw", "z", "Z", "":
+			default:
+				b.wrong(at, "option %q is none of ro, rw, nocopy", o)
+			}
+		}
+	}
+	b.mount(at, c, m)
+}
+
+func (b *builder) mount(at string, c *spec.PodContainer, m mountConfig) {
+	target := path.Clean(m.Target)
+	if !path.IsAbs(target) {
+		b.wrong(at+".target", "%q is not absolute", m.Target)
+		return
+	}
+	if m.Transport != "" && m.Type != "bind" || m.Options != "" && m.Type != "tmpfs" {
+		b.wrong(at, "transport is of type bind alone, options of type tmpfs alone")
+	}
+	mount := spec.Mount{Path: target, Subpath: m.Subpath, ReadOnly: m.Readonly, NoCopy: m.NoCopy}
+	switch m.Type {
+	case "", "volume":
+		mount.Volume = m.Source
+		if mount.Volume == "" {
+			mount.Volume = b.unusedName(nameOf(strings.TrimPrefix(target, "/")))
+		}
+		if mount.Volume != nameOf(mount.Volume) {
+			b.wrong(at+".source", "%q is no volume's name: letters, digits, _ . and -, a letter or digit first", m.Source)
+			return
+		}
+		i := slices.IndexFunc(b.pod.Volumes, func(v spec.Volume) bool { return v.Name == mount.Volume })
+		if i >= 0 && b.pod.Volumes[i].Scratch == nil {
+			b.wrong(at+".source", "%s is the name of something that Nomad mounts: choose another for a volume of the pod", mount.Volume)
+			return
+		}
+		if i < 0 {
+			b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: mount.Volume, Scratch: &spec.ScratchVolume{}})
+		}
+	case "bind":
+		source, err := b.bindSource(m.Source)
+		if err != nil {
+			b.wrong(at+".source", "%v", err)
+			return
+		}
+		mount.Volume, mount.NoCopy = b.unusedName(nameOf(strings.TrimPrefix(target, "/"))), true
+		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: mount.Volume, Directory: &spec.DirectoryVolume{Path: source, ReadOnly: m.Readonly, Transport: m.Transport}})
+	case "tmpfs":
+		options := m.Options
+		if m.Readonly {
+			options = strings.TrimPrefix(options+",ro", ",")
+		}
+		c.Tmpfs = with(c.Tmpfs, target, options)
+		return
+	case "task":
+		own := b.pod.Containers
+		if len(own) == 0 {
+			b.wrong(at+".type", "task is for container blocks: here, name the volume")
+			return
+		}
+		i := slices.IndexFunc(own[0].Mounts, func(o spec.Mount) bool { return o.Path == path.Clean(m.Source) })
+		if i < 0 {
+			b.wrong(at+".source", "the task's own container has nothing mounted at %q", m.Source)
+			return
+		}
+		from := own[0].Mounts[i]
+		mount.Volume, mount.NoCopy, mount.ReadOnly = from.Volume, from.NoCopy || m.NoCopy, from.ReadOnly || m.Readonly
+		mount.Subpath = path.Join(from.Subpath, m.Subpath)
+	default:
+		b.wrong(at+".type", "%q is none of volume, bind, tmpfs, task", m.Type)
+		return
+	}
+	c.Mounts = append(c.Mounts, mount)
+}
+
+// bindSource is a path of the host. A relative one is in the task's directory, and stays there.
+func (b *builder) bindSource(source string) (string, error) {
+	if source == "" {
+		return "", errors.New("is missing: name a directory or a file")
+	}
+	if !filepath.IsAbs(source) {
+		if !filepath.IsLocal(source) {
+			return "", fmt.Errorf("%q leads out of the task's directory", source)
+		}
+		return b.host.within(b.task.AllocDir, filepath.Join(b.task.Name, source))
+	}
+	source = filepath.Clean(source)
+	if err := b.host.allowed(source); err != nil {
+		return "", err
+	}
+	kind, err := b.host.examine(source)
+	if err == nil && kind == aBlockDevice {
+		err = fmt.Errorf("%s is a block device: tasks get those as host volumes or CSI volumes", source)
+	}
+	return source, err
+}
+
+// nameOf makes a name of a pod, container or volume.
+func nameOf(s string) string {
+	name := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '_', r == '.', r == '-':
+			return r
+		}
+		return '-'
+	}, s)
+	if name = strings.TrimLeft(name, "-._"); name == "" {
+		return "task"
+	}
+	return name[:min(len(name), 100)]
+}
+
+// translate makes what spec says of a pod's fields into messages about the configuration's keys.
+func (b *builder) translate(err error) error {
+	var all interface{ Unwrap() []error }
+	if errors.As(err, &all) {
+		var errs []error
+		for _, e := range all.Unwrap() {
+			errs = append(errs, b.translate(e))
+		}
+		return errors.Join(errs...)
+	}
+	var e *spec.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	field := e.Field
+	if rest, ok := strings.CutPrefix(field, "containers["); ok {
+		number, rest, _ := strings.Cut(rest, "]")
+		field = strings.TrimPrefix(rest, ".")
+		name, rest := field, ""
+		if i := strings.IndexAny(field, ".["); i >= 0 {
+			name, rest = field[:i], field[i:]
+		}
+		if k, ok := containerFields[name]; ok {
+			name = k
+		}
+		field = name + rest
+		if i, err := strconv.Atoi(number); err == nil && i > 0 && i < len(b.pod.Containers) {
+			field = fmt.Sprintf("container %q: %s", b.pod.Containers[i].Name, field)
+		}
+	} else if k, ok := podFields[field]; ok {
+		field = k
+	}
+	return fmt.Errorf("%s: %s", field, e.Message)
+}
+
+// What spec calls the keys of the configuration.
+var (
+	containerFields = map[string]string{
+		"workingDir": "work_dir", "stopSignal": "stop_signal", "groupAdd": "group_add", "readOnly": "readonly_rootfs", "capAdd": "cap_add",
+		"capDrop": "cap_drop", "ulimits": "ulimit", "sysctls": "sysctl", "shmSize": "shm_size", "mounts": "mount",
+	}
+	podFields = map[string]string{"scratch.size": "disk", "resources.memory": "resources.memory", "resources.cpus": "resources.cpu"}
+)

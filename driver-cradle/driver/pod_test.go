@@ -1,0 +1,147 @@
+package driver
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/hashicorp/nomad/helper/pluginutils/hclspecutils"
+	"github.com/hashicorp/nomad/helper/pluginutils/hclutils"
+	"github.com/hashicorp/nomad/jobspec2"
+	"github.com/hashicorp/nomad/nomad/structs"
+	"github.com/hashicorp/nomad/plugins/drivers"
+	"github.com/hashicorp/nomad/plugins/shared/hclspec"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// parseTask reads a job as nomad does, and its one task's configuration as Nomad's client does.
+func parseTask(tb testing.TB, job string) (*api.Task, *taskConfig, error) {
+	tb.Helper()
+	j, err := jobspec2.Parse("job.hcl", strings.NewReader(job))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	task := j.TaskGroups[0].Tasks[0]
+	var t drivers.TaskConfig
+	var c taskConfig
+	err = decode(tb, taskSchema(), task.Config, &t)
+	if err == nil {
+		err = t.DecodeDriverConfig(&c)
+	}
+	return task, &c, err
+}
+
+// decode checks a configuration with a schema, and encodes it as Nomad hands it to a plugin.
+func decode(tb testing.TB, schema *hclspec.Spec, config any, into *drivers.TaskConfig) error {
+	tb.Helper()
+	s, diags := hclspecutils.Convert(schema)
+	if diags.HasErrors() {
+		tb.Fatal(diags)
+	}
+	v, diags, errs := hclutils.ParseHclInterface(config, s, nil)
+	if diags.HasErrors() {
+		return errors.Join(errs...)
+	}
+	return into.EncodeDriverConfig(v)
+}
+
+// aTask is what Nomad makes of a task, in an allocation with typical directories.
+func aTask(task *api.Task) *drivers.TaskConfig {
+	env := map[string]string{"NOMAD_TASK_NAME": task.Name, "NOMAD_ALLOC_ID": "1f2e3d4c"}
+	for k, v := range task.Env {
+		env[k] = v
+	}
+	return &drivers.TaskConfig{
+		ID: "1f2e3d4c/" + task.Name + "/5b6a", AllocID: "1f2e3d4c", Name: task.Name, User: task.User, Env: env, AllocDir: "/var/nomad/alloc/1f2e3d4c",
+		Resources: &drivers.Resources{
+			NomadResources: &structs.AllocatedTaskResources{
+				Memory: structs.AllocatedMemoryResources{MemoryMB: 300}, Cpu: structs.AllocatedCpuResources{CpuShares: 100},
+			},
+			Ports: &structs.AllocatedPorts{},
+		},
+	}
+}
+
+// aHost is a client with four cores of 2 GHz, which allows /srv.
+func aHost() *host {
+	return &host{
+		cores: cores{4, 2000}, disk: spec.DefaultScratchSize, variant: "default",
+		examine: func(p string) (pathKind, error) {
+			switch {
+			case strings.Contains(p, "missing"):
+				return 0, errors.New(p + " does not exist on this client")
+			case strings.HasPrefix(p, "/dev/"):
+				return aBlockDevice, nil
+			case strings.HasSuffix(p, ".conf"):
+				return aFile, nil
+			}
+			return aDirectory, nil
+		},
+		allowed: func(p string) error {
+			if !strings.HasPrefix(p, "/srv/") {
+				return errors.New(p + " is not allowed")
+			}
+			return nil
+		},
+		within: func(root, p string) (string, error) { return filepath.Join(root, p), nil },
+	}
+}
+
+// The golden files are what jobs become; they are read to see whether it is right.
+func TestGoldenPods(t *testing.T) {
+	jobs, err := filepath.Glob("testdata/pod/*.hcl")
+	if err != nil || len(jobs) == 0 {
+		t.Fatal(err, jobs)
+	}
+	for _, file := range jobs {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			job, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			task, c, err := parseTask(t, string(job))
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := podOf(aTask(task), c, aHost())
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := json.MarshalIndent(p, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			golden := strings.TrimSuffix(file, ".hcl") + ".json"
+			if *update {
+				if err := os.WriteFile(golden, append(got, '\n'), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(got)+"\n" != string(want) {
+				t.Errorf("%s becomes\n%s\nwant\n%s", file, got, want)
+			}
+		})
+	}
+}
+
+// Every key of the schema is decoded into something.
+func TestSchemaIsDecoded(t *testing.T) {
+	for _, keys := range []struct {
+		keys []key
+		into any
+	}{{taskKeys, &taskConfig{}}, {configKeys, &config{}}} {
+		checkDecoded(t, "", keys.keys, keys.into)
+	}
+}

@@ -1,0 +1,224 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/hashicorp/nomad/nomad/structs"
+	"github.com/hashicorp/nomad/plugins/drivers"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// handleVersion is that of the state that Nomad keeps of a task.
+const handleVersion = 1
+
+// A handle is what Nomad keeps of a task for RecoverTask.
+type handle struct {
+	Dir    string // of the task
+	BootID string // of the host, when it was started
+}
+
+// StartTask starts a pod and returns when its guest has been told what to run. Where it fails, nothing is left.
+func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers.DriverNetwork, error) {
+	c, s, err := d.open()
+	if err != nil {
+		return nil, nil, err
+	}
+	if _, err := d.task(t.ID); err == nil {
+		return nil, nil, fmt.Errorf("task %s has been started already", t.ID)
+	}
+	var cfg taskConfig
+	if err := t.DecodeDriverConfig(&cfg); err != nil {
+		return nil, nil, fmt.Errorf("config: %w", err)
+	}
+	pkg, err := c.boot()
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := podOf(t, &cfg, &host{cores: c.cores, disk: c.disk, variant: pkg.Manifest.Variant, examine: examine, allowed: c.allowed, within: within})
+	if err != nil {
+		return nil, nil, fmt.Errorf("config: %w", err)
+	}
+	p.Boot.Accel = c.Accelerator
+	if err := d.clearEarlier(s, t); err != nil {
+		return nil, nil, fmt.Errorf("clear an earlier run of the task: %w", err)
+	}
+	dir := s.dirOf(t.ID, t.Name)
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		return nil, nil, err
+	}
+	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir}); err != nil {
+		if cerr := s.clear(context.Background(), dir); cerr != nil {
+			d.log.Error("clear a task that did not start", "task", t.ID, "error", cerr)
+		}
+		return nil, nil, err
+	}
+	h := drivers.NewTaskHandle(handleVersion)
+	h.Config, h.State = t, drivers.TaskStateRunning
+	if err := h.SetDriverState(&handle{Dir: dir, BootID: bootID()}); err != nil {
+		return nil, nil, errors.Join(err, d.DestroyTask(t.ID, true))
+	}
+	return h, nil, nil
+}
+
+// clearEarlier removes what an earlier plugin process has left of the same task: Nomad starts it again because it knows of no such run.
+func (d *Driver) clearEarlier(s *state, t *drivers.TaskConfig) error {
+	all, err := s.remnants()
+	if err != nil {
+		return err
+	}
+	for _, r := range all {
+		if r.record == nil || r.record.ID != t.ID && (t.AllocID == "" || r.record.AllocID != t.AllocID || r.record.Name != t.Name) {
+			continue
+		}
+		if _, err := d.task(r.record.ID); err == nil {
+			continue // Nomad still has that one
+		}
+		if err := s.clear(d.ctx, r.dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// starting is what goes with a task that is started.
+type starting struct {
+	config *config
+	state  *state
+	boot   *boot.Package
+	dir    string // of the task
+}
+
+// start makes the pod and starts it.
+func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) error {
+	rec := &record{
+		Version: recordVersion, ID: t.ID, AllocID: t.AllocID, Name: t.Name, Stdout: t.StdoutPath, Stderr: t.StderrPath, DiskID: cfg.DiskID, Created: now(),
+	}
+	if err := rec.write(o.dir); err != nil {
+		return err
+	}
+	made, err := d.summon(t, cfg, p, o)
+	if err != nil {
+		return err
+	}
+	started, err := d.attend(o.dir, rec, t, func(output *delivery) (*pod.Running, error) {
+		return made.Start(d.ctx, pod.StartOptions{CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Held: output.files()})
+	})
+	if err != nil {
+		return err
+	}
+	r := started.running
+	if info := r.Info(); info.StartWhy != "" {
+		d.emit(t, "Booted instead of restored from a template: "+info.StartWhy)
+	}
+	// A task that Nomad calls started takes commands.
+	up, cancel := context.WithTimeout(d.ctx, callTimeout)
+	defer cancel()
+	if _, err := r.Up(up); err != nil {
+		d.log.Warn("the pod's containers are not seen to start", "task", t.ID, "error", err)
+	}
+	return nil
+}
+
+// recoverable is an error after which Nomad tries again, as the restart policy says.
+func recoverable(err error) error { return structs.NewRecoverableError(err, true) }
+
+// RecoverTask goes on with a task that an earlier plugin process has started.
+func (d *Driver) RecoverTask(h *drivers.TaskHandle) error {
+	if h == nil || h.Config == nil {
+		return errors.New("recover task: no handle")
+	}
+	if h.Version != handleVersion {
+		return fmt.Errorf("recover task: its handle has version %d, this plugin reads version %d", h.Version, handleVersion)
+	}
+	if _, err := d.task(h.Config.ID); err == nil {
+		return nil // this process has had it all the time
+	}
+	_, s, err := d.open()
+	if err != nil {
+		return err
+	}
+	var known handle
+	if err := h.GetDriverState(&known); err != nil {
+		return fmt.Errorf("recover task: %w", err)
+	}
+	if err := d.takeUp(s, h.Config, &known); err != nil {
+		return fmt.Errorf("recover task: %w", err)
+	}
+	return nil
+}
+
+func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) error {
+	dir := s.dirOf(config.ID, config.Name)
+	if known.Dir != dir {
+		return fmt.Errorf("its pod is in %s, which does not belong to state_dir %s", known.Dir, s.dir)
+	}
+	rec, err := readRecord(dir)
+	if err != nil {
+		return err
+	}
+	p, err := pod.Open(filepath.Join(dir, podDir), d.log)
+	if err != nil {
+		return err
+	}
+	if known.BootID != bootID() {
+		return errors.New("the node was rebooted, which has ended the pod")
+	}
+	ctx, cancel := context.WithTimeout(d.ctx, takeUpTimeout)
+	defer cancel()
+	_, err = d.attend(dir, rec, config, func(*delivery) (*pod.Running, error) {
+		return p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true})
+	})
+	if !errors.Is(err, pod.ErrNotRunning) {
+		return err
+	}
+	report, err := p.Report()
+	if err != nil {
+		return err
+	}
+	t := &task{d: d, dir: dir, record: rec, config: config, started: report.StartedAt, done: make(chan struct{})}
+	t.finish(report)
+	close(t.done)
+	d.hold(t)
+	return nil
+}
+
+const takeUpTimeout = time.Minute
+
+// clearOrphans ends the pods of earlier plugin processes that Nomad does not recover: it has forgotten their tasks, or never learnt of them. What is
+// no pod yet can't be recovered and goes at once.
+func (d *Driver) clearOrphans(c *config, s *state) {
+	for _, wait := range []time.Duration{0, c.orphanDelay} {
+		select {
+		case <-time.After(wait):
+		case <-d.ctx.Done():
+			return
+		}
+		for _, r := range s.found {
+			_, err := os.Stat(filepath.Join(r.dir, podDir, pod.LaunchFile))
+			isPod := err == nil && r.record != nil
+			if isPod && wait == 0 {
+				continue
+			}
+			if isPod {
+				if _, err := d.task(r.record.ID); err == nil {
+					continue
+				}
+			}
+			if _, err := os.Stat(r.dir); err != nil {
+				continue
+			}
+			d.log.Info("removing a pod that no task of Nomad's has", "dir", r.dir)
+			if err := s.clear(d.ctx, r.dir); err != nil {
+				d.log.Error("remove a pod that no task of Nomad's has", "dir", r.dir, "error", err)
+			}
+		}
+	}
+}

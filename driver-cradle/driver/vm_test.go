@@ -1,0 +1,356 @@
+//go:build vm
+
+// These tests run tasks as pods in real machines, through Nomad's own harness for drivers. They need root, QEMU and e2fsprogs.
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/nomad/client/lib/cgroupslib"
+	"github.com/hashicorp/nomad/nomad/structs"
+	"github.com/hashicorp/nomad/plugins/base"
+	"github.com/hashicorp/nomad/plugins/drivers"
+	"github.com/hashicorp/nomad/plugins/drivers/testutils"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+)
+
+func TestMain(m *testing.M) {
+	vmm.Confine()
+	code := m.Run()
+	if shared.dir != "" {
+		os.RemoveAll(shared.dir)
+	}
+	os.Exit(code)
+}
+
+// withoutCgroups executes the present test again where Nomad's library finds no cgroups at the place it looks for them. Its conformance test of exec
+// wants to see in a task's /proc/self/cgroup that the host has put the task into a cgroup; a microVM has a kernel of its own, which knows nothing
+// of the host's. It says whether this is that execution.
+func withoutCgroups(t *testing.T) bool {
+	const marker = "DRIVER_TEST_WITHOUT_CGROUPS"
+	if os.Getenv(marker) != "" {
+		if cgroupslib.GetMode() != cgroupslib.OFF {
+			t.Fatal("Nomad's library still sees cgroups")
+		}
+		return true
+	}
+	type result struct {
+		out []byte
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends here
+		err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		unified := "/sys/fs/cgroup/unified"
+		if _, serr := os.Stat(unified); serr != nil {
+			unified = "/sys/fs/cgroup"
+		}
+		if err == nil { // our own machines need version 2, wherever it is
+			err = unix.Mount(unified, "/mnt", "", unix.MS_BIND, "")
+		}
+		if err == nil {
+			err = unix.Unmount("/sys/fs/cgroup", unix.MNT_DETACH)
+		}
+		if err != nil {
+			done <- result{err: err}
+			return
+		}
+		cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+		cmd.Env = append(os.Environ(), marker+"=1")
+		out, err := cmd.CombinedOutput()
+		done <- result{out, err}
+	}()
+	r := <-done
+	t.Logf("%s", r.out)
+	if r.err != nil {
+		t.Error(r.err)
+	}
+	return false
+}
+
+// shared is what all tests use: a boot package of this source, and a cache of images and templates.
+var shared struct{ dir, boot, cache, images string }
+
+var makeShared = sync.OnceValue(func() error {
+	if os.Geteuid() != 0 {
+		return errors.New("tests with machines need root")
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	if shared.dir, err = os.MkdirTemp("", "driver-test-"); err != nil {
+		return err
+	}
+	if err := os.Chmod(shared.dir, 0o755); err != nil {
+		return err
+	}
+	shared.boot, shared.cache = filepath.Join(shared.dir, "boot"), filepath.Join(shared.dir, "cache")
+	shared.images = filepath.Join(cache, "cradlestack", "images")
+	kernel, err := command("../../tools/kernel/build.sh")
+	if err != nil {
+		return err
+	}
+	agent := filepath.Join(shared.dir, "cradle-init")
+	if _, err := command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent, "../guest/cradle-init"); err != nil {
+		return err
+	}
+	if _, err := command("../../examples/images/build.sh", "busybox"); err != nil {
+		return err
+	}
+	return boot.Build(context.Background(), boot.BuildOptions{Kernel: strings.TrimSpace(kernel), Agent: agent, Variant: boot.VariantDefault, Out: shared.boot})
+})
+
+func command(name string, args ...string) (string, error) {
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s %v: %w\n%s", name, args, err, stderr.String())
+	}
+	return string(out), nil
+}
+
+// A client is a state directory and the plugin that attends to it.
+type client struct {
+	testing.TB
+	state   string
+	driver  *Driver
+	harness *testutils.DriverHarness
+	config  config
+}
+
+// newClient starts a plugin. edit may change its configuration.
+func newClient(t *testing.T, edit func(*config)) *client {
+	t.Helper()
+	if err := makeShared(); err != nil {
+		t.Fatal(err)
+	}
+	state, err := os.MkdirTemp(shared.dir, "state-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &client{TB: t, state: state, config: config{StateDir: state, CacheDir: shared.cache, BootPackage: shared.boot}}
+	if edit != nil {
+		edit(&c.config)
+	}
+	c.open(t)
+	t.Cleanup(func() {
+		c.close()
+		c.empty()
+	})
+	return c
+}
+
+// open starts a plugin process's work.
+func (c *client) open(t *testing.T) {
+	t.Helper()
+	c.driver = New(hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: testWriter{t}})).(*Driver)
+	c.harness = testutils.NewDriverHarness(t, c.driver)
+	var raw []byte
+	if err := base.MsgPackEncode(&raw, &c.config); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.harness.SetConfig(&base.Config{PluginConfig: raw, AgentConfig: &base.AgentConfig{}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+type testWriter struct{ testing.TB }
+
+func (w testWriter) Write(p []byte) (int, error) {
+	w.Logf("%s", strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
+// close ends the plugin's work as a kill does: pods stay as they are.
+func (c *client) close() {
+	if c.driver == nil {
+		return
+	}
+	c.harness.Kill()
+	if err := c.driver.Close(); err != nil {
+		c.Errorf("close: %v", err)
+	}
+	c.driver = nil
+}
+
+// empty checks that no task has left anything.
+func (c *client) empty() {
+	left, err := os.ReadDir(filepath.Join(c.state, tasksDir))
+	if err != nil {
+		c.Error(err)
+	}
+	for _, e := range left {
+		c.Errorf("%s is left", filepath.Join(c.state, tasksDir, e.Name()))
+	}
+}
+
+var taskNumber int
+
+// task makes a task of the busybox image that runs a shell script, and its allocation.
+func (c *client) task(script string, edit func(*drivers.TaskConfig, *taskConfig)) *drivers.TaskConfig {
+	c.Helper()
+	taskNumber++
+	alloc := fmt.Sprintf("%08d-0000-0000-0000-000000000000", taskNumber)
+	t := &drivers.TaskConfig{
+		ID: alloc + "/main/1", AllocID: alloc, Name: "main",
+		Resources: &drivers.Resources{
+			NomadResources: &structs.AllocatedTaskResources{
+				Memory: structs.AllocatedMemoryResources{MemoryMB: 64}, Cpu: structs.AllocatedCpuResources{CpuShares: 100},
+			},
+			LinuxResources: &drivers.LinuxResources{},
+		},
+	}
+	cfg := &taskConfig{containerConfig: containerConfig{Image: "oci:" + shared.images + "/busybox", Command: "sh", Args: []string{"-c", script}}}
+	if edit != nil {
+		edit(t, cfg)
+	}
+	if err := t.EncodeConcreteDriverConfig(cfg); err != nil {
+		c.Fatal(err)
+	}
+	c.Cleanup(c.harness.MkAllocDir(t, true))
+	return t
+}
+
+// start starts a task, which is destroyed at the test's end.
+func (c *client) start(t *drivers.TaskConfig) *drivers.TaskHandle {
+	c.Helper()
+	h, _, err := c.harness.StartTask(t)
+	if err != nil {
+		c.Fatal(err)
+	}
+	c.Cleanup(func() {
+		if c.driver == nil {
+			return
+		}
+		if err := c.driver.DestroyTask(t.ID, true); err != nil && !errors.Is(err, drivers.ErrTaskNotFound) {
+			c.Errorf("destroy: %v", err)
+		}
+	})
+	return h
+}
+
+// wait waits for a task's end.
+func (c *client) wait(t *drivers.TaskConfig) *drivers.ExitResult {
+	c.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	ch, err := c.harness.WaitTask(ctx, t.ID)
+	if err != nil {
+		c.Fatal(err)
+	}
+	select {
+	case r := <-ch:
+		if r == nil {
+			c.Fatal("the task has no result")
+		}
+		return r
+	case <-ctx.Done():
+		c.Fatal("the task does not end")
+	}
+	return nil
+}
+
+// logs is what Nomad has got of a task's output, once it is as expected or half a minute later.
+func (c *client) logs(t *drivers.TaskConfig, stream, want string) {
+	c.Helper()
+	path := filepath.Join(t.TaskDir().LogDir, t.Name+"."+stream+".0")
+	var got []byte
+	for range 300 {
+		got, _ = os.ReadFile(path)
+		if string(got) == want {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	c.Errorf("%s is %q, want %q", stream, got, want)
+}
+
+func TestVMOutputAndExitCode(t *testing.T) {
+	c := newClient(t, nil)
+	task := c.task("echo out; echo err >&2; exit 7", nil)
+	c.start(task)
+	if r := c.wait(task); r.ExitCode != 7 || r.Err != nil || r.OOMKilled {
+		t.Errorf("result %+v", r)
+	}
+	c.logs(task, "stdout", "out\n")
+	c.logs(task, "stderr", "err\n")
+	if s, err := c.harness.InspectTask(task.ID); err != nil || s.State != drivers.TaskStateExited || s.ExitResult.ExitCode != 7 {
+		t.Errorf("status %+v, %v", s, err)
+	}
+}
+
+func TestVMExecConformance(t *testing.T) {
+	if !withoutCgroups(t) {
+		return
+	}
+	c := newClient(t, nil)
+	task := c.task("sleep 600", nil)
+	c.start(task)
+	testutils.ExecTaskStreamingConformanceTests(t, c.harness, task.ID)
+}
+
+func TestVMDNS(t *testing.T) {
+	c := newClient(t, nil)
+	for _, dns := range []*drivers.DNSConfig{
+		nil,
+		{Servers: []string{"192.0.2.53", "198.51.100.53"}, Searches: []string{"example.org"}, Options: []string{"ndots:2"}},
+	} {
+		task := c.task("sleep 600", func(t *drivers.TaskConfig, _ *taskConfig) { t.DNS = dns })
+		c.start(task)
+		testutils.TestTaskDNSConfig(t, c.harness, task.ID, dns)
+	}
+}
+
+// The plugin is ended and started again while the task writes; nothing of its output is missing or there twice.
+func TestVMRecover(t *testing.T) {
+	c := newClient(t, nil)
+	task := c.task("for i in 1 2 3 4 5 6; do echo $i; sleep 1; done; exit 3", nil)
+	h := c.start(task)
+	time.Sleep(2 * time.Second)
+	c.close()
+	time.Sleep(time.Second)
+	c.open(t)
+	if err := c.harness.RecoverTask(h); err != nil {
+		t.Fatal(err)
+	}
+	if r := c.wait(task); r.ExitCode != 3 || r.Err != nil {
+		t.Errorf("result %+v", r)
+	}
+	c.logs(task, "stdout", "1\n2\n3\n4\n5\n6\n")
+}
+
+func TestVMStop(t *testing.T) {
+	c := newClient(t, nil)
+	task := c.task("trap 'echo term; exit 5' TERM; trap 'echo usr1; exit 6' USR1; echo up; while :; do sleep 1; done", nil)
+	c.start(task)
+	c.logs(task, "stdout", "up\n")
+	if err := c.harness.StopTask(task.ID, 20*time.Second, "SIGUSR1"); err != nil {
+		t.Fatal(err)
+	}
+	if r := c.wait(task); r.ExitCode != 6 {
+		t.Errorf("result %+v", r)
+	}
+	c.logs(task, "stdout", "up\nusr1\n")
+}
