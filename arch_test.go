@@ -53,15 +53,19 @@ var mayImport = map[string][]string{
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
+	"internal/nomadtest": {"test/programs"},
+
 	"docs":            {},
 	"examples/images": {},
-	"test":            {"spec", "driver-cradle/wire"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/nomadtest"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
 var testsMayImport = map[string][]string{
 	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
+	"driver-cradle/driver":        {"internal/nomadtest", "test/programs"},
+	"bali":                        {"internal/nomadtest"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

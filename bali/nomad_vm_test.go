@@ -3,16 +3,13 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
 // TestRootNomad runs an image as a task of a real Nomad's raw_exec: the task's
@@ -22,38 +19,8 @@ func TestRootNomad(t *testing.T) {
 	p := newPlace(t)
 	p.sh(`for a in cat sleep touch; do ln -s busybox app/bin/$a; done`)
 	p.ok("build", "app.tar.gz", "--from", "./app", "--entrypoint", "/bin/sh", "--entrypoint", "-c", "--env", "PATH=/bin")
-	build, err := filepath.Abs("../tools/build.sh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nomad := lastLine(p.sh(build + " nomad"))
-	p.sh(fmt.Sprintf(`cat >agent.hcl <<END
-data_dir = "%[1]s/nomad"
-bind_addr = "127.0.0.1"
-advertise {
-  http = "127.0.0.1"
-  rpc  = "127.0.0.1"
-  serf = "127.0.0.1"
-}
-ports {
-  http = 24646
-  rpc  = 24647
-  serf = 24648
-}
-server {
-  enabled          = true
-  bootstrap_expect = 1
-}
-client {
-  enabled           = true
-  network_interface = "lo"
-  options           = { "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean" }
-}
-plugin "raw_exec" {
-  config { enabled = true }
-}
-END
-cat >job.hcl <<END
+	nomad := nomadtest.Start(t, nomadtest.Options{Drivers: []string{"raw_exec"}})
+	job := nomad.Run(t, fmt.Sprintf(`
 job "app" {
   type = "service"
   group "app" {
@@ -63,10 +30,11 @@ job "app" {
       kill_signal  = "SIGTERM"
       config {
         command = "%[2]s"
-        args    = ["run", "%[1]s/app.tar.gz", "--", "trap 'echo stopped; exit 0' TERM; echo task \$NOMAD_TASK_NAME; cat \$NOMAD_TASK_DIR/in; touch \$NOMAD_ALLOC_DIR/out; sleep 1000 & wait"]
+        args    = ["run", "%[1]s/app.tar.gz", "--", "trap 'echo stopped; exit 0' TERM; echo task $NOMAD_TASK_NAME; cat $NOMAD_TASK_DIR/in; touch $NOMAD_ALLOC_DIR/out; sleep 1000 & wait"]
       }
       env {
-        BALI_TRUST = "%[1]s/trust"
+        BALI_TRUST      = "%[1]s/trust"
+        XDG_CONFIG_HOME = "%[1]s/config"
       }
       template {
         data        = "from a template\n"
@@ -74,84 +42,19 @@ job "app" {
       }
     }
   }
-}
-END`, p.dir, p.bali))
-	agent := exec.CommandContext(t.Context(), nomad, "agent", "-config", filepath.Join(p.dir, "agent.hcl"))
-	agent.Env = append(p.env(), "AWS_CA_BUNDLE=")
-	agent.Cancel = func() error { return agent.Process.Signal(os.Interrupt) }
-	agent.WaitDelay = 30 * time.Second
-	log, err := os.Create(filepath.Join(p.dir, "agent.log"))
-	if err != nil {
-		t.Fatal(err)
+}`, p.dir, p.bali))
+	alloc := nomad.UntilRunning(t, job)
+	if got := nomad.UntilLogsHave(t, alloc.ID, "app", "stdout", "template\n"); got != "task app\nfrom a template\n" {
+		t.Errorf("output: %q", got)
 	}
-	defer log.Close()
-	agent.Stdout, agent.Stderr = log, log
-	if err := agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		agent.Wait()
-		cancel() // nothing more to wait for
-	}()
-	t.Cleanup(func() {
-		agent.Process.Signal(os.Interrupt)
-		<-ended
-		// an agent that ends leaves the allocations' folders for the next one
-		for _, name := range []string{"secrets", "private"} {
-			left, _ := filepath.Glob(filepath.Join(p.dir, "nomad/alloc/*/*", name))
-			for _, m := range left {
-				syscall.Unmount(m, 0) // or it is none
-			}
-		}
-		if t.Failed() {
-			b, _ := os.ReadFile(log.Name())
-			t.Logf("agent: %s", b)
-		}
-	})
-	do := func(args ...string) (string, error) {
-		cmd := exec.CommandContext(ctx, nomad, args...)
-		cmd.Dir, cmd.Env = p.dir, append(p.env(), "NOMAD_ADDR=http://127.0.0.1:24646")
-		out, err := cmd.CombinedOutput()
-		return string(out), err
-	}
-	until := func(what string, f func() bool) {
-		t.Helper()
-		for !f() {
-			if ctx.Err() != nil {
-				t.Fatalf("%s: not within two minutes, or the agent ended", what)
-			}
-			time.Sleep(200 * time.Millisecond)
-		}
-	}
-	until("a ready node", func() bool { out, _ := do("node", "status"); return strings.Contains(out, "ready") })
-	if out, err := do("job", "run", "-detach", "job.hcl"); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	var alloc string
-	until("an allocation", func() bool {
-		out, err := do("job", "allocs", "-json", "app")
-		var list []struct{ ID string }
-		if err != nil || json.Unmarshal([]byte(out), &list) != nil || len(list) == 0 {
-			return false
-		}
-		alloc = list[0].ID
-		return true
-	})
-	until("its output", func() bool {
-		out, _ := do("alloc", "logs", alloc)
-		return out == "task app\nfrom a template\n"
-	})
-	if _, err := os.Stat(filepath.Join(p.dir, "nomad/alloc", alloc, "alloc/out")); err != nil {
+	node := nomad.Clients()[0]
+	if _, err := os.Stat(node.Path(filepath.Join(node.Dir, "nomad/alloc", alloc.ID, "alloc/out"))); err != nil {
 		t.Errorf("what the task wrote into the allocation's folder: %v", err)
 	}
-	if out, err := do("job", "stop", "-detach", "app"); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	nomad.Stop(t, job)
+	if got := nomad.Logs(t, alloc.ID, "app", "stdout"); got != "task app\nfrom a template\nstopped\n" {
+		t.Errorf("output after the end: %q", got)
 	}
-	until("its end", func() bool { out, _ := do("alloc", "logs", alloc); return strings.HasSuffix(out, "stopped\n") })
-	until("a complete allocation", func() bool { out, _ := do("alloc", "status", alloc); return strings.Contains(out, "Exit Code: 0") })
 }
 
 func lastLine(s string) string {

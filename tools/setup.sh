@@ -34,6 +34,8 @@ packages=(
   kmod xz-utils
   # images made from packages
   mmdebstrap debian-archive-keyring
+  # networks of Nomad's jobs
+  containernetworking-plugins iptables
   # the demo's clients
   mariadb-client redis-tools curl ca-certificates
 )

@@ -1,0 +1,272 @@
+// Package nomadtest runs real Nomad and Consul agents for tests: one agent that is server and client, or a server and
+// several clients. Each node is a machine of its own as far as a kernel can make it one without a VM: its own mounts, processes,
+// network, host name and cgroups. So it meets no other agent of the host, what its jobs leave behind is found by looking at it, and
+// all of it ends with the test, even a killed one.
+//
+// Any test may import it; no program does. A program that imports it can be started again as a node's first process: see reexec_linux.go.
+package nomadtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// Patience bounds every wait. What takes longer hangs.
+const Patience = 3 * time.Minute
+
+// Options say which agents there are and what they are told beyond what they all need.
+type Options struct {
+	Clients int  // nodes beside the server; 0: one node is server and client
+	Consul  bool // every node has a Consul agent beside Nomad's
+	ACL     bool // Nomad's ACLs are on; Cluster.API has the management token
+
+	// Plugins are executables and what the agent's plugin blocks hold, by the plugins' file names.
+	Plugins map[string]Plugin
+	// Drivers must be healthy on each client before Start returns.
+	Drivers []string
+
+	// Client and Server are more lines of the agents' blocks of these names, Agent more of those outside of any block. {{.Dir}} in them is the
+	// node's directory, {{.Name}} its name.
+	Agent, Client, Server string
+
+	// Keep are files and folders below a node's directory that outlive jobs by design: image caches and the like.
+	Keep []string
+
+	// Log is where everything's doings are told, nil for nowhere.
+	Log func(format string, args ...any)
+}
+
+// A Plugin is an executable that Nomad starts.
+type Plugin struct {
+	Path   string
+	Config string // what the config block of the agent's plugin block holds
+}
+
+// A Cluster is a server and its clients.
+type Cluster struct {
+	API   *api.Client
+	Nodes []*Node // the server first
+
+	o       Options
+	id      string
+	dir     string
+	nomad   string
+	consul  string // "" without
+	token   string
+	keeper  *keeper
+	network *network
+	watch   *watch
+}
+
+var clusters atomic.Int64
+
+// The nodes' addresses mean nothing outside of their network: the API's client, which tries a node before its server, fails at once.
+func init() { api.ClientConnTimeout = time.Nanosecond }
+
+// Start starts agents that end with the test. When they have ended, everything has to be gone; what is not fails the test.
+func Start(t testing.TB, o Options) *Cluster {
+	t.Helper()
+	if o.Log == nil {
+		o.Log = t.Logf
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	c, err := Open(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(c.Report())
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	c.Begin(t)
+	return c
+}
+
+// Open is Start for those who have no test, or one cluster for many: Begin then goes with each of them. It returns when the agents are ready.
+func Open(ctx context.Context, o Options) (c *Cluster, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("agents that run jobs need root: sudo go test -tags vm …")
+	}
+	if o.Log == nil {
+		o.Log = func(string, ...any) {}
+	}
+	c = &Cluster{o: o, id: fmt.Sprintf("nt-%d-%d", os.Getpid(), clusters.Add(1))}
+	c.dir = filepath.Join("/tmp", c.id) // short, for the paths of sockets below
+	if c.nomad, err = programs.Tool("nomad"); err != nil {
+		return nil, err
+	}
+	if o.Consul {
+		if c.consul, err = programs.Tool("consul"); err != nil {
+			return nil, err
+		}
+	}
+	defer func() {
+		if err != nil {
+			report := c.Report()
+			err = errors.Join(err, c.Close())
+			if report != "" {
+				err = fmt.Errorf("%w\n%s", err, report)
+			}
+			c = nil
+		}
+	}()
+	if c.keeper, err = startKeeper(c.id, c.dir); err != nil {
+		return c, err
+	}
+	if c.network, err = newNetwork(); err != nil {
+		return c, err
+	}
+	for i := range o.Clients + 1 {
+		n := &Node{Name: fmt.Sprintf("client%d", i), cluster: c, number: i + 1}
+		n.Server, n.Client = i == 0, i > 0 || o.Clients == 0
+		if n.Server {
+			n.Name = "server"
+		}
+		c.Nodes = append(c.Nodes, n)
+		if err := n.boot(); err != nil {
+			return c, err
+		}
+	}
+	if c.API, err = api.NewClient(&api.Config{Address: serverAddress, HttpClient: c.Nodes[0].HTTP()}); err != nil {
+		return c, err
+	}
+	for _, n := range c.Nodes {
+		if err := n.startAgents(ctx); err != nil {
+			return c, err
+		}
+		if n.Server && o.ACL {
+			if err := c.bootstrap(ctx); err != nil {
+				return c, err
+			}
+		}
+	}
+	c.watch = newWatch(c.API, o.Log)
+	err = c.until(ctx, "ready nodes", func(s *State) bool {
+		for _, n := range c.Clients() {
+			if !s.ready(n, o.Drivers) {
+				return false
+			}
+		}
+		return true
+	})
+	return c, err
+}
+
+// Server is the node with the server.
+func (c *Cluster) Server() *Node { return c.Nodes[0] }
+
+// Clients are the nodes that run jobs.
+func (c *Cluster) Clients() []*Node {
+	if len(c.Nodes) == 1 {
+		return c.Nodes
+	}
+	return c.Nodes[1:]
+}
+
+// Dir is where everything of the cluster lies.
+func (c *Cluster) Dir() string { return c.dir }
+
+// Env is what makes Nomad's and Consul's command lines use the cluster when they run in the server's node.
+func (c *Cluster) Env() []string {
+	env := append(c.Server().env(), "NOMAD_ADDR="+serverAddress)
+	if c.token != "" {
+		env = append(env, "NOMAD_TOKEN="+c.token)
+	}
+	return env
+}
+
+// bootstrap makes the management token.
+func (c *Cluster) bootstrap(ctx context.Context) error {
+	return retry(ctx, "acl bootstrap", func() error {
+		token, _, err := c.API.ACLTokens().Bootstrap((&api.WriteOptions{}).WithContext(ctx))
+		if err == nil {
+			c.token = token.SecretID
+			c.API.SetSecretID(c.token)
+		}
+		return err
+	})
+}
+
+// retry repeats what can't succeed before an agent has come up.
+func retry(ctx context.Context, what string, f func() error) error {
+	for {
+		err := f()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", what, err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// Report is the end of each agent's log.
+func (c *Cluster) Report() string {
+	var b strings.Builder
+	for _, n := range c.Nodes {
+		for _, name := range []string{server + ".log", client + ".log", consul + ".log"} {
+			if text := tail(filepath.Join(n.Dir, name), reported); text != "" {
+				fmt.Fprintf(&b, "%s of %s ends:\n%s\n", name, n.Name, text)
+			}
+		}
+	}
+	return b.String()
+}
+
+// reported are the bytes of a log that a failed test shows.
+const reported = 8 << 10
+
+func tail(file string, n int64) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return ""
+	}
+	at := max(0, info.Size()-n)
+	text := make([]byte, info.Size()-at)
+	got, _ := f.ReadAt(text, at)
+	return string(text[:got])
+}
+
+// Close ends the agents as an operator would and says what they leave behind that they should not; all of it is gone afterwards.
+func (c *Cluster) Close() error {
+	var errs []error
+	if c.watch != nil {
+		c.watch.close()
+	}
+	for _, n := range c.Nodes {
+		errs = append(errs, n.shutDown())
+	}
+	if c.keeper != nil {
+		errs = append(errs, c.keeper.close())
+	}
+	for _, n := range c.Nodes {
+		n.release()
+	}
+	if c.network != nil {
+		c.network.close()
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,321 @@
+package nomadtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+)
+
+// A State is what Nomad has told of itself, by ids. It is valid during the call that gets it.
+type State struct {
+	Allocs      map[string]*api.AllocationListStub
+	Nodes       map[string]*api.NodeListStub
+	Deployments map[string]*api.Deployment
+	Evals       map[string]*api.Evaluation
+}
+
+// Of lists a job's allocations, the newest first.
+func (s *State) Of(job string) []*api.AllocationListStub {
+	var all []*api.AllocationListStub
+	for _, a := range s.Allocs {
+		if a.JobID == job {
+			all = append(all, a)
+		}
+	}
+	slices.SortFunc(all, func(a, b *api.AllocationListStub) int { return int(int64(b.CreateIndex) - int64(a.CreateIndex)) })
+	return all
+}
+
+// Node is the node of this name, nil before it has registered.
+func (s *State) Node(name string) *api.NodeListStub {
+	for _, n := range s.Nodes {
+		if n.Name == name {
+			return n
+		}
+	}
+	return nil
+}
+
+func (s *State) ready(n *Node, drivers []string) bool {
+	node := s.Node(n.Name)
+	if node == nil || node.Status != api.NodeStatusReady || node.SchedulingEligibility != api.NodeSchedulingEligible {
+		return false
+	}
+	for _, name := range drivers {
+		if d := node.Drivers[name]; d == nil || !d.Healthy {
+			return false
+		}
+	}
+	return true
+}
+
+// terminal says whether an allocation has ended, or its node is lost.
+func terminal(a *api.AllocationListStub) bool {
+	switch a.ClientStatus {
+	case api.AllocClientStatusComplete, api.AllocClientStatusFailed, api.AllocClientStatusLost:
+		return true
+	default:
+		return false
+	}
+}
+
+// A watch follows Nomad's event stream, over restarts of the server.
+type watch struct {
+	api    *api.Client
+	log    func(string, ...any)
+	cancel context.CancelCauseFunc
+	ended  chan struct{}
+
+	mu      sync.Mutex
+	state   State
+	changed chan struct{} // closed, and replaced, when state has changed
+}
+
+var errClosed = errors.New("the cluster has been closed")
+
+func newWatch(client *api.Client, log func(string, ...any)) *watch {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	w := &watch{
+		api: client, log: log, cancel: cancel, ended: make(chan struct{}), changed: make(chan struct{}),
+		state: State{Allocs: map[string]*api.AllocationListStub{}, Nodes: map[string]*api.NodeListStub{}, Deployments: map[string]*api.Deployment{}, Evals: map[string]*api.Evaluation{}},
+	}
+	go func() {
+		defer close(w.ended)
+		for ctx.Err() == nil {
+			_ = w.follow(ctx) // the server is away, or not there yet
+			select {
+			case <-ctx.Done():
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}()
+	return w
+}
+
+func (w *watch) close() {
+	w.cancel(errClosed)
+	<-w.ended
+}
+
+// follow takes what there is and then every change, until the stream breaks.
+func (w *watch) follow(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	q := func() *api.QueryOptions {
+		return (&api.QueryOptions{Namespace: api.AllNamespacesNamespace}).WithContext(ctx)
+	}
+	all := []string{"*"}
+	events, err := w.api.EventStream().Stream(ctx, map[api.Topic][]string{api.TopicAllocation: all, api.TopicNode: all, api.TopicDeployment: all, api.TopicEvaluation: all}, 0, q())
+	if err != nil {
+		return err
+	}
+	// What happened while nobody listened. Events that are older than this are known by their index.
+	nodes, _, err := w.api.Nodes().List(q())
+	if err != nil {
+		return err
+	}
+	allocs, _, err := w.api.Allocations().List(q())
+	if err != nil {
+		return err
+	}
+	deployments, _, err := w.api.Deployments().List(q())
+	if err != nil {
+		return err
+	}
+	w.change(func(s *State) {
+		for _, n := range nodes {
+			// The list has no drivers' attributes and the like; an event of the same index has.
+			newer(s.Nodes, n.ID, n, func(n *api.NodeListStub) uint64 { return n.ModifyIndex })
+		}
+		for _, a := range allocs {
+			newer(s.Allocs, a.ID, a, func(a *api.AllocationListStub) uint64 { return a.ModifyIndex })
+		}
+		for _, d := range deployments {
+			newer(s.Deployments, d.ID, d, func(d *api.Deployment) uint64 { return d.ModifyIndex })
+		}
+	})
+	for batch := range events {
+		if batch.Err != nil {
+			return batch.Err
+		}
+		var err error
+		w.change(func(s *State) {
+			for _, e := range batch.Events {
+				err = errors.Join(err, s.apply(&e))
+			}
+		})
+		if err != nil {
+			w.log("event stream: %v", err)
+		}
+	}
+	return nil
+}
+
+// newer puts an object into a map unless what is there is newer.
+func newer[T any](m map[string]T, id string, object T, index func(T) uint64) {
+	if old, ok := m[id]; !ok || index(old) <= index(object) {
+		m[id] = object
+	}
+}
+
+func (s *State) apply(e *api.Event) error {
+	switch e.Topic {
+	case api.TopicAllocation:
+		a, err := e.Allocation()
+		if err != nil || a == nil {
+			return err
+		}
+		newer(s.Allocs, a.ID, a.Stub(), func(a *api.AllocationListStub) uint64 { return a.ModifyIndex })
+	case api.TopicNode:
+		n, err := e.Node()
+		if err != nil || n == nil {
+			return err
+		}
+		newer(s.Nodes, n.ID, &api.NodeListStub{
+			ID: n.ID, Name: n.Name, Status: n.Status, StatusDescription: n.StatusDescription, Attributes: n.Attributes,
+			SchedulingEligibility: n.SchedulingEligibility, Drain: n.Drain, Drivers: n.Drivers, LastDrain: n.LastDrain, ModifyIndex: n.ModifyIndex,
+		}, func(n *api.NodeListStub) uint64 { return n.ModifyIndex })
+	case api.TopicDeployment:
+		d, err := e.Deployment()
+		if err != nil || d == nil {
+			return err
+		}
+		newer(s.Deployments, d.ID, d, func(d *api.Deployment) uint64 { return d.ModifyIndex })
+	case api.TopicEvaluation:
+		v, err := e.Evaluation()
+		if err != nil || v == nil {
+			return err
+		}
+		newer(s.Evals, v.ID, v, func(v *api.Evaluation) uint64 { return v.ModifyIndex })
+	}
+	return nil
+}
+
+func (w *watch) change(f func(*State)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f(&w.state)
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// look says whether f holds now, and gives what is closed at the next change.
+func (w *watch) look(f func(*State) bool) (bool, <-chan struct{}) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return f(&w.state), w.changed
+}
+
+func (c *Cluster) until(ctx context.Context, what string, f func(*State) bool) error {
+	for {
+		ok, changed := c.watch.look(f)
+		if ok {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("waited for %s: %w\n%s", what, context.Cause(ctx), c.Describe())
+		}
+	}
+}
+
+// Until waits until f holds of what Nomad says, looking again at every event.
+func (c *Cluster) Until(t testing.TB, what string, f func(*State) bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	defer cancel()
+	if err := c.until(ctx, what, f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// UntilAlloc waits for an allocation of a job of which f holds; the newest such one is returned.
+func (c *Cluster) UntilAlloc(t testing.TB, job, what string, f func(*api.AllocationListStub) bool) (found *api.AllocationListStub) {
+	t.Helper()
+	c.Until(t, fmt.Sprintf("an allocation of job %s that is %s", job, what), func(s *State) bool {
+		for _, a := range s.Of(job) {
+			if f(a) {
+				found = a
+				return true
+			}
+		}
+		return false
+	})
+	return found
+}
+
+// UntilRunning waits for an allocation of a job that runs, all of its tasks included.
+func (c *Cluster) UntilRunning(t testing.TB, job string) *api.AllocationListStub {
+	t.Helper()
+	return c.UntilAlloc(t, job, "running", Running)
+}
+
+// UntilEnded waits until a job's newest allocation has ended.
+func (c *Cluster) UntilEnded(t testing.TB, job string) (a *api.AllocationListStub) {
+	t.Helper()
+	c.Until(t, "the end of job "+job, func(s *State) bool {
+		all := s.Of(job)
+		if len(all) == 0 {
+			return false
+		}
+		a = all[0]
+		return terminal(a)
+	})
+	return a
+}
+
+// Running says whether an allocation and each of its tasks run.
+func Running(a *api.AllocationListStub) bool {
+	if a.ClientStatus != api.AllocClientStatusRunning || a.DesiredStatus != api.AllocDesiredStatusRun {
+		return false
+	}
+	for _, t := range a.TaskStates {
+		if t.State == "pending" {
+			return false
+		}
+	}
+	return true
+}
+
+// Describe is what a failed wait shows: allocations with their tasks' last events, nodes, evaluations without a place.
+func (c *Cluster) Describe() string {
+	var b strings.Builder
+	c.watch.look(func(s *State) bool {
+		for _, n := range s.Nodes {
+			fmt.Fprintf(&b, "node %s: %s %s", n.Name, n.Status, n.SchedulingEligibility)
+			for _, name := range slices.Sorted(maps.Keys(n.Drivers)) {
+				if d := n.Drivers[name]; d.Detected {
+					fmt.Fprintf(&b, ", %s healthy=%t %s", name, d.Healthy, d.HealthDescription)
+				}
+			}
+			b.WriteByte('\n')
+		}
+		for _, v := range s.Evals {
+			for group, m := range v.FailedTGAllocs {
+				fmt.Fprintf(&b, "job %s: no place for group %s: filtered %v, exhausted %v\n", v.JobID, group, m.ConstraintFiltered, m.DimensionExhausted)
+			}
+		}
+		for _, d := range s.Deployments {
+			fmt.Fprintf(&b, "deployment of %s: %s: %s\n", d.JobID, d.Status, d.StatusDescription)
+		}
+		for _, a := range s.Allocs {
+			fmt.Fprintf(&b, "allocation %s of %s on %s: %s, wanted %s\n", a.ID, a.JobID, a.NodeName, a.ClientStatus, a.DesiredStatus)
+			for _, name := range slices.Sorted(maps.Keys(a.TaskStates)) {
+				for _, e := range a.TaskStates[name].Events[max(0, len(a.TaskStates[name].Events)-6):] {
+					fmt.Fprintf(&b, "  %s: %s: %s\n", name, e.Type, e.DisplayMessage)
+				}
+			}
+		}
+		return true
+	})
+	return b.String()
+}
