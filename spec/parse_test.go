@@ -134,6 +134,9 @@ func TestLaunchErrors(t *testing.T) {
 		{"sidecars", `"net.core.somaxconn"`, `"vm.swappiness"`, `launch.json:68:9: containers[1].sysctls["vm.swappiness"]: is no parameter that a container has for itself; net.*, fs.mqueue.*, kernel.sem, kernel.msg* and kernel.shm* are`},
 		{"sidecars", `"cpus": 0.5`, `"cpus": -0.5`, "launch.json:72:17: containers[1].resources.cpus: -0.5 is no number of processors; 0 (no limit) to 64"},
 		{"sidecars", `"/run/netns/web"`, `"web"`, `launch.json:12:14: network.netns: "web" is no clean absolute path; write it from /, without .., //, and a slash at its end`},
+		{"sidecars", `"/run/netns/web"`, `"/run/netns/web", "upstreams": [9191, 0, 9191]`, "launch.json:12:52: network.upstreams[1]: 0 is no port; 1 to 65535\n" +
+			"launch.json:12:55: network.upstreams[2]: 9191 is upstreams[0] as well; leave one out"},
+		{"mariadb", `"mode": "user"`, `"mode": "user", "upstreams": [1]`, `launch.json:15:34: network.upstreams: are services of a network namespace, in mode "netns" alone; leave them out`},
 		{"sidecars", `"mode": "netns"`, `"mode": "user"`, `launch.json:12:14: network.netns: means nothing in mode "user"; set mode to "netns", or leave it out`},
 		{"sidecars", `"container": "fetch"`, `"container": "nginx"`, "launch.json:97:18: containers[1].lifecycle.after: nginx waits for itself in the end; break the circle"},
 		{"sidecars", `"container": "fetch"`, `"container": "fetsch"`, `launch.json:99:26: containers[1].lifecycle.after[0].container: the pod has no container "fetsch"; name one of fetch, nginx`},

@@ -142,9 +142,12 @@ type Boot struct {
 
 // Network of a pod.
 type Network struct {
-	Mode       string      `json:"mode,omitempty"`  // user (default), netns, none
-	Netns      string      `json:"netns,omitempty"` // path of the network namespace whose interface the guest takes over
-	Publish    []Publish   `json:"publish,omitempty"`
+	Mode    string    `json:"mode,omitempty"`  // user (default), netns, none
+	Netns   string    `json:"netns,omitempty"` // path of the network namespace whose interface the guest takes over
+	Publish []Publish `json:"publish,omitempty"`
+	// Upstreams are TCP ports of services at the network namespace's 127.0.0.1 that containers reach at theirs (netns mode only): a service mesh's
+	// proxy beside the pod listens there for each upstream of it.
+	Upstreams  []uint16    `json:"upstreams,omitempty"`
 	DNS        []string    `json:"dns,omitempty"` // default: the host's resolvers, as far as a guest can reach them
 	DNSSearch  []string    `json:"dnsSearch,omitempty"`
 	DNSOptions []string    `json:"dnsOptions,omitempty"`

@@ -22,6 +22,7 @@ const (
 	MaxContainers       = 64
 	MaxLayers           = 500 // of one container: what overlayfs stacks; docker builds at most 127
 	MaxVolumes          = 256
+	MaxUpstreams        = 64
 	minLimit      Bytes = 6 << 20 // docker's least memory of a container
 
 	maxName     = 128
@@ -427,6 +428,20 @@ func (n *Network) validate(v *validator) {
 			v.reject(join(at, "hostPort"), "%d is taken by network.publish[%d]; choose another", p.HostPort, other)
 		}
 		seen[place] = i
+	}
+	if len(n.Upstreams) > 0 && n.Mode != "netns" {
+		v.reject("network.upstreams", `are services of a network namespace, in mode "netns" alone; leave them out`)
+	}
+	if len(n.Upstreams) > MaxUpstreams {
+		v.reject("network.upstreams", "are %d; at most %d", len(n.Upstreams), MaxUpstreams)
+	}
+	for i, p := range n.Upstreams {
+		if p == 0 {
+			v.reject(index("network.upstreams", i), "0 is no port; 1 to 65535")
+		}
+		if other := slices.Index(n.Upstreams, p); other < i {
+			v.reject(index("network.upstreams", i), "%d is upstreams[%d] as well; leave one out", p, other)
+		}
 	}
 	for i, a := range n.DNS {
 		v.address(index("network.dns", i), a)

@@ -32,14 +32,6 @@ var defaultDevices = []deviceRule{
 	{unix.BPF_DEVCG_DEV_CHAR, 136, -1, allAccess}, // pts
 }
 
-// A bpfInsn is struct bpf_insn of linux/bpf.h.
-type bpfInsn struct {
-	code uint8
-	regs uint8 // destination, source << 4
-	off  int16
-	imm  int32
-}
-
 // deviceProgram is a BPF_PROG_TYPE_CGROUP_DEVICE program that lets through what one of the rules allows. Its context is struct
 // bpf_cgroup_dev_ctx: access << 16 | kind, major, minor.
 func deviceProgram(rules []deviceRule) []bpfInsn {
@@ -51,7 +43,6 @@ func deviceProgram(rules []deviceRule) []bpfInsn {
 		differ = unix.BPF_JMP | unix.BPF_JNE
 		exit   = unix.BPF_JMP | unix.BPF_EXIT
 	)
-	reg := func(dst, src uint8) uint8 { return dst | src<<4 }
 	program := []bpfInsn{
 		{load, reg(2, 1), 0, 0},
 		{move | unix.BPF_X, reg(3, 2), 0, 0},

@@ -86,6 +86,49 @@ func setUpInterface(i wire.Interface) error {
 			return fail("add route to "+r.Destination.String(), err)
 		}
 	}
+	if i.Namespace != nil {
+		if err := knowNamespace(link, i.Namespace); err != nil {
+			return fail("know the network namespace", err)
+		}
+	}
+	return nil
+}
+
+// knowNamespace makes the host's network namespace a neighbor on link. Services at 127.0.0.1 answer it: from elsewhere the host lets nothing in that is for them.
+func knowNamespace(link netlink.Link, n *wire.Namespace) error {
+	mac, err := net.ParseMAC(n.MAC)
+	if err != nil {
+		return err
+	}
+	for _, s := range [][2]string{
+		{"net/ipv4/conf/" + link.Attrs().Name + "/route_localnet", "1"},
+		{"net/ipv4/ip_local_port_range", fmt.Sprint(n.LocalPorts[0], n.LocalPorts[1])},
+	} {
+		if err := setSysctl(s[0], s[1]); err != nil {
+			return err
+		}
+	}
+	for _, a := range []netip.Addr{n.IP4, n.IP6, n.Loopback4, n.Loopback6} {
+		if !a.IsValid() {
+			continue
+		}
+		r := route(link.Attrs().Index, wire.Route{Destination: netip.PrefixFrom(a, a.BitLen())})
+		if a == n.Loopback4 {
+			r.Src = loopback4.AsSlice()
+		}
+		if err := netlink.RouteReplace(r); err != nil {
+			return fmt.Errorf("add route to %v: %w", a, err)
+		}
+		neighbor := &netlink.Neigh{LinkIndex: link.Attrs().Index, IP: a.AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT}
+		if err := netlink.NeighSet(neighbor); err != nil {
+			return fmt.Errorf("add neighbor %v: %w", a, err)
+		}
+	}
+	for attach, program := range namespacePrograms(n) {
+		if err := attachProgram(podCgroup, unix.BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach, program); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

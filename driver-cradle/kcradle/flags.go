@@ -27,6 +27,7 @@ type podFlags struct {
 
 	name, hostname, domainname, entrypoint, user, workdir, stopSignal string
 	env, envFile, volume, mount, publish, tmpfs, label, capAdd        []string
+	upstream                                                          []string
 	capDrop, device, dns, dnsSearch, dnsOption, addHost, groupAdd     []string
 	sysctl, ulimit, securityOpt                                       []string
 	network, netns, memory, shmSize, scratchSize, logMaxSize          string
@@ -73,6 +74,7 @@ func (p *podFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&p.ulimit, "ulimit", nil, "`NAME=soft[:hard]`")
 	f.StringArrayVar(&p.securityOpt, "security-opt", nil, "`option`: only no-new-privileges means something here")
 	f.StringVar(&p.network, "network", "user", "`mode`: user (through this host's network), none (only a loopback)")
+	f.StringArrayVar(&p.upstream, "upstream", nil, "TCP `port` of a service at 127.0.0.1 of the network namespace that containers reach at theirs")
 	f.StringVar(&p.netns, "netns", "", "take over the interface of the network namespace at `path`: /run/netns/NAME, /proc/PID/ns/net")
 	f.StringVarP(&p.memory, "memory", "m", "", fmt.Sprintf("`size` of what the containers may use, exactly (default %v)", spec.DefaultMemory))
 	f.Float64Var(&p.cpus, "cpus", 0, "`number` of processors (default 1); a fraction limits the container's share")
@@ -389,6 +391,13 @@ func (p *podFlags) connect(n *spec.Network) error {
 		n.Mode = "user"
 	case p.network != "user" && p.network != "none":
 		return fmt.Errorf("--network %s: user or none; for anything else prepare a network namespace and name it with --netns", p.network)
+	}
+	for _, u := range p.upstream {
+		port, err := strconv.ParseUint(u, 10, 16)
+		if err != nil {
+			return fmt.Errorf("--upstream %s: no port", u)
+		}
+		n.Upstreams = append(n.Upstreams, uint16(port))
 	}
 	for _, port := range p.publish {
 		mappings, err := nat.ParsePortSpec(port)

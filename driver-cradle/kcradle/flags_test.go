@@ -36,7 +36,7 @@ func TestFlags(t *testing.T) {
 		"--health-timeout 5s busybox",
 		"--no-healthcheck busybox",
 		"--network none --dns 192.0.2.1 --dns-search a.example --dns-option ndots:1 --add-host a:192.0.2.2 --add-host b=2001:db8::1 busybox",
-		"--netns /run/netns/x busybox",
+		"--netns /run/netns/x --upstream 9191 --upstream 9192 busybox",
 	}
 	var b strings.Builder
 	for _, line := range cases {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/network"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -279,12 +280,12 @@ func (c *cli) examine(ctx context.Context) []finding {
 		detail, err = fmt.Sprintf("%s: %s, %s", p.Dir, p.Manifest.Variant, short(p.Digest)), p.Verify()
 	}
 	add("boot package", detail, err, "")
-	for _, device := range []struct{ path, use, remedy string }{
-		{"/dev/net/tun", "pods in network namespaces", "modprobe tun"},
-	} {
-		_, err := os.Stat(device.path)
-		add(device.path, device.use, err, device.remedy)
+	unshared, err := network.Probe()
+	if err == nil && unshared != nil {
+		err = fmt.Errorf("in a network namespace that a pod takes over, all other processes would be cut off: %w", unshared)
 	}
+	add("network namespaces", "shared by pods and other processes", err, "modprobe tun sch_ingress cls_bpf; without cls_bpf: modprobe cls_u32 act_mirred")
+
 	t := vmm.OpenTemplates(cache, c.log())
 	list, err := t.List()
 	add("templates", fmt.Sprint(len(list)), err, "kcradle template gc")

@@ -140,6 +140,7 @@ func TestVMKilledAtAnyMoment(t *testing.T) { killedAtAnyMoment(t, 10) }
 func killedAtAnyMoment(t *testing.T, rounds int) {
 	w := theWorld(t)
 	ns := newNamespace(t)
+	settings := ns.settings(t)
 	dir := w.summon(t, "--netns", ns.path, "-v", filepath.Join(t.TempDir(), "v.img")+":/v:size=32M", "-v", t.TempDir()+":/d", "--", "sh", "-c", "echo up; sync; sleep 0.2")
 	begin := time.Now()
 	if out := w.must(t, "run", dir); out != "up\n" {
@@ -166,8 +167,8 @@ func killedAtAnyMoment(t *testing.T, rounds int) {
 	if out := w.must(t, "run", dir); out != "up\n" {
 		t.Errorf("output of a run after %d killed ones: %q", rounds, out)
 	}
-	if filters := ns.tc(t, "filter", "show", "dev", "eth0", "ingress"); filters != "" {
-		t.Errorf("filters are left: %s", filters)
+	if after := ns.settings(t); after != settings {
+		t.Errorf("the namespace was\n%s, and is\n%s", settings, after)
 	}
 }
 
@@ -537,32 +538,6 @@ func setSize(t *testing.T, f *os.File, rows, columns uint16) {
 	}
 }
 
-// A namespace is a pod's as a container runtime prepares it: eth0 on a bridge of the host, 10.89.0.0/24.
-type namespace struct {
-	name, path, bridge string
-}
-
-func newNamespace(t testing.TB) *namespace {
-	t.Helper()
-	n := &namespace{name: fmt.Sprintf("kcradle-%d", os.Getpid())}
-	n.path, n.bridge = "/run/netns/"+n.name, fmt.Sprintf("kc%d", os.Getpid()%1_000_000)
-	ip := func(args string) { t.Helper(); sh(t, "ip", strings.Fields(args)...) }
-	ip("netns add " + n.name)
-	t.Cleanup(func() { ip("netns del " + n.name) })
-	ip("link add " + n.bridge + " type bridge")
-	t.Cleanup(func() { ip("link del " + n.bridge) })
-	ip("addr add 10.89.0.1/24 dev " + n.bridge)
-	ip("addr add fd89::1/64 dev " + n.bridge + " nodad")
-	ip("link set " + n.bridge + " up")
-	ip("link add v" + n.bridge + " mtu 1400 type veth peer name eth0 mtu 1400 netns " + n.name)
-	ip("link set v" + n.bridge + " master " + n.bridge + " up")
-	ip("-n " + n.name + " link set eth0 up")
-	ip("-n " + n.name + " addr add 10.89.0.7/24 dev eth0")
-	ip("-n " + n.name + " addr add fd89::7/64 dev eth0 nodad")
-	ip("-n " + n.name + " route add default via 10.89.0.1")
-	return n
-}
-
 func sh(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
@@ -570,78 +545,6 @@ func sh(t testing.TB, name string, args ...string) string {
 		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
 	}
 	return string(out)
-}
-
-func (n *namespace) links(t testing.TB) string { t.Helper(); return sh(t, "ip", "-n", n.name, "link") }
-
-func (n *namespace) tc(t testing.TB, args ...string) string {
-	t.Helper()
-	return sh(t, "tc", append([]string{"-n", n.name}, args...)...)
-}
-
-// The namespace looks from outside as if the container were in it.
-func TestVMNetns(t *testing.T) {
-	w := theWorld(t)
-	n := newNamespace(t)
-	dir := w.summon(t, "--netns", n.path, "--", "sh", "-c", "echo page >/index.html; httpd -f -h /")
-	w.must(t, "run", "-d", dir)
-	out := w.must(t, "exec", dir, "sh", "-c", "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip -o addr show dev eth0 | awk '{print $4}'; ip route")
-	mac := strings.TrimSpace(sh(t, "ip", "netns", "exec", n.name, "cat", "/sys/class/net/eth0/address"))
-	for _, want := range []string{mac, "\n1400\n", "10.89.0.7/24", "fd89::7/64", "default via 10.89.0.1"} {
-		if !strings.Contains("\n"+out, want) {
-			t.Errorf("the guest has no %q:\n%s", want, out)
-		}
-	}
-	for _, address := range []string{"10.89.0.7", "[fd89::7]"} {
-		var got string
-		within(t, address+" answers", func() bool {
-			c, err := net.DialTimeout("tcp", address+":80", time.Second)
-			if err != nil {
-				return false
-			}
-			defer c.Close()
-			io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
-			c.SetDeadline(time.Now().Add(10 * time.Second))
-			data, err := io.ReadAll(c)
-			got = string(data)
-			return err == nil
-		})
-		if !strings.HasSuffix(got, "\npage\n") {
-			t.Errorf("%s answers %q", address, got)
-		}
-	}
-	// The other way, and large.
-	l, err := net.Listen("tcp", "10.89.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	large := bytes.Repeat([]byte("0123456789abcdef"), 1<<17)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			c.Write(large)
-			c.Close()
-		}
-	}()
-	port := l.Addr().(*net.TCPAddr).Port
-	if out := w.must(t, "exec", dir, "sh", "-c", fmt.Sprintf("nc 10.89.0.1 %d | wc -c", port)); strings.TrimSpace(out) != strconv.Itoa(len(large)) {
-		t.Errorf("of %d bytes the guest got %s", len(large), out)
-	}
-	other := w.summon(t, "--netns", n.path, "--", "true")
-	if _, stderr, code := w.run(t, "run", other); code != 125 || !strings.Contains(stderr, "network namespace is in use by another pod") {
-		t.Errorf("a second pod in the namespace: exit code %d, %s", code, stderr)
-	}
-	w.must(t, "stop", "-t", "0", dir)
-	if links := n.links(t); strings.Contains(links, "cradle0") {
-		t.Errorf("a tap is left: %s", links)
-	}
-	if filters := n.tc(t, "filter", "show", "dev", "eth0", "ingress"); filters != "" {
-		t.Errorf("filters are left: %s", filters)
-	}
 }
 
 // Ports are published in user mode: TCP and UDP, chosen and given, on an address.

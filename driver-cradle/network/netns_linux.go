@@ -19,30 +19,31 @@ import (
 // tapName is the tap's in the pod's namespace. It vanishes with the last process that has it open.
 const tapName = "cradle0"
 
-// redirectPref is the priority of our filters, by which a later process knows those that a killed one has left.
-const redirectPref = 0xc4ad
-
 // ErrInUse is what Take returns where another machine has the namespace.
-var ErrInUse = errors.New("network namespace is in use by another pod")
+var ErrInUse = errors.New("network namespace is in use by another pod: one machine has a namespace's addresses; run what shares them as further containers of that pod (in a Nomad task: container {} blocks)")
 
-// Take makes a tap in the network namespace at path and connects it with the pod's interface there. The interface describes what the guest
-// has to set up. The connection lasts as long as the tap is open; Release removes what is left then.
-func Take(ctx context.Context, path string) (tap *os.File, i wire.Interface, err error) {
+// A Link is a machine's connection with a pod's interface.
+type Link struct {
+	Tap       *os.File       // the machine's end; the connection lasts as long as it is open
+	Interface wire.Interface // what the guest has to set up
+	// Unshared says why the namespace's own processes hear nothing any more, where that is so. The guest has all of the network then.
+	Unshared error
+}
+
+// Take makes a tap in the network namespace at path and connects it with the pod's interface there. The guest gets to the namespace's
+// services at 127.0.0.1 whose ports are upstreams. Release removes what is left when the tap is gone.
+func Take(ctx context.Context, path string, upstreams []uint16) (l *Link, err error) {
 	err = inNamespace(path, func() error {
-		if tap, i, err = take(); err != nil && tap != nil {
-			tap.Close()
-			tap = nil
-		}
+		l, err = take(upstreams)
 		return err
 	})
 	if err == nil && ctx.Err() != nil {
-		err = errors.Join(context.Cause(ctx), tap.Close(), Release(path))
-		tap = nil
+		err = errors.Join(context.Cause(ctx), l.Tap.Close(), Release(path))
 	}
 	if err != nil {
-		return nil, wire.Interface{}, fmt.Errorf("take over network namespace %s: %w", path, err)
+		return nil, fmt.Errorf("take over network namespace %s: %w", path, err)
 	}
-	return tap, i, nil
+	return l, nil
 }
 
 // Release removes from the namespace at path what a Take has left whose tap is gone. A namespace that is gone itself is no error, one that is
@@ -53,8 +54,7 @@ func Release(path string) error {
 		if err != nil {
 			return err
 		}
-		_, err = removeStale(link)
-		return err
+		return removeStale(link)
 	})
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNoNamespace) || errors.Is(err, errNoInterface) || errors.Is(err, ErrInUse) {
 		return nil
@@ -63,6 +63,42 @@ func Release(path string) error {
 		return fmt.Errorf("release network namespace %s: %w", path, err)
 	}
 	return nil
+}
+
+// Probe tries in a network namespace of its own what Take does: whether it can be done at all, and why (unshared) the processes of a pod's namespace would
+// be cut off.
+func Probe() (unshared, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // as in inNamespace
+		unshared, err = probe()
+	}()
+	<-done
+	return unshared, err
+}
+
+func probe() (unshared, err error) {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return nil, fmt.Errorf("make a network namespace: %w", err)
+	}
+	outside, err := openTap("eth0")
+	if err != nil {
+		return nil, err
+	}
+	defer outside.Close()
+	eth0, err := netlink.LinkByName("eth0")
+	if err == nil {
+		err = netlink.LinkSetUp(eth0)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("interface eth0: %w", err)
+	}
+	l, err := take(nil)
+	if err != nil {
+		return nil, err
+	}
+	return l.Unshared, l.Tap.Close()
 }
 
 var (
@@ -100,27 +136,29 @@ func inNamespace(path string, f func() error) error {
 	return <-done
 }
 
-func take() (*os.File, wire.Interface, error) {
+func take(upstreams []uint16) (*Link, error) {
 	link, err := podInterface()
 	if err != nil {
-		return nil, wire.Interface{}, err
+		return nil, err
 	}
-	ingress, err := removeStale(link)
+	if err := removeStale(link); err != nil {
+		return nil, err
+	}
+	l := new(Link)
+	if l.Interface, err = describe(link); err != nil {
+		return nil, err
+	}
+	if l.Tap, err = openTap(tapName); err != nil {
+		return nil, err
+	}
+	l.Unshared, err = connect(link, &l.Interface, upstreams)
+	if err == nil && l.Unshared != nil && len(upstreams) > 0 {
+		err = fmt.Errorf("upstreams are out of reach: %w", l.Unshared)
+	}
 	if err != nil {
-		return nil, wire.Interface{}, err
+		return nil, errors.Join(err, disconnect(link), l.Tap.Close())
 	}
-	i, err := describe(link)
-	if err != nil {
-		return nil, wire.Interface{}, err
-	}
-	tap, err := openTap()
-	if err != nil {
-		return nil, wire.Interface{}, err
-	}
-	if err := connect(link, i.MTU, ingress); err != nil {
-		return tap, wire.Interface{}, errors.Join(err, disconnect(link))
-	}
-	return tap, i, nil
+	return l, nil
 }
 
 // podInterface is the namespace's interface towards the network: eth0, else the one with a default route, else the first that is up.
@@ -223,12 +261,12 @@ func describeRoute(r *netlink.Route) (wire.Route, bool) {
 }
 
 // openTap makes the tap. Packets carry a virtio-net header, so that checksums and segmentation are left to whoever can do them best.
-func openTap() (*os.File, error) {
+func openTap(name string) (*os.File, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/net/tun: %w: the host's kernel needs the tun module (modprobe tun)", err)
 	}
-	ifr, err := unix.NewIfreq(tapName)
+	ifr, err := unix.NewIfreq(name)
 	if err == nil {
 		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
@@ -238,119 +276,7 @@ func openTap() (*os.File, error) {
 		if errors.Is(err, unix.EBUSY) {
 			return nil, ErrInUse
 		}
-		return nil, fmt.Errorf("make tap %s: %w", tapName, err)
+		return nil, fmt.Errorf("make tap %s: %w", name, err)
 	}
 	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil // not before: only now can it be waited for
-}
-
-// connect hands what arrives at link to the tap, and what arrives at the tap to link.
-func connect(link netlink.Link, mtu int, hasIngress bool) error {
-	// Nobody but the guest speaks on the tap.
-	if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+tapName+"/disable_ipv6", []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	tap, err := netlink.LinkByName(tapName)
-	if err != nil {
-		return fmt.Errorf("tap %s: %w", tapName, err)
-	}
-	if err := netlink.LinkSetMTU(tap, mtu); err != nil {
-		return fmt.Errorf("tap %s: set MTU %d: %w", tapName, mtu, err)
-	}
-	if err := netlink.LinkSetARPOff(tap); err != nil {
-		return fmt.Errorf("tap %s: %w", tapName, err)
-	}
-	if err := netlink.LinkSetUp(tap); err != nil {
-		return fmt.Errorf("tap %s: set up: %w", tapName, err)
-	}
-	if err := redirect(tap, link, false); err != nil {
-		return err
-	}
-	return redirect(link, tap, hasIngress)
-}
-
-// redirect sends everything that arrives at from out of to.
-func redirect(from, to netlink.Link, hasIngress bool) error {
-	index := from.Attrs().Index
-	if !hasIngress {
-		q := &netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_INGRESS}}
-		if err := netlink.QdiscAdd(q); err != nil {
-			return fmt.Errorf("interface %s: add ingress qdisc: %w: the host's kernel needs sch_ingress", from.Attrs().Name, err)
-		}
-	}
-	// Of the classifiers that match everything u32 is the one that every distribution's kernel has.
-	f := &netlink.U32{
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: redirectPref, Protocol: unix.ETH_P_ALL},
-		Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},
-		Actions:     []netlink.Action{netlink.NewMirredAction(to.Attrs().Index)},
-	}
-	if err := netlink.FilterAdd(f); err != nil {
-		return fmt.Errorf("interface %s: redirect to %s: %w: the host's kernel needs cls_u32 and act_mirred", from.Attrs().Name, to.Attrs().Name, err)
-	}
-	return nil
-}
-
-// removeStale removes what a process that was killed has left on link. It says whether link has an ingress qdisc, of somebody else's. It fails
-// with ErrInUse while the tap is there.
-func removeStale(link netlink.Link) (ingress bool, err error) {
-	if _, err := netlink.LinkByName(tapName); err == nil {
-		return false, ErrInUse
-	} else if !errors.As(err, new(netlink.LinkNotFoundError)) {
-		return false, fmt.Errorf("tap %s: %w", tapName, err)
-	}
-	if err := disconnect(link); err != nil {
-		return false, err
-	}
-	return hasIngress(link)
-}
-
-// disconnect removes our filter from link, and the ingress qdisc where nobody else has a filter there.
-func disconnect(link netlink.Link) error {
-	name := link.Attrs().Name
-	ingress, err := hasIngress(link)
-	if err != nil || !ingress {
-		return err
-	}
-	filters, err := netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS)
-	if err != nil {
-		return fmt.Errorf("interface %s: list filters: %w", name, err)
-	}
-	ours := false
-	for _, f := range filters {
-		if f.Attrs().Priority != redirectPref {
-			continue
-		}
-		ours = true
-		del := &netlink.U32{FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: redirectPref, Protocol: unix.ETH_P_ALL,
-		}}
-		if err := netlink.FilterDel(del); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("interface %s: remove redirection: %w", name, err)
-		}
-		break // all of one priority go at once
-	}
-	if !ours {
-		return nil
-	}
-	if filters, err = netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS); err != nil {
-		return fmt.Errorf("interface %s: list filters: %w", name, err)
-	}
-	if len(filters) > 0 {
-		return nil
-	}
-	q := &netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_INGRESS}}
-	if err := netlink.QdiscDel(q); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("interface %s: remove ingress qdisc: %w", name, err)
-	}
-	return nil
-}
-
-// hasIngress says whether link has an ingress or clsact qdisc: there is room for one.
-func hasIngress(link netlink.Link) (bool, error) {
-	qdiscs, err := netlink.QdiscList(link)
-	if err != nil {
-		return false, fmt.Errorf("interface %s: list qdiscs: %w", link.Attrs().Name, err)
-	}
-	return slices.ContainsFunc(qdiscs, func(q netlink.Qdisc) bool {
-		return q.Attrs().Handle == netlink.MakeHandle(0xffff, 0)
-	}), nil
 }

@@ -13,9 +13,12 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -105,13 +108,16 @@ func (l *lab) in(ns string, f func() error) {
 }
 
 // take takes the pod's namespace over.
-func (l *lab) take() (*os.File, wire.Interface) {
+func (l *lab) take(upstreams ...uint16) (*os.File, wire.Interface) {
 	l.t.Helper()
-	tap, i, err := Take(l.t.Context(), l.pod)
+	link, err := Take(l.t.Context(), l.pod, upstreams)
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	return tap, i
+	if link.Unshared != nil {
+		l.t.Errorf("the namespace is cut off: %v", link.Unshared)
+	}
+	return link.Tap, link.Interface
 }
 
 // plug makes the guest's namespace the machine behind the tap: an interface of its own is set up as told, and what arrives at one
@@ -120,7 +126,7 @@ func (l *lab) plug(tap *os.File, i wire.Interface) (unplug func()) {
 	l.t.Helper()
 	var inner *os.File
 	l.in(l.guest, func() (err error) {
-		if inner, err = openTap(); err != nil {
+		if inner, err = openTap(tapName); err != nil {
 			return err
 		}
 		link, err := netlink.LinkByName(tapName)
@@ -153,7 +159,10 @@ func (l *lab) plug(tap *os.File, i wire.Interface) (unplug func()) {
 				return fmt.Errorf("route %+v: %w", r, err)
 			}
 		}
-		return nil
+		if i.Namespace == nil {
+			return nil
+		}
+		return know(link, i.Namespace)
 	})
 	done := make(chan struct{}, 2)
 	pump := func(to, from *os.File) {
@@ -169,13 +178,37 @@ func (l *lab) plug(tap *os.File, i wire.Interface) (unplug func()) {
 	}
 	go pump(inner, tap)
 	go pump(tap, inner)
-	return func() {
+	return sync.OnceFunc(func() {
 		tap.SetReadDeadline(time.Unix(1, 0))
 		inner.Close()
 		<-done
 		<-done
 		tap.SetReadDeadline(time.Time{})
+	})
+}
+
+// know does what the guest does to have the namespace as a neighbor.
+func know(link netlink.Link, n *wire.Namespace) error {
+	mac, err := net.ParseMAC(n.MAC)
+	if err != nil {
+		return err
 	}
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	for _, a := range []netip.Addr{n.IP4, n.IP6, n.Loopback4, n.Loopback6} {
+		neighbor := &netlink.Neigh{LinkIndex: link.Attrs().Index, IP: a.AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT}
+		route := &netlink.Route{
+			LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK,
+			Dst: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())},
+		}
+		if a == n.Loopback4 {
+			route.Src = net.IPv4(127, 0, 0, 1)
+		}
+		err = errors.Join(err, netlink.NeighSet(neighbor), netlink.RouteAdd(route))
+	}
+	return errors.Join(err, setSysctl("net/ipv4/conf/eth0/route_localnet", "1"))
 }
 
 func TestRootTake(t *testing.T) {
@@ -225,10 +258,20 @@ func TestRootTake(t *testing.T) {
 	}
 	for _, network := range []string{"tcp4", "tcp6", "udp4", "udp6"} {
 		for _, direction := range []struct{ name, server, client string }{{"in", l.guest, l.host}, {"out", l.host, l.guest}} {
-			l.exchange(network, direction.server, direction.client, direction.name == "in")
+			host, guest := "10.88.0.1", "10.88.0.5"
+			if strings.HasSuffix(network, "6") {
+				host, guest = "fd88::1", "fd88::5"
+			}
+			address := host
+			if direction.name == "in" {
+				address = guest
+			}
+			if err := l.exchange(network, direction.server, direction.client, address, address); err != nil {
+				t.Error(direction.name, err)
+			}
 		}
 	}
-	if _, _, err := Take(t.Context(), l.pod); !errors.Is(err, ErrInUse) {
+	if _, err := Take(t.Context(), l.pod, nil); !errors.Is(err, ErrInUse) {
 		t.Errorf("taking a namespace over twice: %v", err)
 	}
 	if err := Release(l.pod); err != nil {
@@ -263,25 +306,19 @@ func (l *lab) state() string {
 	return strings.ReplaceAll(s, " tentative", "")
 }
 
-// exchange sends a message from client to server, and back.
-func (l *lab) exchange(network, server, client string, toGuest bool) {
+// exchange sends a message from client to server, and back: the server listens on one address, and is called by another.
+func (l *lab) exchange(network, server, client, listen, call string) error {
 	l.t.Helper()
-	host, guest := "10.88.0.1", "10.88.0.5"
-	if strings.HasSuffix(network, "6") {
-		host, guest = "fd88::1", "fd88::5"
-	}
-	address := net.JoinHostPort(host, "7777")
-	if toGuest {
-		address = net.JoinHostPort(guest, "7777")
-	}
-	large := strings.Repeat("x", 500_000)
-	if strings.HasPrefix(network, "udp") {
-		large = strings.Repeat("x", 5_000) // in fragments
+	listen, call = net.JoinHostPort(listen, "7777"), net.JoinHostPort(call, "7777")
+	datagrams := strings.HasPrefix(network, "udp")
+	large := strings.Repeat("0123456789", 50_000)
+	if datagrams {
+		large = large[:5_000] // in fragments
 	}
 	answered := make(chan error, 1)
-	if strings.HasPrefix(network, "udp") {
+	if datagrams {
 		var c net.PacketConn
-		l.in(server, func() (err error) { c, err = net.ListenPacket(network, address); return err })
+		l.in(server, func() (err error) { c, err = net.ListenPacket(network, listen); return err })
 		defer c.Close()
 		go func() {
 			buf := make([]byte, 10_000)
@@ -293,7 +330,7 @@ func (l *lab) exchange(network, server, client string, toGuest bool) {
 		}()
 	} else {
 		var listener net.Listener
-		l.in(server, func() (err error) { listener, err = net.Listen(network, address); return err })
+		l.in(server, func() (err error) { listener, err = net.Listen(network, listen); return err })
 		defer listener.Close()
 		go func() {
 			c, err := listener.Accept()
@@ -304,20 +341,186 @@ func (l *lab) exchange(network, server, client string, toGuest bool) {
 			answered <- err
 		}()
 	}
-	var c net.Conn
-	ctx, cancel := context.WithTimeout(l.t.Context(), 10*time.Second)
-	defer cancel()
-	l.in(client, func() (err error) { c, err = new(net.Dialer).DialContext(ctx, network, address); return err })
+	fail := func(err error) error {
+		return fmt.Errorf("%s from %s to %s in %s: %w", network, client, call, server, err)
+	}
+	c, err := l.dial(network, client, call)
+	if err != nil {
+		return fail(err)
+	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(10 * time.Second))
 	go io.WriteString(c, large)
 	got := make([]byte, len(large))
-	if _, err := io.ReadFull(c, got); err != nil || string(got) != large {
-		l.t.Errorf("%s %s: %v", network, address, err)
+	if _, err := io.ReadFull(c, got); err != nil {
+		return fail(err)
+	}
+	if string(got) != large {
+		return fail(errors.New("the answer is another"))
 	}
 	if err := <-answered; err != nil {
-		l.t.Errorf("%s %s: server: %v", network, address, err)
+		return fail(fmt.Errorf("server: %w", err))
 	}
+	return nil
+}
+
+func (l *lab) dial(network, client, address string) (c net.Conn, err error) {
+	ctx, cancel := context.WithTimeout(l.t.Context(), 10*time.Second)
+	defer cancel()
+	err = inNamespace(client, func() (err error) { c, err = new(net.Dialer).DialContext(ctx, network, address); return err })
+	return c, err
+}
+
+// The namespace's own processes have the network beside the guest, and reach it as if it were in the namespace.
+func TestRootShare(t *testing.T) {
+	l := newLab(t)
+	before := l.settings()
+	tap, i := l.take(7777)
+	if got := i.Namespace.LocalPorts; got != [2]uint16{46884, 60999} {
+		t.Errorf("the guest's ports are %v", got)
+	}
+	defer tap.Close()
+	unplug := l.plug(tap, i)
+	defer unplug()
+	if !l.answers("10.88.0.5") || !l.answers("fd88::5") {
+		t.Fatal("no answer from the guest")
+	}
+	for _, c := range []struct{ name, server, client, listen, call string }{
+		{"out", l.host, l.pod, "10.88.0.1", "10.88.0.1"},
+		{"out", l.host, l.pod, "fd88::1", "fd88::1"},
+		{"in", l.pod, l.host, "10.88.0.5", "10.88.0.5"},
+		{"in", l.pod, l.host, "fd88::5", "fd88::5"},
+		{"in to all addresses", l.pod, l.host, "0.0.0.0", "10.88.0.5"},
+		{"within", l.pod, l.pod, "127.0.0.1", "127.0.0.1"},
+		{"within", l.pod, l.pod, "10.88.0.5", "10.88.0.5"},
+		{"within", l.pod, l.pod, "::1", "::1"},
+		{"within", l.pod, l.pod, "fd88::5", "fd88::5"},
+		{"guest in", l.guest, l.host, "10.88.0.5", "10.88.0.5"},
+		{"guest out", l.host, l.guest, "10.88.0.1", "10.88.0.1"},
+		{"to the guest", l.guest, l.pod, "127.0.0.1", "127.0.0.1"},
+		{"to the guest", l.guest, l.pod, "0.0.0.0", "127.0.0.1"},
+		{"to the guest", l.guest, l.pod, "10.88.0.5", "10.88.0.5"},
+		{"to the guest", l.guest, l.pod, "fd88::5", "::1"},
+		{"to the guest", l.guest, l.pod, "fd88::5", "fd88::5"},
+		{"upstream", l.pod, l.guest, "127.0.0.1", "169.254.255.2"},
+	} {
+		for _, network := range []string{"tcp", "udp"} {
+			if network == "udp" && c.name == "upstream" {
+				continue
+			}
+			if err := l.exchange(network, c.server, c.client, c.listen, c.call); err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		}
+	}
+	for _, address := range []string{"127.0.0.1:7778", "10.88.0.5:7778", "[::1]:7778", "[fd88::5]:7778"} {
+		if _, err := l.dial("tcp", l.pod, address); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("%s in the namespace: %v", address, err)
+		}
+	}
+	if _, err := l.dial("tcp", l.guest, "169.254.255.2:7777"); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("an upstream that nobody serves: %v", err)
+	}
+	for _, ns := range []string{l.pod, l.guest} {
+		for _, address := range []string{"10.88.0.1", "fd88::1"} {
+			l.run("ip", "netns", "exec", strings.TrimPrefix(ns, "/run/netns/"), "ping", "-n", "-c", "2", "-i", "0.2", "-W", "5", address)
+		}
+	}
+	unplug()
+	tap.Close()
+	if err := Release(l.pod); err != nil {
+		t.Fatal(err)
+	}
+	if after := l.settings(); after != before {
+		t.Errorf("the namespace was changed:\n%s\n%s", before, after)
+	}
+}
+
+// On a host where sockets can't be told apart the guest has the network alone, as it is told.
+func TestRootUnshared(t *testing.T) {
+	l := newLab(t)
+	ns := strings.TrimPrefix(l.pod, "/run/netns/")
+	l.run("tc", "-n", ns, "qdisc", "add", "dev", "lo", "ingress") // of another kind than is needed, and there is room for one
+	before := l.settings()
+	if _, err := Take(t.Context(), l.pod, []uint16{1}); err == nil || !strings.Contains(err.Error(), "upstreams are out of reach") {
+		t.Errorf("upstreams: %v", err)
+	}
+	if after := l.settings(); after != before {
+		t.Errorf("a Take that failed has changed the namespace:\n%s\n%s", before, after)
+	}
+	link, err := Take(t.Context(), l.pod, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(link.Unshared)
+	if link.Unshared == nil || link.Interface.Namespace != nil {
+		t.Errorf("it is shared: %+v", link)
+	}
+	unplug := l.plug(link.Tap, link.Interface)
+	if !l.answers("10.88.0.5") || !l.answers("fd88::5") {
+		t.Error("no answer from the guest")
+	}
+	if err := l.exchange("tcp", l.host, l.guest, "10.88.0.1", "10.88.0.1"); err != nil {
+		t.Error(err)
+	}
+	unplug()
+	link.Tap.Close()
+	if err := Release(l.pod); err != nil {
+		t.Fatal(err)
+	}
+	if after := l.settings(); after != before {
+		t.Errorf("the namespace was changed:\n%s\n%s", before, after)
+	}
+}
+
+// Programs for all kinds of pods pass the kernel's verifier.
+func TestRootPrograms(t *testing.T) {
+	datagrams, err := newDatagrams()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer datagrams.Close()
+	var ports []uint16
+	for p := range uint16(64) {
+		ports = append(ports, 1000+p)
+	}
+	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+	for _, s := range []sharing{
+		{},
+		{addresses: []netip.Addr{v4}},
+		{addresses: []netip.Addr{v6}},
+		{addresses: []netip.Addr{v4, v6, v4.Next(), v6.Next(), v4.Next().Next(), v6.Next().Next()}, upstreams: ports},
+	} {
+		s.datagrams = datagrams.FD()
+		for name, code := range map[string]asm.Instructions{"from network": s.fromNetwork(), "from namespace": s.fromNamespace(), "from guest": s.fromGuest()} {
+			prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, Instructions: code, License: "Apache-2.0"})
+			if err != nil {
+				t.Errorf("%s, %+v: %v", name, s, err)
+				continue
+			}
+			prog.Close()
+		}
+	}
+}
+
+func TestRootProbe(t *testing.T) {
+	if unshared, err := Probe(); unshared != nil || err != nil {
+		t.Errorf("%v, %v", unshared, err)
+	}
+}
+
+// settings are those of the pod's namespace that may have been changed, and what is attached to its interfaces.
+func (l *lab) settings() string {
+	ns := strings.TrimPrefix(l.pod, "/run/netns/")
+	s := l.run("ip", "netns", "exec", ns, "sysctl", "net.ipv4.ip_local_port_range", "net.ipv4.conf.lo.accept_local", "net.ipv4.conf.lo.route_localnet")
+	s += l.run("tc", "-n", ns, "qdisc", "show")
+	for _, side := range []string{"ingress", "egress"} {
+		for _, link := range []string{"eth0", "lo"} {
+			out, _ := exec.Command("tc", "-n", ns, "filter", "show", "dev", link, side).Output() // there may be nothing to hold filters
+			s += string(out)
+		}
+	}
+	return s
 }
 
 // Somebody else's filter on the interface stays.
@@ -336,7 +539,7 @@ func TestRootForeignFilter(t *testing.T) {
 	if err := Release(l.pod); err != nil {
 		t.Fatal(err)
 	}
-	if f := l.run("tc", "-n", ns, "filter", "show", "dev", "eth0", "ingress"); !strings.Contains(f, "pref 60000") || strings.Contains(f, fmt.Sprint("pref ", redirectPref)) {
+	if f := l.run("tc", "-n", ns, "filter", "show", "dev", "eth0", "ingress"); !strings.Contains(f, "pref 60000") || strings.Contains(f, fmt.Sprint("pref ", filterPref)) {
 		t.Errorf("filters are now:\n%s", f)
 	}
 }
@@ -348,9 +551,9 @@ func TestRootTakeRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{file, "/proc/self/ns/mnt", "/nonexistent", l.guest} {
-		tap, _, err := Take(t.Context(), path)
+		link, err := Take(t.Context(), path, nil)
 		if err == nil {
-			tap.Close()
+			link.Tap.Close()
 			t.Errorf("Take(%s) succeeds", path)
 		}
 		t.Log(err)
@@ -360,7 +563,7 @@ func TestRootTakeRefuses(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := Take(ctx, l.pod); !errors.Is(err, context.Canceled) {
+	if _, err := Take(ctx, l.pod, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("Take after the context's end: %v", err)
 	}
 	if links := l.ip(l.pod, "-o link"); strings.Contains(links, tapName) {

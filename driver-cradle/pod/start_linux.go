@@ -301,12 +301,15 @@ func connect(ctx context.Context, launch *spec.Launch, log *slog.Logger, c *vmm.
 	case "none":
 		c.Net.Mode = vmm.NetNone
 	case "netns":
-		tap, i, err := network.Take(ctx, n.Netns)
+		l, err := network.Take(ctx, n.Netns, n.Upstreams)
 		if err != nil {
 			return err
 		}
-		c.Net = vmm.Net{Mode: vmm.NetTap, Tap: tap, MAC: i.MAC}
-		w.Interfaces = []wire.Interface{i}
+		if l.Unshared != nil {
+			log.Warn("the network namespace's own processes are cut off: the guest has its addresses alone", "pod", launch.Name, "netns", n.Netns, "error", l.Unshared)
+		}
+		c.Net = vmm.Net{Mode: vmm.NetTap, Tap: l.Tap, MAC: l.Interface.MAC}
+		w.Interfaces = []wire.Interface{l.Interface}
 	default:
 		i := userInterface(launch.ID)
 		c.Net = vmm.Net{Mode: vmm.NetUser, Publish: n.Publish, MAC: i.MAC}

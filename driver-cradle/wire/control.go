@@ -76,6 +76,22 @@ type Interface struct {
 	MTU       int            `json:"mtu,omitempty"`
 	Addresses []netip.Prefix `json:"addresses,omitempty"`
 	Routes    []Route        `json:"routes,omitempty"`
+	// Namespace is there where a network namespace on the host goes on using the addresses.
+	Namespace *Namespace `json:"namespace,omitempty"`
+}
+
+// A Namespace shares an interface's addresses with the guest. What its processes send to one of them or to the loopback address, and nobody there
+// takes, comes in by the interface, from an address that stands for the namespace; what the guest sends to that goes back to them. The ones of IPv6 are
+// there where the interface has that.
+type Namespace struct {
+	MAC        string     `json:"mac"`
+	IP4        netip.Addr `json:"ip4"` // they were sent to one of the interface's addresses
+	IP6        netip.Addr `json:"ip6,omitzero"`
+	Loopback4  netip.Addr `json:"loopback4"`          // they were sent to 127.0.0.1, and come in to it
+	Loopback6  netip.Addr `json:"loopback6,omitzero"` // they were sent to ::1, and come in to the first address
+	LocalPorts [2]uint16  `json:"localPorts"`         // first and last: the guest's part of those for sockets that ask for none
+	// Upstreams are ports of services at the namespace's 127.0.0.1 that the guest's processes reach at theirs.
+	Upstreams []uint16 `json:"upstreams,omitempty"`
 }
 
 // A Route with an invalid Via is on the link.
