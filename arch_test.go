@@ -51,6 +51,8 @@ var mayImport = map[string][]string{
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/volume": {"spec"},
 
+	"csi-plugin/volume/volumetest": {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
 	"internal/nomadtest": {"test/programs"},
@@ -66,6 +68,7 @@ var testsMayImport = map[string][]string{
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/driver":        {"internal/nomadtest", "test/programs"},
 	"bali":                        {"internal/nomadtest"},
+	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

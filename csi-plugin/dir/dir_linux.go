@@ -82,7 +82,10 @@ type record struct {
 	Origin  volume.Origin  `json:"origin,omitzero"`
 	Created time.Time      `json:"created"`
 	Content volume.Content `json:"content,omitempty"`
-	Copied  bool           `json:"copied,omitempty"` // of a snapshot
+
+	// Of snapshots.
+	Copied    bool `json:"copied,omitempty"`
+	Automatic bool `json:"automatic,omitempty"`
 }
 
 // maxRecord bounds what is read of one.
@@ -183,7 +186,7 @@ func hidden(folder string) string {
 }
 
 // make makes a folder in one step: fill gets the hidden folder's name. The caller holds the lock.
-func (p *pool) make(folder string, r record, fill func(hidden string) error) error {
+func (p *pool) make(folder string, r *record, fill func(hidden string) error) error {
 	h := hidden(folder)
 	err := p.root.RemoveAll(h)
 	if err == nil {
@@ -193,7 +196,7 @@ func (p *pool) make(folder string, r record, fill func(hidden string) error) err
 		err = fill(h)
 	}
 	if err == nil {
-		err = p.write(h, r)
+		err = p.write(h, *r)
 	}
 	if err == nil {
 		err = p.root.Rename(h, folder)
@@ -231,11 +234,6 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 	if r.Origin != (volume.Origin{}) {
 		return volume.Volume{}, volume.Invalid("origin", "is for clones")
 	}
-	return b.create(ctx, r)
-}
-
-// create makes a volume or a clone.
-func (b *Backend) create(ctx context.Context, r volume.Request) (volume.Volume, error) {
 	p, err := b.check(&r)
 	if err != nil {
 		return volume.Volume{}, err
@@ -245,33 +243,42 @@ func (b *Backend) create(ctx context.Context, r volume.Request) (volume.Volume, 
 		return volume.Volume{}, err
 	}
 	defer lock.Close()
+	return b.create(p, r, mount.Minimum(r.FS), func(rec *record, h string, size int64) error {
+		if r.Direct {
+			rec.Content = volume.Guest
+		}
+		if size == 0 {
+			return p.root.Mkdir(filepath.Join(h, dataDir), 0o755)
+		}
+		f, err := p.root.OpenFile(filepath.Join(h, imageFile), createNew, 0o600)
+		if err != nil {
+			return err
+		}
+		return errors.Join(f.Truncate(size), f.Sync(), f.Close())
+	})
+}
 
+// create makes a volume of at least least bytes, should there be none, for which fill makes the content in the hidden folder. The caller
+// holds the lock.
+func (b *Backend) create(p *pool, r volume.Request, least int64, fill func(rec *record, hidden string, size int64) error) (volume.Volume, error) {
 	switch f, err := b.find(r.Name); {
 	case err == nil:
 		return f.volume(), f.volume().Fits(r)
 	case !errors.Is(err, volume.ErrNotFound):
 		return volume.Volume{}, err
 	}
-	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC()}
-	if r.Direct {
-		rec.Content = volume.Guest
-	}
 	var size int64
 	if isImage(r) {
-		if size, err = r.Choose(cmp.Or(r.Limit, defaultSize), mount.Minimum(r.FS), sizeStep); err != nil {
+		var err error
+		if size, err = r.Choose(max(least, defaultSize), least, sizeStep); err != nil {
 			return volume.Volume{}, err
 		}
 		if err := p.room(r.Name, size); err != nil {
 			return volume.Volume{}, err
 		}
 	}
-	err = p.make(r.Name, rec, func(h string) error {
-		if size == 0 {
-			return p.root.Mkdir(filepath.Join(h, dataDir), 0o755)
-		}
-		return p.makeImage(filepath.Join(h, imageFile), size)
-	})
-	if err != nil {
+	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC()}
+	if err := p.make(r.Name, &rec, func(h string) error { return fill(&rec, h, size) }); err != nil {
 		return volume.Volume{}, fmt.Errorf("create volume %s: %w", r.Name, storageError(err))
 	}
 	f, err := b.find(r.Name)
@@ -345,14 +352,6 @@ func (p *pool) free() (int64, error) {
 	return int64(s.Available), nil
 }
 
-func (p *pool) makeImage(path string, size int64) error {
-	f, err := p.root.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Truncate(size), f.Sync(), f.Close())
-}
-
 // storageError gives the errors of a full or failing host file system their sentinel.
 func storageError(err error) error {
 	switch {
@@ -388,8 +387,17 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := f.unused(); err != nil {
+	if err := f.unused(ctx); err != nil {
 		return fmt.Errorf("delete volume %s: %w", id, err)
+	}
+	snapshots, err := f.snapshots()
+	if err != nil {
+		return err
+	}
+	for _, snap := range snapshots {
+		if !snap.Automatic {
+			return fmt.Errorf("delete volume %s: %w: it has the snapshot %s; delete that first", id, volume.ErrInUse, snap.id())
+		}
 	}
 	if err := f.pool.remove(id); err != nil {
 		return fmt.Errorf("delete volume %s: %w", id, storageError(err))
@@ -398,7 +406,7 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 }
 
 // unused says, with an ErrInUse, who has a volume on this host. A loop device that nobody uses is detached.
-func (f *found) unused() error {
+func (f *found) unused(ctx context.Context) error {
 	if f.size == 0 {
 		uses, err := mount.UsesOf(f.path(dataDir))
 		if err == nil && len(uses) > 0 {
@@ -406,19 +414,38 @@ func (f *found) unused() error {
 		}
 		return err
 	}
-	if err := f.release(); err != nil {
-		return err
+	for wait := time.Millisecond; ; wait *= 2 {
+		if err := f.release(); err != nil {
+			return err
+		}
+		loops, err := mount.Loops(f.image())
+		if err != nil {
+			return err
+		}
+		if len(loops) == 0 {
+			return machineHas(f.image())
+		}
+		uses, err := mount.Uses(loops[0].Device)
+		if err != nil {
+			return err
+		}
+		if len(uses) > 0 {
+			return fmt.Errorf("%w: it is mounted on %s", volume.ErrInUse, uses[0])
+		}
+		// Whoever lists loop devices has each open for a moment.
+		if wait > patience {
+			return fmt.Errorf("%w: %s is open", volume.ErrInUse, loops[0].Device)
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
-	loops, err := mount.Loops(f.image())
-	if err == nil && len(loops) > 0 {
-		uses, _ := mount.Uses(loops[0].Device)
-		err = fmt.Errorf("%w: %s", volume.ErrInUse, cmp.Or(append(uses, loops[0].Device+" is open")...))
-	}
-	if err == nil {
-		err = machineHas(f.image())
-	}
-	return err
 }
+
+// patience is the longest pause between two looks at who has a device open; all of them together take twice as long.
+const patience = time.Second
 
 // machineHas finds the lock that QEMU holds on an image that it has open.
 func machineHas(image string) error {
@@ -539,8 +566,12 @@ func (f *found) stageRaw(readOnly bool) (volume.Source, error) {
 		return volume.Source{}, err
 	}
 	for _, l := range loops {
-		if mounted, err := mount.Mounted(l.Device); err != nil || mounted {
-			return volume.Source{}, cmp.Or(err, fmt.Errorf("%w: this host has its file system mounted", volume.ErrInUse))
+		points, err := mount.Points(l.Device)
+		if err != nil {
+			return volume.Source{}, err
+		}
+		if len(points) > 0 {
+			return volume.Source{}, fmt.Errorf("%w: this host has its file system mounted on %s", volume.ErrInUse, points[0])
 		}
 	}
 	if err := f.mark(volume.Guest); err != nil {

@@ -18,13 +18,13 @@ func Minimum(fsType string) int64 {
 	if fsType == "xfs" {
 		return 300 << 20 // mkfs.xfs 6.1 makes no smaller one
 	}
-	return 4 << 20
+	return 16 << 20 // with a journal
 }
 
-// makers by file system. A new volume is known to be all zeros.
+// makers by file system. A new volume is known to be all zeros, and its blocks are a loop device's.
 var makers = map[string][]string{
-	"ext4": {"mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,root_owner=0:0,assume_storage_prezeroed=1"},
-	"xfs":  {"mkfs.xfs", "-q", "-f", "-K"},
+	"ext4": {"mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-E", "nodiscard,root_owner=0:0,assume_storage_prezeroed=1"},
+	"xfs":  {"mkfs.xfs", "-q", "-f", "-K", "-b", "size=4096", "-s", "size=4096"},
 }
 
 // Format makes a file system on an image or block device that holds nothing but zeros, or what an interrupted Format left. The program

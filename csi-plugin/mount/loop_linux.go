@@ -42,7 +42,7 @@ func Attach(image string, readOnly bool) (Loop, error) {
 		return Loop{}, fmt.Errorf("%w: load the kernel's loop module (modprobe loop)", err)
 	}
 	defer control.Close()
-	config := unix.LoopConfig{Fd: uint32(f.Fd())}
+	config := unix.LoopConfig{Fd: uint32(f.Fd()), Size: blockSize}
 	copy(config.Info.File_name[:len(config.Info.File_name)-1], image)
 	// Without it every page is cached twice. File systems that can't do it have it ignored.
 	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
@@ -70,6 +70,10 @@ func Attach(image string, readOnly bool) (Loop, error) {
 		return l, nil
 	}
 }
+
+// blockSize of loop devices. Left to the kernel it is 512 bytes, until the image's file system asks for more, as xfs does from the first
+// reflink on, and what was formatted for smaller blocks can't be mounted any more.
+const blockSize = 4096
 
 // keep takes back what Release said of a device that was busy.
 func keep(device string) error {

@@ -124,20 +124,35 @@ func unmount(target string, busy int) error {
 	}
 }
 
-// Uses says where a block device is mounted, or its node bound to.
+// Uses says where the file system of a block device is mounted, or its node bound to.
 func Uses(device string) ([]string, error) {
+	node, err := filepath.Rel("/dev", device)
+	if err != nil {
+		return nil, err
+	}
+	is, err := isOn(device)
+	if err != nil {
+		return nil, err
+	}
+	return where(func(m *mountinfo.Info) bool { return is(m) || m.FSType == "devtmpfs" && m.Root == "/"+node })
+}
+
+// Points says where the file system of a block device is mounted.
+func Points(device string) ([]string, error) {
+	is, err := isOn(device)
+	if err != nil {
+		return nil, err
+	}
+	return where(is)
+}
+
+func isOn(device string) (func(*mountinfo.Info) bool, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(device, &st); err != nil {
 		return nil, &fs.PathError{Op: "stat", Path: device, Err: err}
 	}
 	major, minor := int(unix.Major(st.Rdev)), int(unix.Minor(st.Rdev))
-	node, err := filepath.Rel("/dev", device)
-	if err != nil {
-		return nil, err
-	}
-	return where(func(m *mountinfo.Info) bool {
-		return m.Major == major && m.Minor == minor || m.FSType == "devtmpfs" && m.Root == "/"+node
-	})
+	return func(m *mountinfo.Info) bool { return m.Major == major && m.Minor == minor }, nil
 }
 
 // UsesOf says where a directory is bound to. It is given by its path on this host.
@@ -234,16 +249,52 @@ var options = map[string]uintptr{
 	"relatime": unix.MS_RELATIME, "lazytime": unix.MS_LAZYTIME, "sync": unix.MS_SYNCHRONOUS, "dirsync": unix.MS_DIRSYNC,
 }
 
-// Mounted says whether the file system on a block device is mounted.
-func Mounted(device string) (bool, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(device, &st); err != nil {
-		return false, &fs.PathError{Op: "stat", Path: device, Err: err}
+// Freeze makes the file system that is mounted at path consistent on its device, and whoever writes to it wait until Thaw. It outlasts
+// this process.
+func Freeze(path string) error { return freezer(path, fiFreeze) }
+
+// Thaw ends Freeze; a file system that is not frozen is no error.
+func Thaw(path string) error {
+	err := freezer(path, fiThaw)
+	if errors.Is(err, unix.EINVAL) {
+		return nil
 	}
-	uses, err := where(func(m *mountinfo.Info) bool {
-		return m.Major == int(unix.Major(st.Rdev)) && m.Minor == int(unix.Minor(st.Rdev))
-	})
-	return len(uses) > 0, err
+	return err
+}
+
+// linux/fs.h FIFREEZE, FITHAW: _IOWR('X', 119, int), _IOWR('X', 120, int).
+const (
+	fiFreeze = 0xc0045877
+	fiThaw   = 0xc0045878
+)
+
+func freezer(path string, request uint) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), request, 0); err != nil {
+		verb := "freeze"
+		if request == fiThaw {
+			verb = "thaw"
+		}
+		return fmt.Errorf("%s the file system at %s: %w", verb, path, err)
+	}
+	return nil
+}
+
+// Sync writes out what the file system that is mounted at path has in memory.
+func Sync(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("sync the file system at %s: %w", path, err)
+	}
+	return nil
 }
 
 // Same says whether a mount is of the block device, or of the directory where there is none.

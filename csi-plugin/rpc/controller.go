@@ -65,19 +65,22 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 		return nil, err
 	}
 	defer unlock()
-	make := s.config.Backend.Create
-	if r.Origin != (volume.Origin{}) {
-		c, ok := s.config.Backend.(volume.Cloner)
-		if !ok {
-			return nil, invalid("volume content source: this backend makes no clones")
-		}
-		make = c.Clone
-	}
-	v, err := make(ctx, r)
+	v, err := s.make(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	return &csi.CreateVolumeResponse{Volume: s.volume(v)}, nil
+}
+
+func (s *controller) make(ctx context.Context, r volume.Request) (volume.Volume, error) {
+	if r.Origin == (volume.Origin{}) {
+		return s.config.Backend.Create(ctx, r)
+	}
+	c, ok := s.config.Backend.(volume.Cloner)
+	if !ok {
+		return volume.Volume{}, invalid("volume content source: this backend makes no clones")
+	}
+	return c.Clone(ctx, r, s.hold(r.Origin.Volume))
 }
 
 // wanted checks all capabilities of a volume that is to be made. Its file system is the parameter's, else theirs.
@@ -352,7 +355,8 @@ func (s *controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	for name := range req.GetParameters() {
 		return nil, invalid("parameter %.80q: snapshots have none", name)
 	}
-	snap, err := b.Snapshot(ctx, req.GetSourceVolumeId(), req.GetName())
+	id := volume.SnapshotID{Volume: req.GetSourceVolumeId(), Name: req.GetName()}
+	snap, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Hold: s.hold(id.Volume)})
 	if err != nil {
 		return nil, err
 	}

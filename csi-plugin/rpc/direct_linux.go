@@ -13,6 +13,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -228,4 +230,75 @@ func (s *Server) guest(ctx context.Context, method, target, path string, in, out
 		return fmt.Errorf("guest at %s: its answer: %w", target, err)
 	}
 	return nil
+}
+
+// freezeTime is after how long a guest thaws by itself, should this process be killed meanwhile.
+const freezeTime = 10 * time.Second
+
+// hold freezes the file system that a guest has mounted, for as long as its blocks are copied; nil where no guest has the volume.
+func (s *Server) hold(id string) volume.Hold {
+	all, err := s.attached(id)
+	if err == nil && (len(all) == 0 || all[0].Volume.Block == nil) {
+		return nil
+	}
+	return func(ctx context.Context) (func() error, error) {
+		if err != nil {
+			return nil, err
+		}
+		f := &freeze{server: s, target: all[0].Target}
+		if err := f.call(ctx); err != nil {
+			s.config.Log.Warn("the guest's file system does not hold still; what is copied is as after a power cut", "volume", id, "error", err)
+			return nil, err
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		var g sync.WaitGroup
+		g.Go(func() { f.extend(ctx) })
+		return func() error {
+			cancel()
+			g.Wait()
+			return f.thaw()
+		}, nil
+	}
+}
+
+// A freeze of a guest's file system that may take longer than the guest waits for by itself: it is told again and again.
+type freeze struct {
+	server *Server
+	target string
+	asked  time.Time // when the last call began that the guest answered
+	lapsed bool      // the guest may have thawed in between
+}
+
+func (f *freeze) call(ctx context.Context) error {
+	began := time.Now()
+	err := f.server.guest(ctx, http.MethodPost, f.target, spec.DirectFreezePath, spec.DirectFreeze{Timeout: spec.Duration(freezeTime)}, nil)
+	if err != nil {
+		return err
+	}
+	f.lapsed = f.lapsed || !f.asked.IsZero() && time.Since(f.asked) > freezeTime
+	f.asked = began
+	return nil
+}
+
+func (f *freeze) extend(ctx context.Context) {
+	t := time.NewTicker(freezeTime / 4)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			_ = f.call(ctx) // what comes of it, thaw tells
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (f *freeze) thaw() error {
+	ctx, cancel := context.WithTimeout(context.Background(), freezeTime) // whatever has become of the call that froze
+	defer cancel()
+	err := f.server.guest(ctx, http.MethodPost, f.target, spec.DirectThawPath, nil, nil)
+	if err == nil && (f.lapsed || time.Since(f.asked) > freezeTime) {
+		err = fmt.Errorf("guest at %s: its file system did not hold still for all of the time; try again", f.target)
+	}
+	return err
 }

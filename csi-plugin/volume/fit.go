@@ -49,7 +49,7 @@ func (r Request) Choose(fallback, least, step int64) (int64, error) {
 	size := r.Size
 	if size == 0 {
 		if size = fallback; r.Limit > 0 {
-			size = min(size, r.Limit)
+			size = min(size, r.Limit/step*step)
 		}
 	}
 	size = max(size, least)

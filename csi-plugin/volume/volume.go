@@ -48,21 +48,33 @@ type Backend interface {
 
 // A Snapshotter keeps read-only states of volumes.
 type Snapshotter interface {
-	// Snapshot records the volume's present state, or finds the snapshot of that name. ErrExists is one that another volume has.
-	Snapshot(ctx context.Context, id, name string) (Snapshot, error)
+	// Snapshot records the volume's present state, or finds the snapshot of that name. ErrExists is one that another volume has,
+	// ErrInUse a volume that is written to and can't be copied meanwhile.
+	Snapshot(ctx context.Context, r SnapshotRequest) (Snapshot, error)
 
 	// DeleteSnapshot removes a snapshot; one that is not there is no error.
-	DeleteSnapshot(ctx context.Context, snapshot SnapshotID) error
+	DeleteSnapshot(ctx context.Context, id SnapshotID) error
 
-	// Snapshots returns those of one volume, or all where id is "", by id.
+	// Snapshots returns those of one volume, or all where id is "", by id. A volume that is not there has none.
 	Snapshots(ctx context.Context, id string) ([]Snapshot, error)
 }
+
+// A SnapshotRequest is a snapshot that is to exist.
+type SnapshotRequest struct {
+	ID        SnapshotID
+	Automatic bool // by schedule: it goes with its volume, and its name may be another volume's snapshot's as well
+	Hold      Hold
+}
+
+// A Hold makes what writes to a volume from outside this host's kernel, a guest, hold still until release is called. It is called only
+// for the time of copying. An error of release says that it had not held still all the time. Without a guest it is nil.
+type Hold func(ctx context.Context) (release func() error, err error)
 
 // A Cloner makes volumes of others.
 type Cloner interface {
 	// Clone is Create for a request with an origin: the volume's first content is that of a snapshot or of another volume, which
-	// has the same class. ErrNotFound is an origin that is not there.
-	Clone(ctx context.Context, r Request) (Volume, error)
+	// has the same class. ErrNotFound is an origin that is not there. hold is the other volume's.
+	Clone(ctx context.Context, r Request, hold Hold) (Volume, error)
 }
 
 // An Expander makes volumes larger, also while they are in use.
@@ -154,7 +166,8 @@ type Snapshot struct {
 	Size    int64 // bytes that a volume made of it has at least
 	Created time.Time
 	// Copied says that the storage could not share the data with the volume and that all of it was written a second time.
-	Copied bool
+	Copied    bool
+	Automatic bool // SnapshotRequest.Automatic
 }
 
 // A Use is what a volume is staged for.

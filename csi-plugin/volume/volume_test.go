@@ -1,0 +1,95 @@
+package volume
+
+import (
+	"errors"
+	"maps"
+	"strings"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+func TestParseParameters(t *testing.T) {
+	all := map[string]string{
+		"class": "lv2", "pool": "red", "fs": "xfs", "attach": "direct", "compression": "zstd", "volblocksize": "16KiB", "iops": "500", "bandwidth": "100MiB",
+	}
+	p, err := ParseParameters(all)
+	want := Parameters{
+		Class: LV2, Pool: "red", FS: "xfs", Direct: true, Compression: "zstd", BlockSize: 16 << 10,
+		Limits: spec.IOLimits{IOPS: 500, Bandwidth: 100 << 20},
+	}
+	if err != nil || p != want {
+		t.Errorf("%+v, %v; want %+v", p, err, want)
+	}
+	if back := p.Map(); !maps.Equal(back, all) {
+		t.Errorf("written again they are %v", back)
+	}
+	if len(all) != len(parameters) {
+		t.Errorf("%d of %d parameters are tested", len(all), len(parameters))
+	}
+	if p, err := ParseParameters(nil); err != nil || p != (Parameters{Class: NFS}) {
+		t.Errorf("none: %+v, %v", p, err)
+	}
+}
+
+func TestParseParametersErrors(t *testing.T) {
+	for _, c := range []struct{ name, value, want string }{
+		{"size", "1GiB", `parameter "size": there is none; known are attach, bandwidth, class, `},
+		{strings.Repeat("x", 1000), "", `there is none`},
+		{"class", "gp", `parameter class: "gp" is none of nfs, lv2, gfs`},
+		{"class", "", `parameter class: "" is none of nfs, lv2, gfs`},
+		{"pool", "../red", `parameter pool: "../red" is no name of a pool`},
+		{"fs", "btrfs", `parameter fs: "btrfs" is none of ext4, xfs`},
+		{"attach", "guest", `parameter attach: "guest" is none of host, direct`},
+		{"compression", "zip", `parameter compression: "zip" is none of`},
+		{"volblocksize", "3000", `parameter volblocksize: "3000" is no block size`},
+		{"volblocksize", "1MiB", `parameter volblocksize: "1MiB" is no block size`},
+		{"iops", "0", `parameter iops: "0" is no number of operations`},
+		{"iops", "many", `parameter iops: "many" is no number of operations`},
+		{"bandwidth", "-1", `parameter bandwidth: "-1" is no number of bytes`},
+		{"iops", "5", `parameter iops, bandwidth: are kept by the guest's machine: set attach=direct`},
+	} {
+		_, err := ParseParameters(map[string]string{c.name: c.value})
+		if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%.20s=%s: %v; want %s", c.name, c.value, err, c.want)
+		}
+		if err != nil && len(err.Error()) > 300 {
+			t.Errorf("%.20s: a message of %d bytes", c.name, len(err.Error()))
+		}
+	}
+}
+
+func TestChoose(t *testing.T) {
+	for _, c := range []struct {
+		size, limit, want int64 // want 0 is ErrRange
+	}{
+		{0, 0, 1000},
+		{1, 0, 200},
+		{201, 0, 300},
+		{300, 0, 300},
+		{300, 300, 300},
+		{0, 500, 500},
+		{0, 550, 500},
+		{0, 150, 0},
+		{301, 399, 0},
+		{301, 400, 400},
+		{MaxSize + 1, 0, 0},
+	} {
+		got, err := Request{Name: "v", Size: c.size, Limit: c.limit}.Choose(1000, 200, 100)
+		if got != c.want || errors.Is(err, ErrRange) != (c.want == 0) {
+			t.Errorf("%d to %d: %d, %v; want %d", c.size, c.limit, got, err, c.want)
+		}
+	}
+}
+
+func TestSnapshotID(t *testing.T) {
+	id, err := ParseSnapshotID("data@before-upgrade")
+	if err != nil || id != (SnapshotID{"data", "before-upgrade"}) || id.String() != "data@before-upgrade" {
+		t.Errorf("%+v, %v", id, err)
+	}
+	for _, s := range []string{"", "@", "data", "data@", "@x", "a@b@c", "../a@b", "a@../b", "a@b/c"} {
+		if id, err := ParseSnapshotID(s); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%q: %+v, %v; want ErrNotFound", s, id, err)
+		}
+	}
+}

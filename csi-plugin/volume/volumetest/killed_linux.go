@@ -1,0 +1,256 @@
+package volumetest
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// An operation is one call that is killed.
+type operation struct {
+	name   string
+	before func(*bench)
+	do     func(context.Context, volume.Backend) error
+	after  func(*bench) // once do has succeeded, however often it was tried
+}
+
+var operations = []operation{
+	{
+		name: "create-block",
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.Create(ctx, block("v"))
+			return err
+		},
+		after: func(b *bench) { b.put("v", "x"); b.holds("v", "x") },
+	},
+	{
+		name: "create-files",
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.Create(ctx, volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}})
+			return err
+		},
+		after: func(b *bench) { b.put("v", "x"); b.holds("v", "x") },
+	},
+	{
+		name:   "stage-files",
+		before: func(b *bench) { b.create(block("v")) },
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.Stage(ctx, "v", volume.Use{As: volume.AsFiles})
+			return err
+		},
+		after: func(b *bench) { b.put("v", "x"); b.holds("v", "x") },
+	},
+	{
+		name:   "stage-raw",
+		before: func(b *bench) { b.create(block("v")) },
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.Stage(ctx, "v", volume.Use{As: volume.AsRaw})
+			return err
+		},
+		after: func(b *bench) {
+			if v, err := b.Get(b.ctx(), "v"); err != nil || v.Content != volume.Guest {
+				b.Errorf("given away raw, it is %+v, %v", v, err)
+			}
+		},
+	},
+	{
+		name: "unstage",
+		before: func(b *bench) {
+			b.create(block("v"))
+			b.put("v", "kept")
+			_, err := b.Stage(b.ctx(), "v", volume.Use{As: volume.AsFiles})
+			b.must(err)
+		},
+		do:    func(ctx context.Context, b volume.Backend) error { return b.Unstage(ctx, "v") },
+		after: func(b *bench) { b.holds("v", "kept") },
+	},
+	{
+		name:   "expand",
+		before: func(b *bench) { b.create(block("v")); b.put("v", "kept") },
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.(volume.Expander).Expand(ctx, "v", 2*size, 0)
+			return err
+		},
+		after: func(b *bench) {
+			b.holds("v", "kept")
+			if v, err := b.Get(b.ctx(), "v"); err != nil || v.Size < 2*size {
+				b.Errorf("expanded, it is %+v, %v", v, err)
+			}
+		},
+	},
+	{
+		name:   "snapshot",
+		before: func(b *bench) { b.create(block("v")); b.put("v", "first") },
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.(volume.Snapshotter).Snapshot(ctx, snap("v", "s"))
+			return err
+		},
+		after: snapshotHolds("first"),
+	},
+	{
+		name: "snapshot-files",
+		before: func(b *bench) {
+			b.create(volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}})
+			b.put("v", "first")
+		},
+		do: func(ctx context.Context, b volume.Backend) error {
+			_, err := b.(volume.Snapshotter).Snapshot(ctx, snap("v", "s"))
+			return err
+		},
+		after: snapshotHolds("first"),
+	},
+	{
+		name: "delete-snapshot",
+		before: func(b *bench) {
+			b.create(block("v"))
+			b.put("v", "kept")
+			_, err := b.Backend.(volume.Snapshotter).Snapshot(b.ctx(), snap("v", "s"))
+			b.must(err)
+		},
+		do: func(ctx context.Context, b volume.Backend) error {
+			return b.(volume.Snapshotter).DeleteSnapshot(ctx, snap("v", "s").ID)
+		},
+		after: func(b *bench) {
+			b.holds("v", "kept")
+			if all, err := b.Backend.(volume.Snapshotter).Snapshots(b.ctx(), ""); err != nil || len(all) != 0 {
+				b.Errorf("after its deletion there are %+v, %v", all, err)
+			}
+		},
+	},
+	{
+		name:   "clone",
+		before: func(b *bench) { b.create(block("v")); b.put("v", "origin") },
+		do: func(ctx context.Context, b volume.Backend) error {
+			r := block("w")
+			r.Size, r.Origin.Volume = 2*size, "v"
+			_, err := b.(volume.Cloner).Clone(ctx, r, nil)
+			return err
+		},
+		after: func(b *bench) { b.holds("w", "origin"); b.holds("v", "origin") },
+	},
+	{
+		name:   "delete",
+		before: func(b *bench) { b.create(block("v")); b.put("v", "x") },
+		do:     func(ctx context.Context, b volume.Backend) error { return b.Delete(ctx, "v") },
+		after: func(b *bench) {
+			if all, err := b.List(b.ctx()); err != nil || len(all) != 0 {
+				b.Errorf("after its deletion there are %+v, %v", all, err)
+			}
+		},
+	},
+	{
+		name: "delete-files",
+		before: func(b *bench) {
+			b.create(volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}})
+			b.put("v", "x")
+		},
+		do:    func(ctx context.Context, b volume.Backend) error { return b.Delete(ctx, "v") },
+		after: func(*bench) {},
+	},
+}
+
+func snapshotHolds(want string) func(*bench) {
+	return func(b *bench) {
+		v, err := b.Get(b.ctx(), "v")
+		b.must(err)
+		b.put("v", "second")
+		r := volume.Request{Name: "w", Size: v.Size, Parameters: v.Parameters, Origin: volume.Origin{Snapshot: snap("v", "s").ID}}
+		_, err = b.Backend.(volume.Cloner).Clone(b.ctx(), r, nil)
+		b.must(err)
+		b.holds("w", want)
+		b.holds("v", "second")
+	}
+}
+
+// has says whether the backend can do an operation.
+func (s Suite) has(b volume.Backend, name string) bool {
+	_, snapshots := b.(volume.Snapshotter)
+	_, expands := b.(volume.Expander)
+	_, clones := b.(volume.Cloner)
+	switch name {
+	case "expand":
+		return expands
+	case "snapshot", "delete-snapshot":
+		return snapshots && slices.Contains(s.Classes, volume.LV2)
+	case "snapshot-files":
+		return snapshots && slices.Contains(s.Classes, volume.NFS)
+	case "clone":
+		return clones
+	case "create-files", "delete-files":
+		return slices.Contains(s.Classes, volume.NFS)
+	}
+	return slices.Contains(s.Classes, volume.LV2)
+}
+
+// testKilled kills each operation before its first step, its second, and so on until it comes to its end. Each time the storage must be
+// such that the operation succeeds when it is repeated, and that everything can be removed when it is not.
+func (s Suite) testKilled(t *testing.T) {
+	for _, op := range operations {
+		t.Run(op.name, func(t *testing.T) {
+			b := s.bench(t)
+			if !s.has(b.Backend, op.name) {
+				t.Skip("the backend has no such thing")
+			}
+			for n := 1; ; n++ {
+				more := false
+				for _, repeat := range []bool{true, false} {
+					if op.before != nil {
+						op.before(b)
+					}
+					was, err := killed(child(b.storage, op.name), n)
+					if err != nil {
+						t.Fatalf("killed at step %d: %v", n, err)
+					}
+					more = more || was
+					// What is to be seen is whole.
+					if _, err := b.List(b.ctx()); err != nil {
+						t.Fatalf("after a kill at step %d: %v", n, err)
+					}
+					if repeat {
+						if err := op.do(b.ctx(), b.Backend); err != nil {
+							t.Fatalf("repeated after a kill at step %d: %v", n, err)
+						}
+						op.after(b)
+					}
+					b.clear()
+					if t.Failed() {
+						t.Fatalf("that was after a kill at step %d, repeated: %t", n, repeat)
+					}
+				}
+				if !more {
+					if n < 3 {
+						t.Errorf("it came to its end after %d steps: are they seen?", n-1)
+					}
+					t.Logf("killed at each of %d steps", n-1)
+					return
+				}
+			}
+		})
+	}
+}
+
+// Main is TestMain: where this process is to be killed, it performs its operation, else it runs the tests.
+func (s Suite) Main(m *testing.M) {
+	name, ok := os.LookupEnv(childOperation)
+	if !ok {
+		os.Exit(m.Run())
+	}
+	if err := s.perform(name, os.Getenv(childStorage)); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func (s Suite) perform(name, storage string) error {
+	b, err := s.Open(storage)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(operations, func(op operation) bool { return op.name == name })
+	return operations[i].do(context.Background(), b)
+}
