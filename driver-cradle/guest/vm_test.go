@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
@@ -37,55 +38,11 @@ var shared struct {
 
 func TestMain(m *testing.M) {
 	vmm.Confine()
-	os.Exit(func() int {
-		if err := setUp(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(shared.dir)
-		return m.Run()
-	}())
-}
-
-func setUp() (err error) {
-	if os.Getuid() != 0 {
-		return errors.New("tests of virtual machines need root")
-	}
-	if shared.dir, err = os.MkdirTemp("", "guest-test-"); err != nil {
+	boottest.Main(m, "./testdata/agent", func(dir string, p *boot.Package) (err error) {
+		shared.dir, shared.pkg = dir, p
+		shared.store, err = image.Open(filepath.Join(dir, "images"))
 		return err
-	}
-	if err := os.Chmod(shared.dir, 0o755); err != nil {
-		return err
-	}
-	options := boot.BuildOptions{Variant: boot.VariantDefault, Out: filepath.Join(shared.dir, "boot")}
-	if v := os.Getenv("CRADLE_TEST_VARIANT"); v != "" {
-		options.Variant = v
-	}
-	script := map[string]string{boot.VariantDefault: "build.sh", boot.VariantStock: "stock.sh"}[options.Variant]
-	kernel, err := exec.Command("../../tools/kernel/" + script).Output()
-	if err != nil {
-		return fmt.Errorf("tools/kernel/%s: %w", script, err)
-	}
-	options.Kernel = strings.TrimSpace(string(kernel))
-	if options.Variant == boot.VariantStock {
-		options.Modules = filepath.Join(options.Kernel, "modules")
-		options.Kernel = filepath.Join(options.Kernel, "vmlinuz")
-	}
-	agent := filepath.Join(shared.dir, "cradle-init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./testdata/agent")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build cradle-init: %w\n%s", err, out)
-	}
-	options.Agent = agent
-	if err := boot.Build(context.Background(), options); err != nil {
-		return err
-	}
-	if shared.pkg, err = boot.Open(options.Out); err != nil {
-		return err
-	}
-	shared.store, err = image.Open(filepath.Join(shared.dir, "images"))
-	return err
+	}, nil)
 }
 
 // pull gives a locally made image.

@@ -17,6 +17,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 )
 
 // A world is what tests with machines share: a boot package of this source, a cache with its template, the example images.
@@ -51,35 +52,16 @@ var makeWorld = sync.OnceValues(func() (*world, error) {
 	if err := os.Mkdir(w.tmp, 0o700); err != nil {
 		return nil, err
 	}
-	kernel, err := command("../../tools/kernel/build.sh")
-	if err != nil {
-		return nil, err
-	}
-	agent := filepath.Join(dir, "cradle-init")
-	for _, build := range [][]string{
-		{"go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent, "../guest/cradle-init"},
-		{"go", "build", "-o", w.kcradle, "."},
-		{"../../examples/images/build.sh", "busybox", "debian"},
-	} {
-		if _, err := command(build[0], build[1:]...); err != nil {
-			return nil, err
+	for _, build := range [][]string{{"go", "build", "-o", w.kcradle, "."}, {"../../examples/images/build.sh", "busybox", "debian"}} {
+		cmd := exec.Command(build[0], build[1:]...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("%v: %w\n%s", build, err, out)
 		}
 	}
-	err = boot.Build(context.Background(), boot.BuildOptions{Kernel: strings.TrimSpace(kernel), Agent: agent, Variant: boot.VariantDefault, Out: w.boot})
+	_, err = boottest.Build(w.boot, "../guest/cradle-init", boot.VariantDefault)
 	return w, err
 })
-
-func command(name string, args ...string) (string, error) {
-	cmd := exec.Command(name, args...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("%s %v: %w\n%s", name, args, err, stderr.String())
-	}
-	return string(out), nil
-}
 
 // env is the environment of a kcradle in this world.
 func (w *world) env() []string {

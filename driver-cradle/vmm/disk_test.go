@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 )
 
 func takenPort(t *testing.T) uint16 {
@@ -30,12 +31,8 @@ func takenPort(t *testing.T) uint16 {
 
 // hangingPackage is a boot package whose agent says a word and does nothing.
 func hangingPackage(t *testing.T) *boot.Package {
-	dir := filepath.Join(t.TempDir(), "boot")
-	agent := filepath.Join(shared.dir, "agent")
-	if err := boot.Build(t.Context(), boot.BuildOptions{Kernel: shared.pkg.Kernel(), Agent: agent, Variant: boot.VariantDefault, Out: dir, Args: []string{"agent=hang"}}); err != nil {
-		t.Fatal(err)
-	}
-	p, err := boot.Open(dir)
+	t.Helper()
+	p, err := boottest.Build(filepath.Join(t.TempDir(), "boot"), "./testdata/agent", boot.VariantDefault, "agent=hang")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -44,43 +45,10 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "vmm-test-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		os.Chmod(dir, 0o755)
-		shared.dir = dir
-		if err := buildPackage(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		return m.Run()
-	}())
-}
-
-// buildPackage makes a boot package of the project's kernel and the test agent.
-func buildPackage() error {
-	kernel, err := exec.Command("../../tools/kernel/build.sh").Output()
-	if err != nil {
-		return fmt.Errorf("tools/kernel/build.sh: %w", err)
-	}
-	agent := filepath.Join(shared.dir, "agent")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./testdata/agent")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the test agent: %w\n%s", err, out)
-	}
-	out := filepath.Join(shared.dir, "boot")
-	if err := boot.Build(context.Background(), boot.BuildOptions{
-		Kernel: strings.TrimSpace(string(kernel)), Agent: agent, Variant: boot.VariantDefault, Out: out,
-	}); err != nil {
-		return err
-	}
-	shared.pkg, err = boot.Open(out)
-	return err
+	boottest.Main(m, "./testdata/agent", func(dir string, p *boot.Package) error {
+		shared.dir, shared.pkg = dir, p
+		return nil
+	}, nil)
 }
 
 func testContext() (context.Context, context.CancelFunc) {

@@ -27,6 +27,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
@@ -46,57 +47,19 @@ var shared struct {
 
 func TestMain(m *testing.M) {
 	vmm.Confine()
-	os.Exit(func() int {
-		if err := setUp(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
+	boottest.Main(m, "./testdata/agent", func(dir string, p *boot.Package) (err error) {
+		if _, err := exec.LookPath("docker"); err != nil {
+			return errors.New("no docker CLI: apt-get install docker-cli, or docker.io on Debian 12")
 		}
-		defer os.RemoveAll(shared.dir)
-		code := m.Run()
-		if shared.pod != nil {
-			if err := shared.pod.end(); err != nil {
-				fmt.Fprintln(os.Stderr, err)
-				return 1
-			}
+		shared.dir, shared.pkg = dir, p
+		shared.store, err = image.Open(filepath.Join(dir, "images"))
+		return err
+	}, func() error {
+		if shared.pod == nil {
+			return nil
 		}
-		return code
-	}())
-}
-
-func setUp() (err error) {
-	if os.Getuid() != 0 {
-		return errors.New("tests of virtual machines need root")
-	}
-	if _, err := exec.LookPath("docker"); err != nil {
-		return errors.New("no docker CLI: apt-get install docker-cli, or docker.io on Debian 12")
-	}
-	if shared.dir, err = os.MkdirTemp("", "vdocker-test-"); err != nil {
-		return err
-	}
-	if err := os.Chmod(shared.dir, 0o755); err != nil {
-		return err
-	}
-	kernel, err := exec.Command("../../../tools/kernel/build.sh").Output()
-	if err != nil {
-		return fmt.Errorf("tools/kernel/build.sh: %w", err)
-	}
-	agent := filepath.Join(shared.dir, "cradle-init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./testdata/agent")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build cradle-init: %w\n%s", err, out)
-	}
-	out := filepath.Join(shared.dir, "boot")
-	if err := boot.Build(context.Background(), boot.BuildOptions{
-		Kernel: strings.TrimSpace(string(kernel)), Agent: agent, Variant: boot.VariantDefault, Out: out,
-	}); err != nil {
-		return err
-	}
-	if shared.pkg, err = boot.Open(out); err != nil {
-		return err
-	}
-	shared.store, err = image.Open(filepath.Join(shared.dir, "images"))
-	return err
+		return shared.pod.end()
+	})
 }
 
 // pod is a pod in a VM, with the socket that docker's clients talk to.
