@@ -19,7 +19,7 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 )
 
-// monitorResult is what a monitor tells the process that has started it, on file descriptor 3.
+// monitorResult is what a monitor tells the process that has started it, on answerFD.
 type monitorResult struct {
 	ID    string `json:"id,omitempty"`
 	Error string `json:"error,omitempty"`
@@ -38,15 +38,33 @@ func (c *cli) runDetached(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := c.spawnMonitor(ctx, d); err != nil {
+	claim, err := d.Claim(ctx)
+	if err != nil {
+		return err
+	}
+	defer claim.Close()
+	if err := c.spawnMonitor(ctx, d, claim); err != nil {
 		return err
 	}
 	fmt.Fprintln(c.stdout, launch.ID)
 	return nil
 }
 
-// spawnMonitor starts this program once more, in the background, to attend to a pod, and returns when it does.
-func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, more ...string) error {
+// What a monitor inherits.
+const (
+	answerFD = 3
+	claimFD  = 4
+)
+
+// inherit takes a descriptor over that what this process starts has no use for.
+func inherit(fd int, name string) *os.File {
+	syscall.CloseOnExec(fd)
+	return os.NewFile(uintptr(fd), name)
+}
+
+// spawnMonitor starts this program once more, in the background, to attend to a pod, and returns when it does. The pod is started with claim,
+// or, where that is nil, taken up.
+func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, claim *os.File) error {
 	run := filepath.Join(d.Path(), "run")
 	if err := os.MkdirAll(run, 0o700); err != nil {
 		return err
@@ -80,15 +98,24 @@ func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, more ...string) erro
 	if c.verbose {
 		args = append(args, "--verbose")
 	}
-	cmd := exec.Command(exe, append(append(args, more...), d.Path())...)
+	files := []*os.File{w}
+	if claim == nil {
+		args = append(args, "--take-up")
+	} else {
+		files = append(files, claim)
+	}
+	cmd := exec.Command(exe, append(args, d.Path())...)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.ExtraFiles = []*os.File{w}
+	cmd.ExtraFiles = files
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
 		return err
+	}
+	if claim != nil {
+		claim.Close() // or the pod would be attended to as long as this process lives
 	}
 	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
 	defer stop()
@@ -121,7 +148,7 @@ func (c *cli) monitorCommand() *cobra.Command {
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			answer := os.NewFile(3, "answer")
+			answer := inherit(answerFD, "answer")
 			r, err := c.attend(cmd, args[0], takeUp)
 			var result monitorResult
 			if err != nil {
@@ -185,5 +212,6 @@ func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running,
 		return nil, err
 	}
 	options.Detached, options.Hold = true, true
+	options.Claim = inherit(claimFD, "claim")
 	return d.Start(ctx, options)
 }

@@ -435,7 +435,7 @@ func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*pod.Guest, error) {
 		if !running {
 			return nil, fmt.Errorf("%s: %w: kcradle run %[1]s starts it", d.Path(), pod.ErrNotRunning)
 		}
-		if err := c.spawnMonitor(ctx, d, "--take-up"); err != nil {
+		if err := c.spawnMonitor(ctx, d, nil); err != nil {
 			// Another command may have been first, or the machine has ended just now.
 			if pid, perr := d.Attendant(); perr == nil && pid == 0 {
 				if running, rerr := d.Running(); rerr == nil && !running {

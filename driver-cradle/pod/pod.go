@@ -19,13 +19,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,7 +45,7 @@ const (
 	lockFile     = "pod.lock"
 	statusFile   = "status.json"
 	launchedFile = "launch.json" // in runDir: what the run was started with
-	killedFile   = "killed"      // in runDir: the run's machine was killed on purpose
+	killedFile   = "killed"      // in runDir: the name of the run that is to end, or was ended, on purpose
 	detachedFile = "detached"    // in runDir: the run's machine goes on without its attendant
 	logsDir      = "logs"
 )
@@ -191,7 +188,7 @@ func (d *Dir) machineAlive() (bool, error) {
 	return err == nil, err
 }
 
-// Attendant is the id of the process that attends to the pod, 0 where none does.
+// Attendant is the id of the process that attends to the pod, 0 where none does, -1 where it has not said yet.
 func (d *Dir) Attendant() (pid int, err error) {
 	f, err := os.OpenFile(d.join(runDir, lockFile), os.O_RDONLY, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -207,18 +204,58 @@ func (d *Dir) Attendant() (pid int, err error) {
 	case !errors.Is(err, unix.EWOULDBLOCK):
 		return 0, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
-	data, err := io.ReadAll(io.LimitReader(f, 32))
-	if err != nil {
-		return 0, err
-	}
-	if pid, err = strconv.Atoi(strings.TrimSpace(string(data))); err != nil || pid <= 0 {
-		pid = -1 // it has only just begun
+	if pid, _ = readLock(f); pid <= 0 {
+		pid = -1
 	}
 	return pid, nil
 }
 
+// The lock's file says who has it, and names the run: whoever asks for a run's end says which one he means. It is written in one step.
+const lockFormat = "%10d %s\n"
+
+func readLock(f *os.File) (pid int, run string) {
+	var text [64]byte
+	n, _ := f.ReadAt(text[:], 0) // a file that says nothing is one of somebody who has only just begun
+	_, _ = fmt.Sscanf(string(text[:n]), "%d %s", &pid, &run)
+	return pid, run
+}
+
+// run is the name of the pod's present or last run, "" where it has none.
+func (d *Dir) run() string {
+	f, err := os.Open(d.join(runDir, lockFile))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	_, run := readLock(f)
+	return run
+}
+
 // attend makes this process the pod's attendant until the file is closed.
 func (d *Dir) attend() (*os.File, error) {
+	f, err := d.lock()
+	if err != nil {
+		return nil, err
+	}
+	_, run := readLock(f)
+	return signed(f, run)
+}
+
+// signed writes into the lock's file that this process has it for that run.
+func signed(f *os.File, run string) (*os.File, error) {
+	text := fmt.Appendf(nil, lockFormat, os.Getpid(), run)
+	_, err := f.WriteAt(text, 0)
+	if err == nil {
+		err = f.Truncate(int64(len(text)))
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (d *Dir) lock() (*os.File, error) {
 	if err := os.MkdirAll(d.join(runDir), 0o700); err != nil {
 		return nil, err
 	}
@@ -239,11 +276,6 @@ func (d *Dir) attend() (*os.File, error) {
 	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = &RunningError{d.path, -1}
-	}
-	if err == nil {
-		if err = f.Truncate(0); err == nil {
-			_, err = fmt.Fprintln(f, os.Getpid())
-		}
 	}
 	if err != nil {
 		f.Close()

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -82,6 +83,52 @@ func TestAttendant(t *testing.T) {
 	}
 	if _, err := d.Report(); !errors.Is(err, ErrNotStarted) {
 		t.Errorf("Report before the first run: %v", err)
+	}
+}
+
+// Whoever asks for the end of a pod whose start is only claimed means that run, and not the one before.
+func TestStopOfAClaimedRun(t *testing.T) {
+	d := testPod(t)
+	if err := os.MkdirAll(d.join(runDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	before := Report{Version: reportVersion, Status: wire.Status{State: wire.StateExited, ExitCode: 3}}
+	if err := writeJSON(d.join(runDir, statusFile), before); err != nil {
+		t.Fatal(err)
+	}
+	for name, end := range map[string]func() (*Report, error){
+		"stop": func() (*Report, error) { return d.Stop(t.Context(), nil) },
+		"kill": func() (*Report, error) { return d.Kill(t.Context()) },
+	} {
+		claim, err := d.Claim(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var report *Report
+		var eerr error
+		var ended sync.WaitGroup
+		ended.Go(func() { report, eerr = end() })
+		for !d.wasKilled() {
+			time.Sleep(time.Millisecond)
+		}
+		// Another process starts with the claim.
+		fd, err := unix.Dup(int(claim.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		claim.Close()
+		_, err = d.Start(t.Context(), StartOptions{Claim: os.NewFile(uintptr(fd), "claim"), CacheDir: t.TempDir()})
+		if !errors.Is(err, errStopped) {
+			t.Errorf("%s: Start: %v", name, err)
+		}
+		ended.Wait()
+		if eerr != nil || report.Status.ExitCode != exitKilled {
+			t.Errorf("%s: report %+v, %v", name, report, eerr)
+		}
+		// The next run is another one, even of the same process.
+		if _, err = d.Start(t.Context(), StartOptions{CacheDir: t.TempDir()}); errors.Is(err, errStopped) {
+			t.Errorf("%s: the next Start: %v", name, err)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,27 +34,46 @@ type StartOptions struct {
 
 	Held []*os.File // see vmm.Config.Held
 
+	// Claim is what Dir.Claim has returned, maybe in another process that this one has inherited it from. Start takes it over.
+	Claim *os.File
+
 	// Attach is a container whose streams are connected as part of the start, see Running.Attached: it saves a round trip before the first byte
 	// of output. Stdin says whether its input is wanted too.
 	Attach string
 	Stdin  bool
 }
 
+// Claim makes the run that is to come the pod's present one: who asks for the pod's end from now on means that, and nobody else can start or
+// remove the pod. It waits for a run that is about to end. The claim is a file for StartOptions.Claim, and ends when it is closed.
+func (d *Dir) Claim(ctx context.Context) (*os.File, error) {
+	lock, err := d.awaitLock(ctx)
+	if err == nil {
+		lock, err = signed(lock, rand.Text())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
+	return lock, nil
+}
+
 // Start starts the pod and returns when the guest has been told what to run. Where it fails, nothing is left running.
 func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error) {
 	begin := time.Now()
-	lock, err := d.attendNext(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("start pod: %w", err)
+	lock := o.Claim
+	if lock == nil {
+		if lock, err = d.Claim(ctx); err != nil {
+			return nil, err
+		}
+	} else if _, run := readLock(lock); run != "" {
+		if lock, err = signed(lock, run); err != nil {
+			return nil, fmt.Errorf("start pod: %w", err)
+		}
 	}
 	defer func() {
 		if err != nil {
 			lock.Close()
 		}
 	}()
-	if err := d.forgetEnd(); err != nil {
-		return nil, fmt.Errorf("start pod: %w", err)
-	}
 	ctx, done := d.stoppable(ctx)
 	defer done()
 	if err := d.awaitDying(ctx); err != nil {

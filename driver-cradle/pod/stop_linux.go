@@ -44,12 +44,23 @@ func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
 	limit, query := patience(launch, grace)
 	asked, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("it did not end within %v", limit))
 	defer cancel()
-	err = d.Guest().Call(asked, http.MethodPost, wire.PathStop, query, nil, nil)
-	if noListener(err) { // it starts, or is about to end
-		err = d.requestEnd()
-	}
-	if err == nil {
-		err = d.AwaitEnd(asked)
+	run := d.run()
+	for {
+		err = d.Guest().Call(asked, http.MethodPost, wire.PathStop, query, nil, nil)
+		if err == nil {
+			err = d.AwaitEnd(asked)
+			break
+		}
+		if !noListener(err) {
+			break
+		}
+		// It starts, or is about to end.
+		if err = d.requestEnd(); err != nil {
+			break
+		}
+		if err = d.awaitEndSoon(asked, run); err == nil || asked.Err() != nil {
+			break
+		}
 	}
 	if err == nil {
 		return d.Report()
@@ -100,6 +111,7 @@ func (d *Dir) Kill(ctx context.Context) (*Report, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, killLimit,
 		fmt.Errorf("kill %s: its machine is killed, but process %d, which attends to it, hangs: end that with kill -9 %[2]d", d.path, attended.PID))
 	defer cancel()
+	run := d.run()
 	for {
 		if err := d.requestEnd(); err != nil {
 			return nil, fmt.Errorf("kill %s: %w", d.path, err)
@@ -108,10 +120,7 @@ func (d *Dir) Kill(ctx context.Context) (*Report, error) {
 			return nil, fmt.Errorf("kill %s: %w", d.path, err)
 		}
 		// A pod that starts may have got its machine only now.
-		soon, cancel := context.WithTimeout(ctx, time.Second)
-		err := d.AwaitEnd(soon)
-		cancel()
-		if err == nil {
+		if d.awaitEndSoon(ctx, run) == nil {
 			return d.Report()
 		}
 		if ctx.Err() != nil {
@@ -142,27 +151,18 @@ func (d *Dir) killUnattended() (*Report, error) {
 	return d.readReport()
 }
 
-// requestEnd notes that the present run is ended on purpose. It tells whom it means: Start may find the note of an earlier run.
-func (d *Dir) requestEnd() error {
-	pid, err := d.Attendant()
-	if err != nil {
-		return err
-	}
-	return hostfile.Replace(d.join(runDir, killedFile), []byte(strconv.Itoa(pid)))
-}
+// requestPause is how long the end of a run may take after it was asked for before that is done again: at the first time its start may
+// have been looking elsewhere.
+const requestPause = time.Second
 
-// forgetEnd removes the note of an earlier run.
-func (d *Dir) forgetEnd() error {
-	data, err := hostfile.Read(d.join(runDir, killedFile), 32)
-	if err == nil && string(data) == strconv.Itoa(os.Getpid()) {
-		return nil
-	}
-	return remove(d.join(runDir, killedFile))
+// requestEnd notes that the present run is ended on purpose. It names it: the note may outlive the run.
+func (d *Dir) requestEnd() error {
+	return hostfile.Replace(d.join(runDir, killedFile), []byte(d.run()))
 }
 
 func (d *Dir) wasKilled() bool {
-	_, err := os.Stat(d.join(runDir, killedFile))
-	return err == nil
+	data, err := hostfile.Read(d.join(runDir, killedFile), 64)
+	return err == nil && len(data) > 0 && string(data) == d.run()
 }
 
 // errStopped is why a start was not completed.
@@ -188,10 +188,12 @@ func (d *Dir) stoppable(ctx context.Context) (_ context.Context, done func()) {
 	}
 }
 
-// AwaitEnd returns once nobody attends to the pod any more.
-func (d *Dir) AwaitEnd(ctx context.Context) error {
+// AwaitEnd returns once nobody attends to the pod's present run any more.
+func (d *Dir) AwaitEnd(ctx context.Context) error { return d.awaitEndOf(ctx, d.run()) }
+
+func (d *Dir) awaitEndOf(ctx context.Context, run string) error {
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		if pid, err := d.Attendant(); err != nil || pid == 0 {
+		if pid, err := d.Attendant(); err != nil || pid == 0 || run != "" && d.run() != run {
 			return err
 		}
 		select {
@@ -200,6 +202,13 @@ func (d *Dir) AwaitEnd(ctx context.Context) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// awaitEndSoon gives up after requestPause.
+func (d *Dir) awaitEndSoon(ctx context.Context, run string) error {
+	ctx, cancel := context.WithTimeout(ctx, requestPause)
+	defer cancel()
+	return d.awaitEndOf(ctx, run)
 }
 
 // settleLimit bounds how long a pod may take to begin or to end for those who want to know how it is.
@@ -232,12 +241,12 @@ func (d *Dir) AwaitSettled(ctx context.Context) error {
 	}
 }
 
-// attendNext is attend for a new run: it waits for one that is about to end.
-func (d *Dir) attendNext(ctx context.Context) (*os.File, error) {
+// awaitLock is lock for a new run: it waits for one that is about to end.
+func (d *Dir) awaitLock(ctx context.Context) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
 	for {
-		lock, err := d.attend()
+		lock, err := d.lock()
 		if !errors.Is(err, ErrRunning) || !d.ending(ctx) {
 			return lock, err
 		}
