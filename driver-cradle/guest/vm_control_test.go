@@ -3,6 +3,7 @@
 package guest_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -314,4 +315,30 @@ func read(t *testing.T, address string) string {
 	}
 	t.Fatalf("nothing to read at %s", address)
 	return ""
+}
+
+// A panic while the agent answers a call is that call's. One in the background ends the pod, and is told as what it is.
+func TestVMAgentPanics(t *testing.T) {
+	p := podSpec{}
+	p.Containers = []spec.Container{sh("c", "echo up; sleep 1000")}
+	m := boots(t, p)
+	m.prints("c", "up")
+	for range 3 {
+		if err := m.call("POST", "/panic?in=handler", nil, nil); err == nil {
+			t.Error("a handler that panics answers")
+		}
+	}
+	if s := m.state("c"); !s.Running {
+		t.Errorf("after panics of handlers: %+v", s)
+	}
+	_ = m.call("POST", "/panic?in=background", nil, nil) // there may be no answer
+	select {
+	case <-m.Done():
+	case <-time.After(time.Minute):
+		t.Fatal("the machine goes on without its agent")
+	}
+	var panicked *vmm.PanicError
+	if err := m.Err(); !errors.As(err, &panicked) || panicked.Agent != "panic: in the background" || !strings.Contains(err.Error(), "the agent in the guest has failed: panic: in the background\n\ngoroutine ") {
+		t.Errorf("the machine's end: %v", err)
+	}
 }

@@ -3,7 +3,6 @@ package vmm
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -91,14 +90,26 @@ func (c *console) text() string {
 // A PanicError is the end of a machine whose guest kernel panicked.
 type PanicError struct {
 	Reason  string // Attempted to kill init! exitcode=0x00000100
+	Agent   string // where the kernel panicked because the agent, its init, ended: what that has said
 	Console string // the last lines
 }
 
 func (e *PanicError) Error() string {
-	return fmt.Sprintf("guest kernel panic: %s\n%s", e.Reason, e.Console)
+	text := "guest kernel panic: " + e.Reason
+	if e.Agent != "" {
+		text = "the agent in the guest has failed: " + e.Agent
+	}
+	return strings.TrimSuffix(text+"\n"+e.Console, "\n")
 }
 
-const panicMark = "Kernel panic - not syncing: "
+const (
+	panicMark = "Kernel panic - not syncing: "
+	initEnded = "Attempted to kill init!"
+	agentLog  = `msg="` + agentGaveUp + `" error=`
+
+	// agentGaveUp is what package guest logs when its main function returns.
+	agentGaveUp = "the agent can't go on"
+)
 
 // findPanic looks for a kernel panic in the console.
 func findPanic(text string) *PanicError {
@@ -107,7 +118,26 @@ func findPanic(text string) *PanicError {
 		return nil
 	}
 	reason, _, _ := strings.Cut(text[i+len(panicMark):], "\n")
-	return &PanicError{printable(reason), lastLines(text, 20)}
+	p := &PanicError{Reason: printable(reason), Console: lastLines(text, 20)}
+	if says, stack, ok := agentsEnd(text[:i]); ok && strings.HasPrefix(p.Reason, initEnded) {
+		p.Agent, p.Console = says, stack // which may be long before the last lines
+	}
+	return p
+}
+
+// agentsEnd finds what the agent said when it ended: Go's report of a panic or a fatal error with the stack, or the agent's own.
+func agentsEnd(text string) (says, stack string, ok bool) {
+	lines := strings.SplitAfter(text, "\n")
+	for i := len(lines) - 1; i >= 0; i-- {
+		line := strings.TrimSpace(lines[i])
+		if _, why, ok := strings.Cut(line, agentLog); ok {
+			return printable(why), "", true
+		}
+		if strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "fatal error: ") {
+			return printable(line), lastLines(strings.Join(lines[i+1:min(len(lines), i+21)], ""), 20), true
+		}
+	}
+	return "", "", false
 }
 
 // lastLines gives the last n lines of foreign text, fit for a terminal.

@@ -132,6 +132,16 @@ func TestFindPanic(t *testing.T) {
 	if p == nil || p.Reason != "Attempted to kill init! exitcode=0x00000300" || strings.Contains(p.Error(), "\x1b") {
 		t.Errorf("findPanic: %+v", p)
 	}
+	const end = "[    2.000000] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000200\r\n[    2.1] CPU: 0\r\n"
+	for said, want := range map[string]string{
+		"panic: runtime error: index out of range [3] with length 3\r\n\r\ngoroutine 7 [running]:\r\nguest.(*Pod).supervise\r\n": "panic: runtime error: index out of range [3] with length 3\n\ngoroutine 7 [running]:\nguest.(*Pod).supervise",
+		"fatal error: concurrent map writes\r\n": "fatal error: concurrent map writes",
+		"time=2026-11-25T00:00:00Z level=ERROR msg=\"the agent can't go on\" error=\"mount /proc: no such device\"\r\n": "\"mount /proc: no such device\"",
+	} {
+		if p := findPanic("boot\r\npanic: an old one\r\n" + said + end); p == nil || !strings.Contains(p.Error(), "the agent in the guest has failed: "+want) {
+			t.Errorf("findPanic: %v, want one that says %q", p, want)
+		}
+	}
 	if p := findPanic("all is well"); p != nil {
 		t.Errorf("findPanic finds %+v", p)
 	}

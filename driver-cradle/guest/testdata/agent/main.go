@@ -34,6 +34,12 @@ func handler(p *guest.Pod) http.Handler {
 			json.NewEncoder(w).Encode(v)
 		})
 	}
+	mux.HandleFunc("POST /panic", func(_ http.ResponseWriter, r *http.Request) {
+		if r.FormValue("in") == "handler" {
+			panic("in a handler")
+		}
+		go func() { panic("in the background") }()
+	})
 	handle("GET /logs", func(ctx context.Context, c *guest.Container, r *http.Request) (any, error) {
 		var stdout, stderr bytes.Buffer
 		err := c.IO().ReadLogs(ctx, stdio.LogOptions{Stdout: &stdout, Stderr: &stderr, Tail: -1})
