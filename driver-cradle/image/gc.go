@@ -200,7 +200,7 @@ func (s *Store) layerSizes() (map[string]int64, error) {
 }
 
 func (s *Store) removeLayer(diffID string) error {
-	for _, ext := range []string{".ext4", ".json"} {
+	for _, ext := range []string{".ext4", ".json", checkedExt} {
 		if err := os.Remove(s.layerPath(diffID, ext)); err != nil && !isNotExist(err) {
 			return err
 		}
@@ -217,7 +217,7 @@ func (s *Store) removeStray() error {
 			return nil
 		}
 		id := "sha256:" + base
-		if _, err := os.Stat(s.layerPath(id, ".ext4")); err == nil && ext == "json" {
+		if _, err := os.Stat(s.layerPath(id, ".ext4")); err == nil && ext != "lock" {
 			return nil
 		}
 		lock, err := tryLock(s.layerPath(id, ".lock"), lockExclusive, true)
@@ -292,7 +292,7 @@ func (p Problem) String() string { return fmt.Sprintf("%s: %v", p.Path, p.Err) }
 func (s *Store) Verify(ctx context.Context) ([]Problem, error) {
 	var problems []Problem
 	err := s.each(filepath.Join("layers", "sha256"), ".ext4", func(path string, _ os.FileInfo) error {
-		err := s.verifyLayer(ctx, path)
+		err := verifyLayer(ctx, path)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -330,7 +330,7 @@ func (s *Store) Verify(ctx context.Context) ([]Problem, error) {
 	return problems, nil
 }
 
-func (s *Store) verifyLayer(ctx context.Context, path string) error {
+func verifyLayer(ctx context.Context, path string) error {
 	var rec layerRecord
 	if err := readJSON(strings.TrimSuffix(path, ".ext4")+".json", &rec); err != nil {
 		if isNotExist(err) {

@@ -308,3 +308,69 @@ func TestKilled(t *testing.T) {
 		t.Errorf("%v, %v", problems, err)
 	}
 }
+
+// Whoever uses a layer notices when its file is another one than it was, and reads it for that only when the file system says so.
+func TestCheckLayer(t *testing.T) {
+	s, one, _ := twoImages(t)
+	layer := one.Layers[1]
+	link := filepath.Join(t.TempDir(), "0.ext4")
+	if err := os.Symlink(layer.Path, link); err != nil {
+		t.Fatal(err)
+	}
+	check := func(what, path, diffID string, want error) {
+		t.Helper()
+		if err := CheckLayer(t.Context(), path, diffID); !errors.Is(err, want) || want == nil && err != nil {
+			t.Errorf("%s: %v, want %v", what, err, want)
+		}
+	}
+	check("just made", link, layer.DiffID, nil)
+	check("another one", link, one.Layers[0].DiffID, ErrCorrupt)
+	record := s.layerPath(layer.DiffID, ".json")
+	right := readFile(t, record)
+	if err := os.WriteFile(record, []byte(strings.Replace(string(right), `"sha256": "`, `"sha256": "0`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("unchanged, so not read", link, layer.DiffID, nil)
+	if err := VerifyLayer(t.Context(), link, layer.DiffID); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("read in any case: %v", err)
+	}
+	if err := os.WriteFile(record, right, 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	f, err := os.OpenFile(layer.Path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	last := make([]byte, 1)
+	if _, err := f.ReadAt(last, layer.Size-1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(20 * time.Millisecond) // the clock of file systems ticks
+	if _, err := f.WriteAt([]byte{last[0] ^ 1}, layer.Size-1); err != nil {
+		t.Fatal(err)
+	}
+	check("one bit changed", link, layer.DiffID, ErrCorrupt)
+	if _, err := f.WriteAt(last, layer.Size-1); err != nil {
+		t.Fatal(err)
+	}
+	check("changed back", link, layer.DiffID, nil)
+	if !isChecked(strings.TrimSuffix(layer.Path, ".ext4")) {
+		t.Error("that it was read and is right is forgotten")
+	}
+	if err := os.Remove(s.layerPath(layer.DiffID, checkedExt)); err != nil {
+		t.Fatal(err)
+	}
+	check("nobody knows", link, layer.DiffID, nil)
+
+	own := filepath.Join(t.TempDir(), "own.ext4")
+	if err := os.WriteFile(own, []byte("anything"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("in no cache", own, layer.DiffID, nil)
+	if err := os.Remove(layer.Path); err != nil {
+		t.Fatal(err)
+	}
+	check("missing", link, layer.DiffID, os.ErrNotExist)
+}

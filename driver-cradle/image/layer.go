@@ -153,6 +153,9 @@ func (j *job) convert(ctx context.Context) error {
 	if err := os.Rename(out.file.Name(), path); err != nil {
 		return err
 	}
+	if made, err := identify(path); err == nil {
+		noteChecked(strings.TrimSuffix(path, ".ext4"), made)
+	}
 	return syncDir(filepath.Dir(path))
 }
 

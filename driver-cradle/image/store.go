@@ -23,6 +23,7 @@ import (
 //	lock                        held exclusively while things are removed, shared while they are looked up to be used
 //	layers/sha256/<hex>.ext4    a converted layer, named by its diff id; read-only
 //	layers/sha256/<hex>.json    what is known of it (layerRecord)
+//	layers/sha256/<hex>.checked identity of the file that was found to be right (identity)
 //	layers/sha256/<hex>.lock    held by who converts it
 //	images/<hash>.json          a resolved reference for one platform (imageRecord); its modification time is its last use
 //	holds/<hash>.json           a pod directory's claim on an image's layers (holdRecord)

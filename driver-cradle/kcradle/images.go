@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -212,10 +213,6 @@ func (c *cli) verify(ctx context.Context, d *pod.Dir) error {
 	if err != nil {
 		return err
 	}
-	store, err := c.store()
-	if err != nil {
-		return err
-	}
 	var errs []error
 	seen := map[string]bool{}
 	for _, container := range launch.Containers {
@@ -224,7 +221,7 @@ func (c *cli) verify(ctx context.Context, d *pod.Dir) error {
 				continue
 			}
 			seen[l.DiffID] = true
-			errs = append(errs, store.VerifyLayer(ctx, l.DiffID))
+			errs = append(errs, image.VerifyLayer(ctx, filepath.Join(d.Path(), l.File), l.DiffID))
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}

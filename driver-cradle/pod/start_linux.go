@@ -16,6 +16,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
 	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
+	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/driver-cradle/network"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
@@ -239,8 +240,8 @@ func (d *Dir) storage(ctx context.Context, launch *spec.Launch, c *vmm.Config, w
 			}
 			seen[l.DiffID] = true
 			path := d.join(l.File)
-			if _, err := os.Stat(path); err != nil {
-				return fmt.Errorf("layer %s of image %s is missing (%w): summon the pod again", l.File, container.Image.Reference, err)
+			if err := image.CheckLayer(ctx, path, l.DiffID); err != nil {
+				return fmt.Errorf("image %s: %w", container.Image.Reference, err)
 			}
 			add(wire.DiskLayer+l.DiffID, path, true)
 		}
