@@ -5,6 +5,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -110,6 +111,16 @@ func (p *process) ended() bool {
 	case <-p.done:
 		return true
 	default:
+		return false
+	}
+}
+
+// endsWithin waits for the process's end, for so long.
+func (p *process) endsWithin(d time.Duration) bool {
+	select {
+	case <-p.done:
+		return true
+	case <-time.After(d):
 		return false
 	}
 }

@@ -24,7 +24,7 @@ func (p *Pod) runInside(r stageRequest) (*command, error) {
 	pidfd, err := r.first.dupPidfd()
 	if err != nil {
 		closeStreams(streams)
-		return nil, &stateError{ErrNotRunning, "the container has ended"}
+		return nil, &stateError{ErrNotRunning, "container is not running"}
 	}
 	defer unix.Close(pidfd)
 	cgroup, err := openCgroup(r.cgroup)

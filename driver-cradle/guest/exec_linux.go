@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -119,6 +120,8 @@ func (e *Exec) Start(context.Context) error {
 		code := exitRefused
 		if se, ok := errors.AsType[*stageError](err); ok {
 			code = se.Code
+		} else if first.endsWithin(dying) {
+			err = &stateError{ErrConflict, fmt.Sprintf("container %s is not running", c.spec.ID)}
 		}
 		e.over(code)
 		return err
@@ -138,6 +141,9 @@ func (e *Exec) Start(context.Context) error {
 	}()
 	return nil
 }
+
+// dying is how long the end of a container may take to be seen that has already made an exec in it fail, in one way or another.
+const dying = time.Second
 
 func (e *Exec) over(code int) {
 	crew := e.container.pod.crew
