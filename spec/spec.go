@@ -122,7 +122,7 @@ type Settings struct {
 // Resources of a pod's VM.
 type Resources struct {
 	Memory Bytes `json:"memory,omitempty"` // what the containers may use together, exactly; default 256 MiB
-	CPUs   int   `json:"cpus,omitempty"`   // virtual processors; default 1
+	CPUs   int   `json:"cpus,omitempty"`   // virtual processors, as far as the host has so many; default 1
 }
 
 // Limits of one container inside its pod. Zero is no limit but the pod's.

@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
@@ -45,7 +46,7 @@ type Config struct {
 	Accel   string     // Auto (default), KVM, TCG
 	Start   string     // Auto (default), Template, Cold
 	Memory  spec.Bytes // what the containers may use together; the machine gets the size class above it
-	CPUs    int        // default 1
+	CPUs    int        // default 1; the machine gets at most as many as this process may use
 
 	Disks    []Disk  // the index is the LUN
 	Shares   []Share // entries of the one 9p device, whose mount tag is wire.ShareTag
@@ -166,6 +167,11 @@ func (c *Config) check() error {
 	}
 	if c.CPUs < 1 || c.CPUs > maxCPUs {
 		return fmt.Errorf("start machine: %d processors, allowed are 1 to %d", c.CPUs, maxCPUs)
+	}
+	if have := runtime.NumCPU(); c.CPUs > have {
+		// More would only wait for each other. Emulated ones do so from the first instruction on: 64 of them on two take minutes to boot.
+		c.Log.Warn("machine gets fewer processors than asked for: this process may use no more", "asked", c.CPUs, "gets", have)
+		c.CPUs = have
 	}
 	if c.HelloTimeout == 0 {
 		c.HelloTimeout = helloTimeout

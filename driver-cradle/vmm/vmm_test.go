@@ -1,14 +1,17 @@
 package vmm
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -460,5 +463,19 @@ func TestTemplateFailures(t *testing.T) {
 	ts.restored(name)
 	if f, _, ok := ts.failure(name); ok {
 		t.Errorf("a template that has restored since: %+v", f)
+	}
+}
+
+// A machine gets no more processors than there are to run them, and that is said.
+func TestProcessorsAreTheHosts(t *testing.T) {
+	for asked, want := range map[int]int{0: 1, 1: 1, maxCPUs: min(maxCPUs, runtime.NumCPU())} {
+		var log bytes.Buffer
+		c := Config{Package: new(boot.Package), RunDir: t.TempDir(), CacheDir: t.TempDir(), CPUs: asked, Log: slog.New(slog.NewTextHandler(&log, nil))}
+		if err := c.check(); err != nil {
+			t.Fatal(err)
+		}
+		if warned := strings.Contains(log.String(), "fewer processors"); c.CPUs != want || warned != (want < asked) {
+			t.Errorf("%d processors asked for: %d, %s", asked, c.CPUs, &log)
+		}
 	}
 }
