@@ -18,8 +18,8 @@ import (
 const copyMark = ".cradle-copying"
 
 // fillVolume copies the image's content, a directory, into a volume if that is empty. shared says that other guests may have the volume
-// at the same time: what is there is theirs.
-func fillVolume(volume, source string, shared bool) error {
+// at the same time: what is there is theirs. copied, which may be nil, is told how many bytes each piece has.
+func fillVolume(volume, source string, shared bool, copied func(int)) error {
 	entries, err := os.ReadDir(volume)
 	if err != nil {
 		return err
@@ -39,7 +39,7 @@ func fillVolume(volume, source string, shared bool) error {
 		return err
 	}
 	if shared {
-		return fillShared(volume, source, defaultPace)
+		return fillShared(volume, source, defaultPace, copied)
 	}
 	for _, e := range entries {
 		if e.Name() != copyMark {
@@ -52,7 +52,7 @@ func fillVolume(volume, source string, shared bool) error {
 	if err := os.WriteFile(mark, nil, 0o600); err != nil {
 		return err
 	}
-	if err := copyTree(source, volume, ""); err != nil {
+	if err := copyTree(source, volume, "", copied); err != nil {
 		return err
 	}
 	return os.Remove(mark)
@@ -71,7 +71,7 @@ var defaultPace = pace{beat: 2 * time.Second, dead: 30 * time.Second, every: 250
 // while; the others wait until it is gone. No lock would do: NFSv3 and 9p have none that other guests see. Where the copier has died,
 // whoever notices goes on. That never removes or replaces anything, and files appear under their names when they are complete: should
 // a guest that was only paused come back, two of them copying do no harm.
-func fillShared(volume, source string, p pace) error {
+func fillShared(volume, source string, p pace, copied func(int)) error {
 	mark := filepath.Join(volume, copyMark)
 	f, err := os.OpenFile(mark, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	switch {
@@ -92,7 +92,7 @@ func fillShared(volume, source string, p pace) error {
 	}
 	stop := touch(mark, p.beat)
 	defer stop()
-	if err := copyTree(source, volume, copyMark+"-"+rand.Text()); err != nil {
+	if err := copyTree(source, volume, copyMark+"-"+rand.Text(), copied); err != nil {
 		return err
 	}
 	stop()
@@ -180,7 +180,7 @@ func isClosed(c <-chan struct{}) bool {
 
 // copyTree copies what is in source, and source's own attributes, to target, and has it on the disk when it returns. With part, others
 // may write to target too: what is there stays, and files are made under that name first.
-func copyTree(source, target, part string) error {
+func copyTree(source, target, part string, copied func(int)) error {
 	from, err := os.Open(source)
 	if err != nil {
 		return err
@@ -191,7 +191,13 @@ func copyTree(source, target, part string) error {
 		return err
 	}
 	defer to.Close()
-	c := copier{root: to, part: part, links: make(map[inode]string), buf: make([]byte, 1<<20), names: make([]byte, 64<<10), value: make([]byte, 64<<10)}
+	if copied == nil {
+		copied = func(int) {}
+	}
+	c := copier{
+		root: to, part: part, copied: copied, links: make(map[inode]string),
+		buf: make([]byte, 1<<20), names: make([]byte, 64<<10), value: make([]byte, 64<<10),
+	}
 	if err := c.directory(from, to, "."); err != nil {
 		return fmt.Errorf("copy the image's content: %w", err)
 	}
@@ -216,9 +222,10 @@ type inode struct{ dev, ino uint64 }
 // A copier copies a tree with owners, modes, times, extended attributes, devices and hard links. Everything goes by descriptors of
 // directories: no link that somebody else puts into target is followed, and no long path is walked for each of many small files.
 type copier struct {
-	root  *os.File
-	part  string
-	links map[inode]string // what has more than one name → its copy, from root
+	root   *os.File
+	part   string
+	copied func(int)
+	links  map[inode]string // what has more than one name → its copy, from root
 
 	buf, names, value []byte
 }
@@ -348,6 +355,7 @@ func (c *copier) content(in, out int, size int64) error {
 			}
 			b = b[max(w, 0):]
 		}
+		c.copied(n)
 		if done += int64(n); n == 0 || done >= size {
 			return nil
 		}

@@ -101,18 +101,22 @@ func TestFillVolume(t *testing.T) {
 	source, want := imageTree(t)
 	for _, shared := range []bool{false, true} {
 		volume := t.TempDir()
+		copied := 0
 		for range 2 { // the second finds it filled
-			if err := fillVolume(volume, source, shared); err != nil {
+			if err := fillVolume(volume, source, shared, func(n int) { copied += n }); err != nil {
 				t.Fatal(err)
 			}
 			sameTree(t, volume, want)
+		}
+		if copied != 3_000_010 {
+			t.Errorf("%d bytes were told to be copied", copied)
 		}
 	}
 	used := t.TempDir()
 	if err := os.WriteFile(filepath.Join(used, "mine"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := fillVolume(used, source, true); err != nil {
+	if err := fillVolume(used, source, true, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := tree(t, used); len(got) != 2 {
@@ -129,7 +133,7 @@ func TestFillOwnAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := fillVolume(volume, source, false); err != nil {
+	if err := fillVolume(volume, source, false, nil); err != nil {
 		t.Fatal(err)
 	}
 	sameTree(t, volume, want)
@@ -142,7 +146,7 @@ func TestFillSharedAtOnce(t *testing.T) {
 	var guests sync.WaitGroup
 	for range 8 {
 		guests.Go(func() {
-			if err := fillVolume(volume, source, true); err != nil {
+			if err := fillVolume(volume, source, true, nil); err != nil {
 				t.Error(err)
 				return
 			}
@@ -171,7 +175,7 @@ func TestFillSharedWaits(t *testing.T) {
 	stop := touch(mark, 10*time.Millisecond)
 	filled := make(chan error)
 	p := pace{beat: 10 * time.Millisecond, dead: time.Minute, every: time.Millisecond}
-	go func() { filled <- fillShared(volume, source, p) }()
+	go func() { filled <- fillShared(volume, source, p, nil) }()
 	select {
 	case err := <-filled:
 		t.Fatalf("did not wait: %v", err)
@@ -202,7 +206,7 @@ func TestFillSharedGoesOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := tree(t, volume)
-	if err := fillShared(volume, source, pace{beat: time.Millisecond, dead: 20 * time.Millisecond, every: time.Millisecond}); err != nil {
+	if err := fillShared(volume, source, pace{beat: time.Millisecond, dead: 20 * time.Millisecond, every: time.Millisecond}, nil); err != nil {
 		t.Fatal(err)
 	}
 	for name := range want {

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,8 @@ type Pod struct {
 	bus      bus
 	crew     *crew
 	ending   StopOptions // of the pod's end; guarded by crew's mutex
+
+	fill atomic.Pointer[wire.Filling] // of the launch
 
 	launching sync.Mutex // one launch at a time, and one in all
 	launchErr error      // what became of it
@@ -256,7 +259,7 @@ func (p *Pod) supervise() {
 
 // Status of the pod now.
 func (p *Pod) Status() wire.Status {
-	s := wire.Status{State: wire.StateCreated, Containers: []wire.ContainerStatus{}}
+	s := wire.Status{State: wire.StateCreated, Containers: []wire.ContainerStatus{}, Filling: p.fill.Load()}
 	containers := p.Containers()
 	if containers != nil {
 		s.State = wire.StateRunning
@@ -274,6 +277,18 @@ func (p *Pod) Status() wire.Status {
 	}
 	return s
 }
+
+// filling makes the status tell how far the filling of a volume has come; filled ends that.
+func (p *Pod) filling(volume string, total int64) (copied func(int)) {
+	f := wire.Filling{Volume: volume, Total: total}
+	return func(n int) {
+		f.Done += int64(n)
+		now := f
+		p.fill.Store(&now)
+	}
+}
+
+func (p *Pod) filled() { p.fill.Store(nil) }
 
 // Wait gives the status as soon as the pod has ended.
 func (p *Pod) Wait(ctx context.Context) (wire.Status, error) {

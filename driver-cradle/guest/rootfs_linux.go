@@ -215,7 +215,8 @@ func (c *Container) mountRootVolume(p point) error {
 		if err := c.mountOverlay(); err != nil {
 			return err
 		}
-		err := fillVolume(p.volume.path, c.rootfs, p.volume.shared())
+		err := fillVolume(p.volume.path, c.rootfs, p.volume.shared(), c.pod.filling(p.mount.Volume, c.layersSize()))
+		c.pod.filled()
 		if uerr := unix.Unmount(c.rootfs, 0); err == nil && uerr != nil {
 			err = &os.PathError{Op: "unmount", Path: c.rootfs, Err: uerr}
 		}
@@ -260,7 +261,19 @@ func (c *Container) fill(p point) error {
 	if err != nil {
 		return err
 	}
-	return fillVolume(p.volume.path, source, p.volume.shared())
+	defer c.pod.filled()
+	return fillVolume(p.volume.path, source, p.volume.shared(), c.pod.filling(p.mount.Volume, 0))
+}
+
+// layersSize is about how many bytes the image's content has.
+func (c *Container) layersSize() (size int64) {
+	for _, dir := range c.lowers[1:] {
+		var st unix.Statfs_t
+		if unix.Statfs(dir, &st) == nil {
+			size += int64(st.Blocks-st.Bfree) * st.Bsize
+		}
+	}
+	return size
 }
 
 func (c *Container) mountPoints(points []point) error {

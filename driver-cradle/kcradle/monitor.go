@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -19,17 +20,20 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 )
 
-// monitorResult is what a monitor tells the process that has started it, on answerFD.
-type monitorResult struct {
-	ID    string `json:"id,omitempty"`
-	Error string `json:"error,omitempty"`
-	Code  int    `json:"code,omitempty"` // exit code that goes with the error
+// A monitorMessage is what a monitor tells the process that has started it, on answerFD: one of the first two any number of times, then the rest.
+type monitorMessage struct {
+	Log     string        `json:"log,omitempty"` // what it has logged
+	Filling *wire.Filling `json:"filling,omitempty"`
+
+	Result bool   `json:"result,omitempty"`
+	Error  string `json:"error,omitempty"`
+	Code   int    `json:"code,omitempty"` // exit code that goes with the error
 }
 
 // monitorLog is where a monitor's messages go, in the pod's run directory.
 const monitorLog = "monitor.log"
 
-func (c *cli) runDetached(ctx context.Context, dir string) error {
+func (c *cli) runDetached(ctx context.Context, dir string, quiet bool) error {
 	d, err := c.open(dir)
 	if err != nil {
 		return err
@@ -43,7 +47,7 @@ func (c *cli) runDetached(ctx context.Context, dir string) error {
 		return err
 	}
 	defer claim.Close()
-	if err := c.spawnMonitor(ctx, d, claim); err != nil {
+	if err := c.spawnMonitor(ctx, d, claim, quiet); err != nil {
 		return err
 	}
 	fmt.Fprintln(c.stdout, launch.ID)
@@ -64,7 +68,7 @@ func inherit(fd int, name string) *os.File {
 
 // spawnMonitor starts this program once more, in the background, to attend to a pod, and returns when it does. The pod is started with claim,
 // or, where that is nil, taken up.
-func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, claim *os.File) error {
+func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, claim *os.File, quiet bool) error {
 	run := filepath.Join(d.Path(), "run")
 	if err := os.MkdirAll(run, 0o700); err != nil {
 		return err
@@ -98,6 +102,11 @@ func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, claim *os.File) erro
 	if c.verbose {
 		args = append(args, "--verbose")
 	}
+	bar := c.fillProgress(quiet)
+	defer bar.done()
+	if bar != nil {
+		args = append(args, "--progress")
+	}
 	files := []*os.File{w}
 	if claim == nil {
 		args = append(args, "--take-up")
@@ -119,50 +128,77 @@ func (c *cli) spawnMonitor(ctx context.Context, d *pod.Dir, claim *os.File) erro
 	}
 	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
 	defer stop()
-	data, err := io.ReadAll(io.LimitReader(r, 1<<20))
-	if err != nil {
-		return err
+	var m monitorMessage
+	for answers := json.NewDecoder(r); !m.Result; {
+		m = monitorMessage{}
+		if answers.Decode(&m) != nil {
+			cmd.Wait()
+			return fmt.Errorf("the monitor of %s ended early (%v): see %s", d.Path(), cmd.ProcessState, log.Name())
+		}
+		switch {
+		case m.Filling != nil && bar != nil:
+			bar.update(*m.Filling)
+		case m.Log != "":
+			bar.done()
+			fmt.Fprint(c.stderr, m.Log)
+		}
 	}
-	var result monitorResult
-	if json.Unmarshal(data, &result) != nil {
-		cmd.Wait()
-		return fmt.Errorf("the monitor of %s ended early (%v): see %s", d.Path(), cmd.ProcessState, log.Name())
-	}
-	if result.Code != 0 {
-		c.failure = result.Code
-	} else if result.Error != "" {
+	if m.Code != 0 {
+		c.failure = m.Code
+	} else if m.Error != "" {
 		cmd.Wait()
 	}
 	err = cmd.Process.Release()
-	if result.Error != "" {
-		err = errors.New(result.Error)
+	if m.Error != "" {
+		err = errors.New(m.Error)
 	}
 	return err
 }
 
+// An answer is a monitor's to the process that waits for it, which may be gone.
+type answer struct {
+	mu   sync.Mutex
+	file *os.File // nil: everything is said
+}
+
+func (a *answer) tell(m monitorMessage) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.file == nil || json.NewEncoder(a.file).Encode(m) == nil && !m.Result {
+		return
+	}
+	a.file.Close()
+	a.file = nil
+}
+
+// Write tells a line of the log.
+func (a *answer) Write(p []byte) (int, error) {
+	a.tell(monitorMessage{Log: string(p)})
+	return len(p), nil
+}
+
 // monitorCommand attends to a detached pod.
 func (c *cli) monitorCommand() *cobra.Command {
-	var takeUp bool
+	var takeUp, progress bool
 	cmd := &cobra.Command{
 		Use:    "monitor DIR",
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			answer := inherit(answerFD, "answer")
-			r, err := c.attend(cmd, args[0], takeUp)
-			var result monitorResult
+			a := &answer{file: inherit(answerFD, "answer")}
+			c.stderr = io.MultiWriter(c.stderr, a)
+			var tell func(wire.Filling)
+			if progress {
+				tell = func(f wire.Filling) { a.tell(monitorMessage{Filling: &f}) }
+			}
+			r, err := c.attend(cmd, args[0], takeUp, tell)
+			result := monitorMessage{Result: true}
 			if err != nil {
 				result.Error = err.Error()
-			} else {
-				result.ID = r.Launch().ID
-				if !takeUp {
-					result.Code, result.Error = begun(r)
-				}
+			} else if !takeUp {
+				result.Code, result.Error = begun(r)
 			}
-			if werr := json.NewEncoder(answer).Encode(result); werr != nil && err == nil {
-				c.log().Debug("nobody waits for the pod to start", "error", werr)
-			}
-			answer.Close()
+			a.tell(result)
 			if err != nil {
 				return err
 			}
@@ -171,6 +207,7 @@ func (c *cli) monitorCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&takeUp, "take-up", false, "the pod runs already")
+	cmd.Flags().BoolVar(&progress, "progress", false, "tell how far the start has come")
 	return cmd
 }
 
@@ -197,7 +234,7 @@ func begun(r *pod.Running) (code int, why string) {
 	return 0, ""
 }
 
-func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running, error) {
+func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool, progress func(wire.Filling)) (*pod.Running, error) {
 	ctx, cancel := interruptible(cmd)
 	defer cancel()
 	d, err := c.open(dir)
@@ -212,6 +249,6 @@ func (c *cli) attend(cmd *cobra.Command, dir string, takeUp bool) (*pod.Running,
 		return nil, err
 	}
 	options.Detached, options.Hold = true, true
-	options.Claim = inherit(claimFD, "claim")
+	options.Claim, options.Progress = inherit(claimFD, "claim"), progress
 	return d.Start(ctx, options)
 }

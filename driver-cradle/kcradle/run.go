@@ -49,13 +49,13 @@ nothing to run.`,
 					return err
 				}
 				if detach {
-					return c.runDetached(cmd.Context(), args[0])
+					return c.runDetached(cmd.Context(), args[0], pull.quiet)
 				}
 				d, err := c.open(args[0])
 				if err != nil {
 					return err
 				}
-				return c.runForeground(cmd.Context(), d, remove)
+				return c.runForeground(cmd.Context(), d, pull.quiet, remove)
 			}
 			if detach {
 				return errors.New("-d keeps the pod, --rm removes it: summon a directory and run that with -d")
@@ -119,7 +119,7 @@ func (c *cli) runImage(cmd *cobra.Command, flags *podFlags, pull *pullFlags, arg
 		return err
 	}
 	cancel()
-	return c.runForeground(cmd.Context(), d, true)
+	return c.runForeground(cmd.Context(), d, pull.quiet, true)
 }
 
 func (c *cli) startOptions() (pod.StartOptions, error) {
@@ -128,7 +128,7 @@ func (c *cli) startOptions() (pod.StartOptions, error) {
 }
 
 // runForeground becomes the pod.
-func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err error) {
+func (c *cli) runForeground(ctx context.Context, d *pod.Dir, quiet, remove bool) (err error) {
 	signals := make(chan os.Signal, 64)
 	signal.Notify(signals)
 	defer signal.Stop(signals)
@@ -139,6 +139,8 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 		return err
 	}
 	options.Hold, options.DiscardLogs = true, remove
+	bar := c.fillProgress(quiet)
+	options.Progress = bar.tell()
 	if launch, err := d.Launch(); err != nil {
 		return err
 	} else if len(launch.Containers) == 1 {
@@ -151,6 +153,7 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, remove bool) (err e
 	begun := make(chan started, 1)
 	go func() {
 		r, err := d.Start(ctx, options)
+		bar.done()
 		begun <- started{r, err}
 	}()
 	var early []os.Signal
@@ -435,7 +438,7 @@ func (c *cli) guestOf(ctx context.Context, d *pod.Dir) (*pod.Guest, error) {
 		if !running {
 			return nil, fmt.Errorf("%s: %w: kcradle run %[1]s starts it", d.Path(), pod.ErrNotRunning)
 		}
-		if err := c.spawnMonitor(ctx, d, nil); err != nil {
+		if err := c.spawnMonitor(ctx, d, nil, true); err != nil {
 			// Another command may have been first, or the machine has ended just now.
 			if pid, perr := d.Attendant(); perr == nil && pid == 0 {
 				if running, rerr := d.Running(); rerr == nil && !running {

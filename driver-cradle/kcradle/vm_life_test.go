@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -497,6 +498,30 @@ func TestVMTerminal(t *testing.T) {
 	}
 	if after.Lflag != before.Lflag|unix.ICANON|unix.ECHO {
 		t.Errorf("the terminal is not as it was: %x, %x", after.Lflag, before.Lflag)
+	}
+}
+
+// What a start copies into a volume is shown on a terminal, of a detached pod as well, and so is what its monitor has to say.
+func TestVMFillingIsShown(t *testing.T) {
+	w := theWorld(t)
+	for _, how := range [][]string{{"run"}, {"run", "-d"}} {
+		dir := filepath.Join(t.TempDir(), "pod")
+		t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
+		w.must(t, "summon", dir, "oci:"+w.images+"/debian", "--cpus", "64", "-v", filepath.Join(t.TempDir(), "lib.img")+":/usr/lib:size=400M", "--", "true")
+		master, slave := openTerminal(t)
+		cmd := exec.Command(w.kcradle, append(how, dir)...)
+		cmd.Env = w.env()
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		slave.Close()
+		var seen bytes.Buffer
+		io.Copy(&seen, master) // until nobody has the terminal any more
+		warned := strings.Contains(seen.String(), "fewer processors")
+		if code := exit(t, cmd); code != 0 || !strings.Contains(seen.String(), "copying the image's content into a volume") || warned != (runtime.NumCPU() < 64) {
+			t.Errorf("%v: exit code %d, %q", how, code, seen.String())
+		}
 	}
 }
 

@@ -191,6 +191,13 @@ func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) e
 	for _, c := range r.spec.Containers {
 		r.last.Containers = append(r.last.Containers, wire.ContainerStatus{ID: c.ID, Name: c.Name, State: wire.StateCreated})
 	}
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	if o.Progress != nil {
+		watched, cancel := context.WithCancel(ctx)
+		defer cancel()
+		watching.Go(func() { r.watchFilling(watched, o.Progress) })
+	}
 	var err error
 	if o.Attach != "" {
 		q := AttachQuery(r.started, o.Stdin)
@@ -203,6 +210,21 @@ func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) e
 		err = context.Cause(ctx)
 	}
 	return err
+}
+
+// watchFilling tells how a launch that takes its time goes.
+func (r *Running) watchFilling(ctx context.Context, tell func(wire.Filling)) {
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 250*time.Millisecond) {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+		var s wire.Status
+		if err := r.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &s); err == nil && s.Filling != nil {
+			tell(*s.Filling)
+		}
+	}
 }
 
 // Attached is the stream of the container that StartOptions.Attach names, docker's raw stream: from the start of this run until the container

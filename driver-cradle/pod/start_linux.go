@@ -25,13 +25,14 @@ import (
 
 // StartOptions say how to start a pod; what launch.json says counts where they are zero.
 type StartOptions struct {
-	CacheDir    string // templates are in CacheDir/templates
-	Boot        string // boot package instead of the directory's
-	Accel       string // auto, kvm, tcg
-	Start       string // auto, template, cold
-	Detached    bool   // the pod goes on when this process ends
-	DiscardLogs bool   // do not bring the containers' logs home at the end
-	Hold        bool   // keep the machine after the pod's end until Running.Release
+	CacheDir    string             // templates are in CacheDir/templates
+	Boot        string             // boot package instead of the directory's
+	Accel       string             // auto, kvm, tcg
+	Start       string             // auto, template, cold
+	Detached    bool               // the pod goes on when this process ends
+	DiscardLogs bool               // do not bring the containers' logs home at the end
+	Progress    func(wire.Filling) // told again and again while an image's content is copied into a volume; nil: nobody wants to know
+	Hold        bool               // keep the machine after the pod's end until Running.Release
 
 	Held []*os.File // see vmm.Config.Held
 

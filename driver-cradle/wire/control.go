@@ -126,6 +126,15 @@ type Status struct {
 	// ExitCode is that of the container whose end ended the pod.
 	ExitCode int    `json:"exitCode"`
 	Error    string `json:"error,omitempty"`
+	// Filling is what the launch is busy with, if that is what may take long.
+	Filling *Filling `json:"filling,omitempty"`
+}
+
+// Filling is how far the copying of an image's content into a volume has come, in bytes.
+type Filling struct {
+	Volume string `json:"volume"`
+	Done   int64  `json:"done"`
+	Total  int64  `json:"total,omitempty"` // about; 0 where unknown
 }
 
 // ContainerStatus is the part of docker's State that outlives the guest.
