@@ -55,7 +55,8 @@ var mayImport = map[string][]string{
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
-	"internal/nomadtest": {"test/programs"},
+	"internal/agents":    {},
+	"internal/nomadtest": {"internal/agents", "test/programs"},
 
 	"docs":            {},
 	"examples/images": {},

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/internal/agents"
 )
 
 // Run registers a job that is written in HCL and returns its id.
@@ -170,7 +172,7 @@ func (c *Cluster) Settle(ctx context.Context) error {
 	}
 	q := (&api.QueryOptions{Namespace: api.AllNamespacesNamespace}).WithContext(ctx)
 	var jobs []*api.JobListStub
-	if err := retry(ctx, "list jobs", func() (err error) { jobs, _, err = c.API.Jobs().List(q); return err }); err != nil {
+	if err := agents.Retry(ctx, "list jobs", func() (err error) { jobs, _, err = c.API.Jobs().List(q); return err }); err != nil {
 		return err
 	}
 	// Purging forgets allocations before they have ended.

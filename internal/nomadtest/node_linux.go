@@ -19,6 +19,8 @@ import (
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/agents"
 )
 
 // A Node is a machine: namespaces of its own, its first process, which adopts and reaps orphans, and agents.
@@ -30,6 +32,7 @@ type Node struct {
 
 	cluster *Cluster
 	number  int
+	config  agents.Config
 	init    *exec.Cmd
 	gone    chan struct{} // closed when init has been waited for
 
@@ -209,19 +212,7 @@ func resolver(dir string) error {
 }
 
 // env is the environment of the node's programs.
-func (n *Node) env() []string {
-	var env []string
-	for _, e := range os.Environ() {
-		name, _, _ := strings.Cut(e, "=")
-		switch {
-		// A CA bundle in the environment ends Nomad's agent, and what is meant for other agents is not for these.
-		case name == "AWS_CA_BUNDLE", name == "TMPDIR", strings.HasPrefix(name, "NOMAD_"), strings.HasPrefix(name, "CONSUL_"):
-		default:
-			env = append(env, e)
-		}
-	}
-	return append(env, "TMPDIR="+filepath.Join(n.Dir, "tmp"))
-}
+func (n *Node) env() []string { return agents.Environ(filepath.Join(n.Dir, "tmp")) }
 
 // Command is a program that runs in the node, in its directory, when it is started by Start or one of the functions that use it.
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/hashicorp/nomad/api"
 
+	"github.com/cradlestack/cradlestack/internal/agents"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -47,11 +48,8 @@ type Options struct {
 	Log func(format string, args ...any)
 }
 
-// A Plugin is an executable that Nomad starts.
-type Plugin struct {
-	Path   string
-	Config string // what the config block of the agent's plugin block holds
-}
+// A Plugin is an executable that Nomad starts, and what its plugin block's config holds.
+type Plugin = agents.Plugin
 
 // A Cluster is a server and its clients.
 type Cluster struct {
@@ -143,7 +141,7 @@ func Open(ctx context.Context, o Options) (c *Cluster, err error) {
 			return c, err
 		}
 	}
-	if c.API, err = api.NewClient(&api.Config{Address: serverAddress, HttpClient: c.Nodes[0].HTTP()}); err != nil {
+	if c.API, err = api.NewClient(&api.Config{Address: c.Nodes[0].config.NomadAddr(), HttpClient: c.Nodes[0].HTTP()}); err != nil {
 		return c, err
 	}
 	for _, n := range c.Nodes {
@@ -184,7 +182,7 @@ func (c *Cluster) Dir() string { return c.dir }
 
 // Env is what makes Nomad's and Consul's command lines use the cluster when they run in the server's node.
 func (c *Cluster) Env() []string {
-	env := append(c.Server().env(), "NOMAD_ADDR="+serverAddress)
+	env := append(c.Server().env(), "NOMAD_ADDR="+c.Server().config.NomadAddr())
 	if c.token != "" {
 		env = append(env, "NOMAD_TOKEN="+c.token)
 	}
@@ -193,7 +191,7 @@ func (c *Cluster) Env() []string {
 
 // bootstrap makes the management token.
 func (c *Cluster) bootstrap(ctx context.Context) error {
-	return retry(ctx, "acl bootstrap", func() error {
+	return agents.Retry(ctx, "acl bootstrap", func() error {
 		token, _, err := c.API.ACLTokens().Bootstrap((&api.WriteOptions{}).WithContext(ctx))
 		if err == nil {
 			c.token = token.SecretID
@@ -203,28 +201,13 @@ func (c *Cluster) bootstrap(ctx context.Context) error {
 	})
 }
 
-// retry repeats what can't succeed before an agent has come up.
-func retry(ctx context.Context, what string, f func() error) error {
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%s: %w", what, err)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
 // Report is the end of each agent's log.
 func (c *Cluster) Report() string {
 	var b strings.Builder
 	for _, n := range c.Nodes {
-		for _, name := range []string{server + ".log", client + ".log", consul + ".log"} {
-			if text := tail(filepath.Join(n.Dir, name), reported); text != "" {
-				fmt.Fprintf(&b, "%s of %s ends:\n%s\n", name, n.Name, text)
+		for _, name := range []string{agents.Consul, agents.Server, agents.Client} {
+			if text := agents.Tail(n.config.Log(name), reported); text != "" {
+				fmt.Fprintf(&b, "the log of %s on %s ends:\n%s\n", name, n.Name, text)
 			}
 		}
 	}
@@ -233,22 +216,6 @@ func (c *Cluster) Report() string {
 
 // reported are the bytes of a log that a failed test shows.
 const reported = 8 << 10
-
-func tail(file string, n int64) string {
-	f, err := os.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	at := max(0, info.Size()-n)
-	text := make([]byte, info.Size()-at)
-	got, _ := f.ReadAt(text, at)
-	return string(text[:got])
-}
 
 // Close ends the agents as an operator would and says what they leave behind that they should not; all of it is gone afterwards.
 func (c *Cluster) Close() error {
