@@ -88,6 +88,9 @@ func (n *Node) boot() (err error) {
 	return err
 }
 
+// ClusterDir is a directory that all nodes have.
+func (n *Node) ClusterDir() string { return n.cluster.dir }
+
 // PID is the host's number of the node's first process.
 func (n *Node) PID() int { return n.init.Process.Pid }
 
@@ -284,6 +287,20 @@ func (n *Node) ended() {
 	for _, a := range n.agents {
 		<-a.gone
 	}
+}
+
+// settled adds what agents have set up for good to what may be there after their end.
+func (n *Node) settled() error {
+	now, err := n.inventory()
+	if err != nil {
+		return err
+	}
+	for thing := range now {
+		if strings.HasPrefix(thing, "file ") || strings.HasPrefix(thing, "cgroup ") {
+			n.first[thing] = true
+		}
+	}
+	return nil
 }
 
 // shutDown ends the agents and says what remains.

@@ -37,8 +37,8 @@ type Options struct {
 	// Drivers must be healthy on each client before Start returns.
 	Drivers []string
 
-	// Client and Server are more lines of the agents' blocks of these names, Agent more of those outside of any block. {{.Dir}} in them is the
-	// node's directory, {{.Name}} its name.
+	// Client and Server are more lines of the agents' blocks of these names, Agent more of those outside of any block. {{.Dir}} in them, and in
+	// plugins' configurations, is the node's directory, {{.Name}} its name, {{.ClusterDir}} a directory that all nodes have.
 	Agent, Client, Server string
 
 	// Keep are files and folders below a node's directory that outlive jobs by design: image caches and the like.
@@ -50,6 +50,28 @@ type Options struct {
 
 // A Plugin is an executable that Nomad starts, and what its plugin block's config holds.
 type Plugin = agents.Plugin
+
+// Cradle adds the task driver that make build has put into bin/. more is further lines of its configuration.
+func (o *Options) Cradle(more string) error {
+	driver, err := programs.Path("nomad-driver-cradle")
+	if err != nil {
+		return err
+	}
+	pkg, err := programs.Boot("default")
+	if err != nil {
+		return err
+	}
+	if o.Plugins == nil {
+		o.Plugins = map[string]Plugin{}
+	}
+	o.Plugins["nomad-driver-cradle"] = Plugin{Path: driver, Config: fmt.Sprintf(`
+    state_dir    = "{{.Dir}}/cradle"
+    cache_dir    = "{{.ClusterDir}}/cache"
+    boot_package = %q
+%s`, pkg, more)}
+	o.Drivers = append(o.Drivers, "cradle")
+	return nil
+}
 
 // A Cluster is a server and its clients.
 type Cluster struct {
@@ -155,15 +177,22 @@ func Open(ctx context.Context, o Options) (c *Cluster, err error) {
 		}
 	}
 	c.watch = newWatch(c.API, o.Log)
-	err = c.until(ctx, "ready nodes", func(s *State) bool {
+	if err := c.until(ctx, "ready nodes", func(s *State) bool {
 		for _, n := range c.Clients() {
 			if !s.ready(n, o.Drivers) {
 				return false
 			}
 		}
 		return true
-	})
-	return c, err
+	}); err != nil {
+		return c, err
+	}
+	for _, n := range c.Nodes {
+		if err := n.settled(); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
 }
 
 // Server is the node with the server.

@@ -20,6 +20,8 @@ import (
 
 	"github.com/hashicorp/nomad/api"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/test/programs"
 )
 
 // A service of the host's own programs, which needs no image: it answers with its address.
@@ -200,6 +202,48 @@ func restarted(a *api.AllocationListStub) bool {
 		}
 	}
 	return false
+}
+
+// Pods run in nodes as they do on hosts.
+func TestVMCradle(t *testing.T) {
+	var o Options
+	if err := o.Cradle(""); err != nil {
+		t.Fatal(err)
+	}
+	image, err := programs.Image("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := Start(t, o)
+	job := c.Run(t, fmt.Sprintf(`
+job "page" {
+  group "g" {
+    network {
+      mode = "bridge"
+      port "http" {
+        static = 8080
+        to     = 80
+      }
+    }
+    task "t" {
+      driver = "cradle"
+      config {
+        image   = "oci:%s"
+        command = "sh"
+        args    = ["-c", "echo up; mkdir /www; echo a page >/www/index.html; exec httpd -f -p 80 -h /www"]
+      }
+    }
+  }
+}`, image))
+	a := c.UntilRunning(t, job)
+	c.UntilLogsHave(t, a.ID, "t", "stdout", "up")
+	n := c.Clients()[0]
+	if page, err := n.Output(t.Context(), "curl", "-sSf", "--retry", "20", "--retry-all-errors", "--retry-delay", "1", "http://"+n.IP.String()+":8080/"); err != nil || page != "a page\n" {
+		t.Errorf("the page is %q, %v", page, err)
+	}
+	if got := c.CLI(t, "alloc", "exec", a.ID, "cat", "/proc/1/comm"); got != "httpd\n" {
+		t.Errorf("alloc exec: %q", got)
+	}
 }
 
 // Every kind of thing that a job might leave behind is found.
