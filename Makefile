@@ -83,20 +83,37 @@ fuzz: ## run each fuzz target for FUZZTIME (20s)
 bench: boot images ## measure what the README promises and print the table (docs/performance.md)
 	@go run ./test/bench -write docs/performance.md
 
-.PHONY: demo
-demo: ## mariadb, nginx and redis in microVMs, used by real clients (root)
+# The boot package that can be had without building a kernel first.
+.PHONY: boot-quick
+boot-quick: build
 	@tools/setup.sh --demo
-	@$(MAKE) --no-print-directory build
-	@examples/images/build.sh mariadb nginx redis
-	@if kernel=$$(tools/kernel/build.sh --cached 2>/dev/null); then \
-	  $(MAKE) --no-print-directory boot-default; variant=default; \
+	@if tools/kernel/build.sh --cached >/dev/null 2>&1; then \
+	  $(MAKE) --no-print-directory boot-default; \
 	else \
-	  echo "demo: the own guest kernel is not built yet (make kernel takes 5 minutes): using the distribution's"; \
-	  $(MAKE) --no-print-directory boot-stock; variant=stock; \
-	fi; \
-	CRADLE_BOOT=$(CURDIR)/bin/boot/$$variant go run ./test/demo
+	  echo "the own guest kernel is not built yet (make kernel takes 5 minutes): using the distribution's"; \
+	  $(MAKE) --no-print-directory boot-stock; \
+	fi
+
+.PHONY: demo
+demo: boot-quick ## mariadb, nginx and redis in microVMs, used by real clients; then jobs on a stack of its own (root)
+	@examples/images/build.sh busybox mariadb nginx redis
+	@go run ./test/demo
+
+.PHONY: up
+up: boot-quick ## start one node of the stack in the background: Consul, Nomad with pods (root); print how to use it
+	@examples/images/build.sh busybox mariadb nginx redis
+	@go run ./examples/stack up
+
+.PHONY: down
+down: ## end it, with every pod; its data stays until make clean
+	@go run ./examples/stack down
+
+.PHONY: env
+env: ## print what makes nomad and consul use it: eval "$(make env)"
+	@go run ./examples/stack env
 
 .PHONY: clean
-clean: ## remove bin/ and what is cached outside the tree, but for the built kernel
+clean: ## end the stack and remove its data, bin/, and what is cached outside the tree, but for the built kernel
+	@if [ -d "$${CRADLESTACK_DIR:-/var/lib/cradlestack}" ]; then go run ./examples/stack clean; fi
 	rm -rf bin
 	@if [ -d "$(CACHE)" ]; then find "$(CACHE)" -mindepth 1 -maxdepth 1 ! -name kernel -exec rm -rf {} +; fi

@@ -57,10 +57,12 @@ var mayImport = map[string][]string{
 
 	"internal/agents":    {},
 	"internal/nomadtest": {"internal/agents", "test/programs"},
+	"internal/stack":     {"internal/agents", "test/programs"},
 
 	"docs":            {},
 	"examples/images": {},
-	"test":            {"spec", "driver-cradle/wire", "internal/nomadtest"}, // end to end: through the programs, not around them
+	"examples/stack":  {"internal/stack"},
+	"test":            {"spec", "driver-cradle/wire", "internal/nomadtest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.

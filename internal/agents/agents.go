@@ -41,6 +41,7 @@ type Config struct {
 	ConsulServer bool
 	Consul       bool // Nomad uses Consul
 	ACL          bool // Nomad's
+	LogLevel     string
 
 	Interface      string // that jobs' ports are on
 	Bridge, Subnet string // of jobs' networks; "": Nomad's own choice
@@ -158,7 +159,8 @@ func Environ(tmp string) []string {
 }
 
 // NomadAddr and ConsulAddr are the APIs' addresses.
-func (c Config) NomadAddr() string  { return fmt.Sprintf("http://127.0.0.1:%d", c.Ports.HTTP) }
+func (c Config) NomadAddr() string { return fmt.Sprintf("http://127.0.0.1:%d", c.Ports.HTTP) }
+
 func (c Config) ConsulAddr() string { return fmt.Sprintf("http://127.0.0.1:%d", c.Ports.ConsulHTTP) }
 
 // Answers waits until an agent can be used: Consul has a leader, Nomad's server can register clients. A client is used through its server.

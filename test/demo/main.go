@@ -46,6 +46,13 @@ func run(ctx context.Context, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	boot, err := programs.AnyBoot()
+	if err != nil {
+		return err
+	}
+	if err := os.Setenv("CRADLE_BOOT", boot); err != nil {
+		return err
+	}
 	for tool, pkg := range map[string]string{"mariadb": "mariadb-client", "curl": "curl", "redis-cli": "redis-tools"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return fmt.Errorf("%w: apt-get install --no-install-recommends %s", err, pkg)

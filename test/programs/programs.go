@@ -54,6 +54,17 @@ func Boot(variant string) (string, error) {
 	return path, nil
 }
 
+// AnyBoot is the boot package of the own kernel or, where that is not built, of the distribution's.
+func AnyBoot() (string, error) {
+	path, err := Boot("default")
+	if err != nil {
+		if stock, serr := Boot("stock"); serr == nil {
+			return stock, nil
+		}
+	}
+	return path, err
+}
+
 // Image is the OCI layout of an example image.
 func Image(name string) (string, error) {
 	cache, err := os.UserCacheDir()
