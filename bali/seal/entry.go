@@ -45,6 +45,7 @@ const (
 	maxPath      = 4095      // PATH_MAX without its NUL
 	maxComponent = 255       // NAME_MAX
 	maxDepth     = 256       // folders open at once while unpacking
+	meanName     = 256       // bytes that an entry's names may have on average, since a reader remembers them
 	maxTime      = 1<<33 - 1 // what eleven octal digits of tar hold: the year 2242
 	xattrRecord  = "SCHILY.xattr."
 	maxID        = math.MaxUint32 - 1 // (uid_t)-1 means "leave it" to chown
@@ -224,6 +225,7 @@ type guard struct {
 	last  string
 	count int
 	max   int
+	names int // bytes of all paths, which are kept
 	dirs  map[string]bool
 	files map[string]attributes
 }
@@ -244,6 +246,9 @@ func newGuard(maxEntries int) *guard {
 func (g *guard) admit(e *Entry) error {
 	if g.count++; g.count > g.max {
 		return fmt.Errorf("%w: more than %d entries: raise --max-entries if that is right", ErrTooLarge, g.max)
+	}
+	if g.names += len(e.Path) + len(e.Link); g.names/meanName > g.max {
+		return fmt.Errorf("%w: names of more than %d bytes in %d entries: raise --max-entries if that is right", ErrTooLarge, g.max*meanName, g.count)
 	}
 	switch {
 	case g.count == 1:

@@ -103,7 +103,7 @@ func (r *Reader) start(maxSize int64) error {
 		z.Multistream(false)
 		r.dec = z
 	case Zstd:
-		z, err := zstd.NewReader(r.br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(zstdWindow))
+		z, err := zstd.NewReader(&zstdFrame{r: r.br}, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(zstdWindow))
 		if err != nil {
 			return r.explain(err)
 		}
@@ -215,7 +215,7 @@ func (r *Reader) explain(err error) error {
 		return r.in.end
 	case errors.Is(err, ErrTooLarge):
 		return err
-	case errors.Is(err, io.EOF):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%w: it ends too early", ErrFormat)
 	}
 	return fmt.Errorf("%w: %w", ErrFormat, err)

@@ -180,7 +180,8 @@ func TestReproducible(t *testing.T) {
 }
 
 // TestEveryBit flips each bit of a file, and cuts it off at each length: never
-// does it verify, never does unpacking it succeed.
+// does it verify, never does unpacking it succeed. What is left of an image
+// without its whole signature, and nothing else, is one that was never signed.
 func TestEveryBit(t *testing.T) {
 	key, id := signer(t, 1)
 	trusted := func(s *Signature, err error) error {
@@ -188,6 +189,13 @@ func TestEveryBit(t *testing.T) {
 			return ErrUntrusted
 		}
 		return err
+	}
+	// what --insecure takes for an image that was never signed
+	unsigned := func(s *Signature, err error) error {
+		if errors.Is(err, ErrUnsigned) {
+			return nil
+		}
+		return trusted(s, err)
 	}
 	for _, c := range []Compression{Gzip, Zstd} {
 		good := build(t, c, key, file("a", "a"))
@@ -197,6 +205,10 @@ func TestEveryBit(t *testing.T) {
 				t.Errorf("%v: %s: verified", c, what)
 			}
 			for _, l := range []Limits{{}, {Unsigned: true}} {
+				accept := trusted
+				if l.Unsigned {
+					accept = unsigned
+				}
 				r, err := NewReader(bytes.NewReader(b), l)
 				if err != nil {
 					continue
@@ -205,10 +217,10 @@ func TestEveryBit(t *testing.T) {
 					_, err = r.Next()
 				}
 				if errors.Is(err, io.EOF) {
-					err = trusted(r.Finish())
+					err = accept(r.Finish())
 				}
 				r.Close()
-				if err == nil {
+				if err == nil && !bytes.Equal(b, good[:len(good)-c.trailerLen()]) {
 					t.Errorf("%v: %s: read as good with %+v", c, what, l)
 				}
 			}
@@ -302,6 +314,22 @@ func TestAttacks(t *testing.T) {
 		z.Close()
 		return sealRaw(t, Gzip, payload.Bytes(), key)
 	}
+	names := func() []byte {
+		long := strings.Repeat("x", 250)
+		headers := []*tar.Header{folder(long + "/"), folder(long + "/" + long + "/")}
+		for i := range 20 {
+			headers = append(headers, reg(fmt.Sprintf("%s/%s/%02d%s", long, long, i, long)))
+		}
+		return raw(t, key, headers...)
+	}
+	goodZ, nz := build(t, Zstd, key, testItems...), Zstd.trailerLen()
+	frame := func() []byte { // an empty one
+		var b bytes.Buffer
+		z, _ := zstd.NewWriter(&b, zstd.WithZeroFrames(true))
+		z.Close()
+		return b.Bytes()
+	}
+	skippable := []byte{0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 'e', 'v', 'i', 'l'}
 	swap := func(b []byte, from, to string) []byte {
 		if !bytes.Contains(b, []byte(from)) {
 			t.Fatalf("no %q to replace", from)
@@ -335,6 +363,14 @@ func TestAttacks(t *testing.T) {
 		{"newer signature version", swap(good, "BALI\x01", "BALI\x02"), ErrFormat, "get a newer one"},
 		{"newer image version", sealRaw(t, Gzip, member(tarOf(t, strings.Replace(describe(t), `"version": 1`, `"version": 2`, 1))), key), ErrFormat, "get a newer one"},
 		{"two members signed as one", sealRaw(t, Gzip, append(bytes.Clone(good[:len(good)-n]), member("x")...), key), ErrFormat, "between the image"},
+		{"zstd frame appended", append(bytes.Clone(goodZ), frame()...), ErrUnsigned, "appended"},
+		{"zstd skippable frame appended", append(bytes.Clone(goodZ), skippable...), ErrUnsigned, "appended"},
+		{"zstd frame inside", slices.Insert(bytes.Clone(goodZ), len(goodZ)-nz, frame()...), ErrFormat, "between the image"},
+		{"zstd skippable frame inside", slices.Insert(bytes.Clone(goodZ), len(goodZ)-nz, skippable...), ErrFormat, "between the image"},
+		{"zstd skippable frame before", append(bytes.Clone(skippable), goodZ...), ErrFormat, "neither like gzip"},
+		{"two zstd frames signed as one", sealRaw(t, Zstd, append(bytes.Clone(goodZ[:len(goodZ)-nz]), frame()...), key), ErrFormat, "between the image"},
+		{"zstd skippable frame signed along", sealRaw(t, Zstd, append(bytes.Clone(goodZ[:len(goodZ)-nz]), skippable...), key), ErrFormat, "between the image"},
+		{"gzip trailer on zstd", append(bytes.Clone(goodZ[:len(goodZ)-nz]), good[len(good)-n:]...), ErrUnsigned, ""},
 		{"data after the archive", sealRaw(t, Gzip, member(tarOf(t, describe(t))+"more"), key), ErrFormat, "after the end"},
 		{"zero blocks after the archive", sealRaw(t, Gzip, member(tarOf(t, describe(t))+strings.Repeat("\x00", 1<<20)), key), ErrFormat, "after the end"},
 		{"archive without end", sealRaw(t, Gzip, member(tarOf(t, describe(t))[:1024]), key), ErrFormat, ""},
@@ -361,6 +397,8 @@ func TestAttacks(t *testing.T) {
 		{"file in bali's folder", raw(t, key, reg(".bali/image.json2")), ErrFormat, "bali's own"},
 		{"gzip bomb", bomb(), ErrTooLarge, "--max-size"},
 		{"sparse file of an exbibyte", sealRaw(t, Gzip, member(sparse(t)), key), ErrFormat, "type 'S'"},
+		{"sparse file as PAX has it", sealRaw(t, Gzip, member(paxSparse(t)), key), ErrFormat, "is a sparse file"},
+		{"bomb of names", names(), ErrTooLarge, "--max-entries"},
 		{"huge size in a header", sealRaw(t, Gzip, member(hugeHeader(t)), key), nil, ""},
 		{"file type in the mode", raw(t, key, &tar.Header{Name: "a", Typeflag: tar.TypeReg, Mode: 0o100644}), ErrFormat, "has mode"},
 		{"deep path", raw(t, key, reg(strings.Repeat("a/", 300)+"a")), ErrFormat, "folders deep"},
@@ -368,7 +406,7 @@ func TestAttacks(t *testing.T) {
 	}
 	for _, a := range attacks {
 		t.Run(a.name, func(t *testing.T) {
-			dir, _, err := unpack(t, a.file, Unpack{}, Limits{MaxSize: 8 << 20})
+			dir, _, err := unpack(t, a.file, Unpack{}, Limits{MaxSize: 8 << 20, MaxEntries: 50})
 			if err == nil {
 				t.Fatal("accepted")
 			}
@@ -444,20 +482,89 @@ func sparse(t *testing.T) string {
 		t.Fatal(err)
 	}
 	block := h.Bytes()[:512]
-	block[156] = tar.TypeGNUSparse
 	copy(block[483:], "\x80\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00") // realsize, base 256
+	retype(block, tar.TypeGNUSparse)
+	return b[:len(b)-1024] + string(block) + strings.Repeat("\x00", 1024)
+}
+
+// paxSparse is a file of an exbibyte in the form that GNU tar writes today
+// (GNU.sparse.major=1).
+func paxSparse(t *testing.T) string {
+	t.Helper()
+	b := tarOf(t, describe(t))
+	records := ""
+	for _, r := range []string{"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=sparse", "GNU.sparse.realsize=1152921504606846976"} {
+		n := len(r) + 5 // two digits, space, newline; three digits where it gets longer
+		for len(fmt.Sprintf("%d %s\n", n, r)) != n {
+			n--
+		}
+		records += fmt.Sprintf("%d %s\n", n, r)
+	}
+	var h bytes.Buffer
+	w := tar.NewWriter(&h)
+	for _, f := range []struct {
+		typeflag byte
+		content  string
+	}{{'0', records}, {'0', "1\n1152921504606846975\n1\n" + strings.Repeat("\x00", 512-24) + "x"}} {
+		if err := w.WriteHeader(&tar.Header{Name: "sparse", Typeflag: f.typeflag, Size: int64(len(f.content)), Format: tar.FormatUSTAR}); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(w, f.content)
+	}
+	if err := w.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	out := h.Bytes()
+	retype(out[:512], 'x')
+	return b[:len(b)-1024] + string(out) + strings.Repeat("\x00", 1024)
+}
+
+// retype makes a tar header another kind's, with a right checksum.
+func retype(block []byte, typeflag byte) {
+	block[156] = typeflag
 	copy(block[148:], "        ")
 	sum := 0
-	for _, c := range block {
+	for _, c := range block[:512] {
 		sum += int(c)
 	}
 	copy(block[148:], fmt.Sprintf("%06o\x00 ", sum))
-	return b[:len(b)-1024] + string(block) + strings.Repeat("\x00", 1024)
 }
 
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+// TestCaseTricks: where the target's file system takes two names for the same,
+// the second is refused, and not followed: here they are there already, as they
+// would be on one that ignores case (job.sh of bali has a real one).
+func TestCaseTricks(t *testing.T) {
+	key, _ := signer(t, 1)
+	for name, second := range map[string]item{
+		"file": file("a", "evil"), "folder": dir("a"), "link": link(Symlink, "a", "/tmp"), "hard link": {Entry{Path: "a", Kind: Hardlink, Mode: 0o644, ModTime: 1700000000, Link: "B"}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := build(t, Gzip, key, file("B", "x"), second)
+			where := t.TempDir()
+			if err := os.Symlink("/nonexistent", filepath.Join(where, "a")); err != nil {
+				t.Fatal(err)
+			}
+			d, err := os.Open(where)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			r, err := NewReader(bytes.NewReader(b), Limits{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			u := Unpack{}
+			if _, err := u.Into(t.Context(), r, d); err == nil || !strings.Contains(err.Error(), "takes two names of the image for the same") {
+				t.Errorf("unpacked onto another name: %v", err)
+			}
+		})
+	}
+}
 
 // TestSetid: without leave, setuid, setgid and capabilities don't reach the disk.
 func TestSetid(t *testing.T) {

@@ -47,7 +47,10 @@ func (u *Unpack) Into(ctx context.Context, r *Reader, dir *os.File) (*Signature,
 		if err := t.enter(path.Dir(e.Path)); err != nil {
 			return nil, err
 		}
-		if err := t.entry(e, r); err != nil {
+		switch err := t.entry(e, r); {
+		case t.failed != nil:
+			return nil, t.failed // the image's fault, not this file's
+		case err != nil:
 			return nil, fmt.Errorf("unpack %s: %w", e.Path, explainFull(err))
 		}
 	}
@@ -84,6 +87,8 @@ type unpacking struct {
 	stack []level // from the root to the folder of the current entry
 	buf   []byte
 	sum   Verity
+	// failed is what reading the image ended with
+	failed error
 }
 
 // abandon closes the handles of an unpacking that was cut short.
@@ -212,7 +217,7 @@ func (t *unpacking) file(parent int, name string, e *Entry, content io.Reader) e
 		t.sum.Reset()
 		to = io.MultiWriter(f, &t.sum)
 	}
-	n, err := io.CopyBuffer(to, onlyReader{t.ctx, content}, t.buf)
+	n, err := io.CopyBuffer(to, onlyReader{t, content}, t.buf)
 	if err != nil {
 		return err
 	}
@@ -233,17 +238,23 @@ func (t *unpacking) file(parent int, name string, e *Entry, content io.Reader) e
 	return futimes(fd, e.ModTime)
 }
 
-// onlyReader ends a copy with its context.
+// onlyReader ends a copy with its context, and tells errors of the image from
+// those of its copy.
 type onlyReader struct {
-	ctx context.Context
-	r   io.Reader
+	t *unpacking
+	r io.Reader
 }
 
-func (o onlyReader) Read(p []byte) (int, error) {
-	if o.ctx.Err() != nil {
-		return 0, context.Cause(o.ctx)
+func (o onlyReader) Read(p []byte) (n int, err error) {
+	if o.t.ctx.Err() != nil {
+		err = context.Cause(o.t.ctx)
+	} else {
+		n, err = o.r.Read(p)
 	}
-	return o.r.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		o.t.failed = err
+	}
+	return n, err
 }
 
 func (t *unpacking) dir(parent int, name string, e *Entry) error {
