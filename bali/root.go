@@ -38,6 +38,7 @@ type cli struct {
 // run executes one command line.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	c := &cli{stdin: stdin, stdout: stdout, stderr: stderr}
+	c.log = slog.New(lines{c})
 	root := &cobra.Command{
 		Use:   "bali",
 		Short: "signed single-file images that become the service",
@@ -47,12 +48,6 @@ mounts, then execve. The process is the service; nothing is left to clean up.
 Environment: BALI_KEY and BALI_TRUST are the defaults of --key and --trust.`,
 		Version:      version,
 		SilenceUsage: true, SilenceErrors: true,
-		PersistentPreRun: func(*cobra.Command, []string) {
-			c.log = slog.New(slog.DiscardHandler)
-			if !c.quiet {
-				c.log = slog.New(lines{stderr})
-			}
-		},
 	}
 	root.SetArgs(args)
 	root.SetIn(stdin)
@@ -76,7 +71,7 @@ func report(stderr io.Writer, err error) int {
 	var child *exec.ExitError
 	var service *launch.NotStarted
 	var refused *refusal
-	fmt.Fprintf(stderr, "bali: %v\n", err)
+	fmt.Fprintf(stderr, "bali: %s\n", message(err.Error()))
 	switch {
 	case errors.As(err, &service):
 		return service.Code
@@ -95,11 +90,14 @@ type refusal struct{ error }
 func (r *refusal) Unwrap() error { return r.error }
 
 // lines is a log handler for people: bali: what happened key=value.
-type lines struct{ w io.Writer }
+type lines struct{ c *cli }
 
-func (l lines) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelInfo }
-func (l lines) WithAttrs([]slog.Attr) slog.Handler               { return l }
-func (l lines) WithGroup(string) slog.Handler                    { return l }
+// Enabled asks for -q each time: bali build parses its flags late.
+func (l lines) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelInfo && !l.c.quiet
+}
+func (l lines) WithAttrs([]slog.Attr) slog.Handler { return l }
+func (l lines) WithGroup(string) slog.Handler      { return l }
 
 func (l lines) Handle(_ context.Context, r slog.Record) error {
 	var b strings.Builder
@@ -108,7 +106,7 @@ func (l lines) Handle(_ context.Context, r slog.Record) error {
 		fmt.Fprintf(&b, " %s=%q", a.Key, a.Value.String())
 		return true
 	})
-	_, err := fmt.Fprintln(l.w, b.String())
+	_, err := fmt.Fprintln(l.c.stderr, message(b.String()))
 	return err
 }
 
