@@ -216,7 +216,7 @@ func (s *Store) spool() (*os.File, error) {
 
 func fill(ctx context.Context, image io.Reader, l seal.Limits, devices bool, to string) (*seal.Signature, error) {
 	tree := filepath.Join(to, "tree")
-	if err := os.Mkdir(tree, 0o755); err != nil {
+	if err := os.Mkdir(tree, 0o700); err != nil {
 		return nil, err
 	}
 	dir, err := os.Open(tree)
@@ -224,6 +224,9 @@ func fill(ctx context.Context, image io.Reader, l seal.Limits, devices bool, to 
 		return nil, err
 	}
 	defer dir.Close()
+	if err := dir.Chmod(0o755); err != nil { // whatever the umask
+		return nil, err
+	}
 	r, err := seal.NewReader(image, l)
 	if err != nil {
 		return nil, err

@@ -26,7 +26,8 @@ func (r *Root) Exec(ctx context.Context, c Config) error {
 		return err
 	}
 	lockThread()
-	if err := r.mount(volumes, c.Workdir); err != nil {
+	umask, err := r.mount(volumes, c.Workdir)
+	if err != nil {
 		return err
 	}
 	if c.OOMScoreAdj != nil {
@@ -53,6 +54,7 @@ func (r *Root) Exec(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
+	unix.Umask(umask)
 	// From here on a signal is the service's own. One that came before ends
 	// bali, as it would have ended the service.
 	signal.Reset()
@@ -82,11 +84,17 @@ func workdir(w string) string {
 	return w
 }
 
-// mount builds the service's file system and moves into it.
-func (r *Root) mount(volumes []Volume, workdir string) error {
+// mount builds the service's file system and moves into it. It returns the
+// caller's umask, which must not take the service's user the way to folders that
+// are made here.
+func (r *Root) mount(volumes []Volume, workdir string) (umask int, err error) {
 	if err := enter(); err != nil {
-		return err
+		return 0, err
 	}
+	return unix.Umask(0), r.build(volumes, workdir)
+}
+
+func (r *Root) build(volumes []Volume, workdir string) error {
 	trees := make([]*tree, len(volumes))
 	for i, v := range volumes {
 		t, err := clone(v.Host)

@@ -32,8 +32,8 @@ func lookup(spec string) (*account, error) {
 	a := &account{}
 	known := false
 	err := each("/etc/passwd", 7, func(f []string) bool {
-		uid, uerr := strconv.Atoi(f[2])
-		gid, gerr := strconv.Atoi(f[3])
+		uid, uerr := id(f[2])
+		gid, gerr := id(f[3])
 		if uerr != nil || gerr != nil || f[0] != name && f[2] != name {
 			return true
 		}
@@ -53,7 +53,7 @@ func lookup(spec string) (*account, error) {
 	if hasGroup {
 		known = false
 		err = each("/etc/group", 4, func(f []string) bool {
-			gid, gerr := strconv.Atoi(f[2])
+			gid, gerr := id(f[2])
 			if gerr != nil || f[0] != group && f[2] != group {
 				return true
 			}
@@ -73,7 +73,7 @@ func lookup(spec string) (*account, error) {
 	}
 	a.groups = []int{a.gid}
 	return a, each("/etc/group", 4, func(f []string) bool {
-		gid, err := strconv.Atoi(f[2])
+		gid, err := id(f[2])
 		if err == nil && slices.Contains(strings.Split(f[3], ","), name) && !slices.Contains(a.groups, gid) {
 			a.groups = append(a.groups, gid)
 		}
@@ -81,6 +81,9 @@ func lookup(spec string) (*account, error) {
 	})
 }
 
+// id reads a user or group id. What doesn't fit is none: cut to 32 bits it would
+// be another, and all ones mean "leave it" to setresuid(2), which would leave
+// root.
 func id(s string) (int, error) {
 	n, err := strconv.ParseUint(s, 10, 32)
 	if err == nil && n == 1<<32-1 {

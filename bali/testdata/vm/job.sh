@@ -48,6 +48,11 @@ if [ $stage = 1 ]; then
   [ "$(cat /proc/$pid/oom_score_adj)" = -900 ] || fail "its OOM score is $(cat /proc/$pid/oom_score_adj)"
   grep -q '^Max open files *65536' /proc/$pid/limits || fail "its limits are $(cat /proc/$pid/limits)"
   ok "the process is the service"
+  # what Nomad lowers for itself is not its tasks', unless they ask
+  score() { env "$1" choom -n -500 -- bali run -q ${2:-} web/hello.tar.gz -- -c 'busybox cat /proc/self/oom_score_adj'; }
+  got="$(score NOMAD_ALLOC_ID=1) $(score NOMAD_ALLOC_ID=1 '--oom-score-adj -100') $(score A=1)"
+  [ "$got" = '0 -100 -500' ] || fail "OOM scores: $got"
+  ok "a task's OOM score is not Nomad's"
   # keys are nowhere on the disk but encrypted
   key=$(sed -n 2p /job/keys/node/key.pem)
   ! grep -rqF "$key" /etc /var/lib /var/cache || fail "a key lies on the disk"
