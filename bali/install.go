@@ -430,19 +430,23 @@ func (s *installed) prune() error {
 			keep[filepath.Base(to)] = true
 		}
 	}
-	entries, err := filepath.Glob(s.path("images", "*.image"))
+	entries, err := os.ReadDir(s.path("images"))
 	if err != nil {
 		return err
 	}
 	var old []string
 	for _, e := range entries {
-		if !keep[filepath.Base(e)] {
-			old = append(old, e)
+		if strings.HasSuffix(e.Name(), ".image") && !keep[e.Name()] {
+			old = append(old, s.path("images", e.Name()))
 		}
 	}
 	newestFirst(old)
 	for _, e := range old[min(len(old), max(0, s.Keep-len(keep))):] {
-		if err := errors.Join(os.Remove(e), os.Remove(strings.TrimSuffix(e, ".image")+".service")); err != nil {
+		if err := os.Remove(e); err != nil {
+			return err
+		}
+		// one that was killed while it was installed has none
+		if err := os.Remove(strings.TrimSuffix(e, ".image") + ".service"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

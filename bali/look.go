@@ -8,10 +8,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/bali/seal"
 )
@@ -265,10 +267,15 @@ setuid and setgid bits and file capabilities are dropped without --setid.`,
 
 // extractTo unpacks beside the target and moves it there when it is verified.
 func extractTo(ctx context.Context, src io.Reader, l seal.Limits, u *seal.Unpack, p *policy, to string) (err error) {
+	to = filepath.Clean(to)
 	if _, err := os.Lstat(to); err == nil {
 		return fmt.Errorf("%s: %w: extract makes a new folder", to, fs.ErrExist)
 	}
-	tmp, err := os.MkdirTemp(filepath.Dir(to), "."+filepath.Base(to)+"-unverified-")
+	parent, prefix := filepath.Dir(to), "."+filepath.Base(to)+"-unverified-"
+	if err := sweep(parent, prefix); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp(parent, prefix)
 	if err != nil {
 		return err
 	}
@@ -282,6 +289,9 @@ func extractTo(ctx context.Context, src io.Reader, l seal.Limits, u *seal.Unpack
 		return err
 	}
 	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("lock %s: %w", tmp, err)
+	}
 	r, err := seal.NewReader(src, l)
 	if err != nil {
 		return err
@@ -295,6 +305,31 @@ func extractTo(ctx context.Context, src io.Reader, l seal.Limits, u *seal.Unpack
 		return err
 	}
 	return os.Rename(tmp, to)
+}
+
+// sweep removes what killed extractions left: running ones hold a lock.
+func sweep(parent, prefix string) error {
+	left, err := os.ReadDir(parent)
+	if err != nil {
+		return err
+	}
+	for _, e := range left {
+		if !strings.HasPrefix(e.Name(), prefix) {
+			continue
+		}
+		name := filepath.Join(parent, e.Name())
+		dir, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		if unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			err = removeTree(name)
+		}
+		if err := errors.Join(err, dir.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // removeTree removes folders too that their modes protect from their owner.

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -167,8 +168,12 @@ func (c *cli) cachedRoot(ctx context.Context, r *running, where string, p *polic
 	return cache.Image(dir)
 }
 
+// askWithin is how long a source may think about what it has. A service doesn't
+// wait for a server that is gone when it can start without.
+const askWithin = 10 * time.Second
+
 func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, src fetch.Source, p *policy) (*cache.Entry, error) {
-	last, err := fetch.Tail(ctx, src, seal.TrailerLen)
+	last, err := ask(ctx, src, r.fetch.Idle)
 	if err == nil {
 		claim, err := seal.ParseTrailer(last)
 		if err != nil {
@@ -183,21 +188,50 @@ func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, sr
 	} else if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	away := err
-	in, err := c.openSource(ctx, src, r.fetch)
+	known := store.Recall(src.String())
+	if known != nil && err != nil && !errors.Is(err, fetch.ErrWhole) {
+		return c.away(known, err), nil
+	}
+	o := r.fetch
+	if known != nil && err != nil {
+		o.Retries = -1
+	}
+	e, err := c.addTo(ctx, store, src, r, o, p)
+	switch {
+	case err == nil:
+		return e, store.Remember(src.String(), e)
+	case known == nil || ctx.Err() != nil || seal.IsRefusal(err):
+		return nil, err
+	}
+	return c.away(known, err), nil
+}
+
+func (c *cli) away(known *cache.Entry, reason error) *cache.Entry {
+	c.log.Warn("the source is away, starting from the cache", "reason", reason)
+	return known
+}
+
+func ask(ctx context.Context, src fetch.Source, idle time.Duration) ([]byte, error) {
+	within := askWithin
+	if idle > 0 {
+		within = min(within, idle)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("no answer within %v", within))
+	defer cancel()
+	last, err := fetch.Tail(ctx, src, seal.TrailerLen)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return last, err
+}
+
+func (c *cli) addTo(ctx context.Context, store *cache.Store, src fetch.Source, r *running, o fetch.Options, p *policy) (*cache.Entry, error) {
+	in, err := c.openSource(ctx, src, o)
 	if err != nil {
-		if e := store.Recall(src.String()); e != nil {
-			c.log.Warn("the source is away, starting from the cache", "reason", errors.Join(away, err))
-			return e, nil
-		}
 		return nil, err
 	}
 	defer in.Close()
-	e, err := store.Add(ctx, in, r.limits(), r.devices, p.accept)
-	if err != nil {
-		return nil, err
-	}
-	return e, store.Remember(src.String(), e)
+	return store.Add(ctx, in, r.limits(), r.devices, p.accept)
 }
 
 func rightPlatform(i *seal.Image) error {

@@ -13,11 +13,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/cradlestack/cradlestack/bali/seal"
 )
 
 // TestRootScript runs the part of the manual that takes root: testdata/root.
@@ -237,6 +240,97 @@ func dribble(b []byte) func(http.ResponseWriter, *http.Request) {
 			w.(http.Flusher).Flush()
 			b = b[n:]
 		}
+	}
+}
+
+// TestRootCacheAway: a service that is cached starts whatever its server does,
+// without waiting for it again and again, unless what the server has is bad.
+func TestRootCacheAway(t *testing.T) {
+	p := newPlace(t)
+	one, two := p.build("one.tar.gz", "one"), p.build("two.tar.gz", "two")
+	hang, release := context.WithCancel(t.Context())
+	defer release()
+	var requests atomic.Int32
+	var answer http.HandlerFunc
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		answer(w, r)
+	}))
+	defer server.Close()
+	defer release()
+	parts := func(b []byte) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b))
+		}
+	}
+	cut := func(b []byte, n int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.Header.Get("Range") == fmt.Sprintf("bytes=-%d", seal.TrailerLen) {
+				http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b))
+				return
+			}
+			part(b, n, false)(w, r)
+		}
+	}
+	hanging := func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-hang.Done():
+		case <-r.Context().Done():
+		}
+	}
+	run := []string{"run", "--cache", filepath.Join(p.dir, "cache"), "--idle", "500ms", "--retries", "1", server.URL + "/app"}
+	for _, c := range []struct {
+		name     string
+		answer   http.HandlerFunc
+		requests int32
+		want     string
+	}{
+		{"first, without parts", whole(one), 2, "RAN\none\n"},
+		{"asked", parts(one), 1, "RAN\none\n"},
+		{"silent", hanging, 1, "no answer within 500ms"},
+		{"ill", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, 1, "starting from the cache reason=\"503"},
+		{"forgetful", func(w http.ResponseWriter, r *http.Request) { http.NotFound(w, r) }, 1, "starting from the cache reason=\"the server answers 404"},
+		{"without parts, silent in the middle", part(one, len(one)/2, false), 2, "starting from the cache"},
+		{"with a new image that it can't deliver", cut(two, len(two)/2), 3, "starting from the cache"},
+	} {
+		requests.Store(0)
+		answer = c.answer
+		out := p.ok(run...)
+		if !strings.HasSuffix(out, "RAN\none\n") || !strings.Contains(out, c.want) || requests.Load() != c.requests {
+			t.Errorf("%s: %d requests, want %d:\n%s", c.name, requests.Load(), c.requests, out)
+		}
+	}
+	// what is there and bad is refused, cache or not
+	flipped := bytes.Clone(two)
+	flipped[len(two)/2] ^= 1
+	for _, b := range [][]byte{flipped, two[:len(two)-1]} {
+		answer = parts(b)
+		p.refused("", run...)
+		answer = whole(b)
+		p.refused("", run...)
+	}
+	answer = parts(two)
+	if out := p.ok(run...); !strings.HasSuffix(out, "RAN\ntwo\n") {
+		t.Errorf("the new image: %s", out)
+	}
+	// two that start at once don't disturb each other, nor does what a killed one left
+	p.sh("rm -r cache")
+	var starts []*exec.Cmd
+	for range 4 {
+		cmd := p.command(run...)
+		cmd.Stderr = os.Stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		starts = append(starts, cmd)
+	}
+	for _, cmd := range starts {
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("one of several at once: %v", err)
+		}
+	}
+	if left := p.sh("ls cache; ls cache/v1 | wc -l"); left != "sources\nv1\n1\n" {
+		t.Errorf("in the cache: %s", left)
 	}
 }
 

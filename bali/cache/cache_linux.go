@@ -31,7 +31,7 @@ import (
 //	v1/KEY/signature   the signature record
 //	v1/KEY/tree/       the unpacked image
 //	sources/HASH       the KEY that a source had last
-//	tmp-*/             being filled; removed by the next run if that was killed
+//	tmp-*              being filled; removed by the next run if that was killed
 type Store struct{ dir string }
 
 // Entry is one image in a store.
@@ -65,7 +65,7 @@ func Open(dir string) (*Store, error) {
 
 // sweep removes what a killed run left half filled, unless one is filling now.
 func (s *Store) sweep() error {
-	lock, err := s.lock(unix.LOCK_EX)
+	lock, err := s.lock(unix.LOCK_EX | unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return nil
 	}
@@ -73,13 +73,15 @@ func (s *Store) sweep() error {
 		return err
 	}
 	defer lock.Close()
-	left, err := filepath.Glob(filepath.Join(s.dir, "tmp-*"))
+	left, err := os.ReadDir(s.dir)
 	if err != nil {
 		return err
 	}
-	for _, p := range left {
-		if err := os.RemoveAll(p); err != nil {
-			return err
+	for _, e := range left {
+		if strings.HasPrefix(e.Name(), "tmp-") {
+			if err := os.RemoveAll(filepath.Join(s.dir, e.Name())); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -92,7 +94,10 @@ func (s *Store) lock(how int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(d.Fd()), how|unix.LOCK_NB); err != nil {
+	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+		err = unix.Flock(int(d.Fd()), how)
+	}
+	if err != nil {
 		d.Close()
 		return nil, fmt.Errorf("lock %s: %w", s.dir, err)
 	}
@@ -140,7 +145,12 @@ func (s *Store) Remember(source string, e *Entry) error {
 	if b, err := os.ReadFile(name); err == nil && string(b) == e.key {
 		return nil
 	}
-	tmp := fmt.Sprintf("%s.%d", name, os.Getpid())
+	lock, err := s.lock(unix.LOCK_SH)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	tmp := filepath.Join(s.dir, fmt.Sprintf("tmp-%d", os.Getpid()))
 	if err := os.WriteFile(tmp, []byte(e.key), 0o600); err != nil {
 		return err
 	}

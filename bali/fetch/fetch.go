@@ -52,6 +52,9 @@ type Options struct {
 // ErrChanged says that the file became another one while it was read.
 var ErrChanged = errors.New("the file changed while it was fetched: start again")
 
+// ErrWhole says that a source can't be read in parts.
+var ErrWhole = errors.New("it can only be read as a whole")
+
 // permanent marks an error that trying again doesn't help.
 type permanent struct{ error }
 

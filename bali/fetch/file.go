@@ -36,7 +36,7 @@ func (f file) Open(_ context.Context, offset int64) (Part, error) {
 	case !fi.Mode().IsRegular():
 		if offset != 0 {
 			h.Close()
-			return Part{}, permanent{errors.New("it can only be read once")}
+			return Part{}, permanent{ErrWhole}
 		}
 		return Part{h, 0, -1}, nil
 	case offset < 0:

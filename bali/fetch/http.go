@@ -68,7 +68,7 @@ func (s *httpSource) accept(resp *http.Response, offset int64, validator string)
 	switch resp.StatusCode {
 	case http.StatusOK:
 		if offset < 0 {
-			return Part{}, permanent{errors.New("the server doesn't serve parts of files")}
+			return Part{}, permanent{ErrWhole}
 		}
 		if offset > 0 && validator != "" && now != validator {
 			return Part{}, permanent{ErrChanged}

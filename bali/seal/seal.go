@@ -36,6 +36,16 @@ var (
 	ErrTooLarge = errors.New("too large")
 )
 
+// IsRefusal tells what is wrong with a file from what kept it from being read.
+func IsRefusal(err error) bool {
+	for _, s := range []error{ErrFormat, ErrUnsigned, ErrSignature, ErrUntrusted, ErrTooLarge} {
+		if errors.Is(err, s) {
+			return true
+		}
+	}
+	return false
+}
+
 // Compression of an image's payload.
 type Compression int
 

@@ -23,7 +23,9 @@ type Unpack struct {
 	// Devices makes device nodes and named pipes. Without it an image that has
 	// some is refused.
 	Devices bool
-	// Tree, if set, gets every entry as it was in the image.
+	// Tree, if set, gets every entry as it was in the image. Then the files will
+	// be compared with it, and extended attributes that the target's file system
+	// doesn't have are an error; without, they are lost.
 	Tree *Tree
 }
 
@@ -306,9 +308,9 @@ func (t *unpacking) xattrs(fd int, e *Entry) error {
 		if k == "security.capability" && !t.Setid {
 			continue
 		}
-		// a trusted.* or security.* attribute takes root, one that the file
-		// system doesn't know is lost
-		if err := unix.Fsetxattr(fd, k, []byte(v), 0); err != nil && !errors.Is(err, unix.ENOTSUP) && t.Owners {
+		err := unix.Fsetxattr(fd, k, []byte(v), 0)
+		lost := errors.Is(err, unix.ENOTSUP) && t.Tree == nil || !t.Owners // security.* takes root
+		if err != nil && !lost {
 			return fmt.Errorf("extended attribute %s: %w", k, err)
 		}
 	}
