@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,13 +25,13 @@ func isEOF(err error) bool { return errors.Is(err, io.EOF) }
 
 // An installed service lives in DIR/NAME:
 //
-//	images/DIGEST.image    verified images, and the unit of each beside it
-//	images/DIGEST.service
-//	current -> images/…    what the unit runs
+//	images/KEY.image       a verified image; KEY is of it and of all flags
+//	images/KEY.service     its unit
+//	images/KEY.json        the flags of its bali install
+//	current -> images/…    the image that the unit runs
 //	previous -> images/…   what rollback goes back to
 //	pending -> images/…    while an upgrade is not known to be good: what was
 //	                       current before it
-//	service.json           the flags of bali install
 type installed struct {
 	Unit   unitOptions   `json:"unit"`
 	Source string        `json:"source"`
@@ -47,9 +49,11 @@ type installed struct {
 // places are where services are installed.
 type places struct{ dir, unitDir string }
 
+var defaultPlaces = places{"/var/lib/bali", "/etc/systemd/system"}
+
 func (p *places) flags(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&p.dir, "dir", "/var/lib/bali", "`DIR` with the installed images")
-	cmd.Flags().StringVar(&p.unitDir, "unit-dir", "/etc/systemd/system", "`DIR` with systemd's units")
+	cmd.Flags().StringVar(&p.dir, "dir", defaultPlaces.dir, "`DIR` with the installed images")
+	cmd.Flags().StringVar(&p.unitDir, "unit-dir", defaultPlaces.unitDir, "`DIR` with systemd's units")
 }
 
 func (c *cli) install() *cobra.Command {
@@ -68,6 +72,9 @@ given, --check succeeds (a shell command, tried again for --within).`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s.Unit.Command = args[1:]
 			s.Source = args[0]
+			if err := s.Unit.keep(c, cmd); err != nil {
+				return err
+			}
 			return s.deploy(cmd.Context(), at, &r)
 		},
 	}
@@ -97,6 +104,9 @@ func (c *cli) upgrade() *cobra.Command {
 			if len(args) > 1 {
 				s.Source = args[1]
 			}
+			if err := s.Unit.again(cmd); err != nil {
+				return err
+			}
 			return s.deploy(cmd.Context(), at, &r)
 		},
 	}
@@ -116,7 +126,7 @@ func (c *cli) rollback() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := s.open(at); err != nil {
+			if err := s.open(cmd.Context(), at); err != nil {
 				return err
 			}
 			defer s.lock.Close()
@@ -131,21 +141,56 @@ func (c *cli) rollback() *cobra.Command {
 	return cmd
 }
 
+// recover is what an installed unit runs before its service: if bali or the
+// machine died in an upgrade that was not known to be good yet, it goes back.
+func (c *cli) recover() *cobra.Command {
+	var at places
+	cmd := &cobra.Command{
+		Use:    "recover NAME",
+		Short:  "undo an upgrade that was interrupted (units of bali install call this)",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s := &installed{c: c, Unit: unitOptions{Name: args[0]}}
+			switch err := s.take(at); {
+			case errors.Is(err, errBusy):
+				return nil // the upgrade is under way, and this start is part of it
+			case err != nil:
+				return err
+			}
+			defer s.lock.Close()
+			undone, err := s.undoPending()
+			if err != nil || !undone {
+				return err
+			}
+			// systemd holds the other unit, and waits for this start
+			return errors.Join(s.systemctl(cmd.Context(), "daemon-reload"), s.systemctl(cmd.Context(), "--no-block", "restart", s.Unit.Name+".service"))
+		},
+	}
+	at.flags(cmd)
+	return cmd
+}
+
 // installed reads how a service was installed.
 func (c *cli) installed(at places, name string) (*installed, error) {
 	if !unitName.MatchString(name) || strings.HasPrefix(name, ".") {
 		return nil, fmt.Errorf("%q is no name of a service", name)
 	}
-	b, err := os.ReadFile(filepath.Join(at.dir, name, "service.json"))
+	current, err := os.Readlink(filepath.Join(at.dir, name, "current"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s is not installed in %s: bali install it", name, at.dir)
 	}
 	if err != nil {
 		return nil, err
 	}
+	record := filepath.Join(at.dir, name, strings.TrimSuffix(current, ".image")+".json")
+	b, err := os.ReadFile(record)
+	if err != nil {
+		return nil, err
+	}
 	s := &installed{c: c}
 	if err := json.Unmarshal(b, s); err != nil {
-		return nil, fmt.Errorf("%s/%s/service.json: %w", at.dir, name, err)
+		return nil, fmt.Errorf("%s: %w", record, err)
 	}
 	return s, nil
 }
@@ -154,9 +199,10 @@ func (s *installed) path(elem ...string) string {
 	return filepath.Join(append([]string{s.dir}, elem...)...)
 }
 
-// open locks the service's folder, and puts back what an upgrade that was
-// killed had switched to without knowing whether it is good.
-func (s *installed) open(at places) error {
+var errBusy = errors.New("being changed by another bali: wait for it")
+
+// take locks the service's folder.
+func (s *installed) take(at places) error {
 	if err := s.Unit.check(); err != nil {
 		return err
 	}
@@ -164,7 +210,10 @@ func (s *installed) open(at places) error {
 	if err != nil {
 		return err
 	}
-	s.dir, s.unitDir = filepath.Join(dir, s.Unit.Name), at.unitDir
+	s.dir = filepath.Join(dir, s.Unit.Name)
+	if s.unitDir, err = filepath.Abs(at.unitDir); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(s.path("images"), 0o700); err != nil {
 		return err
 	}
@@ -173,22 +222,44 @@ func (s *installed) open(at places) error {
 	}
 	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		s.lock.Close()
-		return fmt.Errorf("%s is being changed by another bali: wait for it", s.Unit.Name)
-	}
-	if old, err := os.Readlink(s.path("pending")); err == nil {
-		s.c.log.Warn("an earlier upgrade was interrupted, going back to the image before it", "image", old)
-		if err := s.point(old); err != nil {
-			s.lock.Close()
-			return err
-		}
-		return os.Remove(s.path("pending"))
+		return fmt.Errorf("%s is %w", s.Unit.Name, errBusy)
 	}
 	return nil
 }
 
+// open locks the service's folder, and goes back to what an upgrade that was
+// killed had switched away from.
+func (s *installed) open(ctx context.Context, at places) error {
+	if err := s.take(at); err != nil {
+		return err
+	}
+	undone, err := s.undoPending()
+	if err == nil && undone {
+		err = s.restart(ctx)
+	}
+	if err != nil {
+		s.lock.Close()
+	}
+	return err
+}
+
+// undoPending makes current again what was before an upgrade that nobody waits
+// for any more.
+func (s *installed) undoPending() (bool, error) {
+	old, err := os.Readlink(s.path("pending"))
+	if err != nil {
+		return false, nil
+	}
+	s.c.log.Warn("an earlier upgrade was interrupted, going back to the image before it", "image", old)
+	if err := s.point(old); err != nil {
+		return false, err
+	}
+	return true, os.Remove(s.path("pending"))
+}
+
 // deploy fetches, verifies and switches.
 func (s *installed) deploy(ctx context.Context, at places, r *reading) error {
-	if err := s.open(at); err != nil {
+	if err := s.open(ctx, at); err != nil {
 		return err
 	}
 	defer s.lock.Close()
@@ -200,33 +271,70 @@ func (s *installed) deploy(ctx context.Context, at places, r *reading) error {
 	if err != nil {
 		return named(s.Source, err)
 	}
-	name := filepath.Join("images", fmt.Sprintf("%x", sig.Payload[:16]))
-	if err := os.Rename(s.path("incoming"), s.path(name+".image")); err != nil {
-		return err
-	}
-	unit, err := s.Unit.render(image, s.path("current"))
+	to, err := s.store(at, image, sig)
 	if err != nil {
 		return err
 	}
-	if err := writeFile(s.path(name+".service"), []byte(unit), 0o644); err != nil {
-		return err
+	if s.upToDate(ctx, to) {
+		s.c.log.Info("up to date", "service", s.Unit.Name, "image", to)
+		return nil
 	}
-	if err := s.switchTo(ctx, name+".image"); err != nil {
-		return err
+	return errors.Join(s.switchTo(ctx, to), s.prune())
+}
+
+// store gives the image that was fetched its name, and writes its unit and its
+// flags beside it.
+func (s *installed) store(at places, image *seal.Image, sig *seal.Signature) (string, error) {
+	self, err := s.Unit.self()
+	if err != nil {
+		return "", err
+	}
+	recovery := []string{self, "recover", s.Unit.Name}
+	if at != defaultPlaces {
+		recovery = append(recovery, "--dir", filepath.Dir(s.dir), "--unit-dir", s.unitDir)
+	}
+	unit, err := s.Unit.render(image, s.path("current"), "-+"+commandLine(recovery))
+	if err != nil {
+		return "", err
 	}
 	if s.Source, err = absolute(s.Source); err != nil {
-		return err
+		return "", err
 	}
 	record, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
-		return err
+		return "", err
 	}
-	return errors.Join(writeFile(s.path("service.json"), append(record, '\n'), 0o600), s.prune())
+	flags := sha256.Sum256(append(record, unit...))
+	name := filepath.Join("images", fmt.Sprintf("%x-%x", sig.Payload[:12], flags[:4]))
+	return name + ".image", errors.Join(
+		os.Rename(s.path("incoming"), s.path(name+".image")),
+		writeFile(s.path(name+".json"), append(record, '\n'), 0o600),
+		writeFile(s.path(name+".service"), []byte(unit), 0o644),
+	)
 }
+
+// upToDate: it runs already, with these flags.
+func (s *installed) upToDate(ctx context.Context, image string) bool {
+	if now, err := os.Readlink(s.path("current")); err != nil || now != image {
+		return false
+	}
+	unit, err := os.ReadFile(s.unitFile())
+	if err != nil {
+		return false
+	}
+	want, err := os.ReadFile(s.path(strings.TrimSuffix(image, ".image") + ".service"))
+	if err != nil || !bytes.Equal(unit, want) {
+		return false
+	}
+	st, err := s.state(ctx)
+	return err == nil && st.active == "active"
+}
+
+func (s *installed) unitFile() string { return filepath.Join(s.unitDir, s.Unit.Name+".service") }
 
 // fetch copies the image to incoming while it is verified: only bytes that
 // were checked are installed.
-func (s *installed) fetch(ctx context.Context, r *reading, p *policy) (*seal.Image, *seal.Signature, error) {
+func (s *installed) fetch(ctx context.Context, r *reading, p *policy) (image *seal.Image, sig *seal.Signature, err error) {
 	src, err := s.c.open(ctx, s.Source, r.fetch)
 	if err != nil {
 		return nil, nil, err
@@ -236,10 +344,15 @@ func (s *installed) fetch(ctx context.Context, r *reading, p *policy) (*seal.Ima
 	if err != nil {
 		return nil, nil, err
 	}
-	defer f.Close()
-	sig, err := seal.Verify(ctx, io.TeeReader(src, f))
+	defer func() {
+		f.Close()
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	sig, err = seal.Verify(ctx, io.TeeReader(src, f))
 	if err := errors.Join(p.accept(sig, err), f.Sync()); err != nil {
-		return nil, nil, errors.Join(err, os.Remove(f.Name()))
+		return nil, nil, err
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return nil, nil, err
@@ -249,7 +362,7 @@ func (s *installed) fetch(ctx context.Context, r *reading, p *policy) (*seal.Ima
 		return nil, nil, err
 	}
 	defer reader.Close()
-	return reader.Image(), sig, nil
+	return reader.Image(), sig, rightPlatform(reader.Image())
 }
 
 // point makes an image and its unit the current ones.
@@ -261,7 +374,7 @@ func (s *installed) point(image string) error {
 	if err := s.link("current", image); err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(s.unitDir, s.Unit.Name+".service"), unit, 0o644)
+	return writeFile(s.unitFile(), unit, 0o644)
 }
 
 // link replaces a symbolic link in one step.
@@ -319,7 +432,7 @@ func (s *installed) undo(cause error, old string, first bool) error {
 	if first {
 		err := errors.Join(
 			s.systemctl(ctx, "disable", "--now", s.Unit.Name+".service"),
-			os.Remove(filepath.Join(s.unitDir, s.Unit.Name+".service")),
+			os.Remove(s.unitFile()),
 			os.Remove(s.path("current")),
 			s.systemctl(ctx, "daemon-reload"),
 		)
@@ -346,10 +459,9 @@ func (s *installed) restart(ctx context.Context) error {
 	if err := s.systemctl(ctx, "enable", "--quiet", unit); err != nil {
 		return err
 	}
-	// earlier failures must not count against this start
-	if err := s.systemctl(ctx, "reset-failed", unit); err != nil {
-		s.c.log.Info("reset-failed", "reason", err)
-	}
+	// earlier failures must not count against this start; a unit that never ran
+	// has none
+	_ = s.systemctl(ctx, "reset-failed", unit)
 	return s.systemctl(ctx, "restart", unit)
 }
 
@@ -395,9 +507,13 @@ func (s *installed) healthy(ctx context.Context) error {
 		return err
 	}
 	checked := s.Check == ""
-	var last error
-	for since := time.Now(); ; {
+	last := errors.New("it is still bali, verifying the image")
+	var since time.Time // when it was not any more
+	for {
 		now, err := s.state(ctx)
+		if err == nil && since.IsZero() && !s.isBali(now.pid) {
+			since, last = time.Now(), nil
+		}
 		switch {
 		case ctx.Err() != nil:
 			return errors.Join(context.Cause(ctx), last)
@@ -405,10 +521,10 @@ func (s *installed) healthy(ctx context.Context) error {
 			return err
 		case now.active != "active" || now.restarts != start.restarts:
 			return fmt.Errorf("systemd says it is %s (%s) after %s restarts: see journalctl -u %s", now.active, now.result, now.restarts, s.Unit.Name)
-		case checked && time.Since(since) >= s.Settle:
+		case checked && !since.IsZero() && time.Since(since) >= s.Settle:
 			return nil
 		}
-		if !checked {
+		if !checked && !since.IsZero() {
 			out, err := exec.CommandContext(ctx, "sh", "-c", s.Check).CombinedOutput()
 			checked = err == nil
 			if err != nil {
@@ -420,6 +536,20 @@ func (s *installed) healthy(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// isBali: the service's process is still bali run.
+func (s *installed) isBali(pid string) bool {
+	self, err := s.Unit.self()
+	if err != nil {
+		return false
+	}
+	bali, err := os.Stat(self)
+	if err != nil {
+		return false
+	}
+	exe, err := os.Stat(filepath.Join("/proc", pid, "exe"))
+	return err == nil && os.SameFile(bali, exe)
 }
 
 // prune keeps the newest images, and the current and the one before always.
@@ -445,9 +575,10 @@ func (s *installed) prune() error {
 		if err := os.Remove(e); err != nil {
 			return err
 		}
-		// one that was killed while it was installed has none
-		if err := os.Remove(strings.TrimSuffix(e, ".image") + ".service"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+		for _, beside := range []string{".service", ".json"} { // killed in between, it has none
+			if err := os.Remove(strings.TrimSuffix(e, ".image") + beside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
 		}
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
@@ -238,8 +239,15 @@ func readTrust(path string) ([]trusted, error) {
 	if err != nil {
 		return nil, err
 	}
-	if fi.Mode().Perm()&0o022 != 0 {
-		return nil, fmt.Errorf("%s: others can write to it: chmod go-w it", path)
+	if err := onlyOurs(path, fi); err != nil {
+		return nil, err
+	}
+	if dir, err := os.Stat(filepath.Dir(path)); err != nil {
+		return nil, err
+	} else if dir.Mode()&fs.ModeSticky == 0 {
+		if err := onlyOurs(filepath.Dir(path), dir); err != nil {
+			return nil, err
+		}
 	}
 	if fi.Size() > maxTrust {
 		return nil, fmt.Errorf("%s: %d bytes are no list of identities", path, fi.Size())
@@ -258,6 +266,17 @@ func readTrust(path string) ([]trusted, error) {
 		out = append(out, t)
 	}
 	return out, lines.Err()
+}
+
+// onlyOurs refuses what somebody else than this user and root can change.
+func onlyOurs(path string, fi fs.FileInfo) error {
+	if fi.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s: others can write to it: chmod go-w it", path)
+	}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s: it belongs to user %d, who can write to it: chown it", path, st.Uid)
+	}
+	return nil
 }
 
 // parseTrusted reads IDENTITY [COMMENT] or a line of OpenSSH's.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -153,7 +152,11 @@ func (c *cli) cachedRoot(ctx context.Context, r *running, where string, p *polic
 	if err != nil {
 		return nil, err
 	}
-	entry, err := c.cacheEntry(ctx, r, store, src, p)
+	name, err := absolute(where)
+	if err != nil {
+		return nil, err
+	}
+	entry, err := c.cacheEntry(ctx, r, store, name, src, p)
 	if err != nil {
 		return nil, err
 	}
@@ -172,7 +175,7 @@ func (c *cli) cachedRoot(ctx context.Context, r *running, where string, p *polic
 // wait for a server that is gone when it can start without.
 const askWithin = 10 * time.Second
 
-func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, src fetch.Source, p *policy) (*cache.Entry, error) {
+func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, name string, src fetch.Source, p *policy) (*cache.Entry, error) {
 	last, err := ask(ctx, src, r.fetch.Idle)
 	if err == nil {
 		claim, err := seal.ParseTrailer(last)
@@ -183,12 +186,12 @@ func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, sr
 			return nil, err
 		}
 		if e := store.Find(claim); e != nil {
-			return e, store.Remember(src.String(), e)
+			return e, store.Remember(name, e)
 		}
 	} else if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	known := store.Recall(src.String())
+	known := store.Recall(name)
 	if known != nil && err != nil && !errors.Is(err, fetch.ErrWhole) {
 		return c.away(known, err), nil
 	}
@@ -199,7 +202,7 @@ func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, sr
 	e, err := c.addTo(ctx, store, src, r, o, p)
 	switch {
 	case err == nil:
-		return e, store.Remember(src.String(), e)
+		return e, store.Remember(name, e)
 	case known == nil || ctx.Err() != nil || seal.IsRefusal(err):
 		return nil, err
 	}
@@ -232,13 +235,6 @@ func (c *cli) addTo(ctx context.Context, store *cache.Store, src fetch.Source, r
 	}
 	defer in.Close()
 	return store.Add(ctx, in, r.limits(), r.devices, p.accept)
-}
-
-func rightPlatform(i *seal.Image) error {
-	if i.OS != "linux" || i.Architecture != runtime.GOARCH {
-		return fmt.Errorf("it is for %q and this machine is linux/%s", i.OS+"/"+i.Architecture, runtime.GOARCH)
-	}
-	return nil
 }
 
 // configure joins the caller's, the image's and the command line's words.

@@ -7,17 +7,19 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/cradlestack/cradlestack/bali/fetch"
 	"github.com/cradlestack/cradlestack/bali/launch"
 	"github.com/cradlestack/cradlestack/bali/seal"
 )
 
 func (c *cli) service() []*cobra.Command {
-	return []*cobra.Command{c.unit(), c.install(), c.upgrade(), c.rollback()}
+	return []*cobra.Command{c.unit(), c.install(), c.upgrade(), c.rollback(), c.recover()}
 }
 
 // unitOptions say what a service's unit looks like; bali install keeps them as
@@ -36,8 +38,13 @@ type unitOptions struct {
 	Cache       string   `json:"cache,omitempty"`
 	User        string   `json:"user,omitempty"`
 	MemoryMax   string   `json:"memoryMax,omitempty"`
+	Size        string   `json:"size,omitempty"`
 	Setid       bool     `json:"setid,omitempty"`
+	Devices     bool     `json:"devices,omitempty"`
 	Command     []string `json:"command,omitempty"`
+	// Reading are flags, as --NAME=VALUE, that say how the image is fetched and
+	// whose signature counts: the service needs them as much as who makes it.
+	Reading []string `json:"reading,omitempty"`
 }
 
 func (o *unitOptions) flags(cmd *cobra.Command) {
@@ -55,7 +62,55 @@ func (o *unitOptions) flags(cmd *cobra.Command) {
 	f.StringVar(&o.Cache, "cache", "", "`DIR` for bali run --cache")
 	f.StringVar(&o.User, "user", "", "`NAME[:GROUP]` for bali run --user")
 	f.StringVar(&o.MemoryMax, "memory-max", "", "`SIZE` of memory, the unpacked image included")
+	f.StringVar(&o.Size, "size", "", "`SIZE` for bali run --size")
 	f.BoolVar(&o.Setid, "setid", false, "for bali run --setid")
+	f.BoolVar(&o.Devices, "devices", false, "for bali run --devices")
+}
+
+// flags whose values the service's own bali run needs; the second are of no use
+// for a file.
+var (
+	readingFlags  = []string{"max-size", "max-entries"}
+	fetchingFlags = []string{"retries", "idle", "ssh-key", "known-hosts"}
+)
+
+// keep notes how the image was read.
+func (o *unitOptions) keep(c *cli, cmd *cobra.Command) error {
+	o.Reading = nil
+	add := func(name, value string) error {
+		if name == "ssh-key" || name == "known-hosts" || name == "trust" {
+			var err error
+			if value, err = filepath.Abs(value); err != nil {
+				return err
+			}
+		}
+		o.Reading = append(o.Reading, "--"+name+"="+value)
+		return nil
+	}
+	for _, name := range slices.Concat(readingFlags, fetchingFlags) {
+		if f := cmd.Flags().Lookup(name); f.Changed {
+			if err := add(name, f.Value.String()); err != nil {
+				return err
+			}
+		}
+	}
+	if c.trustFile != "" && len(o.Identities) == 0 {
+		return add("trust", c.trustFile)
+	}
+	return nil
+}
+
+// again sets the flags that keep noted, but for those that were given anew.
+func (o *unitOptions) again(cmd *cobra.Command) error {
+	for _, r := range o.Reading {
+		name, value, _ := strings.Cut(strings.TrimPrefix(r, "--"), "=")
+		if f := cmd.Flags().Lookup(name); f != nil && !f.Changed {
+			if err := cmd.Flags().Set(name, value); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (c *cli) unit() *cobra.Command {
@@ -69,6 +124,9 @@ stops and whether it tells systemd that it is ready; it must be trusted.`,
 		Args: fileAndCommand,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.Command = args[1:]
+			if err := o.keep(c, cmd); err != nil {
+				return err
+			}
 			p, err := c.policy(o.Identities, false)
 			if err != nil {
 				return err
@@ -111,7 +169,7 @@ func fileAndCommand(cmd *cobra.Command, args []string) error {
 
 // absolute makes paths independent of where they are used.
 func absolute(where string) (string, error) {
-	if strings.Contains(where, "://") {
+	if fetch.IsURL(where) {
 		return where, nil
 	}
 	return filepath.Abs(where)
@@ -137,6 +195,14 @@ func describeImage(src *source, l seal.Limits, p *policy) (*seal.Image, *seal.Si
 	return r.Image(), s, nil
 }
 
+// rightPlatform refuses an image for another machine.
+func rightPlatform(i *seal.Image) error {
+	if i.OS != "linux" || i.Architecture != runtime.GOARCH {
+		return fmt.Errorf("it is for %q and this machine is linux/%s", i.OS+"/"+i.Architecture, runtime.GOARCH)
+	}
+	return nil
+}
+
 var unitName = regexp.MustCompile(`^[A-Za-z0-9:_.-]{1,200}$`)
 
 func (o *unitOptions) check() error {
@@ -151,8 +217,13 @@ func (o *unitOptions) check() error {
 			return err
 		}
 	}
+	for _, s := range o.After {
+		if strings.ContainsAny(s, " \t") {
+			return fmt.Errorf("--after %q: want the name of one unit; repeat it for more", s)
+		}
+	}
 	for _, s := range o.State {
-		if path.IsAbs(s) || path.Clean(s) != s || strings.HasPrefix(s, "..") {
+		if strings.ContainsAny(s, " \t") || path.IsAbs(s) || path.Clean(s) != s || strings.HasPrefix(s, "..") {
 			return fmt.Errorf("--state %s: want a name below /var/lib", s)
 		}
 	}
@@ -166,15 +237,20 @@ func (o *unitOptions) check() error {
 	return nil
 }
 
-// render is the unit for an image that lies at where.
-func (o *unitOptions) render(image *seal.Image, where string) (string, error) {
+// render is the unit for an image that lies at where, with commands that run
+// before it.
+func (o *unitOptions) render(image *seal.Image, where string, before ...string) (string, error) {
 	if err := o.check(); err != nil {
 		return "", err
 	}
 	var b strings.Builder
+	var broken error
 	section := func(name string) { fmt.Fprintf(&b, "\n[%s]\n", name) }
 	set := func(key string, value ...string) {
 		for _, v := range value {
+			if strings.ContainsAny(v, "\n\r\x00") {
+				broken = fmt.Errorf("%s=%q doesn't fit into a unit: it has a line break", key, v)
+			}
 			fmt.Fprintf(&b, "%s=%s\n", key, v)
 		}
 	}
@@ -195,6 +271,7 @@ func (o *unitOptions) render(image *seal.Image, where string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	set("ExecStartPre", before...)
 	set("ExecStart", command)
 	set("SyslogIdentifier", o.Name) // the journal would say bali
 	if kind == "oneshot" {
@@ -205,6 +282,9 @@ func (o *unitOptions) render(image *seal.Image, where string) (string, error) {
 	}
 	set("TimeoutStartSec", "300") // fetching the image is part of it
 	if image.StopSignal != "" {
+		if !signalName.MatchString(image.StopSignal) {
+			return "", fmt.Errorf("the image's stop signal %q is none", image.StopSignal)
+		}
 		set("KillSignal", stopSignal(image.StopSignal))
 	}
 	set("TimeoutStopSec", "60")
@@ -229,7 +309,7 @@ func (o *unitOptions) render(image *seal.Image, where string) (string, error) {
 
 	section("Install")
 	set("WantedBy", "multi-user.target")
-	return b.String(), nil
+	return b.String(), broken
 }
 
 func (o *unitOptions) kind(image *seal.Image) string {
@@ -242,11 +322,14 @@ func (o *unitOptions) kind(image *seal.Image) string {
 	return "exec"
 }
 
+// signalName is a signal as images write it. systemd tells those that exist.
+var signalName = regexp.MustCompile(`^([0-9]{1,2}|(SIG)?[A-Z][A-Z0-9]{1,15}([+-][0-9]{1,2})?)$`)
+
 func stopSignal(s string) string {
 	if strings.HasPrefix(s, "SIG") || s[0] >= '0' && s[0] <= '9' {
-		return specifiers(s)
+		return s
 	}
-	return "SIG" + specifiers(s)
+	return "SIG" + s
 }
 
 // sandbox is what systemd takes from a service that bali's mounts don't need.
@@ -287,12 +370,9 @@ func (o *unitOptions) sandbox(set func(string, ...string)) {
 
 // command is bali run's command line.
 func (o *unitOptions) command(where string) (string, error) {
-	self := o.Bali
-	if self == "" {
-		var err error
-		if self, err = os.Executable(); err != nil {
-			return "", err
-		}
+	self, err := o.self()
+	if err != nil {
+		return "", err
 	}
 	argv := []string{self, "run"}
 	add := func(flag string, values ...string) {
@@ -307,22 +387,41 @@ func (o *unitOptions) command(where string) (string, error) {
 	add("-v", o.Volumes...)
 	add("--cache", o.Cache)
 	add("--user", o.User)
+	add("--size", o.Size)
 	if o.Setid {
 		argv = append(argv, "--setid")
+	}
+	if o.Devices {
+		argv = append(argv, "--devices")
+	}
+	for _, r := range o.Reading {
+		name, _, _ := strings.Cut(strings.TrimPrefix(r, "--"), "=")
+		if fetch.IsURL(where) || !slices.Contains(fetchingFlags, name) {
+			argv = append(argv, r)
+		}
 	}
 	argv = append(argv, where)
 	if len(o.Command) > 0 {
 		argv = append(append(argv, "--"), o.Command...)
 	}
+	return commandLine(argv), nil
+}
+
+// self is bali on the host.
+func (o *unitOptions) self() (string, error) {
+	if o.Bali != "" {
+		return o.Bali, nil
+	}
+	return os.Executable()
+}
+
+func commandLine(argv []string) string {
 	quoted := make([]string, len(argv))
 	for i, a := range argv {
-		if strings.ContainsAny(a, "\n\r\x00") {
-			return "", fmt.Errorf("%q doesn't fit into a unit: it has a line break", a)
-		}
 		// systemd.service(5): $ starts a variable in ExecStart=
 		quoted[i] = strings.ReplaceAll(quoteUnit(a), "$", "$$")
 	}
-	return strings.Join(quoted, " "), nil
+	return strings.Join(quoted, " ")
 }
 
 // specifiers keeps systemd from expanding %.

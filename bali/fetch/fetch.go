@@ -68,6 +68,10 @@ func New(where string, o Options) (Source, error) {
 	}
 	u, err := url.Parse(where)
 	if err != nil {
+		var ue *url.Error
+		if errors.As(err, &ue) {
+			err = ue.Err // it names the URL, with its password
+		}
 		return nil, err
 	}
 	switch scheme {
@@ -83,19 +87,33 @@ func New(where string, o Options) (Source, error) {
 	case "s3":
 		return newS3(u)
 	}
-	return nil, fmt.Errorf("%s: unknown scheme %q: bali reads paths, file, http, https, sftp, scp and s3 URLs", u.Redacted(), scheme)
+	return nil, fmt.Errorf("%s: unknown scheme %q: bali reads paths, file, http, https, sftp, scp and s3 URLs", redacted(u), scheme)
 }
 
 // IsURL tells a URL from a path.
 func IsURL(where string) bool { return strings.Contains(where, "://") }
 
-// Redacted is where without a password, fit for messages. This package's errors
-// don't name the source: who asked for it does.
+// Redacted is where without what may be secret in it, fit for messages: a
+// password, and the query, in which presigned URLs have their signature. This
+// package's errors don't name the source: who asked for it does.
 func Redacted(where string) string {
-	if u, err := url.Parse(where); err == nil && IsURL(where) {
-		return u.Redacted()
+	if !IsURL(where) {
+		return where
 	}
-	return where
+	u, err := url.Parse(where)
+	if err != nil {
+		scheme, _, _ := strings.Cut(where, "://")
+		return scheme + "://xxxxx"
+	}
+	return redacted(u)
+}
+
+func redacted(u *url.URL) string {
+	r := *u
+	if r.RawQuery != "" {
+		r.RawQuery = "xxxxx"
+	}
+	return r.Redacted()
 }
 
 // Tail gives the last n bytes, without retries: it is a question, not a need.

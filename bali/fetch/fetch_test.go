@@ -182,7 +182,7 @@ func TestHTTPErrors(t *testing.T) {
 		"/grown":       {ErrChanged.Error(), 2},
 		"/stall":       {"nothing came for 50ms", 3},
 	} {
-		where := strings.Replace(server.URL, "http://", "http://user:secret@", 1) + path
+		where := strings.Replace(server.URL, "http://", "http://user:secret@", 1) + path + "?signature=secret"
 		_, err := get(t, where, Options{Retries: 1, Idle: 50 * time.Millisecond})
 		if err == nil || !strings.Contains(err.Error(), c.reason) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: %v, want an error with %q and no password", path, err, c.reason)
@@ -235,6 +235,59 @@ func TestCancel(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Errorf("%d goroutines, there were %d", runtime.NumGoroutine(), before)
+}
+
+// TestPipe: one that says nothing ends with the caller's context too.
+func TestPipe(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	w.WriteString("x")
+	s, err := New(fmt.Sprintf("/proc/self/fd/%d", r.Fd()), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Tail(t.Context(), s, 1); !errors.Is(err, ErrWhole) {
+		t.Errorf("the end of a pipe: %v", err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	reader, err := Open(ctx, s, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if _, err := io.ReadFull(reader, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	enough := errors.New("enough")
+	cancel(enough)
+	if _, err := io.ReadAll(reader); !errors.Is(err, enough) {
+		t.Errorf("read after cancel: %v", err)
+	}
+}
+
+// TestRedacted: neither passwords nor presigned URLs reach a log.
+func TestRedacted(t *testing.T) {
+	const where = "https://user:secret@host/image?X-Amz-Signature=secret"
+	s, err := New(where, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, got := range []string{Redacted(where), s.String()} {
+		if got != "https://user:xxxxx@host/image?xxxxx" {
+			t.Error(got)
+		}
+	}
+	const bad = "https://user:secret@host:port/"
+	if _, err := New(bad, Options{}); err == nil || strings.Contains(Redacted(bad)+err.Error(), "secret") {
+		t.Errorf("%s: %v", Redacted(bad), err)
+	}
+	if got := Redacted("/a?b"); got != "/a?b" {
+		t.Error(got)
+	}
 }
 
 // sshServer serves SFTP to one key and cuts each connection after so many
@@ -361,6 +414,15 @@ func TestSFTP(t *testing.T) {
 	if tail, err := Tail(t.Context(), s, 100); err != nil || !bytes.Equal(tail, want[len(want)-100:]) {
 		t.Errorf("tail: %d bytes, %v", len(tail), err)
 	}
+	// an agent that is gone matters only where no key is named
+	t.Setenv("SSH_AUTH_SOCK", filepath.Join(dir, "gone"))
+	if got, err := get(t, where, o); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("with a dead agent: %d bytes, %v", len(got), err)
+	}
+	if _, err := get(t, where, Options{KnownHosts: known}); err == nil || !strings.Contains(err.Error(), "name a key with --ssh-key") {
+		t.Errorf("only a dead agent: %v", err)
+	}
+	t.Setenv("SSH_AUTH_SOCK", "")
 
 	t.Run("agent", func(t *testing.T) {
 		ring := agent.NewKeyring()

@@ -14,7 +14,7 @@ type file string
 
 func (f file) String() string { return string(f) }
 
-func (f file) Open(_ context.Context, offset int64) (Part, error) {
+func (f file) Open(ctx context.Context, offset int64) (Part, error) {
 	h, err := os.Open(string(f))
 	if err != nil {
 		var pe *fs.PathError
@@ -38,7 +38,8 @@ func (f file) Open(_ context.Context, offset int64) (Part, error) {
 			h.Close()
 			return Part{}, permanent{ErrWhole}
 		}
-		return Part{h, 0, -1}, nil
+		// a pipe may say nothing for ever
+		return Part{&pipe{h, context.AfterFunc(ctx, func() { h.Close() })}, 0, -1}, nil
 	case offset < 0:
 		offset = max(size+offset, 0)
 	}
@@ -47,4 +48,15 @@ func (f file) Open(_ context.Context, offset int64) (Part, error) {
 		return Part{}, permanent{err}
 	}
 	return Part{h, offset, size}, nil
+}
+
+// pipe ends with its context.
+type pipe struct {
+	*os.File
+	stop func() bool
+}
+
+func (p *pipe) Close() error {
+	p.stop()
+	return p.File.Close()
 }

@@ -22,7 +22,7 @@ type httpSource struct {
 
 func newHTTP(u *url.URL) *httpSource { return &httpSource{url: u} }
 
-func (s *httpSource) String() string { return s.url.Redacted() }
+func (s *httpSource) String() string { return redacted(s.url) }
 
 func (s *httpSource) Open(ctx context.Context, offset int64) (Part, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url.String(), nil)

@@ -27,7 +27,7 @@ type s3Source struct {
 
 func newS3(u *url.URL) (*s3Source, error) {
 	if u.Host == "" || strings.Trim(u.Path, "/") == "" {
-		return nil, fmt.Errorf("%s: want s3://bucket/key", u.Redacted())
+		return nil, fmt.Errorf("%s: want s3://bucket/key", redacted(u))
 	}
 	endpoint := "https://s3.amazonaws.com"
 	for _, k := range []string{"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} {
@@ -66,7 +66,7 @@ func role() credentials.Provider {
 	return &credentials.Static{} // anonymous
 }
 
-func (s *s3Source) String() string { return s.url.Redacted() }
+func (s *s3Source) String() string { return redacted(s.url) }
 
 func (s *s3Source) Open(ctx context.Context, offset int64) (Part, error) {
 	var o minio.GetObjectOptions

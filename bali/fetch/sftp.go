@@ -30,10 +30,10 @@ type sftpSource struct {
 
 func newSFTP(u *url.URL, o Options) (*sftpSource, error) {
 	if u.Hostname() == "" || u.Path == "" || u.Path == "/" {
-		return nil, fmt.Errorf("%s: want sftp://[user@]host[:port]/path, with /~/path for one below the home folder", u.Redacted())
+		return nil, fmt.Errorf("%s: want sftp://[user@]host[:port]/path, with /~/path for one below the home folder", redacted(u))
 	}
 	if _, has := u.User.Password(); has {
-		return nil, fmt.Errorf("%s: no passwords in URLs: use an ssh-agent or --ssh-key", u.Redacted())
+		return nil, fmt.Errorf("%s: no passwords in URLs: use an ssh-agent or --ssh-key", redacted(u))
 	}
 	s := &sftpSource{url: u, opt: o}
 	if o.KnownHosts != "" {
@@ -52,7 +52,7 @@ func newSFTP(u *url.URL, o Options) (*sftpSource, error) {
 	return s, nil
 }
 
-func (s *sftpSource) String() string { return s.url.Redacted() }
+func (s *sftpSource) String() string { return redacted(s.url) }
 
 func (s *sftpSource) Open(ctx context.Context, offset int64) (Part, error) {
 	client, err := s.dial(ctx)
@@ -218,20 +218,30 @@ func (s *sftpSource) signers(ctx context.Context) (out []ssh.Signer, done func()
 		out = append(out, k)
 	}
 	if sock := os.Getenv("SSH_AUTH_SOCK"); sock != "" {
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, "unix", sock)
-		if err != nil {
-			return nil, done, fmt.Errorf("ssh-agent: %w", err)
+		keys, conn, err := agentSigners(ctx, sock)
+		switch {
+		case err == nil:
+			out, done = append(out, keys...), func() { conn.Close() }
+		case len(out) == 0: // or the key that was named is enough
+			return nil, done, fmt.Errorf("ssh-agent: %w: name a key with --ssh-key", err)
 		}
-		keys, err := agent.NewClient(conn).Signers()
-		if err != nil {
-			conn.Close()
-			return nil, done, fmt.Errorf("ssh-agent: %w", err)
-		}
-		out, done = append(out, keys...), func() { conn.Close() }
 	}
 	if len(out) == 0 {
 		return nil, done, errors.New("no key to log in with: start an ssh-agent or name one with --ssh-key")
 	}
 	return out, done, nil
+}
+
+func agentSigners(ctx context.Context, sock string) ([]ssh.Signer, net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", sock)
+	if err != nil {
+		return nil, nil, err
+	}
+	keys, err := agent.NewClient(conn).Signers()
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return keys, conn, nil
 }
