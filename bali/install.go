@@ -247,8 +247,11 @@ func (s *installed) open(ctx context.Context, at places) error {
 // for any more.
 func (s *installed) undoPending() (bool, error) {
 	old, err := os.Readlink(s.path("pending"))
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
+	}
+	if err != nil {
+		return false, err
 	}
 	s.c.log.Warn("an earlier upgrade was interrupted, going back to the image before it", "image", old)
 	if err := s.point(old); err != nil {
