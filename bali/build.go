@@ -195,25 +195,29 @@ func (b *building) describe(i *seal.Image) {
 
 // writeImage writes beside the target and moves it there when it is whole.
 func (c *cli) writeImage(ctx context.Context, b *building, out string, root *gather.Rootfs, o gather.Options, signer ssh.Signer) (s *seal.Signature, n int64, err error) {
-	to := c.stdout
-	if out != "-" {
-		partial := filepath.Join(filepath.Dir(out), "."+filepath.Base(out)+".partial")
-		f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
-		if err != nil {
-			return nil, 0, err
-		}
-		defer func() {
-			if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-				err = os.Rename(partial, out)
-			}
-			if err != nil {
-				os.Remove(partial)
-			}
-		}()
-		to = f
+	if out == "-" {
+		return c.packTo(ctx, c.stdout, b.zstd, root, o, signer)
 	}
+	partial := filepath.Join(filepath.Dir(out), "."+filepath.Base(out)+".partial")
+	f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, 0, err
+	}
+	zstd := b.zstd || strings.HasSuffix(out, ".zst") || strings.HasSuffix(out, ".tzst")
+	s, n, err = c.packTo(ctx, f, zstd, root, o, signer)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(partial, out)
+	}
+	if err != nil {
+		os.Remove(partial)
+	}
+	return s, n, err
+}
+
+// packTo writes an image to a stream.
+func (c *cli) packTo(ctx context.Context, to io.Writer, zstd bool, root *gather.Rootfs, o gather.Options, signer ssh.Signer) (*seal.Signature, int64, error) {
 	comp := seal.Gzip
-	if b.zstd || strings.HasSuffix(out, ".zst") || strings.HasSuffix(out, ".tzst") {
+	if zstd {
 		comp = seal.Zstd
 	}
 	count := &counter{w: to}
@@ -231,7 +235,7 @@ func (c *cli) writeImage(ctx context.Context, b *building, out string, root *gat
 	if err := root.Write(ctx, w); err != nil {
 		return nil, 0, err
 	}
-	s, err = w.Seal(signer)
+	s, err := w.Seal(signer)
 	return s, count.n, err
 }
 

@@ -7,11 +7,14 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -19,6 +22,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/bali/seal"
 )
@@ -334,12 +338,163 @@ func TestRootCacheAway(t *testing.T) {
 	}
 }
 
+// TestRootService starts a service as systemd does: with a socket that is open
+// already and another one to tell on that it is ready, which lies where only
+// bali brings it. What it tells comes from the process that was started.
+func TestRootService(t *testing.T) {
+	p := newPlace(t)
+	if out, err := exec.CommandContext(t.Context(), "env", "CGO_ENABLED=0", "go", "build", "-o", filepath.Join(p.dir, "app/bin/probe"), "./testdata/probe").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p.ok("build", "app.tar.gz", "--from", "./app", "--entrypoint", "/bin/probe")
+	fds := []string{"0", "1", "2", "3"} // and what go test itself was given
+	own, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range own {
+		if n, err := strconv.Atoi(f.Name()); err == nil && n > 3 {
+			if flags, err := unix.FcntlInt(uintptr(n), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+				fds = append(fds, f.Name())
+			}
+		}
+	}
+	slices.Sort(fds)
+	for _, args := range [][]string{{"run", "app.tar.gz"}, {"run", "--cache", filepath.Join(p.dir, "cache"), "--user", "7:8", "app.tar.gz"}} {
+		dir := t.TempDir()
+		notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer notify.Close()
+		if err := os.Chmod(filepath.Join(dir, "notify"), 0o777); err != nil { // as systemd's
+			t.Fatal(err)
+		}
+		control, err := notify.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := control.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) }); err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "listen"), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		socket, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer socket.Close()
+		cmd := exec.CommandContext(t.Context(), "sh", append([]string{"-c", `LISTEN_PID=$$ exec bali "$@"`, "sh"}, args...)...)
+		cmd.Dir, cmd.Env, cmd.Stderr = p.dir, append(p.env(), "LISTEN_FDS=1", "NOTIFY_SOCKET="+filepath.Join(dir, "notify")), os.Stderr
+		cmd.ExtraFiles = []*os.File{socket}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() {
+			ended <- cmd.Wait()
+			notify.Close() // nothing more comes
+		}()
+		text, oob := make([]byte, 1000), make([]byte, 1000)
+		n, oobn, _, _, err := notify.ReadMsgUnix(text, oob)
+		if err != nil {
+			t.Fatalf("%v: no word of the service: %v, %v", args, err, <-ended)
+		}
+		if got, want := string(text[:n]), "READY=1\nSTATUS=fds "+strings.Join(fds, " ")+", listen 1 for true"; got != want {
+			t.Errorf("%v: the service says %q, want %q", args, got, want)
+		}
+		messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+		if err != nil || len(messages) != 1 {
+			t.Fatalf("credentials: %v, %v", messages, err)
+		}
+		if cred, err := unix.ParseUnixCredentials(&messages[0]); err != nil || int(cred.Pid) != cmd.Process.Pid {
+			t.Errorf("%v: the word comes from %+v, %v, not from process %d", args, cred, err, cmd.Process.Pid)
+		}
+		c, err := net.Dial("unix", filepath.Join(dir, "listen"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintln(c, 77)
+		if err := <-ended; cmd.ProcessState.ExitCode() != 77 {
+			t.Errorf("%v: ended with %v", args, err)
+		}
+		c.Close()
+	}
+}
+
+// TestRootFull: a full disk or memory is said, and leaves nothing of what could
+// not be finished.
+func TestRootFull(t *testing.T) {
+	p := newPlace(t)
+	p.build("app.tar.gz", "one")
+	small := filepath.Join(p.dir, "small")
+	p.sh("mkdir small && mount -t tmpfs -o size=2m small small")
+	t.Cleanup(func() { unix.Unmount(small, 0) })
+	for _, args := range [][]string{
+		{"extract", "app.tar.gz", "small/x"},
+		{"build", "small/out.tar.gz", "--from", "./app"},
+		{"run", "--cache", filepath.Join(small, "cache"), "app.tar.gz"},
+		{"run", "--size", "2M", "app.tar.gz"},
+	} {
+		p.refused("no space left on device", args...)
+	}
+	if left := p.sh("find small -type f; find small/cache/v1 -mindepth 1"); left != "" {
+		t.Errorf("left on the full disk:\n%s", left)
+	}
+	// the image that is read doesn't fit either: what was there before stays
+	p.sh("echo old >small/out.tar.gz")
+	p.refused("no space left on device", "build", "small/out.tar.gz", "--from", "./app")
+	if got := p.sh("cat small/out.tar.gz; ls -A small"); got != "old\ncache\nout.tar.gz\n" {
+		t.Errorf("on the full disk: %s", got)
+	}
+}
+
+// TestRootKillAnywhere ends bali with SIGKILL at moments all over its run, with
+// and without a cache: no mount, no process and no file is left, and what was
+// left in the cache is gone with the next run.
+func TestRootKillAnywhere(t *testing.T) {
+	p := newPlace(t)
+	p.build("app.tar.gz", "one")
+	before := p.mounts()
+	cached := []string{"run", "--cache", filepath.Join(p.dir, "cache"), "app.tar.gz", "--", "exec sleep 1000"}
+	start := time.Now()
+	p.ok(append(cached[:len(cached)-1:len(cached)-1], "exit 0")...)
+	whole := time.Since(start)
+	const kills = 25
+	for i := range kills {
+		for _, args := range [][]string{cached, {"run", "app.tar.gz", "--", "exec sleep 1000"}} {
+			p.sh("rm -rf cache/v1/*")
+			cmd := p.command(args...)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(whole * time.Duration(i) / kills) // any moment is right
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			cmd.Wait()
+		}
+	}
+	if after := p.mounts(); after != before {
+		t.Errorf("mounts before:\n%s\nafter:\n%s", before, after)
+	}
+	if out := p.ok(append(cached[:len(cached)-1:len(cached)-1], "echo RAN")...); !strings.HasSuffix(out, "RAN\n") {
+		t.Errorf("after all that: %s", out)
+	}
+	if left := p.sh("ls cache; ls cache/v1 | wc -l; ls -A | grep -v -x -e app -e app.tar.gz -e bali -e config -e tmp -e trust -e cache || true; ls -A tmp"); left != "sources\nv1\n1\n" {
+		t.Errorf("left behind: %s", left)
+	}
+}
+
 // TestRootKill ends bali with SIGKILL while it fetches, and while the service
 // runs: no mount, no process and no file is left.
 func TestRootKill(t *testing.T) {
 	p := newPlace(t)
 	image := p.build("app.tar.gz", "one")
-	before := mounts(t)
+	before := p.mounts()
 	half := make(chan struct{})
 	hang, release := context.WithCancel(t.Context())
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -380,7 +535,7 @@ func TestRootKill(t *testing.T) {
 			t.Errorf("%v: its process group is still there", cmd.Args)
 		}
 	}
-	if after := mounts(t); after != before {
+	if after := p.mounts(); after != before {
 		t.Errorf("mounts before:\n%s\nafter:\n%s", before, after)
 	}
 	if left := p.sh("ls -A | grep -v -x -e app -e app.tar.gz -e bali -e config -e tmp -e trust || true; ls -A tmp"); left != "" {
@@ -388,11 +543,21 @@ func TestRootKill(t *testing.T) {
 	}
 }
 
-func mounts(t *testing.T) string {
-	t.Helper()
+// mounts are those that bali could have left: its own, and any on what it mounts
+// over or below the test's folder. Others on the machine mount what they want.
+func (p *place) mounts() string {
+	p.t.Helper()
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
-	return string(b)
+	var out strings.Builder
+	for l := range strings.Lines(string(b)) {
+		at := strings.Fields(l)[4] // proc_pid_mountinfo(5)
+		if strings.Contains(l, " bali ") || strings.HasPrefix(at, p.dir) ||
+			slices.Contains([]string{"/", "/proc", "/sys", "/dev", "/run", "/tmp", "/etc/hosts", "/etc/resolv.conf"}, at) {
+			out.WriteString(l)
+		}
+	}
+	return out.String()
 }
