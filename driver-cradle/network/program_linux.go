@@ -583,6 +583,7 @@ func (s *sharing) fromGuest() asm.Instructions {
 		c.rewrite(f, true, [6]byte{}, [6]byte{}) // the loopback interface's
 		c.redirect(s.lo, unix.BPF_F_INGRESS)
 		c.label(later)
+		c.add(asm.JNE.Imm(asm.R8, unix.IPPROTO_UDP, "drop")) // TCP has no need of fragments
 		c.rewrite(f, false, [6]byte{}, [6]byte{})
 		c.redirect(s.lo, unix.BPF_F_INGRESS)
 	}
