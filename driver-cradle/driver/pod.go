@@ -157,12 +157,16 @@ func (b *builder) network() {
 	b.pod.Hostname = b.config.Hostname
 	if i := b.task.NetworkIsolation; i != nil && i.Path != "" {
 		n.Mode, n.Netns = "netns", i.Path
+		n.Upstreams = b.upstreams()
 		if i.HostsConfig != nil && b.pod.Hostname == "" {
 			b.pod.Hostname = i.HostsConfig.Hostname
 		}
 	} else {
 		n.Mode = "user"
 		b.publish()
+		if len(b.config.Upstreams) > 0 {
+			b.wrong("upstreams", "the other tasks' 127.0.0.1 is the host's, where a microVM doesn't get: set mode = \"bridge\" in the group's network block")
+		}
 	}
 	for i, label := range b.config.Ports {
 		if _, ok := b.ports()[label]; !ok {
@@ -188,6 +192,26 @@ func (b *builder) network() {
 		}
 		n.ExtraHosts = append(n.ExtraHosts, spec.HostEntry{Name: name, Address: strings.Trim(address, "[]")})
 	}
+}
+
+// upstreams are the ports that the task names, and those of the group's connect blocks: Nomad tells them by the environment (client/taskenv
+// buildUpstreamsEnv), and the mesh's proxy listens there in the group's network namespace.
+func (b *builder) upstreams() (ports []uint16) {
+	for i, u := range b.config.Upstreams {
+		port, err := strconv.ParseUint(u, 10, 16)
+		if err != nil {
+			b.wrong(fmt.Sprintf("upstreams[%d]", i), "%q is no port: 1 to 65535", u)
+			continue
+		}
+		ports = append(ports, uint16(port))
+	}
+	for name, value := range b.task.Env {
+		if port, err := strconv.ParseUint(value, 10, 16); err == nil && strings.HasPrefix(name, "NOMAD_UPSTREAM_PORT_") {
+			ports = append(ports, uint16(port))
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
 }
 
 // publish forwards the ports that the task names, in a group whose network is the host's: a machine can't be in that.

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -133,6 +134,47 @@ func TestGoldenPods(t *testing.T) {
 				t.Errorf("%s becomes\n%s\nwant\n%s", file, got, want)
 			}
 		})
+	}
+}
+
+// A group's connect blocks, and what the task names itself.
+func TestUpstreams(t *testing.T) {
+	const job = `
+		job "j" {
+			group "g" {
+				task "t" {
+					driver = "cradle"
+					config {
+						image     = "debian:12"
+						upstreams = [5432, 9191]
+					}
+				}
+			}
+		}`
+	task, c, err := parseTask(t, job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nomads := aTask(task)
+	if _, err := podOf(nomads, c, aHost()); err == nil || !strings.Contains(err.Error(), "bridge") {
+		t.Errorf("upstreams without a network namespace: %v", err)
+	}
+	nomads.NetworkIsolation = &drivers.NetworkIsolationSpec{Mode: drivers.NetIsolationModeGroup, Path: "/run/netns/g"}
+	for name, value := range map[string]string{
+		"ADDR_count-api": "127.0.0.1:9191", "IP_count-api": "127.0.0.1", "PORT_count-api": "9191", "PORT_count_api": "9191", "PORT_db": "9192",
+	} {
+		nomads.Env["NOMAD_UPSTREAM_"+name] = value
+	}
+	p, err := podOf(nomads, c, aHost())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []uint16{5432, 9191, 9192}; !slices.Equal(p.Network.Upstreams, want) {
+		t.Errorf("upstreams %v, want %v", p.Network.Upstreams, want)
+	}
+	c.Upstreams = []string{"http"}
+	if _, err := podOf(nomads, c, aHost()); err == nil || !strings.Contains(err.Error(), `"http" is no port`) {
+		t.Errorf("an upstream that is no port: %v", err)
 	}
 }
 

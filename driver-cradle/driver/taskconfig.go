@@ -70,6 +70,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "hostname", kind: text, def: "the group network's, else the beginning of the pod's id", doc: "Host name of all containers."},
 	{name: "domainname", kind: text, doc: "Domain of the host name."},
 	{name: "ports", kind: texts, doc: "Labels of the group's ports. In a group without network namespace (mode host) these are forwarded to the pod."},
+	{name: "upstreams", kind: texts, doc: "TCP ports at 127.0.0.1 where other tasks of the group serve the pod's containers at theirs: [5432]. Those of connect blocks need not be named."},
 	{name: "extra_hosts", kind: texts, doc: "Lines of /etc/hosts: name:address."},
 	{name: "dns_servers", kind: texts, def: "the group network's, else the host's", doc: "Resolvers."},
 	{name: "dns_search_domains", kind: texts, def: "the group network's, else the host's", doc: "Domains that names are completed with."},
@@ -139,6 +140,7 @@ type taskConfig struct {
 	Hostname    string                     `codec:"hostname"`
 	Domainname  string                     `codec:"domainname"`
 	Ports       []string                   `codec:"ports"`
+	Upstreams   []string                   `codec:"upstreams"`
 	ExtraHosts  []string                   `codec:"extra_hosts"`
 	DNSServers  []string                   `codec:"dns_servers"`
 	DNSSearch   []string                   `codec:"dns_search_domains"`
