@@ -61,15 +61,15 @@ type Plugin struct {
 
 // Ports are those of one node.
 type Ports struct {
-	HTTP, RPC, Serf, ClientHTTP                  int // Nomad's
-	ConsulHTTP, ConsulDNS, ConsulRPC, ConsulSerf int
+	HTTP, RPC, Serf, ClientHTTP                              int // Nomad's
+	ConsulHTTP, ConsulDNS, ConsulRPC, ConsulSerf, ConsulGRPC int
 }
 
 // DefaultPorts are the well-known ones, plus an offset.
 func DefaultPorts(offset int) Ports {
 	return Ports{
 		HTTP: 4646 + offset, RPC: 4647 + offset, Serf: 4648 + offset, ClientHTTP: 4656 + offset,
-		ConsulHTTP: 8500 + offset, ConsulDNS: 8600 + offset, ConsulRPC: 8300 + offset, ConsulSerf: 8301 + offset,
+		ConsulHTTP: 8500 + offset, ConsulDNS: 8600 + offset, ConsulRPC: 8300 + offset, ConsulSerf: 8301 + offset, ConsulGRPC: 8502 + offset,
 	}
 }
 
