@@ -57,17 +57,18 @@ var mayImport = map[string][]string{
 
 	"internal/agents":    {},
 	"internal/nomadtest": {"internal/agents", "test/programs"},
+	"internal/nfstest":   {},
 	"internal/stack":     {"internal/agents", "test/programs"},
 
 	"docs":            {},
 	"examples/images": {},
 	"examples/stack":  {"internal/stack"},
-	"test":            {"spec", "driver-cradle/wire", "internal/nomadtest", "internal/stack"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/nomadtest", "internal/nfstest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
 var testsMayImport = map[string][]string{
-	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
+	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/nfstest"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/driver":        {"internal/nomadtest", "test/programs"},
 	"bali":                        {"internal/nomadtest"},

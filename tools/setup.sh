@@ -43,7 +43,7 @@ packages=(
   # the guest's own kernel
   build-essential flex bison bc libelf-dev libssl-dev cpio lz4 bzip2 zstd
   # more clients and servers, and docker to compare with
-  docker.io git nfs-common nfs-ganesha nfs-ganesha-vfs iputils-ping procps
+  docker.io git nfs-common nfs-ganesha nfs-ganesha-vfs rpcbind iputils-ping procps
   # file systems that volumes are kept on
   btrfs-progs
   # other programs that read bali's images, and what gives files their fs-verity digest

@@ -1,0 +1,145 @@
+// Package nfstest serves a directory over NFS to tests: by a real server, NFS-Ganesha with a portmapper beside it, in a network namespace of its
+// own, where it has the usual ports. This host reaches it, and so do guests whose network goes through this host. It needs root.
+package nfstest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// Export is the path that the directory is served at, by all versions of the protocol.
+const Export = "/data"
+
+// A Server is running until Close.
+type Server struct {
+	Host string // its address; NFS is at port 2049, the portmapper at 111
+
+	namespace string
+	work      string
+	cmd       *exec.Cmd
+	log       lockedBuffer
+}
+
+var servers atomic.Int32
+
+// Serve serves dir, which must not be below /run, and returns when the server answers.
+func Serve(ctx context.Context, dir string) (_ *Server, err error) {
+	for _, program := range []string{"ganesha.nfsd", "rpcbind"} {
+		if _, err := exec.LookPath(program); err != nil {
+			return nil, fmt.Errorf("no %s: apt-get install nfs-ganesha nfs-ganesha-vfs rpcbind", program)
+		}
+	}
+	// Other processes do the same on this host.
+	pid, n := os.Getpid(), servers.Add(1)
+	net4 := fmt.Sprintf("10.%d.%d.", 128+(pid>>8+int(n)*7)&63, pid&255)
+	s := &Server{Host: net4 + "2", namespace: fmt.Sprintf("nfs-%d-%d", pid, n)}
+	outside, inside := fmt.Sprintf("nh%dn%d", pid, n), fmt.Sprintf("nn%dn%d", pid, n)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	for _, args := range []string{
+		"netns add " + s.namespace,
+		"link add " + outside + " type veth peer name " + inside + " netns " + s.namespace,
+		"addr add " + net4 + "1/30 dev " + outside,
+		"link set " + outside + " up",
+		"-n " + s.namespace + " link set lo up",
+		"-n " + s.namespace + " addr add " + s.Host + "/30 dev " + inside,
+		"-n " + s.namespace + " link set " + inside + " up",
+	} {
+		if err := ip(args); err != nil {
+			return nil, err
+		}
+	}
+	if s.work, err = os.MkdirTemp("", "nfstest-"); err != nil {
+		return nil, err
+	}
+	config := filepath.Join(s.work, "ganesha.conf")
+	if err := os.WriteFile(config, fmt.Appendf(nil, `
+NFS_CORE_PARAM { Protocols = 3, 4; MNT_Port = 20048; Enable_NLM = false; Enable_RQUOTA = false; mount_path_pseudo = true; }
+NFSV4 { Graceless = true; RecoveryRoot = %q; }
+EXPORT { Export_Id = 1; Path = %q; Pseudo = %q; Access_Type = RW; Squash = No_Root_Squash; SecType = sys; Protocols = 3, 4; Transports = TCP; FSAL { Name = VFS; } }
+LOG { Default_Log_Level = WARN; }
+`, s.work, dir, Export), 0o600); err != nil {
+		return nil, err
+	}
+	// The sockets below /run are the namespace's own: ip has made a mount namespace as well.
+	const script = `mount -t tmpfs tmpfs /run && { rpcbind -f & } && until [ -S /run/rpcbind.sock ]; do sleep 0.05; done && exec ganesha.nfsd -F -f "$0" -L STDOUT -p /run/ganesha.pid`
+	cmd := exec.Command("ip", "netns", "exec", s.namespace, "sh", "-c", script, config)
+	cmd.Stdout, cmd.Stderr = &s.log, &s.log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.cmd = cmd
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(s.Host, "2049"))
+		if err == nil {
+			return s, conn.Close()
+		}
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("the NFS server does not listen: %w\n%s", err, s.Log())
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// Log is what the server has said.
+func (s *Server) Log() string {
+	var kept strings.Builder
+	for line := range strings.Lines(s.log.String()) {
+		if !strings.Contains(line, " SetComponentLogLevel ") { // dozens of them, whatever the level
+			kept.WriteString(line)
+		}
+	}
+	return kept.String()
+}
+
+// Close ends the server and removes the namespace.
+func (s *Server) Close() error {
+	if s.cmd != nil {
+		_ = syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL) // the portmapper as well
+		_ = s.cmd.Wait()
+	}
+	os.RemoveAll(s.work)
+	return ip("netns del " + s.namespace)
+}
+
+func ip(args string) error {
+	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("ip %s: %w: %s", args, err, out)
+	}
+	return nil
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
