@@ -69,7 +69,7 @@ func Serve(ctx context.Context, dir string) (_ *Server, err error) {
 	config := filepath.Join(s.work, "ganesha.conf")
 	if err := os.WriteFile(config, fmt.Appendf(nil, `
 NFS_CORE_PARAM { Protocols = 3, 4; MNT_Port = 20048; Enable_NLM = false; Enable_RQUOTA = false; mount_path_pseudo = true; }
-NFSV4 { Graceless = true; RecoveryRoot = %q; }
+NFSV4 { Graceless = true; RecoveryRoot = %q; Only_Numeric_Owners = true; }
 EXPORT { Export_Id = 1; Path = %q; Pseudo = %q; Access_Type = RW; Squash = No_Root_Squash; SecType = sys; Protocols = 3, 4; Transports = TCP; FSAL { Name = VFS; } }
 LOG { Default_Log_Level = WARN; }
 `, s.work, dir, Export), 0o600); err != nil {
