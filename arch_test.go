@@ -72,6 +72,7 @@ var testsMayImport = map[string][]string{
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/driver":        {"internal/nomadtest", "test/programs"},
 	"bali":                        {"internal/nomadtest"},
+	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 }
 

@@ -75,16 +75,25 @@ func Attach(image string, readOnly bool) (Loop, error) {
 // reflink on, and what was formatted for smaller blocks can't be mounted any more.
 const blockSize = 4096
 
-// keep takes back what Release said of a device that was busy.
-func keep(device string) error {
-	return withLoop(device, func(fd int) error {
+// Tie makes a loop device that is mounted go with its last mount, whoever unmounts that. Another block device stays as it is.
+func Tie(device string) error { return autoclear(device, unix.LO_FLAGS_AUTOCLEAR) }
+
+// keep takes back what Tie, or Release of a device that was busy, has said.
+func keep(device string) error { return autoclear(device, 0) }
+
+func autoclear(device string, flag uint32) error {
+	err := withLoop(device, func(fd int) error {
 		info, err := unix.IoctlLoopGetStatus64(fd)
-		if err != nil || info.Flags&unix.LO_FLAGS_AUTOCLEAR == 0 {
+		if err != nil || info.Flags&unix.LO_FLAGS_AUTOCLEAR == flag {
 			return err
 		}
-		info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
+		info.Flags ^= unix.LO_FLAGS_AUTOCLEAR
 		return unix.IoctlLoopSetStatus64(fd, info)
 	})
+	if errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EINVAL) {
+		return nil // no loop device
+	}
+	return err
 }
 
 // Release detaches a loop device; one that is still open is detached by the kernel when it is closed.

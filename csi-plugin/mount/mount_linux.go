@@ -46,7 +46,7 @@ func resolve(path string) (string, error) {
 	return filepath.Join(dir, filepath.Base(path)), err
 }
 
-// Filesystem mounts the file system of a block device. No set-user-id program and no device node on it counts.
+// Filesystem mounts the file system of a block device, and Ties that to it. No set-user-id program and no device node on it counts.
 func Filesystem(device, target, fsType string, o Options) error {
 	data := o.data
 	if fsType == "xfs" {
@@ -58,7 +58,7 @@ func Filesystem(device, target, fsType string, o Options) error {
 	if o.flags&unix.MS_RDONLY == 0 {
 		dropLostFound(target)
 	}
-	return nil
+	return Tie(device)
 }
 
 // dropLostFound removes mkfs's directory from an otherwise empty file system: programs want a new volume to be empty (initdb), and

@@ -116,8 +116,12 @@ func stageFiles(ctx context.Context, source volume.Source, path string, w wish) 
 	options := w.options.Writable()
 	switch {
 	case at != nil:
-		if same, err := mount.Same(at, source.Device, source.Directory); err != nil || !same {
-			return orElse(err, status.Errorf(codes.AlreadyExists, "%s: something else (%s) is mounted there", path, at.Source))
+		var same bool
+		if same, err = mount.Same(at, source.Device, source.Directory); err == nil && !same {
+			err = status.Errorf(codes.AlreadyExists, "%s: something else (%s) is mounted there", path, at.Source)
+		}
+		if err == nil && source.Device != "" {
+			err = mount.Tie(source.Device)
 		}
 	case source.Device != "":
 		err = mount.Filesystem(source.Device, path, source.FSType, options)

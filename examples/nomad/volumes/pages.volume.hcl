@@ -1,0 +1,20 @@
+# Files for many readers and writers, with a quota.
+id           = "pages"
+name         = "pages"
+type         = "csi"
+plugin_id    = "cradle"
+capacity_min = "64MiB"
+
+capability {
+  access_mode     = "multi-node-multi-writer"
+  attachment_mode = "file-system"
+}
+
+capability {
+  access_mode     = "multi-node-reader-only"
+  attachment_mode = "file-system"
+}
+
+parameters {
+  class = "nfs"
+}
