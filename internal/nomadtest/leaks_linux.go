@@ -418,7 +418,7 @@ func freeLoops(dir string) error {
 }
 
 // kept are files that agents and CNI's plugins have whatever the jobs, by paths below the node's directory, or absolute ones.
-var kept = regexp.MustCompile(`^(server|consul|[a-z]+\.log|tmp/plugin[0-9]+|nomad(/alloc|/client(/(client-id|secret-id|state\.db))?)?|alloc_mounts|` +
+var kept = regexp.MustCompile(`^(server|consul|[a-z]+\.log|tmp/plugin[0-9]+|nomad(/alloc|/host_volumes|/client(/(client-id|secret-id|state\.db))?)?|alloc_mounts|` +
 	`/run/(netns|xtables\.lock|lock|mount(/utab)?)|(/run|/var/lib)/cni(/(networks(/)?)?nomad(/(last_reserved_ip\.[0-9]+|lock))?|/networks|/results)?)$`)
 
 // wholly are folders of which nothing depends on jobs.

@@ -14,7 +14,8 @@ import (
 	"github.com/hashicorp/nomad/api"
 )
 
-// A State is what Nomad has told of itself, by ids. It is valid during the call that gets it.
+// A State is what Nomad has told of itself, by ids. It is valid during the call that gets it. Allocations come without their job: JobVersion and
+// JobType of one may be missing.
 type State struct {
 	Allocs      map[string]*api.AllocationListStub
 	Nodes       map[string]*api.NodeListStub

@@ -1,4 +1,5 @@
-// Command demo shows a database, a web server and a cache in microVMs, used by their real clients, and cleans up: make demo. A test runs the same.
+// Command demo shows a database, a web server and a cache in microVMs, used by their real clients, then the jobs of examples/nomad on a stack of its own,
+// and cleans up: make demo. A test runs the same.
 package main
 
 import (
@@ -17,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cradlestack/cradlestack/internal/stack"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -35,6 +37,7 @@ type demo struct {
 	out   io.Writer
 	dir   string
 	pods  []string // that may be running
+	stack string   // directory of a stack that may be up
 	begin time.Time
 }
 
@@ -66,7 +69,7 @@ func run(ctx context.Context, out io.Writer) (err error) {
 	if err := os.Setenv("PATH", filepath.Dir(kcradle)+":"+os.Getenv("PATH")); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) error{d.mariadb, d.nginx, d.redis} {
+	for _, part := range []func(context.Context) error{d.mariadb, d.nginx, d.redis, d.nomad} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -217,7 +220,10 @@ func (d *demo) until(ctx context.Context, limit time.Duration, args ...string) e
 		}
 		select {
 		case <-ctx.Done():
-			logs, _ := d.quiet(context.WithoutCancel(ctx), "kcradle", "logs", d.pods[len(d.pods)-1])
+			logs := ""
+			if d.stack == "" {
+				logs, _ = d.quiet(context.WithoutCancel(ctx), "kcradle", "logs", d.pods[len(d.pods)-1])
+			}
 			return fmt.Errorf("no answer after %s: %w\n%s", limit, err, logs)
 		case <-time.After(200 * time.Millisecond):
 		}
@@ -243,7 +249,7 @@ func (d *demo) expect(ctx context.Context, want string, args ...string) error {
 // cleanUp ends the pods and removes their directories.
 func (d *demo) cleanUp(kcradle string) error {
 	d.title("cleaning up")
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	var errs []error
 	stopped := map[string]bool{}
@@ -256,6 +262,9 @@ func (d *demo) cleanUp(kcradle string) error {
 			_, killed := d.quiet(ctx, kcradle, "kill", pod)
 			errs = append(errs, err, killed)
 		}
+	}
+	if d.stack != "" {
+		errs = append(errs, stack.Clean(ctx, d.stack))
 	}
 	errs = append(errs, os.RemoveAll(d.dir))
 	fmt.Fprintf(d.out, "\n[%5.1f s] done\n", time.Since(d.begin).Seconds())

@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cradlestack/cradlestack/internal/stack"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// nomad runs the jobs of examples/nomad on a stack that is up for as long as that.
+func (d *demo) nomad(ctx context.Context) error {
+	d.title("a stack: Consul, Nomad, and pods as its jobs (make up keeps one)")
+	d.stack = filepath.Join(d.dir, "s")
+	if _, err := stack.Up(ctx, d.stack); err != nil {
+		return err
+	}
+	exports, err := stack.Env(d.stack)
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(exports) {
+		name, value, _ := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "=")
+		if err := os.Setenv(name, os.ExpandEnv(value)); err != nil {
+			return err
+		}
+	}
+	root, err := programs.Root()
+	if err != nil {
+		return err
+	}
+	if err := os.Symlink(filepath.Join(root, "examples", "nomad"), filepath.Join(d.dir, "jobs")); err != nil {
+		return err
+	}
+	if _, err := d.command(ctx, "nomad", "node", "status"); err != nil {
+		return err
+	}
+	for _, part := range []func(context.Context) error{d.web, d.database, d.batch, d.update} {
+		if err := part(ctx); err != nil {
+			return err
+		}
+	}
+	d.title("what runs now, and where it is found")
+	if _, err := d.command(ctx, "nomad", "job", "status"); err != nil {
+		return err
+	}
+	_, err = d.command(ctx, "consul", "catalog", "services")
+	return err
+}
+
+// job runs an example. Nomad says much meanwhile; what counts is when it is healthy.
+func (d *demo) job(ctx context.Context, args ...string) error {
+	args = append([]string{"nomad", "job", "run"}, args...)
+	d.show(args)
+	begin := time.Now()
+	if _, err := d.quiet(ctx, args...); err != nil {
+		return err
+	}
+	fmt.Fprintf(d.out, "    done after %.1f s\n", time.Since(begin).Seconds())
+	return nil
+}
+
+func (d *demo) web(ctx context.Context) error {
+	d.title("nginx with a sidecar in one pod; healthy when Consul says so")
+	if err := d.job(ctx, "jobs/web.nomad.hcl"); err != nil {
+		return err
+	}
+	if err := d.expect(ctx, "in the pod", "nomad", "alloc", "exec", "-job", "web", "cat", "/usr/share/nginx/html/clock.html"); err != nil {
+		return err
+	}
+	return d.expect(ctx, "GET /", "nomad", "alloc", "logs", "-job", "web")
+}
+
+func (d *demo) database(ctx context.Context) error {
+	d.title("mariadb on a volume; its job is stopped and run again")
+	if _, err := d.command(ctx, "nomad", "volume", "create", "-detach", "jobs/mariadb.volume.hcl"); err != nil {
+		return err
+	}
+	sql := func(statement string) []string {
+		return []string{"nomad", "alloc", "exec", "-job", "mariadb", "mariadb", "-psecret", "--skip-column-names", "--batch", "shop", "-e", statement}
+	}
+	run := func() error {
+		if err := d.job(ctx, "jobs/mariadb.nomad.hcl"); err != nil {
+			return err
+		}
+		return d.until(ctx, 4*time.Minute, sql("SELECT 'up'")...)
+	}
+	if err := run(); err != nil {
+		return err
+	}
+	if _, err := d.command(ctx, sql("CREATE TABLE goods (name TEXT, amount INT); INSERT INTO goods VALUES ('volume', 42)")...); err != nil {
+		return err
+	}
+	stop := []string{"nomad", "job", "stop", "mariadb"}
+	d.show(stop)
+	if _, err := d.quiet(ctx, stop...); err != nil {
+		return err
+	}
+	if err := run(); err != nil {
+		return err
+	}
+	return d.expect(ctx, "volume\t42", sql("SELECT * FROM goods")...)
+}
+
+func (d *demo) batch(ctx context.Context) error {
+	d.title("a computation, and its output")
+	if err := d.job(ctx, "jobs/batch.nomad.hcl"); err != nil {
+		return err
+	}
+	if err := d.until(ctx, time.Minute, "sh", "-c", "nomad alloc logs -job batch | grep -x 47"); err != nil {
+		return err
+	}
+	if err := d.job(ctx, "jobs/periodic.nomad.hcl"); err != nil {
+		return err
+	}
+	_, err := d.command(ctx, "nomad", "job", "periodic", "force", "periodic")
+	return err
+}
+
+func (d *demo) update(ctx context.Context) error {
+	d.title("an update with a canary")
+	if err := d.job(ctx, "jobs/canary.nomad.hcl"); err != nil {
+		return err
+	}
+	if err := d.job(ctx, "-detach", "-var", "greeting=new", "jobs/canary.nomad.hcl"); err != nil {
+		return err
+	}
+	return d.until(ctx, 2*time.Minute, "nomad", "job", "promote", "-detach", "canary") // refused until the canary is healthy
+}
