@@ -20,10 +20,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
-	"github.com/cradlestack/cradlestack/spec"
 )
 
-// Version of the agent, as hello answers it.
+// Version of the agent.
 const Version = "1"
 
 // Main is what this executable does: PID 1 of the VM; or, by the name it was started with, a stage or a container's init.
@@ -51,7 +50,7 @@ func Main(args []string, handler func(*Pod) http.Handler) int {
 	return 1
 }
 
-// serve boots the guest and serves one host process after the other, for ever or until the reason that it returns.
+// serve boots the guest and serves its host, for ever or until the reason that it returns.
 func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 	if err := leaveRootfs(); err != nil {
 		return err
@@ -93,16 +92,39 @@ func serve(log *slog.Logger, handler func(*Pod) http.Handler) error {
 	if err != nil {
 		return err
 	}
-	if !connected(port) {
-		warmUp() // a template: nobody waits
+	if !connected(port) { // a template: nobody waits
+		if err := pod.rehearse(handler); err != nil {
+			log.Warn("rehearse a start", "error", err)
+		}
 	}
-	server := &http.Server{Handler: pod.routes(handler(pod)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
+	// Not here: whoever is bound to a thread waits for two at every step.
+	ended := make(chan error)
+	go func() { ended <- attend(port, pod.server(handler)) }()
+	return <-ended
+}
+
+// server answers a host process.
+func (p *Pod) server(handler func(*Pod) http.Handler) *http.Server {
+	s := &http.Server{Handler: p.routes(handler(p)), ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelWarn), Protocols: new(http.Protocols)}
+	s.Protocols.SetHTTP1(true)
+	return s
+}
+
+// attend serves one host process after the other, for ever or until the reason that it returns.
+func attend(port *wire.Port, server *http.Server) error {
 	for {
 		// In a template, the guest is saved while it sleeps here.
 		if err := port.Wait(); err != nil {
 			return fmt.Errorf("wait for the host: %w", err)
 		}
-		session, err := wire.Accept(port)
+		var stillborn error
+		session, err := wire.Accept(port, func(b *wire.Birth) error {
+			stillborn = becomeIndividual(b)
+			return stillborn
+		})
+		if stillborn != nil {
+			return stillborn
+		}
 		if err != nil {
 			continue // the host process went away
 		}
@@ -124,17 +146,6 @@ func connected(port *wire.Port) bool {
 		up = err == nil && fds[0].Revents&unix.POLLHUP == 0
 	})
 	return up
-}
-
-// warmUp does in the template what would otherwise be done for the first time in every pod: to learn how the types of a launch are
-// read and written.
-func warmUp() {
-	var l wire.Launch
-	for _, v := range []any{&wire.Hello{}, &wire.Launch{Launch: spec.Launch{Containers: []spec.Container{{}}}}, &stageConfig{}, &wire.Status{}} {
-		if data, err := json.Marshal(v); err == nil {
-			_ = json.Unmarshal(data, &l)
-		}
-	}
 }
 
 // loadModules loads the modules that a distribution's kernel needs, in the order of their names.
@@ -163,20 +174,6 @@ const maxLaunch = 16 << 20
 // routes are the control calls of package wire; everything else is docker's.
 func (p *Pod) routes(docker http.Handler) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
-		var h wire.Hello
-		if err := decode(r, &h); err != nil {
-			answer(w, nil, err)
-			return
-		}
-		if err := becomeIndividual(h.Time, h.Entropy); err != nil {
-			answer(w, nil, err)
-			return
-		}
-		var uts unix.Utsname
-		_ = unix.Uname(&uts)
-		answer(w, wire.Agent{Version: Version, Kernel: unix.ByteSliceToString(uts.Release[:])}, nil)
-	})
 	mux.HandleFunc("POST "+wire.PathLaunch, func(w http.ResponseWriter, r *http.Request) {
 		l := new(wire.Launch)
 		if err := decode(r, l); err != nil {

@@ -20,6 +20,8 @@ import (
 type uevents struct {
 	mu   sync.Mutex
 	next chan struct{} // closed at the next event
+
+	known map[int]string // device nodes of the disks that were there when the agent parked, by LUN; they stay
 }
 
 // listenUevents opens the kernel's event socket; look for a device only after taking a channel from it.
@@ -62,11 +64,14 @@ const diskTimeout = 30 * time.Second
 
 // disk waits for the disk of a LUN and gives its device node. A hot-plugged disk is there when it opens: its node exists before that.
 func (u *uevents) disk(ctx context.Context, key string, lun int) (string, error) {
+	if dev, ok := u.known[lun]; ok {
+		return dev, nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, diskTimeout)
 	defer cancel()
 	for {
 		event := u.wait()
-		if dev := findDisk(lun); dev != "" {
+		if dev, ok := findDisks()[lun]; ok {
 			if err := opens(ctx, dev); err != nil {
 				return "", fmt.Errorf("disk %s (LUN %d): %w", key, lun, err)
 			}
@@ -80,13 +85,27 @@ func (u *uevents) disk(ctx context.Context, key string, lun int) (string, error)
 	}
 }
 
-// findDisk gives the device node of the disk on target 0, "" while there is none.
-func findDisk(lun int) string {
-	found, _ := filepath.Glob("/sys/bus/scsi/devices/*:0:0:" + strconv.Itoa(lun) + "/block/*")
-	if len(found) == 0 {
-		return ""
+// scsiDevices has one entry for each SCSI device, named by host, channel, target and LUN.
+const scsiDevices = "/sys/bus/scsi/devices"
+
+// findDisks gives the device nodes of the disks on target 0, by LUN.
+func findDisks() map[int]string {
+	found := map[int]string{}
+	entries, _ := os.ReadDir(scsiDevices) // none before the first device
+	for _, e := range entries {
+		address := strings.Split(e.Name(), ":")
+		if len(address) != 4 || address[1] != "0" || address[2] != "0" {
+			continue
+		}
+		lun, err := strconv.Atoi(address[3])
+		if err != nil {
+			continue
+		}
+		if blocks, err := os.ReadDir(filepath.Join(scsiDevices, e.Name(), "block")); err == nil && len(blocks) > 0 {
+			found[lun] = "/dev/" + blocks[0].Name()
+		}
 	}
-	return "/dev/" + filepath.Base(found[0])
+	return found
 }
 
 // opens waits, with bounded patience, until a device node opens: devtmpfs and the driver need a moment more than sysfs.

@@ -156,7 +156,7 @@ func (p *Pod) forkWith(kind, cgroup string, first *process, socket int) (*proces
 	defer unix.Close(null)
 	attr := &syscall.ProcAttr{
 		Dir:   "/",
-		Env:   []string{"GOGC=off", "GOMAXPROCS=1"},
+		Env:   []string{"GOGC=off", "GOMAXPROCS=1", "GODEBUG=asyncpreemptoff=1"},
 		Files: []uintptr{uintptr(null), uintptr(null), uintptr(null), uintptr(socket)},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	}

@@ -208,8 +208,7 @@ func (p *Pod) mountLayers(ctx context.Context) (map[string]string, error) {
 		if !ok {
 			continue
 		}
-		// Short: an overlay's options have to fit into one page.
-		dir := filepath.Join(runDir, "l", strconv.Itoa(d.LUN))
+		dir := layerDir(d.LUN)
 		at[diffID] = dir
 		wg.Go(func() {
 			if err := p.mountLayer(ctx, d, dir); err != nil {

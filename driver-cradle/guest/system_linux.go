@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 )
 
 // Where the agent keeps what it mounts. It is in its own mount namespace: a container never sees these paths.
@@ -137,33 +137,27 @@ func tuneKernel() {
 	}
 }
 
-// becomeIndividual sets clock and random state from the host's hello.
-func becomeIndividual(now time.Time, entropy []byte) error {
-	if len(entropy) < 32 || len(entropy) > 4096 {
-		return &stateError{ErrInvalid, fmt.Sprintf("hello has %d bytes of entropy, not 32 to 4096", len(entropy))}
+// becomeIndividual sets clock and random state to what the host says.
+func becomeIndividual(b *wire.Birth) error {
+	tv := unix.NsecToTimeval(b.Time.UnixNano())
+	if err := unix.Settimeofday(&tv); err != nil {
+		return fmt.Errorf("set the clock: %w", err)
 	}
-	if !now.IsZero() {
-		tv := unix.NsecToTimeval(now.UnixNano())
-		if err := unix.Settimeofday(&tv); err != nil {
-			return fmt.Errorf("set the clock: %w", err)
-		}
-	}
-	f, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	fd, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: "/dev/urandom", Err: err}
 	}
-	defer f.Close()
-	// struct rand_pool_info: entropy_count in bits, buf_size in bytes, buf.
-	info := make([]byte, 8+len(entropy))
-	*(*int32)(unsafe.Pointer(&info[0])) = int32(len(entropy) * 8)
-	*(*int32)(unsafe.Pointer(&info[4])) = int32(len(entropy))
-	copy(info[8:], entropy)
-	if err := ioctl(f, unix.RNDADDENTROPY, unsafe.Pointer(&info[0])); err != nil {
-		return fmt.Errorf("add entropy: %w", err)
+	defer unix.Close(fd)
+	// struct rand_pool_info of linux/random.h
+	info := struct {
+		bits, size int32
+		pool       [len(b.Entropy)]byte
+	}{int32(8 * len(b.Entropy)), int32(len(b.Entropy)), b.Entropy}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info))); errno != 0 {
+		return fmt.Errorf("add entropy: %w", errno)
 	}
-	runtime.KeepAlive(info)
-	if err := ioctl(f, rndReseedCRNG, nil); err != nil {
-		return fmt.Errorf("reseed the random generator: %w", err)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndReseedCRNG, 0); errno != 0 {
+		return fmt.Errorf("reseed the random generator: %w", errno)
 	}
 	return nil
 }

@@ -1,13 +1,11 @@
 package vmm
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -312,7 +310,10 @@ func (m *Machine) Open(ctx context.Context) (net.Conn, error) {
 }
 
 // attached returns the session, a new one when there is none.
-func (m *Machine) attached(ctx context.Context) (*wire.Session, error) {
+func (m *Machine) attached(ctx context.Context) (*wire.Session, error) { return m.attachedAt(ctx, nil) }
+
+// attachedAt is attached for a guest that may have to be born first.
+func (m *Machine) attachedAt(ctx context.Context, birth func() *wire.Birth) (*wire.Session, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(m.life, func() { cancel(context.Cause(m.life)) })()
@@ -335,7 +336,7 @@ func (m *Machine) attached(ctx context.Context) (*wire.Session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("guest: %w", err)
 	}
-	if s, err = wire.Dial(ctx, conn); err != nil {
+	if s, err = wire.Dial(ctx, conn, birth); err != nil {
 		return nil, fmt.Errorf("guest: %w", err)
 	}
 	m.mu.Lock()
@@ -364,33 +365,12 @@ func (m *Machine) newClient() *http.Client {
 	}
 }
 
-// hello makes the guest an individual.
+// hello makes the guest an individual. It returns when the agent has answered.
 func (m *Machine) hello(ctx context.Context) error {
-	if _, err := m.attached(ctx); err != nil { // which may take a second: the time is told afterwards
-		return err
-	}
-	h := wire.Hello{Time: time.Now(), Entropy: make([]byte, 64)}
-	rand.Read(h.Entropy)
-	body, err := json.Marshal(h)
-	if err != nil {
-		return err
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://guest"+wire.PathHello, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	resp, err := m.client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
-		return fmt.Errorf("hello: %s: %s", resp.Status, printable(string(text)))
-	}
-	var a wire.Agent
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&a); err != nil {
-		return fmt.Errorf("hello: %w", err)
-	}
-	return nil
+	_, err := m.attachedAt(ctx, func() *wire.Birth { // called when the agent answers, which may take a second
+		b := &wire.Birth{Time: time.Now()}
+		rand.Read(b.Entropy[:])
+		return b
+	})
+	return err
 }

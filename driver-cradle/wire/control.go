@@ -9,7 +9,6 @@ import (
 
 // Control calls: HTTP requests with a JSON body and a JSON answer, an error being docker's {"message": …}.
 const (
-	PathHello    = "/cradle/v1/hello"    // POST Hello → Agent: the first call of the first session
 	PathLaunch   = "/cradle/v1/launch"   // POST Launch → Status: once in a guest's life; ?attach=NAME&… answers as docker's attach to NAME
 	PathStatus   = "/cradle/v1/status"   // GET → Status
 	PathWait     = "/cradle/v1/wait"     // GET → Status, as soon as the pod has ended
@@ -21,18 +20,6 @@ const (
 	PathStats    = "/cradle/v1/stats"    // GET → Stats
 	PathOutput   = "/cradle/v1/output"   // GET ?container=NAME&after=Mark → a stream of Pieces, until the container has ended for good
 )
-
-// Hello makes a guest an individual: a restored one has the clock and the random state of its template until then.
-type Hello struct {
-	Time    time.Time `json:"time"`
-	Entropy []byte    `json:"entropy"` // 64 bytes from the host
-}
-
-// Agent is what answers in the guest.
-type Agent struct {
-	Version string `json:"version"`
-	Kernel  string `json:"kernel"`
-}
 
 // Launch is what the guest needs to run a pod: the Launch, and what the host decided at this start.
 type Launch struct {

@@ -13,7 +13,7 @@ import (
 func seeds(f *testing.F) {
 	n := strings.Repeat("0", nonceLen)
 	for _, s := range []string{
-		"", "\xff", greetMark, greetHello + n, greetHello + n + "\n", greetHello + n + "\n" + greetBegin + n + "\n",
+		"", "\xff", greetMark, greetHello + n, greetHello + n + "\n", greetHello + n + "\n" + greetBegin + n + "\n", greetHello + n + "\n" + greetBirth + n + "\n\x00\x01",
 		greetHello + "\xff" + greetReady + n + "\n", unstick(),
 		greetReady + n + "\n\x00\x00\x00\x01\x00\x00\x00\x01\xff\xff\xff\xff", greetReady + n + "\n\x00\x03\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02",
 	} {
@@ -67,7 +67,7 @@ func FuzzHostileGuest(f *testing.F) {
 			}()
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			s, err := Dial(ctx, h)
+			s, err := Dial(ctx, h, nil)
 			if err != nil {
 				t.Fatalf("a guest that answers is not heard: %v", err)
 			}

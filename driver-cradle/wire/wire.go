@@ -31,13 +31,14 @@ import (
 // PortName is the name of the virtio-serial port, as /sys/class/virtio-ports/*/name shows it in the guest.
 const PortName = "cradle.0"
 
-// A greeting is a mark, one of three kinds, a nonce of the host process and a newline; all have one length. The mark's first byte is
+// A greeting is a mark, one of four kinds, a nonce of the host process and a newline; all have one length. The mark's first byte is
 // no yamux version, so a greeting where a frame should begin ends the session that still expects one.
 const (
-	greetMark   = "\xffcradle/1 "
+	greetMark   = "\xffcradle/2 "
 	greetHello  = greetMark + "hello " // host: here is a new process
 	greetReady  = greetMark + "ready " // guest: nothing but greetings will be taken from that process until it begins
 	greetBegin  = greetMark + "begin " // host: the session follows
+	greetBirth  = greetMark + "birth " // host: a Birth follows, then the session
 	nonceLen    = 32
 	greetingLen = len(greetHello) + nonceLen + 1
 )
@@ -79,10 +80,34 @@ func (s *Session) Close() error { return s.mux.Close() }
 // Addr implements net.Listener.
 func (s *Session) Addr() net.Addr { return s.mux.Addr() }
 
-// Dial begins a session from the host's side of the port. It repeats its greeting until the guest answers or ctx ends; conn is
-// closed when it fails.
-func Dial(ctx context.Context, conn net.Conn) (*Session, error) {
-	s, err := dial(ctx, conn)
+// A Birth makes a guest an individual: until then a restored one has the clock and the random state of its template. It comes with
+// the greeting, so nothing is done for anybody before it.
+type Birth struct {
+	Time    time.Time
+	Entropy [64]byte // from the host
+}
+
+const birthLen = 8 + len(Birth{}.Entropy)
+
+// bytes are the time in nanoseconds since 1970, big-endian, and the entropy.
+func (b *Birth) bytes() []byte {
+	return append(binary.BigEndian.AppendUint64(nil, uint64(b.Time.UnixNano())), b.Entropy[:]...)
+}
+
+func readBirth(r io.Reader) (*Birth, error) {
+	var raw [birthLen]byte
+	if _, err := io.ReadFull(r, raw[:]); err != nil {
+		return nil, err
+	}
+	b := &Birth{Time: time.Unix(0, int64(binary.BigEndian.Uint64(raw[:8])))}
+	copy(b.Entropy[:], raw[8:])
+	return b, nil
+}
+
+// Dial begins a session from the host's side of the port. It repeats its greeting until the guest answers or ctx ends. birth is called
+// then, for a guest that has just been born; nil: it is an individual already. conn is closed when Dial fails.
+func Dial(ctx context.Context, conn net.Conn, birth func() *Birth) (*Session, error) {
+	s, err := dial(ctx, conn, birth)
 	if err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("greet the guest: %w", err)
@@ -90,7 +115,7 @@ func Dial(ctx context.Context, conn net.Conn) (*Session, error) {
 	return s, nil
 }
 
-func dial(ctx context.Context, conn net.Conn) (*Session, error) {
+func dial(ctx context.Context, conn net.Conn, birth func() *Birth) (*Session, error) {
 	var raw [nonceLen / 2]byte
 	rand.Read(raw[:])
 	nonce := hex.EncodeToString(raw[:])
@@ -110,7 +135,11 @@ func dial(ctx context.Context, conn net.Conn) (*Session, error) {
 		err = werr
 	}
 	if err == nil {
-		_, err = io.WriteString(conn, greetBegin+nonce+"\n")
+		begin := []byte(greetBegin + nonce + "\n")
+		if birth != nil {
+			begin = append([]byte(greetBirth+nonce+"\n"), birth().bytes()...)
+		}
+		_, err = conn.Write(begin)
 	}
 	if !stop() {
 		err = context.Cause(ctx)
@@ -160,8 +189,9 @@ func awaitReady(r *bufio.Reader, nonce string) error {
 }
 
 // Accept begins a session from the guest's side: it throws bytes away until a host process has greeted. The previous session must have
-// been closed. After an error the caller accepts again.
-func Accept(conn net.Conn) (*Session, error) {
+// been closed. Where the host says that the guest has just been born, born is called before anything else. After an error the caller accepts
+// again.
+func Accept(conn net.Conn, born func(*Birth) error) (*Session, error) {
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("wait for the host's greeting: %w", err)
 	}
@@ -183,7 +213,20 @@ func Accept(conn net.Conn) (*Session, error) {
 		if err != nil {
 			return nil, fmt.Errorf("wait for the host's greeting: %w", err)
 		}
-		if kind == greetBegin && nonce == ready {
+		if nonce != ready {
+			continue
+		}
+		if kind == greetBirth {
+			b, err := readBirth(r)
+			if err == nil {
+				err = born(b)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("become an individual: %w", err)
+			}
+			break
+		}
+		if kind == greetBegin {
 			break
 		}
 	}
@@ -214,7 +257,7 @@ func readGreeting(r *bufio.Reader) (kind, nonce string, err error) {
 		}
 		g := greetMark[:1] + string(rest)
 		kind, nonce = g[:len(greetHello)], g[len(greetHello):greetingLen-1]
-		if kind != greetHello && kind != greetReady && kind != greetBegin || g[greetingLen-1] != '\n' || !isNonce(nonce) {
+		if kind != greetHello && kind != greetReady && kind != greetBegin && kind != greetBirth || g[greetingLen-1] != '\n' || !isNonce(nonce) {
 			continue
 		}
 		_, err = r.Discard(greetingLen - 1)

@@ -38,7 +38,7 @@ func serve(t *testing.T, l *line, h http.Handler) {
 				return
 			default:
 			}
-			s, err := Accept(&l.guest)
+			s, err := Accept(&l.guest, nil)
 			if err != nil {
 				continue
 			}
@@ -80,7 +80,7 @@ func dialHost(t *testing.T, h *hostEnd) *Session {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	s, err := Dial(ctx, h)
+	s, err := Dial(ctx, h, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,6 +255,64 @@ func TestHostDiesWhileGreeting(t *testing.T) {
 	})
 }
 
+// A guest is born before anything is done for the host, and only when the host says so.
+func TestBirth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		want := &Birth{Time: time.Unix(1_800_000_000, 123456789)}
+		copy(want.Entropy[:], random(len(want.Entropy)))
+		for _, birth := range []func() *Birth{func() *Birth { return want }, nil} {
+			l := newLine()
+			var got *Birth
+			type accepted struct {
+				s   *Session
+				err error
+			}
+			guest := make(chan accepted, 1)
+			go func() {
+				s, err := Accept(&l.guest, func(b *Birth) error { got = b; return nil })
+				guest <- accepted{s, err}
+			}()
+			s, err := Dial(t.Context(), l.connect(), birth)
+			if err != nil {
+				t.Fatal(err)
+			}
+			a := <-guest
+			if a.err != nil {
+				t.Fatal(a.err)
+			}
+			switch {
+			case birth == nil && got != nil:
+				t.Errorf("a guest that is an individual is born again: %+v", got)
+			case birth != nil && (got == nil || !got.Time.Equal(want.Time) || got.Entropy != want.Entropy):
+				t.Errorf("birth %+v, want %+v", got, want)
+			}
+			a.s.Close()
+			s.Close()
+		}
+	})
+}
+
+func TestStillbirth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLine()
+		why := errors.New("no clock")
+		guest := make(chan error, 1)
+		go func() {
+			_, err := Accept(&l.guest, func(*Birth) error { return why })
+			guest <- err
+		}()
+		s, err := Dial(t.Context(), l.connect(), func() *Birth { return new(Birth) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-guest; !errors.Is(err, why) {
+			t.Errorf("Accept: %v", err)
+		}
+		l.disconnect()
+		s.Close()
+	})
+}
+
 func TestDialGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLine() // nobody in the guest
@@ -262,7 +320,7 @@ func TestDialGivesUp(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		time.AfterFunc(30*time.Second, func() { cancel(why) })
 		h := l.connect()
-		if _, err := Dial(ctx, h); !errors.Is(err, why) {
+		if _, err := Dial(ctx, h, nil); !errors.Is(err, why) {
 			t.Errorf("Dial: %v, want %v", err, why)
 		}
 		if !h.closed {
@@ -301,7 +359,7 @@ func pair(t *testing.T) (host, guest net.Conn) {
 	h := l.connect()
 	accepted := make(chan *Session, 1)
 	go func() {
-		s, err := Accept(&l.guest)
+		s, err := Accept(&l.guest, nil)
 		if err != nil {
 			t.Error(err)
 		}
@@ -387,7 +445,7 @@ func TestHostileGuestOpensStreams(t *testing.T) {
 		l := newLine()
 		h := l.connect()
 		go func() {
-			s, err := Accept(&l.guest)
+			s, err := Accept(&l.guest, nil)
 			if err != nil {
 				t.Error(err)
 				return
@@ -548,13 +606,13 @@ func BenchmarkProxy(b *testing.B) {
 			hostPort, guestPort := socket("port")
 			accepted := make(chan *Session, 1)
 			go func() {
-				s, err := Accept(pagePort{guestPort})
+				s, err := Accept(pagePort{guestPort}, nil)
 				if err != nil {
 					b.Error(err)
 				}
 				accepted <- s
 			}()
-			hs, err := Dial(b.Context(), hostPort)
+			hs, err := Dial(b.Context(), hostPort, nil)
 			if err != nil {
 				b.Fatal(err)
 			}

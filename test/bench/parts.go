@@ -284,7 +284,7 @@ func (b *bench) startRaw(ctx context.Context) (*rawMachine, error) {
 	for {
 		conn, err := net.Dial("unix", socket)
 		if err == nil {
-			m.session, err = wire.Dial(ctx, conn)
+			m.session, err = wire.Dial(ctx, conn, nil)
 		}
 		if err == nil {
 			break

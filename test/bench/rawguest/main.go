@@ -56,7 +56,7 @@ func run() error {
 	if err := port.Wait(); err != nil {
 		return err
 	}
-	session, err := wire.Accept(port)
+	session, err := wire.Accept(port, nil)
 	if err != nil {
 		return err
 	}

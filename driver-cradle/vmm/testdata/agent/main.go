@@ -1,4 +1,4 @@
-// Command agent is the PID 1 of this package's tests: it answers hello as cradle-init does, and does in the guest what a test asks for.
+// Command agent is the PID 1 of this package's tests: it answers the host as cradle-init does, and does in the guest what a test asks for.
 package main
 
 import (
@@ -61,7 +61,7 @@ func run() error {
 		if err := port.Wait(); err != nil {
 			return err
 		}
-		s, err := wire.Accept(port)
+		s, err := wire.Accept(port, becomeIndividual)
 		if err != nil {
 			continue
 		}
@@ -89,20 +89,6 @@ func loadModules() error {
 
 func handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
-		var h wire.Hello
-		if err := json.NewDecoder(r.Body).Decode(&h); err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		if err := becomeIndividual(h); err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		var u unix.Utsname
-		unix.Uname(&u)
-		json.NewEncoder(w).Encode(wire.Agent{Version: "test", Kernel: unix.ByteSliceToString(u.Release[:])})
-	})
 	for name, f := range map[string]func(r *http.Request) (any, error){
 		"disks": func(*http.Request) (any, error) { return disks() },
 		"read":  func(r *http.Request) (any, error) { return readDisk(r.FormValue("lun")) },
@@ -159,8 +145,8 @@ func handler() http.Handler {
 	return mux
 }
 
-func becomeIndividual(h wire.Hello) error {
-	tv := unix.NsecToTimeval(h.Time.UnixNano())
+func becomeIndividual(b *wire.Birth) error {
+	tv := unix.NsecToTimeval(b.Time.UnixNano())
 	if err := unix.Settimeofday(&tv); err != nil {
 		return fmt.Errorf("settimeofday: %w", err)
 	}
@@ -171,8 +157,8 @@ func becomeIndividual(h wire.Hello) error {
 	defer f.Close()
 	// struct rand_pool_info: bits, bytes, data (linux/random.h)
 	var info bytes.Buffer
-	binary.Write(&info, binary.NativeEndian, []int32{int32(8 * len(h.Entropy)), int32(len(h.Entropy))})
-	info.Write(h.Entropy)
+	binary.Write(&info, binary.NativeEndian, []int32{int32(8 * len(b.Entropy)), int32(len(b.Entropy))})
+	info.Write(b.Entropy[:])
 	for _, c := range []struct{ req, arg uintptr }{{unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info.Bytes()[0]))}, {0x5207 /* RNDRESEEDCRNG */, 0}} {
 		if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), c.req, c.arg); e != 0 {
 			return fmt.Errorf("reseed: %w", e)
