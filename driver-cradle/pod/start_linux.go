@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
@@ -135,6 +136,9 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
 	}
 	answered := time.Now()
+	for i, disk := range w.Disks {
+		w.Disks[i].LUN, _ = m.LUN(disk.Key)
+	}
 	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
 	r := d.running(m, lock, launch, started, o.DiscardLogs)
 	if err = r.launch(ctx, &w, &o); err == nil && d.wasKilled() {
@@ -219,11 +223,12 @@ func remove(path string) error {
 	return nil
 }
 
-// storage makes the list of disks and directories: LUN 0 is the scratch disk, then come the layers, then the block volumes.
+// storage makes the list of disks and directories: the scratch disk, the layers, the block volumes.
 func (d *Dir) storage(ctx context.Context, launch *spec.Launch, c *vmm.Config, w *wire.Launch) error {
 	add := func(key, path string, readOnly bool) {
-		w.Disks = append(w.Disks, wire.Disk{Key: key, LUN: len(c.Disks), ReadOnly: readOnly})
-		c.Disks = append(c.Disks, vmm.Disk{Key: key, Path: path, ReadOnly: readOnly})
+		w.Disks = append(w.Disks, wire.Disk{Key: key, ReadOnly: readOnly}) // where it is turns out when the machine is there
+		internal := !strings.HasPrefix(key, wire.DiskVolume)
+		c.Disks = append(c.Disks, vmm.Disk{Key: key, Path: path, ReadOnly: readOnly, Internal: internal})
 	}
 	scratch := d.join(scratchFile)
 	if _, err := os.Stat(scratch); errors.Is(err, fs.ErrNotExist) {

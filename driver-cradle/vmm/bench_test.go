@@ -57,7 +57,10 @@ func BenchmarkVMTemplate(b *testing.B) {
 		os.Remove(filepath.Join(ts.Dir, info.Name, checkedFile)) // Build has filled one already
 		for _, sum := range []*time.Duration{&hashed, &filled} {
 			began = time.Now()
-			f, err := ts.fill(filepath.Join(ts.Dir, info.Name), info)
+			f, finish, err := ts.fill(filepath.Join(ts.Dir, info.Name), info)
+			if err == nil {
+				err = finish()
+			}
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -2,9 +2,13 @@ package vmm
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,7 +26,7 @@ func diskDevice(lun int) string { return fmt.Sprintf("lun%d", lun) }
 // AddDisk plugs a disk in and returns its LUN.
 func (m *Machine) AddDisk(ctx context.Context, d Disk) (lun int, err error) {
 	m.mu.Lock()
-	for lun = 0; lun <= maxLUN; lun++ {
+	for lun = m.state.Places; lun <= maxLUN; lun++ {
 		if _, used := m.state.Disks[lun]; !used {
 			break
 		}
@@ -49,43 +53,157 @@ func (m *Machine) save() error {
 	return m.state.write(m.dir)
 }
 
-// plug opens a disk's file here and passes it to QEMU, which sees no path of the host.
-func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
-	flags := os.O_RDWR
-	if d.ReadOnly {
-		flags = os.O_RDONLY
+// LUN tells where the guest finds a disk.
+func (m *Machine) LUN(key string) (lun int, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for lun, d := range m.state.Disks {
+		if d.Key == key {
+			return lun, true
+		}
 	}
-	f, err := os.OpenFile(d.Path, flags|unix.O_NONBLOCK, 0)
+	return 0, false
+}
+
+// A place is one that the machine has for a disk from its beginning on.
+type place struct {
+	readOnly bool
+	disk     *Disk // nil: empty, as all are in a template
+	driver   string
+	number   int // of its file in the QEMU process
+}
+
+// emptySize is what an empty place, and so the place of any internal disk, seems to hold. It is more than any of them has, and little enough
+// for a file system's arithmetic.
+const emptySize = 1 << 50
+
+// placesNeeded is how many places the template for c's internal disks has: one for the first that is written to, and for those that are
+// only read a power of two less one, so that few templates serve pods with any number of layers.
+func (c *Config) placesNeeded() int {
+	reads, writes := 0, 0
+	for _, d := range c.Disks {
+		switch {
+		case !d.Internal:
+		case d.ReadOnly:
+			reads++
+		default:
+			writes++
+		}
+	}
+	if reads+writes == 0 {
+		return 0
+	}
+	n := 1
+	for n <= min(reads, maxPlaces-1) {
+		n *= 2
+	}
+	return n
+}
+
+// maxPlaces of a template; an image with more layers than that is rare.
+const maxPlaces = 64
+
+// emptyPlaces are those of a template: one for a disk that is written to, then those for disks that are only read.
+func emptyPlaces(n int) []place {
+	places := make([]place, n)
+	for i := range places {
+		places[i].readOnly = i > 0
+	}
+	return places
+}
+
+// arrange gives the disks their places; those that are plugged in later get the LUNs behind them. A machine that boots finds all at once.
+func (c *Config) arrange(fromTemplate bool) (places []place, later []Disk) {
+	if !fromTemplate {
+		for i := range c.Disks {
+			places = append(places, place{readOnly: c.Disks[i].ReadOnly, disk: &c.Disks[i]})
+		}
+		return places, nil
+	}
+	places = emptyPlaces(c.placesNeeded())
+	for i := range c.Disks {
+		d := &c.Disks[i]
+		at := slices.IndexFunc(places, func(p place) bool { return d.Internal && p.disk == nil && p.readOnly == d.ReadOnly })
+		if at < 0 {
+			later = append(later, *d)
+			continue
+		}
+		places[at].disk = d
+	}
+	return places, later
+}
+
+// arguments are QEMU's for the place with this LUN.
+func (p *place) arguments(lun int) (args []string) {
+	node := map[string]any{"driver": "null-co", "node-name": diskNode(lun), "read-only": p.readOnly, "size": int64(emptySize), "read-zeroes": true}
+	if p.disk != nil {
+		args = []string{"-add-fd", fmt.Sprintf("fd=%d,set=%d", p.number, lun)}
+		node = blockNode(lun, p.driver, p.readOnly)
+	}
+	return append(args, "-blockdev", option(node), "-device", option(scsiDisk(lun)))
+}
+
+// option writes an object of QMP as an option's value.
+func option(v map[string]any) string {
+	text, err := json.Marshal(v)
 	if err != nil {
-		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+		panic(err) // maps of strings, numbers and truths
 	}
-	defer f.Close()
-	driver, err := blockDriver(f)
-	if err != nil {
-		return fmt.Errorf("attach disk %s: %w", d.Key, err)
-	}
-	if err := m.monitor.call(ctx, "add-fd", map[string]any{"fdset-id": lun}, nil, f); err != nil {
-		return fmt.Errorf("attach disk %s: %w", d.Key, err)
-	}
-	// QEMU drops a set whose files nobody has open, so failing below needs to undo only what it did.
+	return string(text)
+}
+
+// blockNode reads and writes the file in the set with the LUN's number.
+func blockNode(lun int, driver string, readOnly bool) map[string]any {
 	file := map[string]any{
 		"driver": driver, "filename": fmt.Sprintf("/dev/fdset/%d", lun), "node-name": diskNode(lun) + "-file",
-		"read-only": d.ReadOnly, "auto-read-only": false, "discard": "unmap",
+		"read-only": readOnly, "auto-read-only": false, "discard": "unmap",
 	}
-	node := map[string]any{
-		"driver": "raw", "node-name": diskNode(lun), "read-only": d.ReadOnly, "discard": "unmap", "file": file,
+	return map[string]any{
+		"driver": "raw", "node-name": diskNode(lun), "read-only": readOnly, "discard": "unmap", "file": file,
 	}
-	if err := m.QMP(ctx, "blockdev-add", node, nil); err != nil {
-		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
-		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
-	}
-	device := map[string]any{
+}
+
+// scsiDisk is the device that the guest sees.
+func scsiDisk(lun int) map[string]any {
+	return map[string]any{
 		"driver": "scsi-hd", "id": diskDevice(lun), "drive": diskNode(lun), "bus": "scsi.0", "scsi-id": 0, "lun": lun,
 		"rotation_rate": 1, // as SSDs say
 		// By default a write beyond the host's disk space stops the machine, without a word to anybody.
 		"werror": "report", "rerror": "report",
 	}
-	if err := m.QMP(ctx, "device_add", device, nil); err != nil {
+}
+
+// open opens a disk's file to be passed to QEMU, which sees no path of the host.
+func (d *Disk) open() (f *os.File, driver string, err error) {
+	flags := os.O_RDWR
+	if d.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	if f, err = os.OpenFile(d.Path, flags|unix.O_NONBLOCK, 0); err != nil {
+		return nil, "", err
+	}
+	if driver, err = blockDriver(f); err != nil {
+		return nil, "", errors.Join(err, f.Close())
+	}
+	return f, driver, nil
+}
+
+// plug plugs a disk into a machine that is there.
+func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
+	f, driver, err := d.open()
+	if err != nil {
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	defer f.Close()
+	if err := m.monitor.call(ctx, "add-fd", map[string]any{"fdset-id": lun}, nil, f); err != nil {
+		return fmt.Errorf("attach disk %s: %w", d.Key, err)
+	}
+	// QEMU drops a set whose files nobody has open, so failing below needs to undo only what it did.
+	if err := m.QMP(ctx, "blockdev-add", blockNode(lun, driver, d.ReadOnly), nil); err != nil {
+		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
+		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
+	}
+	if err := m.QMP(ctx, "device_add", scsiDisk(lun), nil); err != nil {
 		_ = m.QMP(ctx, "blockdev-del", map[string]any{"node-name": diskNode(lun)}, nil)
 		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
 		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
@@ -105,6 +223,25 @@ func inUse(err error, d Disk) error {
 		return fmt.Errorf("%s: %w: %w", d.Path, ErrDiskInUse, err)
 	}
 	return err
+}
+
+// lockedSet is in QEMU's message about an image that it could not lock, which names the set of files.
+var lockedSet = regexp.MustCompile(`lock\n.*\[/dev/fdset/([0-9]+)\]`)
+
+// contended finds the disk that QEMU could not have because it is in use.
+func (m *Machine) contended() (Disk, bool) {
+	found := lockedSet.FindStringSubmatch(m.stderr.String())
+	if found == nil {
+		return Disk{}, false
+	}
+	lun, err := strconv.Atoi(found[1])
+	if err != nil {
+		return Disk{}, false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d, ok := m.state.Disks[lun]
+	return d, ok
 }
 
 func blockDriver(f *os.File) (string, error) {

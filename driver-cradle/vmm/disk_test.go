@@ -67,6 +67,59 @@ func TestVMManyDisks(t *testing.T) {
 	}
 }
 
+// Internal disks are where the guest of a template expects them. What else is plugged in comes behind.
+func TestVMInternalDisks(t *testing.T) {
+	for _, how := range []string{Cold, Template} {
+		t.Run(how, func(t *testing.T) {
+			c := config(t)
+			c.Start = how
+			c.Disks = []Disk{
+				{Key: "volume", Path: image(t, "volume", 3<<20)},
+				{Key: "scratch", Path: image(t, "scratch", 1<<20), Internal: true},
+			}
+			for i := range 5 {
+				text := fmt.Sprint("layer ", i)
+				c.Disks = append(c.Disks, Disk{Key: text, Path: image(t, text, 1<<20), ReadOnly: true, Internal: true})
+			}
+			m := start(t, c)
+			added := Disk{Key: "added", Path: image(t, "added", 1<<20)}
+			if _, err := m.AddDisk(t.Context(), added); err != nil {
+				t.Fatal(err)
+			}
+			all, seen := append(c.Disks, added), map[int]bool{}
+			for _, d := range all {
+				lun, ok := m.LUN(d.Key)
+				if !ok || seen[lun] {
+					t.Fatalf("disk %s: LUN %d, %v", d.Key, lun, ok)
+				}
+				seen[lun] = true
+				var got string
+				if ask(t, m, "read", url.Values{"lun": {fmt.Sprint(lun)}}, &got); got != d.Key {
+					t.Errorf("LUN %d is %q, want %q", lun, got, d.Key)
+				}
+				err := try(t, m, "write", url.Values{"lun": {fmt.Sprint(lun)}, "text": {"changed"}}, nil)
+				if (err != nil) != d.ReadOnly {
+					t.Errorf("write to %s: %v", d.Key, err)
+				}
+				if data, err := os.ReadFile(d.Path); err != nil || strings.HasPrefix(string(data), "changed") == d.ReadOnly {
+					t.Errorf("%s after a write: %.10q, %v", d.Key, data, err)
+				}
+			}
+			lun, _ := m.LUN("volume")
+			var sizes map[string]int64
+			if ask(t, m, "disks", nil, &sizes); sizes[fmt.Sprint(lun)] != 3<<20 {
+				t.Errorf("the guest sees a volume of 3 MiB with %d bytes", sizes[fmt.Sprint(lun)])
+			}
+			if stats, err := m.Stats(t.Context()); err != nil || len(stats.Disks) != len(all) {
+				t.Errorf("statistics of %d disks, want %d: %v", len(stats.Disks), len(all), err)
+			}
+			if _, ok := m.LUN("none"); ok {
+				t.Error("a disk that is not there has a LUN")
+			}
+		})
+	}
+}
+
 // An image whose host has no space left: the guest's program gets the error at once, the launcher says which file system it is, and the
 // machine goes on.
 func TestVMHostDiskFull(t *testing.T) {

@@ -98,16 +98,26 @@ func TestVMStartErrors(t *testing.T) {
 }
 
 func TestVMDiskInUse(t *testing.T) {
-	c := config(t)
-	c.Start = Template
-	c.Disks = []Disk{{Key: "volume", Path: image(t, "", 1<<20)}}
-	start(t, c)
-	second := again(t, c)
-	_, err := Start(t.Context(), second)
-	if !errors.Is(err, ErrDiskInUse) {
-		t.Errorf("a second machine on the same disk: %v", err)
+	for _, how := range []string{Cold, Template, Auto} {
+		for _, internal := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, internal %v", how, internal), func(t *testing.T) {
+				c := config(t)
+				c.Start = how
+				c.Disks = []Disk{{Key: "volume", Path: image(t, "", 1<<20), Internal: internal}}
+				first := start(t, c)
+				second := again(t, c)
+				_, err := Start(t.Context(), second)
+				if !errors.Is(err, ErrDiskInUse) || !strings.Contains(err.Error(), "attach disk volume: "+c.Disks[0].Path) {
+					t.Errorf("a second machine on the same disk: %v", err)
+				}
+				clean(t, second.RunDir)
+				name := first.Info().Template
+				if why, broken := OpenTemplates(c.CacheDir, nil).broken(name); broken {
+					t.Errorf("the template is blamed for it: %s", why)
+				}
+			})
+		}
 	}
-	clean(t, second.RunDir)
 }
 
 func TestVMGuestPanic(t *testing.T) {

@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -142,6 +143,9 @@ type memory struct {
 	id   string // of the template's directory: a template that was made again is another one
 	refs int
 	note string // path of the holder's note
+
+	filled chan struct{} // closed when all of it is there and sealed, or err says why not
+	err    error
 }
 
 // held are the memories that this process holds, by template directory.
@@ -150,8 +154,9 @@ var held = struct {
 	memories map[string]*memory
 }{memories: map[string]*memory{}}
 
-// hold gives the memory of the template in dir: the one this process has, or another holder's, or a new one filled by fill.
-func hold(dir string, size int64, digest string, fill func() (*os.File, error)) (*memory, error) {
+// hold gives the memory of the template in dir: the one this process has, or another holder's, or a new one that fill has made. What fill
+// returns besides finishes it, while others already begin to use it.
+func hold(dir string, size int64, digest string, fill func() (*os.File, func() error, error)) (*memory, error) {
 	held.Lock()
 	defer held.Unlock()
 	id := dir + " " + digest
@@ -159,20 +164,32 @@ func hold(dir string, size int64, digest string, fill func() (*os.File, error)) 
 		m.refs++
 		return m, nil
 	}
-	f := adopt(dir, size)
-	if f == nil {
+	m := &memory{file: adopt(dir, size), id: id, refs: 1, filled: make(chan struct{})}
+	finish := func() error { return nil }
+	if m.file == nil {
 		var err error
-		if f, err = fill(); err != nil {
+		if m.file, finish, err = fill(); err != nil {
 			return nil, err
 		}
 	}
-	m := &memory{file: f, id: id, refs: 1}
-	if err := m.announce(dir); err != nil {
-		f.Close()
-		return nil, err
-	}
 	held.memories[id] = m
+	go func() {
+		defer close(m.filled)
+		if m.err = finish(); m.err == nil {
+			m.err = m.announce(dir)
+		}
+	}()
 	return m, nil
+}
+
+// wait returns when the memory is complete.
+func (m *memory) wait(ctx context.Context) error {
+	select {
+	case <-m.filled:
+		return m.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // release lets go of a memory; with its last user it is gone from this process.
@@ -186,7 +203,10 @@ func (m *memory) release() {
 		return
 	}
 	delete(held.memories, m.id)
-	os.Remove(m.note)
+	<-m.filled
+	if m.note != "" {
+		os.Remove(m.note)
+	}
 	m.file.Close()
 }
 

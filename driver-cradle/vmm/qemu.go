@@ -98,6 +98,7 @@ type hardware struct {
 	kernel, initramfs     int
 	args                  string // of the kernel
 	control, qmp, console int
+	places                []place
 	ram                   int  // a file to map, 0: anonymous memory
 	ramShared             bool // the guest's writes go into that file
 	incoming              bool // wait for a template's state
@@ -143,7 +144,11 @@ func (h *hardware) arguments() []string {
 		"-device", "virtio-serial-device",
 		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.control),
 		"-device", "virtserialport,id=control,chardev=control,name="+wire.PortName,
-		"-device", "virtio-scsi-device,id=scsi",
+		"-device", "virtio-scsi-device,id=scsi")
+	for lun, p := range h.places {
+		a = append(a, p.arguments(lun)...)
+	}
+	a = append(a,
 		"-device", "virtio-rng-device",
 		"-device", "virtio-balloon-device,free-page-reporting="+onOff(h.pageReporting))
 	if h.tap != 0 {
@@ -151,7 +156,7 @@ func (h *hardware) arguments() []string {
 	} else {
 		a = append(a, "-netdev", "hubport,id=net,hubid=0")
 	}
-	a = append(a, "-device", "virtio-net-device,netdev=net,mac="+h.mac)
+	a = append(a, "-device", "virtio-net-device,netdev=net,guest_announce=off,mac="+h.mac)
 	a = append(a, "-fsdev", "local,id=shares,path="+h.shares+",security_model=passthrough,multidevs=remap",
 		"-device", "virtio-9p-device,fsdev=shares,mount_tag="+wire.ShareTag)
 	if h.virtiofs != 0 {

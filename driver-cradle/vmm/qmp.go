@@ -91,30 +91,52 @@ func (q *monitor) read() {
 
 // call executes a command, passing files along with it, and decodes what it returns into reply unless that is nil.
 func (q *monitor) call(ctx context.Context, command string, args, reply any, files ...*os.File) error {
+	return q.begin(ctx, command, args, files...)(reply)
+}
+
+// begin sends a command and returns what waits for its answer.
+func (q *monitor) begin(ctx context.Context, command string, args any, files ...*os.File) (wait func(reply any) error) {
 	c := make(chan qmpReply, 1)
 	id, err := q.send(command, args, files, c)
 	if err != nil {
-		return fmt.Errorf("qmp %s: %w", command, err)
+		return func(any) error { return fmt.Errorf("qmp %s: %w", command, err) }
 	}
-	select {
-	case r, ok := <-c:
-		switch {
-		case !ok:
-			return fmt.Errorf("qmp %s: %w", command, errQMPClosed)
-		case r.Error != nil:
-			return fmt.Errorf("qmp %s: %w", command, r.Error)
-		case reply != nil:
-			if err := json.Unmarshal(r.Return, reply); err != nil {
-				return fmt.Errorf("qmp %s: answer: %w", command, err)
+	return func(reply any) error {
+		select {
+		case r, ok := <-c:
+			switch {
+			case !ok:
+				return fmt.Errorf("qmp %s: %w", command, errQMPClosed)
+			case r.Error != nil:
+				return fmt.Errorf("qmp %s: %w", command, r.Error)
+			case reply != nil:
+				if err := json.Unmarshal(r.Return, reply); err != nil {
+					return fmt.Errorf("qmp %s: answer: %w", command, err)
+				}
 			}
+			return nil
+		case <-ctx.Done():
+			q.mu.Lock()
+			delete(q.waiting, id)
+			q.mu.Unlock()
+			return fmt.Errorf("qmp %s: %w", command, context.Cause(ctx))
 		}
-		return nil
-	case <-ctx.Done():
-		q.mu.Lock()
-		delete(q.waiting, id)
-		q.mu.Unlock()
-		return fmt.Errorf("qmp %s: %w", command, context.Cause(ctx))
 	}
+}
+
+// calls are commands that were sent and are answered in that order.
+type calls []func(reply any) error
+
+func (c *calls) add(wait func(reply any) error) { *c = append(*c, wait) }
+
+// wait gives the first failure.
+func (c *calls) wait() error {
+	for _, wait := range *c {
+		if err := wait(nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (q *monitor) send(command string, args any, files []*os.File, c chan qmpReply) (id int, err error) {

@@ -105,13 +105,20 @@ func (c *Config) boot(ctx context.Context, q *qemu, info Info, t *template) (*Ma
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the guest did not answer within %v", timeout))
 	defer cancel()
 	m.state.Info.StartedAt = time.Now()
-	if err := m.launch(c, q, r); err != nil {
+	places, later := c.arrange(t != nil)
+	if err := m.launch(c, q, r, places); err != nil {
 		return nil, err
 	}
-	if err := m.bringUp(ctx, c, t); err != nil {
+	if err := m.bringUp(ctx, c, t, later); err != nil {
 		var re restoreError
 		ofTemplate := errors.As(err, &re)
+		if ofTemplate {
+			err = re.error
+		}
 		err = m.abandon(ctx, err)
+		if d, used := m.contended(); used {
+			return nil, fmt.Errorf("start machine: attach disk %s: %w", d.Key, inUse(err, d))
+		}
 		if ofTemplate && !errors.Is(err, ErrKilled) {
 			return nil, restoreError{fmt.Errorf("start machine: restore template %s: %w", t.Name, err)}
 		}
@@ -155,24 +162,23 @@ const (
 	endTimeout    = 10 * time.Second // of one that is ending; the kernel has its memory to free
 )
 
-// bringUp talks a new QEMU's guest into life.
-func (m *Machine) bringUp(ctx context.Context, c *Config, t *template) error {
+// bringUp talks a new QEMU's guest into life, and plugs in the disks that it does not have yet.
+func (m *Machine) bringUp(ctx context.Context, c *Config, t *template, disks []Disk) error {
 	guest := func(err error) error {
 		if err != nil && t != nil {
 			return restoreError{err}
 		}
 		return err
 	}
-	if err := m.QMP(ctx, "qmp_capabilities", nil, nil); err != nil {
-		return guest(err)
-	}
 	if t != nil {
 		if err := m.restore(ctx, t); err != nil {
 			return guest(err)
 		}
+	} else if err := m.QMP(ctx, "qmp_capabilities", nil, nil); err != nil {
+		return err
 	}
-	for lun, d := range c.Disks {
-		if err := m.plug(ctx, lun, d); err != nil {
+	for i, d := range disks {
+		if err := m.plug(ctx, m.state.Places+i, d); err != nil {
 			return err
 		}
 	}
@@ -228,7 +234,7 @@ func listenUnix(root *os.File, name string) (*os.File, error) {
 }
 
 // launch starts the QEMU process and attends to it.
-func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
+func (m *Machine) launch(c *Config, q *qemu, r role, places []place) (err error) {
 	var files inherited
 	defer files.close()
 	info := &m.state.Info
@@ -257,6 +263,19 @@ func (m *Machine) launch(c *Config, q *qemu, r role) (err error) {
 		if h.initramfs, err = files.open(c.Package.Initramfs()); err != nil {
 			return err
 		}
+	}
+	m.state.Places, h.places = len(places), places
+	for lun := range places {
+		p := &places[lun]
+		if p.disk == nil {
+			continue
+		}
+		f, driver, err := p.disk.open()
+		if err != nil {
+			return fmt.Errorf("attach disk %s: %w", p.disk.Key, err)
+		}
+		p.number, p.driver = files.add(f), driver
+		m.state.Disks[lun] = *p.disk
 	}
 	for _, s := range []struct {
 		number *int

@@ -40,7 +40,8 @@ type state struct {
 	StartTime uint64        `json:"startTime"` // clock ticks since boot
 	Ready     bool          `json:"ready"`     // the agent has answered
 	Info      Info          `json:"info"`
-	Disks     map[int]Disk  `json:"disks,omitempty"` // by LUN
+	Disks     map[int]Disk  `json:"disks,omitempty"`  // by LUN
+	Places    int           `json:"places,omitempty"` // LUNs below are taken, be it by nothing
 	Virtiofs  *daemonHandle `json:"virtiofs,omitempty"`
 	Group     string        `json:"group,omitempty"` // the cgroup without a way to the loopback interface that QEMU is in
 }

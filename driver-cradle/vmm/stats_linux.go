@@ -61,6 +61,9 @@ func (m *Machine) Stats(ctx context.Context) (Stats, error) {
 			if !ok || err != nil {
 				continue
 			}
+			if _, used := m.state.Disks[lun]; !used { // an empty place
+				continue
+			}
 			s.Disks = append(s.Disks, DiskStats{
 				LUN: lun, Key: m.state.Disks[lun].Key, ReadBytes: d.Stats.ReadBytes, ReadOps: d.Stats.ReadOps,
 				WriteBytes: d.Stats.WriteBytes, WriteOps: d.Stats.WriteOps,

@@ -65,6 +65,7 @@ type Key struct {
 	Memory  spec.Bytes `json:"memory"`
 	CPUs    int        `json:"cpus"`
 	Offload bool       `json:"offload"` // of the network interface: the tap has a virtio-net header
+	Places  int        `json:"places"`  // for disks that the guest knows
 	Devices string     `json:"devices"` // digest of QEMU's command line
 }
 
@@ -316,6 +317,7 @@ func (c *Config) key(q *qemu, accel string) (Key, error) {
 	}
 	k := Key{
 		Package: c.Package.Digest, QEMU: q.version, Accel: accel, CPU: cpuModel(accel), Memory: class(c.Memory), CPUs: c.CPUs, Offload: offload,
+		Places: c.placesNeeded(),
 	}
 	if accel == KVM {
 		if k.CPU, err = hostCPU(); err != nil {
@@ -329,6 +331,7 @@ func (c *Config) key(q *qemu, accel string) (Key, error) {
 	// The kernel measures the frequency at each boot of the host, with an error that makes no other machine.
 	const step = 10_000
 	h := c.hardware(accel, k.Memory)
+	h.places = emptyPlaces(k.Places)
 	h.args = kernelArgs(c.Package.Manifest.Args, accel, (khz+step/2)/step*step)
 	sum := sha256.Sum256([]byte(strings.Join(h.arguments(), "\x00")))
 	k.Devices = hex.EncodeToString(sum[:16])
@@ -379,7 +382,7 @@ func (t *Templates) take(name string, k Key) (*template, error) {
 	if sum := sha256.Sum256(tm.state); hex.EncodeToString(sum[:]) != info.State {
 		return nil, fmt.Errorf("template %s: %s is damaged", name, vmState)
 	}
-	if tm.memory, err = hold(dir, int64(k.Memory), info.RAM, func() (*os.File, error) { return t.fill(dir, info) }); err != nil {
+	if tm.memory, err = hold(dir, int64(k.Memory), info.RAM, func() (*os.File, func() error, error) { return t.fill(dir, info) }); err != nil {
 		return nil, err
 	}
 	now := time.Now()
@@ -387,48 +390,59 @@ func (t *Templates) take(name string, k Key) (*template, error) {
 	return tm, nil
 }
 
-// fill makes a sealed memory of a template's file. The content is hashed once in a boot of the host, which takes longer than copying
-// it; after that it is the same file as long as inode, size and change time are the same: nobody but root can write it, and not even
-// root can do so without changing the latter.
-func (t *Templates) fill(dir string, info TemplateInfo) (*os.File, error) {
+// fill makes a memory of a template's file, and what finishes and seals it. The content is hashed once in a boot of the host, which takes
+// longer than copying it; after that it is the same file as long as inode, size and change time are the same: nobody but root can write it,
+// and not even root can do so without changing the latter.
+func (t *Templates) fill(dir string, info TemplateInfo) (_ *os.File, finish func() error, err error) {
 	ram, err := os.Open(filepath.Join(dir, ramFile))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer ram.Close()
+	defer func() {
+		if err != nil {
+			ram.Close()
+		}
+	}()
 	now, err := identify(ram)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if now.Size != int64(info.Key.Memory) {
-		return nil, fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
+		return nil, nil, fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
 	}
 	f, err := newMemfd(info.Name, int64(info.Key.Memory))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
 	path := filepath.Join(dir, checkedFile)
 	var then identity
 	data, err := hostfile.Read(path, 64<<10)
 	if err == nil && json.Unmarshal(data, &then) == nil && then == now {
-		err = copyExtents(f, ram)
-	} else {
-		var digest string
-		if _, digest, err = digestSparse(f, ram); err == nil && digest != info.RAM {
-			err = fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
-		}
-		if data, jerr := json.Marshal(now); err == nil && jerr == nil {
-			_ = hostfile.Replace(path, data) // without it the next one hashes again
-		}
+		// QEMU has a lot to do before it looks at its memory.
+		return f, func() error {
+			defer ram.Close()
+			if err := copyExtents(f, ram); err != nil {
+				return err
+			}
+			return seal(f)
+		}, nil
 	}
-	if err == nil {
-		err = seal(f)
+	_, digest, err := digestSparse(f, ram)
+	if err == nil && digest != info.RAM {
+		err = fmt.Errorf("template %s: %s is damaged", info.Name, ramFile)
 	}
 	if err != nil {
-		f.Close()
-		return nil, err
+		return nil, nil, err
 	}
-	return f, nil
+	if data, err := json.Marshal(now); err == nil {
+		_ = hostfile.Replace(path, data) // without it the next one hashes again
+	}
+	return f, func() error { return errors.Join(seal(f), ram.Close()) }, nil
 }
 
 // An identity is that of a file's content, in one boot of the host.
@@ -540,7 +554,7 @@ func (c *Config) park(ctx context.Context, q *qemu, k Key, ram *os.File, dir str
 		return nil, err
 	}
 	parked := m.expect("agent")
-	if err := m.launch(&b, q, role{ram: ram, shared: true}); err != nil {
+	if err := m.launch(&b, q, role{ram: ram, shared: true}, emptyPlaces(k.Places)); err != nil {
 		return nil, err
 	}
 	state, err = m.saveTemplate(ctx, parked)
@@ -604,7 +618,7 @@ func (m *Machine) saveTemplate(ctx context.Context, parked <-chan struct{}) ([]b
 	if err := m.QMP(ctx, "stop", nil, nil); err != nil {
 		return nil, err
 	}
-	if err := m.migrationCapabilities(ctx); err != nil {
+	if err := m.QMP(ctx, "migrate-set-capabilities", migrationCapabilities, nil); err != nil {
 		return nil, err
 	}
 	r, w, err := os.Pipe()
@@ -643,15 +657,10 @@ func (m *Machine) saveTemplate(ctx context.Context, parked <-chan struct{}) ([]b
 	return state, err
 }
 
-func (m *Machine) migrationCapabilities(ctx context.Context) error {
-	type capability struct {
-		Capability string `json:"capability"`
-		State      bool   `json:"state"`
-	}
-	return m.QMP(ctx, "migrate-set-capabilities", map[string]any{
-		"capabilities": []capability{{"x-ignore-shared", true}, {"events", true}},
-	}, nil)
-}
+// migrationCapabilities leave out the memory, and tell of the end by an event.
+var migrationCapabilities = map[string]any{"capabilities": []map[string]any{
+	{"capability": "x-ignore-shared", "state": true}, {"capability": "events", "state": true},
+}}
 
 // settle waits until QEMU has used next to no processor time for a while, or for long enough.
 func (m *Machine) settle(ctx context.Context) error {
@@ -679,36 +688,36 @@ func (m *Machine) settle(ctx context.Context) error {
 	return nil
 }
 
-// restore makes an incoming QEMU the template's machine, stopped.
+// restore makes an incoming QEMU the template's machine, stopped. The commands go to it together, while it is still starting.
 func (m *Machine) restore(ctx context.Context, t *template) error {
-	if err := m.migrationCapabilities(ctx); err != nil {
-		return err
-	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	err = m.monitor.call(ctx, "getfd", map[string]any{"fdname": "state"}, nil, r)
-	r.Close()
-	if err != nil {
-		return errors.Join(err, w.Close())
-	}
+	defer r.Close()
+	defer w.Close()
 	var writer sync.WaitGroup
 	defer writer.Wait()
+	defer w.SetWriteDeadline(time.Unix(1, 0)) // where QEMU has not read it by then, it will not
+	completed, failed := m.expect("migration completed"), m.expect("migration failed")
+	var sent calls
+	sent.add(m.monitor.begin(ctx, "qmp_capabilities", nil))
+	sent.add(m.monitor.begin(ctx, "migrate-set-capabilities", migrationCapabilities))
+	sent.add(m.monitor.begin(ctx, "getfd", map[string]any{"fdname": "state"}, r))
+	if err := t.memory.wait(ctx); err != nil {
+		return err
+	}
 	writer.Go(func() {
 		defer w.Close()
 		_, _ = w.Write(t.state) // QEMU says what is wrong with what it got
 	})
-	completed, failed := m.expect("migration completed"), m.expect("migration failed")
-	err = m.QMP(ctx, "migrate-incoming", map[string]any{"uri": "fd:state"}, nil)
-	if err == nil {
-		var what <-chan struct{}
-		if what, err = m.await(ctx, completed, failed); err == nil && what == failed {
-			err = errors.New("QEMU could not load the machine")
-		}
+	sent.add(m.monitor.begin(ctx, "migrate-incoming", map[string]any{"uri": "fd:state"}))
+	if err := sent.wait(); err != nil {
+		return err
 	}
-	if err != nil {
-		w.SetWriteDeadline(time.Unix(1, 0))
+	what, err := m.await(ctx, completed, failed)
+	if err == nil && what == failed {
+		err = errors.New("QEMU could not load the machine")
 	}
 	return err
 }

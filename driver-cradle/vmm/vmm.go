@@ -48,7 +48,7 @@ type Config struct {
 	Memory  spec.Bytes // what the containers may use together; the machine gets the size class above it
 	CPUs    int        // default 1; the machine gets at most as many as this process may use
 
-	Disks    []Disk  // the index is the LUN
+	Disks    []Disk  // Machine.LUN tells where the guest finds them
 	Shares   []Share // entries of the one 9p device, whose mount tag is wire.ShareTag
 	Virtiofs []Share // entries of the one virtiofs device, whose mount tag is VirtiofsTag; needs a cold start
 	Net      Net
@@ -72,6 +72,10 @@ type Disk struct {
 	Key      string `json:"key"` // the caller's name for it
 	Path     string `json:"path"`
 	ReadOnly bool   `json:"readOnly,omitempty"`
+
+	// Internal is a disk whose size and name the guest does not care for, once it is told where the disk is. In a machine from a template it
+	// takes a place that the guest has known since before it was saved: nothing has to be found and looked at.
+	Internal bool `json:"internal,omitempty"`
 }
 
 // A Share is a directory or a file of the host.

@@ -2,16 +2,19 @@ package vmm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -40,6 +43,11 @@ func TestArguments(t *testing.T) {
 			h.kernel, h.initramfs, h.args, h.pageReporting = 3, 4, "quiet tsc_early_khz=2000000", true
 		},
 		"restored": func(h *hardware) { h.ram, h.incoming = 6, true },
+		"restored with disks": func(h *hardware) {
+			h.ram, h.incoming, h.places = 6, true, emptyPlaces(4)
+			h.places[0].disk, h.places[0].driver, h.places[0].number = &Disk{}, "file", 7
+			h.places[1].disk, h.places[1].driver, h.places[1].number = &Disk{}, "file", 8
+		},
 		"virtiofs": func(h *hardware) { h.kernel, h.initramfs, h.virtiofs, h.tap, h.accel = 3, 4, 9, 7, KVM },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -48,7 +56,7 @@ func TestArguments(t *testing.T) {
 			h.control, h.qmp, h.console = 10, 11, 12
 			change(&h)
 			got := strings.Join(h.arguments(), "\n") + "\n"
-			golden := filepath.Join("testdata", "arguments-"+name+".txt")
+			golden := filepath.Join("testdata", "arguments-"+strings.ReplaceAll(name, " ", "-")+".txt")
 			if *update {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 					t.Fatal(err)
@@ -106,12 +114,14 @@ func TestKeyHasEverythingThatMatters(t *testing.T) {
 		t.Errorf("key %q is no template name", base)
 	}
 	for name, change := range map[string]func(*Config, *qemu){
-		"package":        func(c *Config, _ *qemu) { c.Package.Digest = "d2" },
-		"memory class":   func(c *Config, _ *qemu) { c.Memory = 512 << 20 },
-		"processors":     func(c *Config, _ *qemu) { c.CPUs = 1 },
-		"QEMU":           func(_ *Config, q *qemu) { q.version = "10.0" },
-		"kernel args":    func(c *Config, _ *qemu) { c.Package.Manifest.Args = nil },
-		"machine option": func(c *Config, _ *qemu) { c.Package.Manifest.Machine.Options = []string{"acpi=on"} },
+		"package":          func(c *Config, _ *qemu) { c.Package.Digest = "d2" },
+		"memory class":     func(c *Config, _ *qemu) { c.Memory = 512 << 20 },
+		"processors":       func(c *Config, _ *qemu) { c.CPUs = 1 },
+		"QEMU":             func(_ *Config, q *qemu) { q.version = "10.0" },
+		"kernel args":      func(c *Config, _ *qemu) { c.Package.Manifest.Args = nil },
+		"places for disks": func(c *Config, _ *qemu) { c.Disks = []Disk{{Key: "a", Internal: true}} },
+		"more places":      func(c *Config, _ *qemu) { c.Disks = []Disk{{Key: "a", Internal: true, ReadOnly: true}} },
+		"machine option":   func(c *Config, _ *qemu) { c.Package.Manifest.Machine.Options = []string{"acpi=on"} },
 	} {
 		if keyOf(change) == base {
 			t.Errorf("the key does not depend on the %s", name)
@@ -125,6 +135,56 @@ func TestKeyHasEverythingThatMatters(t *testing.T) {
 	} {
 		if keyOf(change) != base {
 			t.Errorf("the key depends on %s", name)
+		}
+	}
+}
+
+func TestArrange(t *testing.T) {
+	layers := func(n int) (disks []Disk) {
+		for i := range n {
+			disks = append(disks, Disk{Key: fmt.Sprint("layer ", i), ReadOnly: true, Internal: true})
+		}
+		return disks
+	}
+	scratch := []Disk{{Key: "scratch", Internal: true}}
+	volumes := []Disk{{Key: "volume"}, {Key: "read-only volume", ReadOnly: true}}
+	for name, tt := range map[string]struct {
+		disks         []Disk
+		places, taken int
+		later         string
+	}{
+		"nothing":            {nil, 0, 0, ""},
+		"volumes only":       {volumes, 0, 0, "[volume read-only volume]"},
+		"scratch":            {scratch, 1, 1, ""},
+		"one layer":          {slices.Concat(scratch, layers(1)), 2, 2, ""},
+		"two layers":         {slices.Concat(scratch, layers(2), volumes), 4, 3, "[volume read-only volume]"},
+		"seven layers":       {slices.Concat(scratch, layers(7)), 8, 8, ""},
+		"layers, no scratch": {layers(4), 8, 4, ""},
+		"all the layers":     {slices.Concat(scratch, layers(63)), 64, 64, ""},
+		"too many layers":    {slices.Concat(scratch, layers(65)), 64, 64, "[layer 63 layer 64]"},
+	} {
+		c := Config{Disks: tt.disks}
+		places, later := c.arrange(true)
+		taken, keys := 0, []string{}
+		for lun, p := range places {
+			if p.readOnly != (lun > 0) {
+				t.Errorf("%s: place %d is read-only: %v", name, lun, p.readOnly)
+			}
+			if p.disk != nil {
+				taken++
+				if p.disk.ReadOnly != p.readOnly || !p.disk.Internal {
+					t.Errorf("%s: place %d has %+v", name, lun, *p.disk)
+				}
+			}
+		}
+		for _, d := range later {
+			keys = append(keys, d.Key)
+		}
+		if got := fmt.Sprint(keys); len(places) != tt.places || taken != tt.taken || got != cmp.Or(tt.later, "[]") {
+			t.Errorf("%s: %d places, %d of them taken, later %s", name, len(places), taken, got)
+		}
+		if places, later := c.arrange(false); len(places) != len(tt.disks) || later != nil {
+			t.Errorf("%s: a machine that boots has %d places, later %v", name, len(places), later)
 		}
 	}
 }
