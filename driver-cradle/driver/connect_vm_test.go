@@ -6,9 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
-	"github.com/hashicorp/nomad/api"
+	nomad "github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -127,10 +128,65 @@ func TestVMConnect(t *testing.T) {
 	job := c.Run(t, fmt.Sprintf(meshJob, "oci:"+image,
 		fmt.Sprintf(proxyTask, consul, "-service-addr 127.0.0.1:8080"), fmt.Sprintf(proxyTask, consul, "-service-addr 127.0.0.1:80 -upstream api:9191")))
 	in := func(group string) string {
-		return c.UntilAlloc(t, job, group+" runs", func(a *api.AllocationListStub) bool { return a.TaskGroup == group && nomadtest.Running(a) }).ID
+		return c.UntilAlloc(t, job, group+" runs", func(a *nomad.AllocationListStub) bool { return a.TaskGroup == group && nomadtest.Running(a) }).ID
 	}
 	api, web := in("api"), in("web")
 	c.UntilLogsHave(t, api, "beside", "stdout", "hello from the mesh\nat the pod's address: 7\nconsul answers\n")
 	c.UntilLogsHave(t, web, "web", "stdout", "hello from the mesh\n")
 	c.Stop(t, job)
+
+	// One pod has a group's network. The second is refused, and told what to do.
+	job = c.Run(t, fmt.Sprintf(twoPodsJob, "oci:"+image))
+	a := c.UntilAlloc(t, job, "fails", func(a *nomad.AllocationListStub) bool { return a.ClientStatus == nomad.AllocClientStatusFailed })
+	var told []string
+	for task, s := range a.TaskStates {
+		for _, e := range s.Events {
+			told = append(told, task+": "+e.DisplayMessage)
+		}
+	}
+	if all := strings.Join(told, "\n"); !strings.Contains(all, "network namespace is in use by another pod") || !strings.Contains(all, "container {} blocks") {
+		t.Errorf("Nomad is told\n%s", all)
+	}
+	c.Stop(t, job)
 }
+
+const twoPodsJob = `
+job "two" {
+  group "g" {
+    network {
+      mode = "bridge"
+    }
+    restart {
+      attempts = 0
+      mode     = "fail"
+    }
+    reschedule {
+      attempts  = 0
+      unlimited = false
+    }
+    task "one" {
+      driver = "cradle"
+      config {
+        image   = "%[1]s"
+        command = "sleep"
+        args    = ["100000"]
+      }
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+    task "other" {
+      driver = "cradle"
+      config {
+        image   = "%[1]s"
+        command = "sleep"
+        args    = ["100000"]
+      }
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+  }
+}`
