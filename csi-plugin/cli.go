@@ -64,6 +64,8 @@ func (c *cli) command() *cobra.Command {
 		c.serveCommand("controller", "serve the Controller service: make, delete, snapshot, grow volumes", true, false),
 		c.serveCommand("node", "serve the Node service: attach volumes on this host", false, true),
 		c.serveCommand("monolith", "serve both", true, true),
+		c.hostVolumeCommand(),
+		c.doctorCommand(),
 		&cobra.Command{
 			Use: "version", Short: "print the version", Args: cobra.NoArgs,
 			Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-csi %s\n", version) },
@@ -174,6 +176,11 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: level}))
 	log.Info("serving", "endpoint", c.endpoint, "backend", c.backend, "node", c.nodeID, "version", version)
+	if r, ok := b.(volume.Repairer); ok && node {
+		if err := r.Repair(ctx, false, func(found string) { log.Warn("repaired", "found", found) }); err != nil {
+			log.Warn("repair", "error", err)
+		}
+	}
 	s := rpc.New(rpc.Config{
 		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local,
 		Version: version, DirectDir: spec.DirectDir, Log: log,

@@ -19,18 +19,23 @@ import (
 // A stack is a Nomad with the plugin.
 type stack struct {
 	*nomadtest.Cluster
-	t    *testing.T
-	node *nomadtest.Node
+	t       *testing.T
+	node    *nomadtest.Node
+	plugins string // folder of host volume plugins
 }
 
 // startStack runs the plugin as its example says.
 func startStack(t *testing.T) *stack {
-	s := &stack{t: t}
+	s := &stack{t: t, plugins: t.TempDir()}
+	script := strings.ReplaceAll(s.example("cradle-host-volume"), "/var/lib/cradle/host-volumes", filepath.Join(s.plugins, "pool"))
+	if err := os.WriteFile(filepath.Join(s.plugins, "cradle-host-volume"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	s.Cluster = nomadtest.Start(t, nomadtest.Options{
 		Drivers: []string{"raw_exec", "exec"},
-		Client:  "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}",
+		Client:  fmt.Sprintf("host_volume_plugin_dir = %q\nchroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", s.plugins),
 		// Of the last two, empty folders stay: Nomad's, and the one of the records, which empty looks into.
-		Keep: []string{"volumes", "nomad/client/csi", "/run/cradle"},
+		Keep: []string{"volumes", "nomad/client/csi", "/run/cradle", "nomad/host_volumes"},
 	})
 	s.node = s.Clients()[0]
 	t.Cleanup(s.stopUsers)
@@ -87,11 +92,11 @@ func (s *stack) example(name string) string {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return strings.NewReplacer(
-		"/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
-		"/var/lib/cradle/volumes", filepath.Join(s.node.Dir, "volumes"),
-		"/var/lib/nomad", filepath.Join(s.node.Dir, "nomad"),
-	).Replace(string(text))
+	changes := []string{"/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi")}
+	if s.node != nil {
+		changes = append(changes, "/var/lib/cradle/volumes", filepath.Join(s.node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(s.node.Dir, "nomad"))
+	}
+	return strings.NewReplacer(changes...).Replace(string(text))
 }
 
 // volume makes a volume from its example, with changes: former text, text, …
@@ -208,6 +213,7 @@ func TestRootNomad(t *testing.T) {
 		s.CLI(t, "volume", "delete", name)
 	}
 	s.empty()
+	testHostVolume(s)
 }
 
 func testFiles(s *stack) {
@@ -324,6 +330,42 @@ func testMistakes(s *stack) {
 	}
 }
 
+// A dynamic host volume has its quota, is there after the client has been started again, and goes.
+func testHostVolume(s *stack) {
+	out := s.CLI(s.t, "volume", "create", s.file(s.example("local.volume.hcl")))
+	hcl := func(job, script string) string {
+		text := use{job: job, volume: "local", script: script, mode: "single-node-multi-writer"}.hcl()
+		return strings.Replace(text, `"csi"`, `"host"`, 1)
+	}
+	run := func(job, script string) string {
+		id := s.Run(s.t, hcl(job, script))
+		a := s.UntilEnded(s.t, id)
+		if a.ClientStatus != "complete" {
+			s.t.Fatalf("job %s: %s\n%s\n%s", job, a.ClientStatus, s.Logs(s.t, a.ID, "t", "stderr"), s.Describe())
+		}
+		return strings.TrimSpace(s.Logs(s.t, a.ID, "t", "stdout"))
+	}
+	run("host-write", "echo kept >/v/file; if $b dd if=/dev/zero of=/v/big bs=1M count=100 2>/dev/null; then echo no quota; exit 1; fi; $b rm /v/big")
+	if err := s.node.KillClient(); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := s.node.StartAgents(); err != nil {
+		s.t.Fatal(err)
+	}
+	if got := run("host-read", "$b cat /v/file"); got != "kept" {
+		s.t.Errorf("read %q", got)
+	}
+	_, id, _ := strings.Cut(out, "with ID ")
+	id = strings.TrimSpace(strings.Split(id, "\n")[0])
+	if len(s.mounts("/host_volumes/"+id)) == 0 {
+		s.t.Errorf("volume %q is mounted nowhere: %s", id, out)
+	}
+	s.CLI(s.t, "volume", "delete", "-type", "host", id)
+	if left := s.mounts("/host_volumes/"); len(left) > 0 {
+		s.t.Errorf("left mounted: %v", left)
+	}
+}
+
 // empty checks that nothing is left of any volume.
 func (s *stack) empty() {
 	s.t.Helper()
@@ -399,6 +441,75 @@ func TestRootNomadKilled(t *testing.T) {
 		t.Errorf("%s was synced before the crash, and %s is there", strings.TrimSpace(synced), got)
 	}
 	s.released("database")
+	s.CLI(t, "volume", "delete", "database")
+	s.empty()
+}
+
+// TestRootNomadDoctor lets a task end while there is no plugin, under a client that forgets about it: Nomad 1.11 leaves the volume mounted
+// for good. The doctor ends that, and what else is left over.
+func TestRootNomadDoctor(t *testing.T) {
+	s := startStack(t)
+	s.volume("database")
+	job := s.Run(t, use{job: "hold", volume: "database", script: "$b sleep 1000"}.hcl())
+	a := s.UntilRunning(t, job)
+	s.Stop(t, "cradle-csi")
+	s.Stop(t, job)
+	if err := s.node.KillClient(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.node.StartAgents(); err != nil {
+		t.Fatal(err)
+	}
+	s.plugin()
+
+	pool := filepath.Join(s.node.Dir, "volumes")
+	if err := os.MkdirAll(filepath.Join(pool, ".half"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	gone := filepath.Join(s.node.Dir, "tmp/target")
+	record := fmt.Sprintf(`{"version": 1, "target": %q, "volume": {"name": "gone", "block": {"path": "/image"}}, "control": "/run/x.sock"}`, gone)
+	direct := s.node.Path(spec.DirectDir)
+	if err := os.MkdirAll(direct, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(direct, spec.DirectFile(gone)), []byte(record), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	doctor := func(more ...string) string {
+		t.Helper()
+		root, err := programs.Root()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := s.node.Output(t.Context(), filepath.Join(root, "bin/cradle-csi"), append([]string{"doctor", "--pool", pool, "--nomad", "http://127.0.0.1:4646"}, more...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	wants := []string{
+		"/per-alloc/" + a.ID + "/database/rw-file-system-single-node-writer: still mounted, and allocation " + a.ID + " has ended",
+		pool + "/.half: it was not completed",
+		"volume gone: the record of an attachment at " + gone,
+	}
+	for _, look := range []bool{true, false} {
+		verb, args := "repaired: ", []string(nil)
+		if look {
+			verb, args = "found: ", []string{"--look"}
+		}
+		out := doctor(args...)
+		for _, want := range wants {
+			if !strings.Contains(out, verb) || !strings.Contains(out, want) {
+				t.Errorf("look: %t: no %q in\n%s", look, want, out)
+			}
+		}
+	}
+	s.eventually("the end of the mount", func() bool { return len(s.mounts("/per-alloc/")) == 0 })
+	if out := doctor(); out != "nothing to repair\n" {
+		t.Errorf("again: %s", out)
+	}
+	s.completes(use{job: "next", volume: "database", script: "echo x >/v/file"})
 	s.CLI(t, "volume", "delete", "database")
 	s.empty()
 }

@@ -516,12 +516,7 @@ func (b *Backend) List(context.Context) ([]volume.Volume, error) {
 
 // list returns the names in a folder that can be volumes or snapshots.
 func (p *pool) list(folder string) ([]string, error) {
-	d, err := p.root.Open(folder)
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
+	names, err := p.all(folder)
 	return slices.DeleteFunc(names, func(name string) bool { return !volume.ValidName(name) }), err
 }
 

@@ -290,7 +290,8 @@ func (f *found) copyTo(ctx context.Context, to *pool, h string, hold volume.Hold
 		case len(points) > 0:
 			if err = mount.Freeze(points[0]); err == nil {
 				err = copySparse(ctx, image, from)
-				err = errors.Join(err, mount.Thaw(points[0]))
+				_, terr := mount.Thaw(points[0])
+				err = errors.Join(err, terr)
 			}
 		case still:
 			if err = copySparse(ctx, image, from); err == nil {
@@ -330,39 +331,4 @@ func (f *found) writers() (points []string, written bool, err error) {
 		return nil, false, err
 	}
 	return points, written, nil
-}
-
-// Thaw ends what a killed Snapshot may have left: a mounted file system whose writers wait.
-func (b *Backend) Thaw(ctx context.Context) error {
-	all, err := b.List(ctx)
-	if err != nil {
-		return err
-	}
-	for _, v := range all {
-		if v.Size == 0 || v.Content != volume.Trusted {
-			continue
-		}
-		err = errors.Join(err, b.thaw(ctx, v.ID))
-	}
-	return err
-}
-
-func (b *Backend) thaw(ctx context.Context, id string) error {
-	lock, err := b.lock(ctx, id) // a snapshot that another process is taking right now ends first
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	f, err := b.find(id)
-	if errors.Is(err, volume.ErrNotFound) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	points, _, err := f.writers()
-	if err != nil || len(points) == 0 {
-		return err
-	}
-	return mount.Thaw(points[0])
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 )
@@ -64,7 +65,7 @@ func run(ctx context.Context, files []*os.File, args []string) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	program, err := exec.LookPath(args[0])
+	program, err := lookPath(args[0])
 	if err != nil {
 		return fmt.Errorf("%s is missing: apt-get install %s", args[0], packages[args[0]])
 	}
@@ -80,9 +81,9 @@ func run(ctx context.Context, files []*os.File, args []string) error {
 	return err
 }
 
-// Fill is Grow for a file system that leaves a good part of its device unused: a clone that was made larger than its origin, or a device
+// fill is Grow for a file system that leaves a good part of its device unused: a clone that was made larger than its origin, or a device
 // that grew while nothing was mounted.
-func Fill(ctx context.Context, device, path, fsType string) error {
+func fill(ctx context.Context, device, path, fsType string) error {
 	f, err := os.Open(device)
 	if err != nil {
 		return err
@@ -118,4 +119,16 @@ func extent(f *os.File, fsType string) (int64, error) {
 	s := b[1024:]
 	blocks := uint64(binary.LittleEndian.Uint32(s[0x4:])) | uint64(binary.LittleEndian.Uint32(s[0x150:]))<<32
 	return int64(blocks << (10 + binary.LittleEndian.Uint32(s[0x18:]))), nil
+}
+
+// lookPath finds a program also where the environment has no PATH (Nomad starts host volume plugins so) or one for plain users.
+func lookPath(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	for _, dir := range []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin"} {
+		if err == nil {
+			break
+		}
+		path, err = exec.LookPath(filepath.Join(dir, name))
+	}
+	return path, err
 }

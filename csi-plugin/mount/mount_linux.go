@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -59,6 +60,39 @@ func Filesystem(device, target, fsType string, o Options) error {
 		dropLostFound(target)
 	}
 	return Tie(device)
+}
+
+// ErrOccupied is a path at which something else is mounted.
+var ErrOccupied = errors.New("something else is mounted there")
+
+// Place makes a block device's file system, or a directory where there is no device, appear at path, which may be there already. The file
+// system is mounted writable, whatever o says: one can't be mounted in two ways at once, and who may only read it gets that from
+// a Bind. It fills its device. path is made.
+func Place(ctx context.Context, device, directory, fsType, path string, o Options) error {
+	if err := os.MkdirAll(path, 0o750); err != nil {
+		return err
+	}
+	o.flags &^= unix.MS_RDONLY
+	at, err := At(path)
+	switch {
+	case err != nil:
+	case at != nil:
+		var same bool
+		if same, err = is(at, device, directory); err == nil && !same {
+			err = fmt.Errorf("%s: %w: %s", path, ErrOccupied, at.Source)
+		}
+		if err == nil && device != "" {
+			err = Tie(device)
+		}
+	case device != "":
+		err = Filesystem(device, path, fsType, o)
+	default:
+		err = Bind(directory, path, o)
+	}
+	if err != nil || device == "" {
+		return err
+	}
+	return fill(ctx, device, path, fsType)
 }
 
 // dropLostFound removes mkfs's directory from an otherwise empty file system: programs want a new volume to be empty (initdb), and
@@ -130,20 +164,20 @@ func Uses(device string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	is, err := isOn(device)
+	on, err := isOn(device)
 	if err != nil {
 		return nil, err
 	}
-	return where(func(m *mountinfo.Info) bool { return is(m) || m.FSType == "devtmpfs" && m.Root == "/"+node })
+	return where(func(m *mountinfo.Info) bool { return on(m) || m.FSType == "devtmpfs" && m.Root == "/"+node })
 }
 
 // Points says where the file system of a block device is mounted.
 func Points(device string) ([]string, error) {
-	is, err := isOn(device)
+	on, err := isOn(device)
 	if err != nil {
 		return nil, err
 	}
-	return where(is)
+	return where(on)
 }
 
 func isOn(device string) (func(*mountinfo.Info) bool, error) {
@@ -253,13 +287,13 @@ var options = map[string]uintptr{
 // this process.
 func Freeze(path string) error { return freezer(path, fiFreeze) }
 
-// Thaw ends Freeze; a file system that is not frozen is no error.
-func Thaw(path string) error {
-	err := freezer(path, fiThaw)
+// Thaw ends Freeze, and says whether there was something to end.
+func Thaw(path string) (thawed bool, err error) {
+	err = freezer(path, fiThaw)
 	if errors.Is(err, unix.EINVAL) {
-		return nil
+		return false, nil
 	}
-	return err
+	return err == nil, err
 }
 
 // linux/fs.h FIFREEZE, FITHAW: _IOWR('X', 119, int), _IOWR('X', 120, int).
@@ -297,8 +331,8 @@ func Sync(path string) error {
 	return nil
 }
 
-// Same says whether a mount is of the block device, or of the directory where there is none.
-func Same(m *mountinfo.Info, device, directory string) (bool, error) {
+// is says whether a mount is of the block device, or of the directory where there is none.
+func is(m *mountinfo.Info, device, directory string) (bool, error) {
 	path := device
 	if device == "" {
 		path = directory
@@ -333,8 +367,11 @@ func IsReadOnly(m *mountinfo.Info) bool {
 	return slices.Contains(strings.Split(m.Options, ","), "ro")
 }
 
-// Writable is o without its wish to read only.
-func (o Options) Writable() Options {
-	o.flags &^= unix.MS_RDONLY
-	return o
+// Below says what is mounted at paths that contain each of the texts, the innermost first.
+func Below(texts ...string) ([]string, error) {
+	targets, err := where(func(m *mountinfo.Info) bool {
+		return !slices.ContainsFunc(texts, func(text string) bool { return !strings.Contains(m.Mountpoint+"/", text) })
+	})
+	slices.Reverse(targets)
+	return targets, err
 }

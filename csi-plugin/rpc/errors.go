@@ -7,6 +7,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -24,6 +25,7 @@ func translate(err error) error {
 	}{
 		{volume.ErrNotFound, codes.NotFound},
 		{volume.ErrExists, codes.AlreadyExists},
+		{mount.ErrOccupied, codes.AlreadyExists},
 		{volume.ErrInUse, codes.FailedPrecondition},
 		{volume.ErrForeign, codes.FailedPrecondition},
 		{volume.ErrNoSpace, codes.ResourceExhausted},

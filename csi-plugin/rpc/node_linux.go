@@ -86,7 +86,8 @@ func (s *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	if !v.Direct && !w.block {
-		if err := stageFiles(ctx, source, filepath.Clean(req.GetStagingTargetPath()), w); err != nil {
+		path := filepath.Clean(req.GetStagingTargetPath())
+		if err := mount.Place(ctx, source.Device, source.Directory, source.FSType, path, w.options); err != nil {
 			return nil, err
 		}
 	}
@@ -101,37 +102,6 @@ func use(v volume.Volume, w wish, readOnly bool) volume.Use {
 		return volume.Use{As: volume.AsRaw, ReadOnly: readOnly || w.readOnly}
 	}
 	return volume.Use{As: volume.AsFiles}
-}
-
-// stageFiles mounts a volume's files at the staging path, always writable: one file system can't be mounted in two ways at
-// once, and who may only read it has that from the bind mount of the target.
-func stageFiles(ctx context.Context, source volume.Source, path string, w wish) error {
-	if err := os.MkdirAll(path, 0o750); err != nil {
-		return err
-	}
-	at, err := mount.At(path)
-	if err != nil {
-		return err
-	}
-	options := w.options.Writable()
-	switch {
-	case at != nil:
-		var same bool
-		if same, err = mount.Same(at, source.Device, source.Directory); err == nil && !same {
-			err = status.Errorf(codes.AlreadyExists, "%s: something else (%s) is mounted there", path, at.Source)
-		}
-		if err == nil && source.Device != "" {
-			err = mount.Tie(source.Device)
-		}
-	case source.Device != "":
-		err = mount.Filesystem(source.Device, path, source.FSType, options)
-	default:
-		err = mount.Bind(source.Directory, path, options)
-	}
-	if err != nil || source.Device == "" {
-		return err
-	}
-	return mount.Fill(ctx, source.Device, path, source.FSType)
 }
 
 // orElse is the first of two errors that is one.

@@ -84,6 +84,13 @@ type Expander interface {
 	Expand(ctx context.Context, id string, size, limit int64) (int64, error)
 }
 
+// A Repairer knows what a crash can leave on its storage and on this host.
+type Repairer interface {
+	// Repair ends what a killed process has left: each thing is reported, and removed unless it is only looked for. What is in
+	// use, or being worked on by another process, is left alone.
+	Repair(ctx context.Context, look bool, report func(found string)) error
+}
+
 // A Statter tells how much of a volume is used, as the storage sees it.
 type Statter interface {
 	// Stats returns the bytes that the volume occupies in its pool, without its snapshots.

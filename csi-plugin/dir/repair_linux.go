@@ -1,0 +1,128 @@
+package dir
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// Repair is volume.Repairer's: it removes folders that never became whole or that were being removed, thaws file systems whose snapshot
+// was not completed, and detaches loop devices that nobody uses.
+func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) error {
+	var errs []error
+	for _, p := range b.pools {
+		names, err := p.all(".")
+		if err != nil {
+			return fmt.Errorf("pool %s: %w", p.name, err)
+		}
+		for _, name := range names {
+			id := strings.TrimPrefix(name, ".")
+			if volume.ValidName(id) && name != lockFile {
+				errs = append(errs, b.repair(ctx, p, id, look, report))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (b *Backend) repair(ctx context.Context, p *pool, id string, look bool, report func(string)) error {
+	lock, err := b.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	rubbish := func(folder string) error {
+		if _, err := p.root.Lstat(folder); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		report(fmt.Sprintf("%s: it was not completed, or not removed to its end", filepath.Join(p.path, folder)))
+		if look {
+			return nil
+		}
+		return p.root.RemoveAll(folder)
+	}
+	if err := rubbish(hidden(id)); err != nil {
+		return err
+	}
+	f, err := p.read(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		report(fmt.Sprintf("volume %s can't be read: %v", id, err)) // for a person to look at
+		return nil
+	}
+	names, err := p.all(filepath.Join(id, snapshotsDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, ".") {
+			if err := rubbish(filepath.Join(id, snapshotsDir, name)); err != nil {
+				return err
+			}
+		}
+	}
+	if f.size == 0 {
+		return nil
+	}
+	return f.settle(look, report)
+}
+
+// settle is repair's part for what the kernel holds of an image.
+func (f *found) settle(look bool, report func(string)) error {
+	loops, err := mount.Loops(f.image())
+	if err != nil {
+		return err
+	}
+	for _, l := range loops {
+		points, err := mount.Points(l.Device)
+		if err != nil {
+			return err
+		}
+		if len(points) > 0 {
+			if look {
+				continue // whether it is frozen can't be seen
+			}
+			thawed, err := mount.Thaw(points[0])
+			if err != nil {
+				return err
+			}
+			if thawed {
+				report(fmt.Sprintf("volume %s: its file system was frozen for a snapshot that was not completed", f.folder))
+			}
+			continue
+		}
+		uses, err := mount.Uses(l.Device)
+		if err != nil {
+			return err
+		}
+		if len(uses) == 0 {
+			report(fmt.Sprintf("volume %s: %s is attached and nobody uses it", f.folder, l.Device))
+			if !look {
+				if err := mount.Release(l); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// all returns the names in a folder.
+func (p *pool) all(folder string) ([]string, error) {
+	d, err := p.root.Open(folder)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return d.Readdirnames(-1)
+}

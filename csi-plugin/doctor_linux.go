@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// A doctor looks for what crashes leave behind on this host and in Nomad, says what it found, and repairs it.
+type doctor struct {
+	c     *cli
+	look  bool
+	found int
+}
+
+func (c *cli) doctorCommand() *cobra.Command {
+	d := &doctor{c: c}
+	var nomad, plugin string
+	cmd := &cobra.Command{
+		Use: "doctor", Short: "find and repair what a crash left: half-made volumes, mounts, loop devices, claims", Args: cobra.NoArgs,
+		Long: `Find and repair what a crash left on this host: volumes and snapshots that were not completed, file systems that are still frozen, loop devices
+that nobody uses, records of direct attachments that ended. With --nomad also what Nomad's view and this host's differ in: mounts of allocations
+that have ended, and claims on volumes by allocations that are gone.
+
+Each thing is told on a line of its own. Nothing that is in use is touched.`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context(), nomad, plugin) },
+	}
+	f := cmd.Flags()
+	c.backendFlags(f)
+	f.BoolVar(&d.look, "look", false, "only say what there is to repair")
+	f.StringVar(&nomad, "nomad", "", "address of Nomad's API to compare with; its other settings are in NOMAD_TOKEN and so on")
+	f.StringVar(&plugin, "plugin", "cradle", "the plugin's id in Nomad")
+	return cmd
+}
+
+func (d *doctor) report(found string) {
+	d.found++
+	done := "repaired"
+	if d.look {
+		done = "found"
+	}
+	fmt.Fprintf(d.c.stdout, "%s: %s\n", done, found)
+}
+
+func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
+	b, _, err := d.c.open()
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	var errs []error
+	if nomad != "" {
+		errs = append(errs, d.nomad(ctx, nomad, plugin))
+	}
+	if r, ok := b.(volume.Repairer); ok {
+		errs = append(errs, r.Repair(ctx, d.look, d.report))
+	}
+	errs = append(errs, b.Ready(ctx), d.records())
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if d.found == 0 {
+		fmt.Fprintln(d.c.stdout, "nothing to repair")
+	}
+	return nil
+}
+
+// records removes those of direct attachments whose target is no mount any more.
+func (d *doctor) records() error {
+	entries, err := os.ReadDir(spec.DirectDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".json" || strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		path := filepath.Join(spec.DirectDir, e.Name())
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		r, err := spec.ParseDirectAttachment(path, data)
+		if err != nil {
+			d.report(fmt.Sprintf("%v", err))
+		} else if mounted, err := mount.Is(r.Target); err != nil {
+			return err
+		} else if mounted {
+			continue
+		} else {
+			d.report(fmt.Sprintf("volume %s: the record of an attachment at %s, which has ended", r.Volume.Name, r.Target))
+		}
+		if !d.look {
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// nomad compares mounts and claims with the allocations that there are. What is mounted and claimed is looked up first: whatever has begun
+// since then is among the allocations.
+func (d *doctor) nomad(ctx context.Context, address, plugin string) error {
+	config := api.DefaultConfig()
+	config.Address = address
+	client, err := api.NewClient(config)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	targets, err := mount.Below("/csi/", "/"+plugin+"/per-alloc/")
+	if err != nil {
+		return err
+	}
+	q := (&api.QueryOptions{Namespace: api.AllNamespacesNamespace}).WithContext(ctx)
+	volumes, err := claimed(ctx, client, plugin)
+	if err != nil {
+		return fmt.Errorf("nomad at %s: %w", address, err)
+	}
+	allocs, _, err := client.Allocations().List(q)
+	if err != nil {
+		return fmt.Errorf("nomad at %s: %w", address, err)
+	}
+	live := map[string]bool{}
+	for _, a := range allocs {
+		switch a.ClientStatus {
+		case api.AllocClientStatusComplete, api.AllocClientStatusFailed:
+		default: // lost and unknown ones may still run on a node that is cut off
+			live[a.ID] = true
+		}
+	}
+	for _, target := range targets {
+		if err := d.mounted(target, plugin, live); err != nil {
+			return err
+		}
+	}
+	for _, v := range volumes {
+		if err := d.claims(ctx, client, v, live); err != nil {
+			return fmt.Errorf("volume %s: end its claim: %w", v.ID, err)
+		}
+	}
+	return nil
+}
+
+// claimed returns the plugin's volumes with those who claim them.
+func claimed(ctx context.Context, client *api.Client, plugin string) (all []*api.CSIVolume, err error) {
+	q := (&api.QueryOptions{Namespace: api.AllNamespacesNamespace}).WithContext(ctx)
+	stubs, _, err := client.CSIVolumes().List(q)
+	if err != nil {
+		return nil, err
+	}
+	for _, stub := range stubs {
+		if stub.PluginID != plugin {
+			continue
+		}
+		v, _, err := client.CSIVolumes().Info(stub.ID, (&api.QueryOptions{Namespace: stub.Namespace}).WithContext(ctx))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, v)
+	}
+	return all, nil
+}
+
+// mounted ends a mount of an allocation that has ended: CLIENT/csi/TYPE/PLUGIN/per-alloc/ALLOCATION/VOLUME/USE.
+func (d *doctor) mounted(target, plugin string, live map[string]bool) error {
+	_, rest, _ := strings.Cut(target, "/"+plugin+"/per-alloc/")
+	alloc, _, _ := strings.Cut(rest, "/")
+	if live[alloc] {
+		return nil
+	}
+	d.report(fmt.Sprintf("%s: still mounted, and allocation %s has ended", target, alloc))
+	if d.look {
+		return nil
+	}
+	if err := mount.Detach(target); err != nil {
+		return err
+	}
+	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// claims ends those of allocations that have ended. Nomad ends all that a node has on a volume at once, so that one which lives keeps the
+// others there.
+func (d *doctor) claims(ctx context.Context, client *api.Client, v *api.CSIVolume, live map[string]bool) error {
+	inUse := map[string]bool{} // by node
+	for _, a := range v.Allocations {
+		inUse[a.NodeID] = inUse[a.NodeID] || live[a.ID]
+	}
+	for _, a := range v.Allocations {
+		if inUse[a.NodeID] {
+			continue
+		}
+		d.report(fmt.Sprintf("volume %s: claimed by allocation %s, which has ended", v.ID, a.ID))
+		if d.look {
+			continue
+		}
+		w := (&api.WriteOptions{Namespace: v.Namespace}).WithContext(ctx)
+		if err := client.CSIVolumes().Detach(v.ID, a.NodeID, w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
