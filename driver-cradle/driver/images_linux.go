@@ -58,8 +58,7 @@ func transient(err error) bool {
 	return !errors.As(err, &invalid) && !errors.Is(err, image.ErrPlatform) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)
 }
 
-// A progress tells Nomad's users how a pull goes: that it began, how far it is now and then, that it is done. What is in the cache is not worth a
-// word.
+// A progress tells Nomad's users how a pull goes that takes a while: that it began, how far it is now and then, that it is done.
 type progress struct {
 	d     *Driver
 	task  *drivers.TaskConfig
@@ -74,8 +73,11 @@ func (d *Driver) newProgress(t *drivers.TaskConfig) *progress {
 	return &progress{d: d, task: t, begun: now(), layers: map[string]image.Progress{}}
 }
 
-// progressPeriod is how often users hear of a pull that takes long. Nomad keeps only ten events of a task.
-const progressPeriod = 30 * time.Second
+// When users hear of a pull, and how often. Nomad keeps only ten events of a task.
+const (
+	progressDelay  = 2 * time.Second
+	progressPeriod = 30 * time.Second
+)
 
 func (p *progress) report(l image.Progress) {
 	p.mu.Lock()
@@ -83,13 +85,9 @@ func (p *progress) report(l image.Progress) {
 	if _, known := p.layers[l.Layer]; !known && l.Phase == image.Ready {
 		return
 	}
-	first := len(p.layers) == 0
 	p.layers[l.Layer] = l
-	switch at := now(); {
-	case first:
-		p.told = at
-		p.d.emit(p.task, "Pulling images")
-	case at.Sub(p.told) >= progressPeriod:
+	at := now()
+	if p.told.IsZero() && at.Sub(p.begun) >= progressDelay || !p.told.IsZero() && at.Sub(p.told) >= progressPeriod {
 		p.told = at
 		p.d.emit(p.task, "Pulling images: "+p.text())
 	}

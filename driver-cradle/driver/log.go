@@ -53,7 +53,11 @@ func (h *hclogHandler) add(args []any, a slog.Attr) []any {
 		}
 		return args
 	}
-	return append(args, h.prefix+a.Key, v.Any())
+	value := v.Any()
+	if v.Kind() == slog.KindDuration {
+		value = v.Duration().String() // JSON would make it a number
+	}
+	return append(args, h.prefix+a.Key, value)
 }
 
 func (h *hclogHandler) WithAttrs(attrs []slog.Attr) slog.Handler {

@@ -108,8 +108,14 @@ func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o st
 	if err != nil {
 		return err
 	}
+	groups, err := confine(t, p, o.config)
+	if err != nil {
+		return err
+	}
 	started, err := d.attend(o.dir, rec, t, func(output *delivery) (*pod.Running, error) {
-		return made.Start(d.ctx, pod.StartOptions{CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Held: output.files()})
+		return made.Start(d.ctx, pod.StartOptions{
+			CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Cgroup: groups.unified, Join: groups.dirs(), Held: output.files(),
+		})
 	})
 	if err != nil {
 		return err

@@ -31,6 +31,10 @@ import (
 func TestMain(m *testing.M) {
 	vmm.Confine()
 	code := m.Run()
+	if err := closeAgents(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
 	if shared.dir != "" {
 		os.RemoveAll(shared.dir)
 	}
@@ -353,4 +357,24 @@ func TestVMStop(t *testing.T) {
 		t.Errorf("result %+v", r)
 	}
 	c.logs(task, "stdout", "up\nusr1\n")
+}
+
+func TestVMStats(t *testing.T) {
+	c := newClient(t, nil)
+	task := c.task("head -c 20000000 /dev/zero >/dev/shm/file; while :; do :; done", nil)
+	c.start(task)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	ch, err := c.harness.TaskStats(ctx, task.ID, time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for u := range ch {
+		m, cpu := u.ResourceUsage.MemoryStats, u.ResourceUsage.CpuStats
+		t.Logf("%+v %+v", m, cpu)
+		if m.Usage > 20000000 && m.Usage < 64<<20 && cpu.Percent > 5 {
+			return
+		}
+	}
+	t.Error("the statistics do not show the task's memory and processor time")
 }

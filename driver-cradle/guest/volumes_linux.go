@@ -54,6 +54,7 @@ func (p *Pod) mountVolumes(ctx context.Context) error {
 		return err
 	}
 	var wg sync.WaitGroup
+	var shares sync.Mutex // looked up at once in a 9p file system just mounted, now and then a name was not found (Linux 6.1, QEMU 7.2)
 	errs := make([]error, len(l.Launch.Volumes))
 	for i, s := range l.Launch.Volumes {
 		v := &volume{spec: s, path: filepath.Join(runDir, "volumes", s.Name)}
@@ -62,6 +63,10 @@ func (p *Pod) mountVolumes(ctx context.Context) error {
 		}
 		p.volumes[s.Name] = v
 		wg.Go(func() {
+			if s.Directory != nil {
+				shares.Lock()
+				defer shares.Unlock()
+			}
 			if err := p.mountVolume(ctx, v, raw[s.Name]); err != nil {
 				errs[i] = fmt.Errorf("volume %s: %w", s.Name, err)
 			}

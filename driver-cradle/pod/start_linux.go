@@ -35,7 +35,9 @@ type StartOptions struct {
 	Progress    func(wire.Filling) // told again and again while an image's content is copied into a volume; nil: nobody wants to know
 	Hold        bool               // keep the machine after the pod's end until Running.Release
 
-	Held []*os.File // see vmm.Config.Held
+	Cgroup string     // see vmm.Config
+	Join   []string   // see vmm.Config
+	Held   []*os.File // see vmm.Config
 
 	// Claim is what Dir.Claim has returned, maybe in another process that this one has inherited it from. Start takes it over.
 	Claim *os.File
@@ -100,7 +102,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	c := vmm.Config{
 		Accel: or(o.Accel, launch.Boot.Accel), Start: or(o.Start, launch.Boot.Start),
 		Memory: launch.Resources.Memory, CPUs: launch.Resources.CPUs,
-		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Held: o.Held, Log: d.log,
+		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Cgroup: o.Cgroup, Join: o.Join, Held: o.Held, Log: d.log,
 	}
 	if c.Package, err = boot.Open(or(o.Boot, d.join(BootLink))); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)

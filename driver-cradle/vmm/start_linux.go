@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -368,6 +369,10 @@ func (m *Machine) launch(c *Config, q *qemu, r role, places []place) (err error)
 	m.monitor = newMonitor(monitor, m.onEvent)
 	started = true
 	go m.watch()
+	if err := c.join(child, daemon); err != nil {
+		daemon.abort()
+		return errors.Join(fmt.Errorf("start machine: %w", err), m.Kill(), m.Close())
+	}
 	// Who ends before its go-ahead is watch's to report.
 	if err := errors.Join(daemon.goAhead(), child.goAhead()); err != nil {
 		m.log.Debug("go-ahead", "error", err)
@@ -384,6 +389,21 @@ func (c *Config) cgroup() (*os.File, error) {
 		return nil, nil
 	}
 	return os.Open(c.Cgroup)
+}
+
+// join puts processes that wait for their go-ahead into the configuration's further cgroups.
+func (c *Config) join(children ...*child) error {
+	for _, group := range c.Join {
+		for _, ch := range children {
+			if ch == nil {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(strconv.Itoa(ch.pid)), 0); err != nil {
+				return fmt.Errorf("join cgroup %s: %w", group, err)
+			}
+		}
+	}
+	return nil
 }
 
 // bootNice lets a booting guest measure its timers undisturbed: one that loses ticks then falls back to a timer that costs it a

@@ -53,10 +53,11 @@ type Config struct {
 	Virtiofs []Share // entries of the one virtiofs device, whose mount tag is VirtiofsTag; needs a cold start
 	Net      Net
 
-	RunDir   string // state, sockets, console.log; made with mode 0700
-	CacheDir string // templates are in CacheDir/templates
-	Detached bool   // the machine goes on when the process that started it ends
-	Cgroup   string // directory of the cgroup (version 2) that QEMU starts in; default: that of this process
+	RunDir   string   // state, sockets, console.log; made with mode 0700
+	CacheDir string   // templates are in CacheDir/templates
+	Detached bool     // the machine goes on when the process that started it ends
+	Cgroup   string   // directory of the cgroup (version 2) that QEMU starts in; default: that of this process
+	Join     []string // directories of further cgroups, of version 1, that QEMU is put into before it begins
 	// Held are files that QEMU has open as long as it lives, without using them: the writing ends of pipes whose readers are not to see an end
 	// when this process ends. Start does not close them.
 	Held []*os.File
@@ -112,6 +113,9 @@ type Info struct {
 
 // MinMemory is the least that containers can be given, as docker has it.
 const MinMemory spec.Bytes = 6 << 20
+
+// MachineSize is the memory of the machine whose containers may use so much of it together.
+func MachineSize(memory spec.Bytes) spec.Bytes { return class(memory) }
 
 // classes are the sizes of machines in MiB: one template serves all pods of a class, the exact limit holds in the guest.
 func class(memory spec.Bytes) spec.Bytes {

@@ -1,0 +1,324 @@
+//go:build vm
+
+package driver
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+)
+
+// agents is one Nomad with this driver for all tests that use real agents.
+var agents struct {
+	sync.Once
+	*nomadtest.Cluster
+	err error
+}
+
+func openAgents(t *testing.T) *nomadtest.Cluster {
+	t.Helper()
+	agents.Do(func() { agents.Cluster, agents.err = startAgents(t.Context(), nomadtest.Options{}) })
+	if agents.err != nil {
+		t.Fatal(agents.err)
+	}
+	t.Cleanup(func() { noTasks(t, agents.Cluster) }) // after that of Begin
+	agents.Begin(t)
+	return agents.Cluster
+}
+
+// noTasks checks that no plugin has anything left of a task.
+func noTasks(t *testing.T, c *nomadtest.Cluster) {
+	for _, n := range c.Clients() {
+		left, err := filepath.Glob(filepath.Join(n.Path(n.Dir), "cradle/state/tasks/*"))
+		if err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v %v", left, err)
+		}
+	}
+}
+
+// closeAgents ends them after the last test.
+func closeAgents() error {
+	if agents.Cluster == nil {
+		return nil
+	}
+	return agents.Close()
+}
+
+// pluginBlock is what an agent is told of the plugin. State and caches are the node's own.
+const pluginBlock = `
+state_dir    = "{{.Dir}}/cradle/state"
+cache_dir    = "{{.Dir}}/cradle/cache"
+boot_package = "%s"
+volumes {
+  enabled = true
+  paths   = ["{{.Dir}}/cradle/shared"]
+}
+`
+
+var buildPlugin = sync.OnceValues(func() (string, error) {
+	if err := makeShared(); err != nil {
+		return "", err
+	}
+	path := filepath.Join(shared.dir, "nomad-driver-cradle")
+	_, err := command("go", "build", "-o", path, "..")
+	return path, err
+})
+
+func startAgents(ctx context.Context, o nomadtest.Options) (*nomadtest.Cluster, error) {
+	plugin, err := buildPlugin()
+	if err != nil {
+		return nil, err
+	}
+	o.Plugins = map[string]nomadtest.Plugin{"nomad-driver-cradle": {Path: plugin, Config: fmt.Sprintf(pluginBlock, shared.boot)}}
+	o.Drivers = append(o.Drivers, Name)
+	o.Keep = append(o.Keep, "cradle") // noTasks looks into it
+	o.Agent += "telemetry {\n  publish_allocation_metrics = true\n  collection_interval = \"1s\"\n}\n"
+	return nomadtest.Open(ctx, o)
+}
+
+// jobOf is a job of one task that runs a shell script in the busybox image; more is added to its config block, task and group.
+func jobOf(name, script string, more ...string) string {
+	more = append(more, "", "", "")
+	return fmt.Sprintf(`
+job %q {
+  group "g" {
+    %s
+    task "main" {
+      driver = "cradle"
+      %s
+      config {
+        image   = "oci:%s/busybox"
+        command = "sh"
+        args    = ["-c", <<EOS
+%s
+EOS
+        ]
+        %s
+      }
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+  }
+}`, name, more[2], more[1], shared.images, script, more[0])
+}
+
+// eventually asks until the answer is as it should be, and fails the test with the last one if it never is.
+func eventually(t *testing.T, ask func() string, ok func(string) bool) {
+	t.Helper()
+	var got string
+	for range 600 {
+		if got = ask(); ok(got) {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Errorf("it stays at\n%s", got)
+}
+
+// events are what Nomad tells of an allocation's task.
+func events(t *testing.T, c *nomadtest.Cluster, alloc string) string {
+	t.Helper()
+	a, _, err := c.API.Allocations().Info(alloc, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for name, s := range a.TaskStates {
+		for _, e := range s.Events {
+			fmt.Fprintf(&b, "%s: %s: %s %v\n", name, e.Type, e.DisplayMessage, e.Details)
+		}
+	}
+	return b.String()
+}
+
+func TestVMAgentLife(t *testing.T) {
+	c := openAgents(t)
+	job := c.Run(t, jobOf("life", `trap 'echo got hup' HUP; trap 'echo got int; exit 0' INT; echo up; echo oops >&2; while :; do sleep 0.1; done`,
+		"", "kill_signal = \"SIGINT\"\nkill_timeout = \"20s\"\nuser = \"nobody\"\nenv {\n  COLOUR = \"red\"\n}\n"))
+	a := c.UntilRunning(t, job)
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
+	c.UntilLogsHave(t, a.ID, "main", "stderr", "oops\n")
+
+	if got := c.CLI(t, "alloc", "exec", a.ID, "sh", "-c", "id -un; echo $COLOUR $NOMAD_TASK_NAME"); got != "nobody\nred main\n" {
+		t.Errorf("exec: %q", got)
+	}
+	if _, stderr, code := c.TryCLI(t, "", "alloc", "exec", "-i=false", a.ID, "sh", "-c", "echo no >&2; exit 7"); code != 7 || stderr != "no\n" {
+		t.Errorf("exec: exit code %d, stderr %q", code, stderr)
+	}
+	if got, _, code := c.TryCLI(t, "some input", "alloc", "exec", a.ID, "wc", "-c"); code != 0 || strings.TrimSpace(got) != "10" {
+		t.Errorf("exec with input: %q, %d", got, code)
+	}
+	c.CLI(t, "alloc", "signal", "-s", "SIGHUP", a.ID)
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "got hup\n")
+	if got := c.CLI(t, "alloc", "fs", a.ID, "main"); !strings.Contains(got, "local/") {
+		t.Errorf("alloc fs: %q", got)
+	}
+	c.CLI(t, "alloc", "restart", a.ID)
+	logs := func() string { return c.Logs(t, a.ID, "main", "stdout") }
+	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot int\nup\n" })
+	c.Stop(t, job)
+	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot int\nup\ngot int\n" })
+}
+
+func TestVMAgentFailures(t *testing.T) {
+	c := openAgents(t)
+	const once = "restart {\n  attempts = 0\n  mode = \"fail\"\n}\nreschedule {\n  attempts = 0\n  unlimited = false\n}\n"
+	for _, test := range []struct{ name, job, want string }{
+		{"exit", jobOf("exit", "exit 9", "", "", once), "Exit Code: 9"},
+		{"oom", jobOf("oom", "tail /dev/zero", "", "", once), "oom_killed:true"},
+		{"command", strings.Replace(jobOf("command", "", "", "", once), `"sh"`, `"nothere"`, 1), "executable file not found"},
+		{"image", strings.Replace(jobOf("image", "", "", "", once), "busybox", "missing", 1), "missing"},
+		{"key", jobOf("key", "", "hostnam = \"x\"", "", once), "hostnam"},
+		{"value", jobOf("value", "", "hostname = \"not a name\"", "", once), "hostname: "},
+		{"host path", jobOf("path", "", "volumes = [\"/etc:/host\"]", "", once), "/etc is not below one of the paths that this client's operator allows"},
+		{"missing path", jobOf("missing", "", "volumes = [\"local/nope:/host\"]", "", once), "does not exist"},
+		{"user", jobOf("user", "", "", "user = \"nosuchuser\"", once), "nosuchuser"},
+		{"host network", jobOf("net", "", "", "", once+"network {\n  mode = \"host\"\n  port \"http\" {}\n}\n"), "microVM"},
+		{"snp", jobOf("snp", "", "variant = \"snp\"", "", once), "snp is not supported yet"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a := c.UntilEnded(t, c.Run(t, test.job))
+			if a.ClientStatus != api.AllocClientStatusFailed {
+				t.Errorf("the allocation is %s", a.ClientStatus)
+			}
+			eventually(t, func() string { return events(t, c, a.ID) }, func(s string) bool { return strings.Contains(s, test.want) })
+		})
+	}
+}
+
+// Templates, the directories of a task, and what changes in them while it runs.
+func TestVMAgentTemplates(t *testing.T) {
+	c := openAgents(t)
+	job := c.Run(t, jobOf("templates", `trap 'echo hup; cat /local/colour' HUP; cat /local/colour; cat /secrets/key; ls -d $NOMAD_ALLOC_DIR/data; echo $FROM_TEMPLATE; while :; do sleep 0.1; done`,
+		"", `
+      template {
+        data          = "colour {{ with nomadVar \"nomad/jobs/templates\" }}{{ .colour }}{{ end }}\n"
+        destination   = "local/colour"
+        change_mode   = "signal"
+        change_signal = "SIGHUP"
+      }
+      template {
+        data        = "key\n"
+        destination = "secrets/key"
+        perms       = "400"
+      }
+      template {
+        data        = "FROM_TEMPLATE=yes"
+        destination = "secrets/env"
+        env         = true
+      }
+`))
+	put := func(colour string) {
+		t.Helper()
+		v := &api.Variable{Path: "nomad/jobs/templates", Items: api.VariableItems{"colour": colour}}
+		if _, _, err := c.API.Variables().Update(v, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("red")
+	t.Cleanup(func() { c.API.Variables().Delete("nomad/jobs/templates", nil) })
+	a := c.UntilRunning(t, job)
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "colour red\nkey\n/alloc/data\nyes\n")
+	put("blue")
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "hup\ncolour blue\n")
+}
+
+// The client, then the plugin, are killed while a task writes; then the client is restarted in order. The task goes on, and its log is whole.
+func TestVMAgentRestarts(t *testing.T) {
+	c := openAgents(t)
+	node := c.Clients()[0]
+	job := c.Run(t, jobOf("counter", `i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done`))
+	a := c.UntilRunning(t, job)
+	seen := 0
+	more := func(what string) {
+		t.Helper()
+		target := seen + 40
+		out := c.UntilLogs(t, a.ID, "main", "stdout", func(s string) bool { return strings.Count(s, "\n") >= target })
+		lines := strings.Fields(out[:strings.LastIndexByte(out, '\n')])
+		for i, l := range lines {
+			if l != fmt.Sprint(i+1) {
+				t.Fatalf("after %s: line %d is %q", what, i+1, l)
+			}
+		}
+		seen = len(lines)
+	}
+	more("the start")
+	if err := node.KillClient(); err != nil {
+		t.Fatal(err)
+	}
+	startAgain(t, c, node, a.ID)
+	more("the client was killed")
+	killPlugin(t, node)
+	more("the plugin was killed")
+	if got := c.CLI(t, "alloc", "exec", a.ID, "echo", "still here"); got != "still here\n" {
+		t.Errorf("exec after the plugin's restart: %q", got)
+	}
+	if err := node.StopAgents(); err != nil {
+		t.Fatal(err)
+	}
+	startAgain(t, c, node, a.ID)
+	more("the client was restarted")
+	if err := node.KillClient(); err != nil {
+		t.Fatal(err)
+	}
+	killPlugin(t, node)
+	startAgain(t, c, node, a.ID)
+	more("client and plugin were killed")
+	info, _, err := c.API.Allocations().Info(a.ID, nil)
+	if err != nil || info.TaskStates["main"].Restarts != 0 {
+		t.Errorf("the task was restarted %d times: %v", info.TaskStates["main"].Restarts, err)
+	}
+}
+
+// startAgain starts a node's agents and waits until the server can ask the client about an allocation.
+func startAgain(t *testing.T, c *nomadtest.Cluster, n *nomadtest.Node, alloc string) {
+	t.Helper()
+	if err := n.StartAgents(); err != nil {
+		t.Fatal(err)
+	}
+	c.Until(t, "an answer from the client", func(*nomadtest.State) bool {
+		_, _, err := c.API.AllocFS().List(&api.Allocation{ID: alloc}, "/", nil)
+		return err == nil
+	})
+}
+
+func killPlugin(t *testing.T, n *nomadtest.Node) {
+	t.Helper()
+	list, err := n.Processes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range list {
+		if p.Name() == "nomad-driver-cradle" {
+			process, err := os.FindProcess(p.PID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatal("there is no plugin process")
+}
+
+func TestVMAgentStats(t *testing.T) {
+	c := openAgents(t)
+	a := c.UntilRunning(t, c.Run(t, jobOf("stats", "head -c 20000000 /dev/zero >/dev/shm/file; sleep 1000")))
+	c.Until(t, "statistics of the task", func(*nomadtest.State) bool {
+		s, err := c.API.Allocations().Stats(&api.Allocation{ID: a.ID, NodeID: a.NodeID}, nil)
+		return err == nil && s.Tasks["main"] != nil && s.Tasks["main"].ResourceUsage.MemoryStats.Usage > 20000000
+	})
+}
