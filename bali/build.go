@@ -157,7 +157,7 @@ func (c *cli) buildTo(ctx context.Context, b *building, out string, docker []str
 	case b.from != "":
 		root, err = gather.Open(ctx, b.from, o)
 	default:
-		root, err = c.dockerBuild(ctx, b, docker, o)
+		root, err = c.dockerBuild(ctx, b, out, docker, o)
 	}
 	if err != nil {
 		return err
@@ -193,12 +193,18 @@ func (b *building) describe(i *seal.Image) {
 	}
 }
 
+// beside is a file for the time of a build: always the same, so that the next
+// build takes the place of one that was killed.
+func beside(out, what string) string {
+	return filepath.Join(filepath.Dir(out), "."+filepath.Base(out)+"."+what)
+}
+
 // writeImage writes beside the target and moves it there when it is whole.
 func (c *cli) writeImage(ctx context.Context, b *building, out string, root *gather.Rootfs, o gather.Options, signer ssh.Signer) (s *seal.Signature, n int64, err error) {
 	if out == "-" {
 		return c.packTo(ctx, c.stdout, b.zstd, root, o, signer)
 	}
-	partial := filepath.Join(filepath.Dir(out), "."+filepath.Base(out)+".partial")
+	partial := beside(out, "partial")
 	f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, 0, err
@@ -250,24 +256,25 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// dockerBuild lets docker build, and streams the result out of it. The image
-// stays in docker's store, where it is the cache of the next build.
-func (c *cli) dockerBuild(ctx context.Context, b *building, args []string, o gather.Options) (*gather.Rootfs, error) {
+// dockerBuild lets docker build, and reads the result as docker writes it.
+func (c *cli) dockerBuild(ctx context.Context, b *building, out string, args []string, o gather.Options) (*gather.Rootfs, error) {
 	if _, err := exec.LookPath("docker"); err != nil {
 		return nil, fmt.Errorf("%w: install docker, or build without it by --from", err)
 	}
-	dir, err := os.MkdirTemp("", "bali-build-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir)
-	iidFile := filepath.Join(dir, "iid")
-	argv := []string{"build", "--iidfile", iidFile}
-	if exec.CommandContext(ctx, "docker", "buildx", "version").Run() == nil {
-		argv = []string{"buildx", "build", "--load", "--iidfile", iidFile}
-	}
 	if b.platform != "" {
-		argv = append(argv, "--platform", b.platform)
+		args = append([]string{"--platform", b.platform}, args...)
+	}
+	buildx := exec.CommandContext(ctx, "docker", "buildx", "version").Run() == nil
+	if buildx && ownBuilder(ctx, args) {
+		return c.fromDocker(ctx, o, append([]string{"buildx", "build", "--output", "type=docker,dest=-"}, args...))
+	}
+	// Docker's own builder gives images only to docker's store, where they are
+	// the cache of the next build.
+	iidFile := beside(out, "iid")
+	defer os.Remove(iidFile)
+	argv := []string{"build", "--iidfile", iidFile}
+	if buildx {
+		argv = []string{"buildx", "build", "--load", "--iidfile", iidFile}
 	}
 	cmd := exec.CommandContext(ctx, "docker", append(argv, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.stdin, c.stderr, c.stderr // stdout may be the image
@@ -278,22 +285,53 @@ func (c *cli) dockerBuild(ctx context.Context, b *building, args []string, o gat
 	if err != nil {
 		return nil, fmt.Errorf("docker build left no image id: %w", err)
 	}
-	save := exec.CommandContext(ctx, "docker", "save", strings.TrimSpace(string(iid)))
-	save.Stderr = c.stderr
-	stream, err := save.StdoutPipe()
+	return c.fromDocker(ctx, o, []string{"save", strings.TrimSpace(string(iid))})
+}
+
+// fromDocker reads the image that a docker command writes, while it does.
+func (c *cli) fromDocker(ctx context.Context, o gather.Options, argv []string) (*gather.Rootfs, error) {
+	cmd := exec.CommandContext(ctx, "docker", argv...)
+	cmd.Stdin, cmd.Stderr = c.stdin, c.stderr
+	stream, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
-	if err := save.Start(); err != nil {
+	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	archive, err := gather.Spool(stream)
-	if err = errors.Join(err, save.Wait()); err != nil {
-		if archive != nil {
-			archive.Close()
-		}
-		return nil, fmt.Errorf("docker save: %w", err)
+	root, err := gather.DockerArchive(ctx, stream, o)
+	if err != nil {
+		// to its end: a docker that failed has the better reason
+		_, _ = io.Copy(io.Discard, stream)
 	}
-	defer archive.Close()
-	return gather.DockerArchive(ctx, archive, o)
+	if werr := cmd.Wait(); werr != nil {
+		if root != nil {
+			root.Close()
+		}
+		return nil, fmt.Errorf("docker %s: %w", argv[0], werr)
+	}
+	return root, err
+}
+
+// ownBuilder reports whether buildx builds with a builder that is not docker's
+// own: those can write an image to a stream.
+func ownBuilder(ctx context.Context, args []string) bool {
+	inspect := []string{"buildx", "inspect"}
+	for i, a := range args {
+		if name, ok := strings.CutPrefix(a, "--builder="); ok {
+			inspect = append(inspect, name)
+		} else if a == "--builder" && i+1 < len(args) {
+			inspect = append(inspect, args[i+1])
+		}
+	}
+	out, err := exec.CommandContext(ctx, "docker", inspect...).Output()
+	if err != nil {
+		return false // the build says why
+	}
+	for l := range strings.Lines(string(out)) {
+		if driver, ok := strings.CutPrefix(l, "Driver:"); ok {
+			return strings.TrimSpace(driver) != "docker"
+		}
+	}
+	return false
 }

@@ -12,7 +12,9 @@ import (
 	"time"
 )
 
-// TestRootDocker builds from a Dockerfile with a docker daemon of its own.
+// TestRootDocker builds from a Dockerfile with a docker daemon of its own: with
+// docker's first builder, with buildx and docker's own BuildKit, and with buildx
+// and a BuildKit that stands alone, out of which the image streams.
 func TestRootDocker(t *testing.T) {
 	for _, need := range []string{"docker", "dockerd"} {
 		if _, err := exec.LookPath(need); err != nil {
@@ -41,6 +43,8 @@ func TestRootDocker(t *testing.T) {
 		dockerd.Wait()
 	})
 	t.Setenv("DOCKER_HOST", "unix://"+sock)
+	config := filepath.Join(state, "config")
+	t.Setenv("DOCKER_CONFIG", config)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for exec.CommandContext(ctx, "docker", "info").Run() != nil {
@@ -56,8 +60,8 @@ FROM scratch
 ARG WORD=none
 COPY app /
 ENV PATH=/bin WORD=$WORD
-USER 7:8
 WORKDIR /srv
+USER 7:8
 STOPSIGNAL SIGINT
 LABEL bali.type=notify
 ENTRYPOINT ["sh", "-c"]
@@ -79,10 +83,54 @@ ln -s busybox app/bin/id`)
 	p.sh(`docker build -q -t app --build-arg WORD=built . && docker save app >app.tar`)
 	p.ok("build", "saved.tar.gz", "--timestamp", "0", "--from", "docker-archive:app.tar")
 	p.sh("cmp docker.tar.gz saved.tar.gz")
+	p.sh("docker save app | bali build saved.tar.gz --timestamp 0 --from docker-archive:/dev/stdin && cmp docker.tar.gz saved.tar.gz")
+
+	tool := func(name string) string {
+		build, err := filepath.Abs("../tools/build.sh")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lastLine(p.sh(build + " " + name))
+	}
+	plugins := filepath.Join(config, "cli-plugins")
+	if err := os.MkdirAll(plugins, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(tool("buildx"), filepath.Join(plugins, "docker-buildx")); err != nil {
+		t.Fatal(err)
+	}
+	p.ok("build", "buildx.tar.gz", "--timestamp", "0", "--build-arg", "WORD=built", ".")
+	p.sh("cmp docker.tar.gz buildx.tar.gz")
+
+	kit := filepath.Join(state, "buildkit.sock")
+	buildkitd := exec.CommandContext(t.Context(), tool("buildkitd"), "--addr", "unix://"+kit, "--root", filepath.Join(state, "buildkit"), "--oci-worker-snapshotter", "native")
+	buildkitd.Cancel = func() error { return buildkitd.Process.Signal(os.Interrupt) }
+	buildkitd.WaitDelay = 30 * time.Second
+	buildkitd.Stdout, buildkitd.Stderr = log, log
+	if err := buildkitd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		buildkitd.Process.Signal(os.Interrupt)
+		buildkitd.Wait()
+		if b, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
+			t.Logf("%s", b)
+		}
+	})
+	p.sh("docker buildx create --name own --driver remote unix://" + kit)
+	images := p.sh("docker images -aq | sort")
+	p.ok("build", "own.tar.gz", "--builder", "own", "--timestamp", "0", "--build-arg", "WORD=built", ".")
+	p.sh("cmp docker.tar.gz own.tar.gz")
+	p.sh("docker buildx use own && cat Dockerfile | bali build - -f - --timestamp 0 --build-arg WORD=built . >piped.tar.gz && cmp docker.tar.gz piped.tar.gz")
+	if after := p.sh("docker images -aq | sort"); after != images {
+		t.Errorf("docker's store holds %q, before it held %q", after, images)
+	}
+	p.refused("docker buildx: exit status", "build", "none.tar.gz", "-f", "Nofile", ".")
+	p.sh("docker buildx use default")
 
 	// what docker refuses is bali's failure, and leaves no image
 	p.refused("docker build: exit status", "build", "none.tar.gz", "-f", "Nofile", ".")
-	if left := p.sh("ls -A | grep -e none -e partial || true; ls -A tmp"); left != "" {
+	if left := p.sh("ls -A | grep -e none -e partial -e iid || true; ls -A tmp"); left != "" {
 		t.Errorf("left behind: %s", left)
 	}
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# build.sh nomad|consul|compose|csi-sanity: print the path of that program.
+# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd: print the path of that program.
 #
 # The one on PATH where it has the version that tools/NAME/go.mod names (or newer, with the same major version), else one
 # built from the Go module proxy, cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/tools/NAME-KEY, where KEY hashes the
-# module files, this script and the compiler. Nomad and Consul take 3 to 4 minutes each on two idle cores.
+# module files, how it is compiled and the compiler. Nomad and Consul take 3 to 4 minutes each on two idle cores.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 die() { echo "build.sh: $*" >&2; exit 1; }
@@ -17,8 +17,11 @@ case $name in
     module=github.com/docker/compose/v5 package=$module/cmd binary=docker-compose
     flags+=(-ldflags "-s -w -X $module/internal.Version=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/compose/go.mod" | grep -m1 ^v)")
     ;;
+  buildx) module=github.com/docker/buildx package=$module/cmd/buildx flags+=(-ldflags "-s -w") ;;
+  # rootful, with the runc on PATH
+  buildkitd) module=github.com/moby/buildkit package=$module/cmd/buildkitd flags+=(-ldflags "-s -w") ;;
   csi-sanity) module=github.com/kubernetes-csi/csi-test/v5 package=$module/cmd/csi-sanity ;;
-  *) die "usage: build.sh nomad|consul|compose|csi-sanity" ;;
+  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd" ;;
 esac
 want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$name/go.mod" | grep -m1 '^v')
 
@@ -35,7 +38,7 @@ if found=$(command -v "$binary") && have=$(version_of "$found") && [ "${have%%.*
   exit 0
 fi
 
-key=$( (cat "$here/$name/go.mod" "$here/$name/go.sum" "$0"; go version) | sha256sum | cut -c1-16)
+key=$( (cat "$here/$name/go.mod" "$here/$name/go.sum"; echo "$package $cgo ${flags[*]}"; go version) | sha256sum | cut -c1-16)
 out=${XDG_CACHE_HOME:-$HOME/.cache}/cradlestack/tools/$name-$key
 if [ -x "$out/$binary" ]; then echo "$out/$binary"; exit 0; fi
 mkdir -p "$out"

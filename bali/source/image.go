@@ -28,16 +28,12 @@ func flatten(ctx context.Context, img v1.Image, from string, o Options) (_ *Root
 	if err != nil {
 		return nil, fmt.Errorf("%s: configuration: %w", from, err)
 	}
-	if want := o.platform(); o.Platform.Architecture != "" && cfg.Architecture != want.Architecture {
-		return nil, fmt.Errorf("%s: it is for %s/%s, not for %s", from, cfg.OS, cfg.Architecture, want)
-	}
 	layers, err := img.Layers()
 	if err != nil {
 		return nil, fmt.Errorf("%s: layers: %w", from, err)
 	}
-	r := &Rootfs{opt: o, Image: describe(cfg, from)}
-	r.top = newDir(0, 0)
-	if r.spool, err = newSpool(); err != nil {
+	r, err := newRootfs(o)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -45,8 +41,8 @@ func flatten(ctx context.Context, img v1.Image, from string, o Options) (_ *Root
 			r.Close()
 		}
 	}()
-	if r.opt.MaxSize == 0 {
-		r.opt.MaxSize = seal.DefaultMaxSize
+	if err := r.configure(cfg, from); err != nil {
+		return nil, err
 	}
 	for i, l := range layers {
 		if err := r.layer(ctx, l, i+1); err != nil {
@@ -55,6 +51,24 @@ func flatten(ctx context.Context, img v1.Image, from string, o Options) (_ *Root
 	}
 	r.Size = r.sum(r.top, make(map[*inode]bool))
 	return r, nil
+}
+
+// newRootfs is an empty one with room for content.
+func newRootfs(o Options) (*Rootfs, error) {
+	if o.MaxSize == 0 {
+		o.MaxSize = seal.DefaultMaxSize
+	}
+	spool, err := newSpool()
+	return &Rootfs{opt: o, top: newDir(0, 0), spool: spool}, err
+}
+
+// configure takes an image's configuration over.
+func (r *Rootfs) configure(cfg *v1.ConfigFile, from string) error {
+	if want := r.opt.platform(); r.opt.Platform.Architecture != "" && cfg.Architecture != want.Architecture {
+		return fmt.Errorf("%s: it is for %s/%s, not for %s", from, cfg.OS, cfg.Architecture, want)
+	}
+	r.Image = describe(cfg, from)
+	return nil
 }
 
 func describe(cfg *v1.ConfigFile, from string) seal.Image {
@@ -90,24 +104,73 @@ func (r *Rootfs) layer(ctx context.Context, l v1.Layer, number int) error {
 		return err
 	}
 	defer z.Close()
-	t := tar.NewReader(z)
+	members, err := r.read(ctx, z)
+	if err != nil {
+		return err
+	}
+	return r.lay(members, number)
+}
+
+// member is one of a layer's, with its content in the spool already.
+type member struct {
+	path   string
+	link   string // of a hard link
+	*inode        // nil for hard links and whiteouts
+}
+
+// read takes a layer's members in, to the stream's end, where its digest is
+// compared.
+func (r *Rootfs) read(ctx context.Context, layer io.Reader) ([]member, error) {
+	var out []member
+	// headers and padding count too: a compressed layer may be nothing else
+	layer = &bounded{layer, r.opt.MaxSize + seal.DefaultMaxSize}
+	t := tar.NewReader(layer)
 	for {
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
-			// to the end, where go-containerregistry compares the digest
-			_, err = io.Copy(io.Discard, z)
-			return err
+			_, err = io.Copy(io.Discard, layer)
+			return out, err
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if err := r.member(h, t, number); err != nil {
-			return fmt.Errorf("%s: %w", h.Name, err)
+		m := member{path: path.Clean("/" + h.Name)[1:]}
+		switch base := path.Base(m.path); {
+		case h.Typeflag == tar.TypeXGlobalHeader || m.path == "": // the root folder itself
+			continue
+		case strings.HasPrefix(base, whiteout):
+		case h.Typeflag == tar.TypeLink:
+			m.link = path.Clean("/" + h.Linkname)[1:]
+		default:
+			if m.inode, err = r.inode(h, m.path, t); err != nil {
+				return nil, fmt.Errorf("%s: %w", h.Name, err)
+			}
+			if m.inode == nil {
+				continue
+			}
 		}
+		if len(out) >= seal.DefaultMaxEntries {
+			return nil, fmt.Errorf("%w: more than %d entries in a layer", seal.ErrTooLarge, seal.DefaultMaxEntries)
+		}
+		out = append(out, m)
 	}
+}
+
+// bounded fails after so many bytes.
+type bounded struct {
+	r    io.Reader
+	left int64
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return n, fmt.Errorf("%w: raise --max-size if that is right", seal.ErrTooLarge)
+	}
+	return n, err
 }
 
 // Whiteouts: OCI image-spec, layer.md.
@@ -116,19 +179,22 @@ const (
 	opaque   = ".wh..wh..opq"
 )
 
-func (r *Rootfs) member(h *tar.Header, content io.Reader, layer int) error {
-	if h.Typeflag == tar.TypeXGlobalHeader {
-		return nil
+// lay lays members over what is there.
+func (r *Rootfs) lay(members []member, layer int) error {
+	for _, m := range members {
+		if err := r.member(m, layer); err != nil {
+			return fmt.Errorf("%s: %w", m.path, err)
+		}
 	}
-	p := path.Clean("/" + h.Name)[1:]
-	if p == "" {
-		return nil // the root folder itself
-	}
-	dir, err := r.parent(p, layer)
+	return nil
+}
+
+func (r *Rootfs) member(m member, layer int) error {
+	dir, err := r.parent(m.path, layer)
 	if err != nil {
 		return err
 	}
-	base := path.Base(p)
+	base := path.Base(m.path)
 	switch {
 	case base == opaque:
 		dir.prune(layer)
@@ -137,27 +203,28 @@ func (r *Rootfs) member(h *tar.Header, content io.Reader, layer int) error {
 		delete(dir.children, base[len(whiteout):])
 		return nil
 	}
-	n, err := r.node(h, p, content, layer)
-	if err != nil || n == nil {
-		return err
+	n := &node{inode: m.inode, layer: layer}
+	if n.inode == nil {
+		target := r.find(m.link, layer)
+		if target == nil || target.Kind == seal.Dir {
+			return fmt.Errorf("hard link to %q, which is no file", m.link)
+		}
+		n.inode = target.inode
 	}
-	if old := dir.children[base]; old != nil && old.Kind == seal.Dir && n.Kind == seal.Dir {
-		n.children = old.children
+	if n.Kind == seal.Dir {
+		n.children = make(map[string]*node)
+		if old := dir.children[base]; old != nil && old.Kind == seal.Dir {
+			n.children = old.children
+		}
 	}
 	dir.children[base] = n
 	return nil
 }
 
-func (r *Rootfs) node(h *tar.Header, p string, content io.Reader, layer int) (*node, error) {
-	if h.Typeflag == tar.TypeLink {
-		target := r.find(path.Clean("/" + h.Linkname)[1:], layer)
-		if target == nil || target.Kind == seal.Dir {
-			return nil, fmt.Errorf("hard link to %q, which is no file", h.Linkname)
-		}
-		return &node{inode: target.inode, layer: layer}, nil
-	}
+// inode makes one of a header, nil for what is left out.
+func (r *Rootfs) inode(h *tar.Header, p string, content io.Reader) (*inode, error) {
 	clean := *h
-	clean.Name, clean.Mode, clean.Linkname = p, h.Mode&0o7777, h.Linkname
+	clean.Name, clean.Mode = p, h.Mode&0o7777
 	if h.Typeflag == tar.TypeGNUSparse {
 		clean.Typeflag = tar.TypeReg // archive/tar reads the holes as zeros
 	}
@@ -187,20 +254,16 @@ func (r *Rootfs) node(h *tar.Header, p string, content io.Reader, layer int) (*n
 		r.opt.warn("%s is a device node and left out: keep it with --devices", p)
 		return nil, nil
 	}
-	n := &node{inode: &inode{Entry: *e}, layer: layer}
-	switch e.Kind {
-	case seal.Dir:
-		n.children = make(map[string]*node)
-	case seal.File:
-		if r.opt.MaxSize -= e.Size; r.opt.MaxSize < 0 {
-			return nil, fmt.Errorf("%w: raise --max-size if that is right", seal.ErrTooLarge)
-		}
-		if n.offset, err = r.spool.Seek(0, io.SeekCurrent); err != nil {
-			return nil, err
-		}
-		if _, err := io.Copy(r.spool, content); err != nil {
-			return nil, err
-		}
+	i := &inode{Entry: *e}
+	if e.Kind != seal.File {
+		return i, nil
 	}
-	return n, nil
+	if r.opt.MaxSize -= e.Size; r.opt.MaxSize < 0 {
+		return nil, fmt.Errorf("%w: raise --max-size if that is right", seal.ErrTooLarge)
+	}
+	if i.offset, err = r.spool.Seek(0, io.SeekCurrent); err != nil {
+		return nil, err
+	}
+	_, err = io.Copy(r.spool, content)
+	return i, err
 }

@@ -10,7 +10,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -21,7 +20,6 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"github.com/cradlestack/cradlestack/bali/seal"
 )
@@ -70,7 +68,11 @@ func Open(ctx context.Context, from string, o Options) (*Rootfs, error) {
 			return nil, err
 		}
 		defer f.Close()
-		return DockerArchive(ctx, f, o)
+		r, err := DockerArchive(ctx, f, o)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", rest, err)
+		}
+		return r, nil
 	case scheme == "oci":
 		return ociLayout(ctx, rest, o)
 	case scheme == "dir":
@@ -89,21 +91,6 @@ func Open(ctx context.Context, from string, o Options) (*Rootfs, error) {
 		return nil, fmt.Errorf("pull %s: %w", ref, err)
 	}
 	return flatten(ctx, img, ref.Name(), o)
-}
-
-// DockerArchive gathers from what docker save writes. f is read several times.
-func DockerArchive(ctx context.Context, f *os.File, o Options) (*Rootfs, error) {
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	img, err := tarball.Image(func() (io.ReadCloser, error) {
-		return io.NopCloser(io.NewSectionReader(f, 0, fi.Size())), nil
-	}, nil)
-	if err != nil {
-		return nil, fmt.Errorf("docker-archive %s: %w", f.Name(), err)
-	}
-	return flatten(ctx, img, "docker-archive", o)
 }
 
 func ociLayout(ctx context.Context, where string, o Options) (*Rootfs, error) {
@@ -196,20 +183,6 @@ func newSpool() (*os.File, error) {
 		return nil, err
 	}
 	if err := os.Remove(f.Name()); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// Spool copies a stream into a temporary file without a name, to be read by
-// offset.
-func Spool(r io.Reader) (*os.File, error) {
-	f, err := newSpool()
-	if err != nil {
-		return nil, err
-	}
-	if _, err := io.Copy(f, r); err != nil {
 		f.Close()
 		return nil, err
 	}

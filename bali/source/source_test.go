@@ -22,6 +22,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/cradlestack/cradlestack/bali/seal"
 )
@@ -299,6 +301,203 @@ func TestOpen(t *testing.T) {
 	if _, err := Open(t.Context(), where, Options{Platform: v1.Platform{OS: "linux", Architecture: "mips"}}); err == nil {
 		t.Error("an image for another architecture was taken")
 	}
+}
+
+// dockerArchive is what docker save writes: in the form since 25, an OCI layout
+// with a manifest.json, and in the one before, with names of its own, and links
+// where two layers are the same. edit may change its members.
+func dockerArchive(t testing.TB, old bool, img v1.Image, edit func(name string, content []byte) (string, []byte)) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	add := func(h tar.Header, content []byte) {
+		if edit != nil && h.Typeflag == tar.TypeReg {
+			h.Name, content = edit(h.Name, content)
+		}
+		if h.Mode, h.Size = 0o644, int64(len(content)); h.Name == "" {
+			return
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		w.Write(content)
+	}
+	config, err := img.RawConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, err := img.ConfigName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest := "blobs/sha256/" + name.Hex
+	if old {
+		manifest = name.Hex + ".json"
+	} else {
+		add(tar.Header{Name: "blobs/", Typeflag: tar.TypeDir}, nil)
+		add(tar.Header{Name: "blobs/sha256/1", Typeflag: tar.TypeReg}, []byte(`{"an attestation": 1}`))
+	}
+	seen := map[string]string{}
+	for i, l := range layers {
+		z, err := l.Uncompressed()
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := io.ReadAll(z)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := l.DiffID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch at := fmt.Sprintf("%d/layer.tar", i); {
+		case !old:
+			add(tar.Header{Name: "blobs/sha256/" + id.Hex, Typeflag: tar.TypeReg}, content)
+		case seen[id.Hex] != "":
+			add(tar.Header{Name: at, Typeflag: tar.TypeSymlink, Linkname: "../" + seen[id.Hex]}, nil)
+		default:
+			seen[id.Hex] = at
+			add(tar.Header{Name: fmt.Sprintf("%d/VERSION", i), Typeflag: tar.TypeReg}, []byte("1.0"))
+			add(tar.Header{Name: fmt.Sprintf("%d/json", i), Typeflag: tar.TypeReg}, []byte("{}"))
+			add(tar.Header{Name: at, Typeflag: tar.TypeReg}, content)
+		}
+	}
+	add(tar.Header{Name: manifest, Typeflag: tar.TypeReg}, config)
+	add(tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg}, fmt.Appendf(nil, `[{"Config": %q, "RepoTags": null, "Layers": ["whatever"]}]`, manifest))
+	add(tar.Header{Name: "repositories", Typeflag: tar.TypeReg}, []byte("{}"))
+	w.Close()
+	return b.Bytes()
+}
+
+// once gives bytes like a pipe: one at a time, never again.
+type once struct{ io.Reader }
+
+// TestDockerArchive reads both forms of docker save from a pipe, compressed or
+// not.
+func TestDockerArchive(t *testing.T) {
+	same := layer(t, "f [ x", "f same x")
+	img := image(t, layer(t, "d bin", "f bin/app hello", "f gone x"), same, layer(t, "f .wh.gone ", "f bin/app upper"), same)
+	gz := func(b []byte) []byte {
+		var out bytes.Buffer
+		z := gzip.NewWriter(&out)
+		z.Write(b)
+		z.Close()
+		return out.Bytes()
+	}
+	zs := func(b []byte) []byte {
+		z, err := zstd.NewWriter(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return z.EncodeAll(b, nil)
+	}
+	compressLayers := func(name string, b []byte) (string, []byte) {
+		if len(b)%512 == 0 && len(b) > 0 { // a tar
+			return name, gz(b)
+		}
+		return name, b
+	}
+	for name, b := range map[string][]byte{
+		"new":                dockerArchive(t, false, img, nil),
+		"old":                dockerArchive(t, true, img, nil),
+		"gzip":               gz(dockerArchive(t, false, img, nil)),
+		"zstd":               zs(dockerArchive(t, true, img, nil)),
+		"compressed layers":  dockerArchive(t, false, img, compressLayers),
+		"names mean nothing": dockerArchive(t, true, img, func(name string, b []byte) (string, []byte) { return strings.Replace(name, "layer.tar", "other", 1), b }),
+	} {
+		r, err := DockerArchive(t.Context(), once{bytes.NewReader(b)}, Options{})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if got := listing(t, r); got != "- [ x\nd bin \n- bin/app upper\n- same x\n" {
+			t.Errorf("%s: %s", name, got)
+		}
+		if r.Image.User != "web" || r.Size != 7 {
+			t.Errorf("%s: %+v, %d bytes", name, r.Image, r.Size)
+		}
+		r.Close()
+	}
+	change := func(part, with string) func(string, []byte) (string, []byte) {
+		return func(name string, b []byte) (string, []byte) {
+			if strings.Contains(name, part) {
+				return name, bytes.Replace(b, []byte("hello"), []byte(with), 1)
+			}
+			return name, b
+		}
+	}
+	drop := func(part string) func(string, []byte) (string, []byte) {
+		return func(name string, b []byte) (string, []byte) {
+			if strings.Contains(name, part) {
+				return "", nil
+			}
+			return name, b
+		}
+	}
+	good := dockerArchive(t, false, img, nil)
+	for _, c := range []struct {
+		name   string
+		b      []byte
+		reason string
+	}{
+		{"damaged layer", dockerArchive(t, true, img, change("0/layer.tar", "jello")), "layer 1 of 4, sha256:"},
+		{"damaged configuration", dockerArchive(t, true, img, func(name string, b []byte) (string, []byte) {
+			return name, bytes.Replace(b, []byte("/bin/app"), []byte("/bin/bad"), 1)
+		}), "is damaged"},
+		{"missing layer", dockerArchive(t, true, img, drop("layer.tar")), "is not in it"},
+		{"missing configuration", dockerArchive(t, false, img, func(name string, b []byte) (string, []byte) {
+			if bytes.Contains(b, []byte("rootfs")) {
+				return "", nil
+			}
+			return name, b
+		}), "configuration blobs/sha256/"},
+		{"no manifest", dockerArchive(t, false, img, drop("manifest.json")), "no manifest.json: make it with docker save"},
+		{"several images", dockerArchive(t, false, img, func(name string, b []byte) (string, []byte) {
+			if name == "manifest.json" {
+				b = []byte(`[{"Config":"a"},{"Config":"b"}]`)
+			}
+			return name, b
+		}), "it holds 2 images: docker save one alone"},
+		{"cut off", good[:len(good)/2], ""},
+		{"not an archive", []byte("hello"), ""},
+		{"empty", nil, "no manifest.json"},
+	} {
+		if _, err := DockerArchive(t.Context(), bytes.NewReader(c.b), Options{}); err == nil || !strings.Contains(err.Error(), c.reason) {
+			t.Errorf("%s: %v, want an error with %q", c.name, err, c.reason)
+		}
+	}
+	if _, err := DockerArchive(t.Context(), bytes.NewReader(good), Options{MaxSize: 5}); !errors.Is(err, seal.ErrTooLarge) {
+		t.Errorf("more than MaxSize: %v", err)
+	}
+}
+
+// FuzzArchive: any archive is refused or gives what can be written.
+func FuzzArchive(f *testing.F) {
+	small, err := mutate.AppendLayers(empty.Image)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(dockerArchive(f, false, small, nil))
+	f.Add(dockerArchive(f, true, small, nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := DockerArchive(t.Context(), bytes.NewReader(b), Options{MaxSize: 1 << 20})
+		if err != nil {
+			return
+		}
+		defer r.Close()
+		w, err := seal.NewWriter(io.Discard, &r.Image, seal.Gzip, 0)
+		if err != nil {
+			return // the description is checked when it is written
+		}
+		if err := r.Write(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // TestNothingLeft: the temporary file has no name, so nothing stays after a
