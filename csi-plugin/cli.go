@@ -6,12 +6,18 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
@@ -31,6 +37,7 @@ type cli struct {
 	endpoint string
 	nodeID   string
 	zone     string
+	metrics  string
 	verbose  bool
 }
 
@@ -84,6 +91,7 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringVar(&c.endpoint, "endpoint", env("CSI_ENDPOINT", "unix:///run/cradle/csi.sock"), "unix socket to serve on ($CSI_ENDPOINT, which Nomad sets)")
 	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name")
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
+	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	return cmd
 }
@@ -181,9 +189,32 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 			log.Warn("repair", "error", err)
 		}
 	}
+	registry := prometheus.NewRegistry()
 	s := rpc.New(rpc.Config{
 		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local,
-		Version: version, DirectDir: spec.DirectDir, Log: log,
+		Version: version, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
-	return errors.Join(s.Serve(ctx, l), b.Close())
+	g, ctx := errgroup.WithContext(ctx)
+	if c.metrics != "" {
+		m, err := net.Listen("tcp", c.metrics)
+		if err != nil {
+			return errors.Join(fmt.Errorf("--metrics: %w", err), l.Close(), b.Close())
+		}
+		g.Go(func() error { return serveMetrics(ctx, m, registry) })
+	}
+	g.Go(func() error { return s.Serve(ctx, l) })
+	return errors.Join(g.Wait(), b.Close())
+}
+
+// serveMetrics answers Prometheus until ctx ends.
+func serveMetrics(ctx context.Context, l net.Listener, registry *prometheus.Registry) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
 }

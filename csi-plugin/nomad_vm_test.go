@@ -26,6 +26,13 @@ type stack struct {
 
 // startStack runs the plugin as its example says.
 func startStack(t *testing.T) *stack {
+	s := startNomad(t)
+	s.plugin()
+	return s
+}
+
+// startNomad is a Nomad without the plugin.
+func startNomad(t *testing.T) *stack {
 	s := &stack{t: t, plugins: t.TempDir()}
 	script := strings.ReplaceAll(s.example("cradle-host-volume"), "/var/lib/cradle/host-volumes", filepath.Join(s.plugins, "pool"))
 	if err := os.WriteFile(filepath.Join(s.plugins, "cradle-host-volume"), []byte(script), 0o755); err != nil {
@@ -39,7 +46,6 @@ func startStack(t *testing.T) *stack {
 	})
 	s.node = s.Clients()[0]
 	t.Cleanup(s.stopUsers)
-	s.plugin()
 	return s
 }
 
@@ -364,6 +370,37 @@ func testHostVolume(s *stack) {
 	if left := s.mounts("/host_volumes/"); len(left) > 0 {
 		s.t.Errorf("left mounted: %v", left)
 	}
+}
+
+// TestRootNomadReadme runs the README's commands.
+func TestRootNomadReadme(t *testing.T) {
+	root, err := programs.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(text), "<!-- run in Nomad -->\n```sh\n")
+	block, _, ok := strings.Cut(block, "```")
+	if !ok || strings.Count(block, "\n") < 5 {
+		t.Fatalf("the README has no commands for Nomad: %q", block)
+	}
+	s := startNomad(t)
+	for line := range strings.Lines(block) {
+		args := strings.Fields(line)
+		for i, arg := range args {
+			if strings.HasSuffix(arg, ".hcl") {
+				args[i] = s.file(s.example(arg))
+			}
+		}
+		s.CLI(t, args[1:]...)
+		if args[1] == "job" {
+			s.healthy()
+		}
+	}
+	s.empty()
 }
 
 // empty checks that nothing is left of any volume.

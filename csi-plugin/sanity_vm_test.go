@@ -96,7 +96,7 @@ func serve(t *testing.T, dir, pool string) (endpoint string) {
 	var stderr bytes.Buffer
 	done := make(chan int)
 	go func() {
-		done <- run(ctx, []string{"monolith", "--pool", pool, "--endpoint", endpoint, "--node-id", "host", "--zone", "zone", "--verbose"}, os.Stdout, &stderr)
+		done <- run(ctx, []string{"monolith", "--pool", pool, "--endpoint", endpoint, "--node-id", "host", "--zone", "zone", "--metrics", "127.0.0.1:0", "--verbose"}, os.Stdout, &stderr)
 	}()
 	t.Cleanup(func() {
 		cancel()

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -43,18 +44,20 @@ type Config struct {
 	Version    string // of this program
 	DirectDir  string // where records of directly attached volumes are: spec.DirectDir
 	Log        *slog.Logger
+	Metrics    prometheus.Registerer // nil for none
 }
 
 // A Server answers CSI calls.
 type Server struct {
-	config Config
-	grpc   *grpc.Server
-	busy   keyed
+	config  Config
+	grpc    *grpc.Server
+	busy    keyed
+	metrics *metrics
 }
 
 // New returns a server that is not listening yet.
 func New(c Config) *Server {
-	s := &Server{config: c}
+	s := &Server{config: c, metrics: newMetrics(c)}
 	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.MaxRecvMsgSize(maxMessage))
 	csi.RegisterIdentityServer(s.grpc, &identity{Server: s})
 	if c.Controller {
@@ -107,7 +110,9 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	resp, err = handler(ctx, req)
 	err = translate(err)
 	method := info.FullMethod[strings.LastIndexByte(info.FullMethod, '/')+1:]
-	args := []any{"method", method, "took", time.Since(began).Round(time.Microsecond)}
+	took := time.Since(began)
+	s.metrics.count(method, status.Code(err), took)
+	args := []any{"method", method, "took", took.Round(time.Microsecond)}
 	// Of a request only its subject is logged: secrets, and options that hold some, are in the rest.
 	switch r := req.(type) {
 	case interface{ GetVolumeId() string }:

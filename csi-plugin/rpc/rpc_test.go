@@ -1,0 +1,183 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+func TestTranslate(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want codes.Code
+	}{
+		{nil, codes.OK},
+		{fmt.Errorf("volume v: %w", volume.ErrNotFound), codes.NotFound},
+		{fmt.Errorf("volume v: %w", volume.ErrExists), codes.AlreadyExists},
+		{fmt.Errorf("volume v: %w", volume.ErrInUse), codes.FailedPrecondition},
+		{fmt.Errorf("volume v: %w", volume.ErrForeign), codes.FailedPrecondition},
+		{fmt.Errorf("volume v: %w", volume.ErrNoSpace), codes.ResourceExhausted},
+		{fmt.Errorf("volume v: %w", volume.ErrRange), codes.OutOfRange},
+		{volume.Invalid("parameter fs", "no"), codes.InvalidArgument},
+		{fmt.Errorf("pool p: %w", volume.ErrUnavailable), codes.Unavailable},
+		{errors.ErrUnsupported, codes.Unimplemented},
+		{context.DeadlineExceeded, codes.DeadlineExceeded},
+		{context.Canceled, codes.Canceled},
+		{errors.New("else"), codes.Internal},
+		{status.Error(codes.Aborted, "already one"), codes.Aborted},
+	} {
+		if got := status.Code(translate(c.err)); got != c.want {
+			t.Errorf("%v: %v; want %v", c.err, got, c.want)
+		}
+	}
+}
+
+func TestPage(t *testing.T) {
+	all := []string{"a", "b", "c", "d"}
+	id := func(s string) string { return s }
+	var got []string
+	token := ""
+	for range 10 {
+		some, next, err := page(all, id, token, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, some...)
+		if token = next; token == "" {
+			break
+		}
+		all = append([]string{"aa"}, all[2:]...) // what is on a page that was read goes, and another comes
+	}
+	if strings.Join(got, "") != "abcd" {
+		t.Errorf("the pages are %v", got)
+	}
+	if _, _, err := page(all, id, "b", 2); status.Code(err) != codes.Aborted {
+		t.Errorf("a token of somebody else's: %v", err)
+	}
+	if _, _, err := page(all, id, "", -1); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("-1 entries: %v", err)
+	}
+}
+
+// One holder of a key at a time, any number of different keys, and a waiter that gives up leaves nothing.
+func TestKeyed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var k keyed
+		unlock, err := k.lock(t.Context(), "v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := k.lock(t.Context(), "w")
+		if err != nil {
+			t.Fatal(err)
+		}
+		other()
+		ctx, cancel := context.WithCancel(t.Context())
+		gaveUp := make(chan error)
+		go func() {
+			_, err := k.lock(ctx, "v")
+			gaveUp <- err
+		}()
+		entered := false
+		go func() {
+			unlock, err := k.lock(t.Context(), "v")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			entered = true
+			unlock()
+		}()
+		synctest.Wait()
+		if entered {
+			t.Error("two hold one key")
+		}
+		cancel()
+		if err := <-gaveUp; !errors.Is(err, context.Canceled) {
+			t.Errorf("gave up with %v", err)
+		}
+		unlock()
+		synctest.Wait()
+		if !entered || len(k.held) != 0 {
+			t.Errorf("entered: %t; left: %v", entered, k.held)
+		}
+	})
+}
+
+func TestCapabilities(t *testing.T) {
+	mounted := func(m mode, fs string, flags ...string) *csi.VolumeCapability {
+		return &csi.VolumeCapability{
+			AccessMode: &csi.VolumeCapability_AccessMode{Mode: m},
+			AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: fs, MountFlags: flags}},
+		}
+	}
+	raw := &csi.VolumeCapability{
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+		AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
+	}
+	const (
+		one  = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
+		read = csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
+		many = csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER
+	)
+	block := volume.Volume{ID: "v", Parameters: volume.Parameters{Class: volume.LV2, FS: "ext4"}}
+	files := volume.Volume{ID: "v", Parameters: volume.Parameters{Class: volume.NFS}}
+	for _, c := range []struct {
+		c        *csi.VolumeCapability
+		v        volume.Volume
+		want     string // "" is accepted
+		readOnly bool
+	}{
+		{mounted(one, ""), block, "", false},
+		{mounted(one, "ext4", "noatime"), block, "", false},
+		{mounted(one, "ext4", "ro"), block, "", true},
+		{mounted(csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY, ""), block, "", true},
+		{raw, block, "", false},
+		{mounted(one, "xfs"), block, "its file system is ext4, not xfs", false},
+		{mounted(many, ""), block, "class lv2 has no access mode MULTI_NODE_MULTI_WRITER", false},
+		{mounted(many, ""), files, "", false},
+		{mounted(read, ""), files, "", true},
+		{raw, files, "class nfs is of file volumes", false},
+		{mounted(one, "", "suid"), block, `mount flag "suid" is not allowed`, false},
+		{mounted(one, "", "dev"), block, `mount flag "dev" is not allowed`, false},
+		{mounted(one, "", "context=x,ro"), block, `mount flag "context=x,ro" is not allowed`, false},
+		{mounted(csi.VolumeCapability_AccessMode_UNKNOWN, ""), block, "it has no access mode", false},
+		{&csi.VolumeCapability{AccessMode: raw.AccessMode}, block, "it has no access type", false},
+	} {
+		w, err := wishFor(c.c, c.v)
+		switch {
+		case c.want == "" && (err != nil || w.readOnly != c.readOnly):
+			t.Errorf("%v: %+v, %v", c.c, w, err)
+		case c.want != "" && (status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%v: %v; want %s", c.c, err, c.want)
+		}
+	}
+}
+
+// A socket that nobody serves is replaced, one that somebody does is not, and nothing else is removed.
+func TestListen(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := Listen("unix://" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another program serves it") {
+		t.Errorf("a socket in use: %v", err)
+	}
+	l.Close()
+	for _, endpoint := range []string{"", "unix://", "tcp://127.0.0.1:1"} {
+		if _, err := Listen(endpoint); err == nil || !strings.Contains(err.Error(), "is no unix socket") {
+			t.Errorf("%q: %v", endpoint, err)
+		}
+	}
+}
