@@ -590,6 +590,11 @@ func TestVMPublish(t *testing.T) {
 	if len(published) != 2 || published[0].HostPort == 0 || published[1].HostPort == 0 {
 		t.Fatalf("published %+v", published)
 	}
+	// The guest tells docker's clients the same.
+	port := exec.Command("docker", "-H", "unix://"+filepath.Join(dir, "vdocker.sock"), "port", "pod", "80/tcp")
+	if out, err := port.CombinedOutput(); err != nil || string(out) != fmt.Sprintf("127.0.0.1:%d\n", published[0].HostPort) {
+		t.Errorf("docker port: %v, %s", err, out)
+	}
 	within(t, "the web server answers", func() bool {
 		c, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", published[0].HostPort), time.Second)
 		if err != nil {

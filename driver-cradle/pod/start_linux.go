@@ -142,6 +142,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 		w.Disks[i].LUN, _ = m.LUN(disk.Key)
 	}
 	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
+	w.Launch.Network.Publish = m.Info().Publish // with the ports that were left open: docker's clients ask the guest
 	r := d.running(m, lock, launch, started, o.DiscardLogs)
 	if err = r.launch(ctx, &w, &o); err == nil && d.wasKilled() {
 		err = errStopped
