@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -39,6 +40,9 @@ func Serve(ctx context.Context, dir string) (_ *Server, err error) {
 		if _, err := exec.LookPath(program); err != nil {
 			return nil, fmt.Errorf("no %s: apt-get install nfs-ganesha nfs-ganesha-vfs rpcbind", program)
 		}
+	}
+	if err := sweep(); err != nil {
+		return nil, err
 	}
 	// Other processes do the same on this host.
 	pid, n := os.Getpid(), servers.Add(1)
@@ -97,6 +101,29 @@ LOG { Default_Log_Level = WARN; }
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+}
+
+// sweep ends the servers of tests that were killed.
+func sweep() error {
+	namespaces, err := filepath.Glob("/run/netns/nfs-*-*")
+	for _, path := range namespaces {
+		name := filepath.Base(path)
+		var pid, n int
+		if _, err := fmt.Sscanf(name, "nfs-%d-%d", &pid, &n); err != nil || syscall.Kill(pid, 0) == nil {
+			continue
+		}
+		out, err := exec.Command("ip", "netns", "pids", name).Output()
+		if err != nil {
+			continue // somebody else is sweeping
+		}
+		for field := range strings.FieldsSeq(string(out)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+		_ = ip("netns del " + name) // likewise
+	}
+	return err
 }
 
 // Log is what the server has said.
