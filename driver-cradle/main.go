@@ -10,5 +10,5 @@ import (
 
 func main() {
 	vmm.Confine()
-	plugins.Serve(driver.New)
+	plugins.Serve(driver.Serve)
 }

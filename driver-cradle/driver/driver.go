@@ -64,7 +64,7 @@ var (
 	_ drivers.ExecTaskStreamingDriver = (*Driver)(nil)
 )
 
-// New makes a plugin, as plugins.Serve wants it.
+// New makes a plugin.
 func New(log hclog.Logger) any {
 	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}}
 	d.ctx, d.cancel = context.WithCancelCause(context.Background())
