@@ -36,12 +36,17 @@ func (c *Cluster) Stop(t testing.TB, job string) {
 	}
 	c.Until(t, "the end of job "+job, func(s *State) bool {
 		for _, a := range s.Of(job) {
-			if !terminal(a) {
+			if !Ended(a) && !neverBegun(a) {
 				return false
 			}
 		}
 		return true
 	})
+}
+
+// neverBegun says whether an allocation was called off before its client had heard of it.
+func neverBegun(a *api.AllocationListStub) bool {
+	return a.ClientStatus == api.AllocClientStatusPending && a.DesiredStatus != api.AllocDesiredStatusRun && len(a.TaskStates) == 0
 }
 
 // CLI runs Nomad's command line, which has to succeed, and returns what it prints on standard output.
@@ -179,14 +184,14 @@ func (c *Cluster) Settle(ctx context.Context) error {
 	if err := c.deregister(ctx, jobs, false); err != nil {
 		return err
 	}
-	err := c.until(ctx, "ready nodes and the end of all allocations", func(s *State) bool {
+	err := c.Wait(ctx, "ready nodes and the end of all allocations", func(s *State) bool {
 		for _, n := range c.Clients() {
 			if !s.ready(n, nil) {
 				return false
 			}
 		}
 		for _, a := range s.Allocs {
-			if !terminal(a) {
+			if !Ended(a) && !neverBegun(a) {
 				return false
 			}
 		}

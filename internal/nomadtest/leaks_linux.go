@@ -38,7 +38,7 @@ func (n *Node) remains(before inventory) error {
 		}
 		left = left[:0]
 		for _, thing := range slices.Sorted(maps.Keys(now)) {
-			if !before[thing] {
+			if tolerated := n.cluster.o.Tolerate; !before[thing] && (tolerated == nil || !tolerated.MatchString(thing)) {
 				left = append(left, thing)
 			}
 		}

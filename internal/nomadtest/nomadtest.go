@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -43,6 +44,9 @@ type Options struct {
 
 	// Keep are files and folders below a node's directory that outlive jobs by design: image caches and the like.
 	Keep []string
+
+	// Tolerate are things left behind that are no fault of what is tested: lines of the list that a failing test shows.
+	Tolerate *regexp.Regexp
 
 	// Log is where everything's doings are told, nil for nowhere.
 	Log func(format string, args ...any)
@@ -177,7 +181,7 @@ func Open(ctx context.Context, o Options) (c *Cluster, err error) {
 		}
 	}
 	c.watch = newWatch(c.API, o.Log)
-	if err := c.until(ctx, "ready nodes", func(s *State) bool {
+	if err := c.Wait(ctx, "ready nodes", func(s *State) bool {
 		for _, n := range c.Clients() {
 			if !s.ready(n, o.Drivers) {
 				return false

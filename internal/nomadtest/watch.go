@@ -58,8 +58,8 @@ func (s *State) ready(n *Node, drivers []string) bool {
 	return true
 }
 
-// terminal says whether an allocation has ended, or its node is lost.
-func terminal(a *api.AllocationListStub) bool {
+// Ended says whether an allocation has ended, or its node is lost.
+func Ended(a *api.AllocationListStub) bool {
 	switch a.ClientStatus {
 	case api.AllocClientStatusComplete, api.AllocClientStatusFailed, api.AllocClientStatusLost:
 		return true
@@ -114,16 +114,12 @@ func (w *watch) follow(ctx context.Context) error {
 		return (&api.QueryOptions{Namespace: api.AllNamespacesNamespace}).WithContext(ctx)
 	}
 	all := []string{"*"}
-	events, err := w.api.EventStream().Stream(ctx, map[api.Topic][]string{api.TopicAllocation: all, api.TopicNode: all, api.TopicDeployment: all, api.TopicEvaluation: all}, 0, q())
+	events, err := w.api.EventStream().Stream(ctx, map[api.Topic][]string{api.TopicAllocation: all, api.TopicNode: all, api.TopicDeployment: all, api.TopicEvaluation: all, api.TopicJob: all}, 0, q())
 	if err != nil {
 		return err
 	}
 	// What happened while nobody listened. Events that are older than this are known by their index.
 	nodes, _, err := w.api.Nodes().List(q())
-	if err != nil {
-		return err
-	}
-	allocs, _, err := w.api.Allocations().List(q())
 	if err != nil {
 		return err
 	}
@@ -136,27 +132,51 @@ func (w *watch) follow(ctx context.Context) error {
 			// The list has no drivers' attributes and the like; an event of the same index has.
 			newer(s.Nodes, n.ID, n, func(n *api.NodeListStub) uint64 { return n.ModifyIndex })
 		}
-		for _, a := range allocs {
-			newer(s.Allocs, a.ID, a, func(a *api.AllocationListStub) uint64 { return a.ModifyIndex })
-		}
 		for _, d := range deployments {
 			newer(s.Deployments, d.ID, d, func(d *api.Deployment) uint64 { return d.ModifyIndex })
 		}
 	})
+	if err := w.list(q()); err != nil {
+		return err
+	}
 	for batch := range events {
 		if batch.Err != nil {
 			return batch.Err
 		}
 		var err error
+		gone := false
 		w.change(func(s *State) {
 			for _, e := range batch.Events {
 				err = errors.Join(err, s.apply(&e))
+				gone = gone || e.Topic == api.TopicJob && e.Type == "JobDeregistered"
 			}
 		})
+		if gone {
+			if err := w.list(q()); err != nil {
+				return err
+			}
+		}
 		if err != nil {
 			w.log("event stream: %v", err)
 		}
 	}
+	return nil
+}
+
+// list takes all allocations as they are now. Those of a job that is purged vanish without an event.
+func (w *watch) list(q *api.QueryOptions) error {
+	allocs, meta, err := w.api.Allocations().List(q)
+	if err != nil {
+		return err
+	}
+	w.change(func(s *State) {
+		there := map[string]bool{}
+		for _, a := range allocs {
+			there[a.ID] = true
+			newer(s.Allocs, a.ID, a, func(a *api.AllocationListStub) uint64 { return a.ModifyIndex })
+		}
+		maps.DeleteFunc(s.Allocs, func(id string, a *api.AllocationListStub) bool { return !there[id] && a.ModifyIndex <= meta.LastIndex })
+	})
 	return nil
 }
 
@@ -215,7 +235,8 @@ func (w *watch) look(f func(*State) bool) (bool, <-chan struct{}) {
 	return f(&w.state), w.changed
 }
 
-func (c *Cluster) until(ctx context.Context, what string, f func(*State) bool) error {
+// Wait waits until f holds of what Nomad says, looking again at every event.
+func (c *Cluster) Wait(ctx context.Context, what string, f func(*State) bool) error {
 	for {
 		ok, changed := c.watch.look(f)
 		if ok {
@@ -229,12 +250,12 @@ func (c *Cluster) until(ctx context.Context, what string, f func(*State) bool) e
 	}
 }
 
-// Until waits until f holds of what Nomad says, looking again at every event.
+// Until is Wait for tests.
 func (c *Cluster) Until(t testing.TB, what string, f func(*State) bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), Patience)
 	defer cancel()
-	if err := c.until(ctx, what, f); err != nil {
+	if err := c.Wait(ctx, what, f); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -269,7 +290,7 @@ func (c *Cluster) UntilEnded(t testing.TB, job string) (a *api.AllocationListStu
 			return false
 		}
 		a = all[0]
-		return terminal(a)
+		return Ended(a)
 	})
 	return a
 }

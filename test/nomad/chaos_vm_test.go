@@ -1,0 +1,216 @@
+//go:build vm
+
+package nomad
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// TestVMChaos is the short form of the drill: a few jobs, a few kills.
+func TestVMChaos(t *testing.T) { chaos(t, 4, 12) }
+
+const churning = `
+job "churn-%[1]d" {
+  group "g" {
+    %[3]s
+    restart {
+      attempts = 1000
+      interval = "1h"
+      delay    = "1s"
+      mode     = "delay"
+    }
+    reschedule {
+      delay          = "5s"
+      delay_function = "constant"
+      unlimited      = true
+    }
+    task "t" {
+      driver       = "cradle"
+      kill_timeout = "2s"
+      config {
+        image   = "oci:%[2]s"
+        command = "sh"
+        args    = ["-c", "trap 'exit 0' TERM; mkdir -p /www; echo %[1]d >/www/index.html; httpd -p 80 -h /www; while true; do sleep 1; done"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+}`
+
+// chaos runs jobs, stops and starts some, and meanwhile kills clients, plugins, machines and whatever else runs on a node. At the end what Nomad says
+// is what runs, and after the jobs' end nothing is left: nomadtest looks.
+func chaos(t *testing.T, jobs, kills int) {
+	image, err := programs.Image("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What Nomad and CNI's plugins themselves leave where the client is killed in the middle of setting up an allocation's network or empty folders, or
+	// of taking them down.
+	o := nomadtest.Options{Tolerate: regexp.MustCompile(`^(firewall rule |file (/var/lib/cni/results|/run/cni/nomad|/run/netns)/|mount nsfs at /run/netns/|network interface veth|` +
+		`file nomad/alloc/[0-9a-f-]{36}(/(alloc|t)(/(data|logs|tmp|local|private|secrets))?)?$)`)}
+	if err := o.Cradle(`    gc {
+      orphan_delay = "20s"
+    }`); err != nil {
+		t.Fatal(err)
+	}
+	c := nomadtest.Start(t, o)
+	n := c.Clients()[0]
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	// Allocations with a network of their own do not survive that their client is killed in their first minute (nomadtest.KillClient), others do.
+	network := []string{`network {
+      mode = "bridge"
+      port "http" {
+        to = 80
+      }
+    }`, ""}
+	start := func(i int) { c.Run(t, fmt.Sprintf(churning, i, image, network[i%2])) }
+	for i := range jobs {
+		start(i)
+	}
+	count := map[string]int{}
+	for done := 0; done < kills; {
+		time.Sleep(time.Duration(random.IntN(1500)) * time.Millisecond)
+		if random.IntN(3) == 0 { // a job ends and begins again
+			i := random.IntN(jobs)
+			if _, _, err := c.API.Jobs().Deregister(fmt.Sprintf("churn-%d", i), random.IntN(2) == 0, nil); err != nil {
+				t.Fatal(err)
+			}
+			start(i)
+		}
+		if n.ClientPID() == 0 && random.IntN(2) == 0 { // or it stays away for another kill or two
+			if err := n.StartAgents(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		all, err := n.Processes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		kind, pid := victim(random, n, all)
+		if pid == 0 {
+			continue
+		}
+		if kind == "client" {
+			err = n.KillClient()
+		} else if err = unix.Kill(pid, unix.SIGKILL); errors.Is(err, unix.ESRCH) {
+			continue // it has just ended
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		count[kind]++
+		done++
+	}
+	t.Logf("killed: %v", count)
+	if err := n.StartAgents(); err != nil {
+		t.Fatal(err)
+	}
+
+	// Every job has come to rest, with one pod each that answers.
+	var alive []*api.AllocationListStub
+	c.Until(t, "one running allocation of each job", func(s *nomadtest.State) bool {
+		alive = alive[:0]
+		for i := range jobs {
+			before := len(alive)
+			for _, a := range s.Of(fmt.Sprintf("churn-%d", i)) {
+				switch {
+				case nomadtest.Running(a):
+					alive = append(alive, a)
+				case nomadtest.Ended(a), a.ClientStatus == api.AllocClientStatusPending && a.DesiredStatus != api.AllocDesiredStatusRun: // it has never begun
+				default:
+					return false
+				}
+			}
+			if len(alive) != before+1 {
+				return false
+			}
+		}
+		return true
+	})
+	for _, a := range alive {
+		i := strings.TrimPrefix(a.JobID, "churn-")
+		if got := c.CLI(t, "alloc", "exec", a.ID, "cat", "/www/index.html"); got != i+"\n" {
+			t.Errorf("the pod of job %s says %q", a.JobID, got)
+		}
+	}
+	// As many machines as pods, once those without a task are gone.
+	var machines int
+	for begin := time.Now(); time.Since(begin) < nomadtest.Patience; time.Sleep(200 * time.Millisecond) {
+		all, err := n.Processes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		machines = 0
+		for _, p := range all {
+			if isMachine(p) {
+				machines++
+			}
+		}
+		if machines == len(alive) {
+			break
+		}
+	}
+	if machines != len(alive) {
+		t.Errorf("%d machines run, for %d allocations", machines, len(alive))
+	}
+	if t.Failed() {
+		all, _ := n.Processes()
+		for _, p := range all {
+			t.Logf("%d of %d: %s", p.PID, p.Parent, strings.Join(p.Args, " ")[:min(200, len(strings.Join(p.Args, " ")))])
+		}
+	}
+}
+
+func isMachine(p nomadtest.Process) bool {
+	return strings.HasPrefix(p.Name(), "qemu-system") && p.State != 'Z'
+}
+
+// kinds of processes that die, by how often they are chosen. A client is away for a while, and there is only one.
+var kinds = []string{"client", "plugin", "plugin", "machine", "machine", "machine", "logmon", "other", "other"}
+
+// victim chooses what dies next; there may be none of its kind.
+func victim(random *rand.Rand, n *nomadtest.Node, all []nomadtest.Process) (kind string, pid int) {
+	kind = kinds[random.IntN(len(kinds))]
+	client := n.ClientPID()
+	var pids []int
+	for _, p := range all {
+		is := "other" // helpers of the plugin, CNI's plugins
+		switch {
+		case p.PID == client:
+			is = "client"
+		case strings.HasPrefix(p.Args[0], filepath.Join(n.Dir, "plugins")+"/"):
+			is = "plugin"
+		case isMachine(p):
+			is = "machine"
+		case len(p.Args) > 1 && p.Args[1] == "logmon":
+			is = "logmon"
+		case len(p.Args) > 1 && p.Args[1] == "agent", p.State == 'Z':
+			continue
+		}
+		if is == kind {
+			pids = append(pids, p.PID)
+		}
+	}
+	if len(pids) == 0 {
+		return kind, 0
+	}
+	return kind, pids[random.IntN(len(pids))]
+}
