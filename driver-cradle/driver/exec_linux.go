@@ -203,17 +203,26 @@ func (t *task) stream(ctx context.Context, g *pod.Guest, path string, s *pod.Str
 	return err
 }
 
+// followSize tells the guest each new size of the terminal. The stream is there a moment before the command, which has no size then: it is told again.
 func (e *execution) followSize(ctx context.Context, g *pod.Guest, path string) {
-	for {
+	var size drivers.TerminalSize
+	var again <-chan time.Time
+	for sizes := e.resize; sizes != nil || again != nil; {
 		select {
-		case size, ok := <-e.resize:
+		case next, ok := <-sizes:
 			if !ok {
-				return
+				sizes = nil
+				continue
 			}
-			q := url.Values{"h": {strconv.Itoa(size.Height)}, "w": {strconv.Itoa(size.Width)}}
-			_ = g.Call(ctx, http.MethodPost, path+"/resize", q, nil, nil) // the command may have ended
+			size = next
+		case <-again:
 		case <-ctx.Done():
 			return
+		}
+		q := url.Values{"h": {strconv.Itoa(size.Height)}, "w": {strconv.Itoa(size.Width)}}
+		again = nil
+		if err := g.Call(ctx, http.MethodPost, path+"/resize", q, nil, nil); err != nil {
+			again = time.After(20 * time.Millisecond)
 		}
 	}
 }
