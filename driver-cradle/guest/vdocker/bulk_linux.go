@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,28 +15,58 @@ import (
 // directSize is from where on that is worth the effort.
 const directSize = 8 << 20
 
-// bulk has the buffers for one transfer at a time, aligned as direct I/O asks.
-type bulk struct{ bufs [2][]byte }
+const (
+	pieceSize = 1 << 20
+	pieces    = 2
+	maxParts  = 64 // at a time; a piece with holes is written in parts
+)
 
-// buffers gives them, made at the first use.
-func (b *bulk) buffers() (free chan []byte, err error) {
-	free = make(chan []byte, len(b.bufs))
-	for i := range b.bufs {
-		if b.bufs[i] == nil {
-			if b.bufs[i], err = unix.Mmap(-1, 0, copyBuffer, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS); err != nil {
-				return nil, os.NewSyscallError("mmap", err)
-			}
+// bulk moves one file at a time.
+type bulk struct {
+	memory []byte
+	bufs   [pieces][]byte // in one huge page, where there is one: the fewer pages, the less there is to do for each piece
+	aio    *aio
+	direct bool // the file of the moment goes past the page cache
+}
+
+// open prepares for a file and tells whether it can go past the page cache.
+func (b *bulk) open(f *os.File) bool {
+	if b.memory == nil {
+		const size = pieces * pieceSize
+		memory, err := unix.Mmap(-1, 0, 2*size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+		if err != nil {
+			return false
 		}
-		free <- b.bufs[i]
+		b.memory = memory
+		aligned := memory[-uintptr(unsafe.Pointer(unsafe.SliceData(memory)))%size:][:size]
+		_ = unix.Madvise(aligned, unix.MADV_HUGEPAGE)
+		for i := range b.bufs {
+			b.bufs[i] = aligned[i*pieceSize:][:pieceSize]
+		}
 	}
-	return free, nil
+	if b.aio == nil {
+		var err error
+		if b.aio, err = newAIO(maxParts); err != nil {
+			return false
+		}
+	}
+	b.direct = setDirect(f, true) == nil
+	return b.direct
 }
 
 func (b *bulk) close() {
-	for _, buf := range b.bufs {
-		if buf != nil {
-			_ = unix.Munmap(buf)
-		}
+	b.stop()
+	if b.memory != nil {
+		_ = unix.Munmap(b.memory)
+		b.memory = nil
+	}
+}
+
+// stop waits for what is pending after an error.
+func (b *bulk) stop() {
+	if b.aio != nil {
+		b.aio.close()
+		b.aio = nil
 	}
 }
 
@@ -53,117 +84,153 @@ func setDirect(f *os.File, on bool) error {
 	return err
 }
 
-// piece is a part of a file.
-type piece struct {
-	bytes []byte
-	err   error
+// indirect lets the rest of the file go through the page cache.
+func (b *bulk) indirect(f *os.File) error {
+	b.direct = false
+	return setDirect(f, false)
+}
+
+// moved makes sense of what wait gives: how much is done of a part, the rest being left to a call that tells why.
+func (b *bulk) moved(f *os.File, res, want int) (int, error) {
+	switch {
+	case res == -int(unix.EINVAL) && b.direct: // the file system has other ideas about direct I/O
+		return 0, b.indirect(f)
+	case res < 0:
+		return 0, unix.Errno(-res)
+	case res < want && b.direct:
+		return res, b.indirect(f)
+	}
+	return res, nil
 }
 
 // read gives size bytes of the file to write, reading ahead.
-func (b *bulk) read(f *os.File, size int64, write func([]byte) error) error {
-	free, err := b.buffers()
-	if err != nil {
-		return err
-	}
-	direct := setDirect(f, true) == nil
-	full := make(chan piece, len(b.bufs))
-	go func() {
-		defer close(full)
-		for at := int64(0); at < size; {
-			buf, ok := <-free
-			if !ok {
-				return
-			}
-			n, err := f.ReadAt(buf, at)
-			if errors.Is(err, unix.EINVAL) && direct {
-				direct = false
-				if err = setDirect(f, false); err == nil {
-					n, err = f.ReadAt(buf, at)
-				}
-			}
-			if errors.Is(err, io.EOF) {
-				// It has shrunk, or this is its end.
-				clear(buf[n:])
-				n, err = len(buf), nil
-			}
-			at += int64(n)
-			full <- piece{buf[:n], err}
-			if err != nil {
-				return
-			}
+func (b *bulk) read(f *os.File, size int64, write func([]byte) error) (err error) {
+	defer func() {
+		if err != nil {
+			b.stop()
 		}
 	}()
-	left := size
-	for p := range full {
-		if err == nil {
-			err = p.err
+	var want, got [pieces]int
+	ahead := int64(0)
+	for at := int64(0); at < size; at += pieceSize {
+		for ; ahead < min(size, at+pieces*pieceSize); ahead += pieceSize {
+			k := int(ahead / pieceSize % pieces)
+			want[k], got[k] = int(min(pieceSize, size-ahead)), -1
+			if err := b.aio.submit(aioRead, f, b.bufs[k], ahead, k); err != nil {
+				return err
+			}
 		}
-		if err != nil {
-			continue
+		k := int(at / pieceSize % pieces)
+		buf := b.bufs[k][:want[k]]
+		for got[k] < 0 {
+			i, res, err := b.aio.wait()
+			if err != nil {
+				return err
+			}
+			if got[i], err = b.moved(f, res, want[i]); err != nil {
+				return &os.PathError{Op: "read", Path: f.Name(), Err: err}
+			}
 		}
-		n := min(int64(len(p.bytes)), left)
-		left -= n
-		if err = write(p.bytes[:n]); err != nil {
-			close(free)
-			continue
+		for n := got[k]; n < len(buf); {
+			m, err := f.ReadAt(buf[n:], at+int64(n))
+			if errors.Is(err, io.EOF) { // it has shrunk
+				clear(buf[n+m:])
+				break
+			}
+			if err != nil {
+				return err
+			}
+			n += m
 		}
-		free <- p.bytes[:cap(p.bytes)]
+		if err := write(buf); err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // write fills the file with size bytes that read gives, writing behind. Blocks of zeros become holes.
-func (b *bulk) write(f *os.File, size int64, read func([]byte) error) error {
-	free, err := b.buffers()
-	if err != nil {
-		return err
-	}
-	direct := setDirect(f, true) == nil
-	full, failed := make(chan []byte, len(b.bufs)), make(chan error, 1)
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		at := int64(0)
-		for buf := range full {
-			if direct && len(buf)%hole != 0 { // the last piece
-				direct = false
-				_ = setDirect(f, false)
-			}
-			err := writeSparse(f, buf, at)
-			if errors.Is(err, unix.EINVAL) && direct {
-				direct = false
-				if err = setDirect(f, false); err == nil {
-					err = writeSparse(f, buf, at)
-				}
-			}
-			if err != nil {
-				failed <- err
-				return
-			}
-			at += int64(len(buf))
-			free <- buf[:cap(buf)]
+func (b *bulk) write(f *os.File, size int64, read func([]byte) error) (err error) {
+	defer func() {
+		if err != nil {
+			b.stop()
 		}
 	}()
-	for left := size; left > 0 && err == nil; {
-		select {
-		case buf := <-free:
-			buf = buf[:min(left, int64(len(buf)))]
-			if err = read(buf); err == nil {
-				left -= int64(len(buf))
-				full <- buf
-			}
-		case err = <-failed:
-		}
-	}
-	close(full)
-	<-written
-	select {
-	case werr := <-failed:
-		err = errors.Join(err, werr)
-	default:
-	}
-	if err != nil {
+	// A file system may write behind only inside of the file.
+	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	return f.Truncate(size)
+	type part struct {
+		bytes []byte
+		at    int64
+		piece int
+	}
+	var parts [maxParts]part
+	var pending [pieces]int // parts of a piece
+	free := make([]int, 0, maxParts)
+	for i := range parts {
+		free = append(free, i)
+	}
+	wait := func() error {
+		i, res, err := b.aio.wait()
+		if err != nil {
+			return err
+		}
+		p := &parts[i]
+		n, err := b.moved(f, res, len(p.bytes))
+		if err != nil {
+			return &os.PathError{Op: "write", Path: f.Name(), Err: err}
+		}
+		if n < len(p.bytes) {
+			if _, err := f.WriteAt(p.bytes[n:], p.at+int64(n)); err != nil {
+				return err
+			}
+		}
+		pending[p.piece]--
+		free = append(free, i)
+		return nil
+	}
+	for at := int64(0); at < size; at += pieceSize {
+		k := int(at / pieceSize % pieces)
+		for pending[k] > 0 {
+			if err := wait(); err != nil {
+				return err
+			}
+		}
+		buf := b.bufs[k][:min(pieceSize, size-at)]
+		if err := read(buf); err != nil {
+			return err
+		}
+		if len(buf)%hole != 0 && b.direct { // the last piece
+			for b.aio.pending > 0 {
+				if err := wait(); err != nil {
+					return err
+				}
+			}
+			if err := b.indirect(f); err != nil {
+				return err
+			}
+		}
+		err := eachRun(buf, func(run []byte, skip int) error {
+			for len(free) == 0 {
+				if err := wait(); err != nil {
+					return err
+				}
+			}
+			i := free[len(free)-1]
+			free = free[:len(free)-1]
+			parts[i] = part{run, at + int64(skip), k}
+			pending[k]++
+			return b.aio.submit(aioWrite, f, run, parts[i].at, i)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	for b.aio.pending > 0 {
+		if err := wait(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

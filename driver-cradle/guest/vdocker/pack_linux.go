@@ -16,11 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What file contents are moved by.
-const (
-	copyBuffer  = 1 << 20
-	smallBuffer = 256 << 10
-)
+// smallBuffer is what file contents are moved by.
+const smallBuffer = 256 << 10
 
 // packer writes a tree of the container as a tar archive.
 type packer struct {
@@ -205,7 +202,7 @@ func (p *packer) file(dir *os.File, base, name string, st *unix.Stat_t) error {
 // content writes as many bytes as the header says, whatever the file has become since; zeros where it has shrunk, as tar does.
 func (p *packer) content(f *os.File, h *tar.Header) error {
 	left := h.Size
-	if left >= directSize {
+	if left >= directSize && p.bulk.open(f) {
 		err := p.bulk.read(f, left, func(b []byte) error {
 			if p.ctx.Err() != nil {
 				return context.Cause(p.ctx)

@@ -285,7 +285,7 @@ func (u *unpacker) write(f *os.File, content io.Reader, size int64) error {
 		}
 		return nil
 	}
-	if size >= directSize {
+	if size >= directSize && u.bulk.open(f) {
 		return u.bulk.write(f, size, read)
 	}
 	for at := int64(0); at < size; {
@@ -302,19 +302,26 @@ func (u *unpacker) write(f *os.File, content io.Reader, size int64) error {
 }
 
 func writeSparse(f *os.File, b []byte, at int64) error {
-	for len(b) > 0 {
-		skip := zeroBlocks(b)
-		b, at = b[skip:], at+int64(skip)
-		n := 0
-		for n < len(b) && zeroBlocks(b[n:]) == 0 {
-			n += min(hole, len(b)-n)
+	return eachRun(b, func(run []byte, skip int) error {
+		_, err := f.WriteAt(run, at+int64(skip))
+		return err
+	})
+}
+
+// eachRun calls for each run of blocks that are not zeros, with what is before it in b.
+func eachRun(b []byte, call func(run []byte, skip int) error) error {
+	for at := 0; at < len(b); {
+		at += zeroBlocks(b[at:])
+		end := at
+		for end < len(b) && zeroBlocks(b[end:]) == 0 {
+			end += min(hole, len(b)-end)
 		}
-		if n > 0 {
-			if _, err := f.WriteAt(b[:n], at); err != nil {
+		if end > at {
+			if err := call(b[at:end], at); err != nil {
 				return err
 			}
 		}
-		b, at = b[n:], at+int64(n)
+		at = end
 	}
 	return nil
 }
