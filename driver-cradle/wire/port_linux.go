@@ -14,7 +14,8 @@ import (
 // A Port is the guest's end of the virtio-serial port. It is opened once and never closed: Close ends a session, not the port.
 type Port struct {
 	*os.File
-	used bool // by Accept
+	quick *quick
+	used  bool // by Accept
 }
 
 func (p *Port) again() bool {
@@ -39,10 +40,22 @@ func OpenPort() (*Port, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open %s: %w", path, err)
 		}
-		return &Port{File: os.NewFile(uintptr(fd), path)}, nil
+		f := os.NewFile(uintptr(fd), path)
+		q, err := newQuick(f)
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		return &Port{File: f, quick: q}, nil
 	}
 	return nil, fmt.Errorf("no virtio-serial port named %s", PortName)
 }
+
+// Read reads what the driver has at hand, up to a page.
+func (p *Port) Read(b []byte) (int, error) { return p.quick.Read(b) }
+
+// Write writes all of b.
+func (p *Port) Write(b []byte) (int, error) { return p.quick.Write(b) }
 
 // Wait sleeps until a host process has connected to the port.
 func (p *Port) Wait() error {

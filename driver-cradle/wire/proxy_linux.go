@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"io"
 	"net"
 
@@ -13,7 +14,7 @@ func Proxy(client, stream net.Conn) {
 	done := make(chan struct{}, 2)
 	pass := func(dst, src net.Conn) {
 		defer func() { done <- struct{}{} }()
-		if _, err := io.Copy(dst, src); err != nil {
+		if err := transfer(quickened(dst), quickened(src)); err != nil {
 			reset(client)
 			reset(stream)
 			return
@@ -32,6 +33,34 @@ func Proxy(client, stream net.Conn) {
 	<-done
 	client.Close()
 	stream.Close()
+}
+
+// What a direction of a proxied connection holds: little while it is used by a terminal, and for a file what a unix socket holds, so that
+// its sender and this process wake each other rarely.
+const (
+	leastTransfer = 4 << 10
+	mostTransfer  = 256 << 10
+)
+
+// transfer copies until src ends.
+func transfer(dst io.Writer, src io.Reader) error {
+	buf := make([]byte, leastTransfer)
+	for {
+		n, err := src.Read(buf)
+		if n > 0 {
+			if _, err := dst.Write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		case n == len(buf) && n < mostTransfer:
+			buf = make([]byte, 2*n)
+		}
+	}
 }
 
 // hungUp waits until neither direction of c is open; false if c was closed on this side.

@@ -125,7 +125,8 @@ func dial(ctx context.Context, conn net.Conn, birth func() *Birth) (*Session, er
 	answered, sent := make(chan struct{}), make(chan error, 1)
 	go func() { sent <- repeatHello(conn, nonce, answered) }()
 
-	r := bufio.NewReaderSize(conn, readBuffer)
+	quick := quickened(conn)
+	r := bufio.NewReaderSize(quick, readBuffer)
 	err := awaitReady(r, nonce)
 	close(answered)
 	if err != nil {
@@ -149,7 +150,7 @@ func dial(ctx context.Context, conn net.Conn, birth func() *Birth) (*Session, er
 	}
 	c := config()
 	c.MaxIncomingStreams = 16 // a guest may be hostile, and each costs memory here
-	m, err := yamux.Client(&bufferedConn{Conn: conn, r: r}, c, nil)
+	m, err := yamux.Client(&bufferedConn{Conn: quick, r: r}, c, nil)
 	if err != nil {
 		return nil, err
 	}
