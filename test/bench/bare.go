@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -95,6 +96,17 @@ func bareArguments(pod []string, kernel, initramfs, shares string) ([]string, er
 				args = append(args, arg, initramfs)
 				i++
 				continue
+			case "-add-fd":
+				i++
+				continue
+			case "-blockdev":
+				value, err := bareDisk(value)
+				if err != nil {
+					return nil, err
+				}
+				args = append(args, arg, value)
+				i++
+				continue
 			case "-chardev", "-object", "-fsdev":
 				args = append(args, arg, bareValue(value, shares))
 				i++
@@ -185,4 +197,17 @@ func (m *bareMachine) echo(ctx context.Context) (time.Duration, error) {
 	p.cmd.Process.Kill()
 	p.cmd.Wait()
 	return p.after, nil
+}
+
+// bareDisk puts nothing in the place of a disk whose file the pod's QEMU inherited.
+func bareDisk(option string) (string, error) {
+	var node map[string]any
+	if err := json.Unmarshal([]byte(option), &node); err != nil {
+		return "", fmt.Errorf("-blockdev %s: %w", option, err)
+	}
+	if file, ok := node["file"].(map[string]any); ok && strings.HasPrefix(fmt.Sprint(file["filename"]), "/dev/fdset/") {
+		node["file"] = map[string]any{"driver": "null-co", "size": 1 << 20, "read-zeroes": true, "node-name": file["node-name"], "read-only": file["read-only"]}
+	}
+	value, err := json.Marshal(node)
+	return string(value), err
 }
