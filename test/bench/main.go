@@ -33,8 +33,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	flags.SetOutput(stderr)
 	rounds := flags.Int("rounds", 20, "measurements of each alternative")
 	pods := flags.Int("pods", 20, "pods started at once")
+	many := flags.Int("many", 50, "pods with which the Nomad driver's memory is measured")
 	idle := flags.Duration("idle", 30*time.Second, "how long an idle pod is watched")
-	only := flags.String("only", "", "run only the parts in this list: start,image,crowd,copy,exec,idle")
+	only := flags.String("only", "", "run only the parts in this list: start,image,crowd,copy,exec,idle,nomad")
 	into := flags.String("write", "", "also put the table into this Markdown file, between <!-- table --> and <!-- /table -->")
 	strict := flags.Bool("strict", false, "fail where a limit is exceeded")
 	if err := flags.Parse(args); err != nil {
@@ -58,6 +59,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		{"copy", b.copy},
 		{"crowd", func(ctx context.Context) error { return b.crowd(ctx, *pods) }},
 		{"idle", func(ctx context.Context) error { return b.idle(ctx, *idle) }},
+		{"nomad", func(ctx context.Context) error { return b.nomad(ctx, *pods, *many) }},
 	} {
 		if *only != "" && !strings.Contains(","+*only+",", ","+part.name+",") {
 			continue

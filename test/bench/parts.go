@@ -351,32 +351,9 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // crowd: many pods at once.
 func (b *bench) crowd(ctx context.Context, n int) (err error) {
-	image, err := programs.Image("busybox")
+	took, processes, err := b.together(ctx, n)
+	defer func() { err = errors.Join(err, b.stopAll(processes)) }()
 	if err != nil {
-		return err
-	}
-	dirs := make([]string, n)
-	for i := range dirs {
-		if dirs[i], err = b.summon(ctx, image, "template", "sh", "-c", "echo up; exec sleep 100000"); err != nil {
-			return err
-		}
-	}
-	processes, errs := make([]*process, n), make([]error, n)
-	defer func() {
-		for i, p := range processes {
-			if p != nil {
-				err = errors.Join(err, p.stop(dirs[i], b.kcradle))
-			}
-		}
-	}()
-	begin := time.Now()
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { processes[i], errs[i] = firstByte(ctx, b.kcradle, "run", dirs[i]) })
-	}
-	all.Wait()
-	took := time.Since(begin)
-	if err := errors.Join(errs...); err != nil {
 		return err
 	}
 	var qemu, rest int64
@@ -390,6 +367,43 @@ func (b *bench) crowd(ctx context.Context, n int) (err error) {
 	b.table.report(fmt.Sprintf("%d pods started at once, all have answered", n), seconds(took), "", "", false)
 	b.table.report("proportional memory of each of them", mib(qemu/int64(n))+" QEMU", mib(rest/int64(n))+" kcradle", "", false)
 	return nil
+}
+
+// together starts pods that stay, all at once, and returns when the last one has answered. stopAll ends them, also after an error.
+func (b *bench) together(ctx context.Context, n int) (took time.Duration, pods map[string]*process, err error) {
+	image, err := programs.Image("busybox")
+	if err != nil {
+		return 0, nil, err
+	}
+	dirs := make([]string, n)
+	for i := range dirs {
+		if dirs[i], err = b.summon(ctx, image, "template", "sh", "-c", "echo up; exec sleep 100000"); err != nil {
+			return 0, nil, err
+		}
+	}
+	processes, errs := make([]*process, n), make([]error, n)
+	begin := time.Now()
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { processes[i], errs[i] = firstByte(ctx, b.kcradle, "run", dirs[i]) })
+	}
+	all.Wait()
+	took = time.Since(begin)
+	pods = map[string]*process{}
+	for i, p := range processes {
+		if p != nil {
+			pods[dirs[i]] = p
+		}
+	}
+	return took, pods, errors.Join(errs...)
+}
+
+func (b *bench) stopAll(pods map[string]*process) error {
+	var errs []error
+	for dir, p := range pods {
+		errs = append(errs, p.stop(dir, b.kcradle))
+	}
+	return errors.Join(errs...)
 }
 
 // memory is what a pod takes: its QEMU, and the rest of its processes.
