@@ -202,6 +202,7 @@ func (c *cli) monitorCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			defer slimLater()()
 			_, err = r.Wait(context.Background())
 			return err
 		},

@@ -194,6 +194,7 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, quiet, remove bool)
 			}
 		}
 	})
+	defer slimLater()()
 	aerr := f.attach()
 	r.Release()
 	report, err := r.Wait(context.Background())

@@ -125,7 +125,7 @@ func (h *hardware) arguments() []string {
 		a = append(a, "-global", g)
 	}
 	a = append(a, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-accel", h.accel, "-cpu", cpuModel(h.accel), "-smp", strconv.Itoa(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20))
+		"-accel", h.accelerator(), "-cpu", cpuModel(h.accel), "-smp", strconv.Itoa(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20))
 	memory := fmt.Sprintf("memory-backend-ram,id=mem,size=%d", h.memory)
 	switch {
 	case h.virtiofs != 0: // the daemon maps it as well
@@ -167,6 +167,15 @@ func (h *hardware) arguments() []string {
 		a = append(a, "-S", "-incoming", "defer")
 	}
 	return a
+}
+
+// accelerator bounds the memory that an emulated machine takes for translated code, which by default is 1 GiB whatever the machine's own is. With 32 MiB
+// for a processor, setting up a MariaDB server takes as long as with 1 GiB; with 16 it takes half as long again.
+func (h *hardware) accelerator() string {
+	if h.accel != TCG {
+		return h.accel
+	}
+	return fmt.Sprintf("%s,tb-size=%d", h.accel, min(max(int(h.memory>>23), 32*h.cpus), 1024))
 }
 
 // cpuModel is all that the accelerator can do. Emulated, string instructions cost per element: without the promise of fast ones, kernel
