@@ -637,3 +637,36 @@ func TestVMStarts(t *testing.T) {
 		}
 	}
 }
+
+// Pods of one template have nothing in common that should be a pod's own, down to the keys that programs make.
+func TestVMPodsAreIndividuals(t *testing.T) {
+	w := theWorld(t)
+	if _, err := os.Stat("/usr/bin/ssh-keygen"); err != nil {
+		t.Fatal("no ssh-keygen: apt-get install openssh-client")
+	}
+	seen := map[string]bool{}
+	for range 3 {
+		// The host's own program, with the host's libraries, in a container that has neither.
+		dir := w.summon(t, "--start", "template", "-v", "/usr:/usr.host:ro", "--", "sh", "-c", `
+			hostname; cat /sys/class/net/eth0/address /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | md5sum
+			/usr.host/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path /usr.host/lib/x86_64-linux-gnu /usr.host/bin/ssh-keygen -q -t ed25519 -N '' -C '' -f /key && cat /key.pub
+			date +%s`)
+		begin := time.Now().Unix()
+		lines := strings.Split(strings.TrimSpace(w.must(t, "run", dir)), "\n")
+		if s := w.status(t, dir); s.Machine.Start != vmm.Template {
+			t.Errorf("started %s", s.Machine.Start)
+		}
+		if len(lines) != 7 {
+			t.Fatalf("the pod says %q", lines)
+		}
+		if now, err := strconv.ParseInt(lines[6], 10, 64); err != nil || now < begin || now > time.Now().Unix()+1 {
+			t.Errorf("the pod's clock says %s, %d seconds after the host's", lines[6], now-begin)
+		}
+		for _, line := range lines[:6] {
+			if len(line) < 12 || seen[line] {
+				t.Errorf("not a pod's own: %q", line)
+			}
+			seen[line] = true
+		}
+	}
+}

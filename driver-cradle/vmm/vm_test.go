@@ -442,3 +442,22 @@ func TestVMShares(t *testing.T) {
 		})
 	}
 }
+
+// A machine that was booted cold gives memory that its guest no longer uses back to the host.
+func TestVMFreeMemoryIsGivenBack(t *testing.T) {
+	c := config(t)
+	c.Memory = 256 << 20
+	m := start(t, c)
+	resident := func() int64 {
+		s, err := m.Stats(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.RSS
+	}
+	ask(t, m, "dirty", url.Values{"mib": {"150"}}, nil) // and free again
+	peak := resident()
+	if !eventually(func() bool { return resident() < peak-70<<20 }) {
+		t.Errorf("%d MiB resident, at the peak %d", resident()>>20, peak>>20)
+	}
+}

@@ -254,6 +254,9 @@ func dirty(mib string) error {
 		sum := sha256.Sum256(binary.NativeEndian.AppendUint64(nil, uint64(i)))
 		copy(b[i:], sum[:])
 	}
+	if err := unix.Munmap(b); err != nil {
+		return err
+	}
 	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
 
