@@ -210,12 +210,27 @@ func (p *Pod) routes(docker http.Handler) http.Handler {
 		})
 	}
 	mux.HandleFunc("GET "+wire.PathOutput, p.output)
-	for path, call := range map[string]func(string) error{wire.PathFreeze: p.Freeze, wire.PathThaw: p.Thaw, wire.PathGrow: p.Grow} {
-		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
-			err := call(r.FormValue("volume"))
-			answer(w, struct{}{}, err)
-		})
-	}
+	mux.HandleFunc("POST "+wire.PathFreeze, func(w http.ResponseWriter, r *http.Request) {
+		timeout, err := parseGrace(r.FormValue("timeout"))
+		if err == nil && timeout == nil {
+			timeout = new(time.Duration)
+		}
+		if err == nil {
+			err = p.Freeze(r.FormValue("volume"), *timeout)
+		}
+		answer(w, struct{}{}, err)
+	})
+	mux.HandleFunc("POST "+wire.PathThaw, func(w http.ResponseWriter, r *http.Request) {
+		s, err := p.Thaw(r.FormValue("volume"))
+		answer(w, s, err)
+	})
+	mux.HandleFunc("POST "+wire.PathGrow, func(w http.ResponseWriter, r *http.Request) {
+		answer(w, struct{}{}, p.Grow(r.FormValue("volume")))
+	})
+	mux.HandleFunc("GET "+wire.PathUsage, func(w http.ResponseWriter, r *http.Request) {
+		s, err := p.Usage(r.FormValue("volume"))
+		answer(w, s, err)
+	})
 	mux.HandleFunc("GET "+wire.PathStats, func(w http.ResponseWriter, _ *http.Request) {
 		s, err := p.Stats()
 		answer(w, s, err)

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // Requests of linux/fs.h, fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h.
@@ -20,31 +23,67 @@ const (
 	xfsGrowFSData = 0x4010586e // XFS_IOC_FSGROWFSDATA, struct xfs_growfs_data
 )
 
-// freeze makes a file system quiet and complete on disk.
-func (v *volume) freeze() error { return v.fsctl("freeze", fiFreeze, true) }
+// freeze makes a file system quiet and complete on disk, for as long as timeout says at most (0: until it is thawed).
+func (v *volume) freeze(timeout time.Duration) error {
+	_, err := v.fsctl("freeze", fiFreeze, true, timeout)
+	return err
+}
 
-// thaw ends a freeze; of one that is not frozen it does nothing.
-func (v *volume) thaw() error { return v.fsctl("thaw", fiThaw, false) }
+// thaw ends a freeze and says whether there was one.
+func (v *volume) thaw() (bool, error) { return v.fsctl("thaw", fiThaw, false, 0) }
 
-func (v *volume) fsctl(what string, request uintptr, frozen bool) error {
+// fsctl freezes or thaws, and says whether the file system was frozen before.
+func (v *volume) fsctl(what string, request uintptr, frozen bool, timeout time.Duration) (was bool, err error) {
 	if v.spec.Block == nil || v.dev == "" {
-		return &stateError{ErrInvalid, fmt.Sprintf("volume %s is no block volume: there is nothing to %s", v.spec.Name, what)}
+		return false, &stateError{ErrInvalid, fmt.Sprintf("volume %s is no block volume: there is nothing to %s", v.spec.Name, what)}
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.frozen == frozen {
-		return nil
+	if v.expiry != nil {
+		v.expiry.Stop()
+		v.expiry = nil
 	}
-	f, err := os.Open(v.path)
-	if err != nil {
-		return err
+	was = v.frozen
+	if was != frozen {
+		f, err := os.Open(v.path)
+		if err != nil {
+			return was, err
+		}
+		defer f.Close()
+		if err := ioctl(f, request, nil); err != nil {
+			return was, fmt.Errorf("%s volume %s: %w", what, v.spec.Name, err)
+		}
+		v.frozen = frozen
 	}
-	defer f.Close()
-	if err := ioctl(f, request, nil); err != nil {
-		return fmt.Errorf("%s volume %s: %w", what, v.spec.Name, err)
+	if frozen && timeout > 0 {
+		var expiry *time.Timer
+		expiry = time.AfterFunc(timeout, func() { v.expire(expiry) })
+		v.expiry = expiry
 	}
-	v.frozen = frozen
-	return nil
+	return was, nil
+}
+
+// expire thaws when the time of a freeze is over, unless another has begun.
+func (v *volume) expire(expiry *time.Timer) {
+	v.mu.Lock()
+	current := v.expiry == expiry
+	v.mu.Unlock()
+	if current {
+		_, _ = v.thaw() // a freeze of its own is not undone: that would have been another's time
+	}
+}
+
+// usage is what statfs says of a volume that is mounted.
+func (v *volume) usage() (spec.VolumeStats, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(v.path, &st); err != nil {
+		return spec.VolumeStats{}, &os.PathError{Op: "statfs", Path: v.path, Err: err}
+	}
+	size := spec.Bytes(st.Frsize)
+	return spec.VolumeStats{
+		Total: spec.Bytes(st.Blocks) * size, Used: spec.Bytes(st.Blocks-st.Bfree) * size, Available: spec.Bytes(st.Bavail) * size,
+		Inodes: st.Files, InodesUsed: st.Files - st.Ffree, InodesAvailable: st.Ffree,
+	}, nil
 }
 
 // grow makes the file system as large as its disk has become.

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // A Pod is what this guest runs. It is empty until the launch.
@@ -319,7 +320,7 @@ func (p *Pod) Stop(ctx context.Context, o StopOptions) (wire.Status, error) {
 		return p.Status(), nil
 	}
 	for _, v := range p.volumes {
-		if err := v.thaw(); err != nil && !errors.Is(err, ErrInvalid) {
+		if _, err := v.thaw(); err != nil && !errors.Is(err, ErrInvalid) {
 			p.log.Warn("thaw", "error", err)
 		}
 	}
@@ -377,22 +378,32 @@ func (p *Pod) unmountAll() error {
 	return errors.Join(errs...)
 }
 
-// Freeze makes a block volume's file system quiet and complete on its disk until Thaw.
-func (p *Pod) Freeze(volume string) error {
+// Freeze makes a block volume's file system quiet and complete on its disk until Thaw, or for that time (0: without an end).
+func (p *Pod) Freeze(volume string, timeout time.Duration) error {
 	v, err := p.volume(volume)
 	if err != nil {
 		return err
 	}
-	return v.freeze()
+	return v.freeze(timeout)
 }
 
 // Thaw ends a Freeze.
-func (p *Pod) Thaw(volume string) error {
+func (p *Pod) Thaw(volume string) (wire.Thawed, error) {
 	v, err := p.volume(volume)
 	if err != nil {
-		return err
+		return wire.Thawed{}, err
 	}
-	return v.thaw()
+	was, err := v.thaw()
+	return wire.Thawed{Frozen: was}, err
+}
+
+// Usage tells how full a volume is.
+func (p *Pod) Usage(volume string) (spec.VolumeStats, error) {
+	v, err := p.volume(volume)
+	if err != nil {
+		return spec.VolumeStats{}, err
+	}
+	return v.usage()
 }
 
 // Grow makes a block volume's file system as large as its disk has become.

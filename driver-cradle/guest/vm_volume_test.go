@@ -361,8 +361,21 @@ func TestVMVolumeControl(t *testing.T) {
 			if err != nil || string(frozen) != string(again) {
 				t.Errorf("a frozen volume's disk changes (%v)", err)
 			}
-			if err := m.call("POST", wire.PathThaw+query, nil, nil); err != nil {
+			var thawed wire.Thawed
+			if err := m.call("POST", wire.PathThaw+query, nil, &thawed); err != nil || !thawed.Frozen {
+				t.Fatalf("thaw: %v, %v", thawed, err)
+			}
+			// A freeze with a time ends by itself; thawing comes too late then, and says so.
+			if err := m.call("POST", wire.PathFreeze+query+"&timeout=0.2", nil, nil); err != nil {
 				t.Fatal(err)
+			}
+			m.exec("c", guestExec("sh", "-c", "echo late >/v/late && sync /v/late"), "")
+			if err := m.call("POST", wire.PathThaw+query, nil, &thawed); err != nil || thawed.Frozen {
+				t.Errorf("thaw after the time: %v, %v", thawed, err)
+			}
+			var usage spec.VolumeStats
+			if err := m.call("GET", wire.PathUsage+query, nil, &usage); err != nil || usage.Total < 300<<20 || usage.Used == 0 || usage.Used > usage.Total || usage.Inodes == 0 {
+				t.Errorf("usage: %+v, %v", usage, err)
 			}
 			if err := m.ResizeDisk(t.Context(), 1, 800<<20); err != nil {
 				t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +25,7 @@ type volume struct {
 
 	mu     sync.Mutex // freeze, thaw, grow
 	frozen bool
+	expiry *time.Timer // of a freeze
 }
 
 // copies says whether an empty one gets the image's content, as docker does with volumes and does not with bind mounts.

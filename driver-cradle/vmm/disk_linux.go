@@ -329,6 +329,7 @@ func (m *Machine) ResizeDisk(ctx context.Context, lun int, size int64) error {
 
 // A Throttle bounds a disk's traffic, per second. Zero is no bound.
 type Throttle struct {
+	Bytes, Ops                               int64 // of reads and writes together; not beside those of one direction
 	ReadBytes, WriteBytes, ReadOps, WriteOps int64
 }
 
@@ -339,7 +340,7 @@ func (m *Machine) Throttle(ctx context.Context, lun int, t Throttle) error {
 		return err
 	}
 	if err := m.QMP(ctx, "block_set_io_throttle", map[string]any{
-		"id": diskDevice(lun), "bps": 0, "bps_rd": t.ReadBytes, "bps_wr": t.WriteBytes, "iops": 0, "iops_rd": t.ReadOps, "iops_wr": t.WriteOps,
+		"id": diskDevice(lun), "bps": t.Bytes, "bps_rd": t.ReadBytes, "bps_wr": t.WriteBytes, "iops": t.Ops, "iops_rd": t.ReadOps, "iops_wr": t.WriteOps,
 	}, nil); err != nil {
 		return fmt.Errorf("throttle disk %s: %w", d.Key, err)
 	}

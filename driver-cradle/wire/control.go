@@ -14,10 +14,11 @@ const (
 	PathWait     = "/cradle/v1/wait"     // GET → Status, as soon as the pod has ended
 	PathStop     = "/cradle/v1/stop"     // POST ?timeout=seconds&signal=NAME → Status: containers stopped; each has its own timeout and signal, unless they are given (the signal: the first container's)
 	PathShutdown = "/cradle/v1/shutdown" // POST ?timeout=seconds → Status: after that, volumes unmounted, disks synced, logs closed
-	PathFreeze   = "/cradle/v1/freeze"   // POST ?volume=NAME: file system quiet and on disk until thawed
-	PathThaw     = "/cradle/v1/thaw"     // POST ?volume=NAME
+	PathFreeze   = "/cradle/v1/freeze"   // POST ?volume=NAME&timeout=seconds: file system quiet and on disk until thawed, at the latest by itself after the timeout; again: the time starts anew
+	PathThaw     = "/cradle/v1/thaw"     // POST ?volume=NAME → Thawed
 	PathGrow     = "/cradle/v1/grow"     // POST ?volume=NAME: the disk has grown, grow the file system
 	PathStats    = "/cradle/v1/stats"    // GET → Stats
+	PathUsage    = "/cradle/v1/usage"    // GET ?volume=NAME → spec.VolumeStats
 	PathOutput   = "/cradle/v1/output"   // GET ?container=NAME&after=Mark → a stream of Pieces, until the container has ended for good
 )
 
@@ -144,4 +145,9 @@ type Stats struct {
 	MemoryAvailable uint64 `json:"memoryAvailable"`
 	MemoryUsed      uint64 `json:"memoryUsed"` // by the containers, as their cgroup counts it, without reclaimable cache
 	CPU             uint64 `json:"cpu"`        // by the containers, since boot
+}
+
+// Thawed says whether a file system was frozen all the time until it was thawed.
+type Thawed struct {
+	Frozen bool `json:"frozen"`
 }
