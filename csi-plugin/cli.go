@@ -184,7 +184,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: level}))
 	log.Info("serving", "endpoint", c.endpoint, "backend", c.backend, "node", c.nodeID, "version", version)
-	if r, ok := b.(volume.Repairer); ok && node {
+	if r, ok := b.(volume.Repairer); ok {
 		if err := r.Repair(ctx, false, func(found string) { log.Warn("repaired", "found", found) }); err != nil {
 			log.Warn("repair", "error", err)
 		}

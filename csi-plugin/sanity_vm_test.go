@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
 )
 
 // skips are csi-sanity's specs that do not concern us, by the message that they are skipped with, and why.
@@ -28,6 +30,11 @@ var skips = map[string]string{
 	"ControllerListVolumeHealth not supported":                  "as above",
 	"NodeGetVolumeHealth not supported":                         "as above",
 	"NodeGetStorageHealth not supported":                        "as above",
+}
+
+func TestMain(m *testing.M) {
+	volumetest.OwnMounts()
+	os.Exit(m.Run())
 }
 
 // TestRootSanity runs the whole of csi-sanity against the dir backend, once for each kind of volume.

@@ -248,7 +248,8 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 			rec.Content = volume.Guest
 		}
 		if size == 0 {
-			return p.root.Mkdir(filepath.Join(h, dataDir), 0o755)
+			data := filepath.Join(h, dataDir)
+			return errors.Join(p.root.Mkdir(data, 0o755), p.root.Chmod(data, 0o755)) // whatever the umask
 		}
 		f, err := p.root.OpenFile(filepath.Join(h, imageFile), createNew, 0o600)
 		if err != nil {
@@ -414,32 +415,43 @@ func (f *found) unused(ctx context.Context) error {
 		}
 		return err
 	}
+	loops, err := f.attached(ctx)
+	if err != nil {
+		return err
+	}
+	if len(loops) == 0 {
+		return machineHas(f.image())
+	}
+	uses, err := mount.Uses(loops[0].Device)
+	switch {
+	case err != nil:
+		return err
+	case len(uses) > 0:
+		return fmt.Errorf("%w: it is mounted on %s", volume.ErrInUse, uses[0])
+	default:
+		return fmt.Errorf("%w: %s is open, or mounted in another mount namespace", volume.ErrInUse, loops[0].Device)
+	}
+}
+
+// attached detaches the loop devices that are not mounted and returns those that are left. Whoever lists loop devices has each open for a
+// moment: what is only open gets some time.
+func (f *found) attached(ctx context.Context) ([]mount.Loop, error) {
 	for wait := time.Millisecond; ; wait *= 2 {
 		if err := f.release(); err != nil {
-			return err
+			return nil, err
 		}
 		loops, err := mount.Loops(f.image())
-		if err != nil {
-			return err
-		}
-		if len(loops) == 0 {
-			return machineHas(f.image())
+		if err != nil || len(loops) == 0 || wait > patience {
+			return loops, err
 		}
 		uses, err := mount.Uses(loops[0].Device)
-		if err != nil {
-			return err
-		}
-		if len(uses) > 0 {
-			return fmt.Errorf("%w: it is mounted on %s", volume.ErrInUse, uses[0])
-		}
-		// Whoever lists loop devices has each open for a moment.
-		if wait > patience {
-			return fmt.Errorf("%w: %s is open", volume.ErrInUse, loops[0].Device)
+		if err != nil || len(uses) > 0 {
+			return loops, err
 		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
 }
@@ -501,11 +513,8 @@ func (b *Backend) List(context.Context) ([]volume.Volume, error) {
 		}
 		for _, name := range names {
 			f, err := p.read(name)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // deleted meanwhile, or no volume of ours
-			}
 			if err != nil {
-				return nil, err
+				continue // deleted meanwhile, no volume of ours, or damaged, of which Get and Repair tell
 			}
 			all = append(all, f.volume())
 		}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
@@ -21,11 +23,14 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 		if err != nil {
 			return fmt.Errorf("pool %s: %w", p.name, err)
 		}
+		ids := map[string]bool{}
 		for _, name := range names {
-			id := strings.TrimPrefix(name, ".")
-			if volume.ValidName(id) && name != lockFile {
-				errs = append(errs, b.repair(ctx, p, id, look, report))
+			if id := strings.TrimPrefix(name, "."); volume.ValidName(id) && name != lockFile {
+				ids[id] = true
 			}
+		}
+		for _, id := range slices.Sorted(maps.Keys(ids)) {
+			errs = append(errs, b.repair(ctx, p, id, look, report))
 		}
 	}
 	return errors.Join(errs...)

@@ -186,12 +186,16 @@ func (b *Backend) Clone(ctx context.Context, r volume.Request, hold volume.Hold)
 		return volume.Volume{}, err
 	}
 	defer lock.Close()
+	// A clone that is there is judged by the request alone: what it was made of may have grown since, or be gone.
+	switch f, err := b.find(r.Name); {
+	case err == nil:
+		r.FS = cmp.Or(r.FS, f.FS)
+		return f.volume(), f.volume().Fits(r)
+	case !errors.Is(err, volume.ErrNotFound):
+		return volume.Volume{}, err
+	}
 	from, err := b.origin(r.Origin)
 	if err != nil {
-		// A clone that is there outlives what it was made of.
-		if f, ferr := b.find(r.Name); ferr == nil && f.Origin == r.Origin {
-			return f.volume(), nil
-		}
 		return volume.Volume{}, err
 	}
 	if err := from.cloneable(&r); err != nil {
@@ -266,7 +270,7 @@ func (f *found) copyTo(ctx context.Context, to *pool, h string, hold volume.Hold
 	}
 	defer image.Close()
 
-	points, written, err := f.writers()
+	points, written, err := f.writers(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -311,9 +315,10 @@ func (f *found) copyTo(ctx context.Context, to *pool, h string, hold volume.Hold
 	return copied, err
 }
 
-// writers says where this host has the file system mounted, and whether somebody may be writing who can't be made to hold still here.
-func (f *found) writers() (points []string, written bool, err error) {
-	loops, err := mount.Loops(f.image())
+// writers says where this host has the file system mounted, and whether somebody may be writing who can't be made to hold still here: a task
+// or guest that has the blocks. Of a file system that only hosts have written, all is on the image once it is unmounted here.
+func (f *found) writers(ctx context.Context) (points []string, written bool, err error) {
+	loops, err := f.attached(ctx)
 	if err != nil {
 		return nil, false, err
 	}
@@ -323,7 +328,7 @@ func (f *found) writers() (points []string, written bool, err error) {
 			return nil, false, err
 		}
 		points = append(points, at...)
-		written = written || !l.ReadOnly && len(at) == 0
+		written = written || !l.ReadOnly && len(at) == 0 && f.Content == volume.Guest
 	}
 	if err := machineHas(f.image()); errors.Is(err, volume.ErrInUse) {
 		written = true

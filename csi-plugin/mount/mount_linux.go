@@ -133,8 +133,16 @@ func Empty(target string) error {
 	return nil
 }
 
-// Unmount removes all that is mounted at target; nothing is no error. What is busy is an error that wraps EBUSY.
-func Unmount(target string) error { return unmount(target, 0) }
+// Unmount removes all that is mounted at target; nothing is no error. What is busy is an error that wraps EBUSY. What was written is on the
+// device then, also where a mount namespace that was copied from this host's keeps the file system mounted.
+func Unmount(target string) error {
+	if mounted, err := Is(target); err == nil && mounted {
+		if err := Sync(target); err != nil {
+			return err
+		}
+	}
+	return unmount(target, 0)
+}
 
 // Detach is Unmount, and takes a mount that is busy out of the tree as well: whoever holds files in it keeps them.
 func Detach(target string) error { return unmount(target, unix.MNT_DETACH) }

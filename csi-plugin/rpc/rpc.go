@@ -116,11 +116,11 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	// Of a request only its subject is logged: secrets, and options that hold some, are in the rest.
 	switch r := req.(type) {
 	case interface{ GetVolumeId() string }:
-		args = append(args, "volume", r.GetVolumeId())
+		args = append(args, "volume", subject(r.GetVolumeId()))
 	case interface{ GetSnapshotId() string }:
-		args = append(args, "snapshot", r.GetSnapshotId())
+		args = append(args, "snapshot", subject(r.GetSnapshotId()))
 	case interface{ GetName() string }:
-		args = append(args, "name", r.GetName())
+		args = append(args, "name", subject(r.GetName()))
 	}
 	switch {
 	case err == nil && quiet[method]:
@@ -132,6 +132,9 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	}
 	return resp, err
 }
+
+// subject is a caller's name for something, as far as one can be long.
+func subject(s string) string { return s[:min(len(s), 2*volume.MaxName+1)] }
 
 // quiet are calls that change nothing and come all the time.
 var quiet = map[string]bool{

@@ -91,18 +91,6 @@ type Repairer interface {
 	Repair(ctx context.Context, look bool, report func(found string)) error
 }
 
-// A Statter tells how much of a volume is used, as the storage sees it.
-type Statter interface {
-	// Stats returns the bytes that the volume occupies in its pool, without its snapshots.
-	Stats(ctx context.Context, id string) (Usage, error)
-}
-
-// Usage of a pool by one volume.
-type Usage struct {
-	Allocated int64 // bytes, as the pool counts them
-	Snapshots int64 // bytes that only its snapshots hold, -1 where the storage can't tell
-}
-
 // A Request is a volume that is to exist.
 type Request struct {
 	Name   string

@@ -4,8 +4,12 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
@@ -237,6 +241,7 @@ func (s Suite) testKilled(t *testing.T) {
 func (s Suite) Main(m *testing.M) {
 	name, ok := os.LookupEnv(childOperation)
 	if !ok {
+		OwnMounts()
 		os.Exit(m.Run())
 	}
 	if err := s.perform(name, os.Getenv(childStorage)); err != nil {
@@ -244,6 +249,25 @@ func (s Suite) Main(m *testing.M) {
 		os.Exit(1)
 	}
 	os.Exit(0)
+}
+
+// OwnMounts gives this process, which begins anew for it, a mount namespace: a program that copies the host's while the tests run would keep
+// their file systems mounted.
+func OwnMounts() {
+	const done = "VOLUMETEST_OWN_MOUNTS"
+	if os.Getenv(done) != "" || os.Geteuid() != 0 {
+		return
+	}
+	runtime.LockOSThread() // whose namespace it is
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	if err == nil {
+		err = syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), done+"=1"))
+	}
+	fmt.Fprintf(os.Stderr, "own mounts: %v\n", err)
+	os.Exit(1)
 }
 
 func (s Suite) perform(name, storage string) error {

@@ -588,6 +588,13 @@ func testClone(b *bench) {
 		b.holds("w", "origin")
 		b.put("v", "changed")
 		b.holds("w", "origin")
+		if e, ok := b.Backend.(volume.Expander); ok {
+			_, err := e.Expand(b.ctx(), "v", 3*size, 0)
+			b.must(err)
+			if again, err := c.Clone(b.ctx(), w, nil); err != nil || again != clone {
+				b.Errorf("class %s: again, of an origin that has grown: %+v, %v", class, again, err)
+			}
+		}
 		for what, t := range map[string]struct {
 			change func(*volume.Request)
 			want   error

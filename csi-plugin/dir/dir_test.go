@@ -1,0 +1,144 @@
+package dir
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+func open(t *testing.T, pools ...Pool) *Backend {
+	t.Helper()
+	b, err := Open(pools)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return b
+}
+
+func files(name, pool string) volume.Request {
+	return volume.Request{Name: name, Parameters: volume.Parameters{Class: volume.NFS, Pool: pool}}
+}
+
+// A name means one volume, whatever pool it is in.
+func TestPools(t *testing.T) {
+	dir := t.TempDir()
+	b := open(t, Pool{"fast", filepath.Join(dir, "fast")}, Pool{"red", filepath.Join(dir, "red")})
+	v, err := b.Create(t.Context(), files("v", "red"))
+	if err != nil || v.Pool != "red" {
+		t.Fatalf("%+v, %v", v, err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "red/v/data")); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.Create(t.Context(), files("v", "")); err == nil {
+		t.Error("a second one in the default pool")
+	}
+	if w, err := b.Create(t.Context(), files("w", "")); err != nil || w.Pool != "fast" {
+		t.Errorf("%+v, %v", w, err)
+	}
+	if all, err := b.List(t.Context()); err != nil || len(all) != 2 {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if _, err := Open([]Pool{{"p", "relative"}}); err == nil || !strings.Contains(err.Error(), "is not absolute") {
+		t.Errorf("a relative path: %v", err)
+	}
+	if _, err := Open(nil); err == nil {
+		t.Error("no pool is one too few")
+	}
+}
+
+// One damaged record hides its volume, not all others; who asks for it is told.
+func TestDamaged(t *testing.T) {
+	dir := t.TempDir()
+	b := open(t, Pool{"default", dir})
+	for _, name := range []string{"good", "bad", "future"} {
+		if _, err := b.Create(t.Context(), files(name, "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range map[string]string{"bad": "{", "future": `{"version": 2}`} {
+		if err := os.WriteFile(filepath.Join(dir, name, recordFile), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := b.List(t.Context()); err != nil || len(all) != 1 || all[0].ID != "good" {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if _, err := b.Get(t.Context(), "future"); err == nil || !strings.Contains(err.Error(), "its version is 2; this program reads version 1") {
+		t.Errorf("Get: %v", err)
+	}
+	var found []string
+	if err := b.Repair(t.Context(), false, func(s string) { found = append(found, s) }); err != nil || len(found) != 2 {
+		t.Errorf("Repair: %q, %v", found, err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "bad/data")); err != nil {
+		t.Errorf("a damaged volume's data: %v", err)
+	}
+}
+
+func TestRepair(t *testing.T) {
+	dir := t.TempDir()
+	b := open(t, Pool{"default", dir})
+	if _, err := b.Create(t.Context(), files("v", "")); err != nil {
+		t.Fatal(err)
+	}
+	for _, half := range []string{".half", ".v", "v/snapshots/.s"} {
+		if err := os.MkdirAll(filepath.Join(dir, half, "data"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	repair := func(look bool) (found []string) {
+		t.Helper()
+		if err := b.Repair(t.Context(), look, func(s string) { found = append(found, s) }); err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	if found := repair(true); len(found) != 3 {
+		t.Errorf("looked: %q", found)
+	}
+	if found := repair(false); len(found) != 3 {
+		t.Errorf("repaired: %q", found)
+	}
+	if found := repair(false); len(found) != 0 {
+		t.Errorf("again: %q", found)
+	}
+	if _, err := b.Get(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Who waits for a volume gives up with the context; others are not concerned.
+func TestLock(t *testing.T) {
+	b := open(t, Pool{"default", t.TempDir()})
+	held, err := b.lock(t.Context(), "v", "w")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := b.lock(ctx, "w"); err == nil {
+		t.Error("two hold one lock")
+	}
+	other, err := b.lock(t.Context(), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other.Close()
+	held.Close()
+	again, err := b.lock(t.Context(), "w", "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Close()
+}
