@@ -457,7 +457,8 @@ func TestVMFreeMemoryIsGivenBack(t *testing.T) {
 	}
 	ask(t, m, "dirty", url.Values{"mib": {"150"}}, nil) // and free again
 	peak := resident()
-	if !eventually(func() bool { return resident() < peak-70<<20 }) {
+	// The guest's kernel reports large free blocks, some of them each time that one comes to be.
+	if !eventually(func() bool { return resident() < peak-40<<20 }) {
 		t.Errorf("%d MiB resident, at the peak %d", resident()>>20, peak>>20)
 	}
 }
