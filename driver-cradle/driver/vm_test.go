@@ -107,6 +107,9 @@ var makeShared = sync.OnceValue(func() error {
 	if err := os.Chmod(shared.dir, 0o755); err != nil {
 		return err
 	}
+	if err := os.Setenv("TMPDIR", shared.dir); err != nil { // Nomad's harness leaves directories there
+		return err
+	}
 	shared.boot, shared.cache = filepath.Join(shared.dir, "boot"), filepath.Join(shared.dir, "cache")
 	shared.images = filepath.Join(cache, "cradlestack", "images")
 	kernel, err := command("../../tools/kernel/build.sh")
