@@ -63,7 +63,10 @@ func (p *Pod) rehearseCalls(handler func(*Pod) http.Handler) error {
 	if err != nil {
 		return fmt.Errorf("make socket: %w", err)
 	}
-	port := &wire.Port{File: os.NewFile(uintptr(fds[0]), "rehearsal")}
+	port, err := wire.NewPort(os.NewFile(uintptr(fds[0]), "rehearsal"))
+	if err != nil {
+		return err
+	}
 	defer port.File.Close()
 	host, err := unixConn(fds[1])
 	if err != nil {

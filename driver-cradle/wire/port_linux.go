@@ -40,15 +40,19 @@ func OpenPort() (*Port, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open %s: %w", path, err)
 		}
-		f := os.NewFile(uintptr(fd), path)
-		q, err := newQuick(f)
-		if err != nil {
-			f.Close()
-			return nil, err
-		}
-		return &Port{File: f, quick: q}, nil
+		return NewPort(os.NewFile(uintptr(fd), path))
 	}
 	return nil, fmt.Errorf("no virtio-serial port named %s", PortName)
+}
+
+// NewPort makes a Port of a file that is non-blocking and can be polled, and takes it over.
+func NewPort(f *os.File) (*Port, error) {
+	q, err := newQuick(f)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &Port{File: f, quick: q}, nil
 }
 
 // Read reads what the driver has at hand, up to a page.
