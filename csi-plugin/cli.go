@@ -203,6 +203,9 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		g.Go(func() error { return serveMetrics(ctx, m, registry) })
 	}
 	g.Go(func() error { return s.Serve(ctx, l) })
+	if controller {
+		g.Go(func() error { return s.Schedule(ctx) })
+	}
 	return errors.Join(g.Wait(), b.Close())
 }
 

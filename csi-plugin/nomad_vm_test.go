@@ -215,7 +215,11 @@ func TestRootNomad(t *testing.T) {
 	for _, test := range []func(*stack){testFiles, testSnapshotAndClone, testGrowth, testBlockDevice, testAttachedByTheGuest, testShared, testMistakes} {
 		test(s)
 	}
-	for _, name := range []string{"database", "disk", "guest", "pages"} {
+	s.eventually("automatic snapshots", func() bool {
+		list := s.CLI(t, "volume", "snapshot", "list", "-plugin", "cradle")
+		return strings.Contains(list, "pages@hourly-") && strings.Contains(list, "pages@monthly-")
+	})
+	for _, name := range []string{"database", "disk", "guest", "pages"} { // and the automatic ones with it
 		s.CLI(t, "volume", "delete", name)
 	}
 	s.empty()

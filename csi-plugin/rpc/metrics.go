@@ -15,6 +15,7 @@ type metrics struct {
 	backend volume.Backend
 	calls   *prometheus.CounterVec
 	seconds *prometheus.HistogramVec
+	snaps   *prometheus.CounterVec
 }
 
 // Those that are asked of the backend whenever they are collected.
@@ -32,9 +33,10 @@ func newMetrics(c Config) *metrics {
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "cradle_csi_call_seconds", Help: "How long CSI calls took, by method.", Buckets: prometheus.ExponentialBuckets(0.001, 4, 9),
 		}, []string{"method"}),
+		snaps: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cradle_csi_automatic_snapshots_total", Help: "Automatic snapshots that were tried, by result."}, []string{"result"}),
 	}
 	if c.Metrics != nil {
-		c.Metrics.MustRegister(m, m.calls, m.seconds)
+		c.Metrics.MustRegister(m, m.calls, m.seconds, m.snaps)
 	}
 	return m
 }
@@ -42,6 +44,15 @@ func newMetrics(c Config) *metrics {
 func (m *metrics) count(method string, code codes.Code, took time.Duration) {
 	m.calls.WithLabelValues(method, code.String()).Inc()
 	m.seconds.WithLabelValues(method).Observe(took.Seconds())
+}
+
+// taken counts an automatic snapshot.
+func (m *metrics) taken(err error) {
+	result := "taken"
+	if err != nil {
+		result = "failed"
+	}
+	m.snaps.WithLabelValues(result).Inc()
 }
 
 // collectTime bounds what the backend is given to answer in.

@@ -25,6 +25,7 @@ type Parameters struct {
 	Compression string        `json:"compression,omitempty"`
 	BlockSize   spec.Bytes    `json:"volblocksize,omitempty"`
 	Limits      spec.IOLimits `json:"limits,omitzero"`
+	Snapshots   Retention     `json:"snapshots,omitzero"` // that are taken by schedule
 }
 
 // Block says whether the class is of block volumes, one file system for one reader and writer.
@@ -74,6 +75,13 @@ var parameters = map[string]func(p *Parameters, value string) string{
 		}
 		return ""
 	},
+	"snapshots": func(p *Parameters, v string) string {
+		var err error
+		if p.Snapshots, err = ParseRetention(v); err != nil {
+			return "will not do: " + err.Error()
+		}
+		return ""
+	},
 	"iops": func(p *Parameters, v string) string {
 		n, err := strconv.ParseInt(v, 10, 64)
 		if p.Limits.IOPS = n; err != nil || n < 1 {
@@ -110,6 +118,9 @@ func (p Parameters) Map() map[string]string {
 	}
 	if p.BlockSize != 0 {
 		m["volblocksize"] = p.BlockSize.String()
+	}
+	if p.Snapshots != (Retention{}) {
+		m["snapshots"] = p.Snapshots.String()
 	}
 	if p.Limits.IOPS != 0 {
 		m["iops"] = strconv.FormatInt(p.Limits.IOPS, 10)

@@ -3,8 +3,10 @@ package volume
 import (
 	"errors"
 	"maps"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -12,11 +14,12 @@ import (
 func TestParseParameters(t *testing.T) {
 	all := map[string]string{
 		"class": "lv2", "pool": "red", "fs": "xfs", "attach": "direct", "compression": "zstd", "volblocksize": "16KiB", "iops": "500", "bandwidth": "100MiB",
+		"snapshots": "hourly=24,monthly=12",
 	}
 	p, err := ParseParameters(all)
 	want := Parameters{
 		Class: LV2, Pool: "red", FS: "xfs", Direct: true, Compression: "zstd", BlockSize: 16 << 10,
-		Limits: spec.IOLimits{IOPS: 500, Bandwidth: 100 << 20},
+		Limits: spec.IOLimits{IOPS: 500, Bandwidth: 100 << 20}, Snapshots: Retention{Hourly: 24, Monthly: 12},
 	}
 	if err != nil || p != want {
 		t.Errorf("%+v, %v; want %+v", p, err, want)
@@ -44,6 +47,11 @@ func TestParseParametersErrors(t *testing.T) {
 		{"compression", "zip", `parameter compression: "zip" is none of`},
 		{"volblocksize", "3000", `parameter volblocksize: "3000" is no block size`},
 		{"volblocksize", "1MiB", `parameter volblocksize: "1MiB" is no block size`},
+		{"snapshots", "", `parameter snapshots: "" will not do`},
+		{"snapshots", "hourly", `"hourly" is no number of snapshots to keep`},
+		{"snapshots", "yearly=1", `"yearly=1" is no number of snapshots to keep`},
+		{"snapshots", "daily=1,daily=2", `"daily=2" is no number of snapshots to keep`},
+		{"snapshots", "daily=100000", `"daily=100000" is no number of snapshots to keep`},
 		{"iops", "0", `parameter iops: "0" is no number of operations`},
 		{"iops", "many", `parameter iops: "many" is no number of operations`},
 		{"bandwidth", "-1", `parameter bandwidth: "-1" is no number of bytes`},
@@ -91,5 +99,45 @@ func TestSnapshotID(t *testing.T) {
 		if id, err := ParseSnapshotID(s); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%q: %+v, %v; want ErrNotFound", s, id, err)
 		}
+	}
+}
+
+// A month of hours: at each, what is due is taken and what is too many goes; of each kind there are then the newest ones.
+func TestRetention(t *testing.T) {
+	r, err := ParseRetention("hourly=3,daily=2,weekly=2,monthly=2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	manual := Snapshot{ID: SnapshotID{"v", "hourly-mine"}} // somebody took it, whatever it is called
+	has := []Snapshot{manual}
+	now := time.Date(2026, 1, 30, 22, 30, 0, 0, time.FixedZone("", 3600))
+	for range 24 * 35 {
+		take, drop := r.Due(has, now)
+		for _, name := range take {
+			has = append(has, Snapshot{ID: SnapshotID{"v", name}, Automatic: true})
+		}
+		has = slices.DeleteFunc(has, func(s Snapshot) bool { return slices.Contains(drop, s.ID) })
+		if take, drop := r.Due(has, now); len(take)+len(drop) > 0 {
+			t.Fatalf("%v: again, %v and %v are due", now, take, drop)
+		}
+		now = now.Add(time.Hour)
+	}
+	var names []string
+	for _, s := range has {
+		names = append(names, s.ID.Name)
+	}
+	slices.Sort(names)
+	want := []string{ // the last hour began on 2026-03-06 at 20:00 UTC, a Friday
+		"daily-20260305T000000Z", "daily-20260306T000000Z",
+		"hourly-20260306T180000Z", "hourly-20260306T190000Z", "hourly-20260306T200000Z", "hourly-mine",
+		"monthly-20260201T000000Z", "monthly-20260301T000000Z",
+		"weekly-20260223T000000Z", "weekly-20260302T000000Z",
+	}
+	if !slices.Equal(names, want) {
+		t.Errorf("there are\n%v, not\n%v", names, want)
+	}
+	take, drop := Retention{}.Due(has, now)
+	if len(take) > 0 || len(drop) != len(want)-1 || slices.Contains(drop, manual.ID) {
+		t.Errorf("without a schedule any more: %v, %v", take, drop)
 	}
 }

@@ -1,4 +1,4 @@
-# Files for many readers and writers, with a quota.
+# Files for many readers and writers, with a quota and automatic snapshots.
 id           = "pages"
 name         = "pages"
 type         = "csi"
@@ -16,5 +16,6 @@ capability {
 }
 
 parameters {
-  class = "nfs"
+  class     = "nfs"
+  snapshots = "hourly=24,daily=7,weekly=4,monthly=12"
 }

@@ -1,0 +1,84 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// shelf is a backend with one volume, whose snapshots are a list.
+type shelf struct {
+	volume.Backend
+	keep volume.Retention
+	has  []volume.Snapshot
+	fail bool
+}
+
+func (s *shelf) List(context.Context) ([]volume.Volume, error) {
+	return []volume.Volume{{ID: "v", Parameters: volume.Parameters{Snapshots: s.keep}}, {ID: "w"}}, nil
+}
+
+func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) { return s.has, nil }
+
+func (s *shelf) Snapshot(_ context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
+	if s.fail {
+		return volume.Snapshot{}, errors.New("no")
+	}
+	snap := volume.Snapshot{ID: r.ID, Automatic: r.Automatic}
+	s.has = append(s.has, snap)
+	return snap, nil
+}
+
+func (s *shelf) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error {
+	s.has = slices.DeleteFunc(s.has, func(has volume.Snapshot) bool { return has.ID == id })
+	return nil
+}
+
+func TestSchedule(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &shelf{keep: volume.Retention{Hourly: 2}}
+		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+		s := &Server{config: c, metrics: newMetrics(c)}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.Schedule(ctx) }()
+
+		names := func() (all []string) {
+			synctest.Wait()
+			for _, snap := range b.has {
+				all = append(all, snap.ID.String())
+			}
+			return all
+		}
+		// synctest's clock begins at midnight UTC on 2000-01-01.
+		time.Sleep(2*time.Hour + 30*time.Minute)
+		if got, want := names(), []string{"v@hourly-20000101T010000Z", "v@hourly-20000101T020000Z"}; !slices.Equal(got, want) {
+			t.Errorf("there are %v; want %v", got, want)
+		}
+		b.fail = true
+		time.Sleep(time.Hour)
+		if got := names(); len(got) != 2 {
+			t.Errorf("an old one went for want of a new one: %v", got)
+		}
+		b.fail = false
+		time.Sleep(2 * lookEvery)
+		if got, want := names(), []string{"v@hourly-20000101T020000Z", "v@hourly-20000101T030000Z"}; !slices.Equal(got, want) {
+			t.Errorf("after it failed for a while there are %v; want %v", got, want)
+		}
+		if n := testutil.ToFloat64(s.metrics.snaps.WithLabelValues("taken")); n != 4 {
+			t.Errorf("%v are counted", n)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}

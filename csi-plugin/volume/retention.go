@@ -1,0 +1,95 @@
+package volume
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Retention says how many automatic snapshots of each kind are kept. The zero value is none.
+type Retention struct{ Hourly, Daily, Weekly, Monthly int }
+
+type kind struct {
+	name  string
+	count func(*Retention) *int
+	begin func(time.Time) time.Time // of the period that a time is in
+}
+
+// kinds of automatic snapshots. Each is taken once in its period, which begins in UTC; weeks begin on Monday.
+var kinds = []kind{
+	{"hourly", func(r *Retention) *int { return &r.Hourly }, func(t time.Time) time.Time { return t.Truncate(time.Hour) }},
+	{"daily", func(r *Retention) *int { return &r.Daily }, day},
+	{"weekly", func(r *Retention) *int { return &r.Weekly }, func(t time.Time) time.Time { return day(t).AddDate(0, 0, -(int(t.Weekday())+6)%7) }},
+	{"monthly", func(r *Retention) *int { return &r.Monthly }, func(t time.Time) time.Time { return day(t).AddDate(0, 0, 1-t.Day()) }},
+}
+
+func day(t time.Time) time.Time { return time.Date(t.Year(), t.Month(), t.Day(), 0, 0, 0, 0, time.UTC) }
+
+// maxKept of one kind.
+const maxKept = 1000
+
+// ParseRetention reads hourly=24,daily=7,weekly=4,monthly=12, or some of these.
+func ParseRetention(s string) (r Retention, err error) {
+	for part := range strings.SplitSeq(s, ",") {
+		name, number, _ := strings.Cut(part, "=")
+		n, nerr := strconv.Atoi(number)
+		i := slices.IndexFunc(kinds, func(k kind) bool { return k.name == name })
+		if i < 0 || nerr != nil || n < 1 || n > maxKept || *kinds[i].count(&r) != 0 {
+			return Retention{}, fmt.Errorf("%q is no number of snapshots to keep; write hourly=24,daily=7,weekly=4,monthly=12, or some of these", abbreviate(part))
+		}
+		*kinds[i].count(&r) = n
+	}
+	return r, nil
+}
+
+// String is what ParseRetention reads, "" for none.
+func (r Retention) String() string {
+	var parts []string
+	for _, k := range kinds {
+		if n := *k.count(&r); n > 0 {
+			parts = append(parts, fmt.Sprintf("%s=%d", k.name, n))
+		}
+	}
+	return strings.Join(parts, ",")
+}
+
+// MarshalText is String.
+func (r Retention) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText is ParseRetention, of "" none.
+func (r *Retention) UnmarshalText(text []byte) (err error) {
+	if len(text) > 0 {
+		*r, err = ParseRetention(string(text))
+	}
+	return err
+}
+
+// stamp is how the beginning of a period is written in a snapshot's name.
+const stamp = "20060102T150405Z"
+
+// Due says which automatic snapshots a volume should have at the time now that it has not, by name, and which ones are one too many.
+func (r Retention) Due(has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {
+	now = now.UTC()
+	for _, k := range kinds {
+		keep := *k.count(&r)
+		var kept []Snapshot
+		for _, s := range has {
+			if s.Automatic && strings.HasPrefix(s.ID.Name, k.name+"-") {
+				kept = append(kept, s)
+			}
+		}
+		name := k.name + "-" + k.begin(now).Format(stamp)
+		if keep > 0 && !slices.ContainsFunc(kept, func(s Snapshot) bool { return s.ID.Name == name }) {
+			take = append(take, name)
+			keep-- // what is to come is kept as well
+		}
+		slices.SortFunc(kept, func(a, b Snapshot) int { return cmp.Compare(b.ID.Name, a.ID.Name) }) // the newest first
+		for _, s := range kept[min(keep, len(kept)):] {
+			drop = append(drop, s.ID)
+		}
+	}
+	return take, drop
+}
