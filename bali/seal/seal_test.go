@@ -305,7 +305,7 @@ func TestAttacks(t *testing.T) {
 		z, _ := gzip.NewWriterLevel(&payload, gzip.BestCompression)
 		w := tar.NewWriter(z)
 		desc, _ := testImage.marshal()
-		w.WriteHeader(&tar.Header{Name: ".bali/", Typeflag: tar.TypeDir})
+		w.WriteHeader(&tar.Header{Name: ".bali/", Typeflag: tar.TypeDir, Mode: 0o755})
 		w.WriteHeader(&tar.Header{Name: ImagePath, Typeflag: tar.TypeReg, Size: int64(len(desc))})
 		w.Write(desc)
 		w.WriteHeader(&tar.Header{Name: "zeros", Typeflag: tar.TypeReg, Size: 64 << 20})

@@ -338,6 +338,9 @@ func TestCheckLayer(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	if err := os.Chmod(layer.Path, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	f, err := os.OpenFile(layer.Path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
