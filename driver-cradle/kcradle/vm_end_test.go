@@ -59,7 +59,7 @@ func (l *lockedBuffer) String() string {
 
 // A pod that is stopped or killed while it starts, at whatever moment, has ended when that returns, and what is told is the end of that run and
 // not of the one before.
-func TestVMEndedWhileStarting(t *testing.T) { endedWhileStarting(t, 6) }
+func TestVMEndedWhileStarting(t *testing.T) { endedWhileStarting(t, 5) }
 
 func endedWhileStarting(t *testing.T, rounds int) {
 	w := theWorld(t)

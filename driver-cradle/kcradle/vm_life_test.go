@@ -136,7 +136,7 @@ func entries(t testing.TB, dirs ...string) (all []string) {
 }
 
 // A kcradle in the foreground that is killed at any moment leaves no machine, no tap, no mount, no file outside of its directory, and the next one works.
-func TestVMKilledAtAnyMoment(t *testing.T) { killedAtAnyMoment(t, 10) }
+func TestVMKilledAtAnyMoment(t *testing.T) { killedAtAnyMoment(t, 5) }
 
 func killedAtAnyMoment(t *testing.T, rounds int) {
 	w := theWorld(t)
@@ -507,7 +507,7 @@ func TestVMFillingIsShown(t *testing.T) {
 	for _, how := range [][]string{{"run"}, {"run", "-d"}} {
 		dir := filepath.Join(t.TempDir(), "pod")
 		t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
-		w.must(t, "summon", dir, "oci:"+w.images+"/debian", "--cpus", "64", "-v", filepath.Join(t.TempDir(), "lib.img")+":/usr/lib:size=400M", "--", "true")
+		w.must(t, "summon", dir, "oci:"+w.images+"/debian", "--cpus", "64", "-v", filepath.Join(t.TempDir(), "bin.img")+":/usr/bin:size=200M", "--", "true")
 		master, slave := openTerminal(t)
 		cmd := exec.Command(w.kcradle, append(how, dir)...)
 		cmd.Env = w.env()
