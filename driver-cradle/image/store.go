@@ -52,7 +52,8 @@ func Open(root string) (*Store, error) {
 		return s, nil // someone is at work; the next Open or GC cleans up
 	}
 	defer lock.release()
-	if _, err := s.cleanTemp(); err != nil {
+	_, err = s.cleanTemp()
+	if err = errors.Join(err, s.removeStray()); err != nil {
 		return nil, fmt.Errorf("open image cache: %w", err)
 	}
 	return s, nil
