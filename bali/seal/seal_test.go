@@ -536,7 +536,7 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // TestCaseTricks: where the target's file system takes two names for the same,
 // the second is refused, and not followed: here they are there already, as they
-// would be on one that ignores case (job.sh of bali has a real one).
+// would be on one that ignores case.
 func TestCaseTricks(t *testing.T) {
 	key, _ := signer(t, 1)
 	for name, second := range map[string]item{
