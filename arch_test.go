@@ -42,7 +42,7 @@ var mayImport = map[string][]string{
 	"driver-cradle/wire":              {"spec"},
 	"driver-cradle/guest":             {"spec", "driver-cradle/wire", "driver-cradle/guest/stdio"},
 	"driver-cradle/guest/stdio":       {"spec"},
-	"driver-cradle/guest/vdocker":     {"spec", "driver-cradle/wire", "driver-cradle/guest.", "driver-cradle/guest/stdio"},
+	"driver-cradle/guest/vdocker":     {"spec", "internal/dockerhttp", "driver-cradle/wire", "driver-cradle/guest.", "driver-cradle/guest/stdio"},
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
 	"csi-plugin":        {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
@@ -54,6 +54,13 @@ var mayImport = map[string][]string{
 	"csi-plugin/volume/volumetest": {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
+
+	"dockerapi":           {"dockerapi/server."}, // main.go and its commands
+	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "dockerapi/translate", "dockerapi/registry"},
+	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
+
+	"internal/dockerhttp": {}, // of the guest's API as well: docker's types and nothing else
+	"internal/nomadjob":   {"spec"},
 
 	"internal/agents":    {},
 	"internal/nomadtest": {"internal/agents", "test/programs"},
@@ -89,7 +96,7 @@ var onlyImporter = map[string][]string{
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
-	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin."},
+	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "dockerapi."},
 	"github.com/container-storage-interface": {"csi-plugin/rpc"},
 	"google.golang.org/grpc":                 {"csi-plugin/rpc"},
 }

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -41,9 +42,9 @@ func (f *found) Close() {
 
 // find looks a path of the request up. A slash or dot at its end follows a link to a directory, as in docker cp.
 func find(r *http.Request, c *guest.Container) (*found, error) {
-	name := parameter(r, "path")
+	name := dockerhttp.Parameter(r, "path")
 	if name == "" {
-		return nil, invalid("missing path: the request's parameter path is empty")
+		return nil, dockerhttp.Invalid("missing path: the request's parameter path is empty")
 	}
 	if !strings.HasPrefix(name, "/") {
 		name = "/" + name
@@ -63,10 +64,10 @@ func find(r *http.Request, c *guest.Container) (*found, error) {
 
 func lookupError(err error, r *http.Request, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return statusError{http.StatusNotFound, fmt.Sprintf("Could not find the file %s in container %s", name, r.PathValue("id"))}
+		return dockerhttp.NewError(http.StatusNotFound, fmt.Sprintf("Could not find the file %s in container %s", name, r.PathValue("id")))
 	}
 	if errors.Is(err, unix.ENOTDIR) {
-		return invalid("%s is not a directory", name)
+		return dockerhttp.Invalid("%s is not a directory", name)
 	}
 	return err
 }
@@ -139,9 +140,9 @@ func cutOff(r *http.Request) error {
 }
 
 func (a *api) putArchive(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	name := parameter(r, "path")
+	name := dockerhttp.Parameter(r, "path")
 	if name == "" {
-		return invalid("missing path: the request's parameter path is empty")
+		return dockerhttp.Invalid("missing path: the request's parameter path is empty")
 	}
 	root, err := openRoot(c.Rootfs())
 	if err != nil {
@@ -158,17 +159,17 @@ func (a *api) putArchive(w http.ResponseWriter, r *http.Request, c *guest.Contai
 		return err
 	}
 	if !info.IsDir() {
-		return invalid("extraction point is not a directory")
+		return dockerhttp.Invalid("extraction point is not a directory")
 	}
 	s := c.Spec()
-	u := &unpacker{ctx: r.Context(), root: root, base: path.Join("/", name), noReplace: truth(r, "noOverwriteDirNonDir")}
+	u := &unpacker{ctx: r.Context(), root: root, base: path.Join("/", name), noReplace: dockerhttp.Truth(r, "noOverwriteDirNonDir")}
 	if u.writable, err = writable(root, s); err != nil {
 		return err
 	}
 	if _, err := u.parent(u.base); err != nil { // refused before anything is read
 		return err
 	}
-	if truth(r, "copyUIDGID") && s.User != "" {
+	if dockerhttp.Truth(r, "copyUIDGID") && s.User != "" {
 		if u.owner, err = lookupOwner(root, s.User); err != nil {
 			return err
 		}
@@ -182,8 +183,8 @@ func (a *api) putArchive(w http.ResponseWriter, r *http.Request, c *guest.Contai
 }
 
 var (
-	errReadOnlyRoot   = statusError{http.StatusForbidden, "container rootfs is marked read-only"}
-	errReadOnlyVolume = statusError{http.StatusForbidden, "mounted volume is marked read-only"}
+	errReadOnlyRoot   = dockerhttp.NewError(http.StatusForbidden, "container rootfs is marked read-only")
+	errReadOnlyVolume = dockerhttp.NewError(http.StatusForbidden, "mounted volume is marked read-only")
 )
 
 // writable tells directories that may be written to: not on a root that the container has read-only, nor on such a volume.
@@ -227,7 +228,7 @@ func lookupOwner(root *root, name string) (*[2]int, error) {
 	defer group.Close()
 	u, err := user.GetExecUser(name, nil, passwd, group)
 	if err != nil {
-		return nil, invalid("user %s: %v", name, err)
+		return nil, dockerhttp.Invalid("user %s: %v", name, err)
 	}
 	return &[2]int{u.Uid, u.Gid}, nil
 }

@@ -14,12 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 // changes answers docker diff: what the writable layer has that the image has not.
 func (a *api) changes(w http.ResponseWriter, _ *http.Request, c *guest.Container) error {
 	if c.Upper() == "" {
-		return statusError{http.StatusNotImplemented, "a volume is the container's root: there is no image to compare it with"}
+		return dockerhttp.NewError(http.StatusNotImplemented, "a volume is the container's root: there is no image to compare it with")
 	}
 	lowers := slices.Clone(c.Lowers())
 	slices.Reverse(lowers)
@@ -27,7 +28,7 @@ func (a *api) changes(w http.ResponseWriter, _ *http.Request, c *guest.Container
 	if err := d.directory("/"); err != nil {
 		return err
 	}
-	return answer(w, http.StatusOK, append([]container.FilesystemChange{}, d.changes...))
+	return dockerhttp.Answer(w, http.StatusOK, append([]container.FilesystemChange{}, d.changes...))
 }
 
 // differ compares an overlay's upper directory with its lower ones, topmost first. In upper, a device 0:0 stands for what was

@@ -3,34 +3,21 @@ package vdocker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net/http"
 
-	"github.com/moby/moby/api/types/common"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
-
-// statusError is an error with the HTTP status that docker gives it.
-type statusError struct {
-	status  int
-	message string
-}
-
-func (e statusError) Error() string { return e.message }
-
-func invalid(format string, args ...any) error {
-	return statusError{http.StatusBadRequest, fmt.Sprintf(format, args...)}
-}
 
 // status is docker's for an error.
 func status(err error) int {
-	var s statusError
+	var s dockerhttp.Error
 	switch {
 	case errors.As(err, &s):
-		return s.status
+		return s.Status
 	case errors.Is(err, guest.ErrNotModified):
 		return http.StatusNotModified
 	case errors.Is(err, guest.ErrInvalid):
@@ -52,10 +39,5 @@ func answerError(w http.ResponseWriter, err error) {
 	if errors.Is(err, context.Canceled) {
 		return
 	}
-	code := status(err)
-	if code == http.StatusNotModified {
-		w.WriteHeader(code)
-		return
-	}
-	_ = answer(w, code, common.ErrorResponse{Message: err.Error()})
+	dockerhttp.AnswerError(w, status(err), err)
 }

@@ -9,15 +9,16 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
 	"github.com/cradlestack/cradlestack/driver-cradle/guest/stdio"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 func (a *api) execCreate(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
 	var q container.ExecCreateRequest
-	if err := decode(w, r, &q); err != nil {
+	if err := dockerhttp.Decode(w, r, &q); err != nil {
 		return err
 	}
 	if len(q.Cmd) == 0 {
-		return invalid("no exec command specified")
+		return dockerhttp.Invalid("no exec command specified")
 	}
 	if q.DetachKeys != "" {
 		if _, err := detachKeys(r, q.DetachKeys); err != nil {
@@ -35,7 +36,7 @@ func (a *api) execCreate(w http.ResponseWriter, r *http.Request, c *guest.Contai
 	if err != nil {
 		return err
 	}
-	return answer(w, http.StatusCreated, container.ExecCreateResponse{ID: e.ID()})
+	return dockerhttp.Answer(w, http.StatusCreated, container.ExecCreateResponse{ID: e.ID()})
 }
 
 func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
@@ -44,7 +45,7 @@ func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var q container.ExecStartRequest
-	if err := decode(w, r, &q); err != nil {
+	if err := dockerhttp.Decode(w, r, &q); err != nil {
 		return err
 	}
 	if q.Detach {
@@ -55,7 +56,7 @@ func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	if s := e.State(); s.Started {
-		return statusError{http.StatusConflict, "exec command " + e.ID() + " is already running"}
+		return dockerhttp.NewError(http.StatusConflict, "exec command "+e.ID()+" is already running")
 	}
 	cfg := e.Config()
 	keys, err := detachKeys(r, cfg.DetachKeys)
@@ -114,5 +115,5 @@ func (a *api) execInspect(w http.ResponseWriter, r *http.Request) error {
 	if state.Started && !state.Running {
 		out.ExitCode = &state.ExitCode
 	}
-	return answer(w, http.StatusOK, out)
+	return dockerhttp.Answer(w, http.StatusOK, out)
 }

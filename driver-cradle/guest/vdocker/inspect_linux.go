@@ -20,6 +20,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -80,7 +81,7 @@ func (a *api) inspect(w http.ResponseWriter, r *http.Request, c *guest.Container
 		out.HostnamePath = filepath.Join(dir, "files", "hostname")
 		out.HostsPath = filepath.Join(dir, "files", "hosts")
 	}
-	if truth(r, "size") {
+	if dockerhttp.Truth(r, "size") {
 		writable, all, err := sizes(c)
 		if err != nil {
 			return err
@@ -88,7 +89,7 @@ func (a *api) inspect(w http.ResponseWriter, r *http.Request, c *guest.Container
 		out.SizeRw, out.SizeRootFs = &writable, &all
 	}
 	out.NetworkSettings = a.networkSettings(s, state.Running)
-	return answer(w, http.StatusOK, out)
+	return dockerhttp.Answer(w, http.StatusOK, out)
 }
 
 // stamp writes a time as docker does, the zero time as year 1.
@@ -369,18 +370,18 @@ func ports(s spec.Container, l *spec.Launch) network.PortMap {
 
 // list answers docker ps.
 func (a *api) list(w http.ResponseWriter, r *http.Request) error {
-	f, err := parseFilters(r, "id", "name", "label", "status", "exited", "ancestor", "health", "before", "since", "volume", "network", "publish", "expose", "is-task", "isolation")
+	f, err := dockerhttp.ParseFilters(r, "id", "name", "label", "status", "exited", "ancestor", "health", "before", "since", "volume", "network", "publish", "expose", "is-task", "isolation")
 	if err != nil {
 		return err
 	}
 	limit := 0
-	if v := parameter(r, "limit"); v != "" {
+	if v := dockerhttp.Parameter(r, "limit"); v != "" {
 		if limit, err = strconv.Atoi(v); err != nil {
-			return invalid("limit: %q is no number", v)
+			return dockerhttp.Invalid("limit: %q is no number", v)
 		}
 	}
-	all := truth(r, "all") || limit > 0 || len(f["status"]) > 0 || len(f["exited"]) > 0
-	sized := truth(r, "size")
+	all := dockerhttp.Truth(r, "all") || limit > 0 || len(f["status"]) > 0 || len(f["exited"]) > 0
+	sized := dockerhttp.Truth(r, "size")
 	out := []container.Summary{}
 	containers := slices.Clone(a.pod.Containers())
 	slices.Reverse(containers) // docker's: the latest first
@@ -404,47 +405,47 @@ func (a *api) list(w http.ResponseWriter, r *http.Request) error {
 			break
 		}
 	}
-	return answer(w, http.StatusOK, out)
+	return dockerhttp.Answer(w, http.StatusOK, out)
 }
 
-func (a *api) selects(f filters, c *guest.Container, state guest.State) (bool, error) {
+func (a *api) selects(f dockerhttp.Filters, c *guest.Container, state guest.State) (bool, error) {
 	s := c.Spec()
 	l := &a.pod.Launch().Launch
 	for _, v := range f["status"] {
 		if err := container.ValidateContainerState(container.ContainerState(v)); err != nil {
-			return false, invalid("%v", err)
+			return false, dockerhttp.Invalid("%v", err)
 		}
 	}
 	for _, v := range f["health"] {
 		if err := container.ValidateHealthStatus(container.HealthStatus(v)); err != nil {
-			return false, invalid("%v", err)
+			return false, dockerhttp.Invalid("%v", err)
 		}
 	}
 	for _, v := range f["exited"] {
 		if _, err := strconv.Atoi(v); err != nil {
-			return false, invalid("invalid filter 'exited=%s'", v)
+			return false, dockerhttp.Invalid("invalid filter 'exited=%s'", v)
 		}
 	}
 	health := "none"
 	if state.Health != nil {
 		health = state.Health.Status
 	}
-	ok := f.any("id", func(v string) bool { return v != "" && strings.HasPrefix(s.ID, v) || matches(v, s.ID) }) &&
-		f.any("name", func(v string) bool { return matches(v, s.Name) || matches(v, "/"+s.Name) }) &&
-		f.labels("label", labels(s), false) &&
-		f.any("status", func(v string) bool { return v == state.Status }) &&
-		f.any("exited", func(v string) bool {
+	ok := f.Any("id", func(v string) bool { return v != "" && strings.HasPrefix(s.ID, v) || dockerhttp.Matches(v, s.ID) }) &&
+		f.Any("name", func(v string) bool { return dockerhttp.Matches(v, s.Name) || dockerhttp.Matches(v, "/"+s.Name) }) &&
+		f.Labels("label", labels(s), false) &&
+		f.Any("status", func(v string) bool { return v == state.Status }) &&
+		f.Any("exited", func(v string) bool {
 			return v == strconv.Itoa(state.ExitCode) && !state.Running && !state.FinishedAt.IsZero()
 		}) &&
-		f.any("health", func(v string) bool { return v == health }) &&
-		f.any("ancestor", func(v string) bool { return isImage(s.Image, v) }) &&
-		f.any("network", func(v string) bool { return v == networkName || v == l.ID }) &&
-		f.any("volume", func(v string) bool {
+		f.Any("health", func(v string) bool { return v == health }) &&
+		f.Any("ancestor", func(v string) bool { return isImage(s.Image, v) }) &&
+		f.Any("network", func(v string) bool { return v == networkName || v == l.ID }) &&
+		f.Any("volume", func(v string) bool {
 			return slices.ContainsFunc(mountPoints(s, l), func(m container.MountPoint) bool { return v == m.Name || v == m.Destination || v == m.Source })
 		}) &&
-		f.any("publish", func(v string) bool { return hasPort(bindings(l), v) }) &&
-		f.any("expose", func(v string) bool { return hasPort(ports(s, l), v) }) &&
-		f.any("is-task", func(v string) bool { return v == "false" || v == "0" })
+		f.Any("publish", func(v string) bool { return hasPort(bindings(l), v) }) &&
+		f.Any("expose", func(v string) bool { return hasPort(ports(s, l), v) }) &&
+		f.Any("is-task", func(v string) bool { return v == "false" || v == "0" })
 	for name, after := range map[string]bool{"since": true, "before": false} {
 		for _, v := range f[name] {
 			other, err := a.pod.Lookup(v)

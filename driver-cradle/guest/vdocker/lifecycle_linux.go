@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 func done(w http.ResponseWriter, err error) error {
@@ -28,13 +29,13 @@ func (a *api) start(w http.ResponseWriter, r *http.Request, c *guest.Container) 
 
 // grace reads the time between the stop signal and SIGKILL, in seconds; nil: the container's own.
 func grace(r *http.Request) (*time.Duration, error) {
-	t := parameter(r, "t")
+	t := dockerhttp.Parameter(r, "t")
 	if t == "" {
 		return nil, nil
 	}
 	n, err := strconv.Atoi(t)
 	if err != nil {
-		return nil, invalid("t: %q is no number of seconds", t)
+		return nil, dockerhttp.Invalid("t: %q is no number of seconds", t)
 	}
 	d := time.Duration(n) * time.Second
 	return &d, nil
@@ -45,7 +46,7 @@ func (a *api) stop(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	if err != nil {
 		return err
 	}
-	return done(w, c.Stop(r.Context(), parameter(r, "signal"), timeout))
+	return done(w, c.Stop(r.Context(), dockerhttp.Parameter(r, "signal"), timeout))
 }
 
 func (a *api) restart(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
@@ -53,11 +54,11 @@ func (a *api) restart(w http.ResponseWriter, r *http.Request, c *guest.Container
 	if err != nil {
 		return err
 	}
-	return done(w, c.Restart(r.Context(), parameter(r, "signal"), timeout))
+	return done(w, c.Restart(r.Context(), dockerhttp.Parameter(r, "signal"), timeout))
 }
 
 func (a *api) kill(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	name := parameter(r, "signal")
+	name := dockerhttp.Parameter(r, "signal")
 	if name == "" {
 		name = "KILL"
 	}
@@ -67,7 +68,7 @@ func (a *api) kill(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	}
 	if err := c.Kill(sig); err != nil {
 		if errors.Is(err, guest.ErrNotRunning) {
-			return statusError{http.StatusConflict, "cannot kill container: " + r.PathValue("id") + ": " + err.Error()}
+			return dockerhttp.NewError(http.StatusConflict, "cannot kill container: "+r.PathValue("id")+": "+err.Error())
 		}
 		return err
 	}
@@ -89,11 +90,11 @@ func (a *api) unpause(w http.ResponseWriter, _ *http.Request, c *guest.Container
 
 // wait sends its header as soon as the end that it waits for can't be missed any more: docker run starts the container then.
 func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	condition := parameter(r, "condition")
+	condition := dockerhttp.Parameter(r, "condition")
 	switch condition {
 	case "", guest.WaitNotRunning, guest.WaitNextExit, guest.WaitRemoved:
 	default:
-		return invalid("invalid condition: %q", condition)
+		return dockerhttp.Invalid("invalid condition: %q", condition)
 	}
 	wait := c.Awaiting(condition)
 	w.Header().Set("Content-Type", "application/json")
@@ -118,13 +119,13 @@ func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 
 // size reads a terminal's size.
 func size(r *http.Request) (h, w uint16, err error) {
-	h64, err := strconv.ParseUint(parameter(r, "h"), 10, 16)
+	h64, err := strconv.ParseUint(dockerhttp.Parameter(r, "h"), 10, 16)
 	if err != nil {
-		return 0, 0, invalid("h: %q is no number of lines", parameter(r, "h"))
+		return 0, 0, dockerhttp.Invalid("h: %q is no number of lines", dockerhttp.Parameter(r, "h"))
 	}
-	w64, err := strconv.ParseUint(parameter(r, "w"), 10, 16)
+	w64, err := strconv.ParseUint(dockerhttp.Parameter(r, "w"), 10, 16)
 	if err != nil {
-		return 0, 0, invalid("w: %q is no number of columns", parameter(r, "w"))
+		return 0, 0, dockerhttp.Invalid("w: %q is no number of columns", dockerhttp.Parameter(r, "w"))
 	}
 	return uint16(h64), uint16(w64), nil
 }
@@ -138,7 +139,7 @@ func (a *api) resize(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	if err := c.Resize(rows, columns); err != nil && (c.Spec().TTY || !errors.Is(err, guest.ErrInvalid)) {
 		return err
 	}
-	c.Emit("resize", map[string]string{"height": parameter(r, "h"), "width": parameter(r, "w")})
+	c.Emit("resize", map[string]string{"height": dockerhttp.Parameter(r, "h"), "width": dockerhttp.Parameter(r, "w")})
 	w.WriteHeader(http.StatusOK)
 	return nil
 }
@@ -146,7 +147,7 @@ func (a *api) resize(w http.ResponseWriter, r *http.Request, c *guest.Container)
 // update changes limits until the pod ends. The launch.json on the host is the record of what holds from then on.
 func (a *api) update(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
 	var u container.UpdateConfig
-	if err := decode(w, r, &u); err != nil {
+	if err := dockerhttp.Decode(w, r, &u); err != nil {
 		return err
 	}
 	settings, err := cgroupSettings(u)
@@ -159,7 +160,7 @@ func (a *api) update(w http.ResponseWriter, r *http.Request, c *guest.Container)
 		}
 	}
 	c.Emit("update", nil)
-	return answer(w, http.StatusOK, container.UpdateResponse{Warnings: []string{}})
+	return dockerhttp.Answer(w, http.StatusOK, container.UpdateResponse{Warnings: []string{}})
 }
 
 // cgroupSettings are the changes that docker update asks for, in cgroup v2's files.
@@ -174,17 +175,17 @@ func cgroupSettings(u container.UpdateConfig) (out [][2]string, err error) {
 	}
 	switch {
 	case u.RestartPolicy.Name != "":
-		return nil, statusError{http.StatusNotImplemented, "a pod's restart rules are those of its launch.json: change them there and run the pod again"}
+		return nil, dockerhttp.NewError(http.StatusNotImplemented, "a pod's restart rules are those of its launch.json: change them there and run the pod again")
 	case u.BlkioWeight != 0 || u.CpusetCpus != "" || u.CpusetMems != "" || u.CPURealtimePeriod != 0 || u.CPURealtimeRuntime != 0:
-		return nil, statusError{http.StatusNotImplemented, "inside a pod only memory, CPU time, CPU shares and the number of processes can be changed"}
+		return nil, dockerhttp.NewError(http.StatusNotImplemented, "inside a pod only memory, CPU time, CPU shares and the number of processes can be changed")
 	case u.NanoCPUs != 0 && (u.CPUPeriod != 0 || u.CPUQuota != 0):
-		return nil, invalid("conflicting options: NanoCPUs and CPU period or quota cannot both be set")
+		return nil, dockerhttp.Invalid("conflicting options: NanoCPUs and CPU period or quota cannot both be set")
 	case u.Memory > 0 && u.Memory < 6<<20:
-		return nil, invalid("minimum memory limit allowed is 6MB")
+		return nil, dockerhttp.Invalid("minimum memory limit allowed is 6MB")
 	}
 	if u.MemorySwap > 0 || u.MemoryReservation > 0 {
 		if u.MemorySwap > 0 && u.Memory > 0 && u.MemorySwap < u.Memory {
-			return nil, invalid("minimum memoryswap limit should be larger than memory limit, see usage")
+			return nil, dockerhttp.Invalid("minimum memoryswap limit should be larger than memory limit, see usage")
 		}
 		if u.MemoryReservation > 0 {
 			set("memory.low", limit(u.MemoryReservation))

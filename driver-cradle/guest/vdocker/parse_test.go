@@ -1,10 +1,7 @@
 package vdocker
 
 import (
-	"net/http/httptest"
-	"net/url"
 	"os"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,48 +11,6 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
 	"github.com/cradlestack/cradlestack/spec"
 )
-
-func TestParseTime(t *testing.T) {
-	for text, want := range map[string]time.Time{
-		"": {}, "0": {}, "1700000000": time.Unix(1700000000, 0), "1700000000.5": time.Unix(1700000000, 5e8), "1700000000.000000001": time.Unix(1700000000, 1),
-		"2023-11-14T22:13:20.25Z": time.Unix(1700000000, 25e7),
-	} {
-		if got, err := parseTime(text); err != nil || !got.Equal(want) {
-			t.Errorf("%q is %v, %v; want %v", text, got, err, want)
-		}
-	}
-	for _, text := range []string{"yesterday", "1.x", "1.-5", "--1"} {
-		if got, err := parseTime(text); err == nil {
-			t.Errorf("%q is %v", text, got)
-		}
-	}
-}
-
-func TestFilters(t *testing.T) {
-	parse := func(text string) (filters, error) {
-		return parseFilters(httptest.NewRequest("GET", "/?filters="+url.QueryEscape(text), nil), "label", "name")
-	}
-	for _, text := range []string{`{"label":["a=b"],"name":["x"]}`, `{"label":{"a=b":true,"c":false},"name":{"x":true}}`} {
-		f, err := parse(text)
-		if err != nil || !slices.Equal(f["label"], []string{"a=b"}) || !slices.Equal(f["name"], []string{"x"}) {
-			t.Errorf("%s: %v, %v", text, f, err)
-		}
-	}
-	for _, text := range []string{`{"colour":["red"]}`, `[]`, `{"label":"a"}`} {
-		if f, err := parse(text); status(err) != 400 {
-			t.Errorf("%s: %v, %v", text, f, err)
-		}
-	}
-	have := map[string]string{"a": "b", "empty": ""}
-	for label, want := range map[string]bool{"a": true, "a=b": true, "a=c": false, "nosuch": false, "empty": true, "empty=": true} {
-		if got := (filters{"label": {label}}).labels("label", have, false); got != want {
-			t.Errorf("label %s: %v", label, got)
-		}
-	}
-	if !(filters{}).any("name", func(string) bool { return false }) {
-		t.Error("no filter refuses something")
-	}
-}
 
 func TestStatusText(t *testing.T) {
 	now := time.Now()

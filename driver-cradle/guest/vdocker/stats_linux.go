@@ -13,6 +13,7 @@ import (
 	"github.com/moby/moby/api/types/container"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 // podCgroup holds all containers; its limit is the pod's memory.
@@ -23,10 +24,10 @@ const sampleInterval = time.Second
 
 // stats answers docker stats: samples once a second while somebody looks, nothing otherwise.
 func (a *api) stats(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	stream := parameter(r, "stream") == "" || truth(r, "stream")
-	oneShot := truth(r, "one-shot")
+	stream := dockerhttp.Parameter(r, "stream") == "" || dockerhttp.Truth(r, "stream")
+	oneShot := dockerhttp.Truth(r, "one-shot")
 	if stream && oneShot {
-		return invalid("cannot have stream=true and one-shot=true")
+		return dockerhttp.Invalid("cannot have stream=true and one-shot=true")
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusOK)

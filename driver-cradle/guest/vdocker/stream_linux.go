@@ -18,6 +18,7 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
 	"github.com/cradlestack/cradlestack/driver-cradle/guest/stdio"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 // Media types of a stream: raw from a terminal, else frames of stdout and stderr (api/swagger.yaml ContainerAttach).
@@ -38,14 +39,14 @@ var defaultDetachKeys = []byte{16, 17}
 
 func detachKeys(r *http.Request, text string) ([]byte, error) {
 	if text == "" {
-		text = parameter(r, "detachKeys")
+		text = dockerhttp.Parameter(r, "detachKeys")
 	}
 	if text == "" {
 		return defaultDetachKeys, nil
 	}
 	keys, err := term.ToBytes(text)
 	if err != nil {
-		return nil, invalid("invalid detach keys (%s) provided", text)
+		return nil, dockerhttp.Invalid("invalid detach keys (%s) provided", text)
 	}
 	return keys, nil
 }
@@ -94,23 +95,23 @@ func outputs(w io.Writer, tty, stdout, stderr bool) (out, errs io.Writer) {
 // logs answers docker logs. With restarts=1, a parameter of ours, following goes on over restarts until the container has ended for
 // good.
 func (a *api) logs(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	stdout, stderr := truth(r, "stdout"), truth(r, "stderr")
+	stdout, stderr := dockerhttp.Truth(r, "stdout"), dockerhttp.Truth(r, "stderr")
 	if !stdout && !stderr {
-		return invalid("Bad parameters: you must choose at least one stream")
+		return dockerhttp.Invalid("Bad parameters: you must choose at least one stream")
 	}
-	lo := stdio.LogOptions{Timestamps: truth(r, "timestamps"), Follow: truth(r, "follow"), Tail: -1}
+	lo := stdio.LogOptions{Timestamps: dockerhttp.Truth(r, "timestamps"), Follow: dockerhttp.Truth(r, "follow"), Tail: -1}
 	var err error
-	if lo.Since, err = parseTime(parameter(r, "since")); err != nil {
-		return invalid("since: %v", err)
+	if lo.Since, err = dockerhttp.ParseTime(dockerhttp.Parameter(r, "since")); err != nil {
+		return dockerhttp.Invalid("since: %v", err)
 	}
-	if lo.Until, err = parseTime(parameter(r, "until")); err != nil {
-		return invalid("until: %v", err)
+	if lo.Until, err = dockerhttp.ParseTime(dockerhttp.Parameter(r, "until")); err != nil {
+		return dockerhttp.Invalid("until: %v", err)
 	}
-	if n, err := strconv.Atoi(parameter(r, "tail")); err == nil && n >= 0 {
+	if n, err := strconv.Atoi(dockerhttp.Parameter(r, "tail")); err == nil && n >= 0 {
 		lo.Tail = n
 	}
 	ctx := r.Context()
-	if lo.Follow && truth(r, "restarts") {
+	if lo.Follow && dockerhttp.Truth(r, "restarts") {
 		var stop func()
 		lo.Restarts, stop = endedForGood(ctx, c)
 		defer stop()
@@ -246,28 +247,28 @@ func (a *api) attach(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	if err != nil {
 		return err
 	}
-	stream, replay := truth(r, "stream"), truth(r, "logs")
+	stream, replay := dockerhttp.Truth(r, "stream"), dockerhttp.Truth(r, "logs")
 	if !stream && !replay {
-		return invalid("Bad parameters: you must choose stream, logs, or both")
+		return dockerhttp.Invalid("Bad parameters: you must choose stream, logs, or both")
 	}
 	if c.State().Status == wire.StatePaused {
-		return statusError{http.StatusConflict, fmt.Sprintf("container %s is paused, unpause the container before attach", r.PathValue("id"))}
+		return dockerhttp.NewError(http.StatusConflict, fmt.Sprintf("container %s is paused, unpause the container before attach", r.PathValue("id")))
 	}
 	spec := c.Spec()
 	ctx, gone := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer gone(nil)
 	o := stdio.AttachOptions{Logs: replay, Stream: stream}
-	if o.Since, err = parseTime(parameter(r, "since")); err != nil {
-		return invalid("since: %v", err)
+	if o.Since, err = dockerhttp.ParseTime(dockerhttp.Parameter(r, "since")); err != nil {
+		return dockerhttp.Invalid("since: %v", err)
 	}
-	if stream && truth(r, "restarts") {
+	if stream && dockerhttp.Truth(r, "restarts") {
 		var stop func()
 		o.Restarts, stop = endedForGood(ctx, c)
 		defer stop()
 	}
 	s := streams{
 		attach: o, tty: spec.TTY, keys: keys,
-		stdin: stream && truth(r, "stdin") && spec.OpenStdin, stdout: truth(r, "stdout"), stderr: truth(r, "stderr"),
+		stdin: stream && dockerhttp.Truth(r, "stdin") && spec.OpenStdin, stdout: dockerhttp.Truth(r, "stdout"), stderr: dockerhttp.Truth(r, "stderr"),
 		detached: func() { c.Emit("detach", nil) },
 	}
 	var exited func(context.Context) (int, string, error)

@@ -9,7 +9,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 func (a *api) ping(w http.ResponseWriter, r *http.Request) error {
@@ -41,8 +41,8 @@ func (a *api) version(w http.ResponseWriter, _ *http.Request) error {
 	v := system.VersionResponse{
 		Platform:      system.PlatformInfo{Name: "cradle pod"},
 		Version:       "cradle-" + guest.Version,
-		APIVersion:    apiVersion(maxVersion),
-		MinAPIVersion: apiVersion(minVersion),
+		APIVersion:    dockerhttp.String(versions.Max),
+		MinAPIVersion: dockerhttp.String(versions.Min),
 		Os:            runtime.GOOS,
 		Arch:          runtime.GOARCH,
 		GoVersion:     runtime.Version(),
@@ -51,7 +51,7 @@ func (a *api) version(w http.ResponseWriter, _ *http.Request) error {
 	v.Components = []system.ComponentVersion{{Name: "cradle-init", Version: guest.Version, Details: map[string]string{
 		"ApiVersion": v.APIVersion, "MinAPIVersion": v.MinAPIVersion, "Os": v.Os, "Arch": v.Arch, "GoVersion": v.GoVersion, "KernelVersion": v.KernelVersion,
 	}}}
-	return answer(w, http.StatusOK, v)
+	return dockerhttp.Answer(w, http.StatusOK, v)
 }
 
 func kernel() string {
@@ -88,7 +88,7 @@ func (a *api) info(w http.ResponseWriter, _ *http.Request) error {
 	if fds, err := os.ReadDir("/proc/self/fd"); err == nil {
 		i.NFd = len(fds)
 	}
-	return answer(w, http.StatusOK, i)
+	return dockerhttp.Answer(w, http.StatusOK, i)
 }
 
 func machine() string {
@@ -106,20 +106,20 @@ type event struct {
 }
 
 func (a *api) events(w http.ResponseWriter, r *http.Request) error {
-	f, err := parseFilters(r, "type", "event", "container", "label", "image", "scope", "daemon", "network", "volume", "plugin", "service", "node", "secret", "config")
+	f, err := dockerhttp.ParseFilters(r, "type", "event", "container", "label", "image", "scope", "daemon", "network", "volume", "plugin", "service", "node", "secret", "config")
 	if err != nil {
 		return err
 	}
-	since, err := parseTime(parameter(r, "since"))
+	since, err := dockerhttp.ParseTime(dockerhttp.Parameter(r, "since"))
 	if err != nil {
-		return invalid("since: %v", err)
+		return dockerhttp.Invalid("since: %v", err)
 	}
-	until, err := parseTime(parameter(r, "until"))
+	until, err := dockerhttp.ParseTime(dockerhttp.Parameter(r, "until"))
 	if err != nil {
-		return invalid("until: %v", err)
+		return dockerhttp.Invalid("until: %v", err)
 	}
 	if !until.IsZero() && until.Before(since) {
-		return invalid("`since` time (%s) cannot be after `until` time (%s)", parameter(r, "since"), parameter(r, "until"))
+		return dockerhttp.Invalid("`since` time (%s) cannot be after `until` time (%s)", dockerhttp.Parameter(r, "since"), dockerhttp.Parameter(r, "until"))
 	}
 	ctx := r.Context()
 	if !until.IsZero() {
@@ -168,44 +168,23 @@ func message(e guest.Event) event {
 	return m
 }
 
-func (a *api) wanted(f filters, e guest.Event) bool {
+func (a *api) wanted(f dockerhttp.Filters, e guest.Event) bool {
 	for _, kind := range []string{"daemon", "network", "volume", "plugin", "service", "node", "secret", "config"} {
 		if len(f[kind]) > 0 {
 			return false
 		}
 	}
-	return f.any("type", func(v string) bool { return v == e.Type }) &&
-		f.any("scope", func(v string) bool { return v == "local" }) &&
-		f.any("event", func(v string) bool { return e.Action == v || strings.HasPrefix(e.Action, v+":") }) &&
-		f.any("container", func(v string) bool {
+	return f.Any("type", func(v string) bool { return v == e.Type }) &&
+		f.Any("scope", func(v string) bool { return v == "local" }) &&
+		f.Any("event", func(v string) bool { return e.Action == v || strings.HasPrefix(e.Action, v+":") }) &&
+		f.Any("container", func(v string) bool {
 			return e.Attributes["name"] == v || v != "" && strings.HasPrefix(e.ID, v)
 		}) &&
-		f.any("image", func(v string) bool {
+		f.Any("image", func(v string) bool {
 			name, _, _ := strings.Cut(e.Attributes["image"], ":")
 			return v == e.Attributes["image"] || v == name
 		}) &&
-		f.labels("label", e.Attributes, false)
-}
-
-// parseTime reads a time as docker's API takes it: seconds since 1970 with a fraction, or RFC 3339; "" and 0 are none.
-func parseTime(s string) (time.Time, error) {
-	if s == "" || s == "0" {
-		return time.Time{}, nil
-	}
-	whole, fraction, _ := strings.Cut(s, ".")
-	if seconds, err := strconv.ParseInt(whole, 10, 64); err == nil {
-		fraction = (fraction + "000000000")[:9]
-		nanos, err := strconv.ParseUint(fraction, 10, 32)
-		if err != nil {
-			return time.Time{}, invalid("%q is no time", s)
-		}
-		return time.Unix(seconds, int64(nanos)), nil
-	}
-	t, err := time.Parse(time.RFC3339Nano, s)
-	if err != nil {
-		return time.Time{}, invalid("%q is neither seconds since 1970 nor a time such as 2006-01-02T15:04:05Z", s)
-	}
-	return t, nil
+		f.Labels("label", e.Attributes, false)
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -16,16 +16,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 // top answers docker top. The guest has no ps: the table is made from /proc, in the formats that ps is asked for most.
 func (a *api) top(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
-	columns, err := psColumns(parameter(r, "ps_args"))
+	columns, err := psColumns(dockerhttp.Parameter(r, "ps_args"))
 	if err != nil {
 		return err
 	}
 	if c.State().Restarting {
-		return statusError{http.StatusConflict, fmt.Sprintf("container %s is restarting, wait until the container is running", c.Spec().ID)}
+		return dockerhttp.NewError(http.StatusConflict, fmt.Sprintf("container %s is restarting, wait until the container is running", c.Spec().ID))
 	}
 	pids, err := c.Pids()
 	if err != nil {
@@ -49,7 +50,7 @@ func (a *api) top(w http.ResponseWriter, r *http.Request, c *guest.Container) er
 		out.Processes = append(out.Processes, row)
 	}
 	c.Emit("top", nil)
-	return answer(w, http.StatusOK, out)
+	return dockerhttp.Answer(w, http.StatusOK, out)
 }
 
 // machineState is what the numbers of processes relate to.
@@ -298,7 +299,7 @@ func psColumns(args string) ([]column, error) {
 		case f == "-o" || f == "o" || f == "-eo" || f == "-Ao" || f == "--format" || strings.HasPrefix(f, "-") && !strings.HasPrefix(f, "--") && strings.HasSuffix(f, "o"):
 			i++
 			if i == len(fields) {
-				return nil, invalid("ps: %s needs a list of columns", f)
+				return nil, dockerhttp.Invalid("ps: %s needs a list of columns", f)
 			}
 			list = fields[i]
 		case strings.HasPrefix(f, "-o"):
@@ -316,7 +317,7 @@ func psColumns(args string) ([]column, error) {
 			}
 			col, ok := columns[key]
 			if !ok {
-				return nil, invalid("ps: column %q is not supported; there are %s", name, strings.Join(sortedKeys(columns), " "))
+				return nil, dockerhttp.Invalid("ps: column %q is not supported; there are %s", name, strings.Join(sortedKeys(columns), " "))
 			}
 			if titled {
 				col.title = title

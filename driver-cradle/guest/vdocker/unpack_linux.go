@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
 // unpacker puts a tar archive into a container.
@@ -62,7 +64,7 @@ func (u *unpacker) unpack(r io.Reader) error {
 			break
 		}
 		if err != nil {
-			return invalid("unreadable archive: %v", err)
+			return dockerhttp.Invalid("unreadable archive: %v", err)
 		}
 		if err := u.put(h, archive); err != nil {
 			return err
@@ -92,13 +94,13 @@ func decompressed(r io.Reader) (io.Reader, error) {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b, 8}):
 		z, err := gzip.NewReader(b)
 		if err != nil {
-			return nil, invalid("unreadable archive: %v", err)
+			return nil, dockerhttp.Invalid("unreadable archive: %v", err)
 		}
 		return z, nil
 	case bytes.HasPrefix(head, []byte("BZh")):
 		return bzip2.NewReader(b), nil
 	case bytes.Equal(head, []byte{0xfd, '7', 'z', 'X', 'Z', 0}), bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		return nil, invalid("an archive for a pod is compressed with gzip, bzip2 or not at all")
+		return nil, dockerhttp.Invalid("an archive for a pod is compressed with gzip, bzip2 or not at all")
 	}
 	return b, nil
 }
@@ -136,7 +138,7 @@ func (u *unpacker) parent(name string) (*os.File, error) {
 // inside gives the container's path for a name in the archive.
 func (u *unpacker) inside(name string) (string, error) {
 	if n := path.Clean(name); n == ".." || strings.HasPrefix(n, "../") {
-		return "", invalid("the archive's entry %q leads out of %s", name, u.base)
+		return "", dockerhttp.Invalid("the archive's entry %q leads out of %s", name, u.base)
 	}
 	return path.Join(u.base, path.Clean("/"+name)), nil
 }
@@ -153,7 +155,7 @@ func (u *unpacker) put(h *tar.Header, content io.Reader) error {
 	if name == u.base {
 		// The target itself: it is there, and stays as it is.
 		if h.Typeflag != tar.TypeDir {
-			return invalid("the archive's entry %q is the target itself, and no directory", h.Name)
+			return dockerhttp.Invalid("the archive's entry %q is the target itself, and no directory", h.Name)
 		}
 		return nil
 	}
@@ -194,9 +196,9 @@ func (u *unpacker) clear(at string, h *tar.Header, name string) (inPlace bool, e
 	case info.IsDir() && toDir:
 		return false, nil
 	case info.IsDir() && u.noReplace:
-		return false, invalid("cannot overwrite directory %q with non-directory %q", name, u.base)
+		return false, dockerhttp.Invalid("cannot overwrite directory %q with non-directory %q", name, u.base)
 	case toDir && u.noReplace:
-		return false, invalid("cannot overwrite non-directory %q with directory %q", name, u.base)
+		return false, dockerhttp.Invalid("cannot overwrite non-directory %q with directory %q", name, u.base)
 	}
 	err = os.RemoveAll(at)
 	if errors.Is(err, unix.EBUSY) && info.Mode().IsRegular() && isRegular(h) {
@@ -231,7 +233,7 @@ func (u *unpacker) make(at string, h *tar.Header, content io.Reader, inPlace boo
 		return mknod(at, unix.S_IFBLK|mode, dev)
 	}
 	if !isRegular(h) {
-		return invalid("entries of type %q are not supported", h.Typeflag)
+		return dockerhttp.Invalid("entries of type %q are not supported", h.Typeflag)
 	}
 	flags := os.O_WRONLY | os.O_CREATE | os.O_EXCL
 	if inPlace {
@@ -281,7 +283,7 @@ func (u *unpacker) write(f *os.File, content io.Reader, size int64) error {
 			return context.Cause(u.ctx)
 		}
 		if _, err := io.ReadFull(content, b); err != nil {
-			return invalid("unreadable archive: %v", err)
+			return dockerhttp.Invalid("unreadable archive: %v", err)
 		}
 		return nil
 	}

@@ -10,25 +10,16 @@
 package vdocker
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"strconv"
 	"strings"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/guest"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
-// The API versions that are spoken.
-const (
-	maxVersion = 51 // 1.51
-	minVersion = 24 // 1.24: what is asked of a container has not changed since
-)
-
-// maxBody bounds a JSON body.
-const maxBody = 1 << 20
+// versions are those of the API that are spoken: what is asked of a container has not changed since 1.24.
+var versions = dockerhttp.Versions{Min: 24, Max: 51, Server: "cradle (linux)"}
 
 // Handler answers for the pod.
 func Handler(p *guest.Pod) http.Handler {
@@ -82,23 +73,25 @@ func Handler(p *guest.Pod) http.Handler {
 	on("GET /exec/{id}/json", a.execInspect)
 
 	for pattern, why := range unsupported {
-		on(pattern, func(http.ResponseWriter, *http.Request) error { return statusError{http.StatusNotImplemented, why} })
+		on(pattern, func(http.ResponseWriter, *http.Request) error {
+			return dockerhttp.NewError(http.StatusNotImplemented, why)
+		})
 	}
 	for pattern, kind := range absent {
 		on(pattern, func(_ http.ResponseWriter, r *http.Request) error {
-			return statusError{http.StatusNotFound, fmt.Sprintf("No such %s: %s", kind, r.PathValue("name"))}
+			return dockerhttp.NewError(http.StatusNotFound, fmt.Sprintf("No such %s: %s", kind, r.PathValue("name")))
 		})
 	}
 	on("GET /images/{name...}", func(_ http.ResponseWriter, r *http.Request) error {
 		if name, ok := strings.CutSuffix(r.PathValue("name"), "/json"); ok {
-			return statusError{http.StatusNotFound, "No such image: " + name}
+			return dockerhttp.NewError(http.StatusNotFound, "No such image: "+name)
 		}
-		return statusError{http.StatusNotImplemented, noImages}
+		return dockerhttp.NewError(http.StatusNotImplemented, noImages)
 	})
 	on("/", func(http.ResponseWriter, *http.Request) error {
-		return statusError{http.StatusNotFound, "page not found"}
+		return dockerhttp.NewError(http.StatusNotFound, "page not found")
 	})
-	return versioned(mux)
+	return versions.Handler(mux)
 }
 
 type api struct{ pod *guest.Pod }
@@ -142,70 +135,4 @@ var absent = map[string]string{
 	"GET /secrets/{name}":      "secret",
 	"GET /configs/{name}":      "config",
 	"GET /plugins/{name}/json": "plugin",
-}
-
-// versioned takes the version off the path, /v1.43/containers/json, and checks it.
-func versioned(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		h.Set("Api-Version", apiVersion(maxVersion))
-		h.Set("Ostype", "linux")
-		h.Set("Server", "cradle (linux)")
-		rest, ok := strings.CutPrefix(r.URL.Path, "/v1.")
-		if !ok {
-			next.ServeHTTP(w, r)
-			return
-		}
-		number, path, _ := strings.Cut(rest, "/")
-		minor, err := strconv.ParseUint(number, 10, 16)
-		switch {
-		case err != nil:
-			answerError(w, statusError{http.StatusNotFound, "page not found"})
-			return
-		case minor < minVersion:
-			answerError(w, statusError{http.StatusBadRequest, fmt.Sprintf("client version 1.%d is too old. Minimum supported API version is %s, please upgrade your client to a newer version", minor, apiVersion(minVersion))})
-			return
-		case minor > maxVersion:
-			answerError(w, statusError{http.StatusBadRequest, fmt.Sprintf("client version 1.%d is too new. Maximum supported API version is %s", minor, apiVersion(maxVersion))})
-			return
-		}
-		r = r.Clone(r.Context())
-		r.URL.Path, r.URL.RawPath = "/"+path, ""
-		next.ServeHTTP(w, r)
-	})
-}
-
-func apiVersion(minor int) string { return "1." + strconv.Itoa(minor) }
-
-// decode reads a JSON body; an empty one leaves v as it is.
-func decode(w http.ResponseWriter, r *http.Request, v any) error {
-	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(v)
-	var large *http.MaxBytesError
-	switch {
-	case err == nil || errors.Is(err, io.EOF):
-		return nil
-	case errors.As(err, &large):
-		return statusError{http.StatusRequestEntityTooLarge, fmt.Sprintf("request body is larger than %d bytes", large.Limit)}
-	}
-	return invalid("invalid JSON: %v", err)
-}
-
-// answer writes v as JSON.
-func answer(w http.ResponseWriter, status int, v any) error {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // the client has gone
-	return nil
-}
-
-// parameter reads one of the URL's. The body is never taken for a form, whatever the client calls it: it may be an archive.
-func parameter(r *http.Request, name string) string { return r.URL.Query().Get(name) }
-
-// truth reads a boolean parameter as docker does: anything but nothing, 0, no, false and none.
-func truth(r *http.Request, name string) bool {
-	switch strings.ToLower(strings.TrimSpace(parameter(r, name))) {
-	case "", "0", "no", "false", "none":
-		return false
-	}
-	return true
 }
