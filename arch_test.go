@@ -77,7 +77,7 @@ var mayImport = map[string][]string{
 var testsMayImport = map[string][]string{
 	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/nfstest"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
-	"driver-cradle/driver":        {"internal/nomadtest", "test/programs"},
+	"driver-cradle/driver":        {"internal/nomadtest", "internal/nomadjob", "test/programs"},
 	"bali":                        {"internal/nomadtest"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},

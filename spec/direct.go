@@ -106,7 +106,7 @@ func (d *DirectAttachment) validate(v *validator) {
 	}
 	v.path("target", d.Target)
 	v.path("control", d.Control)
-	v.volumes([]Volume{d.Volume})
+	v.volumes([]Volume{d.Volume}, false)
 	for _, e := range v.problems {
 		e.Field = strings.Replace(e.Field, "volumes[0]", "volume", 1)
 	}

@@ -174,7 +174,7 @@ type Scratch struct {
 }
 
 // A Volume is storage that containers of the pod mount by name. Exactly one of Block, Directory, NFS, Tmpfs and Scratch says
-// what is behind it.
+// what is behind it; in a Pod that Nomad runs, none of them with a class: then it is the volume that Nomad has under that name.
 type Volume struct {
 	Name      string           `json:"name"`
 	Class     string           `json:"class,omitempty"` // lv2, nfs, gfs: where it came from; the guest does not look at it
@@ -233,6 +233,9 @@ type Lifecycle struct {
 	RestartOnFailure bool     `json:"restartOnFailure,omitempty"`
 	RestartDelay     Duration `json:"restartDelay,omitempty"` // default: docker's, 100 ms doubling up to a minute
 	MaxStarts        int      `json:"maxStarts,omitempty"`    // counts the first start; 0 is no limit
+	// Hold keeps the container from its first start until somebody asks for it (docker's start), at most so long: who wants to miss
+	// nothing of its output connects meanwhile.
+	Hold Duration `json:"hold,omitempty"`
 	// Critical: the end of this container (for good: not to be restarted) ends the pod. A pod in which no container is
 	// critical ends with its last container.
 	Critical bool `json:"critical,omitempty"`

@@ -84,7 +84,7 @@ func (l *Launch) validate(v *validator) {
 	v.name("name", l.Name)
 	v.hostname("hostname", l.Hostname, true)
 	v.pod(l.Resources, l.Boot, l.Network, l.Scratch)
-	volumes := v.volumes(l.Volumes)
+	volumes := v.volumes(l.Volumes, false)
 
 	names := make([]string, len(l.Containers))
 	lives := make([]Lifecycle, len(l.Containers))
@@ -115,7 +115,7 @@ func (p *Pod) validate(v *validator) {
 	v.name("name", p.Name)
 	v.hostname("hostname", p.Hostname, false)
 	v.pod(p.Resources, p.Boot, p.Network, p.Scratch)
-	volumes := v.volumes(p.Volumes)
+	volumes := v.volumes(p.Volumes, true)
 
 	names := make([]string, len(p.Containers))
 	lives := make([]Lifecycle, len(p.Containers))
@@ -273,6 +273,9 @@ func (s *Settings) validate(v *validator, field string, volumes map[string]Volum
 	s.mounts(v, field, volumes)
 	if s.Lifecycle.RestartDelay < 0 {
 		v.reject(join(field, "lifecycle.restartDelay"), "%s is below 0; leave it out for docker's", s.Lifecycle.RestartDelay)
+	}
+	if s.Lifecycle.Hold < 0 {
+		v.reject(join(field, "lifecycle.hold"), "%s is below 0; leave it out to start at once", s.Lifecycle.Hold)
 	}
 	if s.Lifecycle.MaxStarts < 0 {
 		v.reject(join(field, "lifecycle.maxStarts"), "is below 0; leave it out for no limit")
@@ -460,7 +463,7 @@ func (n *Network) validate(v *validator) {
 }
 
 // volumes checks them and gives them by name.
-func (v *validator) volumes(all []Volume) map[string]Volume {
+func (v *validator) volumes(all []Volume, managed bool) map[string]Volume {
 	if len(all) > MaxVolumes {
 		v.reject("volumes", "are %d; at most %d", len(all), MaxVolumes)
 	}
@@ -473,12 +476,13 @@ func (v *validator) volumes(all []Volume) map[string]Volume {
 		}
 		byName[volume.Name] = volume
 		v.oneOf(join(at, "class"), volume.Class, "lv2", "nfs", "gfs")
-		volume.validate(v, at)
+		volume.validate(v, at, managed)
 	}
 	return byName
 }
 
-func (volume *Volume) validate(v *validator, field string) {
+// validate checks one volume. With managed, a class is enough: who runs the pod knows a volume of that name.
+func (volume *Volume) validate(v *validator, field string, managed bool) {
 	kinds := 0
 	if b := volume.Block; b != nil {
 		kinds++
@@ -510,7 +514,7 @@ func (volume *Volume) validate(v *validator, field string) {
 	if volume.Scratch != nil {
 		kinds++
 	}
-	if kinds != 1 {
+	if kinds != 1 && (kinds > 0 || volume.Class == "" || !managed) {
 		v.reject(field, "has %d of block, directory, nfs, tmpfs and scratch; write exactly one", kinds)
 	}
 }

@@ -2,8 +2,10 @@ package driver
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 	"github.com/cyphar/filepath-securejoin"
 	"github.com/docker/go-units"
 	"github.com/hashicorp/nomad/plugins/drivers"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
@@ -33,7 +36,7 @@ func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o s
 	}
 	progress := d.newProgress(t)
 	made, err := pod.Summon(ctx, filepath.Join(o.dir, podDir), p, pod.SummonOptions{
-		Images: o.state.images, Boot: o.boot, Log: d.log,
+		ID: cfg.ID, Images: o.state.images, Boot: o.boot, Log: d.log,
 		Pull: image.PullOptions{
 			Keychain: keys, Insecure: o.config.Insecure, Mirrors: o.config.mirrors(), Force: cfg.ForcePull, Progress: progress.report,
 		},
@@ -162,6 +165,35 @@ func examine(path string) (pathKind, error) {
 		return aBlockDevice, nil
 	}
 	return 0, fmt.Errorf("%s is neither a directory nor a file nor a block device", path)
+}
+
+// maxEnv bounds a file of environment variables: the kernel takes no more for a program (execve(2)).
+const maxEnv = 2 << 20
+
+// readEnv reads a JSON list of variables. Tasks may have put anything there.
+func readEnv(root, path string) ([]string, error) {
+	dir, err := os.OpenRoot(root)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	f, err := dir.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxEnv+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxEnv {
+		return nil, fmt.Errorf("%s has more than %s", path, units.BytesSize(maxEnv))
+	}
+	var env []string
+	if err := json.Unmarshal(data, &env); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return env, nil
 }
 
 // within finds path below root, where tasks write: symbolic links do not lead out of it.

@@ -29,6 +29,8 @@ type host struct {
 	allowed func(path string) error
 	// within finds a path below a directory that tasks write to, without being led out of it.
 	within func(root, path string) (string, error)
+	// readEnv reads a file of environment variables below a directory that tasks write to.
+	readEnv func(root, path string) ([]string, error)
 }
 
 type pathKind int
@@ -99,6 +101,15 @@ func (b *builder) resources() {
 		return
 	}
 	b.pod.Resources.CPUs = processors(len(r.NomadResources.Cpu.ReservedCores), r.NomadResources.Cpu.CpuShares, b.host.cores)
+	switch n := b.config.VCPUs; {
+	case n < 0 || n > spec.MaxCPUs:
+		b.wrong("vcpus", "%d is out of range: 1 to %d", n, spec.MaxCPUs)
+	case n > 0:
+		b.pod.Resources.CPUs = n
+		if b.host.cores.count > 0 {
+			b.pod.Resources.CPUs = min(n, b.host.cores.count)
+		}
+	}
 	memory := max(r.NomadResources.Memory.MemoryMB, r.NomadResources.Memory.MemoryMaxMB)
 	b.pod.Resources.Memory = spec.Bytes(memory) << 20
 }
@@ -120,6 +131,9 @@ func (b *builder) scratch() {
 	if b.config.Disk != "" {
 		b.pod.Scratch.Size = b.size("disk", b.config.Disk)
 	}
+	if id := b.config.ID; id != "" && !isPodID(id) {
+		b.wrong("id", "%q is no pod's id: 64 lower-case hexadecimal digits", id)
+	}
 	if id := b.config.DiskID; id != "" && !isDiskID(id) {
 		b.wrong("disk_id", "%q is no id: 1 to 64 letters, digits, _ . and -, a letter or digit first", id)
 	} else if id != "" {
@@ -135,6 +149,10 @@ func (b *builder) scratch() {
 	if _, err := parseDuration(b.config.PullTimeout, 0); err != nil {
 		b.wrong("image_pull_timeout", "%v", err)
 	}
+}
+
+func isPodID(id string) bool {
+	return len(id) == 64 && strings.Trim(id, "0123456789abcdef") == ""
 }
 
 func isDiskID(id string) bool {
@@ -171,6 +189,11 @@ func (b *builder) network() {
 	for i, label := range b.config.Ports {
 		if _, ok := b.ports()[label]; !ok {
 			b.wrong(fmt.Sprintf("ports[%d]", i), "the group's network has no port %q", label)
+		}
+	}
+	for _, label := range slices.Sorted(maps.Keys(b.config.HostIPs)) {
+		if n.Mode != "user" || !slices.Contains(b.config.Ports, label) {
+			b.wrong("host_ips."+label, "is no port that is forwarded to the pod")
 		}
 	}
 	if dns := b.task.DNS; dns != nil {
@@ -226,6 +249,9 @@ func (b *builder) publish() {
 		if !ok {
 			continue // network has said so
 		}
+		if ip, ok := b.config.HostIPs[label]; ok {
+			p.HostIP = ip
+		}
 		to := p.To
 		if to <= 0 {
 			to = p.Value
@@ -262,7 +288,16 @@ func (b *builder) ownContainer() {
 	cfg := &b.config.containerConfig
 	c := b.newContainer("", b.pod.Name, cfg)
 	for _, name := range slices.Sorted(maps.Keys(b.task.Env)) {
-		c.Env = append(c.Env, name+"="+b.task.Env[name])
+		if !b.config.Bare || !strings.HasPrefix(name, "NOMAD_") {
+			c.Env = append(c.Env, name+"="+b.task.Env[name])
+		}
+	}
+	if b.config.EnvFile != "" {
+		more, err := b.host.readEnv(b.task.TaskDir().Dir, b.config.EnvFile)
+		if err != nil {
+			b.wrong("env_file", "%v", err)
+		}
+		c.Env = append(c.Env, more...)
 	}
 	if b.task.User != "" {
 		if c.User != "" && c.User != b.task.User {
@@ -293,7 +328,7 @@ func (b *builder) container(name string, cfg containerConfig) {
 	}
 	c := b.newContainer(at, name, &cfg)
 	for _, name := range slices.Sorted(maps.Keys(b.task.Env)) {
-		if _, own := cfg.Env[name]; strings.HasPrefix(name, "NOMAD_") && !own {
+		if _, own := cfg.Env[name]; !b.config.Bare && strings.HasPrefix(name, "NOMAD_") && !own {
 			c.Env = append(c.Env, name+"="+b.task.Env[name])
 		}
 	}
@@ -322,10 +357,10 @@ func (b *builder) newContainer(at, name string, cfg *containerConfig) *spec.PodC
 		c.Command = &command
 	}
 	c.Settings = spec.Settings{
-		Labels: cfg.Labels, GroupAdd: cfg.GroupAdd, TTY: cfg.TTY, OpenStdin: cfg.Interactive, Init: cfg.Init, ReadOnly: cfg.ReadonlyRootfs,
+		Labels: cfg.Labels, GroupAdd: cfg.GroupAdd, TTY: cfg.TTY, OpenStdin: cfg.Interactive, StdinOnce: cfg.StdinOnce, Init: cfg.Init, ReadOnly: cfg.ReadonlyRootfs,
 		Privileged: cfg.Privileged, CapAdd: capabilities(cfg.CapAdd), CapDrop: capabilities(cfg.CapDrop), NoNewPrivs: cfg.NoNewPrivileges,
 		Sysctls: cfg.Sysctl, ShmSize: b.size(at+"shm_size", cfg.ShmSize), Devices: cfg.Devices,
-		Resources: spec.Limits{CPUs: cfg.CPUs, Pids: cfg.PidsLimit},
+		Resources: spec.Limits{CPUs: cfg.CPUs, Pids: cfg.PidsLimit, OOMScoreAdj: cfg.OOMScoreAdj}, Logs: spec.Logs{MaxSize: b.size(at+"log_size", cfg.LogSize)},
 	}
 	if cfg.CPUShares < 0 {
 		b.wrong(at+"cpu_shares", "%d is below 0", cfg.CPUShares)
@@ -354,7 +389,7 @@ func (b *builder) newContainer(at, name string, cfg *containerConfig) *spec.PodC
 	if l := cfg.Lifecycle; l != nil {
 		c.Lifecycle = spec.Lifecycle{
 			RestartOnSuccess: l.RestartOnSuccess, RestartOnFailure: l.RestartOnFailure, MaxStarts: l.MaxStarts,
-			RestartDelay: b.duration(at+"lifecycle.restart_delay", l.RestartDelay),
+			RestartDelay: b.duration(at+"lifecycle.restart_delay", l.RestartDelay), Hold: b.duration(at+"lifecycle.hold", l.Hold),
 		}
 		for _, a := range l.After {
 			c.Lifecycle.After = append(c.Lifecycle.After, spec.After{Container: a.Container, Until: a.Until})
@@ -399,7 +434,7 @@ func ulimit(name, s string) (spec.Ulimit, error) {
 
 // taskDirs are the directories that Nomad has for every task.
 func (b *builder) taskDirs(c *spec.PodContainer) {
-	if b.task.AllocDir == "" {
+	if b.task.AllocDir == "" || b.config.Bare {
 		return
 	}
 	dir := b.task.TaskDir()

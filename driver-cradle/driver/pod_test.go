@@ -92,7 +92,8 @@ func aHost() *host {
 			}
 			return nil
 		},
-		within: func(root, p string) (string, error) { return filepath.Join(root, p), nil },
+		readEnv: func(_, p string) ([]string, error) { return []string{"FROM=" + p, "REMOVED"}, nil },
+		within:  func(root, p string) (string, error) { return filepath.Join(root, p), nil },
 	}
 }
 

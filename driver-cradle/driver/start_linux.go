@@ -42,7 +42,7 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 	if err != nil {
 		return nil, nil, err
 	}
-	p, err := podOf(t, &cfg, &host{cores: c.cores, disk: c.disk, variant: pkg.Manifest.Variant, examine: examine, allowed: c.allowed, within: within})
+	p, err := podOf(t, &cfg, &host{cores: c.cores, disk: c.disk, variant: pkg.Manifest.Variant, examine: examine, allowed: c.allowed, within: within, readEnv: readEnv})
 	if err != nil {
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}

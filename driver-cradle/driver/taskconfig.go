@@ -16,6 +16,7 @@ var containerKeys = []key{
 	{name: "work_dir", kind: text, def: "the image's", doc: "Working directory; made where it is missing."},
 	{name: "tty", kind: boolean, def: "false", doc: "The main process has a terminal; stderr is then part of stdout."},
 	{name: "interactive", kind: boolean, def: "false", doc: "Keep standard input open."},
+	{name: "stdin_once", kind: boolean, def: "false", doc: "Standard input ends with the first client that was attached to it."},
 	{name: "init", kind: boolean, def: "false", doc: "Run an init that reaps processes as process 1."},
 	{name: "labels", kind: freeText, doc: "Labels of the container."},
 	{name: "privileged", kind: boolean, def: "false", doc: "All capabilities and devices, of the guest."},
@@ -28,6 +29,8 @@ var containerKeys = []key{
 	{name: "ulimit", kind: freeText, doc: "Resource limits: nofile = \"1024:2048\", soft and hard, or one number for both."},
 	{name: "sysctl", kind: freeText, doc: "Kernel parameters of the container: net.core.somaxconn = \"1024\"."},
 	{name: "devices", kind: texts, doc: "Devices of the guest: /dev/fuse, /dev/net/tun, all."},
+	{name: "oom_score_adj", kind: number, def: "0", doc: "How willingly its processes are killed when memory runs out: -1000 to 1000."},
+	{name: "log_size", kind: text, def: "1GiB, or a quarter of the scratch disk", doc: "Most of its output that the pod keeps for docker's logs. Nomad's logs have their own bounds."},
 	{name: "pids_limit", kind: number, def: "no limit", doc: "Most processes at once."},
 	{name: "cpu_shares", kind: number, def: "1024", doc: "Weight against the other containers of the pod."},
 	{name: "cpus", kind: number, def: "all of the pod's", doc: "Most processors used, such as 0.5."},
@@ -55,6 +58,7 @@ var containerKeys = []key{
 			{name: "container", kind: text, must: true, doc: "Its name; the task's own container has the task's."},
 			{name: "until", kind: text, def: "started", doc: "started, healthy, or exited (with success)."},
 		}},
+		{name: "hold", kind: text, def: "0s", doc: "Wait with the first start until docker's start asks the pod for it, at most so long: to connect with the container before it runs."},
 		{name: "restart_on_success", kind: boolean, def: "false", doc: "Start it again when it has ended with exit code 0."},
 		{name: "restart_on_failure", kind: boolean, def: "false", doc: "Start it again when it has failed. Nomad's restart policy is about the pod as a whole."},
 		{name: "restart_delay", kind: text, def: "docker's: 100ms, doubled each time, up to a minute", doc: "Between two starts."},
@@ -67,14 +71,19 @@ var containerKeys = []key{
 var taskKeys = slices.Concat([]key{
 	{name: "image", kind: text, must: true, doc: "debian:12, registry.example.org/team/app@sha256:…, docker-daemon:NAME, docker-archive:FILE, oci:DIR."},
 }, containerKeys, []key{
+	{name: "id", kind: text, def: "random", doc: "The pod's id, which is its own container's in docker's API: 64 lower-case hexadecimal digits."},
+	{name: "bare", kind: boolean, def: "false", doc: "Containers have what docker would show them: neither /alloc, /local and /secrets nor Nomad's NOMAD_ variables."},
 	{name: "hostname", kind: text, def: "the group network's, else the beginning of the pod's id", doc: "Host name of all containers."},
 	{name: "domainname", kind: text, doc: "Domain of the host name."},
 	{name: "ports", kind: texts, doc: "Labels of the group's ports. In a group without network namespace (mode host) these are forwarded to the pod."},
+	{name: "host_ips", kind: freeText, doc: "Addresses of the host at which forwarded ports are there, by the ports' labels, in place of the one that Nomad has chosen: http = \"127.0.0.1\"."},
 	{name: "upstreams", kind: texts, doc: "TCP ports at 127.0.0.1 where other tasks of the group serve the pod's containers at theirs: [5432]. Those of connect blocks need not be named."},
 	{name: "extra_hosts", kind: texts, doc: "Lines of /etc/hosts: name:address."},
 	{name: "dns_servers", kind: texts, def: "the group network's, else the host's", doc: "Resolvers."},
 	{name: "dns_search_domains", kind: texts, def: "the group network's, else the host's", doc: "Domains that names are completed with."},
 	{name: "dns_options", kind: texts, def: "the group network's, else the host's", doc: "Options of resolv.conf."},
+	{name: "env_file", kind: text, doc: "A file of the task, written by a template into secrets/, with more of the environment of the task's own container: a JSON list of NAME=value, or NAME to remove one of the image's. Unlike in Nomad's env, names and values may hold anything."},
+	{name: "vcpus", kind: number, def: "what cpu or cores comes to", doc: "Processors of the machine."},
 	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB."},
 	{name: "disk_id", kind: text, doc: "Keep the scratch disk on the node under this name (1 to 64 letters, digits, _ . -) when the task ends, and go on with it in the next one that names it."},
 	{name: "variant", kind: text, def: "the boot package's", doc: "Boot package that is needed: default, stock. The plugin has one; another is refused."},
@@ -107,6 +116,7 @@ type containerConfig struct {
 	WorkDir         string             `codec:"work_dir"`
 	TTY             bool               `codec:"tty"`
 	Interactive     bool               `codec:"interactive"`
+	StdinOnce       bool               `codec:"stdin_once"`
 	Init            bool               `codec:"init"`
 	Labels          map[string]string  `codec:"labels"`
 	Privileged      bool               `codec:"privileged"`
@@ -119,6 +129,8 @@ type containerConfig struct {
 	Ulimit          map[string]string  `codec:"ulimit"`
 	Sysctl          map[string]string  `codec:"sysctl"`
 	Devices         []string           `codec:"devices"`
+	OOMScoreAdj     int                `codec:"oom_score_adj"`
+	LogSize         string             `codec:"log_size"`
 	PidsLimit       int64              `codec:"pids_limit"`
 	CPUShares       int64              `codec:"cpu_shares"`
 	CPUs            float64            `codec:"cpus"`
@@ -137,14 +149,19 @@ type containerConfig struct {
 type taskConfig struct {
 	containerConfig
 
+	ID          string                     `codec:"id"`
+	Bare        bool                       `codec:"bare"`
 	Hostname    string                     `codec:"hostname"`
 	Domainname  string                     `codec:"domainname"`
 	Ports       []string                   `codec:"ports"`
+	HostIPs     map[string]string          `codec:"host_ips"`
 	Upstreams   []string                   `codec:"upstreams"`
 	ExtraHosts  []string                   `codec:"extra_hosts"`
 	DNSServers  []string                   `codec:"dns_servers"`
 	DNSSearch   []string                   `codec:"dns_search_domains"`
 	DNSOptions  []string                   `codec:"dns_options"`
+	EnvFile     string                     `codec:"env_file"`
+	VCPUs       int                        `codec:"vcpus"`
 	Disk        string                     `codec:"disk"`
 	DiskID      string                     `codec:"disk_id"`
 	Variant     string                     `codec:"variant"`
@@ -182,6 +199,7 @@ type mountConfig struct {
 
 type lifecycleConfig struct {
 	After            []afterConfig `codec:"after"`
+	Hold             string        `codec:"hold"`
 	RestartOnSuccess bool          `codec:"restart_on_success"`
 	RestartOnFailure bool          `codec:"restart_on_failure"`
 	RestartDelay     string        `codec:"restart_delay"`

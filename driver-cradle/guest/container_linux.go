@@ -308,6 +308,9 @@ func (c *Container) Start(ctx context.Context) error {
 		err = &stateError{ErrConflict, "cannot start a paused container, try unpause instead"}
 	case c.state.Running:
 		err = &stateError{ErrNotModified, "container is already running"}
+	case u.held():
+		u.released = true
+		crew.change()
 	case u.active && !u.restarting:
 		err = &stateError{ErrConflict, "the container starts when those it waits for have come so far"}
 	case u.active:

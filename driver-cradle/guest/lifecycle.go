@@ -37,6 +37,7 @@ type unit struct {
 	restarting bool // waiting for its delay
 	halt       bool // stopped by hand: does not start again by itself
 	again      bool // starts again at once, whatever the rule says
+	released   bool // is not held any more
 	starts     int  // counts for MaxStarts
 	restarts   int  // by rule
 	delay      time.Duration
@@ -167,11 +168,13 @@ func (c *crew) sleep(u *unit, delay time.Duration) {
 	c.mu.Unlock()
 }
 
-// await waits for what the unit's rule names. It gives the reason when that can never come.
+// await waits for what the unit's rule names, and for its release. It gives the reason when what it names can never come.
 func (c *crew) await(u *unit) (reason string) {
+	hold := time.NewTimer(time.Duration(u.rule.Hold))
+	defer hold.Stop()
 	for {
 		c.mu.Lock()
-		wait := false
+		wait := u.held()
 		for _, a := range u.rule.After {
 			met, never := c.met(a)
 			if never != "" {
@@ -185,9 +188,18 @@ func (c *crew) await(u *unit) (reason string) {
 		if stop || !wait {
 			return ""
 		}
-		<-changed
+		select {
+		case <-changed:
+		case <-hold.C:
+			c.mu.Lock()
+			u.released = true
+			c.mu.Unlock()
+		}
 	}
 }
+
+// held says whether a unit waits for somebody to ask for its start; the mutex is held.
+func (u *unit) held() bool { return u.rule.Hold > 0 && !u.released && !u.begun }
 
 // met says whether a condition holds, or why it never will; the mutex is held.
 func (c *crew) met(a spec.After) (met bool, never string) {

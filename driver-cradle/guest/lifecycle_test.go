@@ -209,6 +209,28 @@ func TestLifecycleByHand(t *testing.T) {
 	})
 }
 
+// A held container starts when somebody asks for it, or else after its time; once only.
+func TestLifecycleHold(t *testing.T) {
+	for _, release := range []time.Duration{time.Second, time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			c, starts := crewOf(t,
+				map[string]spec.Lifecycle{"a": {Hold: spec.Duration(time.Minute), RestartOnFailure: true, MaxStarts: 2, RestartDelay: spec.Duration(time.Second)}},
+				map[string]script{"a": {{time.Second, outcome{code: 1}}, {0, outcome{}}}})
+			c.begin()
+			time.Sleep(release)
+			c.mu.Lock()
+			c.units[0].released = true
+			c.change()
+			c.mu.Unlock()
+			<-c.ended
+			first := min(release, time.Minute)
+			if want := []time.Duration{first, first + 2*time.Second}; !slices.Equal(*starts["a"], want) {
+				t.Errorf("released after %v: started at %v, want %v", release, *starts["a"], want)
+			}
+		})
+	}
+}
+
 func TestLifecycleHealthy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, starts := crewOf(t, map[string]spec.Lifecycle{"a": {}, "b": {After: after("a", "healthy")}},

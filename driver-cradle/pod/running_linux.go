@@ -268,7 +268,7 @@ func (r *Running) machineEnd() error {
 	return errors.New("the machine was killed")
 }
 
-// Up returns once every container that waits for no other has been started, or could not be.
+// Up returns once every container that is not held and waits for no other has been started, or could not be.
 func (r *Running) Up(ctx context.Context) (wire.Status, error) {
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
 		s, err := r.Status(ctx)
@@ -287,7 +287,7 @@ func (r *Running) Up(ctx context.Context) (wire.Status, error) {
 
 func (r *Running) begun(s *wire.Status) bool {
 	for i, c := range s.Containers {
-		if c.State == wire.StateCreated && c.Error == "" && len(r.spec.Containers[i].Lifecycle.After) == 0 {
+		if l := r.spec.Containers[i].Lifecycle; c.State == wire.StateCreated && c.Error == "" && len(l.After) == 0 && l.Hold == 0 {
 			return false
 		}
 	}

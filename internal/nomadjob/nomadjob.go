@@ -1,0 +1,781 @@
+// Package nomadjob translates between spec.Pod and a Nomad job whose task is run by the driver cradle. It is the only place that does: the Docker
+// API, kra and Terraform all go through it, so that each can read what another one has made.
+//
+// Job and Pod are functions of their arguments alone: equal pods give equal jobs. Golden files show what comes out, and the driver's tests read
+// them with the driver's own schema.
+package nomadjob
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"path"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+const (
+	// Driver is the task driver's name.
+	Driver = "cradle"
+	// group is the name of a job's only group.
+	group = "pod"
+	// envItem is the variable's item with the environment of a pod's first container, as a JSON list.
+	envItem = "env"
+	envFile = "secrets/env.json"
+
+	diskMB       = 30 // Nomad's own of an allocation: the task's logs
+	logFiles     = 2
+	logFileMB    = 10
+	leastMB      = 10  // that Nomad allows
+	reservedMHz  = 100 // of a processor of the machine
+	killMargin   = 5 * time.Second
+	metaPrefix   = "cradle_"
+	csiType      = "csi"
+	singleWriter = "single-node-writer"
+	fileSystem   = "file-system"
+	nodeTarget   = "${node.unique.id}"
+	zoneTarget   = "${meta.zone}"
+)
+
+// Options are what a job says beside its pod.
+type Options struct {
+	ID        string // of the job
+	Namespace string
+	// PodID is the id of the pod and of its first container, DiskID the name under which its scratch disk is kept. Both may be left out.
+	PodID, DiskID string
+	// Meta is kept with the job, the names with a prefix in front that other parts of a job's meta have not.
+	Meta map[string]string
+	// Node binds the pod to one node, by its id; Zone to the nodes whose meta.zone it is.
+	Node, Zone string
+	// Replace starts the pod elsewhere when its node is lost.
+	Replace bool
+	// Bare pods have nothing of Nomad's inside: no directories, no variables.
+	Bare bool
+	// Bridge gives the pod an interface in its node's bridge network, where other pods reach it.
+	Bridge bool
+}
+
+// EnvPath is the path of the variable that holds what EnvItems returns: a job that has an environment reads it there, so that no secret stands in
+// its text. The job's own identity may read it, and nobody else's.
+func EnvPath(jobID string) string { return "nomad/jobs/" + jobID }
+
+// EnvItems is the variable's content for a pod, nil where the pod's first container has no environment of its own.
+func EnvItems(p *spec.Pod) (api.VariableItems, error) {
+	if len(p.Containers) == 0 || len(p.Containers[0].Env) == 0 {
+		return nil, nil
+	}
+	text, err := json.Marshal(p.Containers[0].Env)
+	if err != nil {
+		return nil, err
+	}
+	return api.VariableItems{envItem: string(text)}, nil
+}
+
+// Job makes the job that runs a pod once: nobody starts it again but who registers it anew. What a job can't say is an error that names the field.
+func Job(p *spec.Pod, o Options) (*api.Job, error) {
+	if err := p.Validate(); err != nil {
+		return nil, err
+	}
+	b := builder{pod: p, options: o}
+	config := b.config()
+	if err := errors.Join(b.errs...); err != nil {
+		return nil, err
+	}
+	own := &p.Containers[0]
+	kill := spec.DefaultStopTimeout
+	if own.StopTimeout != nil {
+		kill = time.Duration(*own.StopTimeout)
+	}
+	task := &api.Task{
+		Name: own.Name, Driver: Driver, Config: config, KillTimeout: ptr(kill + killMargin),
+		LogConfig: &api.LogConfig{MaxFiles: ptr(logFiles), MaxFileSizeMB: ptr(logFileMB)},
+		Resources: &api.Resources{CPU: ptr(reservedMHz * max(p.Resources.CPUs, 1)), MemoryMB: ptr(memoryMB(p.Resources.Memory))},
+	}
+	if own.StopSignal != "" {
+		task.KillSignal = own.StopSignal
+	}
+	if len(own.Env) > 0 {
+		task.Templates = []*api.Template{{
+			EmbeddedTmpl: ptr(fmt.Sprintf(`{{ with nomadVar %q }}{{ .%s }}{{ end }}`, EnvPath(o.ID), envItem)),
+			DestPath:     ptr(envFile), ChangeMode: ptr("noop"), Perms: ptr("0600"), ErrMissingKey: ptr(true),
+		}}
+	}
+	task.VolumeMounts = b.volumeMounts
+	g := &api.TaskGroup{
+		Name: ptr(group), Count: ptr(1), Tasks: []*api.Task{task}, Volumes: b.volumes,
+		EphemeralDisk:    &api.EphemeralDisk{SizeMB: ptr(diskMB), Sticky: ptr(false), Migrate: ptr(false)},
+		RestartPolicy:    &api.RestartPolicy{Attempts: ptr(0), Interval: ptr(time.Hour), Delay: ptr(time.Second), Mode: ptr("fail"), RenderTemplates: ptr(false)},
+		ReschedulePolicy: &api.ReschedulePolicy{Attempts: ptr(0), Unlimited: ptr(false)},
+		Disconnect:       &api.DisconnectStrategy{Replace: ptr(o.Replace)},
+	}
+	if n := b.network(); n != nil {
+		g.Networks = []*api.NetworkResource{n}
+	}
+	job := &api.Job{
+		ID: ptr(o.ID), Name: ptr(p.Name), Type: ptr(api.JobTypeBatch), Datacenters: []string{"*"}, TaskGroups: []*api.TaskGroup{g}, Meta: meta(o.Meta),
+	}
+	if o.Namespace != "" {
+		job.Namespace = ptr(o.Namespace)
+	}
+	if o.Node != "" {
+		job.Constraints = append(job.Constraints, api.NewConstraint(nodeTarget, "=", o.Node))
+	}
+	if o.Zone != "" {
+		job.Constraints = append(job.Constraints, api.NewConstraint(zoneTarget, "=", o.Zone))
+	}
+	return job, nil
+}
+
+func ptr[T any](v T) *T { return &v }
+
+func meta(m map[string]string) map[string]string {
+	if len(m) == 0 {
+		return nil
+	}
+	out := map[string]string{}
+	for name, value := range m {
+		out[metaPrefix+name] = value
+	}
+	return out
+}
+
+// Meta is what Options.Meta said, of a job that Job has made.
+func Meta(j *api.Job) map[string]string {
+	var out map[string]string
+	for name, value := range j.Meta {
+		if name, ok := strings.CutPrefix(name, metaPrefix); ok {
+			if out == nil {
+				out = map[string]string{}
+			}
+			out[name] = value
+		}
+	}
+	return out
+}
+
+func memoryMB(b spec.Bytes) int {
+	if b == 0 {
+		b = spec.DefaultMemory
+	}
+	return max(int(math.Ceil(float64(b)/(1<<20))), leastMB)
+}
+
+// A config is the driver's, as docs/nomad-driver.md has it. The driver's tests read the golden files with its schema, and Pod reads it back.
+type config struct {
+	ID         string              `json:"id,omitempty"`
+	Bare       bool                `json:"bare,omitempty"`
+	DiskID     string              `json:"disk_id,omitempty"`
+	Disk       string              `json:"disk,omitempty"`
+	VCPUs      int                 `json:"vcpus,omitempty"`
+	EnvFile    string              `json:"env_file,omitempty"`
+	Hostname   string              `json:"hostname,omitempty"`
+	Domainname string              `json:"domainname,omitempty"`
+	Ports      []string            `json:"ports,omitempty"`
+	HostIPs    []map[string]string `json:"host_ips,omitempty"`
+	ExtraHosts []string            `json:"extra_hosts,omitempty"`
+	DNS        []string            `json:"dns_servers,omitempty"`
+	DNSSearch  []string            `json:"dns_search_domains,omitempty"`
+	DNSOptions []string            `json:"dns_options,omitempty"`
+	Containers []containers        `json:"container,omitempty"`
+
+	container
+}
+
+// containers are the container blocks: each is there by its name.
+type containers map[string]container
+
+type container struct {
+	Image       string              `json:"image"`
+	Entrypoint  *[]string           `json:"entrypoint,omitempty"`
+	Args        *[]string           `json:"args,omitempty"`
+	User        string              `json:"user,omitempty"`
+	GroupAdd    []string            `json:"group_add,omitempty"`
+	WorkDir     string              `json:"work_dir,omitempty"`
+	TTY         bool                `json:"tty,omitempty"`
+	Interactive bool                `json:"interactive,omitempty"`
+	StdinOnce   bool                `json:"stdin_once,omitempty"`
+	Init        bool                `json:"init,omitempty"`
+	Labels      []map[string]string `json:"labels,omitempty"`
+	Privileged  bool                `json:"privileged,omitempty"`
+	CapAdd      []string            `json:"cap_add,omitempty"`
+	CapDrop     []string            `json:"cap_drop,omitempty"`
+	NoNewPrivs  bool                `json:"no_new_privileges,omitempty"`
+	ReadOnly    bool                `json:"readonly_rootfs,omitempty"`
+	Tmpfs       []string            `json:"tmpfs,omitempty"`
+	ShmSize     string              `json:"shm_size,omitempty"`
+	Ulimit      []map[string]string `json:"ulimit,omitempty"`
+	Sysctl      []map[string]string `json:"sysctl,omitempty"`
+	Devices     []string            `json:"devices,omitempty"`
+	Pids        int64               `json:"pids_limit,omitempty"`
+	CPUShares   uint64              `json:"cpu_shares,omitempty"`
+	CPUs        float64             `json:"cpus,omitempty"`
+	OOMScoreAdj int                 `json:"oom_score_adj,omitempty"`
+	LogSize     string              `json:"log_size,omitempty"`
+	Health      *healthcheck        `json:"healthcheck,omitempty"`
+	Mounts      []mount             `json:"mount,omitempty"`
+	Lifecycle   *lifecycle          `json:"lifecycle,omitempty"`
+
+	// Of container blocks alone.
+	Env        []map[string]string `json:"env,omitempty"`
+	Memory     string              `json:"memory,omitempty"`
+	StopSignal string              `json:"stop_signal,omitempty"`
+}
+
+type healthcheck struct {
+	Test          []string `json:"test,omitempty"`
+	Interval      string   `json:"interval,omitempty"`
+	Timeout       string   `json:"timeout,omitempty"`
+	StartPeriod   string   `json:"start_period,omitempty"`
+	StartInterval string   `json:"start_interval,omitempty"`
+	Retries       int      `json:"retries,omitempty"`
+}
+
+type mount struct {
+	Type      string `json:"type"`
+	Source    string `json:"source,omitempty"`
+	Target    string `json:"target"`
+	ReadOnly  bool   `json:"readonly,omitempty"`
+	Subpath   string `json:"subpath,omitempty"`
+	NoCopy    bool   `json:"no_copy,omitempty"`
+	Transport string `json:"transport,omitempty"`
+}
+
+type lifecycle struct {
+	After            []after `json:"after,omitempty"`
+	RestartOnSuccess bool    `json:"restart_on_success,omitempty"`
+	RestartOnFailure bool    `json:"restart_on_failure,omitempty"`
+	RestartDelay     string  `json:"restart_delay,omitempty"`
+	MaxStarts        int     `json:"max_starts,omitempty"`
+	Hold             string  `json:"hold,omitempty"`
+	Critical         *bool   `json:"critical,omitempty"`
+}
+
+type after struct {
+	Container string `json:"container"`
+	Until     string `json:"until,omitempty"`
+}
+
+// A builder makes a job's parts, and a list of what is wrong.
+type builder struct {
+	pod          *spec.Pod
+	options      Options
+	volumes      map[string]*api.VolumeRequest
+	volumeMounts []*api.VolumeMount
+	errs         []error
+}
+
+func (b *builder) wrong(field, format string, args ...any) {
+	b.errs = append(b.errs, &spec.Error{Field: field, Message: fmt.Sprintf(format, args...)})
+}
+
+func (b *builder) config() map[string]any {
+	p, n := b.pod, &b.pod.Network
+	c := config{
+		ID: b.options.PodID, Bare: b.options.Bare, DiskID: b.options.DiskID, VCPUs: p.Resources.CPUs, Hostname: p.Hostname,
+		DNS: n.DNS, DNSSearch: n.DNSSearch, DNSOptions: n.DNSOptions, Disk: size(p.Scratch.Size),
+	}
+	if p.Boot != (spec.Boot{}) {
+		b.wrong("boot", "is the client's to say in its plugin's configuration")
+	}
+	for _, e := range n.ExtraHosts {
+		address := e.Address
+		if strings.Contains(address, ":") {
+			address = "[" + address + "]"
+		}
+		c.ExtraHosts = append(c.ExtraHosts, e.Name+":"+address)
+	}
+	if n.Mode == "netns" || len(n.Upstreams) > 0 {
+		b.wrong("network", "a network namespace's path and its upstreams are Nomad's to say: leave mode out, and ask for a bridge")
+	}
+	for i, p := range n.Publish {
+		label := portLabel(i, p)
+		if !b.options.Bridge {
+			c.Ports = append(c.Ports, label)
+		}
+		switch {
+		case p.HostIP == "" || p.HostIP == "0.0.0.0" || p.HostIP == "::":
+		case b.options.Bridge:
+			b.wrong(fmt.Sprintf("network.publish[%d].hostIp", i), "%s: a port of a pod in the bridge network is there at all addresses of its node: leave it out", p.HostIP)
+		default:
+			if c.HostIPs == nil {
+				c.HostIPs = []map[string]string{{}}
+			}
+			c.HostIPs[0][label] = p.HostIP
+		}
+	}
+	for i := range p.Containers {
+		from := &p.Containers[i]
+		at := fmt.Sprintf("containers[%d]", i)
+		made := b.container(at, from)
+		if i == 0 {
+			c.container, c.Domainname = made, from.Domainname
+			if len(from.Env) > 0 {
+				c.EnvFile = envFile
+			}
+			if l := made.Lifecycle; from.Lifecycle.Critical {
+				l.Critical = nil // the driver's default
+				if reflect.ValueOf(*l).IsZero() {
+					c.Lifecycle = nil
+				}
+			}
+			continue
+		}
+		for _, e := range from.Env {
+			name, value, ok := strings.Cut(e, "=")
+			if !ok {
+				b.wrong(at+".env", "%s: only the first container can do without a variable of its image", name)
+				continue
+			}
+			if made.Env == nil {
+				made.Env = []map[string]string{{}}
+			}
+			made.Env[0][name] = value
+		}
+		made.Memory, made.StopSignal = size(from.Resources.Memory), from.StopSignal
+		c.Containers = append(c.Containers, containers{from.Name: made})
+	}
+	return asMap(c)
+}
+
+func size(n spec.Bytes) string {
+	if n == 0 {
+		return ""
+	}
+	return n.String()
+}
+
+func duration(d spec.Duration) string {
+	if d == 0 {
+		return ""
+	}
+	return time.Duration(d).String()
+}
+
+func sorted(m map[string]string, join string) (out []string) {
+	for _, name := range slices.Sorted(maps.Keys(m)) {
+		if m[name] == "" {
+			out = append(out, name)
+		} else {
+			out = append(out, name+join+m[name])
+		}
+	}
+	return out
+}
+
+func block(m map[string]string) []map[string]string {
+	if len(m) == 0 {
+		return nil
+	}
+	return []map[string]string{m}
+}
+
+func (b *builder) container(at string, p *spec.PodContainer) container {
+	c := container{
+		Image: p.Image, Entrypoint: p.Entrypoint, Args: p.Command, User: p.User, WorkDir: p.WorkingDir, GroupAdd: p.GroupAdd,
+		TTY: p.TTY, Interactive: p.OpenStdin, StdinOnce: p.StdinOnce, Init: p.Init, Labels: block(p.Labels), Privileged: p.Privileged,
+		CapAdd: p.CapAdd, CapDrop: p.CapDrop, NoNewPrivs: p.NoNewPrivs, ReadOnly: p.ReadOnly, Tmpfs: sorted(p.Tmpfs, ":"), ShmSize: size(p.ShmSize),
+		Sysctl: block(p.Sysctls), Devices: p.Devices, Pids: p.Resources.Pids, CPUShares: p.Resources.CPUShares, CPUs: p.Resources.CPUs,
+		OOMScoreAdj: p.Resources.OOMScoreAdj, LogSize: size(p.Logs.MaxSize),
+	}
+	for _, u := range p.Ulimits {
+		if c.Ulimit == nil {
+			c.Ulimit = []map[string]string{{}}
+		}
+		c.Ulimit[0][u.Name] = fmt.Sprintf("%d:%d", u.Soft, u.Hard)
+	}
+	if h := p.Healthcheck; h != nil {
+		c.Health = &healthcheck{
+			Test: h.Test, Interval: duration(h.Interval), Timeout: duration(h.Timeout), StartPeriod: duration(h.StartPeriod),
+			StartInterval: duration(h.StartInterval), Retries: h.Retries,
+		}
+	}
+	l := p.Lifecycle
+	c.Lifecycle = &lifecycle{
+		RestartOnSuccess: l.RestartOnSuccess, RestartOnFailure: l.RestartOnFailure, RestartDelay: duration(l.RestartDelay), MaxStarts: l.MaxStarts,
+		Hold: duration(l.Hold), Critical: ptr(l.Critical),
+	}
+	for _, a := range l.After {
+		c.Lifecycle.After = append(c.Lifecycle.After, after{a.Container, a.Until})
+	}
+	if p.Entrypoint == nil && p.Command != nil && len(*p.Command) == 0 {
+		b.wrong(at+".command", "is empty: give the entrypoint as well, or leave it out for the image's")
+	}
+	if p.Hostname != "" {
+		b.wrong(at+".hostname", "all containers of a pod have the pod's: set that")
+	}
+	for i, m := range p.Mounts {
+		b.mount(fmt.Sprintf("%s.mounts[%d]", at, i), m, &c, p == &b.pod.Containers[0])
+	}
+	return c
+}
+
+// mount puts a volume into a container: one that Nomad mounts, one of the pod's scratch disk, or a directory of the host.
+func (b *builder) mount(at string, m spec.Mount, c *container, own bool) {
+	v := &b.pod.Volumes[slices.IndexFunc(b.pod.Volumes, func(v spec.Volume) bool { return v.Name == m.Volume })] // validated
+	switch {
+	case v.Class != "":
+		if !own {
+			b.wrong(at, "volumes of a class are the first container's: mount them there")
+			return
+		}
+		if m.Subpath != "" {
+			b.wrong(at+".subpath", "is not possible in a volume of class %s", v.Class)
+		}
+		b.claim(v)
+		target := m.Path
+		if m.Raw {
+			target = "/dev/volumes/" + v.Name
+		}
+		b.volumeMounts = append(b.volumeMounts, &api.VolumeMount{Volume: ptr(v.Name), Destination: ptr(target), ReadOnly: ptr(m.ReadOnly), PropagationMode: ptr("private")})
+	case v.Scratch != nil:
+		c.Mounts = append(c.Mounts, mount{Type: "volume", Source: v.Name, Target: m.Path, ReadOnly: m.ReadOnly, Subpath: m.Subpath, NoCopy: m.NoCopy})
+	case v.Directory != nil:
+		c.Mounts = append(c.Mounts, mount{Type: "bind", Source: v.Directory.Path, Target: m.Path, ReadOnly: m.ReadOnly || v.Directory.ReadOnly, Subpath: m.Subpath, Transport: v.Directory.Transport})
+	default:
+		b.wrong(at, "volume %s is nothing that a job can ask for: a class, a directory or scratch", v.Name)
+	}
+}
+
+// claim asks Nomad for a volume by the name that it has there. Its kind does not matter: what is behind it is its plugin's to know.
+func (b *builder) claim(v *spec.Volume) {
+	if b.volumes == nil {
+		b.volumes = map[string]*api.VolumeRequest{}
+	}
+	b.volumes[v.Name] = &api.VolumeRequest{Name: v.Name, Type: csiType, Source: v.Name, AccessMode: accessMode(v.Class), AttachmentMode: fileSystem}
+}
+
+// accessMode is what volumes of a class are made for.
+func accessMode(class string) string {
+	if class == "nfs" || class == "gfs" {
+		return "multi-node-multi-writer"
+	}
+	return singleWriter
+}
+
+// portLabel tells a port's protocol from the default, which Nomad does not know: it keeps a port for all of them.
+func portLabel(i int, p spec.Publish) string {
+	label := "port" + strconv.Itoa(i)
+	if p.Protocol != "" && p.Protocol != "tcp" {
+		label += "_" + p.Protocol
+	}
+	return label
+}
+
+func portNumber(label string) int {
+	label, _, _ = strings.Cut(strings.TrimPrefix(label, "port"), "_")
+	n, _ := strconv.Atoi(label) // a label of somebody else's: its order does not matter
+	return n
+}
+
+func (b *builder) network() *api.NetworkResource {
+	n := &b.pod.Network
+	r := &api.NetworkResource{Mode: "host"}
+	switch {
+	case n.Mode == "none":
+		return &api.NetworkResource{Mode: "none"}
+	case b.options.Bridge:
+		r.Mode = "bridge"
+	case len(n.Publish) == 0:
+		return nil
+	}
+	for i, p := range n.Publish {
+		port := api.Port{Label: portLabel(i, p), Value: int(p.HostPort), To: int(p.Port)}
+		if p.HostPort != 0 {
+			r.ReservedPorts = append(r.ReservedPorts, port)
+		} else {
+			r.DynamicPorts = append(r.DynamicPorts, port)
+		}
+	}
+	return r
+}
+
+// asMap gives a configuration as Nomad's API takes it. Nomad evaluates templates in all of its texts, which ours are not.
+func asMap(c config) map[string]any {
+	data, err := json.Marshal(c)
+	if err != nil {
+		panic(err) // texts and numbers
+	}
+	var m map[string]any
+	if err := json.Unmarshal(data, &m); err != nil {
+		panic(err)
+	}
+	return walk(m, escape).(map[string]any)
+}
+
+// walk applies f to all texts, and to no keys: Nomad takes those as they are.
+func walk(v any, f func(string) string) any {
+	switch v := v.(type) {
+	case string:
+		return f(v)
+	case []any:
+		for i := range v {
+			v[i] = walk(v[i], f)
+		}
+	case map[string]any:
+		for name := range v {
+			v[name] = walk(v[name], f)
+		}
+	}
+	return v
+}
+
+// escape doubles what begins a template (HCL's native syntax, "Template Literals"); unescape undoes it.
+func escape(s string) string {
+	return strings.NewReplacer("${", "$${", "%{", "%%{").Replace(s)
+}
+
+func unescape(s string) string {
+	return strings.NewReplacer("$${", "${", "%%{", "%{").Replace(s)
+}
+
+// Pod reads a job: its pod, and what Job was told beside that. env is the content of the variable at EnvPath, nil where there is none. A job that
+// Job has not made is refused where it says something that a pod can't.
+func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
+	if len(j.TaskGroups) != 1 || len(j.TaskGroups[0].Tasks) != 1 || j.TaskGroups[0].Tasks[0].Driver != Driver {
+		return nil, nil, fmt.Errorf("job %s is not one pod: it has other than one group with one task of driver %s", deref(j.ID), Driver)
+	}
+	g := j.TaskGroups[0]
+	task := g.Tasks[0]
+	data, err := json.Marshal(task.Config)
+	if err != nil {
+		return nil, nil, err
+	}
+	var raw map[string]any
+	if err := json.Unmarshal(data, &raw); err != nil {
+		return nil, nil, err
+	}
+	if data, err = json.Marshal(walk(raw, unescape)); err != nil {
+		return nil, nil, err
+	}
+	var c config
+	if err := json.Unmarshal(data, &c); err != nil {
+		return nil, nil, fmt.Errorf("job %s: the driver's configuration: %w", deref(j.ID), err)
+	}
+	r := reader{group: g, task: task}
+	r.options = Options{
+		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j),
+		Replace: g.Disconnect != nil && deref(g.Disconnect.Replace),
+	}
+	for _, constraint := range j.Constraints {
+		switch constraint.LTarget {
+		case nodeTarget:
+			r.options.Node = constraint.RTarget
+		case zoneTarget:
+			r.options.Zone = constraint.RTarget
+		}
+	}
+	p := r.pod(deref(j.Name), &c)
+	if text, ok := env[envItem]; ok && len(p.Containers) > 0 {
+		if err := json.Unmarshal([]byte(text), &p.Containers[0].Env); err != nil {
+			return nil, nil, fmt.Errorf("job %s: its environment: %w", deref(j.ID), err)
+		}
+	}
+	if err := errors.Join(r.errs...); err != nil {
+		return nil, nil, fmt.Errorf("job %s: %w", deref(j.ID), err)
+	}
+	if err := p.Validate(); err != nil {
+		return nil, nil, fmt.Errorf("job %s: %w", deref(j.ID), err)
+	}
+	return p, &r.options, nil
+}
+
+func deref[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
+}
+
+// A reader takes a job apart.
+type reader struct {
+	group *api.TaskGroup
+	task  *api.Task
+	p     *spec.Pod
+	errs  []error
+
+	options Options
+}
+
+func (r *reader) size(s string) spec.Bytes {
+	if s == "" {
+		return 0
+	}
+	n, err := spec.ParseBytes(s)
+	r.errs = append(r.errs, err)
+	return n
+}
+
+func (r *reader) duration(s string) spec.Duration {
+	if s == "" {
+		return 0
+	}
+	d, err := time.ParseDuration(s)
+	r.errs = append(r.errs, err)
+	return spec.Duration(d)
+}
+
+func (r *reader) pod(name string, c *config) *spec.Pod {
+	r.p = &spec.Pod{
+		Name: name, Hostname: c.Hostname, Resources: spec.Resources{CPUs: c.VCPUs}, Scratch: spec.Scratch{Size: r.size(c.Disk)},
+		Network: spec.Network{DNS: c.DNS, DNSSearch: c.DNSSearch, DNSOptions: c.DNSOptions},
+	}
+	if res := r.task.Resources; res != nil && res.MemoryMB != nil {
+		r.p.Resources.Memory = spec.Bytes(*res.MemoryMB) << 20
+	}
+	for _, e := range c.ExtraHosts {
+		name, address, _ := strings.Cut(e, ":")
+		r.p.Network.ExtraHosts = append(r.p.Network.ExtraHosts, spec.HostEntry{Name: name, Address: strings.Trim(address, "[]")})
+	}
+	r.network(c)
+	own := r.container(r.task.Name, &c.container)
+	own.Domainname, own.StopSignal = c.Domainname, r.task.KillSignal
+	own.Lifecycle.Critical = c.Lifecycle == nil || c.Lifecycle.Critical == nil || *c.Lifecycle.Critical
+	if kill := deref(r.task.KillTimeout) - killMargin; kill >= 0 && kill != spec.DefaultStopTimeout {
+		own.StopTimeout = ptr(spec.Duration(kill))
+	}
+	for _, m := range r.task.VolumeMounts {
+		request := r.group.Volumes[deref(m.Volume)]
+		if request == nil || request.Type != csiType {
+			r.errs = append(r.errs, fmt.Errorf("volume %s is no CSI volume", deref(m.Volume)))
+			continue
+		}
+		class := "lv2"
+		if request.AccessMode != singleWriter {
+			class = "nfs"
+		}
+		if !slices.ContainsFunc(r.p.Volumes, func(v spec.Volume) bool { return v.Name == request.Source }) {
+			r.p.Volumes = append(r.p.Volumes, spec.Volume{Name: request.Source, Class: class})
+		}
+		mount := spec.Mount{Volume: request.Source, Path: deref(m.Destination), ReadOnly: deref(m.ReadOnly)}
+		if name, ok := strings.CutPrefix(mount.Path, "/dev/volumes/"); ok && name == request.Source {
+			mount.Path, mount.Raw = "", true
+		}
+		own.Mounts = append(own.Mounts, mount)
+	}
+	r.p.Containers = []spec.PodContainer{own}
+	for _, blocks := range c.Containers {
+		for _, name := range slices.Sorted(maps.Keys(blocks)) {
+			from := blocks[name]
+			one := r.container(name, &from)
+			one.Resources.Memory, one.StopSignal = r.size(from.Memory), from.StopSignal
+			one.Lifecycle.Critical = from.Lifecycle != nil && deref(from.Lifecycle.Critical)
+			one.Env = nil
+			for _, e := range from.Env {
+				for _, name := range slices.Sorted(maps.Keys(e)) {
+					one.Env = append(one.Env, name+"="+e[name])
+				}
+			}
+			r.p.Containers = append(r.p.Containers, one)
+		}
+	}
+	return r.p
+}
+
+func (r *reader) network(c *config) {
+	if len(r.group.Networks) == 0 {
+		return
+	}
+	n := r.group.Networks[0]
+	switch n.Mode {
+	case "none":
+		r.p.Network.Mode = "none"
+	case "bridge":
+		r.options.Bridge = true
+	case "host", "":
+	default:
+		r.errs = append(r.errs, fmt.Errorf("network mode %s is none of bridge, host, none", n.Mode))
+	}
+	ports := slices.Concat(n.ReservedPorts, n.DynamicPorts)
+	slices.SortFunc(ports, func(a, b api.Port) int { return cmp.Compare(portNumber(a.Label), portNumber(b.Label)) })
+	for _, p := range ports {
+		made := spec.Publish{HostPort: uint16(p.Value), Port: uint16(p.To)}
+		_, made.Protocol, _ = strings.Cut(p.Label, "_")
+		for _, m := range c.HostIPs {
+			made.HostIP = m[p.Label]
+		}
+		r.p.Network.Publish = append(r.p.Network.Publish, made)
+	}
+}
+
+func (r *reader) container(name string, c *container) spec.PodContainer {
+	p := spec.PodContainer{Name: name, Image: c.Image, Entrypoint: c.Entrypoint, Command: c.Args, User: c.User, WorkingDir: c.WorkDir}
+	p.Settings = spec.Settings{
+		GroupAdd: c.GroupAdd, TTY: c.TTY, OpenStdin: c.Interactive, StdinOnce: c.StdinOnce, Init: c.Init, ReadOnly: c.ReadOnly, Privileged: c.Privileged,
+		CapAdd: c.CapAdd, CapDrop: c.CapDrop, NoNewPrivs: c.NoNewPrivs, Devices: c.Devices, ShmSize: r.size(c.ShmSize),
+		Resources: spec.Limits{CPUs: c.CPUs, CPUShares: c.CPUShares, Pids: c.Pids, OOMScoreAdj: c.OOMScoreAdj}, Logs: spec.Logs{MaxSize: r.size(c.LogSize)},
+	}
+	for _, m := range c.Labels {
+		p.Labels = m
+	}
+	for _, m := range c.Sysctl {
+		p.Sysctls = m
+	}
+	for _, t := range c.Tmpfs {
+		target, options, _ := strings.Cut(t, ":")
+		if p.Tmpfs == nil {
+			p.Tmpfs = map[string]string{}
+		}
+		p.Tmpfs[target] = options
+	}
+	for _, m := range c.Ulimit {
+		for _, name := range slices.Sorted(maps.Keys(m)) {
+			soft, hard, _ := strings.Cut(m[name], ":")
+			u := spec.Ulimit{Name: name}
+			var err, err2 error
+			u.Soft, err = strconv.ParseInt(soft, 10, 64)
+			u.Hard, err2 = strconv.ParseInt(hard, 10, 64)
+			r.errs = append(r.errs, err, err2)
+			p.Ulimits = append(p.Ulimits, u)
+		}
+	}
+	if h := c.Health; h != nil {
+		p.Healthcheck = &spec.Healthcheck{
+			Test: h.Test, Interval: r.duration(h.Interval), Timeout: r.duration(h.Timeout), StartPeriod: r.duration(h.StartPeriod),
+			StartInterval: r.duration(h.StartInterval), Retries: h.Retries,
+		}
+	}
+	if l := c.Lifecycle; l != nil {
+		p.Lifecycle = spec.Lifecycle{
+			RestartOnSuccess: l.RestartOnSuccess, RestartOnFailure: l.RestartOnFailure, RestartDelay: r.duration(l.RestartDelay), MaxStarts: l.MaxStarts,
+			Hold: r.duration(l.Hold),
+		}
+		for _, a := range l.After {
+			p.Lifecycle.After = append(p.Lifecycle.After, spec.After{Container: a.Container, Until: a.Until})
+		}
+	}
+	for _, m := range c.Mounts {
+		r.mount(&p, m)
+	}
+	return p
+}
+
+// mount reads a mount block. A directory's volume has a name that follows from where it is mounted.
+func (r *reader) mount(p *spec.PodContainer, m mount) {
+	made := spec.Mount{Volume: m.Source, Path: m.Target, ReadOnly: m.ReadOnly, Subpath: m.Subpath, NoCopy: m.NoCopy}
+	v := spec.Volume{Name: m.Source}
+	switch m.Type {
+	case "volume":
+		v.Scratch = &spec.ScratchVolume{}
+	case "bind":
+		v.Name = strings.Trim(strings.ReplaceAll(path.Clean(m.Target), "/", "-"), "-")
+		v.Directory = &spec.DirectoryVolume{Path: m.Source, Transport: m.Transport}
+		made.Volume = v.Name
+	default:
+		r.errs = append(r.errs, fmt.Errorf("mount at %s: type %q is none of volume, bind", m.Target, m.Type))
+		return
+	}
+	if !slices.ContainsFunc(r.p.Volumes, func(o spec.Volume) bool { return o.Name == v.Name }) {
+		r.p.Volumes = append(r.p.Volumes, v)
+	}
+	p.Mounts = append(p.Mounts, made)
+}

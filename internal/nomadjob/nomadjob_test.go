@@ -1,0 +1,297 @@
+package nomadjob
+
+import (
+	"cmp"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+func list(s ...string) *[]string {
+	if s == nil {
+		s = []string{}
+	}
+	return &s
+}
+
+const image = "registry.example.org/team/web@sha256:4bcff63911fcb4448bd4fdacec207030997caf25e9bea4045fa6c8c44de311d1"
+
+var podID = strings.Repeat("0123456789abcdef", 4)
+
+// critical is a container whose end is the pod's, as most are.
+func critical(c spec.PodContainer) spec.PodContainer {
+	c.Lifecycle.Critical = true
+	return c
+}
+
+type example struct {
+	pod     spec.Pod
+	options Options
+}
+
+var examples = map[string]example{
+	"minimal": {
+		spec.Pod{Name: "minimal", Resources: spec.Resources{Memory: 64 << 20}, Containers: []spec.PodContainer{critical(spec.PodContainer{Name: "main", Image: image})}},
+		Options{ID: "minimal"},
+	},
+	"docker": {
+		spec.Pod{
+			Name: "web", Hostname: "web", Resources: spec.Resources{Memory: 300 << 20, CPUs: 2}, Scratch: spec.Scratch{Size: 20 << 30},
+			Network: spec.Network{
+				Publish:    []spec.Publish{{HostPort: 8080, Port: 80}, {Port: 53, Protocol: "udp"}, {HostIP: "127.0.0.1", HostPort: 8443, Port: 443}},
+				DNS:        []string{"192.0.2.53"},
+				DNSSearch:  []string{"example.org"},
+				DNSOptions: []string{"ndots:2"},
+				ExtraHosts: []spec.HostEntry{{Name: "db", Address: "192.0.2.7"}, {Name: "v6", Address: "2001:db8::7"}},
+			},
+			Containers: []spec.PodContainer{{
+				Name: "main", Image: image, Entrypoint: list("/bin/sh", "-c"), Command: list("echo ${HOME} $${HOME} %{if} 100% $$$ \"q\" \\n\nline"),
+				Env: []string{"PASSWORD=secret", "odd name=x", "MULTI=a\nb", "REMOVED"}, User: "www-data:audio", WorkingDir: "/srv", StopSignal: "SIGUSR1",
+				Healthcheck: &spec.Healthcheck{Test: []string{"CMD-SHELL", "curl ${URL}"}, Interval: spec.Duration(10 * time.Second), Timeout: spec.Duration(time.Second), StartPeriod: spec.Duration(time.Minute), StartInterval: spec.Duration(time.Second), Retries: 5},
+				Settings: spec.Settings{
+					Domainname: "example.org", Labels: map[string]string{"team": "shop", "com.example/${x}": "%{y}"}, GroupAdd: []string{"audio", "1000"},
+					StopTimeout: ptr(spec.Duration(3 * time.Second)), TTY: true, OpenStdin: true, StdinOnce: true, Init: true, ReadOnly: true, Privileged: true,
+					CapAdd: []string{"NET_ADMIN"}, CapDrop: []string{"ALL"}, NoNewPrivs: true, Ulimits: []spec.Ulimit{{Name: "core"}, {Name: "nofile", Soft: 1024, Hard: -1}},
+					Sysctls: map[string]string{"net.core.somaxconn": "1024"}, Tmpfs: map[string]string{"/run": "", "/cache": "size=64m,mode=1777"}, ShmSize: 128 << 20,
+					Devices: []string{"/dev/fuse"}, Resources: spec.Limits{CPUs: 1.5, CPUShares: 512, Pids: 100, OOMScoreAdj: -5},
+					Mounts: []spec.Mount{
+						{Volume: "files", Path: "/files", ReadOnly: true}, {Volume: "cache", Path: "/var/cache"}, {Volume: "cache", Path: "/var/cache2", Subpath: "two", ReadOnly: true, NoCopy: true},
+						{Volume: "host", Path: "/host", ReadOnly: true},
+					},
+					Lifecycle: spec.Lifecycle{RestartOnFailure: true, MaxStarts: 4, RestartDelay: spec.Duration(2 * time.Second), Hold: spec.Duration(10 * time.Second), Critical: true},
+					Logs:      spec.Logs{MaxSize: 10 << 20},
+				},
+			}},
+			Volumes: []spec.Volume{
+				{Name: "files", Class: "lv2"}, {Name: "cache", Scratch: &spec.ScratchVolume{}}, {Name: "host", Directory: &spec.DirectoryVolume{Path: "/srv/host", Transport: "virtiofs"}},
+			},
+		},
+		Options{
+			ID: "docker-" + podID, Namespace: "team", PodID: podID, DiskID: podID, Meta: map[string]string{"docker_id": podID, "run": "3"},
+			Node: "5f0a3c1e-7d0b-4a52-9a55-0d6d5ed1d3a4", Zone: "north", Replace: true, Bare: true,
+		},
+	},
+	"pod": {
+		spec.Pod{
+			Name: "pod", Resources: spec.Resources{Memory: 512 << 20},
+			Network: spec.Network{Publish: []spec.Publish{{HostPort: 80, Port: 8080}}},
+			Containers: []spec.PodContainer{
+				critical(spec.PodContainer{Name: "app", Image: "oci:/images/app"}),
+				{
+					Name: "side", Image: "oci:/images/side", Env: []string{"A=1"}, StopSignal: "SIGINT",
+					Settings: spec.Settings{Lifecycle: spec.Lifecycle{After: []spec.After{{Container: "app", Until: "healthy"}}, RestartOnSuccess: true, RestartOnFailure: true}, Resources: spec.Limits{Memory: 64 << 20}, Mounts: []spec.Mount{{Volume: "shared", Path: "/shared"}}},
+				},
+			},
+			Volumes: []spec.Volume{{Name: "shared", Scratch: &spec.ScratchVolume{}}},
+		},
+		Options{ID: "pod", Bridge: true},
+	},
+}
+
+// The golden files are what pods become; they are read to see whether it is right. What is read back is what went in.
+func TestGoldenJobs(t *testing.T) {
+	for name, x := range examples {
+		t.Run(name, func(t *testing.T) {
+			job, err := Job(&x.pod, x.options)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := json.MarshalIndent(job, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(compact(t, got), '\n')
+			golden := filepath.Join("testdata", name+".json")
+			if *update {
+				if err := os.WriteFile(golden, got, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(got) != string(want) {
+				t.Errorf("the job is\n%s\nwant\n%s", got, want)
+			}
+			if strings.Contains(string(got), "secret\"") || strings.Contains(string(got), "PASSWORD") {
+				t.Error("the environment stands in the job's text")
+			}
+			checkRoundTrip(t, &x.pod, x.options)
+		})
+	}
+}
+
+// compact leaves out what is null: what Nomad fills in.
+func compact(t testing.TB, data []byte) []byte {
+	t.Helper()
+	var v any
+	if err := json.Unmarshal(data, &v); err != nil {
+		t.Fatal(err)
+	}
+	out, err := json.MarshalIndent(prune(v), "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func prune(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		for name, e := range v {
+			if e = prune(e); e == nil || e == "" {
+				delete(v, name)
+			} else {
+				v[name] = e
+			}
+		}
+	case []any:
+		for i := range v {
+			v[i] = prune(v[i])
+		}
+	}
+	return v
+}
+
+// checkRoundTrip sends a job through JSON, as Nomad does, and reads it.
+func checkRoundTrip(t testing.TB, p *spec.Pod, o Options) {
+	t.Helper()
+	job, err := Job(p, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := json.Marshal(job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var back api.Job
+	if err := json.Unmarshal(data, &back); err != nil {
+		t.Fatal(err)
+	}
+	env, err := EnvItems(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, options, err := Pod(&back, env)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, data)
+	}
+	got, p = inOrder(*got), inOrder(*p)
+	if !reflect.DeepEqual(got, p) {
+		t.Errorf("the pod read back is\n%s\nwant\n%s", text(t, got), text(t, p))
+	}
+	if !reflect.DeepEqual(*options, o) {
+		t.Errorf("the options read back are\n%+v\nwant\n%+v", *options, o)
+	}
+}
+
+// inOrder puts what has no order of its own into one: a job keeps volumes of Nomad's apart from others.
+func inOrder(p spec.Pod) *spec.Pod {
+	p.Volumes = slices.SortedFunc(slices.Values(p.Volumes), func(a, b spec.Volume) int { return cmp.Compare(a.Name, b.Name) })
+	p.Containers = slices.Clone(p.Containers)
+	for i := range p.Containers {
+		c := &p.Containers[i]
+		c.Mounts = slices.SortedFunc(slices.Values(c.Mounts), func(a, b spec.Mount) int { return cmp.Compare(a.Path, b.Path) })
+	}
+	return &p
+}
+
+func text(t testing.TB, v any) string {
+	data, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func TestRefused(t *testing.T) {
+	for want, edit := range map[string]func(*spec.Pod, *Options){
+		"boot: is the client's to say":                    func(p *spec.Pod, _ *Options) { p.Boot.Start = "cold" },
+		"containers[0].hostname: all containers of a pod": func(p *spec.Pod, _ *Options) { p.Containers[0].Hostname = "x" },
+		"containers[0].command: is empty":                 func(p *spec.Pod, _ *Options) { p.Containers[0].Command = list() },
+		"containers[0].mounts[0]: volume v is nothing that": func(p *spec.Pod, _ *Options) {
+			with(p, spec.Volume{Name: "v", NFS: &spec.NFSVolume{Address: "a", Export: "/e"}})
+		},
+		"volumes[0]: has 0 of block, directory": func(p *spec.Pod, _ *Options) { with(p, spec.Volume{Name: "v"}) },
+		"network.publish[0].hostIp: 127.0.0.1: a port of": func(p *spec.Pod, o *Options) {
+			o.Bridge = true
+			p.Network.Publish = []spec.Publish{{HostIP: "127.0.0.1", HostPort: 1, Port: 1}}
+		},
+		"containers: there is none; a pod has at least one": func(p *spec.Pod, _ *Options) { p.Containers = nil },
+		"containers[1].env: X: only the first container can": func(p *spec.Pod, _ *Options) {
+			p.Containers = append(p.Containers, spec.PodContainer{Name: "b", Image: image, Env: []string{"X"}})
+		},
+	} {
+		p := spec.Pod{Name: "p", Containers: []spec.PodContainer{critical(spec.PodContainer{Name: "main", Image: image})}}
+		o := Options{ID: "p"}
+		edit(&p, &o)
+		if _, err := Job(&p, o); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %s", err, want)
+		}
+	}
+}
+
+func with(p *spec.Pod, v spec.Volume) {
+	p.Volumes = []spec.Volume{v}
+	p.Containers[0].Mounts = []spec.Mount{{Volume: v.Name, Path: "/v"}}
+}
+
+// Whatever text a pod has, it comes back as it was.
+func FuzzTexts(f *testing.F) {
+	for _, s := range []string{"", "x", "${a}", "$${a}", "$$${", "%{if true}", "%%{", "$", "%", "{", "\n", `"\`, "ü"} {
+		f.Add(s, s)
+	}
+	f.Fuzz(func(t *testing.T, argument, value string) {
+		p := spec.Pod{Name: "p", Resources: spec.Resources{Memory: 64 << 20}, Containers: []spec.PodContainer{critical(spec.PodContainer{
+			Name: "main", Image: image, Entrypoint: list(argument), Command: list(argument, value), Env: []string{"A=" + value},
+			Settings: spec.Settings{Labels: map[string]string{"l": value}},
+		})}}
+		if p.Validate() != nil || !utf8.ValidString(argument) || !utf8.ValidString(value) { // pods come from JSON, which has no other texts
+			t.Skip()
+		}
+		checkRoundTrip(t, &p, Options{ID: "p"})
+	})
+}
+
+// A job of somebody else's is read or refused.
+func FuzzPod(f *testing.F) {
+	for name := range examples {
+		data, err := os.ReadFile(filepath.Join("testdata", name+".json"))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var j api.Job
+		if json.Unmarshal(data, &j) != nil {
+			return
+		}
+		p, o, err := Pod(&j, nil)
+		if err != nil {
+			return
+		}
+		job, err := Job(p, *o)
+		if err != nil {
+			return // it says what jobs of ours don't
+		}
+		again, _, err := Pod(job, nil)
+		if err != nil || !reflect.DeepEqual(p, again) {
+			t.Errorf("read twice, it differs: %v\n%s\n%s", err, text(t, p), text(t, again))
+		}
+	})
+}
