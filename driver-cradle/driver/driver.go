@@ -60,8 +60,8 @@ type Driver struct {
 }
 
 var (
-	_ drivers.DriverPlugin            = (*Driver)(nil)
-	_ drivers.ExecTaskStreamingDriver = (*Driver)(nil)
+	_ drivers.DriverPlugin               = (*Driver)(nil)
+	_ drivers.ExecTaskStreamingRawDriver = (*Driver)(nil)
 )
 
 // New makes a plugin.

@@ -17,6 +17,7 @@ import (
 	"github.com/hashicorp/nomad/plugins/drivers"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // ExecTask runs a command in the task's container and collects its output.
@@ -24,6 +25,9 @@ func (d *Driver) ExecTask(taskID string, cmd []string, timeout time.Duration) (*
 	t, err := d.task(taskID)
 	if err != nil {
 		return nil, err
+	}
+	if len(cmd) > 0 && cmd[0] == spec.TunnelCommand {
+		return nil, fmt.Errorf("%s is a connection, and nothing that a check could execute", spec.TunnelCommand)
 	}
 	ctx, cancel := d.ctx, context.CancelFunc(func() {})
 	if timeout > 0 {
@@ -48,13 +52,32 @@ func (l *limited) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// ExecTaskStreaming runs a command in a container of the task, connected with Nomad's client.
-func (d *Driver) ExecTaskStreaming(ctx context.Context, taskID string, o *drivers.ExecOptions) (*drivers.ExitResult, error) {
+// ExecTaskStreamingRaw runs a command in a container of the task, connected with Nomad's client; or it is a tunnel.
+func (d *Driver) ExecTaskStreamingRaw(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) error {
+	if len(command) > 0 && command[0] == spec.TunnelCommand {
+		return stream.Send(drivers.NewExecStreamingResponseExit(d.tunnel(ctx, taskID, command, tty, stream)))
+	}
 	t, err := d.task(taskID)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return t.exec(ctx, execution{command: o.Command, tty: o.Tty, stdin: o.Stdin, stdout: o.Stdout, stderr: o.Stderr, resize: o.ResizeCh})
+	o, copied := drivers.StreamToExecOptions(ctx, command, tty, stream)
+	defer o.Stdin.Close() // who waits for input that nobody takes any more
+	result, err := t.exec(ctx, execution{command: o.Command, tty: o.Tty, stdin: o.Stdin, stdout: o.Stdout, stderr: o.Stderr, resize: o.ResizeCh})
+	o.Stdout.Close()
+	o.Stderr.Close()
+	if err != nil {
+		return err
+	}
+	select {
+	case err := <-copied:
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return stream.Send(drivers.NewExecStreamingResponseExit(result.ExitCode))
 }
 
 // An execution is a command that is to be run.

@@ -1,0 +1,185 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/nomad/plugins/drivers"
+	"github.com/hashicorp/nomad/plugins/drivers/proto"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// exitRefused is the exit code of a tunnel that there is not, or no longer.
+const exitRefused = 125
+
+// tunnel connects an exec's stream with docker's API of the task's pod, as spec.TunnelCommand says. It returns the exit code.
+func (d *Driver) tunnel(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) int {
+	out := &frames{stream: stream}
+	conn, err := d.dialTunnel(ctx, taskID, command, tty)
+	if err == nil {
+		err = carry(ctx, conn, stream, out)
+	}
+	if err != nil {
+		_ = out.tell(err.Error() + "\n") // nobody is there who could be told otherwise
+		return exitRefused
+	}
+	return 0
+}
+
+func (d *Driver) dialTunnel(ctx context.Context, taskID string, command []string, tty bool) (*net.UnixConn, error) {
+	switch {
+	case len(command) > 1:
+		return nil, fmt.Errorf("%s takes no arguments: it is a connection to docker's API of the pod", spec.TunnelCommand)
+	case tty:
+		return nil, fmt.Errorf("%s is a stream of bytes: switch the terminal off (-t=false)", spec.TunnelCommand)
+	}
+	t, err := d.task(taskID)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := t.live(); err != nil {
+		return nil, err
+	}
+	p, err := pod.Open(filepath.Join(t.dir, podDir), d.log)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := p.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.UnixConn), nil
+}
+
+// Sizes of what a tunnel carries at once: Nomad's agents take each message apart twice, whatever its size.
+const (
+	leastCarried = 4 << 10
+	mostCarried  = 128 << 10
+)
+
+// carry copies until both directions have ended, one of the sides is gone, or ctx ends.
+func carry(ctx context.Context, conn *net.UnixConn, stream drivers.ExecTaskStream, out *frames) error {
+	var output sync.WaitGroup
+	defer output.Wait()
+	defer conn.Close()
+	if err := out.tell(spec.TunnelReady); err != nil {
+		return err
+	}
+	caller := caller{conn: conn, stream: stream, ended: make(chan struct{}), gone: make(chan error, 1)}
+	caller.waits.Store(now().UnixNano())
+	go caller.listen() // it ends with the stream, which is after this function
+	back := make(chan error, 1)
+	output.Go(func() { back <- giveBack(conn, out) })
+	beat := time.NewTicker(spec.TunnelHeartbeat)
+	defer beat.Stop()
+	for in := caller.ended; in != nil || back != nil; {
+		select {
+		case <-in:
+			in = nil
+		case err := <-caller.gone:
+			return err
+		case err := <-back:
+			if err != nil {
+				return err
+			}
+			back = nil
+		case <-beat.C:
+			if since := caller.waits.Load(); since != 0 && now().Sub(time.Unix(0, since)) > spec.TunnelPatience {
+				return nil // nobody is there any more
+			}
+			if err := out.send(&drivers.ExecTaskStreamingResponseMsg{}); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// A caller is who sends what goes to the pod.
+type caller struct {
+	conn   *net.UnixConn
+	stream drivers.ExecTaskStream
+	waits  atomic.Int64  // since when for the next message, in nanoseconds since 1970; 0 while the pod is to take one
+	ended  chan struct{} // closed when it has nothing more to send
+	gone   chan error    // nil: it has said goodbye
+}
+
+// listen passes on what the client sends, and goes on listening when that has ended. A pod that takes no more may still have something to say.
+func (c *caller) listen() {
+	deaf := false
+	for {
+		c.waits.Store(now().UnixNano())
+		m, err := c.stream.Recv()
+		c.waits.Store(0)
+		switch {
+		case errors.Is(err, io.EOF), err == nil && m.TtySize != nil && m.TtySize.Height == 0 && m.TtySize.Width == 0:
+			c.gone <- nil
+			return
+		case err != nil:
+			c.gone <- err
+			return
+		case m.Stdin == nil || deaf && !m.Stdin.Close:
+		case !m.Stdin.Close:
+			_, err := c.conn.Write(m.Stdin.Data)
+			deaf = err != nil
+		default:
+			deaf = true
+			_ = c.conn.CloseWrite() // fails only where the pod has gone, which the other direction tells
+			select {
+			case <-c.ended:
+			default:
+				close(c.ended)
+			}
+		}
+	}
+}
+
+// giveBack passes on what the pod sends.
+func giveBack(conn *net.UnixConn, out *frames) error {
+	buf := make([]byte, leastCarried)
+	m := &drivers.ExecTaskStreamingResponseMsg{Stdout: &proto.ExecTaskStreamingIOOperation{}}
+	for {
+		n, err := conn.Read(buf)
+		if n > 0 {
+			m.Stdout.Data = buf[:n]
+			if err := out.send(m); err != nil {
+				return err
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return out.tell(spec.TunnelEOF)
+		case err != nil:
+			return fmt.Errorf("the pod's connection: %w", err)
+		case n == len(buf) && n < mostCarried:
+			buf = make([]byte, 2*n)
+		}
+	}
+}
+
+// frames are messages to Nomad's client; several goroutines send them.
+type frames struct {
+	mu     sync.Mutex
+	stream drivers.ExecTaskStream
+}
+
+func (f *frames) send(m *drivers.ExecTaskStreamingResponseMsg) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.stream.Send(m)
+}
+
+func (f *frames) tell(text string) error {
+	return f.send(&drivers.ExecTaskStreamingResponseMsg{Stderr: &proto.ExecTaskStreamingIOOperation{Data: []byte(text)}})
+}
