@@ -51,6 +51,7 @@ var configKeys = []key{
 		{name: "image", kind: boolean, def: "true", doc: "Remove images that no task uses any more."},
 		{name: "image_delay", kind: text, def: "24h", doc: "How long an image stays after its last use."},
 		{name: "image_size", kind: text, def: "no bound", doc: "Remove images, the least recently used first, until the rest takes at most so much."},
+		{name: "disk_delay", kind: text, def: "never", doc: "How long a scratch disk that tasks keep (disk_id) stays after it was written to for the last time."},
 		{name: "container", kind: boolean, def: "true", doc: "Remove a task's pod directory when Nomad is done with the task. Without it, it stays in state_dir until the plugin starts anew, for looking at it."},
 		{name: "orphan_delay", kind: text, def: "5m", doc: "How long pods that Nomad has not recovered after a restart go on before they are ended."},
 	}},
@@ -77,6 +78,7 @@ type config struct {
 	pullTimeout time.Duration
 	imageDelay  time.Duration
 	imageSize   spec.Bytes
+	diskDelay   time.Duration // 0: never
 	orphanDelay time.Duration
 }
 
@@ -98,6 +100,7 @@ type gcConfig struct {
 	Image       *bool  `codec:"image"`
 	ImageDelay  string `codec:"image_delay"`
 	ImageSize   string `codec:"image_size"`
+	DiskDelay   string `codec:"disk_delay"`
 	Container   *bool  `codec:"container"`
 	OrphanDelay string `codec:"orphan_delay"`
 }
@@ -155,6 +158,7 @@ func (c *config) complete() error {
 	}
 	duration("image_pull_timeout", c.PullTimeout, defaultPullTimeout, &c.pullTimeout)
 	duration("gc.image_delay", c.GC.ImageDelay, defaultImageDelay, &c.imageDelay)
+	duration("gc.disk_delay", c.GC.DiskDelay, 0, &c.diskDelay)
 	duration("gc.orphan_delay", c.GC.OrphanDelay, defaultOrphanDelay, &c.orphanDelay)
 	for _, p := range c.Volumes.Paths {
 		absolute("volumes.paths", p)

@@ -8,6 +8,7 @@
 //	    task.json          which task it is, and where its output goes
 //	    output             how far that was delivered
 //	    pod/               the pod, see package pod
+//	STATE/disks/ID/        a scratch disk that tasks keep under an id, see disks
 //
 // A task's configuration becomes a spec.Pod in a pure function (podOf); everything else is package pod's.
 //
@@ -162,6 +163,7 @@ func (d *Driver) open() (*config, *state, error) {
 		c := d.config
 		d.work.Go(func() { d.clearOrphans(c, s) })
 		d.work.Go(func() { d.collectImages(c, s) })
+		d.work.Go(func() { d.collectDisks(c, s) })
 	}
 	return d.config, d.state, nil
 }

@@ -34,9 +34,13 @@ func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o s
 	if err != nil {
 		return nil, err
 	}
+	disk := ""
+	if cfg.DiskID != "" {
+		disk = o.state.disks.path(cfg.DiskID)
+	}
 	progress := d.newProgress(t)
 	made, err := pod.Summon(ctx, filepath.Join(o.dir, podDir), p, pod.SummonOptions{
-		ID: cfg.ID, Images: o.state.images, Boot: o.boot, Log: d.log,
+		Images: o.state.images, Boot: o.boot, Log: d.log, ID: cfg.ID, Disk: disk,
 		Pull: image.PullOptions{
 			Keychain: keys, Insecure: o.config.Insecure, Mirrors: o.config.mirrors(), Force: cfg.ForcePull, Progress: progress.report,
 		},

@@ -136,8 +136,9 @@ func (b *builder) scratch() {
 	}
 	if id := b.config.DiskID; id != "" && !isDiskID(id) {
 		b.wrong("disk_id", "%q is no id: 1 to 64 letters, digits, _ . and -, a letter or digit first", id)
-	} else if id != "" {
-		b.wrong("disk_id", "is not supported yet: leave it out")
+	}
+	if b.config.DiskAction != "" && b.config.DiskAction != diskUse {
+		b.wrong("disk_action", "%q is none of %s, %s, %s", b.config.DiskAction, diskUse, diskList, diskRemove)
 	}
 	if v := b.config.Variant; v != "" && v != b.host.variant {
 		if v == "snp" {
@@ -286,6 +287,9 @@ func (b *builder) ports() map[string]port {
 // ownContainer is the task's.
 func (b *builder) ownContainer() {
 	cfg := &b.config.containerConfig
+	if cfg.Image == "" {
+		b.wrong("image", "is missing: name one, such as debian:12")
+	}
 	c := b.newContainer("", b.pod.Name, cfg)
 	for _, name := range slices.Sorted(maps.Keys(b.task.Env)) {
 		if !b.config.Bare || !strings.HasPrefix(name, "NOMAD_") {

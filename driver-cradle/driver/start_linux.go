@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -38,6 +39,15 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 	if err := t.DecodeDriverConfig(&cfg); err != nil {
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}
+	if cfg.DiskAction != "" && cfg.DiskAction != diskUse {
+		if err := d.clearEarlier(s, t); err != nil {
+			return nil, nil, fmt.Errorf("clear an earlier run of the task: %w", err)
+		}
+		if err := d.actOnDisks(t, &cfg, s); err != nil {
+			return nil, nil, err
+		}
+		return d.handleOf(t, s.dirOf(t.ID, t.Name))
+	}
 	pkg, err := c.boot()
 	if err != nil {
 		return nil, nil, err
@@ -50,16 +60,49 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 	if err := d.clearEarlier(s, t); err != nil {
 		return nil, nil, fmt.Errorf("clear an earlier run of the task: %w", err)
 	}
+	if err := d.takeDisk(s, t, &cfg, p); err != nil {
+		return nil, nil, err
+	}
 	dir := s.dirOf(t.ID, t.Name)
 	if err := os.Mkdir(dir, 0o711); err != nil {
+		s.disks.release(cfg.DiskID, t.ID)
 		return nil, nil, err
 	}
 	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir}); err != nil {
 		if cerr := s.clear(context.Background(), dir); cerr != nil {
 			d.log.Error("clear a task that did not start", "task", t.ID, "error", cerr)
 		}
+		s.disks.release(cfg.DiskID, t.ID)
 		return nil, nil, err
 	}
+	return d.handleOf(t, dir)
+}
+
+// takeDisk makes the disk that the task names its own, until it ends. The size of one that is there counts where the task names none.
+func (d *Driver) takeDisk(s *state, t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod) error {
+	if cfg.DiskID == "" {
+		return nil
+	}
+	found, err := s.remnants()
+	if err != nil {
+		return err
+	}
+	if err := s.disks.take(cfg.DiskID, t.ID, found); err != nil {
+		return err
+	}
+	kept, err := pod.OpenDisk(s.disks.path(cfg.DiskID))
+	if err == nil && cfg.Disk == "" {
+		p.Scratch.Size = kept.Size
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.disks.release(cfg.DiskID, t.ID)
+		return err
+	}
+	return nil
+}
+
+// handleOf is what Nomad gets to know of a task that has started.
+func (d *Driver) handleOf(t *drivers.TaskConfig, dir string) (*drivers.TaskHandle, *drivers.DriverNetwork, error) {
 	h := drivers.NewTaskHandle(handleVersion)
 	h.Config, h.State = t, drivers.TaskStateRunning
 	if err := h.SetDriverState(&handle{Dir: dir, BootID: bootID()}); err != nil {
@@ -179,9 +222,17 @@ func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) err
 	}
 	ctx, cancel := context.WithTimeout(d.ctx, takeUpTimeout)
 	defer cancel()
+	if rec.DiskID != "" {
+		if err := s.disks.take(rec.DiskID, rec.ID, nil); err != nil {
+			return err
+		}
+	}
 	_, err = d.attend(dir, rec, config, func(*delivery) (*pod.Running, error) {
 		return p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true})
 	})
+	if err != nil {
+		s.disks.release(rec.DiskID, rec.ID)
+	}
 	if !errors.Is(err, pod.ErrNotRunning) {
 		return err
 	}

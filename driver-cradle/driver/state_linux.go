@@ -26,6 +26,7 @@ type state struct {
 	dir    string
 	log    *slog.Logger
 	images *image.Store
+	disks  *disks
 	lock   *os.File
 	found  []remnant // that earlier plugin processes have left
 }
@@ -58,6 +59,9 @@ func openState(ctx context.Context, c *config, log *slog.Logger) (*state, error)
 		return nil, fmt.Errorf("state_dir: %w", err)
 	}
 	s := &state{dir: c.StateDir, log: log, images: images, lock: lock}
+	if s.disks, err = openDisks(filepath.Join(c.StateDir, disksDir)); err != nil {
+		return nil, errors.Join(fmt.Errorf("state_dir: %w", err), lock.Close())
+	}
 	if s.found, err = s.remnants(); err != nil {
 		return nil, errors.Join(fmt.Errorf("state_dir: %w", err), lock.Close())
 	}

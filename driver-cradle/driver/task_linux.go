@@ -34,7 +34,15 @@ type task struct {
 
 // attend begins a task with a pod. begin starts the pod, or takes it up, held.
 func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, begin func(output *delivery) (*pod.Running, error)) (*task, error) {
-	output, err := newDelivery(filepath.Join(dir, outputFile), rec, d.log.With("task", rec.ID).Warn)
+	_, s, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	places := filepath.Join(dir, outputFile)
+	if rec.DiskID != "" {
+		places = filepath.Join(s.disks.path(rec.DiskID), outputFile) // the log that it tells of is on the disk
+	}
+	output, err := newDelivery(places, rec, d.log.With("task", rec.ID).Warn)
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +79,9 @@ func (t *task) watch() {
 		t.d.log.Error("the pod's end", "task", t.record.ID, "error", err)
 	}
 	t.finish(report)
+	if _, s, err := t.d.open(); err == nil {
+		s.disks.release(t.record.DiskID, t.record.ID)
+	}
 }
 
 var (

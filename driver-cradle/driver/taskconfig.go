@@ -69,7 +69,7 @@ var containerKeys = []key{
 
 // taskKeys are those of a task's config block.
 var taskKeys = slices.Concat([]key{
-	{name: "image", kind: text, must: true, doc: "debian:12, registry.example.org/team/app@sha256:…, docker-daemon:NAME, docker-archive:FILE, oci:DIR."},
+	{name: "image", kind: text, def: "*required*, but for disk_action", doc: "debian:12, registry.example.org/team/app@sha256:…, docker-daemon:NAME, docker-archive:FILE, oci:DIR."},
 }, containerKeys, []key{
 	{name: "id", kind: text, def: "random", doc: "The pod's id, which is its own container's in docker's API: 64 lower-case hexadecimal digits."},
 	{name: "bare", kind: boolean, def: "false", doc: "Containers have what docker would show them: neither /alloc, /local and /secrets nor Nomad's NOMAD_ variables."},
@@ -85,7 +85,8 @@ var taskKeys = slices.Concat([]key{
 	{name: "env_file", kind: text, doc: "A file of the task, written by a template into secrets/, with more of the environment of the task's own container: a JSON list of NAME=value, or NAME to remove one of the image's. Unlike in Nomad's env, names and values may hold anything."},
 	{name: "vcpus", kind: number, def: "what cpu or cores comes to", doc: "Processors of the machine."},
 	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB."},
-	{name: "disk_id", kind: text, doc: "Keep the scratch disk on the node under this name (1 to 64 letters, digits, _ . -) when the task ends, and go on with it in the next one that names it."},
+	{name: "disk_id", kind: text, doc: "Keep the scratch disk on the node under this name (1 to 64 letters, digits, _ . -) when the task ends, and go on with it in the next one that names it. Its containers and their images have to be the same, and one task uses it at a time."},
+	{name: "disk_action", kind: text, def: "use", doc: "Instead of running an image: list writes a line of JSON for each kept disk of the node to the task's output; remove removes the disk that disk_id names, if there is one, for good."},
 	{name: "variant", kind: text, def: "the boot package's", doc: "Boot package that is needed: default, stock. The plugin has one; another is refused."},
 	{name: "image_pull_timeout", kind: text, def: "the plugin's", doc: "Longest time for pulling all images of the task."},
 	{name: "force_pull", kind: boolean, def: "false", doc: "Ask the registry what the image's tag means now, though it is in the cache."},
@@ -164,6 +165,7 @@ type taskConfig struct {
 	VCPUs       int                        `codec:"vcpus"`
 	Disk        string                     `codec:"disk"`
 	DiskID      string                     `codec:"disk_id"`
+	DiskAction  string                     `codec:"disk_action"`
 	Variant     string                     `codec:"variant"`
 	PullTimeout string                     `codec:"image_pull_timeout"`
 	ForcePull   bool                       `codec:"force_pull"`

@@ -25,7 +25,8 @@ type SummonOptions struct {
 	Images *image.Store
 	Boot   *boot.Package
 	Pull   image.PullOptions
-	ID     string       // of the pod, 64 lower-case hexadecimal digits; default: random
+	ID     string       // of the pod, 64 lower-case hexadecimal digits; default: that of the disk, or random
+	Disk   string       // absolute path of a Disk, which is made where there is none; "": the pod has a scratch disk of its own
 	Log    *slog.Logger // of the Dir; may be nil
 }
 
@@ -46,7 +47,19 @@ func Summon(ctx context.Context, path string, p *spec.Pod, o SummonOptions) (*Di
 	if err != nil {
 		return nil, err
 	}
+	var disk *Disk
 	id := o.ID
+	if o.Disk != "" {
+		switch disk, err = OpenDisk(o.Disk); {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return nil, err
+		case id != "" && id != disk.ID:
+			return nil, fmt.Errorf("the kept disk is that of pod %.12s, not %.12s: use another disk, or remove it", disk.ID, id)
+		default:
+			id = disk.ID
+		}
+	}
 	if id == "" {
 		var raw [32]byte
 		rand.Read(raw[:])
@@ -55,6 +68,11 @@ func Summon(ctx context.Context, path string, p *spec.Pod, o SummonOptions) (*Di
 	launch, err := Resolve(p, id, images)
 	if err != nil {
 		return nil, err
+	}
+	if disk != nil {
+		if err := disk.fits(launch); err != nil {
+			return nil, err
+		}
 	}
 	made, err := claim(path)
 	if err != nil {
@@ -171,7 +189,11 @@ func fill(ctx context.Context, path string, launch *spec.Launch, images map[stri
 	if err := os.Symlink(o.Boot.Dir, filepath.Join(path, BootLink)); err != nil {
 		return undo(err)
 	}
-	if err := makeScratch(ctx, filepath.Join(path, scratchFile), launch.Scratch.Size); err != nil {
+	scratch := func() error { return makeScratch(ctx, filepath.Join(path, scratchFile), launch.Scratch.Size) }
+	if o.Disk != "" {
+		scratch = func() error { return keep(ctx, path, o.Disk, launch, images, o.Images) }
+	}
+	if err := scratch(); err != nil {
 		return undo(err)
 	}
 	if ctx.Err() != nil {
