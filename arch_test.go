@@ -57,6 +57,7 @@ var mayImport = map[string][]string{
 
 	"dockerapi":           {"dockerapi/server."}, // main.go and its commands
 	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "dockerapi/translate", "dockerapi/registry"},
+	"dockerapi/registry":  {},
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
 
 	"internal/dockerhttp": {}, // of the guest's API as well: docker's types and nothing else
@@ -94,7 +95,7 @@ var onlyImporter = map[string][]string{
 	"github.com/hashicorp/nomad/nomad":       {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/drivers":     {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/jobspec2":    {"driver-cradle/driver"},
-	"github.com/google/go-containerregistry": {"bali", "bali/source", "driver-cradle/driver", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
+	"github.com/google/go-containerregistry": {"bali", "bali/source", "dockerapi/registry", "driver-cradle/driver", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
