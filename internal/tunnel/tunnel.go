@@ -8,6 +8,7 @@ package tunnel
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -141,7 +142,7 @@ func way(c *api.Config) (*websocket.Dialer, *url.URL, error) {
 	}
 	client := c.HttpClient
 	if client == nil {
-		client = &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment}}
+		client = &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}}}
 		if err := api.ConfigureTLS(client, c.TLSConfig); err != nil {
 			return nil, nil, err
 		}

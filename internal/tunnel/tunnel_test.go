@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"context"
+	"encoding/pem"
 	"errors"
 	"io"
 	"net"
@@ -244,6 +245,51 @@ func TestRefused(t *testing.T) {
 	other.Config.Address = "http://127.0.0.1:1"
 	if _, err := Dial(t.Context(), other); err == nil {
 		t.Error("connected to nobody")
+	}
+}
+
+// An agent is reached as nomad/api reaches it: over TLS, with the same certificates, or by a unix socket.
+func TestAddresses(t *testing.T) {
+	for _, scheme := range []string{"https", "unix"} {
+		ours, theirs := sockets(t)
+		a := &agent{pod: func(*http.Request) (net.Conn, string) { return ours, "" }}
+		a.Server = httptest.NewUnstartedServer(http.HandlerFunc(a.serve))
+		var target Target
+		if scheme == "https" {
+			a.StartTLS()
+			target = a.target()
+			target.Config.TLSConfig = &api.TLSConfig{CACertPEM: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate().Raw})}
+		} else {
+			path := filepath.Join(t.TempDir(), "nomad.sock")
+			a.Listener.Close()
+			var err error
+			if a.Listener, err = net.Listen("unix", path); err != nil {
+				t.Fatal(err)
+			}
+			a.Start()
+			target = a.target()
+			target.Config.Address = "unix://" + path
+		}
+		c, err := Dial(t.Context(), target)
+		if err != nil {
+			t.Fatalf("%s: %v", scheme, err)
+		}
+		theirs.Write([]byte("hello"))
+		got := make([]byte, 5)
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
+			t.Errorf("%s: %q, %v", scheme, got, err)
+		}
+		if scheme == "https" {
+			stranger := target
+			stranger.Config = &api.Config{Address: a.URL}
+			if _, err := Dial(t.Context(), stranger); err == nil || !strings.Contains(err.Error(), "certificate") {
+				t.Errorf("a certificate that nobody knows: %v", err)
+			}
+		}
+		c.Close()
+		theirs.Close()
+		a.served.Wait()
+		a.Close()
 	}
 }
 
