@@ -143,7 +143,7 @@ func TestLaunchErrors(t *testing.T) {
 		{"sidecars", `"until": "exited"`, `"until": "healthy"`, "launch.json:98:11: containers[1].lifecycle.after[0]: fetch has no healthcheck and is never healthy; give it one, or wait until started"},
 		{"sidecars", `"name": "nginx"`, `"name": "fetch"`, "launch.json:42:15: containers[1].name: fetch is there twice; rename one"},
 		{"sidecars", `"subpath": "web"`, `"subpath": "../web"`, `launch.json:84:22: containers[1].mounts[1].subpath: "../web" is no path inside the volume; write it relative, without .., //, and a slash at its end`},
-		{"sidecars", `"readOnly": true` + "\n        },", `"raw": true` + "\n        },", `launch.json:78:19: containers[1].mounts[0].path: a raw device appears at /dev/volumes/page; leave path empty` + "\n" +
+		{"sidecars", `"readOnly": true` + "\n        },", `"raw": true` + "\n        },", `launch.json:78:19: containers[1].mounts[0].path: a raw device appears below /dev; leave path empty for /dev/volumes/page` + "\n" +
 			`launch.json:79:18: containers[1].mounts[0].raw: volume "page" is no block volume; leave raw out`},
 		{"sidecars", `"filer.example.org:2049"`, `"filer.example.org:nfs"`, `launch.json:127:20: volumes[2].nfs.address: "filer.example.org:nfs" has no valid port; write host or host:port`},
 		{"sidecars", `"vers=4.1,hard"`, `"vers=4.1, hard"`, `launch.json:129:20: volumes[2].nfs.options: "vers=4.1, hard" are no mount options; separate them by commas, without spaces`},

@@ -223,7 +223,7 @@ type Mount struct {
 	Subpath  string `json:"subpath,omitempty"` // inside the volume
 	ReadOnly bool   `json:"readOnly,omitempty"`
 	NoCopy   bool   `json:"noCopy,omitempty"` // do not copy the image's content into an empty volume
-	Raw      bool   `json:"raw,omitempty"`    // block volumes: no mount, a device node at /dev/volumes/NAME
+	Raw      bool   `json:"raw,omitempty"`    // block volumes: no mount, a device node at Path, below /dev; by default /dev/volumes/NAME
 }
 
 // Lifecycle says when a container starts, starts again, and what its end means.

@@ -325,10 +325,15 @@ func (s *Settings) mounts(v *validator, field string, volumes map[string]Volume)
 			if m.Subpath != "" {
 				v.reject(join(at, "subpath"), "a raw device has no paths; leave it out")
 			}
-			if m.Path != "" && m.Path != "/dev/volumes/"+m.Volume {
-				v.reject(join(at, "path"), "a raw device appears at /dev/volumes/%s; leave path empty", m.Volume)
+			node := "/dev/volumes/" + m.Volume
+			if m.Path != "" {
+				node = m.Path
+				v.path(join(at, "path"), m.Path)
 			}
-			take(at, "/dev/volumes/"+m.Volume)
+			if !strings.HasPrefix(node, "/dev/") {
+				v.reject(join(at, "path"), "a raw device appears below /dev; leave path empty for /dev/volumes/%s", m.Volume)
+			}
+			take(at, node)
 			continue
 		}
 		if m.Subpath != "" {

@@ -93,6 +93,9 @@ func (v *volume) grow() error {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.frozen { // it would wait for the thaw, and the thaw for it
+		return &stateError{ErrConflict, fmt.Sprintf("volume %s is frozen: thaw it first", v.spec.Name)}
+	}
 	// The capacity-change event may still be under way: ask the disk now.
 	rescan := filepath.Join("/sys/class/block", filepath.Base(v.dev), "device/rescan")
 	if err := writeFile(rescan, "1"); err != nil {

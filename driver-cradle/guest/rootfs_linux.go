@@ -102,7 +102,7 @@ func (c *Container) points() ([]point, error) {
 			return nil, &stateError{ErrInvalid, fmt.Sprintf("mount %s: there is no volume %s", m.Path, m.Volume)}
 		}
 		if m.Raw {
-			n, err := rawNode(v)
+			n, err := rawNode(v, m.Path)
 			if err != nil {
 				return nil, err
 			}
@@ -158,7 +158,10 @@ func (p point) late() (lateMount, error) {
 	return lateMount{Source: p.volume.path, File: p.volume.file, Target: p.path, ReadOnly: p.mount.ReadOnly || p.volume.readOnly()}, nil
 }
 
-func rawNode(v *volume) (deviceNode, error) {
+func rawNode(v *volume, path string) (deviceNode, error) {
+	if !strings.HasPrefix(path, "/dev/") {
+		path = "/dev/volumes/" + v.spec.Name
+	}
 	if v.dev == "" {
 		return deviceNode{}, &stateError{ErrInvalid, fmt.Sprintf("volume %s is no block volume and can't be attached raw", v.spec.Name)}
 	}
@@ -166,7 +169,7 @@ func rawNode(v *volume) (deviceNode, error) {
 	if err := unix.Stat(v.dev, &st); err != nil {
 		return deviceNode{}, &os.PathError{Op: "stat", Path: v.dev, Err: err}
 	}
-	return deviceNode{Path: "/dev/volumes/" + v.spec.Name, Dev: st.Rdev}, nil
+	return deviceNode{Path: path, Dev: st.Rdev}, nil
 }
 
 // baseLayer is below the image's layers and holds what docker's init layer adds where an image lacks it (moby

@@ -366,6 +366,9 @@ func addDevices(c *stageConfig) error {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
+		if exists(path) {
+			return fmt.Errorf("raw volume at %s: something else is there: choose another path", n.Path)
+		}
 		if err := makeNode(path, unix.S_IFBLK|0o660, n.Dev); err != nil {
 			return err
 		}

@@ -113,6 +113,7 @@ func TestVMVolumes(t *testing.T) {
 		with(sh("block", "ls -A /e /x; echo kept > /e/f; grep -E ' /(e|x) ' /proc/mounts | cut -d' ' -f2-4 | cut -d, -f1-3"), "ext:/e", "xfs:/x"),
 		after(with(sh("blockro", "cat /e/f; touch /e/g 2>/dev/null || echo refused"), "ext:/e:ro"), "block"),
 		with(sh("raw", "test -b /dev/volumes/raw && printf hello | dd of=/dev/volumes/raw conv=fsync 2>/dev/null && blockdev --getsize64 /dev/volumes/raw"), "raw:/:raw"),
+		with(sh("node", "test -b /dev/a/node && test ! -e /dev/volumes && echo there"), "raw:/dev/a/node:raw"),
 		with(sh("share", "cat /s/in; stat -c '%u:%g %a' /s/in; mkdir /s/made; echo back > /s/made/out; chown 77:88 /s/made/out; ln -s in /s/link; cat /c; echo x > /c || true"), "dir:/s", "conf:/c"),
 		settings(with(sh("shareuser", "cat /s/in; echo mine > /s/own/f; chmod 600 /s/own/f; stat -c '%u:%g %a' /s/own/f; cat /s/secret; touch /s/denied; mv /s/own/f /s/own/g && ls /s/own"), "dir:/s"), func(c *spec.Container) {
 			c.User = "1234:4321"
@@ -133,6 +134,7 @@ func TestVMVolumes(t *testing.T) {
 	}
 	m.printed("blockro", "kept\nrefused\n")
 	m.printed("raw", "8388608\n")
+	m.printed("node", "there\n")
 	if data, err := os.ReadFile(rawDisk); err != nil || string(data[:5]) != "hello" {
 		t.Errorf("raw volume holds %q, %v", data[:5], err)
 	}

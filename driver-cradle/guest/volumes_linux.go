@@ -147,7 +147,11 @@ func mountBlock(v *volume) error {
 	if kind == "xfs" {
 		data = append(without(data, "nouuid"), "nouuid") // a snapshot's clone has its origin's uuid
 	}
-	if err := mount(v.dev, v.path, kind, flags, strings.Join(data, ",")); err != nil {
+	err = mount(v.dev, v.path, kind, flags, strings.Join(data, ","))
+	if errors.Is(err, unix.EROFS) && v.readOnly() {
+		err = fmt.Errorf("its last user did not put its file system away, which is repaired by mounting it writable once: %w", err)
+	}
+	if err != nil {
 		return err
 	}
 	if flags&unix.MS_RDONLY == 0 {
