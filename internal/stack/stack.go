@@ -135,6 +135,7 @@ func (s *Stack) config() (agents.Config, error) {
 		Plugins: map[string]agents.Plugin{"nomad-driver-cradle": {Path: driver, Config: fmt.Sprintf(`    state_dir    = "%[1]s/pods"
     cache_dir    = "%[1]s/cache"
     boot_package = %[2]q`, s.dir, pkg)}},
+		MoreAgent: "telemetry {\n  publish_allocation_metrics = true\n}\n", // or Nomad does not ask how much tasks use
 	}, nil
 }
 

@@ -109,6 +109,19 @@ job "page" {
 		}
 	}
 	page()
+	err = agents.Retry(deadline(t), "statistics", func() error {
+		a, err := running(client)
+		if err != nil {
+			return err
+		}
+		if text := nomad("alloc", "status", "-stats", a.ID); !strings.Contains(text, "Memory Stats") || !strings.Contains(text, "CPU Stats") {
+			return errors.New(text)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
 
 	// Again: nothing happens. With another configuration: the client starts again, pods go on.
 	before := s.record.Processes
