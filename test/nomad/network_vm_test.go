@@ -1,0 +1,119 @@
+//go:build vm
+
+package nomad
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// dualNetwork is a network of the reference CNI plugins with both kinds of addresses.
+const dualNetwork = `{
+  "cniVersion": "0.4.0",
+  "name": "dual",
+  "plugins": [
+    {"type": "loopback"},
+    {
+      "type": "bridge", "bridge": "dual0", "isGateway": true,
+      "ipam": {
+        "type": "host-local", "dataDir": %q,
+        "ranges": [[{"subnet": "10.99.0.0/24"}], [{"subnet": "fd00:99::/64"}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+      }
+    },
+    {"type": "portmap", "capabilities": {"portMappings": true}}
+  ]
+}`
+
+// TestVMNetworks runs a server in Nomad's bridge and in a network of CNI plugins, both of which have IPv6.
+func TestVMNetworks(t *testing.T) {
+	image, err := programs.Image("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cni := t.TempDir()
+	if err := os.WriteFile(filepath.Join(cni, "dual.conflist"), fmt.Appendf(nil, dualNetwork, filepath.Join(cni, "leases")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	o := nomadtest.Options{Client: fmt.Sprintf("bridge_network_subnet_ipv6 = \"fd00:26::/64\"\ncni_config_dir = %q", cni)}
+	if err := o.Cradle(""); err != nil {
+		t.Fatal(err)
+	}
+	c := nomadtest.Start(t, o)
+	node := c.Clients()[0]
+	jobs := map[string]netip.Prefix{}
+	for mode, subnet := range map[string]string{"bridge": "fd00:26::/64", "cni/dual": "fd00:99::/64"} {
+		jobs[c.Run(t, fmt.Sprintf(`
+job %q {
+  group "g" {
+    network {
+      mode = %q
+      port "http" {
+        to = 80
+      }
+    }
+    task "main" {
+      driver = "cradle"
+      config {
+        image   = "oci:%s"
+        command = "sh"
+        args    = ["-c", "mkdir /www; echo a page >/www/index.html; ip -o addr show eth0; ip -6 route; cat /etc/hosts; echo up; exec httpd -f -p '[::]:80' -h /www"]
+      }
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+  }
+}`, strings.ReplaceAll(mode, "/", "-"), mode, image))] = netip.MustParsePrefix(subnet)
+	}
+	for job, subnet := range jobs {
+		a := c.UntilRunning(t, job)
+		text := c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
+		var own, own4 netip.Addr
+		for _, word := range strings.Fields(text) {
+			p, err := netip.ParsePrefix(word)
+			switch {
+			case err != nil:
+			case subnet.Contains(p.Addr()) && p.Addr() != subnet.Addr() && p.Bits() == subnet.Bits():
+				own = p.Addr()
+			case p.Addr().Is4() && p.Addr().IsPrivate():
+				own4 = p.Addr()
+			}
+		}
+		if !own.IsValid() || !own4.IsValid() {
+			t.Errorf("job %s: the pod has no address in %v, or none of IPv4:\n%s", job, subnet, text)
+			continue
+		}
+		full, _, err := c.API.Allocations().Info(a.ID, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := full.AllocatedResources.Shared.Ports[0]
+		for _, at := range []string{
+			fmt.Sprintf("[%v]:80", own), fmt.Sprintf("%v:80", own4), fmt.Sprintf("%s:%d", port.HostIP, port.Value),
+		} {
+			out, err := node.Output(t.Context(), "curl", "-gsSf", "--retry", "30", "--retry-all-errors", "--retry-delay", "1", "--max-time", "60", "http://"+at+"/")
+			if err != nil || out != "a page\n" {
+				t.Errorf("job %s: at %s: %q, %v", job, at, out, err)
+			}
+		}
+		// Out of the pod, and back to itself.
+		gateway := subnet.Addr().Next()
+		for _, to := range []netip.Addr{gateway, own, netip.IPv6Loopback()} {
+			if out, stderr, code := c.TryCLI(t, "", "alloc", "exec", a.ID, "ping", "-c", "1", "-w", "20", to.String()); code != 0 {
+				t.Errorf("job %s: ping %v: %s%s", job, to, out, stderr)
+			}
+		}
+		if out, stderr, code := c.TryCLI(t, "", "alloc", "exec", a.ID, "wget", "-qO-", "http://[::1]/"); out != "a page\n" {
+			t.Errorf("job %s: at ::1: exit code %d, %q, %s", job, code, out, stderr)
+		}
+	}
+}
