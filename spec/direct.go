@@ -20,7 +20,8 @@ const DirectVersion = 1
 //
 // The CSI plugin writes the record before NodePublishVolume answers and removes it after NodeUnpublishVolume has unmounted the
 // target. Who runs a pod looks for it at DirectFile of each mount's host path, attaches Volume in place of the directory, and
-// serves the DirectControl API on Control for as long as the guest holds the volume.
+// serves the DirectControl API on Control for as long as the guest holds the volume. The socket's file is there as long, also while whoever serves it
+// starts again: a call is refused then (ECONNREFUSED), and where there is no file there is no guest.
 type DirectAttachment struct {
 	Version int      `json:"version"`         // of the format: 1
 	Target  string   `json:"target"`          // the path that the volume was published at: a mount's host path

@@ -202,8 +202,11 @@ func (s *Server) guest(ctx context.Context, method, target, path string, in, out
 		return err
 	}
 	resp, err := transport.RoundTrip(req)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return errNoGuest
+	}
+	if errors.Is(err, unix.ECONNREFUSED) { // the socket is there as long as the pod
+		return fmt.Errorf("guest at %s: who answers for its pod is starting again: try again", target)
 	}
 	if err != nil {
 		return fmt.Errorf("guest at %s: %w", target, err)

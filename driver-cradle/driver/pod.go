@@ -25,6 +25,10 @@ type host struct {
 	// examine tells what is at a path: a directory, a file, or a block device; a raw image is given to a pod as a block device where Nomad
 	// mounts it as one.
 	examine func(path string) (pathKind, error)
+	// direct is the record of a volume that is left to the guest, nil where there is none for a path.
+	direct func(path string) (*spec.DirectAttachment, error)
+	// fsType tells which file system a guest finds on a block device.
+	fsType func(path string) (string, error)
 	// allowed says why a task may not mount a directory of the host, nil where it may.
 	allowed func(path string) error
 	// within finds a path below a directory that tasks write to, without being led out of it.
@@ -44,6 +48,12 @@ const (
 // podOf turns a task into a pod. Its first container is the task's own and has the task's name. Errors name the key of the task's
 // configuration.
 func podOf(t *drivers.TaskConfig, c *taskConfig, h *host) (*spec.Pod, error) {
+	p, _, err := attachedPodOf(t, c, h)
+	return p, err
+}
+
+// attachedPodOf is podOf, and tells which of the pod's volumes are left to it by the CSI plugin.
+func attachedPodOf(t *drivers.TaskConfig, c *taskConfig, h *host) (*spec.Pod, []attachment, error) {
 	b := builder{task: t, config: c, host: h, pod: &spec.Pod{Name: nameOf(t.Name)}}
 	b.resources()
 	b.network()
@@ -53,12 +63,12 @@ func podOf(t *drivers.TaskConfig, c *taskConfig, h *host) (*spec.Pod, error) {
 		b.container(name, c.Containers[name])
 	}
 	if err := errors.Join(b.errs...); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := b.pod.Validate(); err != nil {
-		return nil, b.translate(err)
+		return nil, nil, b.translate(err)
 	}
-	return b.pod, nil
+	return b.pod, b.attached, nil
 }
 
 // A builder makes a pod, and a list of what is wrong.
@@ -68,6 +78,8 @@ type builder struct {
 	host   *host
 	pod    *spec.Pod
 	errs   []error
+
+	attached []attachment
 }
 
 func (b *builder) wrong(key, format string, args ...any) {
@@ -468,6 +480,15 @@ func (b *builder) taskMounts(c *spec.PodContainer) {
 		default:
 			b.wrong(at+": propagation_mode", "%s is not possible between a host and a microVM: use private", m.PropagationMode)
 		}
+		direct, err := b.host.direct(m.HostPath)
+		if err != nil {
+			b.wrong(at, "%v", err)
+			continue
+		}
+		if direct != nil {
+			b.attach(c, m, target, direct)
+			continue
+		}
 		kind, err := b.host.examine(m.HostPath)
 		if err != nil {
 			b.wrong(at, "%v", err)
@@ -486,21 +507,46 @@ func (b *builder) taskMounts(c *spec.PodContainer) {
 // rawDevices is where raw block devices appear in a container, by their volumes' names.
 const rawDevices = "/dev/volumes/"
 
-// blockMount gives the machine a block device: its file system is mounted in the guest, or, below /dev/volumes, the device itself is there.
+// blockMount gives the machine a block device: its file system is mounted in the guest, or, below /dev, the device itself is there.
 func (b *builder) blockMount(at string, c *spec.PodContainer, m *drivers.MountConfig, target string) {
-	block := &spec.BlockVolume{Path: m.HostPath, ReadOnly: m.Readonly}
-	if name, raw := strings.CutPrefix(target, rawDevices); raw && name == nameOf(name) && !b.hasVolume(name) {
-		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Block: block})
-		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Raw: true, ReadOnly: m.Readonly})
+	found, err := b.host.fsType(m.HostPath)
+	if err != nil {
+		b.wrong(at, "%v", err)
 		return
 	}
-	if strings.HasPrefix(target, "/dev/") {
-		b.wrong(at, "a block device appears below %s: set destination to %[1]sNAME, or to a directory for its file system to be mounted", rawDevices)
-		return
+	block := &spec.BlockVolume{Path: m.HostPath, FSType: found, ReadOnly: m.Readonly}
+	b.put(c, spec.Volume{Block: block}, spec.Mount{Path: target, Raw: strings.HasPrefix(target, "/dev/"), ReadOnly: m.Readonly})
+}
+
+// put gives the volume a name, and the container the mount of it. A raw device is at the path where that is below /dev, else at /dev/volumes/NAME.
+func (b *builder) put(c *spec.PodContainer, v spec.Volume, m spec.Mount) (name string) {
+	v.Name = b.unusedName(nameOf(strings.TrimPrefix(strings.TrimPrefix(m.Path, rawDevices), "/")))
+	if m.Volume = v.Name; m.Raw && (m.Path == rawDevices+v.Name || !strings.HasPrefix(m.Path, "/dev/")) {
+		m.Path = ""
 	}
-	name := b.unusedName(nameOf(strings.TrimPrefix(target, "/")))
-	b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Block: block})
-	c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly})
+	b.pod.Volumes = append(b.pod.Volumes, v)
+	c.Mounts = append(c.Mounts, m)
+	return v.Name
+}
+
+// attach gives the machine a volume that the CSI plugin has left to it.
+func (b *builder) attach(c *spec.PodContainer, m *drivers.MountConfig, target string, d *spec.DirectAttachment) {
+	v := d.Volume
+	a := attachment{ID: v.Name, Raw: d.Raw, Limits: d.Limits, Control: d.Control}
+	if v.Block != nil {
+		block := *v.Block
+		block.ReadOnly = block.ReadOnly || m.Readonly
+		if v.Block = &block; !block.ReadOnly {
+			a.Path = block.Path
+		}
+	}
+	if v.NFS != nil {
+		nfs := *v.NFS
+		nfs.ReadOnly = nfs.ReadOnly || m.Readonly
+		v.NFS = &nfs
+	}
+	a.Volume = b.put(c, v, spec.Mount{Path: target, Raw: d.Raw, ReadOnly: m.Readonly})
+	b.attached = append(b.attached, a)
 }
 
 func (b *builder) unusedName(name string) string {

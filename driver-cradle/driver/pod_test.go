@@ -92,6 +92,8 @@ func aHost() *host {
 			}
 			return nil
 		},
+		direct:  func(string) (*spec.DirectAttachment, error) { return nil, nil },
+		fsType:  func(string) (string, error) { return "", nil },
 		readEnv: func(_, p string) ([]string, error) { return []string{"FROM=" + p, "REMOVED"}, nil },
 		within:  func(root, p string) (string, error) { return filepath.Join(root, p), nil },
 	}

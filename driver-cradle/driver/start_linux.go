@@ -52,7 +52,9 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 	if err != nil {
 		return nil, nil, err
 	}
-	p, err := podOf(t, &cfg, &host{cores: c.cores, disk: c.disk, variant: pkg.Manifest.Variant, examine: examine, allowed: c.allowed, within: within, readEnv: readEnv})
+	p, attached, err := attachedPodOf(t, &cfg, &host{
+		cores: c.cores, disk: c.disk, variant: pkg.Manifest.Variant, examine: examine, direct: findDirect, fsType: pod.FSType, allowed: c.allowed, within: within, readEnv: readEnv,
+	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}
@@ -68,7 +70,7 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 		s.disks.release(cfg.DiskID, t.ID)
 		return nil, nil, err
 	}
-	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir}); err != nil {
+	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir, attached}); err != nil {
 		if cerr := s.clear(context.Background(), dir); cerr != nil {
 			d.log.Error("clear a task that did not start", "task", t.ID, "error", cerr)
 		}
@@ -133,16 +135,17 @@ func (d *Driver) clearEarlier(s *state, t *drivers.TaskConfig) error {
 
 // starting is what goes with a task that is started.
 type starting struct {
-	config *config
-	state  *state
-	boot   *boot.Package
-	dir    string // of the task
+	config   *config
+	state    *state
+	boot     *boot.Package
+	dir      string // of the task
+	attached []attachment
 }
 
 // start makes the pod and starts it.
 func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) error {
 	rec := &record{
-		Version: recordVersion, ID: t.ID, AllocID: t.AllocID, Name: t.Name, Stdout: t.StdoutPath, Stderr: t.StderrPath, DiskID: cfg.DiskID, Created: now(),
+		Version: recordVersion, ID: t.ID, AllocID: t.AllocID, Name: t.Name, Stdout: t.StdoutPath, Stderr: t.StderrPath, DiskID: cfg.DiskID, Attached: o.attached, Created: now(),
 	}
 	if err := rec.write(o.dir); err != nil {
 		return err
@@ -155,9 +158,15 @@ func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o st
 	if err != nil {
 		return err
 	}
+	limits := map[string]spec.IOLimits{}
+	for _, a := range o.attached {
+		if a.Limits != (spec.IOLimits{}) {
+			limits[a.Volume] = a.Limits
+		}
+	}
 	started, err := d.attend(o.dir, rec, t, func(output *delivery) (*pod.Running, error) {
 		return made.Start(d.ctx, pod.StartOptions{
-			CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Cgroup: groups.unified, Join: groups.dirs(), Held: output.files(),
+			CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(), Held: output.files(),
 		})
 	})
 	if err != nil {
@@ -234,6 +243,9 @@ func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) err
 		s.disks.release(rec.DiskID, rec.ID)
 	}
 	if !errors.Is(err, pod.ErrNotRunning) {
+		return err
+	}
+	if err := removeControls(rec.Attached); err != nil {
 		return err
 	}
 	report, err := p.Report()

@@ -193,6 +193,8 @@ type record struct {
 	Stderr  string    `json:"stderr"`
 	DiskID  string    `json:"diskId,omitempty"`
 	Created time.Time `json:"created"`
+
+	Attached []attachment `json:"attached,omitempty"`
 }
 
 const recordVersion = 1
@@ -266,6 +268,11 @@ func (s *state) clear(ctx context.Context, dir string) error {
 			return err
 		}
 		if err := p.Remove(); err != nil {
+			return err
+		}
+	}
+	if r, err := readRecord(dir); err == nil {
+		if err := removeControls(r.Attached); err != nil {
 			return err
 		}
 	}

@@ -24,6 +24,7 @@ type task struct {
 
 	running  *pod.Running // nil: it had ended when it was recovered
 	delivery *delivery
+	controls *controls
 
 	done chan struct{} // closed when it has ended, or was let go
 
@@ -52,6 +53,10 @@ func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, beg
 		return nil, err
 	}
 	t := &task{d: d, dir: dir, record: rec, config: config, started: r.Started(), running: r, delivery: output, done: make(chan struct{})}
+	// A pod that can't be told of snapshots runs all the same: who calls is told that nobody answers.
+	if t.controls, err = serveControls(r, rec.Attached, d.log); err != nil {
+		d.log.Error("volumes can't be controlled", "task", rec.ID, "error", err)
+	}
 	output.begin(r)
 	d.hold(t)
 	d.work.Go(t.watch)
@@ -68,6 +73,7 @@ func (t *task) watch() {
 		close(delivered)
 	}()
 	report, err := t.running.Wait(context.Background())
+	t.controls.close()
 	if report == nil { // it was let go
 		t.delivery.end(err)
 		<-delivered
@@ -77,6 +83,9 @@ func (t *task) watch() {
 	<-delivered
 	if err != nil {
 		t.d.log.Error("the pod's end", "task", t.record.ID, "error", err)
+	}
+	if err := removeControls(t.record.Attached); err != nil {
+		t.d.log.Error("the control sockets of volumes stay", "task", t.record.ID, "error", err)
 	}
 	t.finish(report)
 	if _, s, err := t.d.open(); err == nil {

@@ -35,6 +35,8 @@ type StartOptions struct {
 	Progress    func(wire.Filling) // told again and again while an image's content is copied into a volume; nil: nobody wants to know
 	Hold        bool               // keep the machine after the pod's end until Running.Release
 
+	Limits map[string]spec.IOLimits // of block volumes, by name, from the first access on
+
 	Cgroup string     // see vmm.Config
 	Join   []string   // see vmm.Config
 	Held   []*os.File // see vmm.Config
@@ -144,7 +146,13 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
 	w.Launch.Network.Publish = m.Info().Publish // with the ports that were left open: docker's clients ask the guest
 	r := d.running(m, lock, launch, started, o.DiscardLogs)
-	if err = r.launch(ctx, &w, &o); err == nil && d.wasKilled() {
+	for volume, limits := range o.Limits {
+		err = errors.Join(err, r.Throttle(ctx, volume, limits))
+	}
+	if err == nil {
+		err = r.launch(ctx, &w, &o)
+	}
+	if err == nil && d.wasKilled() {
 		err = errStopped
 	}
 	if err == nil {

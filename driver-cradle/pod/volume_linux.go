@@ -17,6 +17,27 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
+// FSType tells which file system that a guest can mount is on an image or a block device of the host: ext4, xfs, or "" for nothing and anything else.
+func FSType(path string) (string, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", path, err)
+	}
+	found, err := identify(f, size)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", path, err)
+	}
+	if mkfs[found].arguments == nil {
+		found = ""
+	}
+	return found, nil
+}
+
 // prepareBlock makes a block volume ready to be attached: a blank one gets its file system, one that holds anything else is refused.
 // The host never mounts it. mounted says whether a container mounts it; where it is only used raw, its content is nobody's business.
 func prepareBlock(ctx context.Context, v *spec.Volume, path string, mounted bool) error {

@@ -10,6 +10,11 @@ capability {
   attachment_mode = "file-system"
 }
 
+# Nomad 1.11 takes a changed capacity_min of a volume in use only where this block is there, be it empty.
+mount_options {
+  fs_type = "ext4"
+}
+
 parameters {
   class     = "lv2"
   attach    = "direct"
