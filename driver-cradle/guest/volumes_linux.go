@@ -56,7 +56,6 @@ func (p *Pod) mountVolumes(ctx context.Context) error {
 		return err
 	}
 	var wg sync.WaitGroup
-	var shares sync.Mutex // looked up at once in a 9p file system just mounted, now and then a name was not found (Linux 6.1, QEMU 7.2)
 	errs := make([]error, len(l.Launch.Volumes))
 	for i, s := range l.Launch.Volumes {
 		v := &volume{spec: s, path: filepath.Join(runDir, "volumes", s.Name)}
@@ -65,10 +64,6 @@ func (p *Pod) mountVolumes(ctx context.Context) error {
 		}
 		p.volumes[s.Name] = v
 		wg.Go(func() {
-			if s.Directory != nil {
-				shares.Lock()
-				defer shares.Unlock()
-			}
 			if err := p.mountVolume(ctx, v, raw[s.Name]); err != nil {
 				errs[i] = fmt.Errorf("volume %s: %w", s.Name, err)
 			}
@@ -184,10 +179,21 @@ func (p *Pod) mountShare() error {
 			if errors.Is(err, unix.ENODEV) {
 				return fmt.Errorf("share directories: this boot package's kernel has no 9p: use the package %q, or virtiofs", "default")
 			}
+			if err == nil {
+				err = attachShare(at)
+			}
 			return err
 		}
 	}
 	return nil
+}
+
+// attachShare looks the root of a 9p file system up for the first time. Linux attaches a user then, and of two who do so at once one may be told
+// that the root does not exist: it finds the other's new handle as that of the root's parent, which is the root, and walks to "/" from there
+// (fs/9p/fid.c, v9fs_fid_lookup_with_uid). Nobody but this agent's user looks the root up: containers have what is below it.
+func attachShare(root string) error {
+	_, err := os.Lstat(root)
+	return err
 }
 
 // mountDirectory finds a shared directory or file.

@@ -625,6 +625,29 @@ func TestVMPublish(t *testing.T) {
 	}
 }
 
+// Directories are looked up all at once in a file system that the guest has only just mounted: none is missing.
+func TestVMManyDirectories(t *testing.T) { manyDirectories(t, 2) }
+
+func manyDirectories(t *testing.T, starts int) {
+	w := theWorld(t)
+	const n = 24
+	var args []string
+	want := ""
+	for i := range n {
+		dir, name := t.TempDir(), fmt.Sprintf("/d%02d", i)
+		if err := os.WriteFile(filepath.Join(dir, "f"), []byte(name+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		args, want = append(args, "-v", dir+":"+name), want+name+"\n"
+	}
+	dir := w.summon(t, append(args, "--", "sh", "-c", "cat /d??/f")...)
+	for i := range starts {
+		if stdout, stderr, code := w.run(t, "run", dir); code != 0 || stdout != want {
+			t.Fatalf("start %d: exit code %d\n%s%s", i+1, code, stdout, stderr)
+		}
+	}
+}
+
 // From a template and cold: what the pod sees is the same.
 func TestVMStarts(t *testing.T) {
 	w := theWorld(t)

@@ -11,3 +11,5 @@ func TestVMSoakSummonKilledAtAnyMoment(t *testing.T) { summonKilledAtAnyMoment(t
 func TestVMSoakKilledAtEveryStep(t *testing.T) { killedAtEveryStep(t, 20) }
 
 func TestVMSoakEndedWhileStarting(t *testing.T) { endedWhileStarting(t, 100) }
+
+func TestVMSoakManyDirectories(t *testing.T) { manyDirectories(t, 200) }
