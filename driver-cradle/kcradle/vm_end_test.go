@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 )
 
 // attended waits until some process attends to the pod.
@@ -132,6 +134,59 @@ func TestVMLauncherKilled(t *testing.T) {
 	}
 	if _, err := os.Stat(dir); err == nil {
 		t.Error("rm leaves the directory")
+	}
+}
+
+// A detached pod whose monitor is killed before its containers run is nobody's: whatever command comes next ends it, and run begins anew.
+func TestVMMonitorKilledWhileStarting(t *testing.T) {
+	w := theWorld(t)
+	dir := filepath.Join(t.TempDir(), "pod")
+	t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
+	img := filepath.Join(t.TempDir(), "bin.img")
+	// Filling the volume is what its start takes its time for, and begins anew after one that was cut short.
+	w.must(t, "summon", dir, "oci:"+w.images+"/debian", "-v", img+":/usr/bin:size=200M", "--", "sleep", "1000")
+	d, err := pod.Open(dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args   []string
+		code   int
+		says   string
+		status string
+	}{
+		{[]string{"status", dir}, 0, "", "exited"},
+		{[]string{"stop", dir}, 0, "", "exited"},
+		{[]string{"exec", dir, "true"}, 1, "pod is not running", "exited"},
+		{[]string{"run", "-d", dir}, 0, "", "running"},
+	} {
+		cmd := w.start(t, io.Discard, "run", "-d", dir)
+		within(t, "the machine is there", func() bool { _, err := vmm.Running(filepath.Join(dir, "run")); return err == nil })
+		pid, err := d.Attendant()
+		if err != nil || pid <= 0 {
+			t.Fatalf("attendant %d, %v", pid, err)
+		}
+		killAndWait(t, pid)
+		cmd.Wait()
+		if _, err := os.Stat(filepath.Join(dir, pod.SocketFile)); err == nil {
+			t.Fatal("the start was complete before its monitor was killed")
+		}
+		if _, err := vmm.Running(filepath.Join(dir, "run")); err != nil {
+			t.Fatalf("the machine after its monitor was killed: %v", err)
+		}
+		stdout, stderr, code := w.run(t, c.args...)
+		if code != c.code || !strings.Contains(stderr, c.says) {
+			t.Errorf("%s: exit code %d, %s%s", c.args[0], code, stdout, stderr)
+		}
+		s := w.status(t, dir)
+		if s.State != c.status || s.State == "exited" && (s.ExitCode == nil || *s.ExitCode != 255 || !strings.Contains(s.Error, "before the start was complete")) {
+			t.Errorf("status after %s: %+v", c.args[0], s)
+		}
+		if s.State == "running" {
+			w.must(t, "exec", dir, "perl", "-e", "0") // the volume is whole
+			w.must(t, "kill", dir)
+		}
+		nothingRemains(t, dir)
 	}
 }
 

@@ -72,7 +72,7 @@ type TakeUpOptions struct {
 }
 
 // TakeUp attends to a pod that another process has started detached and no longer attends to. It fails with ErrRunning where one does,
-// with ErrNotRunning where the pod has ended.
+// with ErrNotRunning where the pod has ended. One whose start was not complete is ended.
 func (d *Dir) TakeUp(ctx context.Context, o TakeUpOptions) (_ *Running, err error) {
 	lock, err := d.attend()
 	if err != nil {
@@ -131,8 +131,11 @@ func (d *Dir) bury(why error, info *vmm.Info) error {
 	}
 	code := exitLost
 	var panicked *vmm.PanicError
-	if errors.As(why, &panicked) {
+	switch {
+	case errors.As(why, &panicked):
 		report.Failure = panicked.Error()
+	case errors.Is(why, vmm.ErrIncomplete):
+		report.Failure = "the process that started it has ended before the start was complete"
 	}
 	if d.wasKilled() {
 		report.Failure, code = "", exitKilled

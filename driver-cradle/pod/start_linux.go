@@ -156,6 +156,9 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 		err = errStopped
 	}
 	if err == nil {
+		err = m.Keep()
+	}
+	if err == nil {
 		err = r.listen()
 	}
 	if err != nil {
@@ -187,8 +190,12 @@ func or(a, b string) string {
 	return b
 }
 
-// awaitDying fails while a machine lives that nobody attends to. One that was not detached only takes a moment to follow its attendant.
+// awaitDying fails while a machine lives that nobody attends to. One that was not detached only takes a moment to follow its attendant, and one whose
+// start was not complete is ended.
 func (d *Dir) awaitDying(ctx context.Context) error {
+	if err := vmm.EndIncomplete(d.join(runDir)); err != nil {
+		return err
+	}
 	for wait := time.Millisecond; ; wait *= 2 {
 		alive, err := d.machineAlive()
 		if err != nil || !alive {

@@ -425,6 +425,53 @@ func TestVMTakeUp(t *testing.T) {
 	clean(t, c.RunDir)
 }
 
+// A detached machine whose launcher ends before it was kept is nobody's: the next one ends it.
+func TestVMLauncherKilledBeforeKeep(t *testing.T) {
+	t.Setenv("LAUNCH_KEEP", "no")
+	c := fromTemplate(t)
+	c.Detached = true
+	for name, next := range map[string]func(dir string) error{
+		"TakeUp": func(dir string) error {
+			_, err := TakeUp(t.Context(), dir)
+			if errors.Is(err, ErrNotRunning) && errors.Is(err, ErrIncomplete) {
+				return nil
+			}
+			return fmt.Errorf("not what was expected: %w", err)
+		},
+		"EndIncomplete": EndIncomplete,
+	} {
+		l := startLauncher(t, c)
+		pid, _ := l.ready(t)
+		t.Cleanup(func() { Kill(c.RunDir) })
+		if err := EndIncomplete(c.RunDir); err != nil {
+			t.Errorf("EndIncomplete beside the launcher: %v", err)
+		}
+		l.Process.Kill()
+		l.Wait()
+		if got := qemus(t, c.RunDir); !slices.Equal(got, []string{fmt.Sprint(pid)}) {
+			t.Fatalf("%s: processes after the launcher's end: %v, want %d", name, got, pid)
+		}
+		if err := next(c.RunDir); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		clean(t, c.RunDir)
+	}
+	if err := EndIncomplete(c.RunDir); err != nil {
+		t.Errorf("EndIncomplete where nothing runs: %v", err)
+	}
+	t.Setenv("LAUNCH_KEEP", "yes")
+	l := startLauncher(t, c)
+	pid, _ := l.ready(t)
+	l.Process.Kill()
+	l.Wait()
+	if err := EndIncomplete(c.RunDir); err != nil {
+		t.Error(err)
+	}
+	if got := qemus(t, c.RunDir); !slices.Equal(got, []string{fmt.Sprint(pid)}) {
+		t.Errorf("EndIncomplete of a machine that was kept: processes %v, want %d", got, pid)
+	}
+}
+
 // Process ids come again. The state of another boot, or of a process that has ended, names nobody.
 func TestVMTakeUpKnowsAStranger(t *testing.T) {
 	c := config(t)

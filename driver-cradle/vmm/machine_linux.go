@@ -96,6 +96,14 @@ func (m *Machine) Kill() error {
 	return nil
 }
 
+// Keep makes the machine one that another process can take up. Until then its start is not complete, and whoever comes after this process ends it.
+func (m *Machine) Keep() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.state.Ready = true
+	return m.state.write(m.dir)
+}
+
 // Close lets the machine go without ending it (one that is not Detached ends with the process that started it). Everything that Open
 // returned ends.
 func (m *Machine) Close() error {

@@ -65,6 +65,11 @@ func launch() error {
 	if err != nil {
 		return err
 	}
+	if os.Getenv("LAUNCH_KEEP") != "no" {
+		if err := m.Keep(); err != nil {
+			return err
+		}
+	}
 	fmt.Println("ready", m.Info().PID, time.Since(began).Microseconds())
 	<-m.Done()
 	return m.Err()

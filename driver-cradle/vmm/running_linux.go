@@ -49,6 +49,29 @@ func Kill(runDir string) error {
 	return s.bury(runDir)
 }
 
+// EndIncomplete ends the machine of a run directory if it was not kept and the process that has started it is gone: nobody can take it up.
+func EndIncomplete(runDir string) error {
+	s, err := readState(runDir)
+	if errors.Is(err, ErrNotRunning) || err == nil && s.Ready {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	lock, err := attend(runDir)
+	if errors.Is(err, ErrAttended) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	lock.Close()
+	if err := Kill(runDir); !errors.Is(err, ErrNotRunning) {
+		return err
+	}
+	return nil
+}
+
 // killTimeout bounds the time from SIGKILL to the process's end.
 const killTimeout = 30 * time.Second
 

@@ -197,14 +197,9 @@ func (m *Machine) bringUp(ctx context.Context, c *Config, t *template, disks []D
 		return guest(err)
 	}
 	if t == nil {
-		if err := m.calm(); err != nil {
-			return err
-		}
+		return m.calm()
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.state.Ready = true
-	return m.state.write(m.dir)
+	return nil
 }
 
 // via gives a path below a directory that is short enough for a socket's address.

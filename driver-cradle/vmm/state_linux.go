@@ -27,6 +27,9 @@ const (
 // ErrNotRunning is what TakeUp returns where no machine lives.
 var ErrNotRunning = errors.New("no machine is running")
 
+// ErrIncomplete is what TakeUp returns, together with ErrNotRunning, where it has ended a machine whose start was not complete.
+var ErrIncomplete = errors.New("its start was not complete")
+
 // ErrAttended is what Start and TakeUp return where another process has the machine.
 var ErrAttended = errors.New("another process attends to this machine")
 
@@ -38,7 +41,7 @@ type state struct {
 	BootID    string        `json:"bootId"`
 	PID       int           `json:"pid"`
 	StartTime uint64        `json:"startTime"` // clock ticks since boot
-	Ready     bool          `json:"ready"`     // the agent has answered
+	Ready     bool          `json:"ready"`     // see Machine.Keep
 	Info      Info          `json:"info"`
 	Disks     map[int]Disk  `json:"disks,omitempty"`  // by LUN
 	Places    int           `json:"places,omitempty"` // LUNs below are taken, be it by nothing

@@ -19,8 +19,8 @@ const takeUpTimeout = 20 * time.Second
 const endingTimeout = 2 * time.Second
 
 // TakeUp attends to the machine that an earlier process has started in runDir. Where none lives it returns ErrNotRunning, together
-// with a *PanicError if the guest's kernel panicked meanwhile; where another process attends to it, ErrAttended. A machine whose
-// start was not completed is ended.
+// with a *PanicError if the guest's kernel panicked meanwhile; where another process attends to it, ErrAttended. A machine that was
+// not kept is ended: ErrIncomplete.
 func TakeUp(ctx context.Context, runDir string) (*Machine, error) {
 	runDir, err := filepath.Abs(runDir)
 	if err != nil {
@@ -35,6 +35,9 @@ func TakeUp(ctx context.Context, runDir string) (*Machine, error) {
 
 func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 	if _, err := readState(dir); err != nil {
+		if errors.Is(err, ErrNotRunning) {
+			err = errors.Join(err, sweepUnstarted(dir))
+		}
 		return nil, err
 	}
 	m := &Machine{log: slog.New(slog.DiscardHandler)}
@@ -68,7 +71,7 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 			err = m.process.wait()
 		}
 		m.process.file.Close()
-		return nil, errors.Join(ErrNotRunning, err, m.remains())
+		return nil, errors.Join(ErrNotRunning, ErrIncomplete, err, m.remains())
 	}
 	if err = m.connect(ctx); err != nil {
 		// Its end may have begun while it was still to be seen: a launcher's death takes a moment to reach it.
@@ -124,6 +127,26 @@ func (m *Machine) remains() error {
 		return p
 	}
 	return nil
+}
+
+// sweepUnstarted removes what a process has left that was killed before its machine was there.
+func sweepUnstarted(dir string) error {
+	root, err := os.Open(dir)
+	if err != nil {
+		return ignoreNotExist(err)
+	}
+	defer root.Close()
+	lock, err := attend(dir)
+	if errors.Is(err, ErrAttended) {
+		return nil // it is just starting
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := readState(dir); errors.Is(err, ErrNotRunning) {
+		removeRun(root)
+	}
+	return lock.Close()
 }
 
 // endDaemon ends a virtiofs daemon that outlived its machine.
