@@ -89,14 +89,26 @@ func killedAtEveryStep(t *testing.T, rounds int) {
 				cmd.Process.Kill()
 			}
 			<-ended
-			// What goes on does so for somebody: it can be ended.
+			// What goes on does so for somebody: it can be stopped, or run again where it does not go on, and killed.
+			next := [][]string{{"kill"}, {"stop", "-t", "0"}, {"run", "-d"}}[rand.IntN(3)]
+			if _, stderr, code := w.run(t, k(append(next, dir)...)...); code != 0 && !strings.Contains(stderr, "pod is not running") && (next[0] != "run" || !strings.Contains(stderr, "attended by process")) {
+				t.Errorf("%s, killed after %v: %v: %s", s.name, moment, next, stderr)
+			}
 			if _, stderr, code := w.run(t, k("kill", dir)...); code != 0 && !strings.Contains(stderr, "pod is not running") {
 				t.Errorf("%s, killed after %v: kill: %s", s.name, moment, stderr)
 			}
 			nothingRemains(t, base)
-			within(t, "the namespace is as it was", func() bool { return ns.settings(t) == settings && !strings.Contains(ns.links(t), "cradle0") })
+			now, links := "", ""
+			for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+				if now, links = ns.settings(t), ns.links(t); now == settings && !strings.Contains(links, "cradle0") {
+					break
+				}
+			}
+			if now != settings || strings.Contains(links, "cradle0") {
+				t.Errorf("the namespace was\n%sand is\n%s%s", settings, now, links)
+			}
 			if t.Failed() {
-				t.Fatalf("%s was killed %v after its start", s.name, moment)
+				t.Fatalf("%s was killed %v after its start, then %v", s.name, moment, next)
 			}
 		}
 		t.Logf("%s: killed %d times, the last within %v", s.name, rounds, took)

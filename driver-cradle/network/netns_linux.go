@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -46,16 +47,23 @@ func Take(ctx context.Context, path string, upstreams []uint16) (l *Link, err er
 	return l, nil
 }
 
-// Release removes from the namespace at path what a Take has left whose tap is gone. A namespace that is gone itself is no error, one that is
-// in use is left alone.
+// Release removes from the namespace at path what a Take has left whose tap is gone, or is about to go: a process that was told to end may have it
+// for a moment longer. A namespace that is gone itself is no error, one that is in use is left alone.
 func Release(path string) error {
-	err := inNamespace(path, func() error {
-		link, err := podInterface()
-		if err != nil {
-			return err
+	var err error
+	for wait := time.Millisecond; ; wait *= 2 {
+		err = inNamespace(path, func() error {
+			link, err := podInterface()
+			if err != nil {
+				return err
+			}
+			return removeStale(link)
+		})
+		if !errors.Is(err, ErrInUse) || wait > releaseWait {
+			break
 		}
-		return removeStale(link)
-	})
+		time.Sleep(wait)
+	}
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNoNamespace) || errors.Is(err, errNoInterface) || errors.Is(err, ErrInUse) {
 		return nil
 	}
@@ -64,6 +72,9 @@ func Release(path string) error {
 	}
 	return nil
 }
+
+// releaseWait is about how long Release waits for the end of a tap.
+const releaseWait = 2 * time.Second
 
 // Probe tries in a network namespace of its own what Take does: whether it can be done at all, and why (unshared) the processes of a pod's namespace would
 // be cut off.

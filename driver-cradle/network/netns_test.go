@@ -282,9 +282,15 @@ func TestRootTake(t *testing.T) {
 	}
 	unplug()
 
-	// As after a process that was killed: only the tap goes.
+	// As after a process that was killed: only the tap goes, and a child that is about to end has it longer.
 	tap.Close()
 	tap, _ = l.take()
+	child := exec.Command("sleep", "0.3")
+	child.ExtraFiles = []*os.File{tap}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer child.Wait()
 	tap.Close()
 	if err := Release(l.pod); err != nil {
 		t.Fatal(err)
@@ -295,7 +301,19 @@ func TestRootTake(t *testing.T) {
 	if after := l.state(); after != before {
 		t.Errorf("the namespace was changed:\n%s\n%s", before, after)
 	}
-	if q := l.run("tc", "-n", strings.TrimPrefix(l.pod, "/run/netns/"), "qdisc", "show", "dev", "eth0"); strings.Contains(q, "ingress") {
+	ns := strings.TrimPrefix(l.pod, "/run/netns/")
+	if q := l.run("tc", "-n", ns, "qdisc", "show"); strings.Contains(q, "ingress") || strings.Contains(q, "clsact") {
+		t.Errorf("qdisc left: %s", q)
+	}
+
+	// Killed before the first filter was there, or after the last was gone.
+	for _, dev := range []string{"lo", "eth0"} {
+		l.run("tc", "-n", ns, "qdisc", "add", "dev", dev, "clsact")
+	}
+	if err := Release(l.pod); err != nil {
+		t.Fatal(err)
+	}
+	if q := l.run("tc", "-n", ns, "qdisc", "show"); strings.Contains(q, "clsact") {
 		t.Errorf("qdisc left: %s", q)
 	}
 }

@@ -179,7 +179,8 @@ func disconnect(link netlink.Link) error {
 	return errors.Join(removeFilters(link), removeFilters(lo))
 }
 
-// removeFilters removes our filters from link, and the qdisc where nobody else has a filter there.
+// removeFilters removes our filters from link, and the qdisc where nobody else has a filter there. One that is empty is of a process that was killed
+// before its first filter or after its last.
 func removeFilters(link netlink.Link) error {
 	name := link.Attrs().Name
 	q, err := ingress(link)
@@ -215,7 +216,7 @@ func removeFilters(link netlink.Link) error {
 			return fmt.Errorf("interface %s: remove filter: %w", name, err)
 		}
 	}
-	if len(ours) == 0 || others {
+	if others || len(ours) == 0 && q.Type() != "clsact" {
 		return nil
 	}
 	if err := netlink.QdiscDel(q); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
