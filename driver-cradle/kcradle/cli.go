@@ -93,7 +93,38 @@ func (c *cli) command() *cobra.Command {
 		root.AddCommand(cmd)
 	}
 	root.AddCommand(c.monitorCommand())
+	c.tellUsage(root)
 	return root
+}
+
+// tellUsage makes what is wrong with a command line come with the right one.
+func (c *cli) tellUsage(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		c.tellUsage(sub)
+		refused := func(err error) error {
+			if sub.Name() == "run" {
+				c.failure = exitRefused // as of docker run
+			}
+			return err
+		}
+		sub.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+			return refused(fmt.Errorf("%w: see %s --help", err, sub.CommandPath()))
+		})
+		args := sub.Args
+		if args == nil {
+			continue
+		}
+		sub.Args = func(cmd *cobra.Command, list []string) error {
+			err := args(cmd, list)
+			if err != nil && (strings.Contains(err.Error(), "arg(s)") || strings.HasPrefix(err.Error(), "unknown command")) { // cobra's own
+				err = fmt.Errorf("%s: wrong number of arguments: %s", sub.Name(), sub.UseLine())
+			}
+			if err != nil {
+				return refused(err)
+			}
+			return nil
+		}
+	}
 }
 
 func env(name, fallback string) string {

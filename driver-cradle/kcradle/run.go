@@ -208,7 +208,10 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, quiet, remove bool)
 		if err != nil {
 			fmt.Fprintln(c.stderr, "kcradle:", err)
 		}
-		err = c.tell(report)
+		failed := err != nil
+		if err = c.tell(report); err == nil && failed {
+			err = exitError(exitRefused) // the container has succeeded, and we have not
+		}
 	}
 	return errors.Join(err, c.removeIf(d, remove))
 }

@@ -35,7 +35,7 @@ func (c *cli) stopCommand() *cobra.Command {
 		ValidArgsFunction: completePods,
 	}
 	cmd.Flags().IntVarP(&seconds, "time", "t", 10, "grace time in seconds (default: each container's own)")
-	cmd.Flags().Lookup("time").DefValue = ""
+	cmd.Flags().Lookup("time").DefValue = "0" // shown nowhere
 	return cmd
 }
 
