@@ -46,7 +46,7 @@ func run(args []string, stdout io.Writer) error {
 var features = []string{
 	"maplinked (mappings of files with several names)", "mapappend (writing through mappings of files that are open for appending)",
 	"unlinked (files that are open and lose a name)", "unlinkedlinks (the same, of files that have others)", "nanoseconds (of times)", "linktimes (times of symbolic links)",
-	"copyup (files that are open for reading while overlayfs copies them)",
+	"reasons (why a name can't be had, where it is taken as well: NFS's client asks the server for that last)", "copyup (files that are open for reading while overlayfs copies them)",
 }
 
 func check(args []string, stdout io.Writer) error {

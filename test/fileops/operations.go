@@ -315,6 +315,9 @@ func (w *world) rename() error {
 	flags := uint([]int{0, 0, 0, unix.RENAME_NOREPLACE, unix.RENAME_EXCHANGE}[w.rnd.IntN(5)])
 	return w.both(fmt.Sprintf("rename %q %q %d", from, to, flags), func(side int) string {
 		err := unix.Renameat2(unix.AT_FDCWD, w.at(side, from), unix.AT_FDCWD, w.at(side, to), flags)
+		if err == unix.EEXIST && w.missing["reasons"] && flags == unix.RENAME_NOREPLACE && within(to, from) {
+			err = unix.EINVAL
+		}
 		if side == subject && (flags != 0 && err == unix.EINVAL && !within(from, to) && !within(to, from) || err == unix.EXDEV) {
 			return "EOPNOTSUPP" // no such flags; or a directory that a layer of an image has, which overlayfs does not move
 		}
@@ -328,7 +331,12 @@ func within(path, dir string) bool { return strings.HasPrefix(path+"/", dir+"/")
 func (w *world) link() error {
 	from, to := w.there(), w.path()
 	return w.both(fmt.Sprintf("link %q %q", from, to), func(side int) string {
-		return errno(unix.Linkat(unix.AT_FDCWD, w.at(side, from), unix.AT_FDCWD, w.at(side, to), 0))
+		err := unix.Linkat(unix.AT_FDCWD, w.at(side, from), unix.AT_FDCWD, w.at(side, to), 0)
+		var st unix.Stat_t
+		if err == unix.EEXIST && w.missing["reasons"] && unix.Lstat(w.at(side, from), &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			err = unix.EPERM
+		}
+		return errno(err)
 	})
 }
 
