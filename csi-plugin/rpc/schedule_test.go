@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +19,8 @@ import (
 type shelf struct {
 	volume.Backend
 	keep volume.Retention
+
+	mu   sync.Mutex
 	has  []volume.Snapshot
 	fail bool
 }
@@ -26,9 +29,15 @@ func (s *shelf) List(context.Context) ([]volume.Volume, error) {
 	return []volume.Volume{{ID: "v", Parameters: volume.Parameters{Snapshots: s.keep}}, {ID: "w"}}, nil
 }
 
-func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) { return s.has, nil }
+func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.has), nil
+}
 
 func (s *shelf) Snapshot(_ context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.fail {
 		return volume.Snapshot{}, errors.New("no")
 	}
@@ -38,6 +47,8 @@ func (s *shelf) Snapshot(_ context.Context, r volume.SnapshotRequest) (volume.Sn
 }
 
 func (s *shelf) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.has = slices.DeleteFunc(s.has, func(has volume.Snapshot) bool { return has.ID == id })
 	return nil
 }
@@ -53,22 +64,28 @@ func TestSchedule(t *testing.T) {
 
 		names := func() (all []string) {
 			synctest.Wait()
-			for _, snap := range b.has {
+			have, _ := b.Snapshots(ctx, "v")
+			for _, snap := range have {
 				all = append(all, snap.ID.String())
 			}
 			return all
+		}
+		fail := func(yes bool) {
+			b.mu.Lock()
+			b.fail = yes
+			b.mu.Unlock()
 		}
 		// synctest's clock begins at midnight UTC on 2000-01-01.
 		time.Sleep(2*time.Hour + 30*time.Minute)
 		if got, want := names(), []string{"v@hourly-20000101T010000Z", "v@hourly-20000101T020000Z"}; !slices.Equal(got, want) {
 			t.Errorf("there are %v; want %v", got, want)
 		}
-		b.fail = true
+		fail(true)
 		time.Sleep(time.Hour)
 		if got := names(); len(got) != 2 {
 			t.Errorf("an old one went for want of a new one: %v", got)
 		}
-		b.fail = false
+		fail(false)
 		time.Sleep(2 * lookEvery)
 		if got, want := names(), []string{"v@hourly-20000101T020000Z", "v@hourly-20000101T030000Z"}; !slices.Equal(got, want) {
 			t.Errorf("after it failed for a while there are %v; want %v", got, want)

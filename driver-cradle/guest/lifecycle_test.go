@@ -33,7 +33,9 @@ func crewOf(t *testing.T, units map[string]spec.Lifecycle, scripts map[string]sc
 		var at []time.Duration
 		starts[name] = &at
 		u.run = func(context.Context) outcome {
+			c.mu.Lock()
 			at = append(at, time.Since(begin))
+			c.mu.Unlock()
 			steps := scripts[name]
 			step := steps[min(len(at), len(steps))-1]
 			if step.reason != "" {
@@ -187,24 +189,24 @@ func TestLifecycleByHand(t *testing.T) {
 			c.mu.Unlock()
 			synctest.Wait()
 		}
+		is := func(wrong string, right func() bool) {
+			t.Helper()
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if !right() {
+				t.Errorf("%s: starts at %v", wrong, *starts["a"])
+			}
+		}
 		c.begin()
 		time.Sleep(2 * time.Second)
-		if !a.restarting {
-			t.Error("does not wait for its delay")
-		}
+		is("does not wait for its delay", func() bool { return a.restarting })
 		do(func() { a.again = true })
-		if !a.running || len(*starts["a"]) != 2 {
-			t.Error("a restart by hand waits for the delay")
-		}
+		is("a restart by hand waits for the delay", func() bool { return a.running && len(*starts["a"]) == 2 })
 		do(func() { a.halt = true })
 		time.Sleep(2 * time.Hour / 3)
-		if a.active || len(*starts["a"]) != 2 {
-			t.Errorf("started again after it was stopped by hand: %v", *starts["a"])
-		}
+		is("started again after it was stopped by hand", func() bool { return !a.active && len(*starts["a"]) == 2 })
 		do(func() { c.revive(a) })
-		if !a.running || len(*starts["a"]) != 3 {
-			t.Error("was not started by hand")
-		}
+		is("was not started by hand", func() bool { return a.running && len(*starts["a"]) == 3 })
 		<-c.ended
 	})
 }
@@ -237,10 +239,10 @@ func TestLifecycleHealthy(t *testing.T) {
 			map[string]script{"a": {{time.Minute, outcome{}}}, "b": {{0, outcome{}}}})
 		c.begin()
 		time.Sleep(time.Second)
-		if len(*starts["b"]) != 0 {
-			t.Fatal("started before the other was healthy")
-		}
 		c.mu.Lock()
+		if len(*starts["b"]) != 0 {
+			t.Error("started before the other was healthy")
+		}
 		c.units[0].healthy = true
 		c.change()
 		c.mu.Unlock()
