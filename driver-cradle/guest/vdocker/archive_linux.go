@@ -46,9 +46,7 @@ func find(r *http.Request, c *guest.Container) (*found, error) {
 	if name == "" {
 		return nil, dockerhttp.Invalid("missing path: the request's parameter path is empty")
 	}
-	if !strings.HasPrefix(name, "/") {
-		name = "/" + name
-	}
+	name = cleanPath(name)
 	root, err := openRoot(c.Rootfs())
 	if err != nil {
 		return nil, err
@@ -60,6 +58,18 @@ func find(r *http.Request, c *guest.Container) (*found, error) {
 		return nil, lookupError(err, r, name)
 	}
 	return f, nil
+}
+
+// cleanPath is a path of the container without detours. A slash or dot at its end stays: it means something.
+func cleanPath(name string) string {
+	clean := path.Join("/", name)
+	switch {
+	case path.Base("/"+name) == ".":
+		return strings.TrimSuffix(clean, "/") + "/."
+	case strings.HasSuffix(name, "/") && clean != "/":
+		return clean + "/"
+	}
+	return clean
 }
 
 func lookupError(err error, r *http.Request, name string) error {

@@ -279,7 +279,15 @@ func TestPackNames(t *testing.T) {
 		"/link":   {"link"},
 		"/link/":  {"link/", "link/hosts"},
 		"/link/.": {"./", "./hosts"},
+
+		"etc":                {"etc/", "etc/hosts"},
+		"/var/lib/../../etc": {"etc/", "etc/hosts"},
+		"/etc/..":            {"/", "/link", "/etc/", "/tmp/", "/var/", "/etc/hosts", "/var/lib/"},
+		"../..":              {"/", "/link", "/etc/", "/tmp/", "/var/", "/etc/hosts", "/var/lib/"},
+		"/var/../etc/.":      {"./", "./hosts"},
+		"/./link/":           {"link/", "link/hosts"},
 	} {
+		asked = cleanPath(asked)
 		at, base, _, err := r.lookup(asked)
 		if err != nil {
 			t.Fatal(err)
