@@ -55,7 +55,7 @@ var mayImport = map[string][]string{
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
-	"dockerapi":           {"dockerapi/server."}, // main.go and its commands
+	"dockerapi":           {"dockerapi/server.", "dockerapi/registry"}, // main.go and its commands
 	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "dockerapi/translate", "dockerapi/registry"},
 	"dockerapi/registry":  {},
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
@@ -81,6 +81,7 @@ var testsMayImport = map[string][]string{
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/driver":        {"internal/nomadtest", "internal/nomadjob", "test/programs"},
 	"internal/tunnel":             {"internal/nomadtest", "test/programs"},
+	"dockerapi/server":            {"test/dockerd"},
 	"bali":                        {"internal/nomadtest"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
@@ -95,10 +96,10 @@ var onlyImporter = map[string][]string{
 	"github.com/hashicorp/nomad/nomad":       {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/drivers":     {"driver-cradle/driver"},
 	"github.com/hashicorp/nomad/jobspec2":    {"driver-cradle/driver"},
-	"github.com/google/go-containerregistry": {"bali", "bali/source", "dockerapi/registry", "driver-cradle/driver", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
+	"github.com/google/go-containerregistry": {"bali", "bali/source", "dockerapi/registry", "dockerapi/server", "driver-cradle/driver", "driver-cradle/image", "examples/images", "driver-cradle/kcradle", "driver-cradle/pod", "test"},
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
-	"github.com/moby/moby/client":            {"driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
+	"github.com/moby/moby/client":            {"dockerapi/server", "driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
 	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "dockerapi."},
 	"github.com/container-storage-interface": {"csi-plugin/rpc"},
 	"google.golang.org/grpc":                 {"csi-plugin/rpc"},

@@ -79,6 +79,7 @@ func (c *cli) serveCommand() *cobra.Command {
 	f.StringVar(&o.tls.Cert, "tls-cert", "", "PEM file of the server's certificate")
 	f.StringVar(&o.tls.Key, "tls-key", "", "PEM file of its key")
 	f.StringVar(&o.Clients, "clients", "", "JSON file that maps the common names of clients' certificates to namespaces and tokens; read anew when it changes")
+	o.images.flags(f)
 	f.BoolVar(&o.verbose, "verbose", false, "log requests that change nothing as well")
 	return cmd
 }
@@ -88,6 +89,7 @@ type options struct {
 	server.Config
 	socket, group, listen string
 	tls                   server.TLSFiles
+	images                imageOptions
 	verbose               bool
 }
 
@@ -100,6 +102,12 @@ func (c *cli) serve(ctx context.Context, o *options) error {
 	if o.socket == "" && o.listen == "" {
 		return errors.New("nothing to listen on: give --socket or --listen")
 	}
+	images, err := o.images.open(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer images.close()
+	o.Registry = images.registry
 	s, err := server.New(o.Config)
 	if err != nil {
 		return err

@@ -291,8 +291,8 @@ func (s *Images) Prune(ctx context.Context, f PruneFilter, uses []Use) (Pruned, 
 	after := v.layers()
 	for d, l := range before {
 		if _, ok := after[d]; !ok {
-			if f, err := s.fact(ctx, l.repo, l.layer); err == nil {
-				p.Space += f.size
+			if n, err := s.unpackedSize(ctx, l.repo, l.layer); err == nil {
+				p.Space += n
 			}
 		}
 	}
@@ -339,11 +339,11 @@ func (s *Images) History(ctx context.Context, i *Image) ([]History, error) {
 			if len(layers) == 0 {
 				return nil, errorf(ErrInvalid, "the history of image %s names more layers than it has", short(i.ID))
 			}
-			f, err := s.fact(ctx, i.repo, layers[0])
-			if err != nil {
+			var err error
+			if item.Size, err = s.unpackedSize(ctx, i.repo, layers[0]); err != nil {
 				return nil, err
 			}
-			item.Size, layers = f.size, layers[1:]
+			layers = layers[1:]
 		}
 		all = append(all, item)
 	}
@@ -379,16 +379,16 @@ func (s *Images) Usage(ctx context.Context, images []*Image) (Usage, error) {
 	counted := map[digest.Digest]bool{}
 	for _, i := range images {
 		for _, l := range i.Layers {
-			f, err := s.fact(ctx, i.repo, l)
+			n, err := s.unpackedSize(ctx, i.repo, l)
 			if err != nil {
 				return u, err
 			}
 			if count[l.Digest] > 1 {
-				u.Shared[i.ID] += f.size
+				u.Shared[i.ID] += n
 			}
 			if !counted[l.Digest] {
 				counted[l.Digest] = true
-				u.Layers += f.size
+				u.Layers += n
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"archive/tar"
 	"bufio"
 	"bytes"
 	"context"
@@ -11,6 +12,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/distribution/distribution/v3"
 	"github.com/distribution/distribution/v3/registry/storage"
@@ -52,7 +54,7 @@ func (p platform) matches(o *ocispec.Platform) bool {
 // A fact is what a layer's blob does not say of itself: what is in it when it is unpacked. It is kept beside the blobs, by digest.
 type fact struct {
 	diffID digest.Digest
-	size   int64 // of the tar
+	size   int64 // of the files in the tar, docker's idea of a layer's size
 }
 
 func factPath(d digest.Digest) string {
@@ -87,12 +89,17 @@ func parseFact(s string) (fact, bool) {
 	return f, ok && err == nil && n >= 0 && f.diffID.Validate() == nil
 }
 
-// fact is what a layer contains. One that was pushed to the registry from outside is unpacked for that once.
-func (r *Registry) fact(ctx context.Context, repo string, l Layer) (fact, error) {
-	if f, ok := r.getFact(ctx, l.Digest); ok {
-		return f, nil
+// unpackedSize is what a layer takes when it is unpacked. One that was pushed to the registry from outside is unpacked for that once; one that can't be counts as it is.
+func (r *Registry) unpackedSize(ctx context.Context, repo string, l Layer) (int64, error) {
+	f, ok := r.getFact(ctx, l.Digest)
+	if ok {
+		return f.size, nil
 	}
-	return r.measure(ctx, repo, l, nil)
+	f, err := r.measure(ctx, repo, l, nil)
+	if errors.Is(err, ErrInvalid) {
+		return l.Descriptor.Size, nil
+	}
+	return f.size, err
 }
 
 // measure unpacks a layer, checks it against its diff id, and keeps what it finds.
@@ -110,10 +117,13 @@ func (r *Registry) measure(ctx context.Context, repo string, l Layer, progress f
 	if err != nil {
 		return fact{}, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
+	if err := r.putFact(ctx, l.Digest, f); err != nil {
+		return fact{}, err
+	}
 	if f.diffID != l.DiffID {
 		return fact{}, errorf(ErrInvalid, "layer %s: it contains %s, but the configuration says %s", l.Digest, f.diffID, l.DiffID)
 	}
-	return f, r.putFact(ctx, l.Digest, f)
+	return f, nil
 }
 
 // unpack reads a layer, compressed or not, to its end.
@@ -123,15 +133,43 @@ func (r *Registry) unpack(compressed io.Reader) (fact, error) {
 		return fact{}, err
 	}
 	defer plain.Close()
+	return r.scan(plain)
+}
+
+// scan reads a layer's tar to its end, and passes it on as it is.
+func (r *Registry) scan(plain io.Reader, to ...io.Writer) (fact, error) {
 	h := sha256.New()
-	n, err := io.Copy(h, io.LimitReader(plain, r.MaxLayer+1))
-	if err != nil {
-		return fact{}, errorf(ErrInvalid, "it can't be unpacked: %v", err)
-	}
-	if n > r.MaxLayer {
+	limited := &io.LimitedReader{R: plain, N: r.MaxLayer + 1}
+	all := io.TeeReader(limited, io.MultiWriter(append(to, h)...))
+	var files int64
+	t := tar.NewReader(all)
+	err := func() error {
+		for {
+			e, err := t.Next()
+			if err == io.EOF {
+				// What is behind the end of the tar belongs to what the diff id is of.
+				_, err = io.Copy(io.Discard, all)
+				return err
+			}
+			if err != nil {
+				return err
+			}
+			if e.Typeflag == tar.TypeReg {
+				files += e.Size
+			}
+		}
+	}()
+	if limited.N <= 0 {
 		return fact{}, errorf(ErrInvalid, "it has more than %d bytes when it is unpacked", r.MaxLayer)
 	}
-	return fact{digest.NewDigest(digest.SHA256, h), n}, nil
+	var errno syscall.Errno // of storage: what is packed has nothing to do with it
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded), errors.As(err, &errno):
+		return fact{}, err
+	case err != nil:
+		return fact{}, errorf(ErrInvalid, "it can't be unpacked: %v", err)
+	}
+	return fact{digest.NewDigest(digest.SHA256, h), files}, nil
 }
 
 // decompress unpacks a stream that is packed, as its beginning tells.
@@ -314,31 +352,24 @@ func (r *Registry) putLayer(ctx context.Context, repo string, content io.Reader)
 }
 
 // pack compresses a plain tar. The same tar always becomes the same blob.
-func (r *Registry) pack(to io.Writer, tar io.Reader) (fact, error) {
+func (r *Registry) pack(to io.Writer, plain io.Reader) (fact, error) {
 	z, err := pgzip.NewWriterLevel(to, pgzip.BestSpeed)
 	if err != nil {
 		return fact{}, err
 	}
-	plain := sha256.New()
-	n, err := io.Copy(io.MultiWriter(z, plain), tar)
-	if err = errors.Join(err, z.Close()); err != nil {
-		return fact{}, err
-	}
-	if n > r.MaxLayer {
-		return fact{}, errorf(ErrInvalid, "a layer has more than %d bytes", r.MaxLayer)
-	}
-	return fact{digest.NewDigest(digest.SHA256, plain), n}, nil
+	f, err := r.scan(plain, z)
+	return f, errors.Join(err, z.Close())
 }
 
-// Size is what the image's layers take when they are unpacked, docker's idea of a size.
+// Size is what the files of the image's layers take together.
 func (s *Images) Size(ctx context.Context, i *Image) (int64, error) {
 	var total int64
 	for _, l := range i.Layers {
-		f, err := s.fact(ctx, i.repo, l)
+		n, err := s.unpackedSize(ctx, i.repo, l)
 		if err != nil {
 			return 0, err
 		}
-		total += f.size
+		total += n
 	}
 	return total, nil
 }

@@ -88,14 +88,30 @@ type remoteImage struct {
 // with, also by the next Pull.
 func (s *Images) Pull(ctx context.Context, n reference.Named, t Transfer) error {
 	n = reference.TagNameOnly(n)
+	report := t.reporter()
+	newer, err := s.pullOne(ctx, n, t, report)
+	if err == nil {
+		report(pulled(n, newer))
+	}
+	return err
+}
+
+func pulled(n reference.Named, newer bool) Progress {
+	if newer {
+		return Progress{Status: "Status: Downloaded newer image for " + reference.FamiliarString(n)}
+	}
+	return Progress{Status: "Status: Image is up to date for " + reference.FamiliarString(n)}
+}
+
+func (s *Images) pullOne(ctx context.Context, n reference.Named, t Transfer, report func(Progress)) (newer bool, err error) {
 	repo, err := repository(s.root, n)
 	if err != nil {
-		return err
+		return false, err
 	}
-	p := &puller{Images: s, name: n, repo: repo.Name(), report: t.reporter()}
+	p := &puller{Images: s, name: n, repo: repo.Name(), report: report}
 	image, err := p.look(ctx, t)
 	if err != nil {
-		return explain(n, false, err)
+		return false, explain(n, false, err)
 	}
 	return p.pull(ctx, image, t)
 }
@@ -182,7 +198,8 @@ func (p *puller) look(ctx context.Context, t Transfer) (*remoteImage, error) {
 	return r, nil
 }
 
-func (p *puller) pull(ctx context.Context, image *remoteImage, t Transfer) error {
+// pull tells whether there was anything to fetch.
+func (p *puller) pull(ctx context.Context, image *remoteImage, t Transfer) (newer bool, err error) {
 	top := digest.Digest(image.top.Digest.String())
 	id := top.String()
 	tag := ""
@@ -201,22 +218,23 @@ func (p *puller) pull(ctx context.Context, image *remoteImage, t Transfer) error
 	}
 	v, err := p.view(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	p.have = v.blobs()
 	// What was loaded or pushed here is not known to be the other registry's, though it is the same.
 	h := v.holding(p.repo)
 	if h != nil && v.of[p.repo][whole] == image.manifest.Config.Digest && (tag == "" || h.tags[tag] == whole) {
 		if err := p.markKnown(ctx, p.repo, whole); err != nil {
-			return err
+			return false, err
 		}
 		p.report(Progress{Status: "Digest: " + top.String()})
-		p.report(Progress{Status: "Status: Image is up to date for " + reference.FamiliarString(p.name)})
-		return nil
+		return false, nil
 	}
 
 	for _, l := range image.layers {
-		p.report(Progress{ID: short(l.Digest), Status: "Pulling fs layer"})
+		if p.have[l.Digest] == "" {
+			p.report(Progress{ID: short(l.Digest), Status: "Pulling fs layer"})
+		}
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(transfers)
@@ -229,25 +247,24 @@ func (p *puller) pull(ctx context.Context, image *remoteImage, t Transfer) error
 		g.Go(func() error { return p.layer(gctx, l) })
 	}
 	if err := g.Wait(); err != nil {
-		return err
+		return false, err
 	}
 	if err := p.putBytes(ctx, p.repo, image.manifest.Config.MediaType, image.config); err != nil {
-		return err
+		return false, err
 	}
 	if isIndex && whole == top {
 		if err := p.putManifest(ctx, p.repo, image.manifest.MediaType, image.data, ""); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := p.putManifest(ctx, p.repo, mediaType, data, tag); err != nil {
-		return err
+		return false, err
 	}
 	if err := p.markKnown(ctx, p.repo, whole); err != nil {
-		return err
+		return false, err
 	}
 	p.report(Progress{Status: "Digest: " + top.String()})
-	p.report(Progress{Status: "Status: Downloaded newer image for " + reference.FamiliarString(p.name)})
-	return nil
+	return true, nil
 }
 
 // blobs tells where in the namespace each blob of an image is.
@@ -432,14 +449,55 @@ func (s *Images) PullAll(ctx context.Context, n reference.Named, t Transfer) err
 	if len(tags) > s.MaxImages {
 		return errorf(ErrInvalid, "%s has %d tags, at most %d are pulled at once", reference.FamiliarName(n), len(tags), s.MaxImages)
 	}
+	report := t.reporter()
+	some := false
 	for _, tag := range tags {
 		one, err := reference.WithTag(reference.TrimNamed(n), tag)
 		if err != nil {
 			return errorf(ErrInvalid, "%v", err)
 		}
-		if err := s.Pull(ctx, one, t); err != nil {
+		newer, err := s.pullOne(ctx, one, t, report)
+		if err != nil {
 			return err
 		}
+		some = some || newer
 	}
+	report(pulled(reference.TrimNamed(n), some))
 	return nil
+}
+
+// Look tells what another registry has under a name, and for which platforms.
+func (s *Images) Look(ctx context.Context, n reference.Named, auth registrytypes.AuthConfig) (ocispec.Descriptor, []ocispec.Platform, error) {
+	var none ocispec.Descriptor
+	ref, err := s.remoteName(n)
+	if err != nil {
+		return none, nil, err
+	}
+	opts := []remote.Option{remote.WithContext(ctx), remote.WithTransport(s.upstream), remote.WithAuth(authenticator(auth))}
+	top, err := remote.Get(ref, opts...)
+	if err != nil {
+		return none, nil, explain(n, false, err)
+	}
+	m, err := parseManifest(string(top.MediaType), top.Manifest)
+	if err != nil {
+		return none, nil, err
+	}
+	platforms := []ocispec.Platform{}
+	for _, e := range m.Entries {
+		if e.Platform != nil {
+			platforms = append(platforms, *e.Platform)
+		}
+	}
+	if m.isIndex() || m.Config.Size > maxConfig {
+		return m.Descriptor, platforms, nil
+	}
+	img, err := top.Image()
+	if err != nil {
+		return none, nil, explain(n, false, err)
+	}
+	c, err := img.ConfigFile()
+	if err != nil {
+		return none, nil, explain(n, false, err)
+	}
+	return m.Descriptor, append(platforms, ocispec.Platform{OS: c.OS, Architecture: c.Architecture, Variant: c.Variant}), nil
 }

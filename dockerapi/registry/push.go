@@ -28,16 +28,19 @@ type Pushed struct {
 // Push sends an image to the registry that its name says: what that has already does not travel. The name means the manifest that was sent then, which is what
 // others know it by.
 func (s *Images) Push(ctx context.Context, n reference.NamedTagged, t Transfer) (*Pushed, error) {
-	i, err := s.byName(ctx, n)
-	if err != nil {
-		return nil, errorf(ErrNotFound, "An image does not exist locally with the tag: %s", reference.FamiliarName(n))
-	}
 	to, err := s.remoteName(n)
 	if err != nil {
 		return nil, err
 	}
 	report := t.reporter()
 	report(Progress{Status: fmt.Sprintf("The push refers to repository [%s]", n.Name())})
+	i, err := s.byName(ctx, n)
+	if errors.Is(err, ErrNotFound) {
+		return nil, errorf(ErrNotFound, "An image does not exist locally with the tag: %s", reference.FamiliarName(n))
+	}
+	if err != nil {
+		return nil, err
+	}
 	img, err := s.stored(ctx, i)
 	if err != nil {
 		return nil, err

@@ -20,6 +20,7 @@ import (
 	"github.com/hashicorp/nomad/api"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cradlestack/cradlestack/dockerapi/registry"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
@@ -40,6 +41,8 @@ type Config struct {
 	Clients string      // file that maps certificates to Access; see identity.go
 	Version string
 	Log     *slog.Logger
+	// Registry keeps the images; nil: there are none. It stays its opener's to close.
+	Registry *registry.Registry
 }
 
 // A Server answers docker's clients.
@@ -51,6 +54,8 @@ type Server struct {
 	ctx    context.Context // ends with Close
 	cancel context.CancelCauseFunc
 	work   sync.WaitGroup
+
+	uses []func(context.Context, *tenant) ([]registry.Use, error) // who knows which containers are made from images
 
 	mu      sync.Mutex
 	tenants map[Access]*tenant
@@ -81,7 +86,7 @@ func New(c Config) (*Server, error) {
 
 // groups are the routes, a group to a file.
 func (s *Server) groups() []func(*router) {
-	return []func(*router){s.systemRoutes}
+	return []func(*router){s.systemRoutes, s.imageRoutes}
 }
 
 // ServeHTTP answers a request.

@@ -1,0 +1,200 @@
+//go:build vm
+
+package server
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/cradlestack/cradlestack/test/dockerd"
+)
+
+// imageSteps are commands of docker's, in this order, on both sides. HOST is the registry that both use. What differs from dockerd says why.
+var imageSteps = []struct{ command, differs string }{
+	{"docker pull HOST/app:1", ""},
+	{"docker pull HOST/app:1", ""},
+	{"docker pull -q HOST/multi:1", ""},
+	{"docker pull HOST/none:1", "dockerd passes the registry's own words on"},
+	{"docker pull -a HOST/several", ""},
+	{"docker images --format '{{.Repository}} {{.Tag}} {{.ID}} {{.Size}}'", ""},
+	{"docker images --digests --no-trunc --format '{{.Repository}} {{.Tag}} {{.Digest}} {{.ID}}'", ""},
+	{"docker images -q HOST/app", ""},
+	{"docker images -q --filter label=text=two", ""},
+	{"docker images --filter reference='HOST/*:1' --format '{{.Repository}}:{{.Tag}}'", ""},
+	{"docker images --filter before=HOST/multi:1 --format '{{.Repository}}:{{.Tag}}'", ""},
+	{"docker images --filter since=HOST/app:1 --format '{{.Repository}}:{{.Tag}}'", ""},
+	{"docker images --filter nonsense=1", "the wording of later versions"},
+	{"docker image inspect --format '{{.Id}} {{.RepoTags}} {{.RepoDigests}} {{.Size}} {{.Created}} {{.Author}} {{.Os}}/{{.Architecture}} {{json .Config.Cmd}} {{json .Config.Env}} {{json .Config.Labels}} {{.RootFS}}' HOST/app:1 HOST/multi:1", ""},
+	{"docker image inspect none", "the wording of later versions"},
+	{"docker inspect --type image --format '{{.Comment}}' HOST/app:1", ""},
+	{"docker history --no-trunc --human=false --format '{{.ID}} {{.CreatedAt}} {{.CreatedBy}} {{.Size}} {{.Comment}}' HOST/app:1", ""},
+	{"docker tag HOST/app:1 mine:1", ""},
+	{"docker tag mine:1 HOST/mine:2", ""},
+	{"docker tag none mine:3", ""},
+	{"docker tag mine:1 MINE", ""},
+	{"docker images --format '{{.Repository}}:{{.Tag}}'", ""},
+	{"docker push HOST/mine:2", "dockerd makes another manifest when it pushes: here an image keeps the one that it came with"},
+	{"docker push HOST/mine:2", "dockerd makes another manifest when it pushes: here an image keeps the one that it came with"},
+	{"docker push HOST/absent", ""},
+	{"docker push -q HOST/mine:2", ""},
+	{"docker images --digests --format '{{.Repository}} {{.Tag}} {{.Digest}}' HOST/mine", "dockerd makes another manifest when it pushes: here an image keeps the one that it came with"},
+	{"docker save -o saved.tar mine:1 HOST/multi:1", ""},
+	{"docker save mine:1 | tar -xOf - manifest.json | tr , '\\n' | grep -c layer", "dockerd names layers otherwise in its archives"},
+	{"docker rmi HOST/app:1", ""},
+	{"docker rmi mine:1 HOST/mine:2", "dockerd makes another manifest when it pushes: here an image keeps the one that it came with"},
+	{"docker rmi HOST/multi:1", ""},
+	{"docker rmi none", ""},
+	{"docker load -i saved.tar", ""},
+	{"docker load -q -i saved.tar", ""},
+	{"docker images --digests --format '{{.Repository}} {{.Tag}} {{.Digest}} {{.ID}} {{.Size}}'", ""},
+	{"docker load -i broken.tar", "each has its own words for a broken archive"},
+	{"docker tag HOST/multi:1 moving:1", ""},
+	{"docker load -i moving.tar", "dockerd tells that the old image has no name any more"},
+	{"docker rmi HOST/multi:1", ""},
+	{"docker images --format '{{.Repository}}:{{.Tag}} {{.ID}}'", ""},
+	{"docker images -f dangling=true -q", ""},
+	{"docker rmi $(docker images -q moving) $(docker images -q none)", ""},
+	{"docker import --change 'CMD [\"x\"]' --change 'ENV A=b' -m note layer.tar imported:1 >/dev/null", ""},
+	{"docker image inspect --format '{{.RepoTags}} {{.Comment}} {{json .Config.Cmd}} {{.Config.Env}} {{.RootFS}} {{.Size}} {{.Os}}' imported:1", ""},
+	{"docker image prune -f", ""},
+	{"docker tag imported:1 second:1", ""},
+	{"docker rmi $(docker images -q imported)", "the id is that of an image made at another time"},
+	{"docker rmi -f $(docker images -q imported)", "the id is that of an image made at another time"},
+	{"docker image prune -a -f --filter until=1h", ""},
+	{"docker system df --format '{{.Type}} {{.TotalCount}} {{.Active}} {{.Size}} {{.Reclaimable}}' | grep Images", ""},
+	{"docker pull HOST/moved:1", ""},
+	{"move", ""}, // another image is HOST/moved:1 then
+	{"docker pull HOST/moved:1", ""},
+	{"docker images --digests --format '{{.Repository}} {{.Tag}} {{.Digest}} {{.ID}}' HOST/moved", ""},
+	{"docker image prune -f", ""},
+	{"docker search x", "searching is not supported"},
+	{"docker image prune -a -f", ""},
+	{"docker images -a", ""},
+}
+
+// TestVMImagesAsDocker gives docker's CLI the same commands about images here and on Debian's dockerd.
+func TestVMImagesAsDocker(t *testing.T) {
+	for _, tool := range []string{"docker", "tar"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Fatalf("%v: apt-get install --no-install-recommends docker.io tar", err)
+		}
+	}
+	dir, err := os.MkdirTemp("", "dv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	home := filepath.Join(dir, "d")
+	if err := os.Mkdir(home, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	daemon, err := dockerd.Start(t.Context(), home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := daemon.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	sides := map[string]*imageSide{"dockerd": {daemon.Host, otherRegistry(t), t.TempDir()}}
+	own := otherRegistry(t)
+	sides["cradle"] = &imageSide{dockerHost(t, openRegistry(t, own), "default"), own, t.TempDir()}
+	for _, s := range sides {
+		s.prepare(t)
+	}
+	for _, step := range imageSteps {
+		if step.command == "move" {
+			for _, s := range sides {
+				push(t, s.registry+"/moved:1", textImage(t, "base", "moved to this"))
+			}
+			continue
+		}
+		want, got := sides["dockerd"].run(t, step.command), sides["cradle"].run(t, step.command)
+		switch {
+		case want != got && step.differs == "":
+			t.Errorf("%s\ndockerd %s\ncradle  %s", step.command, want, got)
+		case want == got && step.differs != "":
+			t.Errorf("%s: no difference any more: %s", step.command, step.differs)
+		}
+	}
+}
+
+// An imageSide is one of the two, with a registry and a folder of its own.
+type imageSide struct{ host, registry, dir string }
+
+func (s *imageSide) prepare(t *testing.T) {
+	t.Helper()
+	push(t, s.registry+"/app:1", textImage(t, "base", "one"))
+	push(t, s.registry+"/moved:1", textImage(t, "base", "to be moved"))
+	for _, tag := range []string{"a", "b"} {
+		push(t, s.registry+"/several:"+tag, textImage(t, "base", "several "+tag))
+	}
+	idx := mutate.AppendManifests(empty.Index,
+		mutate.IndexAddendum{Add: textImage(t, "for another machine"), Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "s390x"}}},
+		mutate.IndexAddendum{Add: textImage(t, "base", "two"), Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}})
+	ref, err := name.NewTag(s.registry+"/multi:1", name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(ref, idx); err != nil {
+		t.Fatal(err)
+	}
+	for file, data := range map[string][]byte{
+		"broken.tar": []byte(strings.Repeat("no archive", 100)), "layer.tar": tarFile(t, "file", "content"), "moving.tar": savedImage(t, "moving:1", textImage(t, "base", "three")),
+	} {
+		if err := os.WriteFile(filepath.Join(s.dir, file), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// run gives a shell the command and returns what it shows, with this side's names as HOST.
+func (s *imageSide) run(t *testing.T, command string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", strings.ReplaceAll(command, "HOST", s.registry))
+	cmd.Dir = s.dir
+	cmd.Env = append(os.Environ(), "DOCKER_HOST="+s.host, "DOCKER_CONFIG="+s.dir, "DOCKER_CLI_HINTS=false")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	code := 0
+	if err := cmd.Run(); err != nil {
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) {
+			t.Fatalf("%s: %v", command, err)
+		}
+		code = exit.ExitCode()
+	}
+	text := strings.ReplaceAll(out.String(), s.registry, "HOST")
+	for _, unordered := range []string{"docker pull", "docker push", "docker load", "docker image prune"} { // layers come and go at once, and so on
+		if strings.HasPrefix(command, unordered) {
+			text = sortedLines(text)
+		}
+	}
+	return text + "exit code " + string(rune('0'+code))
+}
+
+func sortedLines(s string) string {
+	lines := strings.Split(s, "\n")
+	for i := range lines {
+		for j := i; j > 0 && lines[j] < lines[j-1]; j-- {
+			lines[j], lines[j-1] = lines[j-1], lines[j]
+		}
+	}
+	return strings.Join(lines, "\n")
+}
