@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -16,15 +17,21 @@ import (
 const directSize = 8 << 20
 
 const (
-	pieceSize = 1 << 20
-	pieces    = 2
-	maxParts  = 64 // at a time; a piece with holes is written in parts
+	smallPiece = 1 << 20
+	largePiece = 4 << 20
+	pieces     = 2
+	maxParts   = 64 // at a time; a piece with holes is written in parts
 )
+
+// large belongs to the one bulk that has large pieces: each piece costs the file system and the disk's driver something besides its
+// bytes, but several of that size are too much for a small guest.
+var large sync.Mutex
 
 // bulk moves one file at a time.
 type bulk struct {
 	memory []byte
-	bufs   [pieces][]byte // in one huge page, where there is one: the fewer pages, the less there is to do for each piece
+	size   int64          // of a piece
+	bufs   [pieces][]byte // in huge pages, where there are some: the fewer pages, the less there is to do for each piece
 	aio    *aio
 	direct bool // the file of the moment goes past the page cache
 }
@@ -32,16 +39,21 @@ type bulk struct {
 // open prepares for a file and tells whether it can go past the page cache.
 func (b *bulk) open(f *os.File) bool {
 	if b.memory == nil {
-		const size = pieces * pieceSize
-		memory, err := unix.Mmap(-1, 0, 2*size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+		b.size = smallPiece
+		if hasRoom() && large.TryLock() {
+			b.size = largePiece
+		}
+		size := uintptr(pieces * b.size)
+		memory, err := unix.Mmap(-1, 0, int(2*size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 		if err != nil {
+			b.giveUp()
 			return false
 		}
 		b.memory = memory
 		aligned := memory[-uintptr(unsafe.Pointer(unsafe.SliceData(memory)))%size:][:size]
 		_ = unix.Madvise(aligned, unix.MADV_HUGEPAGE)
 		for i := range b.bufs {
-			b.bufs[i] = aligned[i*pieceSize:][:pieceSize]
+			b.bufs[i] = aligned[int64(i)*b.size:][:b.size]
 		}
 	}
 	if b.aio == nil {
@@ -50,8 +62,21 @@ func (b *bulk) open(f *os.File) bool {
 			return false
 		}
 	}
+	b.aio.quick = onScratch(f)
 	b.direct = setDirect(f, true) == nil
 	return b.direct
+}
+
+// hasRoom says whether large pieces are but a small part of the guest's memory.
+func hasRoom() bool {
+	var info unix.Sysinfo_t
+	return unix.Sysinfo(&info) == nil && info.Totalram*uint64(info.Unit) >= 16*pieces*largePiece
+}
+
+// onScratch tells whether a file is a container's own: where its disk does not answer, nothing else in the pod does either.
+func onScratch(f *os.File) bool {
+	var st unix.Statfs_t
+	return unix.Fstatfs(int(f.Fd()), &st) == nil && st.Type == unix.OVERLAYFS_SUPER_MAGIC
 }
 
 func (b *bulk) close() {
@@ -60,6 +85,14 @@ func (b *bulk) close() {
 		_ = unix.Munmap(b.memory)
 		b.memory = nil
 	}
+	b.giveUp()
+}
+
+func (b *bulk) giveUp() {
+	if b.size == largePiece {
+		large.Unlock()
+	}
+	b.size = 0
 }
 
 // stop waits for what is pending after an error.
@@ -112,15 +145,15 @@ func (b *bulk) read(f *os.File, size int64, write func([]byte) error) (err error
 	}()
 	var want, got [pieces]int
 	ahead := int64(0)
-	for at := int64(0); at < size; at += pieceSize {
-		for ; ahead < min(size, at+pieces*pieceSize); ahead += pieceSize {
-			k := int(ahead / pieceSize % pieces)
-			want[k], got[k] = int(min(pieceSize, size-ahead)), -1
+	for at := int64(0); at < size; at += b.size {
+		for ; ahead < min(size, at+pieces*b.size); ahead += b.size {
+			k := int(ahead / b.size % pieces)
+			want[k], got[k] = int(min(b.size, size-ahead)), -1
 			if err := b.aio.submit(aioRead, f, b.bufs[k], ahead, k); err != nil {
 				return err
 			}
 		}
-		k := int(at / pieceSize % pieces)
+		k := int(at / b.size % pieces)
 		buf := b.bufs[k][:want[k]]
 		for got[k] < 0 {
 			i, res, err := b.aio.wait()
@@ -190,14 +223,14 @@ func (b *bulk) write(f *os.File, size int64, read func([]byte) error) (err error
 		free = append(free, i)
 		return nil
 	}
-	for at := int64(0); at < size; at += pieceSize {
-		k := int(at / pieceSize % pieces)
+	for at := int64(0); at < size; at += b.size {
+		k := int(at / b.size % pieces)
 		for pending[k] > 0 {
 			if err := wait(); err != nil {
 				return err
 			}
 		}
-		buf := b.bufs[k][:min(pieceSize, size-at)]
+		buf := b.bufs[k][:min(b.size, size-at)]
 		if err := read(buf); err != nil {
 			return err
 		}

@@ -34,15 +34,37 @@ func reading(r io.Reader) func([]byte) error {
 
 // What is written comes back: with more holes in a piece than there are parts, and with an odd end.
 func TestBulk(t *testing.T) {
-	var b bulk
-	defer b.close()
+	for name, held := range map[string]bool{"small": true, "large": false} {
+		t.Run(name, func(t *testing.T) {
+			if held {
+				large.Lock()
+				defer large.Unlock()
+			}
+			var b bulk
+			defer b.close()
+			bulkFile(t, &b)
+			pieceSize := int(b.size)
+			if want := map[bool]int{true: smallPiece, false: largePiece}[held]; pieceSize != want {
+				t.Fatalf("pieces have %d bytes, want %d", pieceSize, want)
+			}
+			testBulk(t, &b, pieceSize)
+		})
+	}
+	if !large.TryLock() {
+		t.Fatal("nobody has large pieces any more, and nobody can")
+	}
+	large.Unlock()
+}
+
+func testBulk(t *testing.T, b *bulk, pieceSize int) {
 	data := bytes.Repeat([]byte("0123456789abcdef"), 5*pieceSize/16)
 	for at := 0; at < 2*pieceSize; at += 2 * hole {
 		clear(data[at : at+hole])
 	}
 	clear(data[3*pieceSize : 4*pieceSize])
-	for _, size := range []int{len(data), len(data) - hole, len(data) - 1, 4*pieceSize + 1, pieceSize - hole - 3} {
-		f := bulkFile(t, &b)
+	for i, size := range []int{len(data), len(data) - hole, len(data) - 1, 4*pieceSize + 1, pieceSize - hole - 3} {
+		f := bulkFile(t, b)
+		b.aio.quick = i%2 == 0 // as in a container's own file system
 		if err := b.write(f, int64(size), reading(bytes.NewReader(data))); err != nil {
 			t.Fatalf("write %d bytes: %v", size, err)
 		}
@@ -74,14 +96,14 @@ func TestBulkShrunk(t *testing.T) {
 	var b bulk
 	defer b.close()
 	f := bulkFile(t, &b)
-	data := bytes.Repeat([]byte("x"), 2*pieceSize+12345)
-	if _, err := f.WriteAt(data[:2*pieceSize], 0); err != nil {
+	data := bytes.Repeat([]byte("x"), 2*largePiece+12345)
+	if _, err := f.WriteAt(data[:2*largePiece], 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Truncate(pieceSize + 777); err != nil {
+	if err := f.Truncate(largePiece + 777); err != nil {
 		t.Fatal(err)
 	}
-	clear(data[pieceSize+777:])
+	clear(data[largePiece+777:])
 	var back bytes.Buffer
 	if err := b.read(f, int64(len(data)), func(p []byte) error { back.Write(p); return nil }); err != nil {
 		t.Fatal(err)
@@ -98,7 +120,7 @@ func TestBulkError(t *testing.T) {
 	failed := errors.New("failed")
 	f := bulkFile(t, &b)
 	n := 0
-	err := b.write(f, 8*pieceSize, func(p []byte) error {
+	err := b.write(f, 8*largePiece, func(p []byte) error {
 		if n++; n == 3 {
 			return failed
 		}
@@ -111,7 +133,7 @@ func TestBulkError(t *testing.T) {
 	if !b.open(f) {
 		t.Fatal("direct I/O has gone")
 	}
-	if err := b.read(f, 8*pieceSize, func([]byte) error { return failed }); !errors.Is(err, failed) {
+	if err := b.read(f, 8*largePiece, func([]byte) error { return failed }); !errors.Is(err, failed) {
 		t.Errorf("read: %v", err)
 	}
 
@@ -120,9 +142,9 @@ func TestBulkError(t *testing.T) {
 	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
 		t.Fatal(err)
 	}
-	err = b.write(bulkFile(t, &b), 4*pieceSize, func(p []byte) error {
+	err = b.write(bulkFile(t, &b), 4*largePiece, func(p []byte) error {
 		p[0] = 1
-		return unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: pieceSize, Max: old.Max})
+		return unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: largePiece, Max: old.Max})
 	})
 	if rerr := unix.Setrlimit(unix.RLIMIT_FSIZE, &old); rerr != nil {
 		t.Fatal(rerr)
@@ -132,7 +154,7 @@ func TestBulkError(t *testing.T) {
 	}
 
 	f = bulkFile(t, &b)
-	if err := b.write(f, 2*pieceSize, reading(bytes.NewReader(bytes.Repeat([]byte("y"), 2*pieceSize)))); err != nil {
+	if err := b.write(f, 2*largePiece, reading(bytes.NewReader(bytes.Repeat([]byte("y"), 2*largePiece)))); err != nil {
 		t.Errorf("write after errors: %v", err)
 	}
 }

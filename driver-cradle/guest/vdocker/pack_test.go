@@ -221,8 +221,8 @@ func TestRoundTrip(t *testing.T) {
 	must(os.Symlink("../../../../secret", filepath.Join(src, "sub/link")))
 	must(unix.Mkfifo(filepath.Join(src, "fifo"), 0o600))
 	must(unix.Setxattr(filepath.Join(src, "plain"), "user.note", []byte("kept\x00"), 0))
-	big := bytes.Repeat([]byte("0123456789abcdef"), 12*pieceSize/16)
-	clear(big[pieceSize/2 : 7*pieceSize])
+	big := bytes.Repeat([]byte("0123456789abcdef"), 12*smallPiece/16)
+	clear(big[smallPiece/2 : 7*smallPiece])
 	big = append(big, "an odd end"...)
 	must(os.WriteFile(filepath.Join(src, "big"), big, 0o644))
 	then := time.Date(2020, 2, 3, 4, 5, 6, 0, time.UTC)
@@ -253,7 +253,7 @@ func TestRoundTrip(t *testing.T) {
 	}
 	var st unix.Stat_t
 	must(unix.Stat(filepath.Join(dst, "big"), &st))
-	if st.Blocks*512 > 6*pieceSize {
+	if st.Blocks*512 > 6*smallPiece {
 		t.Errorf("a file of %d bytes, half of them zeros, takes %d", len(big), st.Blocks*512)
 	}
 	value := make([]byte, 10)
