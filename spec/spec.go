@@ -170,7 +170,7 @@ type Publish struct {
 
 // Scratch is the pod's writable disk: container layers, anonymous volumes and logs.
 type Scratch struct {
-	Size Bytes `json:"size,omitempty"` // default 10 GiB, sparse
+	Size Bytes `json:"size,omitempty"` // default 10 GiB; sparse: it takes what is in use
 }
 
 // A Volume is storage that containers of the pod mount by name. Exactly one of Block, Directory, NFS, Tmpfs and Scratch says

@@ -191,7 +191,7 @@ func (p *Pod) mountScratch(ctx context.Context) error {
 	if err := os.Mkdir(at, 0o700); err != nil {
 		return err
 	}
-	if err := mount(dev, at, "ext4", unix.MS_NOATIME, ""); err != nil {
+	if err := mount(dev, at, "ext4", unix.MS_NOATIME, "discard"); err != nil {
 		return fmt.Errorf("scratch disk: %w", err)
 	}
 	p.scratch = at

@@ -424,6 +424,27 @@ func TestVMDiskFull(t *testing.T) {
 	}
 }
 
+// What a container deletes is free for the host again.
+func TestVMDeletedSpaceIsTheHosts(t *testing.T) {
+	w := theWorld(t)
+	dir := w.summon(t, "--", "sleep", "1000")
+	w.must(t, "run", "-d", dir)
+	takes := func() int64 {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(dir, "scratch.img"), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Blocks * 512
+	}
+	w.must(t, "exec", dir, "sh", "-c", "dd if=/dev/urandom of=/big bs=1M count=32 && sync")
+	if n := takes(); n < 32<<20 {
+		t.Errorf("with a file of 32 MiB the scratch disk takes %d bytes", n)
+	}
+	w.must(t, "exec", dir, "sh", "-c", "rm /big && sync")
+	within(t, "the scratch disk takes less than 4 MiB", func() bool { return takes() < 4<<20 })
+	w.must(t, "kill", dir)
+}
+
 // Memory is limited exactly, and who goes beyond is killed.
 func TestVMMemory(t *testing.T) {
 	w := theWorld(t)
