@@ -120,18 +120,26 @@ func hostile() {
 // runHostile runs this test binary confined as QEMU would be and returns its report.
 func runHostile(t *testing.T, c confinement, arg string) report {
 	t.Helper()
-	exe := hostileProgram(t)
-	c.Path, c.Args, c.Mount, c.NoFile = exe, []string{hostileArg, arg}, t.TempDir(), 100
-	if c.UID == 0 {
-		c.UID = userOf(c.Mount)
-	}
-	var out syncBuffer
 	extra, err := os.Open(os.DevNull)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer extra.Close()
-	ch, err := spawn(&c, []*os.File{extra}, nil, &out)
+	var r report
+	confined(t, c, extra, &r, hostileArg, arg)
+	return r
+}
+
+// confined runs this test binary confined as QEMU would be, with file 3 and these arguments, and decodes what it writes to its standard error.
+func confined(t *testing.T, c confinement, file *os.File, v any, args ...string) {
+	t.Helper()
+	exe := hostileProgram(t)
+	c.Path, c.Args, c.Mount, c.NoFile = exe, args, t.TempDir(), 100
+	if c.UID == 0 {
+		c.UID = userOf(c.Mount)
+	}
+	var out syncBuffer
+	ch, err := spawn(&c, []*os.File{file}, nil, &out)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,11 +150,9 @@ func runHostile(t *testing.T, c confinement, arg string) report {
 		t.Fatal(err)
 	}
 	ch.file.Close()
-	var r report
-	if !eventually(func() bool { return json.Unmarshal([]byte(out.String()), &r) == nil }) {
+	if !eventually(func() bool { return json.Unmarshal([]byte(out.String()), v) == nil }) {
 		t.Fatalf("the program says %s", out.String())
 	}
-	return r
 }
 
 // hostileProgram is this test binary where another user may execute it.

@@ -119,7 +119,8 @@ const VirtiofsTag = "cradle-fs"
 func (h *hardware) arguments() []string {
 	a := []string{
 		"-name", "cradle", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-M", strings.Join(append(slices.Clone(h.machine), "memory-backend=mem"), ","),
+		// Of a page that the host's kernel has merged with another machine's, writing tells by the time it takes what is in that one.
+		"-M", strings.Join(append(slices.Clone(h.machine), "memory-backend=mem", "mem-merge=off"), ","),
 	}
 	for _, g := range h.globals {
 		a = append(a, "-global", g)

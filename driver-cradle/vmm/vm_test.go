@@ -38,6 +38,9 @@ func TestMain(m *testing.M) {
 	case len(os.Args) > 1 && os.Args[1] == hostileArg:
 		hostile()
 		return
+	case len(os.Args) > 1 && os.Args[1] == thiefArg:
+		thief()
+		return
 	case os.Args[0] == launcherName:
 		if err := launch(); err != nil {
 			fmt.Fprintln(os.Stderr, err)

@@ -110,6 +110,7 @@ func handler() http.Handler {
 			return strings.TrimSpace(string(b)), err
 		},
 		"time":  func(*http.Request) (any, error) { return time.Now(), nil },
+		"keep":  func(r *http.Request) (any, error) { kept = append(kept, r.FormValue("text")); return nil, nil },
 		"dirty": func(r *http.Request) (any, error) { return nil, dirty(r.FormValue("mib")) },
 		"9p": func(r *http.Request) (any, error) {
 			return nil, mountAll(wire.ShareTag, "9p", "trans=virtio,version=9p2000.L,msize=131072")
@@ -239,6 +240,9 @@ func fillDisk(lun, mib string) error {
 	}
 	return nil
 }
+
+// kept stays in the agent's memory.
+var kept []string
 
 // dirty changes as much memory as it is told to and keeps it.
 func dirty(mib string) error {
