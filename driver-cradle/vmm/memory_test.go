@@ -239,9 +239,15 @@ func TestVMMemoryIsAMachinesOwn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	confined(t, confinement{UID: userOf(one.dir)}, template, &got, thiefArg, string(args))
-	if len(got) > 0 {
-		t.Errorf("confined, these work: %q", got)
+	for name, c := range map[string]confinement{
+		"without anything":        {},
+		"with shares and network": {Shares: []bind{{"rw", t.TempDir(), false}}, Caps: shareCaps, Network: true},
+	} {
+		c.UID = userOf(one.dir)
+		confined(t, c, template, &got, thiefArg, string(args))
+		if len(got) > 0 {
+			t.Errorf("confined %s, these work: %q", name, got)
+		}
 	}
 }
 
