@@ -35,6 +35,7 @@ type confinement struct {
 	Mount   string // a directory for the new root to be mounted on, in the process's own namespace
 	Leashed bool   // dies with its parent
 	Network bool   // in the host's network namespace
+	AllProc bool   // sees all of /proc that everybody may read
 	NoFile  uint64 // RLIMIT_NOFILE
 	Nice    int    // 0: the launcher's
 	NoTHP   bool   // no transparent huge pages
@@ -233,7 +234,7 @@ func (c *confinement) enterRoot() error {
 	if err := c.links(); err != nil {
 		return err
 	}
-	if err := unix.Mount("proc", "proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+	if err := c.mountProc(); err != nil {
 		return fmt.Errorf("mount proc: %w", err)
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
@@ -249,6 +250,32 @@ func (c *confinement) enterRoot() error {
 	for _, dir := range []string{"/", "/dev"} {
 		if err := unix.MountSetattr(unix.AT_FDCWD, dir, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
 			return fmt.Errorf("make %s read-only: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// mountProc shows of /proc what concerns the process itself. Besides that there are sysctls and sysrq-trigger, which belong to root, as virtiofsd has to be,
+// or to whoever may override permissions of files, as QEMU has to where it serves shares.
+func (c *confinement) mountProc() error {
+	const flags = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	if !c.AllProc {
+		return unix.Mount("proc", "proc", "proc", flags, "subset=pid")
+	}
+	if err := unix.Mount("proc", "proc", "proc", flags, ""); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir("proc")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil || !fi.Mode().IsRegular() || fi.Mode()&0o004 != 0 {
+			continue // a process that has ended, or nothing that is root's alone
+		}
+		if err := unix.Mount("dev/null", filepath.Join("proc", e.Name()), "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("cover %s: %w", e.Name(), err)
 		}
 	}
 	return nil

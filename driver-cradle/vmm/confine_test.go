@@ -28,6 +28,7 @@ type report struct {
 	Status  map[string]string // /proc/self/status
 	Mounts  []string          // mount points
 	Pids    []string
+	Proc    []string // what else is in /proc
 	Found   []string // what should not have worked
 	Links   []string // interfaces
 	Share   string   // content of the file in the share
@@ -51,6 +52,8 @@ func hostile() {
 	for _, e := range entries {
 		if _, err := strconv.Atoi(e.Name()); err == nil {
 			r.Pids = append(r.Pids, e.Name())
+		} else {
+			r.Proc = append(r.Proc, e.Name())
 		}
 	}
 	links, _ := net.Interfaces()
@@ -76,7 +79,14 @@ func hostile() {
 			return err
 		},
 		"open the parent's memory": func() error { _, err := os.ReadFile("/proc/1/root/../../etc/shadow"); return err },
-		"lower its badness":        func() error { return os.WriteFile("/proc/self/oom_score_adj", []byte("-500"), 0) },
+		"open what restarts the host": func() error { // opening it does nothing yet
+			f, err := os.OpenFile("/proc/sysrq-trigger", os.O_WRONLY, 0)
+			if err == nil {
+				f.Close()
+			}
+			return err
+		},
+		"lower its badness": func() error { return os.WriteFile("/proc/self/oom_score_adj", []byte("-500"), 0) },
 		"connect to the host": func() error {
 			c, err := net.DialTimeout("tcp", os.Args[2], time.Second)
 			if err == nil {
@@ -126,6 +136,7 @@ func runHostile(t *testing.T, c confinement, arg string) report {
 	}
 	defer extra.Close()
 	var r report
+	c.UID = firstUID
 	confined(t, c, extra, &r, hostileArg, arg)
 	return r
 }
@@ -135,9 +146,6 @@ func confined(t *testing.T, c confinement, file *os.File, v any, args ...string)
 	t.Helper()
 	exe := hostileProgram(t)
 	c.Path, c.Args, c.Mount, c.NoFile = exe, args, t.TempDir(), 100
-	if c.UID == 0 {
-		c.UID = userOf(c.Mount)
-	}
 	var out syncBuffer
 	ch, err := spawn(&c, []*os.File{file}, nil, &out)
 	if err != nil {
@@ -223,6 +231,9 @@ func TestVMConfinementHolds(t *testing.T) {
 			}
 			if !slices.Equal(r.Pids, []string{"1"}) {
 				t.Errorf("visible processes: %v", r.Pids)
+			}
+			if !slices.Equal(r.Proc, []string{"self", "thread-self"}) {
+				t.Errorf("in /proc are besides processes %v", r.Proc)
 			}
 			if !slices.Equal(r.Links, []string{"lo"}) {
 				t.Errorf("network interfaces: %v", r.Links)

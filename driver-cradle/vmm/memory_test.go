@@ -52,9 +52,14 @@ func (p prey) hunt(template *os.File) []string {
 	remote := []unix.RemoteIovec{{Base: uintptr(p.Address), Len: len(here)}}
 	open := func(path string) error {
 		f, err := os.Open(path)
-		if err == nil {
-			f.Close()
+		if err != nil {
+			return err
 		}
+		defer f.Close()
+		if fi, err := f.Stat(); err != nil || fi.IsDir() {
+			return err
+		}
+		_, err = f.Read(make([]byte, 8))
 		return err
 	}
 	is := func(n int, err error) error {
@@ -128,6 +133,15 @@ func (p prey) hunt(template *os.File) []string {
 	}
 	for _, path := range []string{"/dev/mem", "/dev/kmem", "/proc/kcore", "/proc/kpageflags", "/dev/shm", "/sys/kernel/mm"} {
 		attempts[path] = func() error { return open(path) }
+	}
+	for _, path := range []string{"/proc/sysrq-trigger", "/proc/sys/kernel/core_pattern"} { // by which the host's kernel would do it
+		attempts[path] = func() error {
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			if err == nil {
+				f.Close()
+			}
+			return err
+		}
 	}
 	var worked []string
 	for name, attempt := range attempts {
@@ -230,7 +244,7 @@ func TestVMMemoryIsAMachinesOwn(t *testing.T) {
 		free <- p.hunt(template)
 	}()
 	got := <-free
-	for _, name := range []string{"process_vm_readv", "/proc/PID/mem", "/proc/PID/fd", "ptrace", "pidfd", "signal", "another process in /proc"} {
+	for _, name := range []string{"process_vm_readv", "/proc/PID/mem", "/proc/PID/fd", "ptrace", "pidfd", "signal", "another process in /proc", "/proc/sys/kernel/core_pattern"} {
 		if !slices.Contains(got, name) {
 			t.Errorf("without confinement %q does not work: %q", name, got)
 		}
@@ -239,14 +253,16 @@ func TestVMMemoryIsAMachinesOwn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	shares := []bind{{"rw", t.TempDir(), false}}
 	for name, c := range map[string]confinement{
-		"without anything":        {},
-		"with shares and network": {Shares: []bind{{"rw", t.TempDir(), false}}, Caps: shareCaps, Network: true},
+		"as QEMU":                         {UID: userOf(one.dir)},
+		"as QEMU with shares and network": {UID: userOf(one.dir), Shares: shares, Caps: shareCaps, Network: true},
+		"as virtiofsd, which is root":     {Shares: shares, Caps: virtiofsCaps},
+		"as the old virtiofsd":            {Shares: shares, Caps: virtiofsCaps, AllProc: true},
 	} {
-		c.UID = userOf(one.dir)
 		confined(t, c, template, &got, thiefArg, string(args))
 		if len(got) > 0 {
-			t.Errorf("confined %s, these work: %q", name, got)
+			t.Errorf("confined %s these work: %q", name, got)
 		}
 	}
 }

@@ -59,6 +59,7 @@ func (m *Machine) spawnVirtiofs(c *Config, cgroup *os.File) (d *child, conn *os.
 		Args: []string{"--fd=3", "--rlimit-nofile=0"},
 	}
 	if path == oldVirtiofsdPath {
+		conf.AllProc = true // it asks for fs.file-max, whatever it is told of limits
 		conf.Args = append(conf.Args, "-f", "-o", "source="+sharesDir+",sandbox=chroot,announce_submounts,xattr,log_level=warn", "-o", "modcaps=-mknod")
 	} else {
 		conf.Args = append(conf.Args, "--shared-dir="+sharesDir, "--sandbox=chroot", "--announce-submounts", "--xattr", "--modcaps=-mknod")
