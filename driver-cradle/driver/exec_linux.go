@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/nomad/plugins/drivers"
+	"github.com/hashicorp/nomad/plugins/drivers/proto"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
 	"github.com/cradlestack/cradlestack/spec"
@@ -61,24 +62,51 @@ func (d *Driver) ExecTaskStreamingRaw(ctx context.Context, taskID string, comman
 	if err != nil {
 		return err
 	}
-	o, copied := drivers.StreamToExecOptions(ctx, command, tty, stream)
-	defer o.Stdin.Close() // who waits for input that nobody takes any more
-	result, err := t.exec(ctx, execution{command: o.Command, tty: o.Tty, stdin: o.Stdin, stdout: o.Stdout, stderr: o.Stderr, resize: o.ResizeCh})
-	o.Stdout.Close()
-	o.Stderr.Close()
+	out := &frames{stream: stream}
+	stdin, typed := io.Pipe()
+	defer stdin.Close() // who waits for input to be taken
+	sizes := make(chan drivers.TerminalSize, 2)
+	go listen(ctx, stream, typed, sizes) // it ends with the stream, which is after this function
+	result, err := t.exec(ctx, execution{
+		command: command, tty: tty, stdin: stdin, resize: sizes, stdout: writerFunc(out.stdout), stderr: writerFunc(out.stderr),
+	})
 	if err != nil {
 		return err
 	}
-	select {
-	case err := <-copied:
-		if err != nil {
+	end := &proto.ExecTaskStreamingIOOperation{Close: true}
+	for _, m := range []*drivers.ExecTaskStreamingResponseMsg{{Stdout: end}, {Stderr: end}, drivers.NewExecStreamingResponseExit(result.ExitCode)} {
+		if err := stream.Send(m); err != nil {
 			return err
 		}
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
-	return stream.Send(drivers.NewExecStreamingResponseExit(result.ExitCode))
+	return nil
 }
+
+// listen takes what Nomad's client sends to a command.
+func listen(ctx context.Context, stream drivers.ExecTaskStream, typed *io.PipeWriter, sizes chan<- drivers.TerminalSize) {
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return
+		}
+		switch {
+		case m.Stdin != nil && m.Stdin.Close:
+			typed.Close()
+		case m.Stdin != nil:
+			_, _ = typed.Write(m.Stdin.Data) // a command may have ended, or take no input
+		case m.TtySize != nil:
+			select {
+			case sizes <- drivers.TerminalSize{Height: int(m.TtySize.Height), Width: int(m.TtySize.Width)}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 // An execution is a command that is to be run.
 type execution struct {

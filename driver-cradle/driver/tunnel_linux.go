@@ -148,12 +148,10 @@ func (c *caller) listen() {
 // giveBack passes on what the pod sends.
 func giveBack(conn *net.UnixConn, out *frames) error {
 	buf := make([]byte, leastCarried)
-	m := &drivers.ExecTaskStreamingResponseMsg{Stdout: &proto.ExecTaskStreamingIOOperation{}}
 	for {
 		n, err := conn.Read(buf)
 		if n > 0 {
-			m.Stdout.Data = buf[:n]
-			if err := out.send(m); err != nil {
+			if _, err := out.stdout(buf[:n]); err != nil {
 				return err
 			}
 		}
@@ -180,6 +178,15 @@ func (f *frames) send(m *drivers.ExecTaskStreamingResponseMsg) error {
 	return f.stream.Send(m)
 }
 
+func (f *frames) stdout(p []byte) (int, error) {
+	return len(p), f.send(&drivers.ExecTaskStreamingResponseMsg{Stdout: &proto.ExecTaskStreamingIOOperation{Data: p}})
+}
+
+func (f *frames) stderr(p []byte) (int, error) {
+	return len(p), f.send(&drivers.ExecTaskStreamingResponseMsg{Stderr: &proto.ExecTaskStreamingIOOperation{Data: p}})
+}
+
 func (f *frames) tell(text string) error {
-	return f.send(&drivers.ExecTaskStreamingResponseMsg{Stderr: &proto.ExecTaskStreamingIOOperation{Data: []byte(text)}})
+	_, err := f.stderr([]byte(text))
+	return err
 }

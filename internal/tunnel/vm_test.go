@@ -399,7 +399,8 @@ func testEnd(t *testing.T, w *world) {
 	}
 }
 
-// BenchmarkVMCopy copies 64 MiB into a container and back, by the node's vdocker.sock and through a tunnel, one after the other in each round.
+// BenchmarkVMCopy copies 64 MiB into a container and back, by the node's vdocker.sock and through a tunnel, one after the other in each round; and back by a
+// command of Nomad's exec.
 func BenchmarkVMCopy(b *testing.B) {
 	w, data := startWorld(b), content()
 	found, err := filepath.Glob(filepath.Join(w.Clients()[0].Path(w.Clients()[0].Dir), "cradle/tasks/*/pod/vdocker.sock"))
@@ -435,4 +436,16 @@ func BenchmarkVMCopy(b *testing.B) {
 			b.ReportMetric(took[1].Seconds()/took[0].Seconds(), "ratio")
 		})
 	}
+	b.Run("exec", func(b *testing.B) {
+		b.SetBytes(copied)
+		for b.Loop() {
+			var n int64
+			count := writerFunc(func(p []byte) (int, error) { n += int64(len(p)); return len(p), nil })
+			code, err := w.API.Allocations().Exec(b.Context(), &api.Allocation{ID: w.alloc.ID, NodeID: w.alloc.NodeID}, "main", false,
+				[]string{"--container=idle", "cat", "/root/file"}, strings.NewReader(""), count, io.Discard, nil, nil)
+			if err != nil || code != 0 || n != copied {
+				b.Fatal(n, code, err)
+			}
+		}
+	})
 }
