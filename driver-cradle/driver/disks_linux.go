@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,27 +24,49 @@ import (
 // disks are the scratch disks that are kept on this node under ids that tasks give them, and who uses them now. Each is a pod.Disk, with how far
 // its containers' output was delivered beside it:
 //
-//	STATE/disks/ID/
+//	STATE/disks/NAMESPACE/ID/
+//
+// A disk is its namespace's: tasks of another one neither get it nor hear of it. Its name is its path below STATE/disks.
 type disks struct {
 	dir string
 
 	mu    sync.Mutex
-	users map[string]string // ids of the tasks of this process, by disk
+	users map[string]string // ids of the tasks of this process, by the disk's name
 }
 
 func openDisks(dir string) (*disks, error) {
-	return &disks{dir: dir, users: map[string]string{}}, pod.TidyDisks(dir)
+	namespaces, err := os.ReadDir(dir)
+	errs := []error{err}
+	for _, n := range namespaces {
+		errs = append(errs, pod.TidyDisks(filepath.Join(dir, n.Name())))
+	}
+	return &disks{dir: dir, users: map[string]string{}}, errors.Join(errs...)
 }
 
-func (d *disks) path(id string) string { return filepath.Join(d.dir, id) }
+// diskOf is the name of the disk that a task calls id; "" for none.
+func diskOf(t *drivers.TaskConfig, id string) string {
+	if id == "" {
+		return ""
+	}
+	namespace := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-': // all that Nomad's have (nomad/structs validNamespaceName)
+			return r
+		}
+		return '_'
+	}, or(t.Namespace, "default"))
+	return filepath.Join(namespace, id)
+}
+
+func (d *disks) path(name string) string { return filepath.Join(d.dir, name) }
 
 // take makes the disk the task's until it is released. remnants are the tasks on disk, whose pods may run without being this process's yet.
-func (d *disks) take(id, taskID string, remnants []remnant) error {
+func (d *disks) take(name, taskID string, remnants []remnant) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	user, used := d.users[id]
+	user, used := d.users[name]
 	for _, r := range remnants {
-		if used || r.record == nil || r.record.DiskID != id || r.record.ID == taskID {
+		if used || r.record == nil || r.record.Disk != name || r.record.ID == taskID {
 			continue
 		}
 		p, err := pod.Open(filepath.Join(r.dir, podDir), nil)
@@ -60,28 +83,31 @@ func (d *disks) take(id, taskID string, remnants []remnant) error {
 	}
 	if used && user != taskID {
 		// It may be on its way out: the restart policy decides.
-		return recoverable(fmt.Errorf("disk_id: disk %s is in use by task %s on this node: stop that one first", id, user))
+		return recoverable(fmt.Errorf("disk_id: disk %s is in use by task %s on this node: stop that one first", filepath.Base(name), user))
 	}
-	d.users[id] = taskID
+	if err := os.MkdirAll(filepath.Dir(d.path(name)), 0o711); err != nil {
+		return err
+	}
+	d.users[name] = taskID
 	return nil
 }
 
 // release ends what take has begun.
-func (d *disks) release(id, taskID string) {
+func (d *disks) release(name, taskID string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.users[id] == taskID {
-		delete(d.users, id)
+	if d.users[name] == taskID {
+		delete(d.users, name)
 	}
 }
 
 // remove removes a disk, if there is one.
-func (d *disks) remove(id, taskID string, remnants []remnant) error {
-	if err := d.take(id, taskID, remnants); err != nil {
+func (d *disks) remove(name, taskID string, remnants []remnant) error {
+	if err := d.take(name, taskID, remnants); err != nil {
 		return err
 	}
-	defer d.release(id, taskID)
-	if err := pod.RemoveDisk(d.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	defer d.release(name, taskID)
+	if err := pod.RemoveDisk(d.path(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -99,10 +125,10 @@ type keptDisk struct {
 	Containers []pod.DiskContainer `json:"containers"`
 }
 
-// list tells about all disks.
-func (d *disks) list() ([]keptDisk, error) {
-	entries, err := os.ReadDir(d.dir)
-	if err != nil {
+// list tells about all disks of a namespace.
+func (d *disks) list(namespace string) ([]keptDisk, error) {
+	entries, err := os.ReadDir(d.path(namespace))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	var all []keptDisk
@@ -110,7 +136,8 @@ func (d *disks) list() ([]keptDisk, error) {
 		if !isDiskID(e.Name()) {
 			continue // one that comes to be or goes
 		}
-		disk, err := pod.OpenDisk(d.path(e.Name()))
+		name := filepath.Join(namespace, e.Name())
+		disk, err := pod.OpenDisk(d.path(name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -123,7 +150,7 @@ func (d *disks) list() ([]keptDisk, error) {
 		}
 		k := keptDisk{ID: e.Name(), Pod: disk.ID, Created: disk.Created, Written: written, Size: disk.Size, Used: int64(used), Containers: disk.Containers}
 		d.mu.Lock()
-		k.Task = d.users[k.ID]
+		k.Task = d.users[name]
 		d.mu.Unlock()
 		all = append(all, k)
 	}
@@ -141,24 +168,37 @@ func (d *Driver) collectDisks(c *config, s *state) {
 		case <-d.ctx.Done():
 			return
 		}
-		all, err := s.disks.list()
+		if err := d.collectOldDisks(c, s); err != nil && d.ctx.Err() == nil {
+			d.log.Error("collect disks", "error", err)
+		}
+	}
+}
+
+func (d *Driver) collectOldDisks(c *config, s *state) error {
+	namespaces, err := os.ReadDir(s.disks.dir)
+	if err != nil {
+		return err
+	}
+	for _, n := range namespaces {
+		all, err := s.disks.list(n.Name())
+		if err != nil {
+			return err
+		}
 		for _, k := range all {
 			if k.Task != "" || now().Sub(k.Written) < c.diskDelay {
 				continue
 			}
-			var found []remnant
-			if found, err = s.remnants(); err == nil {
-				err = s.disks.remove(k.ID, "gc.disk_delay", found)
-			}
+			found, err := s.remnants()
 			if err != nil {
-				break
+				return err
 			}
-			d.log.Info("removed a disk that was not used for long", "disk_id", k.ID, "written", k.Written, "freed", units.BytesSize(float64(k.Used)))
-		}
-		if err != nil && d.ctx.Err() == nil {
-			d.log.Error("collect disks", "error", err)
+			if err := s.disks.remove(filepath.Join(n.Name(), k.ID), "gc.disk_delay", found); err != nil {
+				return err
+			}
+			d.log.Info("removed a disk that was not used for long", "namespace", n.Name(), "disk_id", k.ID, "written", k.Written, "freed", units.BytesSize(float64(k.Used)))
 		}
 	}
+	return nil
 }
 
 // What disk_action may be.
@@ -183,7 +223,7 @@ func (d *Driver) actOnDisks(t *drivers.TaskConfig, cfg *taskConfig, s *state) er
 	var text bytes.Buffer
 	switch cfg.DiskAction {
 	case diskList:
-		all, err := s.disks.list()
+		all, err := s.disks.list(filepath.Dir(diskOf(t, "any")))
 		if err != nil {
 			return fmt.Errorf("list disks: %w", err)
 		}
@@ -196,7 +236,7 @@ func (d *Driver) actOnDisks(t *drivers.TaskConfig, cfg *taskConfig, s *state) er
 	case diskRemove:
 		found, err := s.remnants()
 		if err == nil {
-			err = s.disks.remove(cfg.DiskID, t.ID, found)
+			err = s.disks.remove(diskOf(t, cfg.DiskID), t.ID, found)
 		}
 		if err != nil {
 			return fmt.Errorf("remove disk %s: %w", cfg.DiskID, err)

@@ -66,6 +66,17 @@ func TestVMDisk(t *testing.T) {
 	}
 	c.logs(second, "stdout", "second\n0123456789ab\nkept\nsmall\n")
 
+	// Another namespace's disk is another one, and its tasks hear of no other.
+	stranger := task("test ! -e /root/file && echo stranger", nil)
+	stranger.Namespace = "other"
+	c.start(stranger)
+	c.wait(stranger)
+	c.logs(stranger, "stdout", "stranger\n")
+	stranger = c.task("", func(_ *drivers.TaskConfig, cfg *taskConfig) { removal(cfg) })
+	stranger.Namespace = "other"
+	c.start(stranger)
+	c.wait(stranger)
+
 	list := c.task("", func(_ *drivers.TaskConfig, cfg *taskConfig) { *cfg = taskConfig{DiskAction: diskList} })
 	c.start(list)
 	if r := c.wait(list); !r.Successful() {
@@ -90,7 +101,7 @@ func TestVMDisk(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if left, err := os.ReadDir(filepath.Join(c.state, disksDir)); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(c.state, disksDir, "*/*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
 	third := task("test ! -e /root/file && echo fresh", nil)
@@ -105,7 +116,7 @@ func TestVMDiskAge(t *testing.T) {
 	task := c.task("sleep 1000", func(_ *drivers.TaskConfig, cfg *taskConfig) { cfg.DiskID = "old" })
 	c.start(task)
 	gone := func() bool {
-		_, err := os.Stat(filepath.Join(c.state, disksDir, "old"))
+		_, err := os.Stat(filepath.Join(c.state, disksDir, "default/old"))
 		return err != nil
 	}
 	for range 8 {
@@ -165,7 +176,7 @@ func TestVMAgentDisk(t *testing.T) {
 	if list := action("empty", "disk_action = \"list\""); list != "" {
 		t.Errorf("the list is %q", list)
 	}
-	if left, err := filepath.Glob(filepath.Join(c.Clients()[0].Path(c.Clients()[0].Dir), "cradle/state/disks/*")); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(c.Clients()[0].Path(c.Clients()[0].Dir), "cradle/state/disks/*/*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
 }

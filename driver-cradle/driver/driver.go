@@ -8,7 +8,7 @@
 //	    task.json          which task it is, and where its output goes
 //	    output             how far that was delivered
 //	    pod/               the pod, see package pod
-//	STATE/disks/ID/        a scratch disk that tasks keep under an id, see disks
+//	STATE/disks/…          scratch disks that tasks keep under ids, see disks
 //
 // A task's configuration becomes a spec.Pod in a pure function (podOf); everything else is package pod's.
 //

@@ -36,7 +36,7 @@ func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o s
 	}
 	disk := ""
 	if cfg.DiskID != "" {
-		disk = o.state.disks.path(cfg.DiskID)
+		disk = o.state.disks.path(diskOf(t, cfg.DiskID))
 	}
 	progress := d.newProgress(t)
 	made, err := pod.Summon(ctx, filepath.Join(o.dir, podDir), p, pod.SummonOptions{

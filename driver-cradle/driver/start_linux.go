@@ -67,14 +67,14 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 	}
 	dir := s.dirOf(t.ID, t.Name)
 	if err := os.Mkdir(dir, 0o711); err != nil {
-		s.disks.release(cfg.DiskID, t.ID)
+		s.disks.release(diskOf(t, cfg.DiskID), t.ID)
 		return nil, nil, err
 	}
 	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir, attached}); err != nil {
 		if cerr := s.clear(context.Background(), dir); cerr != nil {
 			d.log.Error("clear a task that did not start", "task", t.ID, "error", cerr)
 		}
-		s.disks.release(cfg.DiskID, t.ID)
+		s.disks.release(diskOf(t, cfg.DiskID), t.ID)
 		return nil, nil, err
 	}
 	return d.handleOf(t, dir)
@@ -89,15 +89,15 @@ func (d *Driver) takeDisk(s *state, t *drivers.TaskConfig, cfg *taskConfig, p *s
 	if err != nil {
 		return err
 	}
-	if err := s.disks.take(cfg.DiskID, t.ID, found); err != nil {
+	if err := s.disks.take(diskOf(t, cfg.DiskID), t.ID, found); err != nil {
 		return err
 	}
-	kept, err := pod.OpenDisk(s.disks.path(cfg.DiskID))
+	kept, err := pod.OpenDisk(s.disks.path(diskOf(t, cfg.DiskID)))
 	if err == nil && cfg.Disk == "" {
 		p.Scratch.Size = kept.Size
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		s.disks.release(cfg.DiskID, t.ID)
+		s.disks.release(diskOf(t, cfg.DiskID), t.ID)
 		return err
 	}
 	return nil
@@ -145,7 +145,7 @@ type starting struct {
 // start makes the pod and starts it.
 func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) error {
 	rec := &record{
-		Version: recordVersion, ID: t.ID, AllocID: t.AllocID, Name: t.Name, Stdout: t.StdoutPath, Stderr: t.StderrPath, DiskID: cfg.DiskID, Attached: o.attached, Created: now(),
+		Version: recordVersion, ID: t.ID, AllocID: t.AllocID, Name: t.Name, Stdout: t.StdoutPath, Stderr: t.StderrPath, Disk: diskOf(t, cfg.DiskID), Attached: o.attached, Created: now(),
 	}
 	if err := rec.write(o.dir); err != nil {
 		return err
@@ -231,8 +231,8 @@ func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) err
 	}
 	ctx, cancel := context.WithTimeout(d.ctx, takeUpTimeout)
 	defer cancel()
-	if rec.DiskID != "" {
-		if err := s.disks.take(rec.DiskID, rec.ID, nil); err != nil {
+	if rec.Disk != "" {
+		if err := s.disks.take(rec.Disk, rec.ID, nil); err != nil {
 			return err
 		}
 	}
@@ -240,7 +240,7 @@ func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) err
 		return p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true})
 	})
 	if err != nil {
-		s.disks.release(rec.DiskID, rec.ID)
+		s.disks.release(rec.Disk, rec.ID)
 	}
 	if !errors.Is(err, pod.ErrNotRunning) {
 		return err

@@ -191,7 +191,7 @@ type record struct {
 	Name    string    `json:"name"`
 	Stdout  string    `json:"stdout"` // named pipes
 	Stderr  string    `json:"stderr"`
-	DiskID  string    `json:"diskId,omitempty"`
+	Disk    string    `json:"disk,omitempty"` // its name, see disks
 	Created time.Time `json:"created"`
 
 	Attached []attachment `json:"attached,omitempty"`

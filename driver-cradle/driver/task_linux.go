@@ -40,8 +40,8 @@ func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, beg
 		return nil, err
 	}
 	places := filepath.Join(dir, outputFile)
-	if rec.DiskID != "" {
-		places = filepath.Join(s.disks.path(rec.DiskID), outputFile) // the log that it tells of is on the disk
+	if rec.Disk != "" {
+		places = filepath.Join(s.disks.path(rec.Disk), outputFile) // the log that it tells of is on the disk
 	}
 	output, err := newDelivery(places, rec, d.log.With("task", rec.ID).Warn)
 	if err != nil {
@@ -89,7 +89,7 @@ func (t *task) watch() {
 	}
 	t.finish(report)
 	if _, s, err := t.d.open(); err == nil {
-		s.disks.release(t.record.DiskID, t.record.ID)
+		s.disks.release(t.record.Disk, t.record.ID)
 	}
 }
 

@@ -86,7 +86,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "vcpus", kind: number, def: "what cpu or cores comes to", doc: "Processors of the machine."},
 	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB."},
 	{name: "disk_id", kind: text, doc: "Keep the scratch disk on the node under this name (1 to 64 letters, digits, _ . -) when the task ends, and go on with it in the next one that names it. Its containers and their images have to be the same, and one task uses it at a time."},
-	{name: "disk_action", kind: text, def: "use", doc: "Instead of running an image: list writes a line of JSON for each kept disk of the node to the task's output; remove removes the disk that disk_id names, if there is one, for good."},
+	{name: "disk_action", kind: text, def: "use", doc: "Instead of running an image: list writes a line of JSON for each kept disk that the namespace has on the node to the task's output; remove removes the disk that disk_id names, if there is one, for good."},
 	{name: "variant", kind: text, def: "the boot package's", doc: "Boot package that is needed: default, stock. The plugin has one; another is refused."},
 	{name: "image_pull_timeout", kind: text, def: "the plugin's", doc: "Longest time for pulling all images of the task."},
 	{name: "force_pull", kind: boolean, def: "false", doc: "Ask the registry what the image's tag means now, though it is in the cache."},
