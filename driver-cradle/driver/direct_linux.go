@@ -76,7 +76,7 @@ func serveControls(r *pod.Running, all []attachment, log *slog.Logger) (*control
 			c.close()
 			return nil, fmt.Errorf("control socket of volume %s: %w", a.ID, err)
 		}
-		s := &http.Server{Handler: a.handler(r), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+		s := &http.Server{Handler: a.handler(r, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
 		c.servers = append(c.servers, s)
 		c.work.Go(func() { _ = s.Serve(l) }) // until close
 		if a.Path != "" {
@@ -166,7 +166,7 @@ func sizeOf(path string) (int64, error) {
 const maxControl = 64 << 10
 
 // handler is the DirectControl API of package spec.
-func (a *attachment) handler(r *pod.Running) http.Handler {
+func (a *attachment) handler(r *pod.Running, log *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, call func(ctx context.Context, body *json.Decoder) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, req *http.Request) {
@@ -177,6 +177,11 @@ func (a *attachment) handler(r *pod.Running) http.Handler {
 			out, err := call(ctx, body)
 			if err != nil && ctx.Err() != nil {
 				err = context.Cause(ctx)
+			}
+			if log := log.With("volume", a.ID, "call", req.URL.Path); err != nil {
+				log.Debug("volume is not controlled", "error", err)
+			} else {
+				log.Debug("volume is controlled")
 			}
 			answerControl(w, out, err)
 		})

@@ -85,9 +85,7 @@ func (s *storehouse) underAWriter() {
 	control := s.node.Path(filepath.Join(spec.DirectDir, spec.DirectSocket(target)))
 
 	s.CLI(t, "volume", "snapshot", "create", "guest", "running")
-	if text := s.pluginLog(); strings.Contains(text, "does not hold still") {
-		t.Errorf("the guest did not freeze:\n%s", text)
-	}
+	s.frozen(1)
 	before := s.stats(control)
 	if before.Total < 800<<20 || before.Total > 1<<30 || before.Used == 0 {
 		t.Errorf("the guest says %+v", before)
@@ -107,9 +105,7 @@ func (s *storehouse) underAWriter() {
 	}
 	s.CLI(t, "volume", "snapshot", "create", "guest", "again")
 	s.CLI(t, "volume", "snapshot", "delete", "cradle", "guest@again")
-	if text := s.pluginLog(); strings.Contains(text, "does not hold still") {
-		t.Errorf("the guest did not freeze:\n%s", text)
-	}
+	s.frozen(2)
 	s.Stop(t, job)
 	s.released("guest")
 	if _, err := os.Stat(control); !os.IsNotExist(err) {
@@ -153,14 +149,31 @@ func (s *storehouse) stats(control string) spec.VolumeStats {
 	return v
 }
 
-// pluginLog is what the CSI plugin has said.
-func (s *storehouse) pluginLog() string {
+// frozen checks that the volume was frozen and thawed in time so many times, by what the driver and the CSI plugin have said.
+func (s *storehouse) frozen(times int) {
 	s.t.Helper()
+	log, err := os.ReadFile(filepath.Join(s.node.Dir, "client.log"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, call := range []string{"/freeze", "/thaw"} {
+		n := 0
+		for line := range strings.Lines(string(log)) {
+			if strings.Contains(line, "volume is controlled") && strings.Contains(line, "volume=guest") && strings.Contains(line, call) {
+				n++
+			}
+		}
+		if n < times {
+			s.t.Errorf("%s was called %d times", call, n)
+		}
+	}
 	all, _, err := s.API.Jobs().Allocations("cradle-csi", false, nil)
 	if err != nil || len(all) == 0 {
 		s.t.Fatal(all, err)
 	}
-	return s.Logs(s.t, all[0].ID, "cradle-csi", "stderr")
+	if text := s.Logs(s.t, all[0].ID, "cradle-csi", "stderr"); strings.Contains(text, "hold still") {
+		s.t.Errorf("the guest did not hold still:\n%s", text)
+	}
 }
 
 func (s *storehouse) kill(name string) {
