@@ -54,7 +54,7 @@ func TestVMDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	refused("the kept disk has 256MiB and 1GiB are asked for", func(cfg *taskConfig) { cfg.Disk = "1GiB" })
+	refused("it has 256MiB and 1GiB are asked for", func(cfg *taskConfig) { cfg.Disk = "1GiB" })
 	refused("is that of pod 0123456789ab, not ffffffffffff", func(cfg *taskConfig) { cfg.ID = strings.Repeat("f", 64) })
 	refused("and this pod has 2", func(cfg *taskConfig) {
 		cfg.Containers = map[string]containerConfig{"side": {Image: cfg.Image, Command: "sleep", Args: []string{"9"}}}

@@ -62,7 +62,7 @@ func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o s
 // transient says whether trying again may help without anybody doing something: it is on Nomad's restart policy then.
 func transient(err error) bool {
 	var invalid *spec.Error
-	return !errors.As(err, &invalid) && !errors.Is(err, image.ErrPlatform) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)
+	return !errors.As(err, &invalid) && !errors.Is(err, image.ErrPlatform) && !errors.Is(err, pod.ErrUnfit) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)
 }
 
 // A progress tells Nomad's users how a pull goes that takes a while: that it began, how far it is now and then, that it is done.

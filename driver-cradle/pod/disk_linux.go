@@ -45,6 +45,9 @@ type DiskContainer struct {
 
 const diskFile = "disk.json"
 
+// ErrUnfit is part of the error where a pod can't go on with what is on a disk.
+var ErrUnfit = errors.New("the kept disk does not fit")
+
 // OpenDisk opens the disk in the directory path. It fails with fs.ErrNotExist where there is none.
 func OpenDisk(path string) (*Disk, error) {
 	data, err := hostfile.Read(filepath.Join(path, diskFile), spec.MaxDocument)
@@ -113,19 +116,19 @@ func containersOf(l *spec.Launch) (all []DiskContainer) {
 // fits says why a launch can't go on with what is on the disk.
 func (d *Disk) fits(l *spec.Launch) error {
 	if l.Scratch.Size != d.Size {
-		return fmt.Errorf("the kept disk has %v and %v are asked for: ask for no size, or remove the disk", d.Size, l.Scratch.Size)
+		return fmt.Errorf("%w: it has %v and %v are asked for: ask for no size, or remove the disk", ErrUnfit, d.Size, l.Scratch.Size)
 	}
 	want := containersOf(l)
 	if len(want) != len(d.Containers) {
-		return fmt.Errorf("the kept disk is that of %d containers (%s), and this pod has %d: use another disk, or remove it", len(d.Containers), d.names(), len(want))
+		return fmt.Errorf("%w: it is that of %d containers (%s), and this pod has %d: use another disk, or remove it", ErrUnfit, len(d.Containers), d.names(), len(want))
 	}
 	for i, has := range d.Containers {
 		switch {
 		case has.ID != want[i].ID:
-			return fmt.Errorf("the kept disk has no container %s, but %s: use another disk, or remove it", want[i].Name, d.names())
+			return fmt.Errorf("%w: it has no container %s, but %s: use another disk, or remove it", ErrUnfit, want[i].Name, d.names())
 		case !slices.Equal(has.Layers, want[i].Layers):
-			return fmt.Errorf("what container %s has on the kept disk was written over image %s, and can't be read over %s: use the same image, or another disk, or remove it",
-				want[i].Name, describe(has.Image), describe(want[i].Image))
+			return fmt.Errorf("%w: what container %s has on it was written over image %s, and can't be read over %s: use the same image, or another disk, or remove it",
+				ErrUnfit, want[i].Name, describe(has.Image), describe(want[i].Image))
 		}
 	}
 	return nil

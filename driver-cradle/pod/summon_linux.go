@@ -55,7 +55,7 @@ func Summon(ctx context.Context, path string, p *spec.Pod, o SummonOptions) (*Di
 		case err != nil:
 			return nil, err
 		case id != "" && id != disk.ID:
-			return nil, fmt.Errorf("the kept disk is that of pod %.12s, not %.12s: use another disk, or remove it", disk.ID, id)
+			return nil, fmt.Errorf("%w: it is that of pod %.12s, not %.12s: use another disk, or remove it", ErrUnfit, disk.ID, id)
 		default:
 			id = disk.ID
 		}
