@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -202,7 +203,8 @@ func TestSummonRefuses(t *testing.T) {
 func TestClaim(t *testing.T) {
 	base := t.TempDir()
 	dir := filepath.Join(base, "new")
-	if made, err := claim(dir); !made || err != nil {
+	claimed, made, err := claim(dir)
+	if !made || err != nil {
 		t.Fatalf("new: %v, %v", made, err)
 	}
 	if fi, err := os.Stat(dir); err != nil || fi.Mode().Perm() != 0o700 {
@@ -214,9 +216,17 @@ func TestClaim(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if made, err := claim(dir); made || err != nil {
+	if _, _, err := claim(dir); err == nil || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("claimed by somebody else: %v", err)
+	}
+	if entries, _ := os.ReadDir(dir); len(entries) != 2 {
+		t.Errorf("of what somebody else is making there is left: %v", entries)
+	}
+	claimed.Close()
+	if claimed, made, err = claim(dir); made || err != nil {
 		t.Fatalf("half made: %v, %v", made, err)
 	}
+	claimed.Close()
 	if entries, _ := os.ReadDir(dir); len(entries) != 0 {
 		t.Errorf("left: %v", entries)
 	}
@@ -224,7 +234,7 @@ func TestClaim(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, f), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := claim(dir); err == nil || !strings.Contains(err.Error(), dir) {
+		if _, _, err := claim(dir); err == nil || !strings.Contains(err.Error(), dir) {
 			t.Errorf("directory with %s: %v", f, err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, f)); err != nil {
@@ -232,8 +242,48 @@ func TestClaim(t *testing.T) {
 		}
 		os.Remove(filepath.Join(dir, f))
 	}
-	if _, err := claim(filepath.Join(base, "a", "b")); err == nil {
+	if _, _, err := claim(filepath.Join(base, "a", "b")); err == nil {
 		t.Error("a directory whose parent is missing is made")
+	}
+}
+
+// Of those who make a pod in one directory at once, one does, and the others leave it alone, whether it succeeds or not.
+func TestClaimAtOnce(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "p")
+	var wg sync.WaitGroup
+	var made atomic.Int32
+	for i := range 8 {
+		wg.Go(func() {
+			for {
+				claimed, fresh, err := claim(dir)
+				if err != nil {
+					if !strings.Contains(err.Error(), "another process") && !strings.Contains(err.Error(), "a pod already") {
+						t.Error(err)
+					}
+					if made.Load() > 0 {
+						return
+					}
+					time.Sleep(time.Millisecond)
+					continue
+				}
+				err = os.Mkdir(filepath.Join(dir, layersDir), 0o700)
+				if err == nil && i%4 == 0 {
+					err = os.WriteFile(filepath.Join(dir, LaunchFile), nil, 0o600)
+					made.Add(1)
+				} else if err == nil {
+					err = clear(dir, fresh)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				claimed.Close()
+			}
+		})
+	}
+	wg.Wait()
+	entries, err := os.ReadDir(dir)
+	if made.Load() != 1 || len(entries) != 2 || err != nil {
+		t.Errorf("made %d times, there are %v, %v", made.Load(), entries, err)
 	}
 }
 

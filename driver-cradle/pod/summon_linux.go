@@ -74,10 +74,11 @@ func Summon(ctx context.Context, path string, p *spec.Pod, o SummonOptions) (*Di
 			return nil, err
 		}
 	}
-	made, err := claim(path)
+	dir, made, err := claim(path)
 	if err != nil {
 		return nil, err
 	}
+	defer dir.Close()
 	if err := fill(ctx, path, launch, images, o); err != nil {
 		return nil, errors.Join(fmt.Errorf("summon %s: %w", path, err), clear(path, made))
 	}
@@ -106,22 +107,49 @@ func pull(ctx context.Context, p *spec.Pod, o SummonOptions) (map[string]*image.
 	return images, g.Wait()
 }
 
-// claim makes sure that path is a directory for nothing but this pod; made says that it was made.
-func claim(path string) (made bool, err error) {
+// claim makes sure that path is a directory for nothing but this pod, and that no other Summon is at work there as long as the file, which is the
+// directory, is open; made says that it was made.
+func claim(path string) (dir *os.File, made bool, err error) {
 	if err := vacant(path); err != nil {
-		return false, err
+		return nil, false, err
 	}
 	err = os.Mkdir(path, 0o700)
-	if err == nil {
-		return true, nil
+	if made = err == nil; !made && !errors.Is(err, fs.ErrExist) {
+		return nil, false, err
 	}
-	if !errors.Is(err, fs.ErrExist) {
-		return false, err
+	busy := fmt.Errorf("%s: another process is just making a pod there: name another directory", path)
+	if dir, err = os.Open(path); errors.Is(err, fs.ErrNotExist) {
+		return nil, false, busy
+	} else if err != nil {
+		return nil, false, err
+	}
+	defer func() {
+		if err != nil {
+			dir.Close()
+		}
+	}()
+	switch err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return nil, false, busy
+	case err != nil && !errors.Is(err, unix.EBADF) && !errors.Is(err, unix.ENOLCK) && !errors.Is(err, unix.EOPNOTSUPP): // NFS has no such locks
+		return nil, false, fmt.Errorf("lock %s: %w", path, err)
+	}
+	// Who had it before may have finished, or removed it.
+	if have, err := dir.Stat(); err != nil {
+		return nil, false, err
+	} else if now, err := os.Stat(path); err != nil || !os.SameFile(have, now) {
+		return nil, false, busy
+	}
+	if err := vacant(path); err != nil {
+		return nil, false, err
+	}
+	if made {
+		return dir, true, nil
 	}
 	if err := clear(path, false); err != nil {
-		return false, err
+		return nil, false, err
 	}
-	return false, os.Chmod(path, 0o700)
+	return dir, false, os.Chmod(path, 0o700)
 }
 
 // vacant says why a pod can't be made at path: something is there that no Summon has left half made.
