@@ -91,7 +91,7 @@ func killedAtEveryStep(t *testing.T, rounds int) {
 			<-ended
 			// What goes on does so for somebody: it can be stopped, or run again where it does not go on, and killed.
 			next := [][]string{{"kill"}, {"stop", "-t", "0"}, {"run", "-d"}}[rand.IntN(3)]
-			if _, stderr, code := w.run(t, k(append(next, dir)...)...); code != 0 && !strings.Contains(stderr, "pod is not running") && (next[0] != "run" || !strings.Contains(stderr, "attended by process")) {
+			if _, stderr, code := w.run(t, k(append(next, dir)...)...); code != 0 && !strings.Contains(stderr, "pod is not running") && (next[0] != "run" || !strings.Contains(stderr, "is running")) {
 				t.Errorf("%s, killed after %v: %v: %s", s.name, moment, next, stderr)
 			}
 			if _, stderr, code := w.run(t, k("kill", dir)...); code != 0 && !strings.Contains(stderr, "pod is not running") {
