@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"text/tabwriter"
 	"time"
@@ -252,11 +251,7 @@ func (c *cli) examine(ctx context.Context) []finding {
 		}
 		all = append(all, f)
 	}
-	var err error
-	if os.Geteuid() != 0 {
-		err = errors.New("not root")
-	}
-	add("user", "root", err, "run kcradle as root: it makes namespaces, taps and disks")
+	add("user", "root", vmm.NeedRoot(), "")
 
 	cache, err := c.cacheDir()
 	detail := cache

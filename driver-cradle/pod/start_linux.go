@@ -90,6 +90,9 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	if err != nil {
 		return nil, err // tells file, line and column
 	}
+	if err := vmm.NeedRoot(); err != nil {
+		return nil, fmt.Errorf("start pod: %w", err)
+	}
 	if err := d.tidy(); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
 	}

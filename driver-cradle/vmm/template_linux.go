@@ -283,6 +283,9 @@ func (t *Templates) Build(ctx context.Context, c Config) (TemplateInfo, error) {
 	if err := c.check(); err != nil {
 		return TemplateInfo{}, err
 	}
+	if err := NeedRoot(); err != nil {
+		return TemplateInfo{}, fmt.Errorf("build template: %w", err)
+	}
 	q, err := findQEMU(ctx, c.CacheDir)
 	if err != nil {
 		return TemplateInfo{}, err

@@ -219,11 +219,22 @@ const (
 	restoreHelloTimeout = 20 * time.Second
 )
 
+// NeedRoot fails where this process can't start machines.
+func NeedRoot() error {
+	if os.Geteuid() != 0 {
+		return errors.New("not root, who alone may make a machine's namespaces, taps and disks: try again with sudo")
+	}
+	return nil
+}
+
 // Start starts a machine and returns when its agent has answered hello. Where the configuration leaves it open, a machine that does
 // not come up from its template is booted cold, and one that does not come up with KVM is started once with TCG; Info says why.
 func Start(ctx context.Context, c Config) (*Machine, error) {
 	if err := c.check(); err != nil {
 		return nil, err
+	}
+	if err := NeedRoot(); err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
 	}
 	q, err := findQEMU(ctx, c.CacheDir)
 	if err != nil {

@@ -37,6 +37,28 @@ func testConfig() Config {
 	}
 }
 
+// Who is not root is told that, and not of the first thing that fails.
+func TestStartNeedsRoot(t *testing.T) {
+	c := testConfig()
+	c.CacheDir = "/nonexistent"
+	failed := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine, and its user with that
+		if os.Geteuid() == 0 {
+			// Directly: package unix would have all threads do it.
+			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), 65534, ^uintptr(0)); errno != 0 {
+				failed <- errno
+				return
+			}
+		}
+		_, err := Start(t.Context(), c)
+		failed <- err
+	}()
+	if err := <-failed; err == nil || !strings.Contains(err.Error(), "not root") {
+		t.Errorf("Start: %v", err)
+	}
+}
+
 func TestArguments(t *testing.T) {
 	for name, change := range map[string]func(*hardware){
 		"cold": func(h *hardware) {
