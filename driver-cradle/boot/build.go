@@ -82,10 +82,11 @@ func microvm(acpi string) Machine {
 
 // kernelArgs are the same on every host. loglevel=0 would silence a panic, too. panic=-1 with reboot=t ends QEMU under -no-reboot; without no_timer_check and
 // tsc=reliable (and tsc_early_khz, which the host adds) a guest on a busy host can hang for ever while it calibrates its timers. GODEBUG is for
-// the agent: its goroutines give way often enough by themselves, and a signal costs an emulated machine a millisecond the first time.
+// the agent: its goroutines give way often enough by themselves, and a signal costs an emulated machine a millisecond the first time. A container sees
+// the interfaces that docker would give it, and no dummy0.
 var kernelArgs = []string{
 	"console=ttyS0", "quiet", "loglevel=1", "reboot=t", "panic=-1",
-	"tsc=reliable", "no_timer_check", "cryptomgr.notests", "random.trust_cpu=on", "GODEBUG=asyncpreemptoff=1",
+	"tsc=reliable", "no_timer_check", "cryptomgr.notests", "random.trust_cpu=on", "dummy.numdummies=0", "GODEBUG=asyncpreemptoff=1",
 }
 
 func build(ctx context.Context, o BuildOptions, m Manifest, modules []moduleFile, dir string) error {

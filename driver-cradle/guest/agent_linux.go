@@ -159,7 +159,11 @@ func loadModules() error {
 		if err != nil {
 			return err
 		}
-		err = unix.FinitModule(int(f.Fd()), "", 0)
+		parameters := ""
+		if strings.HasSuffix(path, "-dummy.ko") {
+			parameters = "numdummies=0" // the command line's are for what is built in
+		}
+		err = unix.FinitModule(int(f.Fd()), parameters, 0)
 		f.Close()
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			return &os.PathError{Op: "load module", Path: path, Err: err}

@@ -750,10 +750,13 @@ func absolute(path string) (string, error) {
 	return filepath.Abs(path)
 }
 
-// makeDirectory makes what -v names and is missing, as docker does.
+// makeDirectory makes what -v names and is missing, as docker does. What is missing in /dev was meant to be a disk.
 func makeDirectory(path string) error {
 	if _, err := os.Stat(path); err == nil {
 		return nil
+	}
+	if strings.HasPrefix(path, "/dev/") {
+		return fmt.Errorf("there is no device %s: see lsblk", path)
 	}
 	return os.MkdirAll(path, 0o755)
 }

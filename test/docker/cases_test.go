@@ -154,6 +154,7 @@ var cases = []testCase{
 	{name: "files/masked parts of proc", cmd: sh("for f in kcore keys timer_list sched_debug; do head -c 1 /proc/$f 2>/dev/null | wc -c; done; ls -d /proc/acpi/* /sys/firmware/* 2>/dev/null | wc -l; for f in sys bus fs irq; do awk -v p=/proc/$f '$2 == p {print p, substr($4, 1, 2)}' /proc/mounts; done")},
 	{name: "files/proc and sys are read-only", cmd: sh("echo 1 >/proc/sys/kernel/panic; { echo h >/proc/sysrq-trigger; } 2>/dev/null || echo refused; mkdir /sys/x; echo 1 >/proc/self/oom_score_adj && cat /proc/self/oom_score_adj")},
 	{name: "files/mounts", cmd: sh("awk '{print $2, $3}' /proc/mounts | sed 's/overlay$/rootfs/; s/ [a-z0-9]*$/ &/' | grep -E '^/(proc|sys|dev|dev/pts|dev/mqueue|dev/shm) ' | sort; awk '$2 ~ \"^/(dev|dev/pts|dev/mqueue|sys)$\" {print $2, substr($4,1,2), ($4 ~ /nosuid/), ($4 ~ /noexec/), ($4 ~ /nodev/)}' /proc/mounts | sort")},
+	{name: "files/no interfaces but lo and eth0", cmd: sh("ls /sys/class/net | grep -vxE 'lo|eth0' || echo none")},
 	{name: "files/own processes only", cmd: sh("echo /proc/[0-9]*; cat /proc/1/comm")},
 	{name: "files/umask", cmd: sh("umask; touch /tmp/f; stat -c %a /tmp/f")},
 	{name: "files/open descriptors", cmd: []string{"ls", "/proc/self/fd"}},
