@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -165,21 +166,54 @@ func hold(dir string, size int64, digest string, fill func() (*os.File, func() e
 		return m, nil
 	}
 	m := &memory{file: adopt(dir, size), id: id, refs: 1, filled: make(chan struct{})}
-	finish := func() error { return nil }
+	finish, unlock := func() error { return nil }, func() {}
+	if m.file == nil {
+		m.file, unlock = claim(dir, size)
+	}
 	if m.file == nil {
 		var err error
 		if m.file, finish, err = fill(); err != nil {
+			unlock()
 			return nil, err
 		}
 	}
 	held.memories[id] = m
 	go func() {
 		defer close(m.filled)
+		defer unlock()
 		if m.err = finish(); m.err == nil {
 			m.err = m.announce(dir)
 		}
 	}()
 	return m, nil
+}
+
+// fillTimeout is how long a process waits for another one to fill the memory that both need.
+const fillTimeout = 5 * time.Second
+
+// claim gives the memory that another process has just filled, or none and the right to fill it: of many that start at once, one fills it and the others use the
+// same. Where that one takes too long, there is neither, and whoever has waited fills one of its own.
+func claim(dir string, size int64) (file *os.File, unlock func()) {
+	nobody := func() {}
+	f, err := os.OpenFile(filepath.Join(dir, "filling"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, nobody // this only saves memory
+	}
+	for begin := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		// What was announced until the lock was had is seen now.
+		if file := adopt(dir, size); file != nil {
+			f.Close()
+			return file, nobody
+		}
+		if err == nil {
+			return nil, func() { f.Close() }
+		}
+		if time.Since(begin) > fillTimeout {
+			f.Close()
+			return nil, nobody
+		}
+	}
 }
 
 // wait returns when the memory is complete.

@@ -163,32 +163,57 @@ func TestVMTemplateIsTheSameAfterHostilePods(t *testing.T) { hostilePods(t, 3, 4
 func TestVMTemplateMemoryIsShared(t *testing.T) {
 	c := fromTemplate(t)
 	m := start(t, again(t, c))
-	inode := func(pid int) uint64 {
-		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
-		for _, path := range fds {
-			if target, _ := os.Readlink(path); strings.HasPrefix(target, "/memfd:cradle-template-") {
-				var st unix.Stat_t
-				if err := unix.Stat(path, &st); err != nil {
-					t.Fatal(err)
-				}
-				return st.Ino
-			}
-		}
-		return 0
-	}
 	other := startLauncher(t, again(t, c))
 	defer other.Wait()
 	defer other.Process.Kill()
 	pid, _ := other.ready(t)
-	want := inode(m.Info().PID)
-	if got := inode(pid); got != want || got == 0 {
+	want := mappedTemplate(t, m.Info().PID)
+	if got := mappedTemplate(t, pid); got != want || got == 0 {
 		t.Errorf("another launcher's machine maps memory %d, this one's %d", got, want)
 	}
 	if err := errors.Join(m.Kill(), m.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if next := start(t, again(t, c)); inode(next.Info().PID) != want {
+	if next := start(t, again(t, c)); mappedTemplate(t, next.Info().PID) != want {
 		t.Error("memory was filled again although another process held it")
+	}
+}
+
+// mappedTemplate is the inode of the memory that a QEMU has open, 0 if it has none.
+func mappedTemplate(t *testing.T, pid int) uint64 {
+	t.Helper()
+	fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	for _, path := range fds {
+		if target, _ := os.Readlink(path); strings.HasPrefix(target, "/memfd:cradle-template-") {
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				t.Fatal(err)
+			}
+			return st.Ino
+		}
+	}
+	return 0
+}
+
+// Of many processes that start machines at once one fills the memory, and the others use the same.
+func TestVMTemplateMemoryIsFilledOnce(t *testing.T) {
+	c := fromTemplate(t)
+	if _, err := OpenTemplates(c.CacheDir, c.Log).Build(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	launchers := make([]*launcher, 4)
+	for i := range launchers {
+		launchers[i] = startLauncher(t, again(t, c))
+		defer launchers[i].Wait()
+		defer launchers[i].Process.Kill()
+	}
+	memories := map[uint64]bool{}
+	for _, l := range launchers {
+		pid, _ := l.ready(t)
+		memories[mappedTemplate(t, pid)] = true
+	}
+	if len(memories) != 1 || memories[0] {
+		t.Errorf("%d launchers' machines have memories %v", len(launchers), memories)
 	}
 }
 
