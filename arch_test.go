@@ -64,22 +64,23 @@ var mayImport = map[string][]string{
 	"internal/nomadjob":   {"spec"},
 
 	"internal/agents":    {},
-	"internal/nomadtest": {"internal/agents", "test/programs"},
+	"internal/cgroup":    {},
+	"internal/nomadtest": {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/nfstest":   {},
-	"internal/stack":     {"internal/agents", "test/programs"},
+	"internal/stack":     {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/tunnel":    {"spec"},
 
 	"docs":            {},
 	"examples/images": {},
 	"examples/stack":  {"internal/stack"},
-	"test":            {"spec", "driver-cradle/wire", "internal/nomadtest", "internal/nfstest", "internal/stack"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/nomadtest", "internal/nfstest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
 var testsMayImport = map[string][]string{
 	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/nfstest"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
-	"driver-cradle/driver":        {"internal/nomadtest", "internal/nomadjob", "test/programs"},
+	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/nomadtest", "internal/nomadjob", "test/programs"},
 	"internal/tunnel":             {"internal/nomadtest", "test/programs"},
 	"dockerapi/server":            {"test/dockerd"},
 	"bali":                        {"internal/nomadtest"},

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/cgroup"
 )
 
 // cgroups is where hosts mount them: one hierarchy (v2), or one per controller (v1) and usually v2 beside.
@@ -170,43 +172,16 @@ func cgroupProcesses(dir string) (pids []int) {
 	return pids
 }
 
-// removeCgroup removes a cgroup with all below in every hierarchy. The kernel lets go of one a moment after its last process has died.
+// removeCgroup removes a cgroup with all below in every hierarchy.
 func removeCgroup(name string) error {
 	all, err := hierarchies()
 	if err != nil {
 		return err
 	}
 	for _, h := range all {
-		for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-			err := removeTree(filepath.Join(h.path, name))
-			if err == nil {
-				break
-			}
-			if !errors.Is(err, unix.EBUSY) || time.Since(begin) > time.Minute {
-				return err
-			}
+		if err := cgroup.RemoveTree(filepath.Join(h.path, name)); err != nil {
+			return err
 		}
-	}
-	return nil
-}
-
-func removeTree(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
-		return &fs.PathError{Op: "rmdir", Path: dir, Err: err}
 	}
 	return nil
 }

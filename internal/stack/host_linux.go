@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/agents"
+	"github.com/cradlestack/cradlestack/internal/cgroup"
 )
 
 const forwarding = "/proc/sys/net/ipv4/ip_forward"
@@ -165,7 +166,7 @@ func (s *Stack) sweep() error {
 		return err
 	}
 	forgetAddresses(ids)
-	return errors.Join(s.killAll(ids), s.unmountAll(), s.removeNetwork(), removeShared(), removeTree(s.cgroup()))
+	return errors.Join(s.killAll(ids), s.unmountAll(), s.removeNetwork(), removeShared(), cgroup.RemoveTree(s.cgroup()))
 }
 
 // killAll ends what is left of the stack's processes: those in its cgroup, and those that Nomad has put into one of a task.
@@ -191,7 +192,7 @@ func (s *Stack) killAll(ids []string) error {
 			}
 		}
 		if dir != s.cgroup() {
-			if err := removeTree(dir); err != nil {
+			if err := cgroup.RemoveTree(dir); err != nil {
 				return err
 			}
 		}
@@ -358,31 +359,4 @@ func removeShared() error {
 		_ = unix.Unmount(netnsDir, 0) // it need not be one
 	}
 	return nil
-}
-
-// removeTree removes a cgroup with all below. The kernel lets go of one a moment after its last process has died.
-func removeTree(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		err := unix.Rmdir(dir)
-		if err == nil || errors.Is(err, unix.ENOENT) {
-			return nil
-		}
-		if !errors.Is(err, unix.EBUSY) || time.Since(begin) > endLimit {
-			return &fs.PathError{Op: "rmdir", Path: dir, Err: err}
-		}
-	}
 }

@@ -7,11 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -19,6 +17,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/cgroup"
 )
 
 // startTimeout bounds the wait for dockerd's first answer.
@@ -130,35 +130,8 @@ func removeCgroups(name string) error {
 			return err
 		}
 		for _, top := range tops {
-			errs = append(errs, removeTree(top))
+			errs = append(errs, cgroup.RemoveTree(top))
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// removeTree removes cgroups from the leaves up. The kernel reaps killed processes a moment after their namespace has ended: EBUSY until then.
-func removeTree(top string) error {
-	var dirs []string
-	err := filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
-		if err == nil && entry.IsDir() {
-			dirs = append(dirs, path)
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	for i := len(dirs) - 1; i >= 0; i-- {
-		for try := 0; ; try++ {
-			err := unix.Rmdir(dirs[i])
-			if err == nil || errors.Is(err, unix.ENOENT) {
-				break
-			}
-			if try == 100 || !errors.Is(err, unix.EBUSY) {
-				return fmt.Errorf("remove cgroup %s: %w", strings.TrimPrefix(dirs[i], "/sys/fs/cgroup/"), err)
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
-	}
-	return nil
 }
