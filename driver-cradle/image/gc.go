@@ -147,9 +147,13 @@ func (s *Store) collect(ctx context.Context, o GCOptions, report *GCReport) erro
 		}
 	}
 
+	now := time.Now()
 	slices.Reverse(recs) // the least recently used first
 	for _, r := range recs {
-		old := o.MaxAge > 0 && time.Since(r.used) > o.MaxAge
+		if held[r.ID] && !o.DryRun {
+			_ = os.Chtimes(r.path, now, now) // its pod uses it: what is counted begins with the pod's end
+		}
+		old := o.MaxAge > 0 && now.Sub(r.used) > o.MaxAge
 		large := o.MaxSize > 0 && total > o.MaxSize
 		if held[r.ID] || !old && !large {
 			continue

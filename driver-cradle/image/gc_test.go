@@ -145,6 +145,23 @@ func TestHold(t *testing.T) {
 	assertEmpty(t, s)
 }
 
+// An image is in use as long as a pod has it: its age counts from the pod's end.
+func TestGCCountsFromTheEndOfUse(t *testing.T) {
+	s, one, _ := twoImages(t)
+	release, err := s.Hold(one, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	age(t, s, one, 48*time.Hour)
+	gc(t, s, GCOptions{MaxAge: 24 * time.Hour})
+	if err := release(); err != nil {
+		t.Fatal(err)
+	}
+	if r := gc(t, s, GCOptions{MaxAge: 24 * time.Hour}); len(r.Images) != 0 {
+		t.Errorf("GC removed what was in use a moment ago: %+v", r)
+	}
+}
+
 func TestHoldEndsWithItsDirectory(t *testing.T) {
 	s, one, _ := twoImages(t)
 	pod := filepath.Join(t.TempDir(), "pod")

@@ -37,8 +37,9 @@ func (s registrySource) resolve(ctx context.Context, platform string) (*resolved
 		return nil, err
 	}
 	var firstErr error
-	for _, ref := range endpoints {
-		r, err := s.resolveAt(ctx, ref, platform)
+	for _, e := range endpoints {
+		ref := e.ref
+		r, err := s.resolveAt(ctx, e, platform)
 		if err == nil {
 			return r, nil
 		}
@@ -54,20 +55,37 @@ func (s registrySource) resolve(ctx context.Context, platform string) (*resolved
 	return nil, firstErr
 }
 
+// An endpoint is where an image may be had.
+type endpoint struct {
+	ref      name.Reference
+	insecure bool // without TLS, or with whatever certificate
+}
+
+// insecure says whether a registry may be asked without TLS: this host's own, and those that the user has named.
+func (s registrySource) insecure(registry string) bool {
+	host := registry
+	if h, _, err := net.SplitHostPort(registry); err == nil {
+		host = h
+	}
+	ip := net.ParseIP(strings.Trim(host, "[]"))
+	return host == "localhost" || ip != nil && ip.IsLoopback() || slices.Contains(s.opts.Insecure, registry)
+}
+
 // endpoints are the mirrors' names for the image, then its own.
-func (s registrySource) endpoints() ([]name.Reference, error) {
+func (s registrySource) endpoints() ([]endpoint, error) {
 	host := s.ref.Context().RegistryStr()
 	mirrors := s.opts.Mirrors[host]
 	if host == name.DefaultRegistry {
 		mirrors = append(slices.Clip(mirrors), s.opts.Mirrors["docker.io"]...)
 	}
-	var refs []name.Reference
+	var all []endpoint
 	for _, m := range mirrors {
 		opts := []name.Option{name.WeakValidation}
 		rest, plain := strings.CutPrefix(m, "http://")
 		rest = strings.TrimSuffix(strings.TrimPrefix(rest, "https://"), "/")
 		mirrorHost, _, _ := strings.Cut(rest, "/")
-		if plain || slices.Contains(s.opts.Insecure, mirrorHost) {
+		insecure := plain || s.insecure(mirrorHost)
+		if insecure {
 			opts = append(opts, name.Insecure)
 		}
 		repo, err := name.NewRepository(rest+"/"+s.ref.Context().RepositoryStr(), opts...)
@@ -75,17 +93,16 @@ func (s registrySource) endpoints() ([]name.Reference, error) {
 			return nil, fmt.Errorf("mirror %q of %s: %w", m, host, err)
 		}
 		if d, ok := s.ref.(name.Digest); ok {
-			refs = append(refs, repo.Digest(d.DigestStr()))
+			all = append(all, endpoint{repo.Digest(d.DigestStr()), insecure})
 		} else {
-			refs = append(refs, repo.Tag(s.ref.Identifier()))
+			all = append(all, endpoint{repo.Tag(s.ref.Identifier()), insecure})
 		}
 	}
-	return append(refs, s.ref), nil
+	return append(all, endpoint{s.ref, s.insecure(host)}), nil
 }
 
-func (s registrySource) resolveAt(ctx context.Context, ref name.Reference, platform string) (*resolved, error) {
-	insecure := ref.Context().Scheme() == "http" || slices.Contains(s.opts.Insecure, ref.Context().RegistryStr())
-	transport := newTransport(insecure)
+func (s registrySource) resolveAt(ctx context.Context, e endpoint, platform string) (*resolved, error) {
+	ref, transport := e.ref, newTransport(e.insecure)
 	s.session.closers = append(s.session.closers, transport)
 	puller, err := remote.NewPuller(
 		remote.WithAuthFromKeychain(s.opts.Keychain),
@@ -175,10 +192,15 @@ func newTransport(insecure bool) *idleTransport {
 	if insecure {
 		t.TLSClientConfig = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // what the user asked for by name
 	}
-	return &idleTransport{t}
+	return &idleTransport{t, insecure}
 }
 
-type idleTransport struct{ inner *http.Transport }
+type idleTransport struct {
+	inner *http.Transport
+	plain bool // without TLS is allowed: go-containerregistry tries that with every private address
+}
+
+var errPlain = errors.New("not asked without TLS")
 
 // Close ends the connections that are kept for another request.
 func (t *idleTransport) Close() error {
@@ -187,6 +209,9 @@ func (t *idleTransport) Close() error {
 }
 
 func (t *idleTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Scheme != "https" && !t.plain {
+		return nil, errPlain
+	}
 	ctx, cancel := context.WithCancelCause(req.Context())
 	timer := time.AfterFunc(idleTimeout, func() { cancel(errStalled) })
 	resp, err := t.inner.RoundTrip(req.WithContext(ctx))
@@ -252,6 +277,10 @@ func explain(ref name.Reference, err error) error {
 		return err
 	case strings.Contains(err.Error(), "does not match requested digest"): // the client has no error type for it
 		return fmt.Errorf("%w: %s sends another manifest than the one asked for", ErrCorrupt, host)
+	case strings.Contains(err.Error(), "tls: failed to verify certificate: "): // of several tries, one
+		_, why, _ := strings.Cut(err.Error(), "tls: failed to verify certificate: ")
+		why, _, _ = strings.Cut(why, "; ")
+		return fmt.Errorf("%w: the certificate of %s is not good: %s: have this host trust it, or name the registry as insecure", ErrUnreachable, host, why)
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return fmt.Errorf("%w: %s has no TLS: name it as an insecure registry", ErrUnreachable, host)
 	case errors.As(err, &ne):
