@@ -53,7 +53,7 @@ var configKeys = []key{
 		{name: "image_size", kind: text, def: "no bound", doc: "Remove images, the least recently used first, until the rest takes at most so much."},
 		{name: "disk_delay", kind: text, def: "never", doc: "How long a scratch disk that tasks keep (disk_id) stays after it was written to for the last time."},
 		{name: "container", kind: boolean, def: "true", doc: "Remove a task's pod directory when Nomad is done with the task. Without it, it stays in state_dir until the plugin starts anew, for looking at it."},
-		{name: "orphan_delay", kind: text, def: "5m", doc: "How long pods that Nomad has not recovered after a restart go on before they are ended."},
+		{name: "orphan_delay", kind: text, def: "5m", doc: "How long pods that Nomad has not recovered after a restart, or that it does not know, go on before they are ended."},
 	}},
 }
 
@@ -119,9 +119,10 @@ func (c *config) complete() error {
 		c.Auth = &authConfig{}
 	}
 	var errs []error
-	wrong := func(key, format string, args ...any) {
-		errs = append(errs, fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
+	wrongAt := func(path []string, format string, args ...any) {
+		errs = append(errs, &keyError{path, fmt.Sprintf(format, args...)})
 	}
+	wrong := func(key, format string, args ...any) { wrongAt(strings.Split(key, "."), format, args...) }
 	absolute := func(key, path string) {
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path {
 			wrong(key, "%q is no absolute path: write it from /, without .., //, and a slash at its end", path)
@@ -173,11 +174,11 @@ func (c *config) complete() error {
 	}
 	for name, r := range c.Registries {
 		if name == "" || strings.ContainsAny(name, "/ ") {
-			wrong(fmt.Sprintf("registry %q", name), "no registry has that name: write docker.io, host or host:port")
+			wrongAt([]string{"registry", name}, "no registry has that name: write docker.io, host or host:port")
 		}
 		for _, m := range r.Mirrors {
 			if m == "" || strings.ContainsAny(m, " ") {
-				wrong(fmt.Sprintf("registry %q: mirrors", name), "%q is no address: write host[:port][/prefix]", m)
+				wrongAt([]string{"registry", name, "mirrors"}, "%q is no address: write host[:port][/prefix]", m)
 			}
 		}
 	}

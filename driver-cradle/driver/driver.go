@@ -20,8 +20,11 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"regexp"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/nomad/drivers/shared/eventer"
@@ -58,6 +61,10 @@ type Driver struct {
 	config *config // valid once SetConfig has been called
 	state  *state  // nil until the first use of it
 	tasks  map[string]*task
+	client time.Time // since when a client is there; zero: there is none
+
+	sweep    sync.Mutex      // held while what an earlier process has left is removed
+	starting map[string]bool // directories of tasks that are being started, under sweep
 }
 
 var (
@@ -67,7 +74,7 @@ var (
 
 // New makes a plugin.
 func New(log hclog.Logger) any {
-	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}}
+	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}, starting: map[string]bool{}}
 	d.ctx, d.cancel = context.WithCancelCause(context.Background())
 	d.Eventer = eventer.NewEventer(d.ctx, log)
 	return d
@@ -130,7 +137,7 @@ func (d *Driver) SetConfig(c *base.Config) error {
 		}
 	}
 	if err := cfg.complete(); err != nil {
-		return err
+		return withPlaces(err, agentFiles(), filepath.Base(os.Args[0]))
 	}
 	if c.AgentConfig != nil {
 		cfg.cores = coresOf(c.AgentConfig)
@@ -164,6 +171,7 @@ func (d *Driver) open() (*config, *state, error) {
 		d.work.Go(func() { d.clearOrphans(c, s) })
 		d.work.Go(func() { d.collectImages(c, s) })
 		d.work.Go(func() { d.collectDisks(c, s) })
+		d.work.Go(func() { d.endForgotten(c) })
 	}
 	return d.config, d.state, nil
 }
@@ -181,6 +189,7 @@ func (d *Driver) task(id string) (*task, error) {
 
 // hold notes a task that this process attends to from now on.
 func (d *Driver) hold(t *task) {
+	t.waits.last = now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.tasks[t.record.ID] = t

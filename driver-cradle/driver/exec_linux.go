@@ -146,13 +146,13 @@ func (e *execution) target(r *pod.Running) (string, error) {
 
 // exec runs a command to its end. A command that can't be run is a result, with docker's exit code for it.
 func (t *task) exec(ctx context.Context, e execution) (*drivers.ExitResult, error) {
-	r, err := t.live()
+	r, err := t.ready(ctx)
 	if err != nil {
 		return nil, err
 	}
 	container, err := e.target(r)
 	if err != nil {
-		return nil, err
+		return e.refused(err.Error()), nil
 	}
 	// docker's ExecConfig (moby api/swagger.yaml).
 	create := map[string]any{
@@ -164,15 +164,16 @@ func (t *task) exec(ctx context.Context, e execution) (*drivers.ExitResult, erro
 	}
 	var made struct{ ID string }
 	g := r.Guest()
-	if err := g.Call(ctx, http.MethodPost, "/containers/"+container+"/exec", nil, create, &made); err != nil {
+	var refused *pod.GuestError
+	if err := g.Call(ctx, http.MethodPost, "/containers/"+container+"/exec", nil, create, &made); errors.As(err, &refused) {
+		return e.refused(refused.Message), nil
+	} else if err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", container, err)
 	}
 	path := "/exec/" + made.ID
 	s, err := g.Hijack(ctx, path+"/start", nil, map[string]bool{"Tty": e.tty})
-	var refused *pod.GuestError
 	if errors.As(err, &refused) {
-		fmt.Fprintln(e.stderr, refused.Message)
-		return &drivers.ExitResult{ExitCode: execCode(refused.Message)}, nil
+		return e.refused(refused.Message), nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", container, err)
@@ -188,6 +189,12 @@ func (t *task) exec(ctx context.Context, e execution) (*drivers.ExitResult, erro
 		return nil, fmt.Errorf("exec in container %s: the connection ended before the command", container)
 	}
 	return &drivers.ExitResult{ExitCode: *state.ExitCode}, nil
+}
+
+// refused is the result of a command that is not run: why is told on its standard error.
+func (e *execution) refused(why string) *drivers.ExitResult {
+	fmt.Fprintln(e.stderr, why)
+	return &drivers.ExitResult{ExitCode: execCode(why)}
 }
 
 // execCode is docker's exit code for a command that was not executed.

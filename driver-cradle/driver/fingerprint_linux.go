@@ -15,10 +15,21 @@ import (
 // fingerprintPeriod is how often the host is looked at.
 const fingerprintPeriod = 30 * time.Second
 
-// Fingerprint tells, now and then, whether this host can run pods, and what they get here.
+// Fingerprint tells, now and then, whether this host can run pods, and what they get here. A client asks as long as it is there.
 func (d *Driver) Fingerprint(ctx context.Context) (<-chan *drivers.Fingerprint, error) {
 	ch := make(chan *drivers.Fingerprint)
+	begun := now()
+	d.mu.Lock()
+	d.client = begun
+	d.mu.Unlock()
 	d.work.Go(func() {
+		defer func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			if d.client.Equal(begun) { // else another client has come
+				d.client = time.Time{}
+			}
+		}()
 		defer close(ch)
 		timer := time.NewTimer(0)
 		defer timer.Stop()

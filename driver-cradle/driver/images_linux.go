@@ -49,6 +49,9 @@ func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o s
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
+		if errors.Is(err, image.ErrUnauthorized) {
+			err = fmt.Errorf("%w on the client, or name them in the task's auth {} block", err)
+		}
 		err = fmt.Errorf("prepare the pod: %w", err)
 		if transient(err) {
 			err = recoverable(err)
@@ -143,13 +146,18 @@ func (d *Driver) collectImages(c *config, s *state) {
 		case <-d.ctx.Done():
 			return
 		}
-		report, err := s.images.GC(d.ctx, image.GCOptions{MaxAge: max(c.imageDelay, 1), MaxSize: int64(c.imageSize)})
-		if err != nil && d.ctx.Err() == nil {
-			d.log.Error("collect images", "error", err)
-		}
-		if len(report.Images) > 0 {
-			d.log.Info("removed images that no task uses", "images", report.Images, "freed", units.BytesSize(float64(report.Freed)))
-		}
+		d.collect(c, s)
+	}
+}
+
+// collect does so once.
+func (d *Driver) collect(c *config, s *state) {
+	report, err := s.images.GC(d.ctx, image.GCOptions{MaxAge: max(c.imageDelay, 1), MaxSize: int64(c.imageSize)})
+	if err != nil && d.ctx.Err() == nil {
+		d.log.Error("collect images", "error", err)
+	}
+	if len(report.Images) > 0 {
+		d.log.Info("removed images that no task uses", "images", report.Images, "freed", units.BytesSize(float64(report.Freed)))
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -24,18 +25,19 @@ import (
 // process has stored there is there after a kill -9, and storing costs nothing. Output is written in pieces that a pipe takes as a whole or
 // not at all, and its place is stored right after each.
 
-// A place is how far a container's output was delivered: everything before the mark, and so many bytes of the piece behind it.
+// A place is how far a container's output, or that of one of its streams, was delivered: everything before the mark, and so many bytes of the piece behind
+// it.
 type place struct {
 	mark   wire.Mark
 	within int
 }
 
-// The file of places: a magic number, then for each container of the pod two places, and the number of the one that counts.
+// The file of places: a magic number, then for each stream of each container of the pod two places, and the number of the one that counts.
 const (
-	placesMagic = "cradle-output-1\n"
+	placesMagic = "cradle-output-2\n"
 	placesHead  = 64
 	placeSize   = 64
-	placesSize  = placesHead + spec.MaxContainers*placeSize
+	placesSize  = placesHead + 2*spec.MaxContainers*placeSize
 )
 
 // places is the file, mapped.
@@ -68,25 +70,30 @@ func openPlaces(path string) (*places, error) {
 
 func (p *places) close() { unix.Munmap(p.mem) }
 
-func (p *places) of(container int) []byte {
-	return p.mem[placesHead+container*placeSize:][:placeSize]
+// of is the entry of a container's stream, 1 or 2.
+func (p *places) of(container int, stream byte) []byte {
+	return p.mem[placesHead+(2*container+int(stream)-1)*placeSize:][:placeSize]
 }
 
 // current is the number of the place that counts.
 func current(entry []byte) *atomic.Uint32 { return (*atomic.Uint32)(unsafe.Pointer(&entry[0])) }
 
-func (p *places) get(container int) place {
-	e := p.of(container)
+func (p *places) get(container int, stream byte) place {
+	e := p.of(container, stream)
 	slot := e[8+24*(current(e).Load()&1):]
-	return place{
+	at := place{
 		wire.Mark{Segment: binary.NativeEndian.Uint64(slot), Offset: int64(binary.NativeEndian.Uint64(slot[8:]))},
 		int(binary.NativeEndian.Uint64(slot[16:])),
 	}
+	if at.mark.Offset < 0 || at.within < 0 { // a file that was damaged
+		return place{}
+	}
+	return at
 }
 
 // set stores a place beside the one that counts, and then makes it count.
-func (p *places) set(container int, at place) {
-	e := p.of(container)
+func (p *places) set(container int, stream byte, at place) {
+	e := p.of(container, stream)
 	next := current(e).Load()&1 ^ 1
 	slot := e[8+24*next:]
 	binary.NativeEndian.PutUint64(slot, at.mark.Segment)
@@ -161,8 +168,24 @@ func newDelivery(placesPath string, rec *record, warn func(string, ...any)) (_ *
 	return d, nil
 }
 
-// files are the pipes.
-func (d *delivery) files() []*os.File { return []*os.File{d.sinks[0].file, d.sinks[1].file} }
+// outlive has the pod's machine hold the pipes.
+func (d *delivery) outlive(ctx context.Context, m *vmm.Machine) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	for i, name := range []string{"stdout", "stderr"} {
+		err := m.Hold(ctx, name, d.sinks[i].file)
+		if err == nil {
+			continue
+		}
+		select {
+		case <-m.Done():
+			return nil // nothing is to outlive it
+		case <-time.After(time.Second):
+			return fmt.Errorf("output of the task: %w", err)
+		}
+	}
+	return nil
+}
 
 // begin delivers the output of a pod from where the last delivery has come to.
 func (d *delivery) begin(r *pod.Running) {
@@ -198,12 +221,12 @@ var errUnwanted = errors.New("nobody reads the task's output any more")
 // follow delivers one container's output until it has ended for good, over broken connections to the guest.
 func (d *delivery) follow(ctx context.Context, i int, c *spec.Container) {
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
-		before := d.places.get(i)
+		before := [2]place{d.places.get(i, 1), d.places.get(i, 2)}
 		err := d.followOnce(ctx, i, c)
 		if err == nil || ctx.Err() != nil || errors.Is(err, errUnwanted) {
 			return
 		}
-		if d.places.get(i) != before {
+		if before != [2]place{d.places.get(i, 1), d.places.get(i, 2)} {
 			wait = 20 * time.Millisecond
 		}
 		select {
@@ -218,8 +241,8 @@ func (d *delivery) follow(ctx context.Context, i int, c *spec.Container) {
 }
 
 func (d *delivery) followOnce(ctx context.Context, i int, c *spec.Container) error {
-	at := d.places.get(i)
-	out, err := d.running.Guest().Output(ctx, c.Name, at.mark)
+	w := d.writer(ctx, i, c.Name)
+	out, err := d.running.Guest().Output(ctx, c.Name, w.begin())
 	if err != nil {
 		return err
 	}
@@ -229,10 +252,6 @@ func (d *delivery) followOnce(ctx context.Context, i int, c *spec.Container) err
 			_ = s.file.SetWriteDeadline(time.Unix(1, 0))
 		}
 	})()
-	w := writer{d: d, ctx: ctx, container: i, at: at}
-	if i > 0 {
-		w.prefix = []byte(c.Name + ": ")
-	}
 	for {
 		p, err := out.Next()
 		if err == io.EOF {
@@ -254,80 +273,123 @@ type writer struct {
 	ctx       context.Context
 	container int
 	prefix    []byte
-	at        place // everything before it was delivered
-	// begun are the unfinished lines of both streams; while there is one, at does not move.
-	begun [2][]byte
+	last      wire.Mark // behind the piece that came last
+	streams   [2]stream
+}
+
+// A stream is stdout or stderr of a container. The pieces of the task's own are delivered in their order, whatever their stream: its places are the first's.
+type stream struct {
+	at    place  // everything before it was delivered
+	skip  int    // of the first piece that is new
+	begun []byte // the unfinished line behind at
+}
+
+// writer makes a writer that goes on where the last one has come to.
+func (d *delivery) writer(ctx context.Context, container int, name string) *writer {
+	w := &writer{d: d, ctx: ctx, container: container}
+	for i := range w.streams {
+		at := d.places.get(container, byte(i+1))
+		w.streams[i] = stream{at: at, skip: at.within}
+	}
+	if container > 0 {
+		w.prefix = []byte(name + ": ")
+	}
+	w.last = w.begin()
+	return w
+}
+
+// begin is the mark behind which the first piece is that the writer needs.
+func (w *writer) begin() wire.Mark {
+	out, errs := w.streams[0].at.mark, w.streams[1].at.mark
+	if w.prefix != nil && errs.Before(out) {
+		return errs
+	}
+	return out
+}
+
+// move notes that everything before a place was delivered.
+func (w *writer) move(stream byte, at place) {
+	w.streams[stream-1].at = at
+	w.d.places.set(w.container, stream, at)
 }
 
 func (w *writer) piece(p wire.Piece) error {
-	skip := min(w.at.within, len(p.Data))
-	w.at.within = 0
-	var err error
+	before := w.last
+	w.last = p.Next
 	if w.prefix == nil {
-		err = w.raw(p, skip)
-	} else {
-		err = w.lines(p)
+		return w.raw(p, before)
 	}
-	return err
+	return w.lines(p, before)
 }
 
-// raw delivers a piece but its first skip bytes.
-func (w *writer) raw(p wire.Piece, skip int) error {
-	for skip < len(p.Data) {
-		chunk := p.Data[skip:min(skip+pipeBuf, len(p.Data))]
+// raw delivers a piece, in pieces that a pipe takes as a whole.
+func (w *writer) raw(p wire.Piece, before wire.Mark) error {
+	done := min(w.streams[0].skip, len(p.Data))
+	w.streams[0].skip = 0
+	for done < len(p.Data) {
+		chunk := p.Data[done:min(done+pipeBuf, len(p.Data))]
 		if err := w.write(p.Stream, chunk); err != nil {
 			return err
 		}
-		if skip += len(chunk); skip < len(p.Data) {
-			w.d.places.set(w.container, place{w.at.mark, skip})
+		if done += len(chunk); done < len(p.Data) {
+			w.move(1, place{before, done})
 		}
 	}
-	w.at = place{mark: p.Next}
-	w.d.places.set(w.container, w.at)
+	w.move(1, place{mark: p.Next})
 	return nil
 }
 
-// lines delivers the lines that a piece finishes. The place moves on when no line is unfinished.
-func (w *writer) lines(p wire.Piece) error {
-	line := &w.begun[p.Stream-1]
-	for rest := p.Data; len(rest) > 0; {
-		n := bytes.IndexByte(rest, '\n') + 1
-		whole := n > 0
-		if !whole {
-			n = len(rest)
-		}
-		n = min(n, max(pipeBuf-len(w.prefix)-1-len(*line), 1))
-		*line = append(*line, rest[:n]...)
-		rest = rest[n:]
-		if (*line)[len(*line)-1] == '\n' || len(w.prefix)+len(*line)+1 >= pipeBuf {
-			if err := w.flush(p.Stream); err != nil {
-				return err
+// lines delivers the lines that a piece finishes.
+func (w *writer) lines(p wire.Piece, before wire.Mark) error {
+	s := &w.streams[p.Stream-1]
+	if s.at.mark.Before(p.Next) { // else it was delivered, and is only here for the other stream's sake
+		done := min(s.skip, len(p.Data))
+		s.skip = 0
+		for done < len(p.Data) {
+			n := bytes.IndexByte(p.Data[done:], '\n') + 1
+			if n == 0 {
+				n = len(p.Data) - done
+			}
+			n = min(n, max(pipeBuf-len(w.prefix)-1-len(s.begun), 1))
+			s.begun = append(s.begun, p.Data[done:done+n]...)
+			done += n
+			if s.begun[len(s.begun)-1] == '\n' || len(w.prefix)+len(s.begun)+1 >= pipeBuf {
+				if err := w.flush(p.Stream, place{before, done}); err != nil {
+					return err
+				}
 			}
 		}
 	}
-	if len(w.begun[0])+len(w.begun[1]) == 0 {
-		w.at = place{mark: p.Next}
-		w.d.places.set(w.container, w.at)
+	for i := range w.streams {
+		if s := &w.streams[i]; len(s.begun) == 0 && s.at.mark.Before(p.Next) {
+			w.move(byte(i+1), place{mark: p.Next})
+		}
 	}
 	return nil
 }
 
-// flush writes a stream's line.
-func (w *writer) flush(stream byte) error {
-	line := w.begun[stream-1]
-	w.begun[stream-1] = line[:0]
-	if len(line) == 0 {
+// flush writes a stream's line, which ends at a place.
+func (w *writer) flush(stream byte, end place) error {
+	s := &w.streams[stream-1]
+	if len(s.begun) == 0 {
 		return nil
 	}
-	text := append(bytes.Clone(w.prefix), line...)
+	text := append(bytes.Clone(w.prefix), s.begun...)
 	if text[len(text)-1] != '\n' {
 		text = append(text, '\n')
 	}
-	return w.write(stream, text)
+	if err := w.write(stream, text); err != nil {
+		return err
+	}
+	s.begun = s.begun[:0]
+	w.move(stream, end)
+	return nil
 }
 
 // rest writes the lines that the container's end has finished.
-func (w *writer) rest() error { return errors.Join(w.flush(1), w.flush(2)) }
+func (w *writer) rest() error {
+	return errors.Join(w.flush(1, place{mark: w.last}), w.flush(2, place{mark: w.last}))
+}
 
 func (w *writer) write(stream byte, p []byte) error {
 	return w.d.sinks[stream-1].write(p, func() error {

@@ -97,6 +97,31 @@ func (b *builder) size(key, s string) spec.Bytes {
 	return n
 }
 
+// integer reads a number without a fraction.
+func (b *builder) integer(key, s string, least, most int64) int64 {
+	if s == "" {
+		return 0
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < least || n > most {
+		b.wrong(key, "%q is no whole number from %d to %d", s, least, most)
+		return 0
+	}
+	return n
+}
+
+// fraction reads a number that may have one.
+func (b *builder) fraction(key, s string) float64 {
+	if s == "" {
+		return 0
+	}
+	n, err := strconv.ParseFloat(s, 64)
+	if err != nil || !(n >= 0) || math.IsInf(n, 1) {
+		b.wrong(key, "%q is no number from 0 on", s)
+	}
+	return n
+}
+
 func (b *builder) duration(key, s string) spec.Duration {
 	d, err := parseDuration(s, 0)
 	if err != nil {
@@ -113,13 +138,10 @@ func (b *builder) resources() {
 		return
 	}
 	b.pod.Resources.CPUs = processors(len(r.NomadResources.Cpu.ReservedCores), r.NomadResources.Cpu.CpuShares, b.host.cores)
-	switch n := b.config.VCPUs; {
-	case n < 0 || n > spec.MaxCPUs:
-		b.wrong("vcpus", "%d is out of range: 1 to %d", n, spec.MaxCPUs)
-	case n > 0:
-		b.pod.Resources.CPUs = n
+	if n := b.integer("vcpus", b.config.VCPUs, 0, spec.MaxCPUs); n > 0 {
+		b.pod.Resources.CPUs = int(n)
 		if b.host.cores.count > 0 {
-			b.pod.Resources.CPUs = min(n, b.host.cores.count)
+			b.pod.Resources.CPUs = min(int(n), b.host.cores.count)
 		}
 	}
 	memory := max(r.NomadResources.Memory.MemoryMB, r.NomadResources.Memory.MemoryMaxMB)
@@ -376,12 +398,12 @@ func (b *builder) newContainer(at, name string, cfg *containerConfig) *spec.PodC
 		Labels: cfg.Labels, GroupAdd: cfg.GroupAdd, TTY: cfg.TTY, OpenStdin: cfg.Interactive, StdinOnce: cfg.StdinOnce, Init: cfg.Init, ReadOnly: cfg.ReadonlyRootfs,
 		Privileged: cfg.Privileged, CapAdd: capabilities(cfg.CapAdd), CapDrop: capabilities(cfg.CapDrop), NoNewPrivs: cfg.NoNewPrivileges,
 		Sysctls: cfg.Sysctl, ShmSize: b.size(at+"shm_size", cfg.ShmSize), Devices: cfg.Devices,
-		Resources: spec.Limits{CPUs: cfg.CPUs, Pids: cfg.PidsLimit, OOMScoreAdj: cfg.OOMScoreAdj}, Logs: spec.Logs{MaxSize: b.size(at+"log_size", cfg.LogSize)},
+		Resources: spec.Limits{
+			CPUs: b.fraction(at+"cpus", cfg.CPUs), Pids: b.integer(at+"pids_limit", cfg.PidsLimit, -1, math.MaxInt64),
+			CPUShares: uint64(b.integer(at+"cpu_shares", cfg.CPUShares, 0, math.MaxInt64)), OOMScoreAdj: int(b.integer(at+"oom_score_adj", cfg.OOMScoreAdj, -1000, 1000)),
+		},
+		Logs: spec.Logs{MaxSize: b.size(at+"log_size", cfg.LogSize)},
 	}
-	if cfg.CPUShares < 0 {
-		b.wrong(at+"cpu_shares", "%d is below 0", cfg.CPUShares)
-	}
-	c.Resources.CPUShares = uint64(max(cfg.CPUShares, 0))
 	for i, t := range cfg.Tmpfs {
 		target, options, _ := strings.Cut(t, ":")
 		if _, twice := c.Tmpfs[target]; twice {
@@ -398,13 +420,13 @@ func (b *builder) newContainer(at, name string, cfg *containerConfig) *spec.PodC
 	}
 	if h := cfg.Healthcheck; h != nil {
 		c.Healthcheck = &spec.Healthcheck{
-			Test: h.Test, Retries: h.Retries, Interval: b.duration(at+"healthcheck.interval", h.Interval), Timeout: b.duration(at+"healthcheck.timeout", h.Timeout),
+			Test: h.Test, Retries: int(b.integer(at+"healthcheck.retries", h.Retries, 0, math.MaxInt32)), Interval: b.duration(at+"healthcheck.interval", h.Interval), Timeout: b.duration(at+"healthcheck.timeout", h.Timeout),
 			StartPeriod: b.duration(at+"healthcheck.start_period", h.StartPeriod), StartInterval: b.duration(at+"healthcheck.start_interval", h.StartInterval),
 		}
 	}
 	if l := cfg.Lifecycle; l != nil {
 		c.Lifecycle = spec.Lifecycle{
-			RestartOnSuccess: l.RestartOnSuccess, RestartOnFailure: l.RestartOnFailure, MaxStarts: l.MaxStarts,
+			RestartOnSuccess: l.RestartOnSuccess, RestartOnFailure: l.RestartOnFailure, MaxStarts: int(b.integer(at+"lifecycle.max_starts", l.MaxStarts, 0, math.MaxInt32)),
 			RestartDelay: b.duration(at+"lifecycle.restart_delay", l.RestartDelay), Hold: b.duration(at+"lifecycle.hold", l.Hold),
 		}
 		for _, a := range l.After {

@@ -46,6 +46,9 @@ func (k *key) spec() *hclspec.Spec {
 		return hclspec.NewBlockList(k.name, schemaOf(k.keys))
 	case k.kind == freeText:
 		return hclspec.NewBlockAttrs(k.name, text, k.must)
+	case k.kind == number:
+		// HCL makes a text of a number. As a number, 0.1 would be one that msgpack has no form for, and what is wrong with 1.5 told without the key.
+		return hclspec.NewAttr(k.name, text, k.must)
 	}
 	return hclspec.NewAttr(k.name, k.kind, k.must)
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/nomad/nomad/structs"
@@ -40,7 +41,9 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}
 	if cfg.DiskAction != "" && cfg.DiskAction != diskUse {
-		if err := d.clearEarlier(s, t); err != nil {
+		pipes, err := d.clearEarlier(s, t, s.dirOf(t.ID, t.Name))
+		closeAll(pipes)
+		if err != nil {
 			return nil, nil, fmt.Errorf("clear an earlier run of the task: %w", err)
 		}
 		if err := d.actOnDisks(t, &cfg, s); err != nil {
@@ -59,15 +62,15 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}
 	p.Boot.Accel = c.Accelerator
-	if err := d.clearEarlier(s, t); err != nil {
-		return nil, nil, fmt.Errorf("clear an earlier run of the task: %w", err)
-	}
-	if err := d.takeDisk(s, t, &cfg, p); err != nil {
+	dir, begun, err := d.begin(s, t)
+	if err != nil {
 		return nil, nil, err
 	}
-	dir := s.dirOf(t.ID, t.Name)
-	if err := os.Mkdir(dir, 0o711); err != nil {
-		s.disks.release(diskOf(t, cfg.DiskID), t.ID)
+	defer begun()
+	if err := d.takeDisk(s, t, &cfg, p); err != nil {
+		if rerr := os.Remove(dir); rerr != nil {
+			d.log.Error("clear a task that did not start", "task", t.ID, "error", rerr)
+		}
 		return nil, nil, err
 	}
 	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir, attached}); err != nil {
@@ -113,24 +116,70 @@ func (d *Driver) handleOf(t *drivers.TaskConfig, dir string) (*drivers.TaskHandl
 	return h, nil, nil
 }
 
-// clearEarlier removes what an earlier plugin process has left of the same task: Nomad starts it again because it knows of no such run.
-func (d *Driver) clearEarlier(s *state, t *drivers.TaskConfig) error {
+// begin makes a task's directory. Until done is called, clearOrphans leaves it alone: where a plugin process dies, Nomad starts the task again in the
+// next one under the same id, and so with the directory that it may find from before.
+func (d *Driver) begin(s *state, t *drivers.TaskConfig) (dir string, done func(), err error) {
+	d.sweep.Lock()
+	defer d.sweep.Unlock()
+	dir = s.dirOf(t.ID, t.Name)
+	if d.starting[dir] {
+		return "", nil, fmt.Errorf("task %s is being started already", t.ID)
+	}
+	pipes, err := d.clearEarlier(s, t, dir)
+	if err != nil {
+		closeAll(pipes)
+		return "", nil, fmt.Errorf("clear an earlier run of the task: %w", err)
+	}
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		closeAll(pipes)
+		return "", nil, err
+	}
+	d.starting[dir] = true
+	return dir, func() {
+		closeAll(pipes)
+		d.sweep.Lock()
+		defer d.sweep.Unlock()
+		delete(d.starting, dir)
+	}, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+// clearEarlier removes what was left of the same task by an earlier plugin process, or by this one for an earlier client, in dir or elsewhere: Nomad starts it
+// again because it knows of no such run. The earlier machine may have held the pipes of the task's output: they are held for it, until they are closed.
+func (d *Driver) clearEarlier(s *state, t *drivers.TaskConfig, dir string) (pipes []*os.File, err error) {
 	all, err := s.remnants()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, r := range all {
-		if r.record == nil || r.record.ID != t.ID && (t.AllocID == "" || r.record.AllocID != t.AllocID || r.record.Name != t.Name) {
-			continue
+		if r.dir != dir {
+			if r.record == nil || r.record.AllocID != t.AllocID || r.record.Name != t.Name || t.AllocID == "" {
+				continue
+			}
 		}
-		if _, err := d.task(r.record.ID); err == nil {
-			continue // Nomad still has that one
+		for _, path := range []string{t.StdoutPath, t.StderrPath} {
+			if held, err := openSink(path); err == nil { // else the start will say so
+				pipes = append(pipes, held.file)
+			}
+		}
+		if r.record != nil {
+			if _, err := d.task(r.record.ID); err == nil {
+				if err := d.DestroyTask(r.record.ID, true); err != nil {
+					return pipes, err
+				}
+				continue
+			}
 		}
 		if err := s.clear(d.ctx, r.dir); err != nil {
-			return err
+			return pipes, err
 		}
 	}
-	return nil
+	return pipes, nil
 }
 
 // starting is what goes with a task that is started.
@@ -164,23 +213,17 @@ func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o st
 			limits[a.Volume] = a.Limits
 		}
 	}
-	started, err := d.attend(o.dir, rec, t, func(output *delivery) (*pod.Running, error) {
-		return made.Start(d.ctx, pod.StartOptions{
-			CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(), Held: output.files(),
-		})
+	r, err := made.Start(d.ctx, pod.StartOptions{
+		CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(),
 	})
 	if err != nil {
 		return err
 	}
-	r := started.running
+	if err := d.attend(o.dir, rec, t, r); err != nil {
+		return err
+	}
 	if info := r.Info(); info.StartWhy != "" {
 		d.emit(t, "Booted instead of restored from a template: "+info.StartWhy)
-	}
-	// A task that Nomad calls started takes commands.
-	up, cancel := context.WithTimeout(d.ctx, callTimeout)
-	defer cancel()
-	if _, err := r.Up(up); err != nil {
-		d.log.Warn("the pod's containers are not seen to start", "task", t.ID, "error", err)
 	}
 	return nil
 }
@@ -236,12 +279,13 @@ func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) err
 			return err
 		}
 	}
-	_, err = d.attend(dir, rec, config, func(*delivery) (*pod.Running, error) {
-		return p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true})
-	})
-	if err != nil {
-		s.disks.release(rec.Disk, rec.ID)
+	r, err := p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true})
+	if err == nil {
+		if err = d.attend(dir, rec, config, r); err == nil {
+			return nil
+		}
 	}
+	s.disks.release(rec.Disk, rec.ID)
 	if !errors.Is(err, pod.ErrNotRunning) {
 		return err
 	}
@@ -271,23 +315,90 @@ func (d *Driver) clearOrphans(c *config, s *state) {
 			return
 		}
 		for _, r := range s.found {
-			_, err := os.Stat(filepath.Join(r.dir, podDir, pod.LaunchFile))
-			isPod := err == nil && r.record != nil
-			if isPod && wait == 0 {
-				continue
-			}
-			if isPod {
-				if _, err := d.task(r.record.ID); err == nil {
-					continue
-				}
-			}
-			if _, err := os.Stat(r.dir); err != nil {
-				continue
-			}
-			d.log.Info("removing a pod that no task of Nomad's has", "dir", r.dir)
-			if err := s.clear(d.ctx, r.dir); err != nil {
+			if err := d.clearOrphan(s, r, wait == 0); err != nil {
 				d.log.Error("remove a pod that no task of Nomad's has", "dir", r.dir, "error", err)
 			}
 		}
 	}
+}
+
+// clearOrphan removes what was found in a directory, unless a task has that by now. soon leaves pods alone.
+func (d *Driver) clearOrphan(s *state, r remnant, soon bool) error {
+	d.sweep.Lock()
+	defer d.sweep.Unlock()
+	if d.starting[r.dir] {
+		return nil
+	}
+	_, err := os.Stat(filepath.Join(r.dir, podDir, pod.LaunchFile))
+	if isPod := err == nil && r.record != nil; isPod {
+		if _, err := d.task(r.record.ID); soon || err == nil {
+			return nil
+		}
+	}
+	if _, err := os.Stat(r.dir); err != nil {
+		return nil
+	}
+	d.log.Info("removing a pod that no task of Nomad's has", "dir", r.dir)
+	return s.clear(d.ctx, r.dir)
+}
+
+// endForgotten ends tasks that this process attends to and that Nomad does not know: their client was killed before it could note their start, and they are
+// not to run any more. A client that knows a task waits for its end all the time.
+func (d *Driver) endForgotten(c *config) {
+	period := min(max(c.orphanDelay/4, time.Second), time.Minute)
+	for {
+		select {
+		case <-time.After(period):
+		case <-d.ctx.Done():
+			return
+		}
+		for _, t := range d.forgotten(c.orphanDelay) {
+			d.log.Info("ending a pod that Nomad does not know", "task", t.record.ID, "dir", t.dir)
+			if err := d.DestroyTask(t.record.ID, true); err != nil && !errors.Is(err, drivers.ErrTaskNotFound) {
+				d.log.Error("end a pod that Nomad does not know", "task", t.record.ID, "error", err)
+			}
+		}
+	}
+}
+
+// forgotten lists the tasks that no client has waited for since a while, though there was one.
+func (d *Driver) forgotten(after time.Duration) (all []*task) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.client.IsZero() || time.Since(d.client) < after {
+		return nil
+	}
+	for _, t := range d.tasks {
+		if t.waits.since(after) {
+			all = append(all, t)
+		}
+	}
+	return all
+}
+
+// A presence is whether somebody is there, and when somebody was there last.
+type presence struct {
+	mu    sync.Mutex
+	count int
+	last  time.Time
+}
+
+func (p *presence) come() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.count++
+}
+
+func (p *presence) leave() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.count--
+	p.last = now()
+}
+
+// since says whether nobody was there for so long.
+func (p *presence) since(d time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.count == 0 && time.Since(p.last) > d
 }

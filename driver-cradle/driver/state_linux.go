@@ -120,7 +120,7 @@ func takeOver(ctx context.Context, path string, log *slog.Logger) (*os.File, err
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
 		other, err := readOwner(f)
-		if err == nil && startOf(other.PID) == other.Start {
+		if err == nil && other.Start != "" && startOf(other.PID) == other.Start {
 			if other.Client != me.Client && startOf(other.Client) == other.ClientStart && other.ClientStart != "" {
 				f.Close()
 				return nil, fmt.Errorf("%s is in use by the Nomad client with process id %d: give each client a state_dir of its own", filepath.Dir(path), other.Client)

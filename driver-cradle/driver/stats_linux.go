@@ -22,12 +22,12 @@ func (d *Driver) TaskStats(ctx context.Context, taskID string, interval time.Dur
 	d.work.Go(func() {
 		defer close(ch)
 		m := meter{task: t, cores: d.config.cores}
-		timer := time.NewTimer(0)
+		timer := time.NewTimer(time.Second) // a pod that starts has other things to do
 		defer timer.Stop()
 		for {
 			select {
 			case <-timer.C:
-				timer.Reset(max(interval, time.Second))
+				timer.Reset(max(interval, statsPeriod))
 			case <-t.done:
 				return
 			case <-ctx.Done():
@@ -53,6 +53,9 @@ func (d *Driver) TaskStats(ctx context.Context, taskID string, interval time.Dur
 	})
 	return ch, nil
 }
+
+// statsPeriod is the shortest time between two measurements, each of which wakes the guest. Nomad's clients ask for one every second.
+const statsPeriod = 5 * time.Second
 
 // A meter measures a task again and again.
 type meter struct {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/nomad/plugins/drivers"
@@ -28,13 +29,37 @@ type task struct {
 
 	done chan struct{} // closed when it has ended, or was let go
 
+	waits presence    // of a client that waits for the end
+	up    atomic.Bool // its containers are known to have been started
+
 	mu     sync.Mutex
 	ended  time.Time
 	result *drivers.ExitResult // nil while it runs
 }
 
-// attend begins a task with a pod. begin starts the pod, or takes it up, held.
-func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, begin func(output *delivery) (*pod.Running, error)) (*task, error) {
+// attend begins a task with a pod that was started, or taken up, held. After an error nobody attends to the pod.
+//
+// Nomad's pipes are opened only now. Its reader does not come back once the last writer has gone: as long as there is no machine that outlives this process
+// and holds them, none may begin.
+func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, r *pod.Running) error {
+	output, err := d.deliver(dir, rec, r)
+	if err != nil {
+		r.Release()
+		return errors.Join(err, r.Detach())
+	}
+	t := &task{d: d, dir: dir, record: rec, config: config, started: r.Started(), running: r, delivery: output, done: make(chan struct{})}
+	// A pod that can't be told of snapshots runs all the same: who calls is told that nobody answers.
+	if t.controls, err = serveControls(r, rec.Attached, d.log); err != nil {
+		d.log.Error("volumes can't be controlled", "task", rec.ID, "error", err)
+	}
+	output.begin(r)
+	d.hold(t)
+	d.work.Go(t.watch)
+	return nil
+}
+
+// deliver prepares the delivery of a pod's output, whose pipes the pod's machine holds as well.
+func (d *Driver) deliver(dir string, rec *record, r *pod.Running) (*delivery, error) {
 	_, s, err := d.open()
 	if err != nil {
 		return nil, err
@@ -47,20 +72,11 @@ func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, beg
 	if err != nil {
 		return nil, err
 	}
-	r, err := begin(output)
-	if err != nil {
+	if err := output.outlive(d.ctx, r.Machine()); err != nil {
 		output.close()
 		return nil, err
 	}
-	t := &task{d: d, dir: dir, record: rec, config: config, started: r.Started(), running: r, delivery: output, done: make(chan struct{})}
-	// A pod that can't be told of snapshots runs all the same: who calls is told that nobody answers.
-	if t.controls, err = serveControls(r, rec.Attached, d.log); err != nil {
-		d.log.Error("volumes can't be controlled", "task", rec.ID, "error", err)
-	}
-	output.begin(r)
-	d.hold(t)
-	d.work.Go(t.watch)
-	return t, nil
+	return output, nil
 }
 
 // watch waits for the end of the task. The machine is kept until all output is delivered.
@@ -172,6 +188,23 @@ func (t *task) live() (*pod.Running, error) {
 	return t.running, nil
 }
 
+// ready is the pod, if it runs, once its containers have been started: a task that Nomad calls started takes commands and signals. Asking the guest until it is so
+// would cost every start time, and few need it.
+func (t *task) ready(ctx context.Context) (*pod.Running, error) {
+	r, err := t.live()
+	if err != nil || t.up.Load() {
+		return r, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if _, err := r.Up(ctx); err != nil {
+		t.d.log.Warn("the pod's containers are not seen to start", "task", t.record.ID, "error", err)
+	} else {
+		t.up.Store(true)
+	}
+	return r, nil
+}
+
 // own is the name of the task's own container.
 func (t *task) own() string { return t.running.Launch().Containers[0].Name }
 
@@ -182,7 +215,9 @@ func (d *Driver) WaitTask(ctx context.Context, taskID string) (<-chan *drivers.E
 		return nil, err
 	}
 	ch := make(chan *drivers.ExitResult, 1)
+	t.waits.come()
 	d.work.Go(func() {
+		defer t.waits.leave()
 		defer close(ch)
 		select {
 		case <-t.done:
@@ -240,15 +275,15 @@ func (d *Driver) SignalTask(taskID, signal string) error {
 	if err != nil {
 		return err
 	}
-	r, err := t.live()
+	ctx, cancel := context.WithTimeout(d.ctx, callTimeout)
+	defer cancel()
+	r, err := t.ready(ctx)
 	if err != nil {
 		return err
 	}
 	if !isSignal(signal) {
 		return fmt.Errorf("%q is no signal: name one such as SIGHUP", signal)
 	}
-	ctx, cancel := context.WithTimeout(d.ctx, callTimeout)
-	defer cancel()
 	return r.Signal(ctx, t.own(), signal)
 }
 

@@ -130,11 +130,11 @@ type containerConfig struct {
 	Ulimit          map[string]string  `codec:"ulimit"`
 	Sysctl          map[string]string  `codec:"sysctl"`
 	Devices         []string           `codec:"devices"`
-	OOMScoreAdj     int                `codec:"oom_score_adj"`
+	OOMScoreAdj     string             `codec:"oom_score_adj"`
 	LogSize         string             `codec:"log_size"`
-	PidsLimit       int64              `codec:"pids_limit"`
-	CPUShares       int64              `codec:"cpu_shares"`
-	CPUs            float64            `codec:"cpus"`
+	PidsLimit       string             `codec:"pids_limit"`
+	CPUShares       string             `codec:"cpu_shares"`
+	CPUs            string             `codec:"cpus"`
 	Healthcheck     *healthcheckConfig `codec:"healthcheck"`
 	Volumes         []string           `codec:"volumes"`
 	Mounts          []mountConfig      `codec:"mount"`
@@ -162,7 +162,7 @@ type taskConfig struct {
 	DNSSearch   []string                   `codec:"dns_search_domains"`
 	DNSOptions  []string                   `codec:"dns_options"`
 	EnvFile     string                     `codec:"env_file"`
-	VCPUs       int                        `codec:"vcpus"`
+	VCPUs       string                     `codec:"vcpus"`
 	Disk        string                     `codec:"disk"`
 	DiskID      string                     `codec:"disk_id"`
 	DiskAction  string                     `codec:"disk_action"`
@@ -185,7 +185,7 @@ type healthcheckConfig struct {
 	Timeout       string   `codec:"timeout"`
 	StartPeriod   string   `codec:"start_period"`
 	StartInterval string   `codec:"start_interval"`
-	Retries       int      `codec:"retries"`
+	Retries       string   `codec:"retries"`
 }
 
 type mountConfig struct {
@@ -205,7 +205,7 @@ type lifecycleConfig struct {
 	RestartOnSuccess bool          `codec:"restart_on_success"`
 	RestartOnFailure bool          `codec:"restart_on_failure"`
 	RestartDelay     string        `codec:"restart_delay"`
-	MaxStarts        int           `codec:"max_starts"`
+	MaxStarts        string        `codec:"max_starts"`
 	Critical         *bool         `codec:"critical"`
 }
 

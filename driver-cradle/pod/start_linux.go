@@ -37,9 +37,8 @@ type StartOptions struct {
 
 	Limits map[string]spec.IOLimits // of block volumes, by name, from the first access on
 
-	Cgroup string     // see vmm.Config
-	Join   []string   // see vmm.Config
-	Held   []*os.File // see vmm.Config
+	Cgroup string   // see vmm.Config
+	Join   []string // see vmm.Config
 
 	// Claim is what Dir.Claim has returned, maybe in another process that this one has inherited it from. Start takes it over.
 	Claim *os.File
@@ -107,7 +106,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	c := vmm.Config{
 		Accel: or(o.Accel, launch.Boot.Accel), Start: or(o.Start, launch.Boot.Start),
 		Memory: launch.Resources.Memory, CPUs: launch.Resources.CPUs,
-		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Cgroup: o.Cgroup, Join: o.Join, Held: o.Held, Log: d.log,
+		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Cgroup: o.Cgroup, Join: o.Join, Log: d.log,
 	}
 	if c.Package, err = boot.Open(or(o.Boot, d.join(BootLink))); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)

@@ -299,6 +299,12 @@ func (m *Machine) QMP(ctx context.Context, command string, args, reply any) erro
 	return m.monitor.call(ctx, command, args, reply)
 }
 
+// Hold gives QEMU a file to have open as long as it lives, without using it: the writing end of a pipe whose reader is not to see an end when this process
+// ends. Another one of the same name takes its place.
+func (m *Machine) Hold(ctx context.Context, name string, f *os.File) error {
+	return m.monitor.call(ctx, "getfd", map[string]any{"fdname": name}, nil, f)
+}
+
 // Open opens a stream to the guest. It begins a new session when the last one has broken.
 func (m *Machine) Open(ctx context.Context) (net.Conn, error) {
 	for try := 0; ; try++ {

@@ -293,11 +293,6 @@ func (m *Machine) launch(c *Config, q *qemu, r role, places []place) (err error)
 			return err
 		}
 	}
-	for _, f := range c.Held {
-		if _, err := files.dup(f); err != nil {
-			return err
-		}
-	}
 	// What this process holds of QEMU's is there before QEMU is: from here on the machine's own ways of ending apply.
 	monitor, err := dialUnix(m.root, qmpSock)
 	if err != nil {

@@ -542,7 +542,7 @@ const (
 func (c *Config) park(ctx context.Context, q *qemu, k Key, ram *os.File, dir string) (state []byte, err error) {
 	b := *c
 	b.Disks, b.Shares, b.Net, b.RunDir, b.Detached = nil, nil, Net{Mode: NetNone}, dir, false
-	b.Cgroup, b.Join, b.Held = "", nil, nil // what the template takes is not this pod's
+	b.Cgroup, b.Join = "", nil // what the template takes is not this pod's
 	if k.Offload {
 		tap, err := spareTap()
 		if err != nil {

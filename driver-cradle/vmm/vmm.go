@@ -58,9 +58,6 @@ type Config struct {
 	Detached bool     // the machine goes on when the process that started it ends
 	Cgroup   string   // directory of the cgroup (version 2) that QEMU starts in; default: that of this process
 	Join     []string // directories of further cgroups, of version 1, that QEMU is put into before it begins
-	// Held are files that QEMU has open as long as it lives, without using them: the writing ends of pipes whose readers are not to see an end
-	// when this process ends. Start does not close them.
-	Held []*os.File
 
 	// HelloTimeout bounds the time from QEMU's start to the agent's answer. Default: two minutes, and 20 seconds of that for a
 	// machine from a template.

@@ -15,6 +15,11 @@ type Mark struct {
 	Offset  int64  `json:"offset"`
 }
 
+// Before says whether what is behind m begins earlier than what is behind n.
+func (m Mark) Before(n Mark) bool {
+	return m.Segment < n.Segment || m.Segment == n.Segment && m.Offset < n.Offset
+}
+
 // String is how PathOutput takes a mark.
 func (m Mark) String() string { return fmt.Sprintf("%d.%d", m.Segment, m.Offset) }
 
