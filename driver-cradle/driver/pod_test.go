@@ -26,18 +26,24 @@ var update = flag.Bool("update", false, "write the golden files")
 // parseTask reads a job as nomad does, and its one task's configuration as Nomad's client does.
 func parseTask(tb testing.TB, job string) (*api.Task, *taskConfig, error) {
 	tb.Helper()
-	j, err := jobspec2.Parse("job.hcl", strings.NewReader(job))
-	if err != nil {
-		tb.Fatal(err)
-	}
-	task := j.TaskGroups[0].Tasks[0]
+	task := parseJob(tb, job)
 	var t drivers.TaskConfig
 	var c taskConfig
-	err = decode(tb, taskSchema(), task.Config, &t)
+	err := decode(tb, taskSchema(), task.Config, &t)
 	if err == nil {
 		err = t.DecodeDriverConfig(&c)
 	}
 	return task, &c, err
+}
+
+// parseJob reads a job of one task.
+func parseJob(tb testing.TB, job string) *api.Task {
+	tb.Helper()
+	j, err := jobspec2.Parse("job.hcl", strings.NewReader(job))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return j.TaskGroups[0].Tasks[0]
 }
 
 // decode checks a configuration with a schema, and encodes it as Nomad hands it to a plugin.
