@@ -82,6 +82,20 @@ func (c *Cluster) TryCLI(t testing.TB, stdin string, args ...string) (stdout, st
 	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
 
+// UntilAnswers waits until the server can ask an allocation's client, which may have just been started again.
+func (c *Cluster) UntilAnswers(t testing.TB, alloc string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	defer cancel()
+	err := agents.Retry(ctx, "an answer from the client", func() error {
+		_, _, err := c.API.AllocFS().List(&api.Allocation{ID: alloc}, "/", (&api.QueryOptions{}).WithContext(ctx))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Logs is all that a task has written so far, kind being stdout or stderr.
 func (c *Cluster) Logs(t testing.TB, alloc, task, kind string) string {
 	t.Helper()

@@ -153,7 +153,8 @@ func process(pid int) (Process, error) {
 	return p, nil
 }
 
-// processes are those that are neither agents nor their plugins. Of a plugin there is one: another is left over from an agent that has been killed.
+// processes are those that are neither agents nor their plugins. Of a plugin there is one, the agent's child or an orphan that the agent has found after it was
+// killed: another is left over.
 func (n *Node) processes(all inventory) error {
 	list, err := n.Processes()
 	if err != nil {
@@ -173,7 +174,7 @@ func (n *Node) processes(all inventory) error {
 		name := agents[p.PID]
 		switch {
 		case name != "":
-		case agents[p.Parent] != "" && strings.HasPrefix(p.Args[0], filepath.Join(n.Dir, "plugins")+"/"):
+		case (agents[p.Parent] != "" || p.Parent == n.PID()) && strings.HasPrefix(p.Args[0], filepath.Join(n.Dir, "plugins")+"/"):
 			if name = "plugin " + p.Name(); all["process "+name] {
 				name = ""
 			}

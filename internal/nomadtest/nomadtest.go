@@ -213,6 +213,9 @@ func (c *Cluster) Clients() []*Node {
 // Dir is where everything of the cluster lies.
 func (c *Cluster) Dir() string { return c.dir }
 
+// Nomad is the path of its program.
+func (c *Cluster) Nomad() string { return c.nomad }
+
 // Env is what makes Nomad's and Consul's command lines use the cluster when they run in the server's node.
 func (c *Cluster) Env() []string {
 	env := append(c.Server().env(), "NOMAD_ADDR="+c.Server().config.NomadAddr())

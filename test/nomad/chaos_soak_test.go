@@ -5,3 +5,5 @@ package nomad
 import "testing"
 
 func TestVMSoakChaos(t *testing.T) { chaos(t, 20, 200) }
+
+func TestVMSoakKilledInTheMiddle(t *testing.T) { killedInTheMiddle(t, 70) }

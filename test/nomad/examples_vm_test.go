@@ -4,7 +4,9 @@ package nomad
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -42,7 +44,7 @@ func TestVMExamples(t *testing.T) {
 	s := &shop{t: t, examples: filepath.Join(root, "examples/nomad"), images: "oci:" + filepath.Dir(image)}
 	s.Cluster = nomadtest.Start(t, o)
 	for name, test := range map[string]func(*shop){
-		"batch": (*shop).batch, "periodic": (*shop).periodic, "web": (*shop).web, "canary and drain": (*shop).canary, "mariadb": (*shop).mariadb,
+		"batch": (*shop).batch, "periodic": (*shop).periodic, "web": (*shop).web, "canary and drain": (*shop).canary, "mariadb": (*shop).mariadb, "nodes die": (*shop).nodesDie,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := *s
@@ -245,6 +247,85 @@ func (s *shop) canary() {
 			s.t.Errorf("page: %q", got)
 		}
 	}
+}
+
+// stays is a job of one pod on one node.
+const stays = `
+job "stays" {
+  constraint {
+    attribute = "${node.unique.name}"
+    value     = %q
+  }
+  group "g" {
+    %s
+    task "t" {
+      driver = "cradle"
+      config {
+        image   = "%s/busybox"
+        command = "sh"
+        args    = ["-c", "echo up; exec sleep 100000"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+}`
+
+// nodesDie cuts a node's power. Where it is back at once, its pods are started anew; where it stays away, they are elsewhere, and it comes back empty.
+func (s *shop) nodesDie() {
+	node := s.Clients()[0]
+	s.Run(s.t, fmt.Sprintf(stays, node.Name, "", s.images))
+	a := s.UntilRunning(s.t, "stays")
+	s.UntilLogsHave(s.t, a.ID, "t", "stdout", "up\n")
+	if err := errors.Join(node.Crash(), node.Boot()); err != nil {
+		s.t.Fatal(err)
+	}
+	s.UntilAnswers(s.t, a.ID)
+	s.UntilLogs(s.t, a.ID, "t", "stdout", func(out string) bool { return out == "up\nup\n" })
+	if log, err := os.ReadFile(filepath.Join(node.Dir, "client.log")); err != nil || !strings.Contains(string(log), "the node was rebooted, which has ended the pod") {
+		s.t.Errorf("the client's log does not tell of the reboot: %v", err)
+	}
+	s.Stop(s.t, "stays")
+
+	s.run("canary", "-var", "greeting=alive")
+	lost := s.live()[0]
+	for _, n := range s.Clients() {
+		if n.Name == lost.NodeName {
+			node = n
+		}
+	}
+	if err := node.Crash(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.Until(s.t, "two allocations on other nodes", func(st *nomadtest.State) bool {
+		n := 0
+		for _, a := range st.Of("canary") {
+			if nomadtest.Running(a) && a.NodeID != lost.NodeID {
+				n++
+			}
+		}
+		return n == 2 && st.Node(node.Name).Status == api.NodeStatusDown
+	})
+	if err := node.Boot(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.Until(s.t, "the node, without pods", func(st *nomadtest.State) bool {
+		for _, a := range st.Of("canary") {
+			if a.NodeID == lost.NodeID && !nomadtest.Ended(a) {
+				return false
+			}
+		}
+		return st.Node(node.Name).Status == api.NodeStatusReady
+	})
+	for _, a := range s.live() {
+		if got := s.page(a, "http", "/"); got != "alive\n" {
+			s.t.Errorf("page: %q", got)
+		}
+	}
+	s.Run(s.t, fmt.Sprintf(stays, node.Name, "network {\n      mode = \"bridge\"\n    }", s.images))
+	s.UntilLogsHave(s.t, s.UntilRunning(s.t, "stays").ID, "t", "stdout", "up\n")
 }
 
 func (s *shop) mariadb() {
