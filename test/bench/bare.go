@@ -34,7 +34,7 @@ func (b *bench) newBare(ctx context.Context) (*bareMachine, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := b.summon(ctx, image, "cold", "sh", "-c", "echo up; exec sleep 1000")
+	dir, err := b.summon(ctx, alone, image, "cold", "sh", "-c", "echo up; exec sleep 1000")
 	if err != nil {
 		return nil, err
 	}

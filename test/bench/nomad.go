@@ -38,7 +38,7 @@ func (b *bench) nomad(ctx context.Context, crowd, many int) (err error) {
 	if _, err := echo(ctx); err != nil { // makes the template and converts the image
 		return err
 	}
-	m, err := b.interleave(ctx, echo, func(ctx context.Context) (time.Duration, error) { return b.echo(ctx, "auto", "") })
+	m, err := b.interleave(ctx, echo, func(ctx context.Context) (time.Duration, error) { return b.echoAs(ctx, asNomads, "auto", "") })
 	if err != nil {
 		return err
 	}
@@ -52,7 +52,7 @@ func (b *bench) nomad(ctx context.Context, crowd, many int) (err error) {
 	if err := c.Settle(ctx); err != nil {
 		return err
 	}
-	beside, pods, err := b.together(ctx, crowd)
+	beside, pods, err := b.together(ctx, asNomads, crowd)
 	if err := errors.Join(err, b.stopAll(pods)); err != nil {
 		return err
 	}

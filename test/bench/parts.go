@@ -161,7 +161,7 @@ func (b *bench) resident(ctx context.Context) (dir string, p *process, err error
 	if err != nil {
 		return "", nil, err
 	}
-	if dir, err = b.summon(ctx, image, "template", "sh", "-c", "echo up; exec sleep 100000"); err != nil {
+	if dir, err = b.summon(ctx, alone, image, "template", "sh", "-c", "echo up; exec sleep 100000"); err != nil {
 		return "", nil, err
 	}
 	p, err = firstByte(ctx, b.kcradle, "run", dir)
@@ -351,7 +351,7 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // crowd: many pods at once.
 func (b *bench) crowd(ctx context.Context, n int) (err error) {
-	took, processes, err := b.together(ctx, n)
+	took, processes, err := b.together(ctx, alone, n)
 	defer func() { err = errors.Join(err, b.stopAll(processes)) }()
 	if err != nil {
 		return err
@@ -370,14 +370,14 @@ func (b *bench) crowd(ctx context.Context, n int) (err error) {
 }
 
 // together starts pods that stay, all at once, and returns when the last one has answered. stopAll ends them, also after an error.
-func (b *bench) together(ctx context.Context, n int) (took time.Duration, pods map[string]*process, err error) {
+func (b *bench) together(ctx context.Context, flags []string, n int) (took time.Duration, pods map[string]*process, err error) {
 	image, err := programs.Image("busybox")
 	if err != nil {
 		return 0, nil, err
 	}
 	dirs := make([]string, n)
 	for i := range dirs {
-		if dirs[i], err = b.summon(ctx, image, "template", "sh", "-c", "echo up; exec sleep 100000"); err != nil {
+		if dirs[i], err = b.summon(ctx, flags, image, "template", "sh", "-c", "echo up; exec sleep 100000"); err != nil {
 			return 0, nil, err
 		}
 	}

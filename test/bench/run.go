@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -86,11 +87,17 @@ func (p *process) stop(dir string, kcradle string) error {
 	return nil
 }
 
+// Pods are compared with what is like them: without a network, as docker's and the bare machine are, or as Nomad's driver makes one of a small task.
+var (
+	alone    = []string{"--network", "none"}
+	asNomads = []string{"--network", "user", "--memory", "64m"}
+)
+
 // summon makes a pod directory.
-func (b *bench) summon(ctx context.Context, image, start string, cmd ...string) (dir string, err error) {
+func (b *bench) summon(ctx context.Context, flags []string, image, start string, cmd ...string) (dir string, err error) {
 	b.pods++
 	dir = filepath.Join(b.dir, fmt.Sprintf("p%d", b.pods))
-	args := append([]string{"summon", "--name", "bench", "--network", "none", dir, "oci:" + image, "--"}, cmd...)
+	args := slices.Concat([]string{"summon", "--name", "bench"}, flags, []string{dir, "oci:" + image, "--"}, cmd)
 	if out, err := exec.CommandContext(ctx, b.kcradle, args...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("kcradle summon: %w: %s", err, bytes.TrimSpace(out))
 	}
@@ -116,13 +123,17 @@ func editLaunch(dir string, edit func(map[string]any)) error {
 
 // echo times kcradle run of echo, to the first byte. image "" is busybox.
 func (b *bench) echo(ctx context.Context, start, image string) (time.Duration, error) {
+	return b.echoAs(ctx, alone, start, image)
+}
+
+func (b *bench) echoAs(ctx context.Context, flags []string, start, image string) (time.Duration, error) {
 	if image == "" {
 		var err error
 		if image, err = programs.Image("busybox"); err != nil {
 			return 0, err
 		}
 	}
-	dir, err := b.summon(ctx, image, start, "echo", "hello")
+	dir, err := b.summon(ctx, flags, image, start, "echo", "hello")
 	if err != nil {
 		return 0, err
 	}
