@@ -13,11 +13,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cradlestack/cradlestack/internal/stack"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
-// blocks finds the examples: fenced as sh, with <!-- run --> on the line before.
-var blocks = regexp.MustCompile("(?s)<!-- run -->\n```sh\n(.*?)```\n")
+// Examples are fenced as sh, with <!-- run --> on the line before; those that need a node of Nomad's have <!-- run with make up -->.
+var (
+	blocks      = regexp.MustCompile("(?s)<!-- run -->\n```sh\n(.*?)```\n")
+	stackBlocks = regexp.MustCompile("(?s)<!-- run with make up -->\n```sh\n(.*?)```\n")
+)
 
 // TestVMExamples runs the README's examples one after the other in one shell, as a reader would, in a folder of their own.
 func TestVMExamples(t *testing.T) {
@@ -30,17 +34,7 @@ func TestVMExamples(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	text, err := os.ReadFile(filepath.Join(root, "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var script strings.Builder
-	for _, block := range blocks.FindAllSubmatch(text, -1) {
-		script.Write(block[1])
-	}
-	if n := strings.Count(script.String(), "\n"); n < 10 {
-		t.Fatalf("the README has %d lines of examples", n)
-	}
+	script := examples(t, root, blocks)
 	dir, err := os.MkdirTemp("", "readme")
 	if err != nil {
 		t.Fatal(err)
@@ -57,9 +51,60 @@ func TestVMExamples(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	bash(t, root, dir, script)
+}
+
+// TestVMExamplesWithMakeUp runs those that are for a node, on one.
+func TestVMExamplesWithMakeUp(t *testing.T) {
+	root, err := programs.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := programs.Image("busybox"); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("/tmp", "readme") // short, for sockets' paths
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := stack.Clean(context.Background(), dir); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := stack.Up(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	env, err := stack.Env(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bash(t, root, dir, env+examples(t, root, stackBlocks))
+}
+
+// examples are the README's, one after the other.
+func examples(t *testing.T, root string, blocks *regexp.Regexp) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var script strings.Builder
+	for _, block := range blocks.FindAllSubmatch(text, -1) {
+		script.Write(block[1])
+	}
+	if n := strings.Count(script.String(), "\n"); n < 10 {
+		t.Fatalf("the README has %d lines of examples", n)
+	}
+	return script.String()
+}
+
+// bash runs a script in a directory, as a reader would who has the programs in $PATH.
+func bash(t *testing.T, root, dir, script string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "bash", "-euxo", "pipefail", "-c", script.String())
+	cmd := exec.CommandContext(ctx, "bash", "-euxo", "pipefail", "-c", script)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "PATH="+filepath.Join(root, "bin")+":"+os.Getenv("PATH"))
 	cmd.WaitDelay = 5 * time.Second
