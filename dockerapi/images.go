@@ -83,9 +83,11 @@ func (o *imageOptions) open(ctx context.Context, all *options) (_ *imageService,
 	if nomad == nil {
 		nomad = api.DefaultConfig()
 	}
-	if c.WorkloadKeys, err = server.WorkloadKeys(nomad); err != nil {
+	client, err := api.NewClient(nomad)
+	if err != nil {
 		return nil, err
 	}
+	c.WorkloadKeys = server.WorkloadKeys(client)
 	listener, err := o.listener(all)
 	if err != nil {
 		return nil, fmt.Errorf("--registry-listen: %w", err)

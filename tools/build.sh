@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd: print the path of that program.
+# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw: print the path of that program.
 #
 # The one on PATH where it has the version that tools/NAME/go.mod names (or newer, with the same major version), else one
 # built from the Go module proxy, cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/tools/NAME-KEY, where KEY hashes the
@@ -21,7 +21,8 @@ case $name in
   # rootful, with the runc on PATH
   buildkitd) module=github.com/moby/buildkit package=$module/cmd/buildkitd flags+=(-ldflags "-s -w") ;;
   csi-sanity) module=github.com/kubernetes-csi/csi-test/v5 package=$module/cmd/csi-sanity ;;
-  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd" ;;
+  versitygw) module=github.com/versity/versitygw package=$module/cmd/versitygw flags+=(-ldflags "-s -w") ;;
+  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw" ;;
 esac
 want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$name/go.mod" | grep -m1 '^v')
 

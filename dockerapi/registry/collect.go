@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -88,12 +89,7 @@ func (r *Registry) sweepMarks(ctx context.Context, old time.Time) error {
 	if err != nil && !isAbsent(err) {
 		return err
 	}
-	for _, p := range gone {
-		if err := r.driver.Delete(ctx, p); err != nil && !isAbsent(err) {
-			return err
-		}
-	}
-	return nil
+	return r.remove(ctx, gone)
 }
 
 // A marks is what the repositories' manifests refer to: repository → blob.
@@ -147,15 +143,18 @@ func (r *Registry) sweepLinks(ctx context.Context, marked marks, old time.Time, 
 			linked[d] = true
 		}
 	}
-	var gone []string
+	var gone, left []string
 	err := r.driver.Walk(ctx, repositoriesPath, func(f storagedriver.FileInfo) error {
 		p := strings.TrimPrefix(f.Path(), repositoriesPath+"/")
 		repo, below, ok := strings.Cut(p, "/_layers/")
 		if f.IsDir() {
-			switch base := path.Base(f.Path()); base {
-			case "_manifests", "_uploads":
+			if path.Base(f.Path()) == "_uploads" {
 				return storagedriver.ErrSkipDir
 			}
+			return nil
+		}
+		if isLeftover(f, old) {
+			left = append(left, f.Path())
 			return nil
 		}
 		if !ok {
@@ -185,7 +184,24 @@ func (r *Registry) sweepLinks(ctx context.Context, marked marks, old time.Time, 
 		}
 		c.Links++
 	}
-	return linked, nil
+	return linked, r.remove(ctx, left)
+}
+
+// leftover is what distribution's driver writes before it renames it: a process that is killed leaves it.
+var leftover = regexp.MustCompile(`\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.tmp$`)
+
+func isLeftover(f storagedriver.FileInfo, old time.Time) bool {
+	return f.ModTime().Before(old) && leftover.MatchString(f.Path())
+}
+
+// remove removes files, some of which may be gone.
+func (r *Registry) remove(ctx context.Context, paths []string) error {
+	for _, p := range paths {
+		if err := r.driver.Delete(ctx, p); err != nil && !isAbsent(err) {
+			return err
+		}
+	}
+	return nil
 }
 
 func (r *Registry) sweepBlobs(ctx context.Context, linked map[digest.Digest]bool, old time.Time, c *Collection) error {
@@ -194,7 +210,11 @@ func (r *Registry) sweepBlobs(ctx context.Context, linked map[digest.Digest]bool
 		size   int64
 	}
 	var gone []blob
+	var left []string
 	err := r.driver.Walk(ctx, blobsPath, func(f storagedriver.FileInfo) error {
+		if !f.IsDir() && isLeftover(f, old) {
+			left = append(left, f.Path())
+		}
 		if f.IsDir() || path.Base(f.Path()) != "data" {
 			return nil
 		}
@@ -222,5 +242,5 @@ func (r *Registry) sweepBlobs(ctx context.Context, linked map[digest.Digest]bool
 		c.Blobs++
 		c.Bytes += b.size
 	}
-	return nil
+	return r.remove(ctx, left)
 }

@@ -374,8 +374,10 @@ func (p *puller) download(ctx context.Context, d ocispec.Descriptor) error {
 func (p *puller) fetch(ctx context.Context, w distribution.BlobWriter, d ocispec.Descriptor) error {
 	id := short(d.Digest)
 	delay, ranges := p.retryDelay, true
-	for attempt := 1; w.Size() < d.Size; attempt++ {
-		err := p.fetchOnce(ctx, w, d, ranges)
+	have := w.Size() // of the writer's beginning: what it says later may lag behind
+	for attempt := 1; have < d.Size; attempt++ {
+		n, err := p.fetchOnce(ctx, w, d, have, ranges)
+		have += n
 		var te *transport.Error
 		errors.As(err, &te)
 		switch {
@@ -400,40 +402,38 @@ func (p *puller) fetch(ctx context.Context, w distribution.BlobWriter, d ocispec
 	return nil
 }
 
-func (p *puller) fetchOnce(ctx context.Context, w distribution.BlobWriter, d ocispec.Descriptor, ranges bool) error {
-	offset := w.Size()
+// fetchOnce fetches from an offset on, and tells how much has come.
+func (p *puller) fetchOnce(ctx context.Context, w distribution.BlobWriter, d ocispec.Descriptor, offset int64, ranges bool) (int64, error) {
 	repo := p.remote.Context()
 	u := url.URL{Scheme: repo.Scheme(), Host: repo.RegistryStr(), Path: "/v2/" + repo.RepositoryStr() + "/blobs/" + d.Digest.String()}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if offset > 0 && ranges {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, d.Size-1))
 	}
 	resp, err := p.client.Do(req)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer resp.Body.Close()
 	if err := transport.CheckError(resp, http.StatusOK, http.StatusPartialContent); err != nil {
-		return err
+		return 0, err
 	}
 	if resp.StatusCode == http.StatusOK && offset > 0 { // it does not know ranges
 		if _, err := io.CopyN(io.Discard, resp.Body, offset); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	body := &progressReader{Reader: io.LimitReader(resp.Body, d.Size-offset), ctx: ctx, report: func(done int64) {
 		p.report(Progress{ID: short(d.Digest), Status: "Downloading", Current: offset + done, Total: d.Size})
 	}}
-	if _, err := w.ReadFrom(body); err != nil {
-		return err
+	n, err := w.ReadFrom(body)
+	if err == nil && offset+n < d.Size {
+		err = io.ErrUnexpectedEOF
 	}
-	if w.Size() < d.Size {
-		return io.ErrUnexpectedEOF
-	}
-	return nil
+	return n, err
 }
 
 // PullAll pulls every tag of a repository.

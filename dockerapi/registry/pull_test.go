@@ -1,13 +1,19 @@
 package registry
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/distribution/reference"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -222,6 +228,106 @@ func TestPullResumes(t *testing.T) {
 			t.Errorf("%v, %v", i, err)
 		}
 	})
+}
+
+// A server that is killed in the middle of a layer leaves what has come of it to the next one.
+func TestPullAfterKill(t *testing.T) {
+	if folder := os.Getenv("REGISTRY_TEST_FOLDER"); folder != "" { // the one that is killed
+		host := os.Getenv("REGISTRY_TEST_HOST")
+		s := images(t, open(t, insecure(host), func(c *Config) { c.Folder = folder }), "a")
+		t.Fatal(s.Pull(t.Context(), parse(t, host+"/app:1"), Transfer{}), "the pull has ended")
+	}
+	var sent atomic.Int64
+	var stall atomic.Bool
+	stalled := make(chan struct{}, 10)
+	host := startUpstream(t, func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/") {
+				w = &stalling{w, r.Context(), &sent, &stall, stalled}
+			}
+			h.ServeHTTP(w, r)
+		})
+	})
+	noise := make([]byte, 2<<20)
+	rand.NewChaCha8([32]byte{1}).Read(noise)
+	img := newImage(t, "linux/amd64", string(noise))
+	put(t, host+"/app:1", img)
+	layers, _ := img.Layers()
+	size, _ := layers[0].Size()
+	folder := t.TempDir()
+	stall.Store(true)
+	child := exec.Command(os.Args[0], "-test.run", "^TestPullAfterKill$")
+	child.Env = append(os.Environ(), "REGISTRY_TEST_FOLDER="+folder, "REGISTRY_TEST_HOST="+host)
+	var out bytes.Buffer
+	child.Stdout, child.Stderr = &out, &out
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- child.Wait() }()
+	select {
+	case <-stalled:
+	case err := <-ended:
+		t.Fatalf("%v: %s", err, out.String())
+	}
+	// What was sent has to have been written: nobody acknowledges it.
+	for written(folder) < 500<<10 {
+		select {
+		case err := <-ended:
+			t.Fatalf("%v: %s", err, out.String())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	child.Process.Kill()
+	<-ended
+	stall.Store(false)
+	s := images(t, open(t, insecure(host), func(c *Config) { c.Folder = folder }), "a")
+	if got := list(t, s); got != "" {
+		t.Errorf("images of the killed one: %s", got)
+	}
+	sent.Store(0)
+	if err := s.Pull(t.Context(), parse(t, host+"/app:1"), Transfer{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sent.Load(); got > size-400<<10 {
+		t.Errorf("%d bytes of %d were sent again", got, size)
+	}
+	if i, err := s.Resolve(t.Context(), host+"/app:1"); err != nil || i.ID.String() != id(t, img) {
+		t.Errorf("%v, %v", i, err)
+	}
+}
+
+// written is the size of what uploads have got.
+func written(folder string) (n int64) {
+	files, _ := filepath.Glob(filepath.Join(folder, "images/docker/registry/v2/repositories/a/*/app/_uploads/*/data"))
+	for _, f := range files {
+		if fi, err := os.Stat(f); err == nil {
+			n += fi.Size()
+		}
+	}
+	return n
+}
+
+// stalling sends a MiB of a body, and then nothing.
+type stalling struct {
+	http.ResponseWriter
+	ctx     context.Context // of the request
+	sent    *atomic.Int64
+	stall   *atomic.Bool
+	stalled chan<- struct{}
+}
+
+func (s *stalling) Write(b []byte) (int, error) {
+	if !s.stall.Load() || len(b) < 1<<20 { // a configuration
+		n, err := s.ResponseWriter.Write(b)
+		s.sent.Add(int64(n))
+		return n, err
+	}
+	_, _ = s.ResponseWriter.Write(b[:1<<20])
+	s.ResponseWriter.(http.Flusher).Flush()
+	s.stalled <- struct{}{}
+	<-s.ctx.Done()
+	return 0, s.ctx.Err()
 }
 
 // counting counts a body's bytes, and breaks the connection when none are left.

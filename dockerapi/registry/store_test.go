@@ -440,6 +440,10 @@ func TestCollect(t *testing.T) {
 	if err != nil || c.Blobs != 0 || c.Links != 0 {
 		t.Errorf("what is young was collected: %+v, %v", c, err)
 	}
+	killed := filepath.Join(r.Folder, "images/docker/registry/v2/repositories/a/docker.io/library/kept/_manifests/tags/1/current/link.01234567-89ab-cdef-0123-456789abcdef.tmp")
+	if err := os.WriteFile(killed, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	age(t, r.Folder, 25*time.Hour)
 	// An upload that is under way, and a layer whose manifest is still to come, are young.
 	opened, _ := r.open(t.Context(), "a/docker.io/library/pushing")
@@ -459,6 +463,9 @@ func TestCollect(t *testing.T) {
 	// gone's own layer, configuration and manifest.
 	if c.Blobs != 3 || blobs(t, r.Folder) != before-3 {
 		t.Errorf("%+v; %d blobs before, %d after", c, before, blobs(t, r.Folder))
+	}
+	if _, err := os.Stat(killed); !os.IsNotExist(err) {
+		t.Errorf("what a killed process has left: %v", err)
 	}
 	upload.Write([]byte("the second half"))
 	if _, err := upload.Commit(t.Context(), desc("the first halfthe second half")); err != nil {

@@ -749,11 +749,7 @@ func (s *Server) diskUsage(w http.ResponseWriter, r *http.Request, t *tenant) er
 }
 
 // WorkloadKeys returns the keys by which Nomad signs workload identities. They are asked for again when they are half a minute old.
-func WorkloadKeys(c *api.Config) (func(context.Context) (*jose.JSONWebKeySet, error), error) {
-	client, err := api.NewClient(c)
-	if err != nil {
-		return nil, err
-	}
+func WorkloadKeys(nomad *api.Client) func(context.Context) (*jose.JSONWebKeySet, error) {
 	var mu sync.Mutex
 	var keys *jose.JSONWebKeySet
 	var asked time.Time
@@ -764,10 +760,10 @@ func WorkloadKeys(c *api.Config) (func(context.Context) (*jose.JSONWebKeySet, er
 			return keys, nil
 		}
 		var found jose.JSONWebKeySet
-		if _, err := client.Raw().Query("/.well-known/jwks.json", &found, (&api.QueryOptions{AllowStale: true}).WithContext(ctx)); err != nil {
+		if _, err := nomad.Raw().Query("/.well-known/jwks.json", &found, (&api.QueryOptions{AllowStale: true}).WithContext(ctx)); err != nil {
 			return nil, err
 		}
 		keys, asked = &found, time.Now()
 		return keys, nil
-	}, nil
+	}
 }

@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,12 +15,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/hashicorp/nomad/api"
 
+	"github.com/cradlestack/cradlestack/dockerapi/registry"
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/dockerd"
 )
 
@@ -197,4 +203,73 @@ func sortedLines(s string) string {
 		}
 	}
 	return strings.Join(lines, "\n")
+}
+
+// identityJob tells the identity that a node gives to the registry, as nomadjob's jobs give it to their driver.
+const identityJob = `
+job "identity" {
+  type = "batch"
+  group "g" {
+    task "t" {
+      driver = "raw_exec"
+      config {
+        command = "/bin/echo"
+        args    = ["identity ${NOMAD_TOKEN_registry} end"]
+      }
+      identity {
+        name = "registry"
+        aud  = ["cradlestack-registry/docker.io/library/app"]
+        env  = true
+        ttl  = "1h"
+      }
+    }
+  }
+}`
+
+// TestVMWorkloadIdentity gives the registry what a real Nomad signs for a task.
+func TestVMWorkloadIdentity(t *testing.T) {
+	c := nomadtest.Start(t, nomadtest.Options{Drivers: []string{"raw_exec"}})
+	r, err := registry.Open(t.Context(), registry.Config{Folder: t.TempDir(), WorkloadKeys: WorkloadKeys(c.API), Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	front := httptest.NewServer(r.Handler())
+	t.Cleanup(front.Close)
+	images, err := r.Images("default")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ref := range []string{"app:1", "other:1"} {
+		if _, err := images.Load(t.Context(), bytes.NewReader(savedImage(t, ref, textImage(t, ref)))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	job := c.Run(t, identityJob)
+	a := c.UntilAlloc(t, job, "has ended", func(a *api.AllocationListStub) bool { return a.ClientStatus == api.AllocClientStatusComplete })
+	said := strings.Fields(c.UntilLogsHave(t, a.ID, "t", "stdout", " end"))
+	if len(said) != 3 {
+		t.Fatalf("Nomad has given the task no identity: %q", said)
+	}
+	c.Stop(t, job)
+	auth := remote.WithAuth(&authn.Basic{Username: "workload", Password: said[1]})
+	for ref, allowed := range map[string]bool{"app:1": true, "other:1": false} {
+		i, err := images.Resolve(t.Context(), ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		node, err := name.NewDigest(i.NodeReference(strings.TrimPrefix(front.URL, "http://")), name.Insecure)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img, err := remote.Image(node, auth)
+		if (err == nil) != allowed {
+			t.Errorf("pull %s: %v", ref, err)
+		}
+		if err == nil {
+			if _, err := img.ConfigFile(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }
