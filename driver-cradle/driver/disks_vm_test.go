@@ -37,7 +37,7 @@ func TestVMDisk(t *testing.T) {
 	}
 	removal := func(cfg *taskConfig) { *cfg = taskConfig{DiskID: "box", DiskAction: diskRemove} }
 
-	first := task("echo first; hostname; echo kept >/root/file; mkdir -p /data; sync; sleep 1000", func(cfg *taskConfig) { cfg.Disk = "256MiB" })
+	first := task("echo kept >/root/file; sync; echo first; hostname; sleep 1000", func(cfg *taskConfig) { cfg.Disk = "256MiB" })
 	h := c.start(first)
 	c.logs(first, "stdout", "first\n0123456789ab\n")
 	refused("in use by task "+first.ID, nil)
