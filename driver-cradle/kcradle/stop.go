@@ -133,19 +133,34 @@ func (c *cli) removeCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, cancel := interruptible(cmd)
 			defer cancel()
-			return c.each(args, func(d *pod.Dir) error {
-				err := d.Remove()
-				if force && errors.Is(err, pod.ErrRunning) {
-					if _, err := d.Kill(ctx); err != nil && !errors.Is(err, pod.ErrNotRunning) {
-						return err
-					}
-					err = d.Remove()
-				}
-				return err
-			})
+			var errs []error
+			for _, dir := range args {
+				errs = append(errs, c.remove(ctx, dir, force))
+			}
+			return errors.Join(errs...)
 		},
 		ValidArgsFunction: completePods,
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "kill the pod if it runs")
 	return cmd
+}
+
+func (c *cli) remove(ctx context.Context, dir string, force bool) error {
+	d, err := c.open(dir)
+	if errors.Is(err, pod.ErrNoPod) {
+		if rerr := pod.RemoveRemains(dir); !errors.Is(rerr, pod.ErrNoPod) {
+			return rerr
+		}
+	}
+	if err != nil {
+		return err
+	}
+	err = d.Remove()
+	if force && errors.Is(err, pod.ErrRunning) {
+		if _, err := d.Kill(ctx); err != nil && !errors.Is(err, pod.ErrNotRunning) {
+			return err
+		}
+		err = d.Remove()
+	}
+	return err
 }

@@ -176,6 +176,38 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// What a Summon or Remove that was killed has left is no pod, and can be removed; what is anybody else's stays.
+func TestRemoveRemains(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "p")
+	if err := RemoveRemains(dir); !errors.Is(err, ErrNoPod) {
+		t.Errorf("nothing there: %v", err)
+	}
+	for _, f := range []string{"notes.txt", LaunchFile} {
+		if err := os.MkdirAll(filepath.Join(dir, runDir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, f)
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := RemoveRemains(dir); !errors.Is(err, ErrNoPod) {
+			t.Errorf("%s: %v", f, err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Errorf("%s is gone: %v", f, err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, scratchFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := RemoveRemains(dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("the remains are still there")
+	}
+}
+
 func summonOptions(t *testing.T) SummonOptions {
 	t.Helper()
 	store, err := image.Open(t.TempDir())

@@ -257,3 +257,19 @@ func (d *Dir) Remove() error {
 	}
 	return nil // with files of others in it, the directory stays
 }
+
+// RemoveRemains removes a directory that a Summon or Remove that was killed has left, which is no pod. It fails with ErrNoPod where path is anything else.
+func RemoveRemains(path string) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(path); err != nil || vacant(path) != nil {
+		return fmt.Errorf("%s: %w", path, ErrNoPod)
+	}
+	dir, _, err := claim(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.Remove(path), dir.Close())
+}
