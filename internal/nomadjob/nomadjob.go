@@ -32,11 +32,6 @@ const (
 	// envItem is the variable's item with the environment of a pod's first container, as a JSON list.
 	envItem = "env"
 	envFile = "secrets/env.json"
-	// pullIdentity is the name of the workload identity for registries, which they are given as a password.
-	pullIdentity = "registry"
-	pullUser     = "workload"
-	pullPassword = "${NOMAD_TOKEN_" + pullIdentity + "}"
-	pullTime     = time.Hour // Nomad renews it
 
 	diskMB       = 30 // Nomad's own of an allocation: the task's logs
 	logFiles     = 2
@@ -68,8 +63,6 @@ type Options struct {
 	Bare bool
 	// Bridge gives the pod an interface in its node's bridge network, where other pods reach it.
 	Bridge bool
-	// PullAudience is of the workload identity with which the node asks the registries of the images. Without one it has what its plugin is configured with.
-	PullAudience []string
 }
 
 // EnvPath is the path of the variable that holds what EnvItems returns: a job that has an environment reads it there, so that no secret stands in
@@ -116,10 +109,6 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 			EmbeddedTmpl: ptr(fmt.Sprintf(`{{ with nomadVar %q }}{{ .%s }}{{ end }}`, EnvPath(o.ID), envItem)),
 			DestPath:     ptr(envFile), ChangeMode: ptr("noop"), Perms: ptr("0600"), ErrMissingKey: ptr(true),
 		}}
-	}
-	if len(o.PullAudience) > 0 {
-		task.Identities = []*api.WorkloadIdentity{{Name: pullIdentity, Audience: o.PullAudience, Env: true, ChangeMode: "noop", TTL: pullTime}}
-		task.Config["auth"] = []map[string]any{{"username": pullUser, "password": pullPassword}} // a template of Nomad's, as nothing else there
 	}
 	task.VolumeMounts = b.volumeMounts
 	g := &api.TaskGroup{
@@ -576,11 +565,6 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 	r.options = Options{
 		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j),
 		Replace: g.Disconnect != nil && deref(g.Disconnect.Replace),
-	}
-	for _, i := range task.Identities {
-		if i.Name == pullIdentity {
-			r.options.PullAudience = i.Audience
-		}
 	}
 	for _, constraint := range j.Constraints {
 		switch constraint.LTarget {
