@@ -196,7 +196,7 @@ type BlockVolume struct {
 // A DirectoryVolume is a directory or a single file of the host.
 type DirectoryVolume struct {
 	Path      string `json:"path"`
-	Transport string `json:"transport,omitempty"` // 9p (default), virtiofs
+	Transport string `json:"transport,omitempty"` // 9p (default), virtiofs (default with boot package stock)
 	ReadOnly  bool   `json:"readOnly,omitempty"`
 }
 

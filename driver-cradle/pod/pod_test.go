@@ -19,6 +19,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -569,5 +570,22 @@ func TestShortSocketPath(t *testing.T) {
 	defer c.Close()
 	if got, err := io.ReadAll(c); err != nil || string(got) != "hello" {
 		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// The distribution's kernel has no 9p: directories reach its guests by virtiofs unless something else is asked for.
+func TestShareOfStockKernel(t *testing.T) {
+	for _, x := range []struct{ variant, transport, want string }{
+		{boot.VariantDefault, "", "9p"}, {boot.VariantStock, "", "virtiofs"}, {boot.VariantDefault, "virtiofs", "virtiofs"}, {boot.VariantStock, "9p", "9p"},
+	} {
+		c := vmm.Config{Package: &boot.Package{Manifest: boot.Manifest{Variant: x.variant}}}
+		var w wire.Launch
+		v := &spec.Volume{Name: "d", Directory: &spec.DirectoryVolume{Path: t.TempDir(), Transport: x.transport}}
+		if err := share(v, &c, &w); err != nil {
+			t.Fatal(err)
+		}
+		if got := w.Directories[0].Type; got != x.want || (len(c.Virtiofs) == 1) != (x.want == "virtiofs") || len(c.Virtiofs)+len(c.Shares) != 1 {
+			t.Errorf("%s, %q: %s, %+v", x.variant, x.transport, got, c)
+		}
 	}
 }

@@ -314,7 +314,7 @@ func share(v *spec.Volume, c *vmm.Config, w *wire.Launch) error {
 	}
 	s := vmm.Share{Name: v.Name, Path: path, ReadOnly: v.Directory.ReadOnly}
 	dir := wire.Directory{Volume: v.Name, Tag: wire.ShareTag, Type: "9p", Path: s.Name, File: !fi.IsDir()}
-	if v.Directory.Transport == "virtiofs" {
+	if v.Directory.Transport == "virtiofs" || v.Directory.Transport == "" && c.Package.Manifest.Variant == boot.VariantStock { // it has no 9p
 		dir.Tag, dir.Type = vmm.VirtiofsTag, "virtiofs"
 		c.Virtiofs = append(c.Virtiofs, s)
 	} else {
