@@ -56,7 +56,7 @@ var mayImport = map[string][]string{
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
 	"dockerapi":           {"dockerapi/server.", "dockerapi/registry"}, // main.go and its commands
-	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "dockerapi/translate", "dockerapi/registry"},
+	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "internal/tunnel", "dockerapi/translate", "dockerapi/registry"},
 	"dockerapi/registry":  {},
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
 
@@ -85,6 +85,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/server":            {"test/dockerd", "internal/nomadtest"},
 	"dockerapi/registry":          {"test/programs"},
 	"bali":                        {"internal/nomadtest"},
+	"dockerapi":                   {"internal/nomadtest", "test/programs"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 }

@@ -80,6 +80,8 @@ func (c *cli) serveCommand() *cobra.Command {
 	f.StringVar(&o.tls.Key, "tls-key", "", "PEM file of its key")
 	f.StringVar(&o.Clients, "clients", "", "JSON file that maps the common names of clients' certificates to namespaces and tokens; read anew when it changes")
 	o.images.flags(f)
+	f.BoolVar(&o.HostPaths, "host-paths", false, "let containers mount directories of their node: for a single node whose users are its operators")
+	f.StringVar(&o.Layouts, "image-layouts", "", "directory of OCI layouts on every node, whose names are images")
 	f.BoolVar(&o.verbose, "verbose", false, "log requests that change nothing as well")
 	return cmd
 }
@@ -107,7 +109,7 @@ func (c *cli) serve(ctx context.Context, o *options) error {
 		return err
 	}
 	defer images.close()
-	o.Registry = images.registry
+	o.Registry, o.RegistryHost = images.registry, images.host
 	s, err := server.New(o.Config)
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -53,6 +54,7 @@ func (o *imageOptions) flags(f *pflag.FlagSet) {
 // An imageService is the registry with what runs beside it.
 type imageService struct {
 	registry *registry.Registry // nil: no images
+	host     string             // where nodes find it, HOST:PORT; "" for nowhere
 	http     *http.Server
 	cancel   context.CancelFunc
 	work     sync.WaitGroup
@@ -100,6 +102,12 @@ func (o *imageOptions) open(ctx context.Context, all *options) (_ *imageService,
 		return nil, err
 	}
 	ctx, s.cancel = context.WithCancel(ctx)
+	if listener != nil {
+		s.host = listener.Addr().String()
+	}
+	if u, err := url.Parse(o.url); err == nil && u.Host != "" {
+		s.host = u.Host
+	}
 	if listener != nil {
 		s.http = &http.Server{Handler: s.registry.Handler(), ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, ErrorLog: slog.NewLogLogger(all.Log.Handler(), slog.LevelDebug)}
 		s.work.Go(func() {

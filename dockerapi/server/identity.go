@@ -27,8 +27,16 @@ type Access struct {
 // A tenant is an Access with a client of Nomad's. All requests of those who have it share it.
 type tenant struct {
 	Access
-	nomad *api.Client
-	token string
+	server *Server
+	config *api.Config
+	nomad  *api.Client
+
+	watch   *watch
+	records recordCache
+	sessions
+	attendants attendants
+
+	end context.CancelCauseFunc
 }
 
 type connKey struct{}
@@ -87,8 +95,11 @@ func (s *Server) tenantOf(a Access) (*tenant, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if t := s.tenants[a]; t != nil && t.token == token {
+	if t := s.tenants[a]; t != nil && t.config.SecretID == token {
 		return t, nil
+	}
+	if s.ctx.Err() != nil {
+		return nil, context.Cause(s.ctx)
 	}
 	c := *s.Nomad
 	c.Namespace, c.SecretID = a.Namespace, token
@@ -96,8 +107,14 @@ func (s *Server) tenantOf(a Access) (*tenant, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &tenant{Access: a, nomad: client, token: token}
+	t := &tenant{Access: a, server: s, config: &c, nomad: client, watch: newWatch()}
+	if old := s.tenants[a]; old != nil {
+		old.end(errors.New("the namespace has another token now"))
+	}
+	ctx, cancel := context.WithCancelCause(s.ctx)
+	t.end = cancel
 	s.tenants[a] = t
+	s.work.Go(func() { t.follow(ctx) })
 	return t, nil
 }
 

@@ -49,7 +49,7 @@ func (s *Server) imageRoutes(on *router) {
 // images are the tenant's.
 func (s *Server) images(t *tenant) (*registry.Images, error) {
 	if s.Registry == nil {
-		return nil, dockerhttp.NewError(http.StatusServiceUnavailable, "this server keeps no images: its operator has to start it with --images")
+		return nil, dockerhttp.NewError(http.StatusNotFound, "this server keeps no images: its operator has to start it with --images")
 	}
 	i, err := s.Registry.Images(t.Namespace)
 	return i, imageError(err)

@@ -62,7 +62,7 @@ func dockerHost(t *testing.T, r *registry.Registry, namespace string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	start(t, Config{Version: "test", Nomad: &api.Config{Address: "http://127.0.0.1:1"}, Registry: r, Local: Access{Namespace: namespace}}, l)
+	start(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: r, Local: Access{Namespace: namespace}}, l)
 	return "unix://" + socket
 }
 
@@ -236,7 +236,7 @@ func second[T any](_ T, err error) error { return err }
 
 func TestImageErrors(t *testing.T) {
 	host := otherRegistry(t)
-	ask := serve(t, Config{Version: "test", Nomad: &api.Config{Address: "http://127.0.0.1:1"}, Registry: openRegistry(t, host)})
+	ask := serve(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: openRegistry(t, host)})
 	for _, test := range []struct {
 		method, path, body string
 		status             int
@@ -280,7 +280,7 @@ func TestImageErrors(t *testing.T) {
 		}
 	}
 	none := serve(t, Config{Version: "test", Nomad: &api.Config{Address: "http://127.0.0.1:1"}})
-	if status, body, _ := none("GET", "/images/json", ""); status != http.StatusServiceUnavailable || !strings.Contains(body, "--images") {
+	if status, body, _ := none("GET", "/images/json", ""); status != http.StatusNotFound || !strings.Contains(body, "--images") {
 		t.Errorf("a server without images: %d %s", status, body)
 	}
 }
@@ -306,7 +306,7 @@ func TestPullBreaks(t *testing.T) {
 	t.Cleanup(s.Close)
 	host := strings.TrimPrefix(s.URL, "http://")
 	push(t, host+"/app:1", textImage(t, "one"))
-	ask := serve(t, Config{Version: "test", Nomad: &api.Config{Address: "http://127.0.0.1:1"}, Registry: openRegistry(t, host)})
+	ask := serve(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: openRegistry(t, host)})
 	status, body, header := ask("POST", "/images/create?fromImage="+host+"/app&tag=1", "")
 	if status != http.StatusOK || header.Get("Content-Type") != "application/json" {
 		t.Errorf("%d, %s", status, header)

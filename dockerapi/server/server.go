@@ -39,6 +39,12 @@ type Config struct {
 	Nomad   *api.Config // nil: what Nomad's environment variables say
 	Local   Access      // of those who come over the unix socket
 	Clients string      // file that maps certificates to Access; see identity.go
+	// HostPaths lets containers mount directories of their node: see translate.Rules.
+	HostPaths bool
+	// RegistryHost is where nodes find Registry, HOST:PORT.
+	RegistryHost string
+	// Layouts is a directory of OCI layouts, whose names are images' names.
+	Layouts string
 	Version string
 	Log     *slog.Logger
 	// Registry keeps the images; nil: there are none. It stays its opener's to close.
@@ -86,7 +92,7 @@ func New(c Config) (*Server, error) {
 
 // groups are the routes, a group to a file.
 func (s *Server) groups() []func(*router) {
-	return []func(*router){s.systemRoutes, s.imageRoutes}
+	return []func(*router){s.systemRoutes, s.containerRoutes, s.imageRoutes}
 }
 
 // ServeHTTP answers a request.

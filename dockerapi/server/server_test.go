@@ -33,6 +33,19 @@ func nomadOf(t *testing.T, h http.HandlerFunc) *api.Config {
 	return &api.Config{Address: n.URL}
 }
 
+// emptyNomad has nothing, and tells of no changes.
+func emptyNomad(t *testing.T) *api.Config {
+	t.Helper()
+	return nomadOf(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v1/event/stream" {
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+			return
+		}
+		_, _ = io.WriteString(w, "[]")
+	})
+}
+
 // serve starts a server on a unix socket and returns how to ask it.
 func serve(t *testing.T, c Config) (ask func(method, path, body string) (int, string, http.Header)) {
 	t.Helper()

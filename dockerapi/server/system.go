@@ -94,6 +94,20 @@ func (s *Server) info(w http.ResponseWriter, r *http.Request, t *tenant) error {
 			i.MemTotal += n.NodeResources.Memory.MemoryMB << 20
 		}
 	}
+	if err := t.watch.ready(r.Context()); err != nil {
+		return err
+	}
+	all, err := t.list(r.Context())
+	if err != nil {
+		return err
+	}
+	for _, c := range all {
+		if i.Containers++; t.statusOf(c).Running {
+			i.ContainersRunning++
+		} else {
+			i.ContainersStopped++
+		}
+	}
 	i.DriverStatus = [][2]string{{"Nomad", s.Nomad.Address}, {"Namespace", t.Namespace}, {"Nodes with pods", fmt.Sprint(ready)}}
 	return dockerhttp.Answer(w, http.StatusOK, i)
 }

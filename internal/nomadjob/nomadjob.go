@@ -45,6 +45,11 @@ const (
 	fileSystem   = "file-system"
 	nodeTarget   = "${node.unique.id}"
 	zoneTarget   = "${meta.zone}"
+
+	// The token of the identity is a variable of the task's, by which Nomad's client completes the configuration: it never stands in the job.
+	identity      = "registry"
+	identityToken = "${NOMAD_TOKEN_" + identity + "}"
+	identityTTL   = time.Hour
 )
 
 // Options are what a job says beside its pod.
@@ -61,6 +66,8 @@ type Options struct {
 	Replace bool
 	// Bare pods have nothing of Nomad's inside: no directories, no variables.
 	Bare bool
+	// Audience is that of a workload identity with which the node asks the image's registry; "" for none.
+	Audience string
 	// Bridge gives the pod an interface in its node's bridge network, where other pods reach it.
 	Bridge bool
 }
@@ -111,6 +118,10 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 		}}
 	}
 	task.VolumeMounts = b.volumeMounts
+	if o.Audience != "" {
+		task.Identities = []*api.WorkloadIdentity{{Name: identity, Audience: []string{o.Audience}, Env: true, TTL: identityTTL}}
+		config["auth"] = map[string]any{"username": "nomad", "password": identityToken}
+	}
 	g := &api.TaskGroup{
 		Name: ptr(group), Count: ptr(1), Tasks: []*api.Task{task}, Volumes: b.volumes,
 		EphemeralDisk:    &api.EphemeralDisk{SizeMB: ptr(diskMB), Sticky: ptr(false), Migrate: ptr(false)},
@@ -134,6 +145,27 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 		job.Constraints = append(job.Constraints, api.NewConstraint(zoneTarget, "=", o.Zone))
 	}
 	return job, nil
+}
+
+// RemoveDisk makes the job that removes a kept disk from its node.
+func RemoveDisk(id, namespace, node, disk string) *api.Job {
+	job := &api.Job{
+		ID: ptr(id), Name: ptr(id), Type: ptr(api.JobTypeBatch), Datacenters: []string{"*"}, Constraints: []*api.Constraint{api.NewConstraint(nodeTarget, "=", node)},
+		TaskGroups: []*api.TaskGroup{{
+			Name: ptr(group), Count: ptr(1), EphemeralDisk: &api.EphemeralDisk{SizeMB: ptr(diskMB), Sticky: ptr(false), Migrate: ptr(false)},
+			// A pod that still ends has the disk: it is free in a moment.
+			RestartPolicy:    &api.RestartPolicy{Attempts: ptr(10), Interval: ptr(time.Hour), Delay: ptr(time.Second), Mode: ptr("fail"), RenderTemplates: ptr(false)},
+			ReschedulePolicy: &api.ReschedulePolicy{Attempts: ptr(0), Unlimited: ptr(false)},
+			Tasks: []*api.Task{{
+				Name: "remove", Driver: Driver, Config: map[string]any{"disk_action": "remove", "disk_id": disk},
+				LogConfig: &api.LogConfig{MaxFiles: ptr(1), MaxFileSizeMB: ptr(1)}, Resources: &api.Resources{CPU: ptr(1), MemoryMB: ptr(leastMB)},
+			}},
+		}},
+	}
+	if namespace != "" {
+		job.Namespace = ptr(namespace)
+	}
+	return job
 }
 
 func ptr[T any](v T) *T { return &v }
@@ -565,6 +597,11 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 	r.options = Options{
 		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j),
 		Replace: g.Disconnect != nil && deref(g.Disconnect.Replace),
+	}
+	for _, i := range task.Identities {
+		if i.Name == identity && len(i.Audience) == 1 {
+			r.options.Audience = i.Audience[0]
+		}
 	}
 	for _, constraint := range j.Constraints {
 		switch constraint.LTarget {

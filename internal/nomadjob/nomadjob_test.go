@@ -68,7 +68,9 @@ var examples = map[string]example{
 					Sysctls: map[string]string{"net.core.somaxconn": "1024"}, Tmpfs: map[string]string{"/run": "", "/cache": "size=64m,mode=1777"}, ShmSize: 128 << 20,
 					Devices: []string{"/dev/fuse"}, Resources: spec.Limits{CPUs: 1.5, CPUShares: 512, Pids: 100, OOMScoreAdj: -5},
 					Mounts: []spec.Mount{
-						{Volume: "files", Path: "/files", ReadOnly: true}, {Volume: "cache", Path: "/var/cache"}, {Volume: "cache", Path: "/var/cache2", Subpath: "two", ReadOnly: true, NoCopy: true},
+						{Volume: "files", Path: "/files", ReadOnly: true},
+						{Volume: "cache", Path: "/var/cache"},
+						{Volume: "cache", Path: "/var/cache2", Subpath: "two", ReadOnly: true, NoCopy: true},
 						{Volume: "host", Path: "/host", ReadOnly: true},
 					},
 					Lifecycle: spec.Lifecycle{RestartOnFailure: true, MaxStarts: 4, RestartDelay: spec.Duration(2 * time.Second), Hold: spec.Duration(10 * time.Second), Critical: true},
@@ -81,7 +83,7 @@ var examples = map[string]example{
 		},
 		Options{
 			ID: "docker-" + podID, Namespace: "team", PodID: podID, DiskID: podID, Meta: map[string]string{"docker_id": podID, "run": "3"},
-			Node: "5f0a3c1e-7d0b-4a52-9a55-0d6d5ed1d3a4", Zone: "north", Replace: true, Bare: true,
+			Node: "5f0a3c1e-7d0b-4a52-9a55-0d6d5ed1d3a4", Zone: "north", Replace: true, Bare: true, Audience: "cradlestack-registry/team/web",
 		},
 	},
 	"pod": {

@@ -1,0 +1,222 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/moby/moby/api/types/common"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/term"
+
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+)
+
+// attachContainer connects a client with a container that runs, or with its next run: docker run attaches first and starts then.
+func (s *Server) attachContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	q := r.URL.Query()
+	stream, replay := dockerhttp.Truth(r, "stream"), dockerhttp.Truth(r, "logs")
+	if !stream && !replay {
+		return dockerhttp.Invalid("Bad parameters: you must choose stream, logs, or both")
+	}
+	if keys := q.Get("detachKeys"); keys != "" {
+		if _, err := term.ToBytes(keys); err != nil {
+			return dockerhttp.Invalid("invalid detach keys (%s) provided", keys)
+		}
+	}
+	ctx := r.Context()
+	if c.Run > 0 && !c.ended() && t.watch.state(c).phase == phasePending {
+		if _, err := t.started(ctx, c); err != nil {
+			return err
+		}
+	}
+	if p, err := t.running(c); err == nil {
+		return p.passStream(w, r, inside("/attach"))
+	}
+	if !stream { // docker attach has no logs alone, but the API has
+		return s.containerLogs(w, r, t, c)
+	}
+	a := t.attach(c.ID)
+	defer t.detach(c.ID, a)
+	// From here on the start of the container waits for this client.
+	client, err := takeOver(w, mediaType(c), r.Header.Get("Upgrade") != "")
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	watched := watchClient(t.server.ctx, client)
+	defer watched.stop()
+	if err := t.attachNext(watched.ctx, client, c, q, a); err != nil && watched.ctx.Err() == nil {
+		tell(client, c.Config.Tty, err)
+	}
+	return nil
+}
+
+// tell writes an error where the stream is already: that is where docker's clients show it.
+func tell(client net.Conn, tty bool, err error) {
+	text := err.Error() + "\r\n"
+	if !tty {
+		n := len(text)
+		text = string([]byte{2, 0, 0, 0, byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}) + text
+	}
+	_, _ = io.WriteString(client, text)
+}
+
+// attachNext waits for the container's next run and connects the client with it.
+func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q url.Values, a *attachment) error {
+	next := c.Run + 1
+	var s podState
+	if err := t.watch.until(ctx, func() (bool, error) {
+		t.watch.mu.Lock()
+		s = t.watch.stateOf(c.jobID(), next)
+		t.watch.mu.Unlock()
+		if s.phase == phaseRunning || s.phase == phaseEnded {
+			return true, nil
+		}
+		if t.busy(c.ID, next) {
+			return false, nil
+		}
+		now, err := t.get(ctx, c.ID)
+		if isNotFound(err) {
+			return false, errGone
+		}
+		return now != nil && now.Last.Number >= next, err
+	}); err != nil {
+		return err
+	}
+	if s.phase != phaseRunning {
+		return nil // it did not start, or is over: start and wait say how
+	}
+	query := url.Values{"stream": {"1"}, "logs": {"1"}}
+	if next > 1 { // what earlier runs have said is in the log as well
+		query.Set("since", fmt.Sprintf("%d.%09d", s.alloc.CreateTime/1e9, s.alloc.CreateTime%1e9))
+	}
+	for _, name := range []string{"stdin", "stdout", "stderr", "detachKeys"} {
+		if v := q.Get(name); v != "" {
+			query.Set(name, v)
+		}
+	}
+	p := t.pod(s.alloc)
+	request, err := p.request(ctx, http.MethodPost, inside("/attach"), query, nil)
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Connection", "Upgrade")
+	request.Header.Set("Upgrade", "tcp")
+	answer, conn, err := p.send(ctx, request)
+	if err != nil {
+		if t.over(&record{ID: c.ID, Run: next}) {
+			return nil
+		}
+		return err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusSwitchingProtocols {
+		return refusal(answer)
+	}
+	a.done()
+	splice(t.server.ctx, client, conn)
+	return nil
+}
+
+var errGone = fmt.Errorf("the container was removed")
+
+// A watchedClient's context ends when it goes away while nobody reads from it yet. What it sends meanwhile is kept for who reads later.
+type watchedClient struct {
+	ctx  context.Context
+	stop func()
+}
+
+func watchClient(ctx context.Context, client net.Conn) watchedClient {
+	ctx, cancel := context.WithCancel(ctx)
+	c, ok := client.(*takenConn)
+	if !ok {
+		return watchedClient{ctx, cancel}
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		awaitHangup(ctx, c.Conn, cancel)
+	}()
+	return watchedClient{ctx, func() { cancel(); <-done }}
+}
+
+// execRoutes: an exec's id is its container's followed by its own, so that any server finds the pod that it is in.
+func (s *Server) execRoutes(on *router) {
+	one := func(pattern string, h func(http.ResponseWriter, *http.Request, *pod, string, string) error) {
+		on.on(pattern, func(w http.ResponseWriter, r *http.Request, t *tenant) error {
+			id := r.PathValue("id")
+			if len(id) != 128 {
+				return noExec(id)
+			}
+			c, err := t.get(r.Context(), id[:64])
+			if isNotFound(err) {
+				return noExec(id)
+			}
+			if err != nil {
+				return err
+			}
+			if err := t.watch.ready(r.Context()); err != nil {
+				return err
+			}
+			p, err := t.running(c)
+			if err != nil {
+				return err
+			}
+			return h(w, r, p, c.ID, id[64:])
+		})
+	}
+	one("POST /exec/{id}/start", func(w http.ResponseWriter, r *http.Request, p *pod, _, exec string) error {
+		return p.passStream(w, r, "/exec/"+exec+"/start")
+	})
+	one("POST /exec/{id}/resize", func(w http.ResponseWriter, r *http.Request, p *pod, _, exec string) error {
+		return p.pass(w, r, "/exec/"+exec+"/resize")
+	})
+	one("GET /exec/{id}/json", func(w http.ResponseWriter, r *http.Request, p *pod, id, exec string) error {
+		var e container.ExecInspectResponse
+		if err := p.call(r.Context(), http.MethodGet, "/exec/"+exec+"/json", nil, nil, &e); err != nil {
+			return err
+		}
+		e.ID, e.ContainerID = id+exec, id
+		return dockerhttp.Answer(w, http.StatusOK, e)
+	})
+}
+
+func noExec(id string) error {
+	return dockerhttp.Errorf(http.StatusNotFound, "No such exec instance: %s", id)
+}
+
+// createExec makes an exec in a container that runs.
+func (s *Server) createExec(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	p, err := t.running(c)
+	if err != nil {
+		return err
+	}
+	var request json.RawMessage
+	if err := dockerhttp.Decode(w, r, &request); err != nil {
+		return err
+	}
+	var made common.IDResponse
+	if err := p.call(r.Context(), http.MethodPost, inside("/exec"), nil, request, &made); err != nil {
+		return err
+	}
+	made.ID = c.ID + made.ID
+	return dockerhttp.Answer(w, http.StatusCreated, made)
+}
+
+// podWait bounds what a list asks of each pod.
+const podWait = 2 * time.Second
+
+func checkPlatform(p string) error {
+	parts := strings.Split(p, "/")
+	if parts[0] != "linux" || len(parts) > 1 && parts[1] != "amd64" && parts[1] != "x86_64" {
+		return dockerhttp.Errorf(http.StatusNotFound, "no node runs containers of platform %s: they are linux/amd64", p)
+	}
+	return nil
+}

@@ -1,0 +1,179 @@
+package server
+
+import (
+	"context"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+)
+
+// An attendant is a pod with a stopped container's disk, whose container does not run: docker cp, logs, diff, export and commit are asked of it.
+// It is a job beside the container's, so that the container's own is not touched, and ends soon after the last one has asked.
+
+// attendantHold is longer than any attendant lives.
+const attendantHold = 24 * time.Hour
+
+// attendantIdle is how long an attendant stays for the next one who asks.
+const attendantIdle = 5 * time.Second
+
+// metaAttends marks its job.
+const metaAttends = "attends"
+
+// attendantPrefix begins its id.
+const attendantPrefix = "at-"
+
+func attendantID(r *record) string { return jobPrefix + attendantPrefix + r.ID }
+
+// attendants counts who uses those of this server.
+type attendants struct {
+	mu    sync.Mutex
+	users map[string]int
+}
+
+// attend gives the docker API of a pod with the container's disk. done is called when nothing more is asked.
+func (t *tenant) attend(ctx context.Context, r *record) (p *pod, done func(), err error) {
+	if !r.keepsDisk() {
+		return nil, nil, dockerhttp.Errorf(http.StatusConflict, "container %s is to be removed at its end (--rm): nothing of it is kept", r.ID)
+	}
+	t.attendants.mu.Lock()
+	if t.attendants.users == nil {
+		t.attendants.users = map[string]int{}
+	}
+	t.attendants.users[r.ID]++
+	t.attendants.mu.Unlock()
+	done = sync.OnceFunc(func() { t.server.work.Go(func() { t.leave(r) }) })
+	a, err := t.startAttendant(ctx, r)
+	if err != nil {
+		done()
+		return nil, nil, err
+	}
+	return t.pod(a), done, nil
+}
+
+func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.AllocationListStub, error) {
+	job, err := t.server.jobOf(r, t.Namespace, true)
+	if err != nil {
+		return nil, err
+	}
+	id := attendantID(r)
+	task := job.TaskGroups[0].Tasks[0]
+	job.ID, job.Name = &id, &id
+	job.Meta = map[string]string{metaAttends: r.ID}
+	job.TaskGroups[0].Networks = nil // its ports may be somebody else's by now
+	task.Templates = nil
+	delete(task.Config, "env_file")
+	delete(task.Config, "ports")
+	delete(task.Config, "host_ips")
+	task.Config["lifecycle"] = map[string]any{"hold": attendantHold.String()}
+	if _, _, err := t.nomad.Jobs().Register(job, t.write(ctx)); err != nil {
+		return nil, err
+	}
+	var found *api.AllocationListStub
+	err = t.watch.until(ctx, func() (bool, error) {
+		t.watch.mu.Lock()
+		defer t.watch.mu.Unlock()
+		j := t.watch.jobs[id]
+		if j == nil {
+			return false, nil
+		}
+		if e := j.eval; e != nil && len(e.FailedTGAllocs) > 0 && j.alloc == nil {
+			return false, dockerhttp.Errorf(http.StatusServiceUnavailable, "the container's disk can't be looked at at the moment: %s", whyNoPlace(e))
+		}
+		for _, a := range j.allocs {
+			switch {
+			case a.DesiredStatus != api.AllocDesiredStatusRun:
+			case a.ClientStatus == api.AllocClientStatusRunning:
+				found = a
+				return true, nil
+			case a.ClientStatus == api.AllocClientStatusFailed, a.ClientStatus == api.AllocClientStatusLost:
+				end := endOf(0, podState{alloc: a, task: a.TaskStates[task.Name]})
+				return false, dockerhttp.Errorf(http.StatusInternalServerError, "the container's disk can't be looked at: %s", or(end.Error, a.ClientStatus))
+			}
+		}
+		return false, nil
+	})
+	if err == nil && r.Node == "" {
+		_, err = t.change(ctx, r.ID, func(now *record) (bool, error) {
+			if now.Node != "" {
+				return false, nil
+			}
+			now.Node = found.NodeID
+			return true, nil
+		})
+	}
+	return found, err
+}
+
+// leave ends an attendant that nobody has used for a while.
+func (t *tenant) leave(r *record) {
+	select {
+	case <-time.After(attendantIdle):
+	case <-t.server.ctx.Done():
+	}
+	t.attendants.mu.Lock()
+	t.attendants.users[r.ID]--
+	last := t.attendants.users[r.ID] == 0
+	if last {
+		delete(t.attendants.users, r.ID)
+	}
+	t.attendants.mu.Unlock()
+	if !last {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.server.ctx), podTimeout)
+	defer cancel()
+	if err := t.stopJob(ctx, attendantID(r)); err != nil {
+		t.server.Log.Error("end an attendant", "container", r.ID, "error", err)
+	}
+}
+
+// endAttendant ends it before the container needs its disk, and waits until it is gone.
+func (t *tenant) endAttendant(ctx context.Context, r *record) error {
+	id := attendantID(r)
+	over := func() (bool, error) {
+		t.watch.mu.Lock()
+		defer t.watch.mu.Unlock()
+		return t.watch.jobs[id].over(), nil
+	}
+	if gone, _ := over(); gone {
+		return nil
+	}
+	if err := t.stopJob(ctx, id); err != nil {
+		return err
+	}
+	return t.watch.until(ctx, over)
+}
+
+// over says whether nothing of a job runs any more.
+func (j *jobState) over() bool {
+	if j == nil {
+		return true
+	}
+	for _, a := range j.allocs {
+		if !isOver(a) {
+			return false
+		}
+	}
+	return j.stopped || len(j.allocs) > 0
+}
+
+// stopJob ends a job; Nomad keeps it, as the allocations of one that is purged vanish without a word.
+func (t *tenant) stopJob(ctx context.Context, id string) error {
+	_, _, err := t.nomad.Jobs().Deregister(id, false, t.write(ctx))
+	if isGone(err) {
+		return nil
+	}
+	return err
+}
+
+func isOver(a *api.AllocationListStub) bool {
+	switch a.ClientStatus {
+	case api.AllocClientStatusComplete, api.AllocClientStatusFailed, api.AllocClientStatusLost:
+		return true
+	}
+	return false
+}

@@ -1,0 +1,560 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
+)
+
+func (s *Server) containerRoutes(on *router) {
+	s.uses = append(s.uses, s.containersOfImages)
+	one := func(pattern string, h func(http.ResponseWriter, *http.Request, *tenant, *record) error) {
+		on.on(pattern, func(w http.ResponseWriter, r *http.Request, t *tenant) error {
+			c, err := t.find(r.Context(), r.PathValue("id"))
+			if err != nil {
+				return err
+			}
+			if err := t.watch.ready(r.Context()); err != nil {
+				return err
+			}
+			return h(w, r, t, c)
+		})
+	}
+	on.on("POST /containers/create", s.createContainer)
+	on.on("GET /containers/json", s.listContainers)
+	on.on("POST /containers/prune", s.pruneContainers)
+	one("GET /containers/{id}/json", s.inspectContainer)
+	one("POST /containers/{id}/start", s.startContainer)
+	one("POST /containers/{id}/stop", s.stopContainer)
+	one("POST /containers/{id}/restart", s.restartContainer)
+	one("POST /containers/{id}/kill", s.killContainer)
+	one("POST /containers/{id}/wait", s.waitContainer)
+	one("POST /containers/{id}/rename", s.renameContainer)
+	one("DELETE /containers/{id}", s.removeContainer)
+	one("POST /containers/{id}/attach", s.attachContainer)
+	one("GET /containers/{id}/logs", s.containerLogs)
+	for _, r := range []struct {
+		pattern, rest string
+	}{
+		{"POST /containers/{id}/pause", "/pause"},
+		{"POST /containers/{id}/unpause", "/unpause"},
+		{"POST /containers/{id}/resize", "/resize"},
+		{"GET /containers/{id}/top", "/top"},
+	} {
+		one(r.pattern, func(w http.ResponseWriter, req *http.Request, t *tenant, c *record) error {
+			p, err := t.running(c)
+			if err != nil {
+				return err
+			}
+			return p.pass(w, req, inside(r.rest))
+		})
+	}
+	one("POST /containers/{id}/exec", s.createExec)
+	one("GET /containers/{id}/stats", s.containerStats)
+	one("POST /containers/{id}/update", s.updateContainer)
+	for pattern, rest := range map[string]string{
+		"HEAD /containers/{id}/archive": "/archive", "GET /containers/{id}/archive": "/archive", "PUT /containers/{id}/archive": "/archive",
+		"GET /containers/{id}/changes": "/changes", "GET /containers/{id}/export": "/export",
+	} {
+		one(pattern, func(w http.ResponseWriter, req *http.Request, t *tenant, c *record) error {
+			p, done, err := t.disk(req.Context(), c)
+			if err != nil {
+				return err
+			}
+			defer done()
+			return p.pass(w, req, inside(rest))
+		})
+	}
+	s.execRoutes(on)
+}
+
+// isRunning says whether a container's pod is there, as far as the record and Nomad tell.
+func (t *tenant) isRunning(r *record) bool {
+	return r.Run > 0 && !r.ended() && t.watch.state(r).phase == phaseRunning
+}
+
+// running is the pod of a container that runs.
+func (t *tenant) running(r *record) (*pod, error) {
+	if !t.isRunning(r) {
+		return nil, dockerhttp.Errorf(http.StatusConflict, "container %s is not running", r.ID)
+	}
+	return t.pod(t.watch.state(r).alloc), nil
+}
+
+// disk is a pod that has a container's file system: its own, or one that attends to it.
+func (t *tenant) disk(ctx context.Context, r *record) (*pod, func(), error) {
+	if p, err := t.running(r); err == nil {
+		return p, func() {}, nil
+	}
+	if !r.ended() && r.Run > 0 && t.watch.state(r).phase == phasePending {
+		if s, err := t.started(ctx, r); err != nil {
+			return nil, nil, err
+		} else if s.phase == phaseRunning {
+			return t.pod(s.alloc), func() {}, nil
+		}
+	}
+	return t.attend(ctx, r)
+}
+
+func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tenant) error {
+	var request container.CreateRequest
+	if err := dockerhttp.Decode(w, r, &request); err != nil {
+		return err
+	}
+	name, err := translate.Name(or(dockerhttp.Parameter(r, "name"), randomName()))
+	if err != nil {
+		return err
+	}
+	if p := dockerhttp.Parameter(r, "platform"); p != "" {
+		if err := checkPlatform(p); err != nil {
+			return err
+		}
+	}
+	if request.Config == nil {
+		return dockerhttp.Invalid("config cannot be empty in order to create a container")
+	}
+	ctx := r.Context()
+	image, err := s.imageOf(ctx, t, request.Config.Image)
+	if err != nil {
+		return err
+	}
+	id := newID()
+	c, err := translate.Create(&request, id, image, translate.Rules{HostPaths: s.HostPaths})
+	if err != nil {
+		return err
+	}
+	if err := t.supported(c); err != nil {
+		return err
+	}
+	rec := &record{
+		Version: recordVersion, ID: id, Name: name, Created: time.Now().UTC(), Image: imageRef{image.Reference, image.Audience, image.ID}, Config: c.Config, Host: c.Host,
+		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Volumes: c.Volumes, Want: wantCreated,
+	}
+	if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
+		return dockerhttp.Invalid("%v", err)
+	}
+	if err := t.takeName(ctx, name, id); err != nil {
+		return err
+	}
+	// Both are there before the client knows of the container.
+	var both errgroup.Group
+	both.Go(func() error { return t.putEnv(ctx, rec) })
+	both.Go(func() error { return t.put(ctx, rec) })
+	if err := both.Wait(); err != nil {
+		clear := context.WithoutCancel(ctx)
+		_, verr := t.nomad.Variables().Delete(nomadjob.EnvPath(rec.jobID()), t.write(clear))
+		_, rerr := t.nomad.Variables().Delete(recordPrefix+id, t.write(clear))
+		return errors.Join(err, t.freeName(clear, name, id), verr, rerr)
+	}
+	return dockerhttp.Answer(w, http.StatusCreated, container.CreateResponse{ID: id, Warnings: append([]string{}, c.Warnings...)})
+}
+
+// supported refuses what translate knows and this server has not yet.
+func (t *tenant) supported(c *translate.Container) error {
+	if mode := c.Host.NetworkMode; mode.IsUserDefined() {
+		return dockerhttp.Errorf(http.StatusNotFound, "network %s not found: networks of one's own are not supported yet, there are bridge and none", mode)
+	}
+	if len(c.Volumes) > 0 {
+		return dockerhttp.Errorf(http.StatusNotImplemented, "volume %s: volumes with a name are not supported yet; anonymous ones are (-v /path)", c.Volumes[0])
+	}
+	return nil
+}
+
+func (s *Server) startContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	// A client that goes away does not leave it half started.
+	if err := t.start(context.WithoutCancel(r.Context()), c.ID); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// grace checks the time between a stop signal and SIGKILL, in seconds.
+func grace(r *http.Request) error {
+	if t := dockerhttp.Parameter(r, "t"); t != "" {
+		if _, err := strconv.Atoi(t); err != nil {
+			return dockerhttp.Invalid("strconv.Atoi: parsing %q: invalid syntax", t)
+		}
+	}
+	return nil
+}
+
+func (s *Server) stopContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	if err := grace(r); err != nil {
+		return err
+	}
+	if err := t.stop(context.WithoutCancel(r.Context()), c, r.URL.Query()); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// stop ends a container with its stop signal, and the rule to start it again with it.
+func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
+	if c.Run > 0 && !c.ended() && t.watch.state(c).phase == phasePending {
+		if _, err := t.started(ctx, c); err != nil {
+			return err
+		}
+	}
+	p, err := t.running(c)
+	if err != nil {
+		return dockerhttp.NewError(http.StatusNotModified, "container is already stopped")
+	}
+	c, err = t.change(ctx, c.ID, func(now *record) (bool, error) {
+		if now.Run != c.Run || now.Want != wantRunning {
+			return false, nil
+		}
+		now.Want = wantStopped
+		return true, nil
+	})
+	if err != nil {
+		return err
+	}
+	t.awaitEnd(c, p)
+	if err := p.call(ctx, http.MethodPost, inside("/stop"), q, nil, nil); err != nil && !t.over(c) {
+		return err
+	}
+	return t.untilEnded(ctx, c)
+}
+
+// untilEnded waits until a run's end is noted.
+func (t *tenant) untilEnded(ctx context.Context, c *record) error {
+	_, err := t.endOfRun(ctx, c.ID, c.Run)
+	return err
+}
+
+// endOfRun waits for the end of a run; nil where the container is gone.
+func (t *tenant) endOfRun(ctx context.Context, id string, number int) (last *run, err error) {
+	err = t.watch.until(ctx, func() (bool, error) {
+		if t.busy(id, number) {
+			return false, nil
+		}
+		t.sessions.mu.Lock()
+		noted := t.noted[id]
+		t.sessions.mu.Unlock()
+		if noted.Number >= number {
+			last = &noted
+			return true, nil
+		}
+		r, err := t.get(ctx, id)
+		if isNotFound(err) {
+			return true, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if r.Run > number || r.Last.Number >= number {
+			last = &r.Last
+			return true, nil
+		}
+		return false, nil
+	})
+	return last, err
+}
+
+// busy says whether a run goes on as far as this server knows: there is no need to read its record.
+func (t *tenant) busy(id string, number int) bool {
+	t.sessions.mu.Lock()
+	noted := t.noted[id].Number >= number
+	t.sessions.mu.Unlock()
+	if noted {
+		return false
+	}
+	t.watch.mu.Lock()
+	defer t.watch.mu.Unlock()
+	s := t.watch.stateOf(jobPrefix+id, number)
+	return s.phase == phasePending && s.noPlace == "" || s.phase == phaseRunning
+}
+
+func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	if err := grace(r); err != nil {
+		return err
+	}
+	ctx := context.WithoutCancel(r.Context())
+	p, err := t.running(c)
+	if err == nil {
+		err = p.call(ctx, http.MethodPost, inside("/restart"), r.URL.Query(), nil, nil)
+	} else {
+		if err = t.start(ctx, c.ID); isNotModified(err) {
+			err = nil
+		}
+	}
+	if err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func isNotModified(err error) bool {
+	var e dockerhttp.Error
+	return errors.As(err, &e) && e.Status == http.StatusNotModified
+}
+
+func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	p, err := t.running(c)
+	if err != nil {
+		return dockerhttp.Errorf(http.StatusConflict, "cannot kill container: %s: container %s is not running", r.PathValue("id"), c.ID)
+	}
+	ctx := context.WithoutCancel(r.Context())
+	t.awaitEnd(c, p)
+	if err := p.call(ctx, http.MethodPost, inside("/kill"), r.URL.Query(), nil, nil); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// waitContainer sends its header as soon as the end that it waits for can't be missed any more: docker run starts the container then.
+func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	condition := container.WaitCondition(dockerhttp.Parameter(r, "condition"))
+	switch condition {
+	case "", container.WaitConditionNotRunning, container.WaitConditionNextExit, container.WaitConditionRemoved:
+	default:
+		return dockerhttp.Invalid("invalid condition: %q", condition)
+	}
+	number := c.Run
+	if idle := c.Run == 0 || c.ended(); idle && condition == container.WaitConditionNextExit || c.Run == 0 && condition == container.WaitConditionRemoved {
+		number++
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusOK)
+	if err := http.NewResponseController(w).Flush(); err != nil {
+		return nil //nolint:nilerr // the client has gone
+	}
+	ctx := r.Context()
+	var answer container.WaitResponse
+	last, err := t.awaitRun(ctx, c.ID, number)
+	if err == nil && condition == container.WaitConditionRemoved {
+		err = t.watch.until(ctx, func() (bool, error) {
+			now, err := t.get(ctx, c.ID)
+			if isNotFound(err) {
+				return true, nil
+			}
+			if err == nil && now.ended() {
+				last = &now.Last
+			}
+			return false, err
+		})
+	}
+	if ctx.Err() != nil {
+		return nil //nolint:nilerr // the client has gone
+	}
+	if last != nil {
+		answer.StatusCode = int64(last.ExitCode)
+		if last.Error != "" {
+			answer.Error = &container.WaitExitError{Message: last.Error}
+		}
+	}
+	if err != nil {
+		answer.Error = &container.WaitExitError{Message: err.Error()}
+	}
+	_ = json.NewEncoder(w).Encode(answer)
+	return nil
+}
+
+// awaitRun is endOfRun, for a run that may not have begun.
+func (t *tenant) awaitRun(ctx context.Context, id string, number int) (*run, error) {
+	if number == 0 {
+		return nil, nil
+	}
+	return t.endOfRun(ctx, id, number)
+}
+
+func (s *Server) renameContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	name, err := translate.Name(dockerhttp.Parameter(r, "name"))
+	if err != nil {
+		return err
+	}
+	ctx := r.Context()
+	if name == c.Name {
+		return dockerhttp.Invalid("Renaming a container with the same name as its current name")
+	}
+	if err := t.takeName(ctx, name, c.ID); err != nil {
+		return err
+	}
+	old := c.Name
+	if _, err := t.change(ctx, c.ID, func(now *record) (bool, error) {
+		old, now.Name = now.Name, name
+		return true, nil
+	}); err != nil {
+		return errors.Join(err, t.freeName(context.WithoutCancel(ctx), name, c.ID))
+	}
+	if err := t.freeName(ctx, old, c.ID); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (s *Server) removeContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	if dockerhttp.Truth(r, "link") {
+		return dockerhttp.Invalid("there are no links")
+	}
+	if c.Run > 0 && !c.ended() && t.watch.state(c).phase == phaseEnded {
+		if err := t.untilEnded(r.Context(), c); err != nil {
+			return err
+		}
+	}
+	if err := t.remove(context.WithoutCancel(r.Context()), c, dockerhttp.Truth(r, "force")); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (s *Server) pruneContainers(w http.ResponseWriter, r *http.Request, t *tenant) error {
+	f, err := dockerhttp.ParseFilters(r, "label", "label!", "until")
+	if err != nil {
+		return err
+	}
+	until, err := pruneUntil(f["until"])
+	if err != nil {
+		return err
+	}
+	if err := t.watch.ready(r.Context()); err != nil {
+		return err
+	}
+	all, err := t.list(r.Context())
+	if err != nil {
+		return err
+	}
+	report := container.PruneReport{ContainersDeleted: []string{}}
+	for _, c := range all {
+		if t.statusOf(c).Status == container.StateRunning || c.Run > 0 && !c.ended() || !f.Labels("label", c.Config.Labels, false) || !f.Labels("label!", c.Config.Labels, true) {
+			continue
+		}
+		if !until.IsZero() && !c.Created.Before(until) {
+			continue
+		}
+		if err := t.remove(r.Context(), c, false); err != nil {
+			return err
+		}
+		report.ContainersDeleted = append(report.ContainersDeleted, c.ID)
+	}
+	return dockerhttp.Answer(w, http.StatusOK, report)
+}
+
+// pruneUntil reads the filter until: a time, or how long ago.
+func pruneUntil(values []string) (time.Time, error) {
+	if len(values) == 0 {
+		return time.Time{}, nil
+	}
+	if len(values) > 1 {
+		return time.Time{}, dockerhttp.Invalid("more than one until filter specified")
+	}
+	if d, err := time.ParseDuration(values[0]); err == nil {
+		return time.Now().Add(-d), nil
+	}
+	return dockerhttp.ParseTime(values[0])
+}
+
+// decodeOne reads one JSON value, as long as a pod's answer may be.
+func decodeOne(r io.Reader, v any) error {
+	return json.NewDecoder(io.LimitReader(r, dockerhttp.MaxBody)).Decode(v)
+}
+
+// containerLogs asks the pod, or one that attends to the container's disk.
+func (s *Server) containerLogs(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	if !dockerhttp.Truth(r, "stdout") && !dockerhttp.Truth(r, "stderr") {
+		return dockerhttp.Invalid("Bad parameters: you must choose at least one stream")
+	}
+	if c.Run == 0 {
+		w.Header().Set("Content-Type", mediaType(c))
+		w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	p, done, err := t.disk(r.Context(), c)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return p.pass(w, r, inside("/logs"))
+}
+
+// mediaType is that of a container's output (moby api/swagger.yaml, ContainerAttach).
+func mediaType(c *record) string {
+	if c.Config.Tty {
+		return "application/vnd.docker.raw-stream"
+	}
+	return "application/vnd.docker.multiplexed-stream"
+}
+
+// containerStats are the pod's, with docker's name and id. A container that does not run has none.
+func (s *Server) containerStats(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	p, err := t.running(c)
+	if err != nil {
+		return dockerhttp.Answer(w, http.StatusOK, container.StatsResponse{ID: c.ID, Name: "/" + c.Name, OSType: "linux"})
+	}
+	request, err := p.request(r.Context(), http.MethodGet, inside("/stats"), r.URL.Query(), nil)
+	if err != nil {
+		return err
+	}
+	answer, _, err := p.send(r.Context(), request)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return refusal(answer)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	flush := http.NewResponseController(w)
+	_ = flush.Flush()
+	in, out := json.NewDecoder(answer.Body), json.NewEncoder(w)
+	for {
+		var one map[string]json.RawMessage
+		if err := in.Decode(&one); err != nil {
+			return nil //nolint:nilerr // the pod has ended, or the client is gone
+		}
+		one["name"], _ = json.Marshal("/" + c.Name)
+		one["id"], _ = json.Marshal(c.ID)
+		if out.Encode(one) != nil || flush.Flush() != nil {
+			return nil
+		}
+	}
+}
+
+// updateContainer changes the limits of the pod that runs, and of those to come.
+func (s *Server) updateContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+	var u container.UpdateConfig
+	if err := dockerhttp.Decode(w, r, &u); err != nil {
+		return err
+	}
+	host, pod, warnings, err := translate.Update(c.Host, c.Pod, &u)
+	if err != nil {
+		return err
+	}
+	ctx := r.Context()
+	if p, err := t.running(c); err == nil {
+		if u.RestartPolicy.Name != "" && u.RestartPolicy.Name != c.Host.RestartPolicy.Name {
+			return dockerhttp.Errorf(http.StatusConflict, "the restart policy of a container that runs can't be changed: stop it first")
+		}
+		live := u
+		live.RestartPolicy = container.RestartPolicy{}
+		if err := p.call(ctx, http.MethodPost, inside("/update"), nil, live, nil); err != nil {
+			return err
+		}
+	}
+	if _, err := t.change(ctx, c.ID, func(now *record) (bool, error) {
+		now.Host, now.Pod = host, pod
+		return true, nil
+	}); err != nil {
+		return err
+	}
+	return dockerhttp.Answer(w, http.StatusOK, container.UpdateResponse{Warnings: slices.Concat([]string{}, warnings)})
+}

@@ -1,0 +1,114 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+
+	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/cradlestack/cradlestack/dockerapi/registry"
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+)
+
+// imageOf finds the image that a client names: one of its namespace's, or one that each node has as an OCI layout.
+func (s *Server) imageOf(ctx context.Context, t *tenant, ref string) (*translate.Image, error) {
+	if ref == "" {
+		return nil, dockerhttp.Invalid("no image specified")
+	}
+	if s.Registry != nil {
+		i, err := s.registryImage(ctx, t, ref)
+		if s.Layouts == "" || !isNotFound(err) {
+			return i, err
+		}
+	}
+	name, tag, _ := strings.Cut(ref, ":")
+	if s.Layouts == "" || !filepath.IsLocal(name) || strings.ContainsAny(name, "/@") || tag != "" && tag != "latest" {
+		return nil, noImage(ref)
+	}
+	return layoutImage(filepath.Join(s.Layouts, name), ref)
+}
+
+func (s *Server) registryImage(ctx context.Context, t *tenant, ref string) (*translate.Image, error) {
+	images, err := s.images(t)
+	if err != nil {
+		return nil, err
+	}
+	i, err := images.Resolve(ctx, ref)
+	if err != nil {
+		return nil, imageError(err)
+	}
+	if s.RegistryHost == "" {
+		return nil, dockerhttp.NewError(http.StatusServiceUnavailable, "nodes don't find the images of this server: its operator has to start it with --registry-listen")
+	}
+	return &translate.Image{Reference: i.NodeReference(s.RegistryHost), Audience: i.WorkloadAudience(), ID: i.ID.String(), Config: i.Config.Config}, nil
+}
+
+// containersOfImages tells which containers are made from which images.
+func (s *Server) containersOfImages(ctx context.Context, t *tenant) ([]registry.Use, error) {
+	if err := t.watch.ready(ctx); err != nil {
+		return nil, err
+	}
+	all, err := t.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var uses []registry.Use
+	for _, c := range all {
+		uses = append(uses, registry.Use{Container: c.ID, Image: digest.Digest(c.Image.ID), Running: t.statusOf(c).Running})
+	}
+	return uses, nil
+}
+
+func noImage(ref string) error {
+	if !strings.ContainsAny(ref, ":@") {
+		ref += ":latest"
+	}
+	return dockerhttp.Errorf(http.StatusNotFound, "No such image: %s", ref)
+}
+
+// layoutImage reads the only image of an OCI layout.
+func layoutImage(dir, ref string) (*translate.Image, error) {
+	root, err := os.OpenRoot(dir)
+	if os.IsNotExist(err) {
+		return nil, noImage(ref)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	read := func(d digest.Digest, v any) error {
+		data, err := root.ReadFile(filepath.Join("blobs", d.Algorithm().String(), d.Encoded()))
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(data, v)
+	}
+	data, err := root.ReadFile("index.json")
+	if err != nil {
+		return nil, err
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(data, &index); err != nil {
+		return nil, err
+	}
+	if len(index.Manifests) != 1 {
+		return nil, fmt.Errorf("%s has %d images", dir, len(index.Manifests))
+	}
+	var manifest ocispec.Manifest
+	if err := read(index.Manifests[0].Digest, &manifest); err != nil {
+		return nil, err
+	}
+	var image dockerspec.DockerOCIImage
+	if err := read(manifest.Config.Digest, &image); err != nil {
+		return nil, err
+	}
+	return &translate.Image{Reference: "oci:" + dir, ID: manifest.Config.Digest.String(), Config: image.Config}, nil
+}

@@ -1,0 +1,332 @@
+package server
+
+import (
+	"context"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+)
+
+// statusOf is a container's state as far as the record and Nomad tell; only its pod knows more.
+func (t *tenant) statusOf(r *record) container.State {
+	s := container.State{Status: container.StateCreated, StartedAt: noTime, FinishedAt: noTime}
+	last := r.Last
+	switch {
+	case r.Want == wantRemoved:
+		s.Status = container.StateRemoving
+	case r.Run == 0:
+		return s
+	case r.ended():
+	default:
+		switch p := t.watch.state(r); p.phase {
+		case phaseRunning:
+			s.Status, s.Running, s.Pid = container.StateRunning, true, 1
+			if p.task != nil {
+				s.StartedAt = stamp(p.task.StartedAt)
+			}
+			return s
+		case phasePending, phaseNone:
+			if r.Run == 1 {
+				return s
+			}
+		case phaseEnded:
+			last = endOf(r.Run, p)
+		}
+	}
+	if last.Number > 0 {
+		s.ExitCode, s.OOMKilled, s.Error = last.ExitCode, last.OOMKilled, last.Error
+		s.StartedAt, s.FinishedAt = stamp(last.StartedAt), stamp(last.FinishedAt)
+		if s.Status == container.StateCreated && r.Want != wantCreated {
+			s.Status = container.StateExited
+		}
+		if last.StartedAt.IsZero() {
+			s.FinishedAt = noTime
+		}
+	}
+	return s
+}
+
+// noTime is how docker writes that something has not happened.
+const noTime = "0001-01-01T00:00:00Z"
+
+func stamp(at time.Time) string {
+	if at.IsZero() {
+		return noTime
+	}
+	return at.UTC().Format(time.RFC3339Nano)
+}
+
+// A seen container is one with what its pod tells, if it was asked.
+type seen struct {
+	*record
+	state  container.State
+	inside *container.InspectResponse
+}
+
+// ask completes a running container's state with what its pod tells.
+func (t *tenant) ask(ctx context.Context, r *record) *seen {
+	s := &seen{record: r, state: t.statusOf(r)}
+	if !s.state.Running {
+		return s
+	}
+	p, err := t.running(r)
+	if err != nil {
+		return s
+	}
+	ctx, cancel := context.WithTimeout(ctx, podWait)
+	defer cancel()
+	var c container.InspectResponse
+	if err := p.call(ctx, http.MethodGet, inside("/json"), nil, nil, &c); err != nil || c.State == nil {
+		return s
+	}
+	s.inside, s.state = &c, *c.State
+	if s.state.Status == container.StateCreated { // it is held, or about to start
+		s.state = container.State{Status: container.StateCreated, StartedAt: noTime, FinishedAt: noTime}
+	}
+	return s
+}
+
+// tells says whether only a container's pod knows its state: it may be paused, restarting, or have a health.
+func (r *record) tells() bool {
+	return !r.Host.RestartPolicy.IsNone() || r.Config.Healthcheck != nil && len(r.Config.Healthcheck.Test) > 0
+}
+
+// asked is how many pods are asked at once.
+const asked = 32
+
+func (t *tenant) askAll(ctx context.Context, all []*record, every bool) []*seen {
+	out := make([]*seen, len(all))
+	var work sync.WaitGroup
+	slots := make(chan struct{}, asked)
+	for i, r := range all {
+		if !every && !r.tells() {
+			out[i] = &seen{record: r, state: t.statusOf(r)}
+			continue
+		}
+		work.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			out[i] = t.ask(ctx, r)
+		})
+	}
+	work.Wait()
+	return out
+}
+
+var containerFilters = []string{"ancestor", "before", "exited", "expose", "health", "id", "is-task", "isolation", "label", "name", "network", "publish", "since", "status", "volume"}
+
+func (s *Server) listContainers(w http.ResponseWriter, r *http.Request, t *tenant) error {
+	f, err := dockerhttp.ParseFilters(r, containerFilters...)
+	if err != nil {
+		return err
+	}
+	for _, status := range f["status"] {
+		if err := container.ValidateContainerState(container.ContainerState(status)); err != nil {
+			return dockerhttp.Invalid("%v", err)
+		}
+	}
+	for _, code := range f["exited"] {
+		if _, err := strconv.Atoi(code); err != nil {
+			return dockerhttp.Invalid("invalid filter 'exited=%s'", code)
+		}
+	}
+	limit := 0
+	if text := dockerhttp.Parameter(r, "limit"); text != "" {
+		if limit, err = strconv.Atoi(text); err != nil {
+			return dockerhttp.Invalid("limit: %q is no number", text)
+		}
+	}
+	ctx := r.Context()
+	if err := t.watch.ready(ctx); err != nil {
+		return err
+	}
+	records, err := t.list(ctx)
+	if err != nil {
+		return err
+	}
+	bounds, err := between(records, f)
+	if err != nil {
+		return err
+	}
+	all := dockerhttp.Truth(r, "all") || limit > 0 || len(f["status"]) > 0 || len(f["exited"]) > 0
+	out := []container.Summary{}
+	for _, c := range t.askAll(ctx, bounds, len(f["status"]) > 0) {
+		if !all && !c.state.Running || !t.listed(f, c) {
+			continue
+		}
+		out = append(out, t.summary(c))
+		if limit > 0 && len(out) == limit {
+			break
+		}
+	}
+	return dockerhttp.Answer(w, http.StatusOK, out)
+}
+
+// between applies the filters before and since, which name containers.
+func between(all []*record, f dockerhttp.Filters) ([]*record, error) {
+	place := func(ref string) (*record, error) {
+		for _, r := range all {
+			if r.Name == strings.TrimPrefix(ref, "/") || strings.HasPrefix(r.ID, ref) {
+				return r, nil
+			}
+		}
+		return nil, noContainer(ref)
+	}
+	for _, ref := range f["before"] {
+		c, err := place(ref)
+		if err != nil {
+			return nil, err
+		}
+		all = slices.DeleteFunc(slices.Clone(all), func(r *record) bool { return !r.Created.Before(c.Created) })
+	}
+	for _, ref := range f["since"] {
+		c, err := place(ref)
+		if err != nil {
+			return nil, err
+		}
+		all = slices.DeleteFunc(slices.Clone(all), func(r *record) bool { return !r.Created.After(c.Created) })
+	}
+	return all, nil
+}
+
+// listed tells whether the filters let a container through.
+func (t *tenant) listed(f dockerhttp.Filters, c *seen) bool {
+	ports := func(name string, has func(network.Port) bool) bool {
+		return f.Any(name, func(v string) bool {
+			p, err := network.ParsePort(v)
+			return err == nil && has(p)
+		})
+	}
+	return f.Any("id", func(v string) bool { return strings.HasPrefix(c.ID, v) }) &&
+		f.Any("name", func(v string) bool { return dockerhttp.Matches(v, "/"+c.Name) || dockerhttp.Matches(v, c.Name) }) &&
+		f.Any("status", func(v string) bool { return v == string(c.state.Status) }) &&
+		f.Any("exited", func(v string) bool {
+			return c.state.Status == container.StateExited && v == strconv.Itoa(c.state.ExitCode)
+		}) &&
+		f.Any("health", func(v string) bool { return v == string(healthOf(&c.state)) }) &&
+		f.Labels("label", c.Config.Labels, false) &&
+		f.Any("ancestor", func(v string) bool { return isImage(c.record, v) }) &&
+		f.Any("network", func(v string) bool { return slices.Contains(c.networks(), v) }) &&
+		f.Any("volume", func(v string) bool {
+			return slices.ContainsFunc(mountPoints(c.record), func(m container.MountPoint) bool { return m.Name == v || m.Destination == v })
+		}) &&
+		ports("expose", func(p network.Port) bool { _, ok := c.Config.ExposedPorts[p]; return ok }) &&
+		ports("publish", func(p network.Port) bool { _, ok := c.Host.PortBindings[p]; return ok }) &&
+		f.Any("is-task", func(v string) bool { return v == "false" || v == "0" })
+}
+
+func healthOf(s *container.State) container.HealthStatus {
+	if s.Health == nil {
+		return container.NoHealthcheck
+	}
+	return s.Health.Status
+}
+
+// isImage tells whether a container is of the image that a filter names: by a reference, with latest for its tag where it has none, or by an id.
+func isImage(c *record, v string) bool {
+	withTag := func(ref string) string {
+		if i := strings.LastIndexByte(ref, '/'); !strings.ContainsAny(ref[i+1:], ":@") {
+			return ref + ":latest"
+		}
+		return ref
+	}
+	id := strings.TrimPrefix(v, "sha256:")
+	return withTag(c.Config.Image) == withTag(v) || len(id) >= 12 && strings.HasPrefix(strings.TrimPrefix(c.Image.ID, "sha256:"), id)
+}
+
+// networks are the names of those that the container is on.
+func (r *record) networks() []string {
+	if mode := r.Host.NetworkMode; mode.IsUserDefined() {
+		return []string{string(mode)}
+	}
+	return []string{or(string(r.Host.NetworkMode), translate.Bridge)}
+}
+
+func (t *tenant) summary(c *seen) container.Summary {
+	out := container.Summary{
+		ID: c.ID, Names: []string{"/" + c.Name}, Image: c.Config.Image, ImageID: c.Image.ID, Command: command(c.Config), Created: c.Created.Unix(),
+		Ports: t.portSummaries(c), Labels: union(c.Config.Labels), State: c.state.Status, Status: translate.StatusText(&c.state, time.Now()), Mounts: mountPoints(c.record),
+		NetworkSettings: &container.NetworkSettingsSummary{Networks: t.endpoints(c)},
+	}
+	out.HostConfig.NetworkMode = string(c.Host.NetworkMode)
+	if h := c.state.Health; h != nil {
+		out.Health = &container.HealthSummary{Status: h.Status, FailingStreak: h.FailingStreak}
+	}
+	return out
+}
+
+func union(m map[string]string) map[string]string {
+	if m == nil {
+		return map[string]string{}
+	}
+	return m
+}
+
+// command is the line that docker ps shows.
+func command(c *container.Config) string {
+	var words []string
+	for _, w := range slices.Concat(c.Entrypoint, c.Cmd) {
+		if strings.ContainsAny(w, " '\"\\") {
+			w = "'" + strings.ReplaceAll(w, "'", "\\'") + "'"
+		}
+		words = append(words, w)
+	}
+	return strings.Join(words, " ")
+}
+
+// published are the ports that Nomad has given the container's pod on its node.
+func (t *tenant) published(c *record) []api.PortMapping {
+	s := t.watch.state(c)
+	if c.ended() || s.phase != phaseRunning || s.alloc.AllocatedResources == nil {
+		return nil
+	}
+	return s.alloc.AllocatedResources.Shared.Ports
+}
+
+func protocol(m api.PortMapping) network.IPProtocol {
+	if strings.HasSuffix(m.Label, "_udp") {
+		return network.UDP
+	}
+	return network.TCP
+}
+
+func (t *tenant) portSummaries(c *seen) []container.PortSummary {
+	out := []container.PortSummary{}
+	seen := map[network.Port]bool{}
+	for i, m := range t.published(c.record) {
+		p, _ := network.PortFrom(uint16(m.To), protocol(m))
+		seen[p] = true
+		out = append(out, container.PortSummary{IP: t.hostIP(c.record, m, i), PrivatePort: p.Num(), PublicPort: uint16(m.Value), Type: string(p.Proto())})
+	}
+	if c.state.Running {
+		for p := range c.Config.ExposedPorts {
+			if !seen[p] {
+				out = append(out, container.PortSummary{PrivatePort: p.Num(), Type: string(p.Proto())})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b container.PortSummary) int { return int(a.PrivatePort) - int(b.PrivatePort) })
+	return out
+}
+
+// hostIP is the address that a port was asked to be at.
+func (t *tenant) hostIP(c *record, m api.PortMapping, _ int) netip.Addr {
+	p, _ := network.PortFrom(uint16(m.To), protocol(m))
+	for _, b := range c.Host.PortBindings[p] {
+		if b.HostIP.IsValid() && !b.HostIP.IsUnspecified() && (b.HostPort == "" || b.HostPort == strconv.Itoa(m.Value)) {
+			return b.HostIP
+		}
+	}
+	return netip.IPv4Unspecified()
+}

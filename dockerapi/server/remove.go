@@ -1,0 +1,81 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/hashicorp/nomad/api"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
+)
+
+// remove removes a container: everything of it in Nomad, and its disk. It can be called again where it was interrupted.
+func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
+	r, err := t.change(ctx, r.ID, func(now *record) (bool, error) {
+		if now.Want == wantRemoved {
+			return false, nil
+		}
+		if !force && t.isRunning(now) {
+			return false, dockerhttp.Errorf(http.StatusConflict, "cannot remove container %q: container is running: stop the container before removing or force remove", "/"+now.Name)
+		}
+		now.Want = wantRemoved
+		return true, nil
+	})
+	if isNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	g, together := errgroup.WithContext(ctx)
+	g.Go(func() error { return t.purge(together, r.jobID()) })
+	g.Go(func() error { return t.purge(together, attendantID(r)) })
+	g.Go(func() error {
+		_, err := t.nomad.Variables().Delete(nomadjob.EnvPath(r.jobID()), t.write(together))
+		return err
+	})
+	g.Go(func() error { return t.removeDisk(together, r) })
+	if err := g.Wait(); err != nil {
+		return fmt.Errorf("remove container %s: %w", r.ID, err)
+	}
+	// The name goes before the record: a name without a container would be in the way of the next one.
+	if err := t.freeName(ctx, r.Name, r.ID); err != nil {
+		return err
+	}
+	if _, err := t.nomad.Variables().Delete(recordPrefix+r.ID, t.write(ctx)); err != nil {
+		return err
+	}
+	t.forgetLater(r.ID)
+	t.watch.change(func() {}) // who waits for its removal looks again
+	return nil
+}
+
+// purge ends a job and lets Nomad forget it.
+func (t *tenant) purge(ctx context.Context, id string) error {
+	_, _, err := t.nomad.Jobs().DeregisterOpts(id, &api.DeregisterOptions{Purge: true}, t.write(ctx))
+	if isGone(err) {
+		return nil
+	}
+	return err
+}
+
+// isGone says whether Nomad has no such job, maybe because somebody else has been quicker.
+func isGone(err error) bool {
+	return isStatus(err, http.StatusNotFound) || err != nil && strings.Contains(err.Error(), "job not found")
+}
+
+// removerPrefix begins the id of a job that removes a disk.
+const removerPrefix = jobPrefix + "rm-"
+
+// removeDisk asks the node that has a container's disk to remove it. Nomad runs that as soon as the node can.
+func (t *tenant) removeDisk(ctx context.Context, r *record) error {
+	if r.Node == "" || !r.keepsDisk() {
+		return nil
+	}
+	_, _, err := t.nomad.Jobs().Register(nomadjob.RemoveDisk(removerPrefix+r.ID, t.Namespace, r.Node, r.ID), t.write(ctx))
+	return err
+}

@@ -1,0 +1,462 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/moby/moby/api/types/container"
+
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// holdTime is how long a container waits for those who want to be attached before it runs. Where the server that it waits for is killed, it starts
+// then, and what it has said until somebody is attached is in its log.
+const holdTime = 10 * time.Second
+
+// sessions are what this server has under way for containers of a namespace.
+type sessions struct {
+	mu        sync.Mutex
+	attaching map[string][]*attachment // by container: those who wait for its start
+	settling  map[string]bool          // containers whose end is being noted
+	ends      map[string]*ending       // of runs that this server waits for, by container
+	noted     map[string]run           // the newest run whose end this server has seen noted, by container; for a while after its removal
+}
+
+// An attachment is a client that waits for a container's start.
+type attachment struct {
+	attached chan struct{} // closed when it misses nothing any more, or is gone
+	once     sync.Once
+}
+
+func (a *attachment) done() { a.once.Do(func() { close(a.attached) }) }
+
+func (s *sessions) attach(id string) *attachment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.attaching == nil {
+		s.attaching = map[string][]*attachment{}
+	}
+	a := &attachment{attached: make(chan struct{})}
+	s.attaching[id] = append(s.attaching[id], a)
+	return a
+}
+
+func (s *sessions) detach(id string, a *attachment) {
+	a.done()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	kept := s.attaching[id][:0]
+	for _, other := range s.attaching[id] {
+		if other != a {
+			kept = append(kept, other)
+		}
+	}
+	if s.attaching[id] = kept; len(kept) == 0 {
+		delete(s.attaching, id)
+	}
+}
+
+func (s *sessions) attachments(id string) []*attachment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]*attachment{}, s.attaching[id]...)
+}
+
+// An ending is a run whose end this server hears of from its pod, before Nomad tells of it.
+type ending struct {
+	run  int
+	done chan struct{} // closed when it is noted in the record, or is left to Nomad
+}
+
+// start starts a container and returns when it runs.
+func (t *tenant) start(ctx context.Context, id string) error {
+	if err := t.watch.ready(ctx); err != nil {
+		return err
+	}
+	var wait []*attachment
+	var job *api.Job
+	already := false
+	r, err := t.change(ctx, id, func(r *record) (bool, error) {
+		already = false
+		switch r.Want {
+		case wantRemoved:
+			return false, dockerhttp.Errorf(http.StatusConflict, "container is marked for removal and cannot be started")
+		case wantRunning:
+			if !r.ended() && t.watch.state(r).phase != phaseEnded {
+				already = true
+				return false, nil
+			}
+		}
+		if !r.ended() && r.Run > 0 { // its end is not noted yet
+			r.Last = endOf(r.Run, t.watch.state(r))
+		}
+		r.Run++
+		r.Want = wantRunning
+		wait = t.attachments(id)
+		var err error
+		// It is held until start asks for it: start returns when it runs, and says why it can't.
+		job, err = t.server.jobOf(r, t.Namespace, true)
+		return true, err
+	})
+	if err != nil {
+		return err
+	}
+	if !already {
+		if err := t.endAttendant(ctx, r); err != nil {
+			return err
+		}
+		if _, _, err := t.nomad.Jobs().Register(job, t.write(ctx)); err != nil {
+			// Nobody runs it: the next start is another run.
+			_, cerr := t.change(context.WithoutCancel(ctx), id, func(now *record) (bool, error) {
+				if now.Run != r.Run || now.Want != wantRunning {
+					return false, nil
+				}
+				now.Want, now.Last = wantCreated, run{Number: now.Run, ExitCode: exitNever, Error: err.Error(), FinishedAt: time.Now().UTC()}
+				return true, nil
+			})
+			return errors.Join(err, cerr)
+		}
+	}
+	state, err := t.started(ctx, r)
+	if err != nil {
+		return err
+	}
+	if already {
+		return dockerhttp.NewError(http.StatusNotModified, "container is already running")
+	}
+	return t.release(ctx, r, state, wait)
+}
+
+// jobOf makes a container's job.
+func (s *Server) jobOf(r *record, namespace string, hold bool) (*api.Job, error) {
+	p := *r.Pod
+	p.Containers = append([]spec.PodContainer{}, r.Pod.Containers...)
+	p.Name = r.Name
+	if hold {
+		p.Containers[0].Lifecycle.Hold = spec.Duration(holdTime)
+	}
+	o := nomadjob.Options{
+		ID: r.jobID(), Namespace: namespace, PodID: r.ID, Node: r.Node, Zone: r.Zone, Bare: true, Audience: r.Image.Audience,
+		Meta: map[string]string{metaContainer: r.ID, metaRun: strconv.Itoa(r.Run)},
+	}
+	if r.keepsDisk() {
+		o.DiskID = r.ID
+	}
+	return nomadjob.Job(&p, o)
+}
+
+// started waits until the newest run is there, or has ended. A run that no node takes, or that could not begin, is an error, and nothing is left
+// of it in Nomad.
+func (t *tenant) started(ctx context.Context, r *record) (s podState, err error) {
+	err = t.watch.until(ctx, func() (bool, error) {
+		s = t.watch.state(r)
+		if s.noPlace != "" {
+			return false, dockerhttp.Errorf(http.StatusServiceUnavailable, "no node takes the container at the moment: %s", s.noPlace)
+		}
+		return s.phase == phaseRunning || s.phase == phaseEnded, nil
+	})
+	if err != nil {
+		if ctx.Err() == nil {
+			err = errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
+		}
+		return s, err
+	}
+	if s.phase == phaseEnded {
+		if end := endOf(r.Run, s); end.StartedAt.IsZero() || end.Error != "" && end.ExitCode > 124 {
+			err := startError(end.Error)
+			return s, errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
+		}
+	}
+	return s, nil
+}
+
+// startError has docker's words for a container that does not start.
+func startError(why string) error {
+	why = strings.TrimPrefix(why, "rpc error: code = Unknown desc = ")
+	return dockerhttp.Errorf(http.StatusBadRequest, "failed to create task for container: failed to create shim task: OCI runtime create failed: %s", why)
+}
+
+// abandon gives a run up that has not begun: the container is created, as before, or goes if it is to be removed at its end.
+func (t *tenant) abandon(ctx context.Context, r *record, why error) error {
+	now, err := t.change(ctx, r.ID, func(now *record) (bool, error) {
+		if now.Run != r.Run || now.Want == wantRemoved {
+			return false, nil
+		}
+		now.Want, now.Last = wantCreated, run{Number: now.Run, ExitCode: exitCodeOf(why.Error()), Error: why.Error(), FinishedAt: time.Now().UTC()}
+		return true, nil
+	})
+	if isNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	t.note(r.ID, now.Last)
+	if r.Host.AutoRemove {
+		return t.remove(ctx, r, true)
+	}
+	_, _, err = t.nomad.Jobs().Deregister(r.jobID(), false, t.write(ctx))
+	return err
+}
+
+// exitCodeOf is docker's for a command that could not be executed.
+func exitCodeOf(message string) int {
+	switch {
+	case strings.Contains(message, "not found"), strings.Contains(message, "no such file"):
+		return 127
+	case strings.Contains(message, "permission denied"):
+		return 126
+	}
+	return exitNever
+}
+
+// release lets a container run that waits for its clients, and listens for its end.
+func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*attachment) error {
+	t.noteNode(ctx, r, s)
+	if s.phase != phaseRunning {
+		return nil
+	}
+	for _, a := range wait {
+		select {
+		case <-a.attached:
+		case <-time.After(holdTime):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	p := t.pod(s.alloc)
+	if len(wait) > 0 || !r.Host.RestartPolicy.IsNone() { // somebody waits; or it was started again by its policy, which the pod tells alone
+		t.awaitEnd(r, p)
+	}
+	err := p.call(ctx, http.MethodPost, inside("/start"), nil, nil, nil)
+	var docker dockerhttp.Error
+	if errors.As(err, &docker) && (docker.Status == http.StatusNotModified || docker.Status == http.StatusConflict) {
+		return nil // it has not waited any longer
+	}
+	if errors.As(err, &docker) {
+		err = startError(docker.Message)
+		return errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
+	}
+	if err != nil && t.over(r) {
+		return nil // it has run already
+	}
+	return err
+}
+
+// over says whether a run has ended, as far as this server knows.
+func (t *tenant) over(r *record) bool { return t.watch.state(r).phase == phaseEnded }
+
+// noteNode keeps in mind where a container's disk is.
+func (t *tenant) noteNode(ctx context.Context, r *record, s podState) {
+	if s.alloc == nil || r.Node == s.alloc.NodeID || !r.keepsDisk() {
+		return
+	}
+	_, err := t.change(ctx, r.ID, func(now *record) (bool, error) {
+		if now.Run != r.Run || now.Node == s.alloc.NodeID {
+			return false, nil
+		}
+		now.Node = s.alloc.NodeID
+		return true, nil
+	})
+	if err != nil && !isNotFound(err) {
+		t.server.Log.Error("note a container's node", "container", r.ID, "error", err)
+	}
+}
+
+// awaitEnd asks the pod to tell when its container has ended: sooner than Nomad does. It returns when that can't be missed.
+func (t *tenant) awaitEnd(r *record, p *pod) {
+	e := &ending{run: r.Run, done: make(chan struct{})}
+	t.sessions.mu.Lock()
+	if old := t.ends[r.ID]; old != nil && old.run == r.Run {
+		t.sessions.mu.Unlock()
+		return
+	}
+	if t.ends == nil {
+		t.ends = map[string]*ending{}
+	}
+	t.ends[r.ID] = e
+	t.sessions.mu.Unlock()
+	life := t.server.ctx
+	request, err := p.request(life, http.MethodPost, inside("/wait"), url.Values{"condition": {"removed"}}, nil)
+	var answer *http.Response
+	if err == nil {
+		answer, _, err = p.send(life, request)
+	}
+	if err != nil || answer.StatusCode != http.StatusOK {
+		t.endNoted(r.ID, e) // Nomad tells of it
+		return
+	}
+	t.server.work.Go(func() {
+		defer t.endNoted(r.ID, e)
+		defer answer.Body.Close()
+		begun := time.Now().UTC()
+		var end container.WaitResponse
+		if decodeOne(answer.Body, &end) != nil {
+			return
+		}
+		last := run{Number: r.Run, StartedAt: begun, FinishedAt: time.Now().UTC(), ExitCode: int(end.StatusCode)}
+		if end.Error != nil {
+			last.Error = end.Error.Message
+		}
+		// The pod is there until its output is delivered: it knows the times, and whether memory had run out.
+		var inspected container.InspectResponse
+		if err := p.call(life, http.MethodGet, inside("/json"), nil, nil, &inspected); err == nil && inspected.State != nil {
+			last.take(inspected.State, inspected.RestartCount)
+		}
+		if err := t.noteEnd(life, r.ID, last); err != nil {
+			t.server.Log.Error("note a container's end", "container", r.ID, "error", err)
+		}
+	})
+}
+
+func (r *run) take(s *container.State, restarts int) {
+	if at, err := time.Parse(time.RFC3339Nano, s.StartedAt); err == nil && !at.IsZero() && at.Year() > 1 {
+		r.StartedAt = at.UTC()
+	}
+	if at, err := time.Parse(time.RFC3339Nano, s.FinishedAt); err == nil && at.Year() > 1 {
+		r.FinishedAt = at.UTC()
+	}
+	r.OOMKilled, r.Restarts = s.OOMKilled, restarts
+	if s.Error != "" {
+		r.Error = s.Error
+	}
+}
+
+func (t *tenant) endNoted(id string, e *ending) {
+	t.sessions.mu.Lock()
+	if t.ends[id] == e {
+		delete(t.ends, id)
+	}
+	t.sessions.mu.Unlock()
+	close(e.done)
+	t.watch.change(func() {}) // who waits looks at the record again
+}
+
+// noteEnd writes a run's end into the record, once; a container that is to be removed at its end goes.
+func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
+	r, err := t.change(ctx, id, func(r *record) (bool, error) {
+		if r.Run != last.Number || r.ended() {
+			return false, nil
+		}
+		r.Last = last
+		if r.Want == wantRunning {
+			r.Want = wantStopped
+		}
+		return true, nil
+	})
+	if isNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	t.note(id, r.Last)
+	if r.Host.AutoRemove && r.ended() && r.Run == last.Number {
+		return t.remove(ctx, r, true)
+	}
+	return nil
+}
+
+// note remembers an end for those who wait for it, who may come to look only after the container was removed.
+func (t *tenant) note(id string, last run) {
+	t.sessions.mu.Lock()
+	if t.noted == nil {
+		t.noted = map[string]run{}
+	}
+	if last.Number >= t.noted[id].Number {
+		t.noted[id] = last
+	}
+	t.sessions.mu.Unlock()
+	t.watch.change(func() {})
+}
+
+// forgetLater forgets a removed container's end when everybody who waited for it must have seen it.
+func (t *tenant) forgetLater(id string) {
+	time.AfterFunc(forgetTime, func() {
+		t.sessions.mu.Lock()
+		defer t.sessions.mu.Unlock()
+		delete(t.noted, id)
+	})
+}
+
+const forgetTime = time.Minute
+
+// settle notes the ends that Nomad has told of.
+func (t *tenant) settle() {
+	t.watch.mu.Lock()
+	ended := map[string]int{}
+	var removed []string
+	for id, j := range t.watch.jobs {
+		switch rest := strings.TrimPrefix(id, jobPrefix); {
+		case strings.HasPrefix(id, removerPrefix), strings.HasPrefix(rest, attendantPrefix):
+			if j.over() && len(j.allocs) > 0 {
+				removed = append(removed, id)
+				delete(t.watch.jobs, id)
+			}
+		case j.run > 0 && t.watch.stateOf(id, j.run).phase == phaseEnded:
+			ended[rest] = j.run
+		}
+	}
+	t.watch.mu.Unlock()
+	for _, id := range removed {
+		t.server.work.Go(func() {
+			if err := t.purge(t.server.ctx, id); err != nil && t.server.ctx.Err() == nil {
+				t.server.Log.Error("forget a job that is done", "job", id, "error", err)
+			}
+		})
+	}
+	for id, number := range ended {
+		t.sessions.mu.Lock()
+		if t.settling == nil {
+			t.settling = map[string]bool{}
+		}
+		key := fmt.Sprint(id, "/", number)
+		busy := t.settling[key]
+		t.settling[key] = true
+		t.sessions.mu.Unlock()
+		if busy {
+			continue
+		}
+		t.server.work.Go(func() {
+			if err := t.settleOne(id, number); err != nil && t.server.ctx.Err() == nil {
+				t.server.Log.Error("note a container's end", "container", id, "error", err)
+				t.sessions.mu.Lock()
+				delete(t.settling, key) // again, with the next event
+				t.sessions.mu.Unlock()
+			}
+			t.watch.change(func() {})
+		})
+	}
+}
+
+func (t *tenant) settleOne(id string, number int) error {
+	ctx := t.server.ctx
+	t.sessions.mu.Lock()
+	e := t.ends[id]
+	t.sessions.mu.Unlock()
+	if e != nil && e.run == number {
+		select {
+		case <-e.done: // the pod knows better
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	r, err := t.get(ctx, id)
+	if isNotFound(err) {
+		return nil
+	}
+	if err != nil || r.Run != number || r.ended() {
+		return err
+	}
+	return t.noteEnd(ctx, id, endOf(number, t.watch.state(r)))
+}

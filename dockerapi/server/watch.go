@@ -1,0 +1,398 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
+)
+
+// jobPrefix begins the id of the job of a container, whose id follows.
+const jobPrefix = "docker-"
+
+// Meta of a container's job.
+const (
+	metaContainer = "container"
+	metaRun       = "run"
+)
+
+// A watch follows what Nomad tells of a namespace's pods, by its event stream: nobody asks again and again.
+type watch struct {
+	mu      sync.Mutex
+	jobs    map[string]*jobState // by id
+	synced  bool                 // the stream is there and all of what was before it is known
+	err     error                // why not
+	changed chan struct{}        // closed, and made anew, when any of this changes
+}
+
+// A jobState is a container's job.
+type jobState struct {
+	run     int
+	index   uint64 // JobModifyIndex: what was created later belongs to this run
+	stopped bool
+	alloc   *api.AllocationListStub // the newest of this run
+	eval    *api.Evaluation         // the newest
+	allocs  map[string]*api.AllocationListStub
+}
+
+func newWatch() *watch {
+	return &watch{jobs: map[string]*jobState{}, changed: make(chan struct{}), err: errors.New("it was not asked yet")}
+}
+
+// change applies f and tells everyone who waits.
+func (w *watch) change(f func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f()
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// A phase is how far a container's newest run has come, as Nomad has it.
+type phase int
+
+const (
+	phaseNone    phase = iota // there is no job of it
+	phasePending              // Nomad has it
+	phaseRunning              // its pod is there
+	phaseEnded
+)
+
+// A podState is what Nomad tells of a container's newest run.
+type podState struct {
+	phase   phase
+	alloc   *api.AllocationListStub // nil before there is one
+	task    *api.TaskState          // nil before its client has heard of it
+	noPlace string                  // why it waits for a node
+}
+
+// state of a container's run. What an earlier run has left does not count.
+func (w *watch) state(r *record) podState {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.stateOf(r.jobID(), r.Run)
+}
+
+func (w *watch) stateOf(jobID string, run int) podState {
+	j := w.jobs[jobID]
+	if j == nil || j.run != run {
+		return podState{}
+	}
+	s := podState{phase: phasePending, alloc: j.alloc}
+	if j.alloc == nil {
+		if e := j.eval; e != nil && len(e.FailedTGAllocs) > 0 && e.JobModifyIndex >= j.index {
+			s.noPlace = whyNoPlace(e)
+		}
+		if j.stopped {
+			s.phase = phaseEnded
+		}
+		return s
+	}
+	s.task = j.alloc.TaskStates[translate.Own]
+	switch j.alloc.ClientStatus {
+	case api.AllocClientStatusRunning:
+		s.phase = phaseRunning
+		if s.task != nil && s.task.State == "dead" {
+			s.phase = phaseEnded
+		}
+	case api.AllocClientStatusComplete, api.AllocClientStatusFailed, api.AllocClientStatusLost:
+		s.phase = phaseEnded
+	case api.AllocClientStatusPending:
+		if s.task != nil && s.task.State == "running" {
+			s.phase = phaseRunning
+		}
+		if j.alloc.DesiredStatus != api.AllocDesiredStatusRun && s.task == nil {
+			s.phase = phaseEnded // called off before its client had heard of it
+		}
+	}
+	return s
+}
+
+// ready answers nil while the watch knows what there is, and 503 with the reason while it does not.
+func (w *watch) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	for {
+		w.mu.Lock()
+		synced, err, changed := w.synced, w.err, w.changed
+		w.mu.Unlock()
+		if synced {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if status, text := statusOf(err); status == http.StatusForbidden {
+				return dockerhttp.NewError(status, text)
+			}
+			return dockerhttp.Errorf(http.StatusServiceUnavailable, "Nomad's event stream is not to be had (%v): try again", err)
+		}
+	}
+}
+
+// readyTimeout is how long a request waits for a stream that was lost.
+const readyTimeout = 5 * time.Second
+
+// until waits until done says so; it is asked at each change.
+func (w *watch) until(ctx context.Context, done func() (bool, error)) error {
+	for {
+		w.mu.Lock()
+		changed := w.changed
+		w.mu.Unlock()
+		if ok, err := done(); ok || err != nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// streamRetry is the time until a stream that broke is opened again. Nomad is not asked for anything else meanwhile.
+const streamRetry = 500 * time.Millisecond
+
+// follow keeps the watch until ctx ends.
+func (t *tenant) follow(ctx context.Context) {
+	for ctx.Err() == nil {
+		err := t.followStream(ctx)
+		t.watch.change(func() { t.watch.synced, t.watch.err = false, err })
+		select {
+		case <-ctx.Done():
+		case <-time.After(streamRetry):
+		}
+	}
+}
+
+func (t *tenant) followStream(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	all := []string{"*"}
+	stream, err := t.nomad.EventStream().Stream(ctx, map[api.Topic][]string{api.TopicAllocation: all, api.TopicJob: all, api.TopicEvaluation: all}, 0, t.query(ctx))
+	if err != nil {
+		return err
+	}
+	if err := t.resync(ctx); err != nil {
+		return err
+	}
+	for batch := range stream {
+		if batch.Err != nil {
+			return batch.Err
+		}
+		t.watch.change(func() {
+			for i := range batch.Events {
+				t.watch.apply(&batch.Events[i])
+			}
+		})
+		t.settle()
+	}
+	return errors.New("the stream has ended")
+}
+
+// resync takes what there is. Events that are older are known by their index.
+func (t *tenant) resync(ctx context.Context) error {
+	jobs, _, err := t.nomad.Jobs().List(&api.QueryOptions{Prefix: jobPrefix, Params: map[string]string{"meta": "true"}})
+	if err != nil {
+		return err
+	}
+	q := t.query(ctx)
+	q.Params = map[string]string{"resources": "true"}
+	allocs, _, err := t.nomad.Allocations().List(q)
+	if err != nil {
+		return err
+	}
+	t.watch.change(func() {
+		w := t.watch
+		there := map[string]bool{}
+		for _, j := range jobs {
+			there[j.ID] = true
+			w.job(j.ID, j.Meta, j.JobModifyIndex, j.Stop)
+		}
+		maps.DeleteFunc(w.jobs, func(id string, _ *jobState) bool { return !there[id] })
+		for _, a := range allocs {
+			if there[a.JobID] {
+				w.take(a)
+			}
+		}
+		w.synced, w.err = true, nil
+	})
+	t.settle()
+	return nil
+}
+
+// job notes what a job is now.
+func (w *watch) job(id string, meta map[string]string, index uint64, stopped bool) {
+	m := nomadjob.Meta(&api.Job{Meta: meta})
+	if m[metaContainer] == "" && meta[metaAttends] == "" {
+		return
+	}
+	j := w.jobs[id]
+	if j == nil {
+		j = &jobState{allocs: map[string]*api.AllocationListStub{}}
+		w.jobs[id] = j
+	}
+	if index < j.index {
+		return
+	}
+	run, _ := strconv.Atoi(m[metaRun]) // ours
+	if run != j.run {
+		j.run, j.index = run, index
+	}
+	j.stopped = stopped
+	j.choose()
+}
+
+// choose finds the newest allocation of the run.
+func (j *jobState) choose() {
+	j.alloc = nil
+	for _, a := range j.allocs {
+		if a.CreateIndex > j.index && (j.alloc == nil || a.CreateIndex > j.alloc.CreateIndex) {
+			j.alloc = a
+		}
+	}
+}
+
+func (w *watch) take(a *api.AllocationListStub) {
+	if !strings.HasPrefix(a.JobID, jobPrefix) {
+		return
+	}
+	j := w.jobs[a.JobID]
+	if j == nil {
+		// Its job comes with a later event.
+		j = &jobState{allocs: map[string]*api.AllocationListStub{}}
+		w.jobs[a.JobID] = j
+	}
+	if old := j.allocs[a.ID]; old != nil && old.ModifyIndex > a.ModifyIndex {
+		return
+	}
+	j.allocs[a.ID] = a
+	j.choose()
+	for id, old := range j.allocs { // earlier runs' are of no use
+		if old.CreateIndex <= j.index && j.run > 0 {
+			delete(j.allocs, id)
+		}
+	}
+}
+
+func (w *watch) apply(e *api.Event) {
+	switch e.Topic {
+	case api.TopicAllocation:
+		if a, err := e.Allocation(); err == nil && a != nil {
+			w.take(a.Stub())
+		}
+	case api.TopicJob:
+		j, purged, err := job(e)
+		if err != nil || j == nil || j.ID == nil || !strings.HasPrefix(*j.ID, jobPrefix) {
+			return
+		}
+		if purged {
+			delete(w.jobs, *j.ID)
+			return
+		}
+		index := e.Index
+		if j.JobModifyIndex != nil {
+			index = *j.JobModifyIndex
+		}
+		w.job(*j.ID, j.Meta, index, j.Stop != nil && *j.Stop)
+	case api.TopicEvaluation:
+		v, err := e.Evaluation()
+		if err != nil || v == nil {
+			return
+		}
+		if j := w.jobs[v.JobID]; j != nil && (j.eval == nil || j.eval.ModifyIndex <= v.ModifyIndex) {
+			j.eval = v
+		}
+	}
+}
+
+// job is an event's, and whether it is gone.
+func job(e *api.Event) (*api.Job, bool, error) {
+	if e.Type == "JobDeregistered" {
+		return e.DeregisteredJob()
+	}
+	j, err := e.Job()
+	return j, false, err
+}
+
+// whyNoPlace says why no node takes a pod.
+func whyNoPlace(e *api.Evaluation) string {
+	var reasons []string
+	for _, m := range e.FailedTGAllocs {
+		if m.NodesEvaluated == 0 && m.NodesFiltered == 0 {
+			reasons = append(reasons, "no node is there that could run it")
+		}
+		for what, n := range m.ConstraintFiltered {
+			reasons = append(reasons, strconv.Itoa(n)+" of the nodes: "+what)
+		}
+		for what, n := range m.DimensionExhausted {
+			reasons = append(reasons, strconv.Itoa(n)+" of the nodes: not enough "+what)
+		}
+		for what, n := range m.ClassFiltered {
+			reasons = append(reasons, strconv.Itoa(n)+" of the nodes: class "+what)
+		}
+		for _, q := range m.QuotaExhausted {
+			reasons = append(reasons, "quota exhausted: "+q)
+		}
+	}
+	return strings.Join(reasons, ", ")
+}
+
+// endOf is how a run has ended, as Nomad has it.
+func endOf(number int, s podState) run {
+	r := run{Number: number, FinishedAt: time.Now().UTC()}
+	if s.alloc == nil {
+		r.ExitCode, r.Error = exitLost, "the job was stopped before a node had it"
+		return r
+	}
+	if s.alloc.ModifyTime > 0 {
+		r.FinishedAt = time.Unix(0, s.alloc.ModifyTime).UTC()
+	}
+	if s.alloc.ClientStatus == api.AllocClientStatusLost {
+		r.ExitCode, r.Error = exitLost, "its node is lost"
+	}
+	if s.task == nil {
+		if r.Error == "" {
+			r.ExitCode, r.Error = exitNever, or(s.alloc.ClientDescription, "it was not started")
+		}
+		return r
+	}
+	if !s.task.StartedAt.IsZero() {
+		r.StartedAt = s.task.StartedAt.UTC()
+	}
+	if !s.task.FinishedAt.IsZero() {
+		r.FinishedAt = s.task.FinishedAt.UTC()
+	}
+	for _, e := range s.task.Events {
+		switch e.Type {
+		case api.TaskTerminated:
+			r.ExitCode, r.Error = e.ExitCode, e.Details["exit_message"]
+			if code, err := strconv.Atoi(e.Details["exit_code"]); err == nil {
+				r.ExitCode = code
+			}
+			r.OOMKilled = e.Details["oom_killed"] == "true"
+			if m := e.Message; m != "" && r.Error == "" {
+				r.Error = m
+			}
+		case api.TaskDriverFailure, api.TaskSetupFailure, api.TaskFailedValidation:
+			r.ExitCode, r.Error = exitNever, or(e.Details["driver_error"], or(e.Details["setup_error"], or(e.Details["validation_error"], e.DisplayMessage)))
+		}
+	}
+	return r
+}
+
+// Exit codes of a container that did not end by itself.
+const (
+	exitLost  = 255 // as docker has it for one that nobody saw end
+	exitNever = 128 // it could not be started
+)

@@ -1,0 +1,210 @@
+package translate
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
+	"github.com/moby/moby/api/types/container"
+
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+var id = strings.Repeat("0123456789abcdef", 4)
+
+// anImage is one with everything that images say.
+func anImage() *Image {
+	i := &Image{Reference: "registry.example.org/team/web@sha256:4bcff63911fcb4448bd4fdacec207030997caf25e9bea4045fa6c8c44de311d1", ID: "sha256:" + id}
+	i.Config.User, i.Config.WorkingDir, i.Config.StopSignal = "www-data", "/srv", "SIGQUIT"
+	i.Config.Entrypoint, i.Config.Cmd = []string{"/entry"}, []string{"serve"}
+	i.Config.Env = []string{"PATH=/usr/bin:/bin", "LANG=C"}
+	i.Config.Labels = map[string]string{"maintainer": "somebody"}
+	i.Config.ExposedPorts = map[string]struct{}{"80/tcp": {}}
+	i.Config.Volumes = map[string]struct{}{"/data": {}}
+	i.Config.Healthcheck = &dockerspec.HealthcheckConfig{Test: []string{"CMD", "check"}, Retries: 2}
+	return i
+}
+
+func create(t testing.TB, request string, rules Rules) (*Container, error) {
+	t.Helper()
+	var r container.CreateRequest
+	if err := json.Unmarshal([]byte(request), &r); err != nil {
+		t.Fatal(err)
+	}
+	return Create(&r, id, anImage(), rules)
+}
+
+// The requests are as docker's CLI sends them; the golden files are what becomes of them, and are read to see whether it is right.
+func TestGoldenContainers(t *testing.T) {
+	requests, err := filepath.Glob("testdata/create/*.request.json")
+	if err != nil || len(requests) == 0 {
+		t.Fatal(err, requests)
+	}
+	for _, file := range requests {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			request, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := create(t, string(request), Rules{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := json.MarshalIndent(struct {
+				Pod      *spec.Pod
+				Config   *container.Config
+				Zone     string
+				Volumes  []string
+				Warnings []string
+			}{c.Pod, c.Config, c.Zone, c.Volumes, c.Warnings}, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			golden := strings.Replace(file, ".request.json", ".json", 1)
+			if *update {
+				if err := os.WriteFile(golden, append(got, '\n'), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(got)+"\n" != string(want) {
+				t.Errorf("%s becomes\n%s\nwant\n%s", file, got, want)
+			}
+		})
+	}
+}
+
+// What a microVM can't do, and what is wrong, is said; nothing is left out.
+func TestRefused(t *testing.T) {
+	for request, want := range map[string]string{
+		`{}`:                                  "config cannot be empty",
+		`{"Image": "x", "Env": ["=a"]}`:       "invalid environment variable: =a",
+		`{"Image": "x", "WorkingDir": "rel"}`: "the working directory 'rel' is invalid",
+		`{"Image": "x", "Healthcheck": {"Test": ["CMD", "x"], "Interval": 5}}`:                                           "Interval in Healthcheck cannot be less than 1ms",
+		`{"Image": "x", "Labels": {"kr.ingress.80": "https://x"}}`:                                                       "kr.ingress.80 is not supported yet",
+		`{"Image": "x", "Labels": {"kr.res.mem": "lots"}}`:                                                               "a size from",
+		`{"Image": "x", "Labels": {"kr.zon": "a"}}`:                                                                      "there are kr.zone, kr.res.mem and kr.res.cpu",
+		`{"Image": "x", "HostConfig": {"NetworkMode": "host"}}`:                                                          "--network host is not possible",
+		`{"Image": "x", "HostConfig": {"PidMode": "host"}}`:                                                              "--pid host is not possible: the container has a kernel of its own",
+		`{"Image": "x", "HostConfig": {"IpcMode": "host"}}`:                                                              "--ipc host is not possible",
+		`{"Image": "x", "HostConfig": {"IpcMode": "whatever"}}`:                                                          "invalid IPC mode: whatever",
+		`{"Image": "x", "HostConfig": {"UTSMode": "host"}}`:                                                              "--uts host is not possible",
+		`{"Image": "x", "HostConfig": {"UsernsMode": "host"}}`:                                                           "--userns host is not possible",
+		`{"Image": "x", "HostConfig": {"CgroupnsMode": "host"}}`:                                                         "--cgroupns host is not possible",
+		`{"Image": "x", "HostConfig": {"Binds": ["/etc:/etc"]}}`:                                                         "directories of a node can't be mounted",
+		`{"Image": "x", "HostConfig": {"Binds": ["x:rel"]}}`:                                                             "mount path must be absolute",
+		`{"Image": "x", "HostConfig": {"Binds": ["v1:/a", "w1:/a"]}}`:                                                    "Duplicate mount point: /a",
+		`{"Image": "x", "HostConfig": {"Binds": ["v:/a:shared"]}}`:                                                       "mounts are not propagated",
+		`{"Image": "x", "HostConfig": {"Binds": ["v:/a:odd"]}}`:                                                          "invalid mode: odd",
+		`{"Image": "x", "HostConfig": {"Binds": ["v w:/a"]}}`:                                                            "includes invalid characters for a local volume name",
+		`{"Image": "x", "HostConfig": {"Mounts": [{"Type": "npipe", "Target": "/a"}]}}`:                                  "mount type unknown",
+		`{"Image": "x", "HostConfig": {"Mounts": [{"Type": "volume", "Target": "/"}]}}`:                                  "destination can't be '/'",
+		`{"Image": "x", "HostConfig": {"Memory": 1000}}`:                                                                 "Minimum memory limit allowed is 6MB",
+		`{"Image": "x", "HostConfig": {"Memory": 10000000, "MemorySwap": 7000000}}`:                                      "Minimum memoryswap limit should be larger",
+		`{"Image": "x", "HostConfig": {"NanoCpus": 1000, "CpuQuota": 5000}}`:                                             "Conflicting options",
+		`{"Image": "x", "HostConfig": {"CpusetCpus": "0"}}`:                                                              "use --cpus",
+		`{"Image": "x", "HostConfig": {"BlkioWeight": 10}}`:                                                              "limits of a disk are its volume's",
+		`{"Image": "x", "HostConfig": {"RestartPolicy": {"Name": "sometimes"}}}`:                                         "unknown policy 'sometimes'",
+		`{"Image": "x", "HostConfig": {"RestartPolicy": {"Name": "always"}, "AutoRemove": true}}`:                        "can't create 'AutoRemove' container with restart policy",
+		`{"Image": "x", "HostConfig": {"SecurityOpt": ["apparmor=docker-default"]}}`:                                     "neither AppArmor nor SELinux",
+		`{"Image": "x", "HostConfig": {"Devices": [{"PathOnHost": "/dev/sda", "PathInContainer": "/dev/sda"}]}}`:         "devices of the node can't be given",
+		`{"Image": "x", "HostConfig": {"DeviceRequests": [{"Count": -1}]}}`:                                              "--gpus is not possible",
+		`{"Image": "x", "HostConfig": {"Links": ["a:b"]}}`:                                                               "--link is not possible",
+		`{"Image": "x", "HostConfig": {"VolumesFrom": ["a"]}}`:                                                           "--volumes-from is not possible",
+		`{"Image": "x", "HostConfig": {"LogConfig": {"Type": "syslog"}}}`:                                                "--log-driver syslog is not possible",
+		`{"Image": "x", "HostConfig": {"LogConfig": {"Type": "json-file", "Config": {"max-sise": "1m"}}}}`:               "unknown log opt 'max-sise'",
+		`{"Image": "x", "HostConfig": {"PortBindings": {"80/sctp": [{"HostPort": "80"}]}}}`:                              "tcp and udp can be published",
+		`{"Image": "x", "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": "80-90"}]}}}`:                            "ranges of ports",
+		`{"Image": "x", "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": "8"}], "81/tcp": [{"HostPort": "8"}]}}}`: "port 8 is published twice",
+		`{"Image": "x", "HostConfig": {"ExtraHosts": ["h:host-gateway"]}}`:                                               "is not to be reached",
+		`{"Image": "x", "HostConfig": {"Ulimits": [{"Name": "odd", "Soft": 1, "Hard": 1}]}}`:                             "\"odd\" is no limit",
+		`{"Image": "x", "HostConfig": {"CapAdd": ["ODD"]}}`:                                                              "\"ODD\" is no capability",
+	} {
+		_, err := create(t, request, Rules{})
+		var e dockerhttp.Error
+		if err == nil || !strings.Contains(err.Error(), want) || !errors.As(err, &e) || e.Status < 400 {
+			t.Errorf("%s: %v; want %s", request, err, want)
+		}
+	}
+	if _, err := create(t, `{"Image": "x", "HostConfig": {"Binds": ["/srv:/srv:ro"]}}`, Rules{HostPaths: true}); err != nil {
+		t.Errorf("a directory of the node, where they are allowed: %v", err)
+	}
+}
+
+// Entrypoint and command are merged with the image's as docker does.
+func TestCommand(t *testing.T) {
+	for request, want := range map[string]string{
+		`{"Image": "x"}`:                                    "/entry serve",
+		`{"Image": "x", "Cmd": ["a", "b"]}`:                 "/entry a b",
+		`{"Image": "x", "Entrypoint": ["e"]}`:               "e",
+		`{"Image": "x", "Entrypoint": ["e"], "Cmd": ["a"]}`: "e a",
+		`{"Image": "x", "Entrypoint": [""], "Cmd": ["a"]}`:  "a",
+		`{"Image": "x", "Entrypoint": [], "Cmd": ["a"]}`:    "a",
+	} {
+		c, err := create(t, request, Rules{})
+		if err != nil {
+			t.Errorf("%s: %v", request, err)
+			continue
+		}
+		own := c.Pod.Containers[0]
+		got := slices.Clone(*own.Entrypoint)
+		if own.Command != nil {
+			got = append(got, *own.Command...)
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%s runs %q, want %q", request, got, want)
+		}
+	}
+}
+
+func TestName(t *testing.T) {
+	for name, want := range map[string]string{"web": "web", "/web": "web", "a.b-c_d": "a.b-c_d", "-x": "", "x": "", "a b": "", "": "", "a/b": ""} {
+		if got, err := Name(name); got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: %q, %v", name, got, err)
+		}
+	}
+}
+
+// Whatever a client sends is an answer, and a pod that is valid.
+func FuzzCreate(f *testing.F) {
+	requests, err := filepath.Glob("testdata/create/*.request.json")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range requests {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var r container.CreateRequest
+		if json.Unmarshal(data, &r) != nil {
+			return
+		}
+		c, err := Create(&r, id, anImage(), Rules{HostPaths: true})
+		if err != nil {
+			var e dockerhttp.Error
+			if !errors.As(err, &e) || e.Status < 400 || e.Status > 501 {
+				t.Fatalf("an error without a status: %v", err)
+			}
+			return
+		}
+		if err := c.Pod.Validate(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

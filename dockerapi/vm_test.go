@@ -1,0 +1,292 @@
+//go:build vm
+
+// These tests run the real docker CLI against the server in front of a real Nomad, whose pods are real machines.
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if err := closeCluster(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// cluster is one Nomad for all tests.
+var cluster struct {
+	sync.Once
+	*nomadtest.Cluster
+	err error
+}
+
+func closeCluster() error {
+	if cluster.Cluster == nil {
+		return nil
+	}
+	return cluster.Close()
+}
+
+// A host is a server, and what makes the docker CLI use it.
+type host struct {
+	t      *testing.T
+	c      *nomadtest.Cluster
+	socket string
+	config string // docker's, empty
+	cmd    *exec.Cmd
+	log    *bytes.Buffer
+}
+
+func openHost(t *testing.T) *host {
+	t.Helper()
+	if _, err := exec.LookPath("docker"); err != nil {
+		t.Fatal("the docker CLI is missing: apt-get install docker-cli")
+	}
+	cluster.Do(func() {
+		o := nomadtest.Options{}
+		if cluster.err = o.Cradle(""); cluster.err != nil {
+			return
+		}
+		o.Keep = append(o.Keep, "cradle")
+		if _, cluster.err = programs.Image("busybox"); cluster.err != nil {
+			return
+		}
+		cluster.Cluster, cluster.err = nomadtest.Open(context.Background(), o)
+	})
+	if cluster.err != nil {
+		t.Fatal(cluster.err)
+	}
+	cluster.Begin(t)
+	h := &host{t: t, c: cluster.Cluster, config: t.TempDir(), socket: filepath.Join(cluster.Dir(), fmt.Sprintf("%d.sock", time.Now().UnixNano()%1e9))}
+	h.serve()
+	t.Cleanup(h.close)
+	return h
+}
+
+// serve starts the server in the node, whose Nomad it uses.
+func (h *host) serve() {
+	h.t.Helper()
+	program, err := programs.Path("cradle-dockerapi")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	node := h.c.Server()
+	h.cmd = node.Command(context.Background(), program, "serve", "--verbose", "--socket", h.socket, "--image-layouts", filepath.Join(cache, "cradlestack", "images"))
+	h.cmd.Env = h.c.Env()
+	h.log = &bytes.Buffer{}
+	h.cmd.Stderr = h.log
+	if err := node.Launch(h.cmd); err != nil {
+		h.t.Fatal(err)
+	}
+	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		if c, err := net.Dial("unix", h.socket); err == nil {
+			c.Close()
+			return
+		}
+		if time.Since(begin) > nomadtest.Patience {
+			h.t.Fatalf("the server does not listen:\n%s", h.log)
+		}
+	}
+}
+
+// kill ends the server as kill -9 does.
+func (h *host) kill() {
+	h.cmd.Process.Kill()
+	h.cmd.Wait()
+}
+
+func (h *host) close() {
+	if out, err := h.try("", "ps", "-aq"); err == nil && out != "" {
+		for _, id := range strings.Fields(out) {
+			h.try("", "rm", "-f", id)
+		}
+	}
+	h.cmd.Process.Signal(os.Interrupt)
+	h.cmd.Wait()
+	if h.t.Failed() {
+		h.t.Logf("the server's log:\n%s", h.log)
+	}
+}
+
+func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "docker", args...)
+	cmd.Env = append(os.Environ(), "DOCKER_HOST=unix://"+h.socket, "DOCKER_CONFIG="+h.config)
+	cmd.WaitDelay = 10 * time.Second
+	return cmd
+}
+
+// try runs docker and returns its standard output; an error has the other, and the exit code.
+func (h *host) try(stdin string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
+	defer cancel()
+	cmd := h.command(ctx, args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	var stdout, stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("docker %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return stdout.String(), nil
+}
+
+// run is try that has to succeed, without the white space around its output.
+func (h *host) run(args ...string) string {
+	h.t.Helper()
+	out, err := h.try("", args...)
+	if err != nil {
+		h.t.Fatalf("%v\n%s", err, out)
+	}
+	return strings.TrimSpace(out)
+}
+
+// want compares what a command prints.
+func (h *host) want(want string, args ...string) {
+	h.t.Helper()
+	if got := h.run(args...); got != want {
+		h.t.Errorf("docker %s: %q, want %q", strings.Join(args, " "), got, want)
+	}
+}
+
+// wantError checks that a command fails with a code and a message.
+func (h *host) wantError(code int, want string, args ...string) {
+	h.t.Helper()
+	_, err := h.try("", args...)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != code || !regexp.MustCompile(want).MatchString(err.Error()) {
+		h.t.Errorf("docker %s: %v; want exit code %d and %s", strings.Join(args, " "), err, code, want)
+	}
+}
+
+func TestVMRun(t *testing.T) {
+	h := openHost(t)
+	h.want("hello", "run", "--rm", "busybox", "echo", "hello")
+	h.want("", "ps", "-aq")
+	h.wantError(3, "", "run", "--rm", "busybox", "sh", "-c", "exit 3")
+	h.wantError(127, "executable file not found", "run", "--rm", "busybox", "nosuchcommand")
+	h.wantError(125, "No such image: missing:latest|Unable to find image", "run", "--rm", "missing")
+	out, err := h.try("some input\n", "run", "--rm", "-i", "busybox", "cat")
+	if err != nil || out != "some input\n" {
+		t.Errorf("run -i: %q, %v", out, err)
+	}
+	h.want("A=1\nB=x y\nPATH=/bin", "run", "--rm", "-e", "A=1", "-e", "B=x y", "-e", "PATH=/bin", "--entrypoint", "", "busybox", "sh", "-c", "env | grep -E '^(A|B|PATH|NOMAD.*)=' | sort")
+}
+
+func TestVMLife(t *testing.T) {
+	h := openHost(t)
+	id := h.run("run", "-d", "--name", "web", "-l", "tier=front", "busybox", "sh", "-c", "echo out; echo err >&2; trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done")
+	if len(id) != 64 {
+		t.Fatalf("run -d prints %q", id)
+	}
+	h.want("web running true", "inspect", "-f", "{{slice .Name 1}} {{.State.Status}} {{.State.Running}}", "web")
+	h.want(id, "ps", "-q", "--no-trunc", "--filter", "label=tier=front", "--filter", "status=running")
+	h.want("", "ps", "-q", "--filter", "name=other")
+	h.want(id[:12], "exec", "web", "hostname")
+	h.wantError(9, "", "exec", "web", "sh", "-c", "exit 9")
+	out, err := h.try("through exec\n", "exec", "-i", "web", "cat")
+	if err != nil || out != "through exec\n" {
+		t.Errorf("exec -i: %q, %v", out, err)
+	}
+	h.wantError(1, "Conflict. The container name \"/web\" is already in use by container", "create", "--name", "web", "busybox")
+	h.run("exec", "web", "sh", "-c", "echo kept >/file")
+	h.run("rename", "web", "site")
+	h.wantError(1, "No such container: web", "inspect", "--type", "container", "web")
+	h.until("the trap", func() bool { out, _ := h.try("", "logs", "site"); return out == "out\n" })
+	h.run("stop", "site")
+	h.want("exited 7", "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "site")
+	h.want("out\nbye", "logs", "site")
+	h.run("start", "site")
+	h.want("kept", "exec", "site", "cat", "/file")
+	h.want("running 0", "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "site")
+	h.wantError(1, "container is running: stop the container before removing or force remove", "rm", "site")
+	h.run("kill", "site")
+	h.want("137", "wait", "site")
+	h.run("rm", "site")
+	h.want("", "ps", "-aq")
+}
+
+// A container's files are there before its first run and after its last one, and come and go by docker cp.
+func TestVMCopy(t *testing.T) {
+	h := openHost(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("content\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.run("create", "--name", "copied", "busybox", "sh", "-c", "cat /etc/file; echo more >>/etc/file; sleep 1000")
+	h.run("cp", file, "copied:/etc/file")
+	h.run("start", "copied")
+	h.until("the container's writing", func() bool { return h.run("exec", "copied", "cat", "/etc/file") == "content\nmore" })
+	h.run("cp", "copied:/etc/file", file+"2")
+	h.want("content", "logs", "copied")
+	h.run("kill", "copied")
+	h.want("C /etc\nA /etc/file", "diff", "copied")
+	h.run("cp", "copied:/etc/file", file+"3")
+	for _, name := range []string{file + "2", file + "3"} {
+		if data, err := os.ReadFile(name); err != nil || string(data) != "content\nmore\n" {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+	}
+}
+
+// The server is killed while docker run waits for a container, and while another one with --rm has just begun. The next one goes on: how the one ended is
+// known, and the other is gone when it has ended.
+func TestVMServerKilled(t *testing.T) {
+	h := openHost(t)
+	h.run("run", "-d", "--name", "kept", "busybox", "sh", "-c", "sleep 3; echo done; exit 4")
+	cmd := h.command(t.Context(), "run", "--rm", "--name", "gone", "busybox", "sleep", "2")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	h.until("gone to begin", func() bool { out, _ := h.try("", "ps", "-q", "--filter", "name=gone"); return out != "" })
+	h.kill()
+	cmd.Wait()
+	h.serve()
+	h.want("4", "wait", "kept")
+	h.want("done", "logs", "kept")
+	h.until("gone to be gone", func() bool {
+		out, err := h.try("", "ps", "-aq", "--filter", "name=gone")
+		return err == nil && out == ""
+	})
+}
+
+// until asks until it is so.
+func (h *host) until(what string, ok func() bool) {
+	h.t.Helper()
+	for begin := time.Now(); !ok(); time.Sleep(100 * time.Millisecond) {
+		if time.Since(begin) > nomadtest.Patience {
+			h.t.Fatalf("waited for %s", what)
+		}
+	}
+}
+
+// Policies to start again are followed inside of the pod.
+func TestVMRestartPolicy(t *testing.T) {
+	h := openHost(t)
+	h.run("run", "-d", "--restart", "on-failure:2", "--name", "tries", "busybox", "sh", "-c", "echo try; exit 5")
+	h.want("5", "wait", "tries")
+	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "tries") == "exited" })
+	h.want("try\ntry\ntry", "logs", "tries")
+	h.want("5 2", "inspect", "-f", "{{.State.ExitCode}} {{.RestartCount}}", "tries")
+}
