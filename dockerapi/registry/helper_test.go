@@ -30,9 +30,12 @@ import (
 // open opens a registry in a folder of the test's.
 func open(t testing.TB, change ...func(*Config)) *Registry {
 	t.Helper()
-	c := Config{Folder: t.TempDir(), Log: slog.New(slog.NewTextHandler(t.Output(), nil)), retryDelay: time.Millisecond}
+	c := Config{Log: slog.New(slog.NewTextHandler(t.Output(), nil)), retryDelay: time.Millisecond}
 	for _, f := range change {
 		f(&c)
+	}
+	if c.Folder == "" && c.S3 == nil { // not before: a test that is killed leaves it
+		c.Folder = t.TempDir()
 	}
 	r, err := Open(t.Context(), c)
 	if err != nil {
