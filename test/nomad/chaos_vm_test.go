@@ -147,7 +147,13 @@ func chaos(t *testing.T, jobs, kills int) {
 	})
 	for _, a := range alive {
 		i := strings.TrimPrefix(a.JobID, "churn-")
-		if got := c.CLI(t, "alloc", "exec", a.ID, "cat", "/www/index.html"); got != i+"\n" {
+		var got string
+		for begin := time.Now(); got != i+"\n" && time.Since(begin) < nomadtest.Patience; time.Sleep(200 * time.Millisecond) { // it may have just begun
+			var stderr string
+			got, stderr, _ = c.TryCLI(t, "", "alloc", "exec", a.ID, "cat", "/www/index.html")
+			got += stderr
+		}
+		if got != i+"\n" {
 			t.Errorf("the pod of job %s says %q", a.JobID, got)
 		}
 	}
