@@ -36,14 +36,16 @@ func nomadOf(t *testing.T, h http.HandlerFunc) *api.Config {
 // emptyNomad has nothing, and tells of no changes.
 func emptyNomad(t *testing.T) *api.Config {
 	t.Helper()
-	return nomadOf(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/v1/event/stream" {
-			_ = http.NewResponseController(w).Flush()
-			<-r.Context().Done()
-			return
-		}
-		_, _ = io.WriteString(w, "[]")
-	})
+	return nomadOf(t, answerNothing)
+}
+
+func answerNothing(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/v1/event/stream" {
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		return
+	}
+	_, _ = io.WriteString(w, "[]")
 }
 
 // serve starts a server on a unix socket and returns how to ask it.
@@ -294,7 +296,7 @@ func TestIdentities(t *testing.T) {
 			w.WriteHeader(http.StatusForbidden)
 			return
 		}
-		_, _ = io.WriteString(w, "[]")
+		answerNothing(w, r)
 	})}, l)
 	url := "https://" + l.Addr().String()
 
