@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/moby/moby/api/types/container"
@@ -17,6 +18,7 @@ import (
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/internal/nomadjob"
+	"github.com/cradlestack/cradlestack/internal/tunnel"
 )
 
 func (s *Server) containerRoutes(on *router) {
@@ -70,12 +72,7 @@ func (s *Server) containerRoutes(on *router) {
 		"GET /containers/{id}/changes": "/changes", "GET /containers/{id}/export": "/export",
 	} {
 		one(pattern, func(w http.ResponseWriter, req *http.Request, t *tenant, c *record) error {
-			p, done, err := t.disk(req.Context(), c)
-			if err != nil {
-				return err
-			}
-			defer done()
-			return p.pass(w, req, inside(rest))
+			return t.passDisk(w, req, c, inside(rest))
 		})
 	}
 	s.execRoutes(on)
@@ -107,6 +104,27 @@ func (t *tenant) disk(ctx context.Context, r *record) (*pod, func(), error) {
 		}
 	}
 	return t.attend(ctx, r)
+}
+
+// passDisk gives a request to a pod that has the container's file system. A pod that has just ended is not asked in vain: the next one has its disk.
+func (t *tenant) passDisk(w http.ResponseWriter, req *http.Request, c *record, path string) error {
+	for again := false; ; again = true {
+		p, done, err := t.disk(req.Context(), c)
+		if err != nil {
+			return err
+		}
+		err = p.pass(w, req, path)
+		done()
+		if again || !errors.Is(err, tunnel.ErrNotRunning) {
+			return err
+		}
+		if err := t.untilEnded(req.Context(), c); err != nil {
+			return err
+		}
+		if c, err = t.get(req.Context(), c.ID); err != nil {
+			return err
+		}
+	}
 }
 
 func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tenant) error {
@@ -315,9 +333,20 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	if err := p.call(ctx, http.MethodPost, inside("/kill"), r.URL.Query(), nil, nil); err != nil {
 		return err
 	}
+	switch strings.TrimPrefix(strings.ToUpper(dockerhttp.Parameter(r, "signal")), "SIG") {
+	case "", "KILL", "9":
+		ctx, cancel := context.WithTimeout(ctx, killWait)
+		defer cancel()
+		if err := t.untilEnded(ctx, c); err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
+
+// killWait is how long a kill waits for the end that SIGKILL brings, as dockerd does.
+const killWait = 10 * time.Second
 
 // waitContainer sends its header as soon as the end that it waits for can't be missed any more: docker run starts the container then.
 func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
@@ -478,12 +507,7 @@ func (s *Server) containerLogs(w http.ResponseWriter, r *http.Request, t *tenant
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	p, done, err := t.disk(r.Context(), c)
-	if err != nil {
-		return err
-	}
-	defer done()
-	return p.pass(w, r, inside("/logs"))
+	return t.passDisk(w, r, c, inside("/logs"))
 }
 
 // mediaType is that of a container's output (moby api/swagger.yaml, ContainerAttach).

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/nomad/plugins/drivers"
@@ -54,6 +56,9 @@ func (d *Driver) dialTunnel(ctx context.Context, taskID string, command []string
 		return nil, err
 	}
 	conn, err := p.Dial(ctx)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, errTaskEnded // its end is not noted yet
+	}
 	if err != nil {
 		return nil, err
 	}
