@@ -167,17 +167,24 @@ func testRefused(t *testing.T, w *world) {
 	}
 }
 
+// The pod's second container may start after Nomad has called the task running.
 func testList(t *testing.T, w *world) {
-	list, err := docker(t, w.target(w.management())).ContainerList(t.Context(), client.ContainerListOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	names := map[string]string{}
-	for _, c := range list.Items {
-		names[strings.TrimPrefix(c.Names[0], "/")] = string(c.State)
-	}
-	if len(names) != 2 || names["main"] != "running" || names["idle"] != "running" {
-		t.Errorf("the pod has %v", names)
+	c := docker(t, w.target(w.management()))
+	for end := time.Now().Add(nomadtest.Patience); ; time.Sleep(50 * time.Millisecond) {
+		list, err := c.ContainerList(t.Context(), client.ContainerListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := map[string]string{}
+		for _, c := range list.Items {
+			names[strings.TrimPrefix(c.Names[0], "/")] = string(c.State)
+		}
+		if len(names) == 2 && names["main"] == "running" && names["idle"] == "running" {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the pod has %v", names)
+		}
 	}
 }
 
