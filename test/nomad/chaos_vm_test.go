@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -202,11 +201,11 @@ func victim(random *rand.Rand, n *nomadtest.Node, all []nomadtest.Process) (kind
 		switch {
 		case p.PID == client:
 			is = "client"
-		case strings.HasPrefix(p.Args[0], filepath.Join(n.Dir, "plugins")+"/"):
+		case isPlugin(n, p):
 			is = "plugin"
 		case isMachine(p):
 			is = "machine"
-		case len(p.Args) > 1 && p.Args[1] == "logmon":
+		case isLogmon(n, p):
 			is = "logmon"
 		case len(p.Args) > 1 && p.Args[1] == "agent", p.State == 'Z':
 			continue
