@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -186,6 +187,14 @@ func chaos(t *testing.T, jobs, kills int) {
 
 func isMachine(p nomadtest.Process) bool {
 	return strings.HasPrefix(p.Name(), "qemu-system") && p.State != 'Z'
+}
+
+func isPlugin(n *nomadtest.Node, p nomadtest.Process) bool {
+	return strings.HasPrefix(p.Args[0], filepath.Join(n.Dir, "plugins")+"/")
+}
+
+func isLogmon(_ *nomadtest.Node, p nomadtest.Process) bool {
+	return len(p.Args) > 1 && p.Args[1] == "logmon"
 }
 
 // kinds of processes that die, by how often they are chosen. A client is away for a while, and there is only one.
