@@ -17,30 +17,6 @@ import (
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
-// inspectedContainer is docker's answer with what versions before 1.52 have in addition and scripts go on asking for.
-type inspectedContainer struct {
-	container.InspectResponse
-	NetworkSettings networkSettings
-}
-
-type networkSettings struct {
-	container.NetworkSettings
-	Bridge                 string
-	HairpinMode            bool
-	LinkLocalIPv6Address   string
-	LinkLocalIPv6PrefixLen int
-	SecondaryIPAddresses   []string
-	SecondaryIPv6Addresses []string
-	EndpointID             string
-	Gateway                string
-	GlobalIPv6Address      string
-	GlobalIPv6PrefixLen    int
-	IPAddress              string
-	IPPrefixLen            int
-	IPv6Gateway            string
-	MacAddress             string
-}
-
 func (s *Server) inspectContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
 	one := t.ask(r.Context(), c)
 	argv := slices.Concat(c.Config.Entrypoint, c.Config.Cmd)
@@ -48,7 +24,7 @@ func (s *Server) inspectContainer(w http.ResponseWriter, r *http.Request, t *ten
 	if len(argv) > 0 {
 		path, args = argv[0], slices.Clone(argv[1:])
 	}
-	out := inspectedContainer{InspectResponse: container.InspectResponse{
+	out := dockerhttp.InspectedContainer{InspectResponse: container.InspectResponse{
 		ID: c.ID, Name: "/" + c.Name, Created: stamp(c.Created), Path: path, Args: args, State: &one.state, Image: c.Image.ID, Driver: "overlay2", Platform: "linux",
 		RestartCount: c.Last.Restarts, HostConfig: c.Host, Config: c.Config, Mounts: mountPoints(c),
 		GraphDriver: &storage.DriverData{Name: "overlay2", Data: map[string]string{}},

@@ -245,24 +245,15 @@ func relay(w http.ResponseWriter, answer *http.Response) {
 
 // takeOver takes a client's connection from HTTP and begins a stream on it (moby api/swagger.yaml, ContainerAttach).
 func takeOver(w http.ResponseWriter, mediaType string, upgrade bool) (net.Conn, error) {
-	conn, rw, err := http.NewResponseController(w).Hijack()
+	conn, in, err := dockerhttp.Hijack(w)
 	if err != nil {
 		return nil, err
 	}
-	if err := conn.SetDeadline(time.Time{}); err != nil {
+	if err := dockerhttp.BeginStream(conn, w.Header(), mediaType, upgrade); err != nil {
 		conn.Close()
 		return nil, err
 	}
-	head := "HTTP/1.1 200 OK\r\nContent-Type: " + mediaType + "\r\n"
-	if upgrade {
-		head = "HTTP/1.1 101 UPGRADED\r\nContent-Type: " + mediaType + "\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
-	}
-	head += "Api-Version: " + w.Header().Get("Api-Version") + "\r\n\r\n"
-	if _, err := io.WriteString(conn, head); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	return &takenConn{Conn: conn, in: rw.Reader, stop: func() bool { return true }}, nil
+	return &takenConn{Conn: conn, in: in, stop: func() bool { return true }}, nil
 }
 
 // linger is how long a client may take to close its side when it has got everything.

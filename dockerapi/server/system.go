@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"runtime"
@@ -16,26 +15,9 @@ import (
 )
 
 func (s *Server) systemRoutes(on *router) {
-	on.open("GET /_ping", s.ping) // HEAD as well
+	on.open("GET /_ping", dockerhttp.Ping) // HEAD as well
 	on.open("GET /version", s.version)
 	on.on("GET /info", s.info)
-}
-
-// ping says OK without asking Nomad: clients learn the versions from it.
-func (s *Server) ping(w http.ResponseWriter, r *http.Request) error {
-	h := w.Header()
-	h.Set("Builder-Version", "")
-	h.Set("Docker-Experimental", "false")
-	h.Set("Swarm", "inactive")
-	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
-	h.Set("Pragma", "no-cache")
-	h.Set("Content-Type", "text/plain; charset=utf-8")
-	if r.Method == http.MethodHead {
-		h.Set("Content-Length", "0")
-		return nil
-	}
-	_, _ = io.WriteString(w, "OK") // the client has gone
-	return nil
 }
 
 func (s *Server) version(w http.ResponseWriter, r *http.Request) error {

@@ -27,30 +27,6 @@ import (
 // networkName is the pod's network, as docker's clients see it: every pod has one, which all its containers share.
 const networkName = "pod"
 
-// inspected is docker's answer with what versions before 1.52 have in addition and scripts go on asking for.
-type inspected struct {
-	container.InspectResponse
-	NetworkSettings networkSettings
-}
-
-type networkSettings struct {
-	container.NetworkSettings
-	Bridge                 string
-	HairpinMode            bool
-	LinkLocalIPv6Address   string
-	LinkLocalIPv6PrefixLen int
-	SecondaryIPAddresses   []string
-	SecondaryIPv6Addresses []string
-	EndpointID             string
-	Gateway                string
-	GlobalIPv6Address      string
-	GlobalIPv6PrefixLen    int
-	IPAddress              string
-	IPPrefixLen            int
-	IPv6Gateway            string
-	MacAddress             string
-}
-
 func (a *api) inspect(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
 	s := c.Spec()
 	l := &a.pod.Launch().Launch
@@ -60,7 +36,7 @@ func (a *api) inspect(w http.ResponseWriter, r *http.Request, c *guest.Container
 	if len(argv) > 0 {
 		path, args = argv[0], argv[1:]
 	}
-	out := inspected{InspectResponse: container.InspectResponse{
+	out := dockerhttp.InspectedContainer{InspectResponse: container.InspectResponse{
 		ID: s.ID, Name: "/" + s.Name, Created: stamp(c.Created()), Path: path, Args: args, State: inspectState(state),
 		Image: s.Image.ID, LogPath: c.IO().Path(), RestartCount: state.RestartCount, Driver: "overlay", Platform: "linux",
 		HostConfig: hostConfig(c, l), Mounts: mountPoints(s, l), Config: config(s, l),
@@ -297,9 +273,9 @@ func readOnly(v spec.Volume) bool {
 	return v.Block != nil && v.Block.ReadOnly || v.Directory != nil && v.Directory.ReadOnly || v.NFS != nil && v.NFS.ReadOnly
 }
 
-func (a *api) networkSettings(s spec.Container, running bool) networkSettings {
+func (a *api) networkSettings(s spec.Container, running bool) dockerhttp.NetworkSettings {
 	l := a.pod.Launch()
-	out := networkSettings{NetworkSettings: container.NetworkSettings{Ports: ports(s, &l.Launch), Networks: map[string]*network.EndpointSettings{}}}
+	out := dockerhttp.NetworkSettings{NetworkSettings: container.NetworkSettings{Ports: ports(s, &l.Launch), Networks: map[string]*network.EndpointSettings{}}}
 	out.Networks[networkName] = &network.EndpointSettings{NetworkID: l.Launch.ID}
 	if !running {
 		out.Ports = network.PortMap{}

@@ -163,22 +163,13 @@ const maxLinger = 10 * time.Second
 // hijack takes the connection over from HTTP and begins the stream. When ctx ends, pending reads and writes return; gone ends it.
 func hijack(ctx context.Context, gone context.CancelCauseFunc, w http.ResponseWriter, r *http.Request, tty bool) (*client, error) {
 	upgrade := r.Header.Get("Upgrade") != ""
-	conn, rw, err := http.NewResponseController(w).Hijack()
+	conn, in, err := dockerhttp.Hijack(w)
 	if err != nil {
 		return nil, err
 	}
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	head := "HTTP/1.1 200 OK\r\nContent-Type: " + mediaType(tty) + "\r\n"
-	if upgrade {
-		head = "HTTP/1.1 101 UPGRADED\r\nContent-Type: " + mediaType(tty) + "\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
-	}
-	head += "Api-Version: " + w.Header().Get("Api-Version") + "\r\n\r\n"
-	c := &client{Conn: conn, in: rw.Reader, gone: gone}
+	c := &client{Conn: conn, in: in, gone: gone}
 	c.stop = context.AfterFunc(ctx, c.interrupt)
-	if _, err := io.WriteString(conn, head); err != nil {
+	if err := dockerhttp.BeginStream(conn, w.Header(), mediaType(tty), upgrade); err != nil {
 		c.stop()
 		conn.Close()
 		return nil, err

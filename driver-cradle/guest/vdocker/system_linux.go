@@ -3,7 +3,6 @@ package vdocker
 import (
 	"context"
 	"encoding/json"
-	"io"
 	"maps"
 	"net/http"
 	"os"
@@ -20,22 +19,6 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
-
-func (a *api) ping(w http.ResponseWriter, r *http.Request) error {
-	h := w.Header()
-	h.Set("Builder-Version", "")
-	h.Set("Docker-Experimental", "false")
-	h.Set("Swarm", "inactive")
-	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
-	h.Set("Pragma", "no-cache")
-	h.Set("Content-Type", "text/plain; charset=utf-8")
-	if r.Method == http.MethodHead {
-		h.Set("Content-Length", "0")
-		return nil
-	}
-	_, _ = io.WriteString(w, "OK")
-	return nil
-}
 
 func (a *api) version(w http.ResponseWriter, _ *http.Request) error {
 	v := system.VersionResponse{

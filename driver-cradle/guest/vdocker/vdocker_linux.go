@@ -42,7 +42,7 @@ func Handler(p *guest.Pod) http.Handler {
 		})
 	}
 
-	on("GET /_ping", a.ping)
+	on("GET /_ping", dockerhttp.Ping)
 	on("GET /version", a.version)
 	on("GET /info", a.info)
 	on("GET /events", a.events)
