@@ -36,7 +36,7 @@ var mayImport = map[string][]string{
 	"driver-cradle/pod":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network"},
 	"driver-cradle/vmm":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/boot"},
 	"driver-cradle/boot":              {"spec", "driver-cradle/hostfile", "driver-cradle/wire"},
-	"driver-cradle/image":             {"spec", "driver-cradle/wire"},
+	"driver-cradle/image":             {"spec", "driver-cradle/wire", "internal/stalled"},
 	"driver-cradle/network":           {"spec", "driver-cradle/wire"},
 	"driver-cradle/hostfile":          {"spec"},
 	"driver-cradle/wire":              {"spec"},
@@ -57,11 +57,12 @@ var mayImport = map[string][]string{
 
 	"dockerapi":           {"dockerapi/server.", "dockerapi/registry"}, // main.go and its commands
 	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "internal/tunnel", "dockerapi/translate", "dockerapi/registry"},
-	"dockerapi/registry":  {},
+	"dockerapi/registry":  {"internal/stalled"},
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
 
 	"internal/dockerhttp": {}, // of the guest's API as well: docker's types and nothing else
 	"internal/nomadjob":   {"spec"},
+	"internal/stalled":    {},
 
 	"internal/agents":    {},
 	"internal/cgroup":    {},

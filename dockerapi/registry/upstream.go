@@ -5,14 +5,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -21,6 +19,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	registrytypes "github.com/moby/moby/api/types/registry"
+
+	"github.com/cradlestack/cradlestack/internal/stalled"
 )
 
 // idleTimeout ends a transfer of which nothing has come for so long.
@@ -88,37 +88,8 @@ func (u *upstream) RoundTrip(req *http.Request) (*http.Response, error) {
 		cancel(nil)
 		return nil, err
 	}
-	timer := time.AfterFunc(idleTimeout, func() { cancel(errStalled) })
-	timer.Stop()
-	resp.Body = &idleBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, timer: timer}
+	resp.Body = stalled.Body(ctx, cancel, resp.Body, idleTimeout, errStalled)
 	return resp, nil
-}
-
-// An idleBody ends when nothing comes. A reader that is slow itself is not the other side's fault.
-type idleBody struct {
-	io.ReadCloser
-	ctx    context.Context // of the request that the body belongs to
-	cancel context.CancelCauseFunc
-	timer  *time.Timer
-	once   sync.Once
-}
-
-func (b *idleBody) Read(p []byte) (int, error) {
-	b.timer.Reset(idleTimeout)
-	n, err := b.ReadCloser.Read(p)
-	b.timer.Stop()
-	if err != nil && err != io.EOF && errors.Is(context.Cause(b.ctx), errStalled) {
-		err = errStalled
-	}
-	return n, err
-}
-
-func (b *idleBody) Close() error {
-	b.once.Do(func() {
-		b.timer.Stop()
-		b.cancel(nil)
-	})
-	return b.ReadCloser.Close()
 }
 
 // remoteName is a name as the registry client has it.

@@ -10,13 +10,14 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"github.com/cradlestack/cradlestack/internal/stalled"
 )
 
 // idleTimeout ends a transfer of which nothing has come for so long.
@@ -223,34 +224,8 @@ func (t *idleTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		cancel(nil)
 		return nil, err
 	}
-	resp.Body = &idleBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, timer: timer}
+	resp.Body = stalled.Body(ctx, cancel, resp.Body, idleTimeout, errStalled)
 	return resp, nil
-}
-
-type idleBody struct {
-	io.ReadCloser
-	ctx    context.Context // of the request that the body belongs to
-	cancel context.CancelCauseFunc
-	timer  *time.Timer
-	once   sync.Once
-}
-
-func (b *idleBody) Read(p []byte) (int, error) {
-	b.timer.Reset(idleTimeout) // a reader that is slow itself is not the registry's fault
-	n, err := b.ReadCloser.Read(p)
-	b.timer.Stop()
-	if err != nil && err != io.EOF && errors.Is(context.Cause(b.ctx), errStalled) {
-		err = errStalled
-	}
-	return n, err
-}
-
-func (b *idleBody) Close() error {
-	b.once.Do(func() {
-		b.timer.Stop()
-		b.cancel(nil)
-	})
-	return b.ReadCloser.Close()
 }
 
 // explain turns what the registry client says into one line with a remedy.
