@@ -11,8 +11,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -52,18 +50,7 @@ func openRegistry(t testing.TB, insecure ...string) *registry.Registry {
 // dockerHost starts a server for a namespace and returns its socket.
 func dockerHost(t *testing.T, r *registry.Registry, namespace string) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "dimg")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := ListenUnix(socket, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	start(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: r, Local: Access{Namespace: namespace}}, l)
-	return "unix://" + socket
+	return "unix://" + startUnix(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: r, Local: Access{Namespace: namespace}})
 }
 
 func mobyClient(t *testing.T, host string) *client.Client {

@@ -51,22 +51,29 @@ func answerNothing(w http.ResponseWriter, r *http.Request) {
 // serve starts a server on a unix socket and returns how to ask it.
 func serve(t *testing.T, c Config) (ask func(method, path, body string) (int, string, http.Header)) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "dapi")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := ListenUnix(socket, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	start(t, c, l)
+	socket := startUnix(t, c)
 	client := &http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
 		return net.Dial("unix", socket)
 	}}}
 	t.Cleanup(client.CloseIdleConnections)
 	return asker(t, client, "http://docker")
+}
+
+// startUnix starts a server on a unix socket.
+func startUnix(t *testing.T, c Config) (socket string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "dapi")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket = filepath.Join(dir, "s")
+	l, err := ListenUnix(socket, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	start(t, c, l)
+	return socket
 }
 
 func start(t *testing.T, c Config, l net.Listener) {

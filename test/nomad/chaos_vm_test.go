@@ -193,10 +193,6 @@ func isPlugin(n *nomadtest.Node, p nomadtest.Process) bool {
 	return strings.HasPrefix(p.Args[0], filepath.Join(n.Dir, "plugins")+"/")
 }
 
-func isLogmon(_ *nomadtest.Node, p nomadtest.Process) bool {
-	return len(p.Args) > 1 && p.Args[1] == "logmon"
-}
-
 // kinds of processes that die, by how often they are chosen. A client is away for a while, and there is only one.
 var kinds = []string{"client", "plugin", "plugin", "machine", "machine", "machine", "logmon", "other", "other"}
 
@@ -214,7 +210,7 @@ func victim(random *rand.Rand, n *nomadtest.Node, all []nomadtest.Process) (kind
 			is = "plugin"
 		case isMachine(p):
 			is = "machine"
-		case isLogmon(n, p):
+		case len(p.Args) > 1 && p.Args[1] == "logmon":
 			is = "logmon"
 		case len(p.Args) > 1 && p.Args[1] == "agent", p.State == 'Z':
 			continue

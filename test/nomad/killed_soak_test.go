@@ -74,7 +74,7 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 		}
 		if who != 1 {
 			plugins++
-			errs = append(errs, killAll(n, isPlugin))
+			errs = append(errs, killPlugin(n))
 		}
 		if err := errors.Join(errs...); err != nil {
 			t.Fatal(err)
@@ -180,14 +180,14 @@ func runsOf(t *testing.T, all []int, twice int) (runs int) {
 	return runs
 }
 
-// killAll kills such processes, if there are any.
-func killAll(n *nomadtest.Node, such func(*nomadtest.Node, nomadtest.Process) bool) error {
+// killPlugin kills the driver, if it runs.
+func killPlugin(n *nomadtest.Node) error {
 	all, err := n.Processes()
 	if err != nil {
 		return err
 	}
 	for _, p := range all {
-		if such(n, p) {
+		if isPlugin(n, p) {
 			if err := unix.Kill(p.PID, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 				return err
 			}
