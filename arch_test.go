@@ -86,7 +86,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/server":            {"test/dockerd", "internal/nomadtest"},
 	"dockerapi/registry":          {"test/programs"},
 	"bali":                        {"internal/nomadtest"},
-	"dockerapi":                   {"internal/nomadtest", "test/programs"},
+	"dockerapi":                   {"internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 }

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/dockerd"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -289,4 +291,143 @@ func TestVMRestartPolicy(t *testing.T) {
 	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "tries") == "exited" })
 	h.want("try\ntry\ntry", "logs", "tries")
 	h.want("5 2", "inspect", "-f", "{{.State.ExitCode}} {{.RestartCount}}", "tries")
+}
+
+// second is another server in front of the same Nomad.
+func (h *host) second() *host {
+	h.t.Helper()
+	other := *h
+	other.socket += "2"
+	other.serve()
+	h.t.Cleanup(func() {
+		other.cmd.Process.Signal(os.Interrupt)
+		other.cmd.Wait()
+	})
+	return &other
+}
+
+// eventSteps are commands of docker's whose events are the same here as Debian's dockerd's.
+var eventSteps = [][]string{
+	{"create", "--name", "told", "--label", "tier=front", "busybox", "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"},
+	{"start", "told"},
+	{"exec", "told", "true"},
+	{"pause", "told"},
+	{"unpause", "told"},
+	{"rename", "told", "again"},
+	{"kill", "--signal", "WINCH", "again"},
+	{"top", "again"},
+	{"stop", "again"},
+	{"start", "again"},
+	{"kill", "again"},
+	{"rm", "again"},
+	{"run", "--rm", "--name", "short", "busybox", "sh", "-c", "exit 4"},
+}
+
+// eventsOf runs the steps while docker events listens, and returns what it prints.
+func eventsOf(t *testing.T, docker func(ctx context.Context, args ...string) *exec.Cmd) []string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
+	defer cancel()
+	listen := docker(ctx, "events", "--filter", "type=container", "--format", "{{.Action}} {{with .Actor.Attributes}}{{.name}} {{.image}} {{.tier}} {{.exitCode}} {{.signal}} {{.oldName}}{{end}}")
+	out, err := listen.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := listen.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		listen.Process.Signal(os.Interrupt)
+		listen.Wait()
+	}()
+	lines := bufio.NewScanner(out)
+	var all []string
+	next := func() string {
+		if !lines.Scan() {
+			t.Fatalf("docker events ended after\n%s", strings.Join(all, "\n"))
+		}
+		return strings.Join(strings.Fields(lines.Text()), " ")
+	}
+	// A container that is made again and again until it is told of: from then on docker events listens.
+	listens := make(chan struct{})
+	go func() {
+		for ctx.Err() == nil {
+			docker(ctx, "create", "--name", "first", "busybox", "true").Run()
+			docker(ctx, "rm", "first").Run()
+			select {
+			case <-listens:
+				return
+			case <-time.After(200 * time.Millisecond):
+			}
+		}
+	}()
+	next()
+	listens <- struct{}{}
+	for _, step := range eventSteps {
+		cmd := docker(ctx, step...)
+		if said, err := cmd.CombinedOutput(); err != nil && step[0] != "run" {
+			t.Fatalf("docker %s: %v: %s", strings.Join(step, " "), err, said)
+		}
+	}
+	for {
+		line := next()
+		if !strings.Contains(line, " first ") {
+			all = append(all, line)
+		}
+		if strings.HasPrefix(line, "destroy short ") {
+			return all
+		}
+	}
+}
+
+// What docker events tells through one server of what is done through another is what dockerd tells; and it is told later, by a server that was
+// started after that, as well, but for what pods told that are gone.
+func TestVMEvents(t *testing.T) {
+	h := openHost(t)
+	other := h.second()
+	begin := time.Now()
+	told := eventsOf(t, func(ctx context.Context, args ...string) *exec.Cmd {
+		if args[0] == "events" {
+			return other.command(ctx, args...)
+		}
+		return h.command(ctx, args...)
+	})
+	home, err := os.MkdirTemp("", "dv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(home) })
+	daemon, err := dockerd.Start(t.Context(), home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := daemon.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	busybox, err := programs.Image("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := daemon.LoadLayout(t.Context(), "busybox:latest", busybox); err != nil {
+		t.Fatal(err)
+	}
+	want := eventsOf(t, func(ctx context.Context, args ...string) *exec.Cmd {
+		return exec.CommandContext(ctx, "docker", append([]string{"-H", daemon.Host}, args...)...)
+	})
+	if got, want := strings.Join(told, "\n"), strings.Join(want, "\n"); got != want {
+		t.Errorf("docker events tells\n%s\ndockerd's\n%s", got, want)
+	}
+	h.kill()
+	h.serve()
+	past := func(filter string) string {
+		return h.run("events", "--since", fmt.Sprint(begin.Unix()), "--until", fmt.Sprint(time.Now().Unix()), "--filter", filter, "--format", "{{.Type}} {{.Action}}")
+	}
+	if got := past("container=short"); got != "container create\ncontainer attach\ncontainer start\ncontainer die\ncontainer destroy" {
+		t.Errorf("later the past is\n%s", got)
+	}
+	if got := past("network=bridge"); got != strings.TrimSpace(strings.Repeat("network connect\nnetwork disconnect\n", 3)) {
+		t.Errorf("of the network bridge the past is\n%s", got)
+	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/moby/moby/api/types/common"
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
 	"github.com/moby/term"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
@@ -37,6 +38,7 @@ func (s *Server) attachContainer(w http.ResponseWriter, r *http.Request, t *tena
 		}
 	}
 	if p, err := t.running(c); err == nil {
+		t.emitContainer(c, events.ActionAttach, nil)
 		return p.passStream(w, r, inside("/attach"))
 	}
 	if !stream { // docker attach has no logs alone, but the API has
@@ -120,6 +122,7 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 	if answer.StatusCode != http.StatusSwitchingProtocols {
 		return refusal(answer)
 	}
+	t.emitContainer(c, events.ActionAttach, nil)
 	a.done()
 	splice(t.server.ctx, client, conn)
 	return nil

@@ -9,11 +9,12 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
@@ -67,12 +68,24 @@ func (s *Server) containerRoutes(on *router) {
 	one("POST /containers/{id}/exec", s.createExec)
 	one("GET /containers/{id}/stats", s.containerStats)
 	one("POST /containers/{id}/update", s.updateContainer)
-	for pattern, rest := range map[string]string{
-		"HEAD /containers/{id}/archive": "/archive", "GET /containers/{id}/archive": "/archive", "PUT /containers/{id}/archive": "/archive",
-		"GET /containers/{id}/changes": "/changes", "GET /containers/{id}/export": "/export",
+	for _, r := range []struct {
+		pattern, rest string
+		action        events.Action // that is told of; "" for none
+	}{
+		{"HEAD /containers/{id}/archive", "/archive", ""},
+		{"GET /containers/{id}/archive", "/archive", events.ActionArchivePath},
+		{"PUT /containers/{id}/archive", "/archive", events.ActionExtractToDir},
+		{"GET /containers/{id}/changes", "/changes", ""},
+		{"GET /containers/{id}/export", "/export", events.ActionExport},
 	} {
-		one(pattern, func(w http.ResponseWriter, req *http.Request, t *tenant, c *record) error {
-			return t.passDisk(w, req, c, inside(rest))
+		one(r.pattern, func(w http.ResponseWriter, req *http.Request, t *tenant, c *record) error {
+			if err := t.passDisk(w, req, c, inside(r.rest)); err != nil {
+				return err
+			}
+			if r.action != "" {
+				t.emitContainer(c, r.action, nil)
+			}
+			return nil
 		})
 	}
 	s.execRoutes(on)
@@ -177,6 +190,7 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 		_, rerr := t.nomad.Variables().Delete(recordPrefix+id, t.write(clear))
 		return errors.Join(err, t.freeName(clear, name, id), verr, rerr)
 	}
+	t.emitContainer(rec, events.ActionCreate, nil)
 	return dockerhttp.Answer(w, http.StatusCreated, container.CreateResponse{ID: id, Warnings: append([]string{}, c.Warnings...)})
 }
 
@@ -243,10 +257,15 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 		return err
 	}
 	t.awaitEnd(c, p)
+	t.emitKill(c, stopSignal(c.Config, q.Get("signal")), time.Now())
 	if err := p.call(ctx, http.MethodPost, inside("/stop"), q, nil, nil); err != nil && !t.over(c) {
 		return err
 	}
-	return t.untilEnded(ctx, c)
+	if err := t.untilEnded(ctx, c); err != nil {
+		return err
+	}
+	t.emitContainer(c, events.ActionStop, nil)
+	return nil
 }
 
 // untilEnded waits until a run's end is noted.
@@ -305,6 +324,7 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	ctx := context.WithoutCancel(r.Context())
 	p, err := t.running(c)
 	if err == nil {
+		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")), time.Now())
 		err = p.call(ctx, http.MethodPost, inside("/restart"), r.URL.Query(), nil, nil)
 	} else {
 		if err = t.start(ctx, c.ID); isNotModified(err) {
@@ -314,6 +334,7 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	if err != nil {
 		return err
 	}
+	t.emitContainer(c, events.ActionRestart, nil)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
@@ -330,11 +351,13 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	}
 	ctx := context.WithoutCancel(r.Context())
 	t.awaitEnd(c, p)
+	at := time.Now()
 	if err := p.call(ctx, http.MethodPost, inside("/kill"), r.URL.Query(), nil, nil); err != nil {
 		return err
 	}
-	switch strings.TrimPrefix(strings.ToUpper(dockerhttp.Parameter(r, "signal")), "SIG") {
-	case "", "KILL", "9":
+	signal := signalOf(dockerhttp.Parameter(r, "signal"), unix.SIGKILL)
+	t.emitKill(c, signal, at)
+	if signal == unix.SIGKILL {
 		ctx, cancel := context.WithTimeout(ctx, killWait)
 		defer cancel()
 		if err := t.untilEnded(ctx, c); err != nil && ctx.Err() == nil {
@@ -417,15 +440,17 @@ func (s *Server) renameContainer(w http.ResponseWriter, r *http.Request, t *tena
 		return err
 	}
 	old := c.Name
-	if _, err := t.change(ctx, c.ID, func(now *record) (bool, error) {
+	renamed, err := t.change(ctx, c.ID, func(now *record) (bool, error) {
 		old, now.Name = now.Name, name
 		return true, nil
-	}); err != nil {
+	})
+	if err != nil {
 		return errors.Join(err, t.freeName(context.WithoutCancel(ctx), name, c.ID))
 	}
 	if err := t.freeName(ctx, old, c.ID); err != nil {
 		return err
 	}
+	t.emitContainer(renamed, events.ActionRename, map[string]string{"oldName": "/" + old})
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
@@ -475,6 +500,7 @@ func (s *Server) pruneContainers(w http.ResponseWriter, r *http.Request, t *tena
 		}
 		report.ContainersDeleted = append(report.ContainersDeleted, c.ID)
 	}
+	t.emitPrune(events.ContainerEventType, report.SpaceReclaimed)
 	return dockerhttp.Answer(w, http.StatusOK, report)
 }
 
@@ -574,11 +600,12 @@ func (s *Server) updateContainer(w http.ResponseWriter, r *http.Request, t *tena
 			return err
 		}
 	}
-	if _, err := t.change(ctx, c.ID, func(now *record) (bool, error) {
+	if c, err = t.change(ctx, c.ID, func(now *record) (bool, error) {
 		now.Host, now.Pod = host, pod
 		return true, nil
 	}); err != nil {
 		return err
 	}
+	t.emitContainer(c, events.ActionUpdate, nil)
 	return dockerhttp.Answer(w, http.StatusOK, container.UpdateResponse{Warnings: slices.Concat([]string{}, warnings)})
 }

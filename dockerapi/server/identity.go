@@ -32,8 +32,10 @@ type tenant struct {
 	nomad  *api.Client
 
 	watch   *watch
+	log     *eventLog
 	records recordCache
 	sessions
+	starting   startSet
 	attendants attendants
 
 	end context.CancelCauseFunc
@@ -107,7 +109,7 @@ func (s *Server) tenantOf(a Access) (*tenant, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &tenant{Access: a, server: s, config: &c, nomad: client, watch: newWatch()}
+	t := &tenant{Access: a, server: s, config: &c, nomad: client, watch: newWatch(), log: newEventLog()}
 	if old := s.tenants[a]; old != nil {
 		old.end(errors.New("the namespace has another token now"))
 	}
@@ -115,6 +117,7 @@ func (s *Server) tenantOf(a Access) (*tenant, error) {
 	t.end = cancel
 	s.tenants[a] = t
 	s.work.Go(func() { t.follow(ctx) })
+	s.work.Go(func() { t.writeEvents(ctx) })
 	return t, nil
 }
 

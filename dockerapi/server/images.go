@@ -16,6 +16,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/pkg/authconfig"
+	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/jsonstream"
 	registrytypes "github.com/moby/moby/api/types/registry"
@@ -410,7 +411,7 @@ func (s *Server) imageCreate(w http.ResponseWriter, r *http.Request, t *tenant) 
 	}
 	from, source := dockerhttp.Parameter(r, "fromImage"), dockerhttp.Parameter(r, "fromSrc")
 	if from == "" {
-		return s.imageImport(w, r, images, source)
+		return s.imageImport(w, r, t, images, source)
 	}
 	ref, all, err := toPull(from, dockerhttp.Parameter(r, "tag"))
 	if err != nil {
@@ -421,7 +422,11 @@ func (s *Server) imageCreate(w http.ResponseWriter, r *http.Request, t *tenant) 
 	if all {
 		return out.end(r, images.PullAll(r.Context(), ref, transfer))
 	}
-	return out.end(r, images.Pull(r.Context(), ref, transfer))
+	err = images.Pull(r.Context(), ref, transfer)
+	if err == nil {
+		t.emitImage(events.ActionPull, reference.FamiliarString(ref), reference.FamiliarName(ref))
+	}
+	return out.end(r, err)
 }
 
 // toPull is what docker pull asks for; all the tags where it names none.
@@ -442,7 +447,7 @@ func toPull(from, tag string) (ref reference.Named, all bool, err error) {
 	return ref, tag == "" && reference.IsNameOnly(n), nil
 }
 
-func (s *Server) imageImport(w http.ResponseWriter, r *http.Request, images *registry.Images, source string) error {
+func (s *Server) imageImport(w http.ResponseWriter, r *http.Request, t *tenant, images *registry.Images, source string) error {
 	if source != "-" {
 		return dockerhttp.Invalid("importing from an address is not supported: fetch it and give it to docker import -")
 	}
@@ -461,6 +466,11 @@ func (s *Server) imageImport(w http.ResponseWriter, r *http.Request, images *reg
 	id, err := images.Import(r.Context(), r.Body, dockerhttp.Parameter(r, "platform"), c, n)
 	if err == nil {
 		out.send(streamMessage{Message: jsonstream.Message{Status: id.String()}})
+		named := id.String()
+		if n != nil {
+			named = reference.FamiliarString(n)
+		}
+		t.emitImage(events.ActionImport, id.String(), named)
 	}
 	return out.end(r, err)
 }
@@ -495,10 +505,12 @@ func (s *Server) imageLoad(w http.ResponseWriter, r *http.Request, t *tenant) er
 	out := &transferStream{w: w}
 	found, err := images.Load(r.Context(), r.Body)
 	for _, l := range found {
-		text := "Loaded image ID: " + l.ID.String()
+		text, named := "Loaded image ID: "+l.ID.String(), l.ID.String()
 		if l.Name != nil {
-			text = "Loaded image: " + reference.FamiliarString(l.Name)
+			named = reference.FamiliarString(l.Name)
+			text = "Loaded image: " + named
 		}
+		t.emitImage(events.ActionLoad, l.ID.String(), named)
 		out.send(streamMessage{Message: jsonstream.Message{Stream: text + "\n"}})
 	}
 	return out.end(r, err)
@@ -579,6 +591,7 @@ func (s *Server) imagePush(w http.ResponseWriter, r *http.Request, t *tenant) er
 			return err
 		}
 		out.send(streamMessage{Message: jsonstream.Message{Aux: (*json.RawMessage)(&aux)}})
+		t.emitImage(events.ActionPush, reference.FamiliarString(tag), reference.FamiliarName(tag))
 	}
 	return nil
 }
@@ -602,6 +615,7 @@ func (s *Server) imageTag(w http.ResponseWriter, r *http.Request, t *tenant) err
 	if err := images.Tag(r.Context(), i, n); err != nil {
 		return imageError(err)
 	}
+	t.emitImage(events.ActionTag, i.ID.String(), reference.FamiliarString(n))
 	w.WriteHeader(http.StatusCreated)
 	return nil
 }
@@ -619,12 +633,17 @@ func (s *Server) imageRemove(w http.ResponseWriter, r *http.Request, t *tenant) 
 	if err != nil {
 		return imageError(err)
 	}
-	return dockerhttp.Answer(w, http.StatusOK, removals(removed))
+	return dockerhttp.Answer(w, http.StatusOK, t.removals(removed))
 }
 
-func removals(removed []registry.Removed) []image.DeleteResponse {
+func (t *tenant) removals(removed []registry.Removed) []image.DeleteResponse {
 	answer := []image.DeleteResponse{}
 	for _, l := range removed {
+		if l.Untagged != "" {
+			t.emitImage(events.ActionUnTag, l.Untagged, l.Untagged)
+		} else {
+			t.emitImage(events.ActionDelete, l.Deleted, l.Deleted)
+		}
 		answer = append(answer, image.DeleteResponse{Untagged: l.Untagged, Deleted: l.Deleted})
 	}
 	return answer
@@ -659,8 +678,9 @@ func (s *Server) imagePrune(w http.ResponseWriter, r *http.Request, t *tenant) e
 	}
 	answer := image.PruneReport{SpaceReclaimed: uint64(p.Space)}
 	if p.Removed != nil {
-		answer.ImagesDeleted = removals(p.Removed)
+		answer.ImagesDeleted = t.removals(p.Removed)
 	}
+	t.emitPrune(events.ImageEventType, answer.SpaceReclaimed)
 	return dockerhttp.Answer(w, http.StatusOK, answer)
 }
 

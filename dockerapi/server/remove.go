@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/hashicorp/nomad/api"
+	"github.com/moby/moby/api/types/events"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
@@ -46,12 +47,31 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 	if err := t.freeName(ctx, r.Name, r.ID); err != nil {
 		return err
 	}
-	if _, err := t.nomad.Variables().Delete(recordPrefix+r.ID, t.write(ctx)); err != nil {
+	if err := t.removeRecord(ctx, r); err != nil {
 		return err
 	}
 	t.forgetLater(r.ID)
 	t.watch.change(func() {}) // who waits for its removal looks again
 	return nil
+}
+
+// removeRecord is a container's end, which is told by the one who brings it about.
+func (t *tenant) removeRecord(ctx context.Context, r *record) error {
+	for {
+		_, err := t.nomad.Variables().CheckedDelete(recordPrefix+r.ID, r.index, t.write(ctx))
+		if err == nil {
+			t.emitContainer(r, events.ActionDestroy, nil)
+			return nil
+		}
+		if !isConflict(err) {
+			return err
+		}
+		if r, err = t.get(ctx, r.ID); isNotFound(err) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
 }
 
 // purge ends a job and lets Nomad forget it.

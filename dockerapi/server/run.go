@@ -32,6 +32,43 @@ type sessions struct {
 	noted     map[string]run           // the newest run whose end this server has seen noted, by container; for a while after its removal
 }
 
+// A startSet has the containers that are just being started: their ends are told after their starts.
+type startSet struct {
+	mu   sync.Mutex
+	byID map[string]chan struct{}
+}
+
+func (s *startSet) begin(id string) (done func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byID == nil {
+		s.byID = map[string]chan struct{}{}
+	}
+	told := make(chan struct{})
+	s.byID[id] = told
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		close(told)
+		if s.byID[id] == told {
+			delete(s.byID, id)
+		}
+	}
+}
+
+func (s *startSet) wait(ctx context.Context, id string) {
+	s.mu.Lock()
+	told := s.byID[id]
+	s.mu.Unlock()
+	if told == nil {
+		return
+	}
+	select {
+	case <-told:
+	case <-ctx.Done():
+	}
+}
+
 // An attachment is a client that waits for a container's start.
 type attachment struct {
 	attached chan struct{} // closed when it misses nothing any more, or is gone
@@ -86,8 +123,9 @@ func (t *tenant) start(ctx context.Context, id string) error {
 	var wait []*attachment
 	var job *api.Job
 	already := false
+	var ended run
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
-		already = false
+		already, ended = false, run{}
 		switch r.Want {
 		case wantRemoved:
 			return false, dockerhttp.Errorf(http.StatusConflict, "container is marked for removal and cannot be started")
@@ -99,6 +137,7 @@ func (t *tenant) start(ctx context.Context, id string) error {
 		}
 		if !r.ended() && r.Run > 0 { // its end is not noted yet
 			r.Last = endOf(r.Run, t.watch.state(r))
+			ended = r.Last
 		}
 		r.Run++
 		r.Want = wantRunning
@@ -111,6 +150,7 @@ func (t *tenant) start(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
+	t.emitEnd(r, ended)
 	if !already {
 		if err := t.endAttendant(ctx, r); err != nil {
 			return err
@@ -238,19 +278,22 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 	if len(wait) > 0 || !r.Host.RestartPolicy.IsNone() { // somebody waits; or it was started again by its policy, which the pod tells alone
 		t.awaitEnd(r, p)
 	}
+	defer t.starting.begin(r.ID)()
 	err := p.call(ctx, http.MethodPost, inside("/start"), nil, nil, nil)
 	var docker dockerhttp.Error
 	if errors.As(err, &docker) && (docker.Status == http.StatusNotModified || docker.Status == http.StatusConflict) {
+		t.emitStart(r)
 		return nil // it has not waited any longer
 	}
 	if errors.As(err, &docker) {
 		err = startError(docker.Message)
 		return errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 	}
-	if err != nil && t.over(r) {
-		return nil // it has run already
+	if err != nil && !t.over(r) {
+		return err
 	}
-	return err
+	t.emitStart(r) // where there is an error, it has run already
+	return nil
 }
 
 // over says whether a run has ended, as far as this server knows.
@@ -344,8 +387,10 @@ func (t *tenant) endNoted(id string, e *ending) {
 
 // noteEnd writes a run's end into the record, once; a container that is to be removed at its end goes.
 func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
+	t.starting.wait(ctx, id)
+	noted := false
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
-		if r.Run != last.Number || r.ended() {
+		if noted = r.Run == last.Number && !r.ended(); !noted {
 			return false, nil
 		}
 		r.Last = last
@@ -359,6 +404,9 @@ func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
 	}
 	if err != nil {
 		return err
+	}
+	if noted {
+		t.emitEnd(r, r.Last)
 	}
 	t.note(id, r.Last)
 	if r.Host.AutoRemove && r.ended() && r.Run == last.Number {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
 
@@ -109,6 +110,26 @@ func (d *Daemon) Load(ctx context.Context, reference string, image v1.Image) err
 		return fmt.Errorf("docker load %s: %w: %s", reference, err, bytes.TrimSpace(out))
 	}
 	return nil
+}
+
+// LoadLayout gives the daemon the only image of an OCI layout.
+func (d *Daemon) LoadLayout(ctx context.Context, reference, dir string) error {
+	index, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		return err
+	}
+	manifest, err := index.IndexManifest()
+	if err != nil {
+		return err
+	}
+	if len(manifest.Manifests) != 1 {
+		return fmt.Errorf("%s has %d images", dir, len(manifest.Manifests))
+	}
+	image, err := index.Image(manifest.Manifests[0].Digest)
+	if err != nil {
+		return err
+	}
+	return d.Load(ctx, reference, image)
 }
 
 // Close ends the daemon with all containers.

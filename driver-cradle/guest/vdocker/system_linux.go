@@ -8,7 +8,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/moby/moby/api/types/events"
@@ -80,37 +79,18 @@ func machine() string {
 	return unix.ByteSliceToString(uts.Machine[:])
 }
 
-// event is docker's message with what it had before version 1.22 as well, which old clients still print.
-type event struct {
-	Status string `json:"status,omitempty"`
-	ID     string `json:"id,omitempty"`
-	From   string `json:"from,omitempty"`
-	events.Message
-}
-
 func (a *api) events(w http.ResponseWriter, r *http.Request) error {
-	f, err := dockerhttp.ParseFilters(r, "type", "event", "container", "label", "image", "scope", "daemon", "network", "volume", "plugin", "service", "node", "secret", "config")
+	wanted, err := dockerhttp.ParseEvents(r)
 	if err != nil {
 		return err
 	}
-	since, err := dockerhttp.ParseTime(dockerhttp.Parameter(r, "since"))
-	if err != nil {
-		return dockerhttp.Invalid("since: %v", err)
-	}
-	until, err := dockerhttp.ParseTime(dockerhttp.Parameter(r, "until"))
-	if err != nil {
-		return dockerhttp.Invalid("until: %v", err)
-	}
-	if !until.IsZero() && until.Before(since) {
-		return dockerhttp.Invalid("`since` time (%s) cannot be after `until` time (%s)", dockerhttp.Parameter(r, "since"), dockerhttp.Parameter(r, "until"))
-	}
 	ctx := r.Context()
-	if !until.IsZero() {
+	if !wanted.Until.IsZero() {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, until)
+		ctx, cancel = context.WithDeadline(ctx, wanted.Until)
 		defer cancel()
 	}
-	past, live, cancel := a.pod.Subscribe(since)
+	past, live, cancel := a.pod.Subscribe(wanted.Since)
 	defer cancel()
 
 	w.Header().Set("Content-Type", "application/json")
@@ -118,10 +98,11 @@ func (a *api) events(w http.ResponseWriter, r *http.Request) error {
 	out := http.NewResponseController(w)
 	enc := json.NewEncoder(w)
 	send := func(e guest.Event) error {
-		if !until.IsZero() && e.Time.After(until) || !a.wanted(f, e) {
+		m := message(e)
+		if !wanted.Until.IsZero() && e.Time.After(wanted.Until) || !wanted.Wants(&m) {
 			return nil
 		}
-		return enc.Encode(message(e))
+		return enc.Encode(dockerhttp.NewEvent(m))
 	}
 	for _, e := range past {
 		if send(e) != nil {
@@ -143,31 +124,11 @@ func (a *api) events(w http.ResponseWriter, r *http.Request) error {
 	}
 }
 
-func message(e guest.Event) event {
-	m := event{Status: e.Action, ID: e.ID, From: e.Attributes["image"]}
-	m.Type, m.Action, m.Scope = events.Type(e.Type), events.Action(e.Action), "local"
-	m.Actor = events.Actor{ID: e.ID, Attributes: e.Attributes}
-	m.Time, m.TimeNano = e.Time.Unix(), e.Time.UnixNano()
-	return m
-}
-
-func (a *api) wanted(f dockerhttp.Filters, e guest.Event) bool {
-	for _, kind := range []string{"daemon", "network", "volume", "plugin", "service", "node", "secret", "config"} {
-		if len(f[kind]) > 0 {
-			return false
-		}
+func message(e guest.Event) events.Message {
+	return events.Message{
+		Type: events.Type(e.Type), Action: events.Action(e.Action), Scope: "local", Actor: events.Actor{ID: e.ID, Attributes: e.Attributes},
+		Time: e.Time.Unix(), TimeNano: e.Time.UnixNano(),
 	}
-	return f.Any("type", func(v string) bool { return v == e.Type }) &&
-		f.Any("scope", func(v string) bool { return v == "local" }) &&
-		f.Any("event", func(v string) bool { return e.Action == v || strings.HasPrefix(e.Action, v+":") }) &&
-		f.Any("container", func(v string) bool {
-			return e.Attributes["name"] == v || v != "" && strings.HasPrefix(e.ID, v)
-		}) &&
-		f.Any("image", func(v string) bool {
-			name, _, _ := strings.Cut(e.Attributes["image"], ":")
-			return v == e.Attributes["image"] || v == name
-		}) &&
-		f.Labels("label", e.Attributes, false)
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

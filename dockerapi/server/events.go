@@ -1,0 +1,425 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+)
+
+func (s *Server) eventRoutes(on *router) {
+	on.on("GET /events", s.events)
+}
+
+// events tells what has happened and what happens: of what clients do and of containers' starts and ends there is a log; what goes on in a container
+// its pod tells, for as long as it runs.
+func (s *Server) events(w http.ResponseWriter, r *http.Request, t *tenant) error {
+	wanted, err := dockerhttp.ParseEvents(r)
+	if err != nil {
+		return err
+	}
+	if err := t.watch.ready(r.Context()); err != nil {
+		return err
+	}
+	ctx := r.Context()
+	joined := time.Now()
+	if err := t.flushEvents(ctx); err != nil {
+		return err
+	}
+	log := &eventReader{tenant: t}
+	past, err := log.next(ctx)
+	if err != nil {
+		return err
+	}
+	out := &eventWriter{wanted: wanted, w: w, lives: map[string]life{}}
+	if wanted.Since.IsZero() && wanted.Until.IsZero() {
+		past = nil
+	} else {
+		past = append(past, t.pastOfPods(ctx, wanted, joined)...)
+		slices.SortStableFunc(past, byTime)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusOK)
+	if out.write(past) != nil || !wanted.Until.IsZero() && !wanted.Until.After(joined) {
+		return nil
+	}
+	// From here on nothing is missed.
+	if !wanted.Until.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, wanted.Until)
+		defer cancel()
+	}
+	var work sync.WaitGroup
+	defer work.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	live := make(chan []event)
+	work.Go(func() { t.followLog(ctx, log, live) })
+	work.Go(func() { t.followPods(ctx, wanted, joined, live) })
+	var held []event // of the log and of pods, which do not come in order
+	var settled <-chan time.Time
+	for {
+		select {
+		case some := <-live:
+			if held = append(held, some...); settled == nil {
+				settled = time.After(eventSettle)
+			}
+		case <-settled:
+			slices.SortStableFunc(held, byTime)
+			if out.write(held) != nil {
+				return nil
+			}
+			held, settled = nil, nil
+		case <-ctx.Done():
+			cancel()
+			work.Wait()
+			return out.last(r.Context(), log, held)
+		}
+	}
+}
+
+// eventSettle is how long an event waits for those before it, to be told in order.
+const eventSettle = 3 * eventDelay
+
+// An eventWriter gives a client the events that it wants, each once.
+type eventWriter struct {
+	wanted *dockerhttp.EventsRequest
+	w      http.ResponseWriter
+	lives  map[string]life // by container
+}
+
+// A life is the newest of a container's starts and ends that was told.
+type life struct {
+	run    int
+	action events.Action
+	over   bool // the run is: the container does not start again in the same pod
+}
+
+func (o *eventWriter) write(all []event) error {
+	enc := json.NewEncoder(o.w)
+	for i := range all {
+		m := &all[i]
+		at := time.Unix(0, m.TimeNano)
+		if at.Before(o.wanted.Since) || !o.wanted.Until.IsZero() && at.After(o.wanted.Until) || o.known(m) || !o.wanted.Wants(&m.Message) {
+			continue
+		}
+		if err := enc.Encode(dockerhttp.NewEvent(m.Message)); err != nil {
+			return err
+		}
+	}
+	return http.NewResponseController(o.w).Flush()
+}
+
+// known says whether a start or end was told before: the log has the first start and the last end of a run, and the pod all of them.
+func (o *eventWriter) known(e *event) bool {
+	if e.Type != events.ContainerEventType {
+		return false
+	}
+	last := o.lives[e.Actor.ID]
+	earlier := e.Run < last.run || e.Run == last.run && last.over
+	same := e.Run == last.run && last.action != ""
+	switch e.Action {
+	case events.ActionOOM:
+		return earlier || same && last.action == events.ActionDie
+	case events.ActionStart, events.ActionDie:
+		if earlier {
+			return true
+		}
+		now := life{run: e.Run, action: e.Action, over: e.Action == events.ActionDie && !e.inside}
+		again := same && (e.Action == last.action || e.Action == events.ActionStart && !e.inside)
+		if !again || now.over {
+			o.lives[e.Actor.ID] = now
+		}
+		return again
+	case events.ActionDestroy:
+		delete(o.lives, e.Actor.ID)
+	}
+	return false
+}
+
+// last gives what other servers had under way when the time was over that the client wanted to wait until.
+func (o *eventWriter) last(ctx context.Context, log *eventReader, held []event) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-time.After(eventSettle):
+	}
+	log.index = 0 // what there is
+	if some, err := log.next(ctx); err == nil {
+		held = append(held, some...)
+	}
+	slices.SortStableFunc(held, byTime)
+	_ = o.write(held) // the client has gone
+	return nil
+}
+
+func (t *tenant) followLog(ctx context.Context, log *eventReader, live chan<- []event) {
+	for ctx.Err() == nil {
+		some, err := log.next(ctx)
+		if err != nil {
+			select {
+			case <-ctx.Done():
+			case <-time.After(streamRetry):
+			}
+			continue
+		}
+		select {
+		case live <- some:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// running are the allocations of all pods that run, by their containers.
+func (w *watch) running() map[string]*api.AllocationListStub {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	all := map[string]*api.AllocationListStub{}
+	for id, j := range w.jobs {
+		if s := w.stateOf(id, j.run); j.run > 0 && s.phase == phaseRunning {
+			all[strings.TrimPrefix(id, jobPrefix)] = s.alloc
+		}
+	}
+	return all
+}
+
+// pastOfPods asks all running pods what has happened in them until a client has joined.
+func (t *tenant) pastOfPods(ctx context.Context, wanted *dockerhttp.EventsRequest, joined time.Time) []event {
+	ctx, cancel := context.WithTimeout(ctx, podTimeout)
+	defer cancel()
+	until := joined
+	if !wanted.Until.IsZero() && wanted.Until.Before(joined) {
+		until = wanted.Until
+	}
+	since := wanted.Since
+	if since.IsZero() {
+		since = time.Unix(0, 1)
+	}
+	var work sync.WaitGroup
+	var mu sync.Mutex
+	var past []event
+	slots := make(chan struct{}, asked)
+	for id, alloc := range t.watch.running() {
+		work.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			// A pod that has just ended has nothing to tell that is not in the log.
+			_ = t.podEvents(ctx, id, alloc, wanted, since, until, func(m event) {
+				mu.Lock()
+				defer mu.Unlock()
+				past = append(past, m)
+			})
+		})
+	}
+	work.Wait()
+	return past
+}
+
+// followPods tells what happens in all pods from a time on.
+func (t *tenant) followPods(ctx context.Context, wanted *dockerhttp.EventsRequest, from time.Time, live chan<- []event) {
+	var work sync.WaitGroup
+	defer work.Wait()
+	followed := map[string]bool{} // by allocation
+	_ = t.watch.until(ctx, func() (bool, error) {
+		now := map[string]bool{}
+		for id, alloc := range t.watch.running() {
+			if now[alloc.ID] = true; !followed[alloc.ID] {
+				work.Go(func() { t.followPod(ctx, id, alloc, wanted, from, live) })
+			}
+		}
+		followed = now
+		return false, nil
+	})
+}
+
+// followPod goes on where its stream breaks, for as long as the pod runs.
+func (t *tenant) followPod(ctx context.Context, id string, alloc *api.AllocationListStub, wanted *dockerhttp.EventsRequest, from time.Time, live chan<- []event) {
+	for ctx.Err() == nil {
+		err := t.podEvents(ctx, id, alloc, wanted, from.Add(1), time.Time{}, func(m event) {
+			from = time.Unix(0, m.TimeNano)
+			select {
+			case live <- []event{m}:
+			case <-ctx.Done():
+			}
+		})
+		if now := t.watch.running()[id]; err == nil || isNotFound(err) || now == nil || now.ID != alloc.ID {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(streamRetry):
+		}
+	}
+}
+
+// podEvents tells what happens in a container's pod. Without until it ends with the pod, which is an error. It returns nil where nothing is wanted of the pod.
+func (t *tenant) podEvents(ctx context.Context, id string, alloc *api.AllocationListStub, wanted *dockerhttp.EventsRequest, since, until time.Time, tell func(event)) error {
+	c, err := t.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	run := c.Run
+	if like := containerEvent(c, "", nil); !wanted.WantsActor(&like.Message) {
+		return nil
+	}
+	q := url.Values{"since": {unixTime(since)}}
+	if !until.IsZero() {
+		q.Set("until", unixTime(until))
+	}
+	p := t.pod(alloc)
+	request, err := p.request(ctx, http.MethodGet, "/events", q, nil)
+	if err != nil {
+		return err
+	}
+	answer, _, err := p.send(ctx, request)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return refusal(answer)
+	}
+	in := json.NewDecoder(answer.Body)
+	for {
+		var m events.Message
+		if err := in.Decode(&m); err != nil {
+			if err == io.EOF && !until.IsZero() {
+				return nil
+			}
+			return err
+		}
+		if m.Actor.ID != id || !ofPod(m.Action) {
+			continue
+		}
+		if now, err := t.get(ctx, id); err == nil { // it may have another name by now
+			c = now
+		}
+		tell(ofContainer(c, run, m))
+	}
+}
+
+func unixTime(at time.Time) string { return fmt.Sprintf("%d.%09d", at.Unix(), at.Nanosecond()) }
+
+// ofPod says whether an event is the pod's to tell. Of the others the server knows more.
+func ofPod(a events.Action) bool {
+	switch a {
+	case events.ActionCreate, events.ActionStop, events.ActionKill, events.ActionRestart, events.ActionUpdate,
+		events.ActionAttach, events.ActionArchivePath, events.ActionExtractToDir, events.ActionExport:
+		return false
+	}
+	return true
+}
+
+// ofContainer is a pod's event as docker has it outside.
+func ofContainer(c *record, run int, m events.Message) event {
+	more := map[string]string{}
+	for name, value := range m.Actor.Attributes {
+		switch name {
+		case "image", "name":
+		case "execID":
+			more[name] = c.ID + value
+		default:
+			more[name] = value
+		}
+	}
+	out := containerEvent(c, m.Action, more)
+	out.Scope, out.Time, out.TimeNano, out.Run, out.inside = "local", m.Time, m.TimeNano, run, true
+	return out
+}
+
+// emitStart tells that a container runs.
+func (t *tenant) emitStart(r *record) {
+	t.emit(append(t.networkEvents(r, events.ActionConnect), containerEvent(r, events.ActionStart, nil))...)
+}
+
+// emitEnd tells how a run has ended, if it had begun.
+func (t *tenant) emitEnd(r *record, end run) {
+	if end.StartedAt.IsZero() {
+		return
+	}
+	die := containerEvent(r, events.ActionDie, map[string]string{
+		"exitCode": strconv.Itoa(end.ExitCode), "execDuration": strconv.Itoa(int(end.FinishedAt.Sub(end.StartedAt).Seconds())),
+	})
+	die.Run = end.Number
+	all := append([]event{die}, t.networkEvents(r, events.ActionDisconnect)...)
+	if end.OOMKilled {
+		oom := containerEvent(r, events.ActionOOM, nil)
+		oom.Run = end.Number
+		all = append([]event{oom}, all...)
+	}
+	if time.Since(end.FinishedAt) > lateEnd {
+		for i := range all {
+			all[i].TimeNano = end.FinishedAt.UnixNano()
+		}
+	}
+	t.emit(all...)
+}
+
+// lateEnd is how much an end's time by its pod's clock may differ from now, where the end came just now.
+const lateEnd = 10 * time.Second
+
+// networkEvents are those of a container's networks when it begins and ends to run.
+func (t *tenant) networkEvents(r *record, action events.Action) (all []event) {
+	for _, name := range r.networks() {
+		kind := translate.Bridge
+		if name == translate.None {
+			kind = "null"
+		}
+		all = append(all, event{Message: events.Message{Type: events.NetworkEventType, Action: action, Actor: events.Actor{
+			ID: networkID(t.Namespace, name), Attributes: map[string]string{"container": r.ID, "name": name, "type": kind},
+		}}})
+	}
+	return all
+}
+
+// emitKill tells of a signal that was sent at a time, by its number as docker does.
+func (t *tenant) emitKill(r *record, signal unix.Signal, at time.Time) {
+	kill := containerEvent(r, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(signal))})
+	kill.TimeNano = at.UnixNano()
+	t.emit(kill)
+}
+
+// signalOf reads a signal's name or number; otherwise is what is meant where nothing is said.
+func signalOf(text string, otherwise unix.Signal) unix.Signal {
+	if n, err := strconv.Atoi(text); err == nil {
+		return unix.Signal(n)
+	}
+	name := strings.ToUpper(text)
+	if !strings.HasPrefix(name, "SIG") {
+		name = "SIG" + name
+	}
+	if n := unix.SignalNum(name); n != 0 {
+		return n
+	}
+	return otherwise
+}
+
+// stopSignal is the one that a container is stopped with.
+func stopSignal(c *container.Config, asked string) unix.Signal {
+	return signalOf(asked, signalOf(c.StopSignal, unix.SIGTERM))
+}
+
+// emitPrune tells that what nobody needed was removed.
+func (t *tenant) emitPrune(kind events.Type, space uint64) {
+	t.emit(event{Message: events.Message{Type: kind, Action: events.ActionPrune, Actor: events.Actor{Attributes: map[string]string{"reclaimed": strconv.FormatUint(space, 10)}}}})
+}
+
+// emitImage tells of an image, by its id or name.
+func (t *tenant) emitImage(action events.Action, id, name string) {
+	t.emit(event{Message: events.Message{Type: events.ImageEventType, Action: action, Actor: events.Actor{ID: id, Attributes: map[string]string{"name": name}}}})
+}
