@@ -3,7 +3,6 @@ package translate
 import (
 	"encoding/json"
 	"errors"
-	"flag"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,10 +13,9 @@ import (
 	"github.com/moby/moby/api/types/container"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/spec"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
 
 var id = strings.Repeat("0123456789abcdef", 4)
 
@@ -69,19 +67,7 @@ func TestGoldenContainers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			golden := strings.Replace(file, ".request.json", ".json", 1)
-			if *update {
-				if err := os.WriteFile(golden, append(got, '\n'), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if string(got)+"\n" != string(want) {
-				t.Errorf("%s becomes\n%s\nwant\n%s", file, got, want)
-			}
+			golden.Compare(t, strings.Replace(file, ".request.json", ".json", 1), append(got, '\n'))
 		})
 	}
 }

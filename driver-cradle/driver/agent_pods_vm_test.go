@@ -131,10 +131,7 @@ func TestVMAgentMounts(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := c.UntilEnded(t, c.Run(t, test.job))
-			if got := events(t, c, a.ID); a.ClientStatus != "failed" || !strings.Contains(got, test.want) {
-				t.Errorf("it is %s\n%s", a.ClientStatus, got)
-			}
+			failsWith(t, c, test.job, test.want)
 		})
 	}
 }
@@ -285,10 +282,7 @@ func TestVMAgentImpossibleResources(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := c.UntilEnded(t, c.Run(t, test.job))
-			if got := events(t, c, a.ID); a.ClientStatus != "failed" || !strings.Contains(got, test.want) {
-				t.Errorf("it is %s\n%s", a.ClientStatus, got)
-			}
+			failsWith(t, c, test.job, test.want)
 		})
 	}
 }

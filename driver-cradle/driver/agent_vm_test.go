@@ -160,6 +160,15 @@ func events(t *testing.T, c *nomadtest.Cluster, alloc string) string {
 	return b.String()
 }
 
+// failsWith runs a job whose allocation is to fail, and Nomad is to tell why.
+func failsWith(t *testing.T, c *nomadtest.Cluster, job, want string) {
+	t.Helper()
+	a := c.UntilEnded(t, c.Run(t, job))
+	if got := events(t, c, a.ID); a.ClientStatus != "failed" || !strings.Contains(got, want) {
+		t.Errorf("it is %s\n%s", a.ClientStatus, got)
+	}
+}
+
 // once is a group's policy: what fails has failed.
 const once = "restart {\n  attempts = 0\n  mode = \"fail\"\n}\nreschedule {\n  attempts = 0\n  unlimited = false\n}\n"
 

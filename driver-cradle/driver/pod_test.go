@@ -3,7 +3,6 @@ package driver
 import (
 	"encoding/json"
 	"errors"
-	"flag"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,10 +17,9 @@ import (
 	"github.com/hashicorp/nomad/plugins/drivers"
 	"github.com/hashicorp/nomad/plugins/shared/hclspec"
 
+	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/spec"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
 
 // parseTask reads a job as nomad does, and its one task's configuration as Nomad's client does.
 func parseTask(tb testing.TB, job string) (*api.Task, *taskConfig, error) {
@@ -129,19 +127,7 @@ func TestGoldenPods(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			golden := strings.TrimSuffix(file, ".hcl") + ".json"
-			if *update {
-				if err := os.WriteFile(golden, append(got, '\n'), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if string(got)+"\n" != string(want) {
-				t.Errorf("%s becomes\n%s\nwant\n%s", file, got, want)
-			}
+			golden.Compare(t, strings.TrimSuffix(file, ".hcl")+".json", append(got, '\n'))
 		})
 	}
 }

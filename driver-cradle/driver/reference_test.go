@@ -5,6 +5,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/cradlestack/cradlestack/internal/golden"
 )
 
 // docs/nomad-driver.md is written from the schemas: go test ./driver-cradle/driver -run TestReference -update
@@ -30,13 +32,7 @@ func TestReference(t *testing.T) {
 		writeKeys(&b, "", section.keys)
 		text = head + begin + b.String() + end + tail
 	}
-	if *update {
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	} else if text != string(data) {
-		t.Errorf("%s is not what the schemas say: go test ./driver-cradle/driver -run TestReference -update", path)
-	}
+	golden.Compare(t, path, []byte(text))
 }
 
 func writeKeys(b *strings.Builder, at string, keys []key) {

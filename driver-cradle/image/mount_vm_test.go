@@ -15,13 +15,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/test/dockerd"
 )
 
 func requireRoot(t testing.TB) {
@@ -510,34 +511,16 @@ func TestRootDiskFull(t *testing.T) {
 // TestRootDockerDaemon pulls out of a real daemon.
 func TestRootDockerDaemon(t *testing.T) {
 	requireRoot(t)
-	requireTool(t, "dockerd", "docker.io")
-	dir := t.TempDir()
-	socket := "unix://" + dir + "/docker.sock"
-	log, err := os.Create(filepath.Join(dir, "log"))
+	daemon, err := dockerd.Start(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer log.Close()
-	// Killing unshare ends the namespaces with all that is mounted and runs in them.
-	cmd := exec.Command("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--",
-		"dockerd", "--data-root", dir+"/data", "--exec-root", dir+"/exec", "--pidfile", dir+"/pid", "-H", socket, "--bridge=none", "--iptables=false")
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	defer func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}()
-	t.Setenv("DOCKER_HOST", socket)
-	deadline := time.Now().Add(30 * time.Second)
-	for exec.Command("docker", "version").Run() != nil {
-		if time.Now().After(deadline) {
-			t.Fatalf("dockerd does not answer:\n%s", readFile(t, log.Name()))
+		if err := daemon.Close(); err != nil {
+			t.Error(err)
 		}
-		time.Sleep(100 * time.Millisecond)
-	}
+	}()
+	t.Setenv("DOCKER_HOST", daemon.Host)
 	archive := filepath.Join(imagesDir(t), "busybox-docker.tar")
 	if out, err := exec.Command("docker", "load", "-i", archive).CombinedOutput(); err != nil {
 		t.Fatalf("docker load: %v\n%s", err, out)

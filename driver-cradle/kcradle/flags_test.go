@@ -2,16 +2,15 @@ package main
 
 import (
 	"encoding/json"
-	"flag"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/spf13/pflag"
-)
 
-var update = flag.Bool("update", false, "write the golden files anew")
+	"github.com/cradlestack/cradlestack/internal/golden"
+)
 
 // Each case of testdata/flags.golden is a command line of summon, without the directory, and the Pod that it makes.
 func TestFlags(t *testing.T) {
@@ -60,20 +59,7 @@ func TestFlags(t *testing.T) {
 		}
 		b.WriteString("$ " + line + "\n" + string(data) + "\n\n")
 	}
-	golden := filepath.Join(startDir, "testdata/flags.golden")
-	if *update {
-		if err := os.WriteFile(golden, []byte(b.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if b.String() != string(want) {
-		t.Errorf("%s differs (go test -run TestFlags -update . writes it anew):\n%s", golden, b.String())
-	}
+	golden.Compare(t, filepath.Join(startDir, "testdata/flags.golden"), []byte(b.String()))
 }
 
 var startDir = func() string { d, _ := os.Getwd(); return d }()

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/internal/golden"
 )
 
 // TestReference keeps docs/kcradle.md what the commands say of themselves: go test ./driver-cradle/kcradle -run TestReference -update.
@@ -18,19 +20,7 @@ func TestReference(t *testing.T) {
 	var want bytes.Buffer
 	want.WriteString("# kcradle\n\n<!-- Written from the commands' own help: go test ./driver-cradle/kcradle -run TestReference -update -->\n")
 	reference(&want, (&cli{stdin: os.Stdin, stdout: io.Discard, stderr: io.Discard}).command())
-	file := filepath.Join("..", "..", "docs", "kcradle.md")
-	if *update {
-		if err := os.WriteFile(file, want.Bytes(), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	got, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(got, want.Bytes()) {
-		t.Errorf("%s is not what the commands say: go test ./driver-cradle/kcradle -run TestReference -update", file)
-	}
+	golden.Compare(t, filepath.Join("..", "..", "docs", "kcradle.md"), want.Bytes())
 }
 
 // reference writes a command and those below it. A command without a description is no use to anybody and an error here.

@@ -1,19 +1,16 @@
 package pod
 
 import (
-	"bytes"
 	"encoding/json"
-	"flag"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/spec"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 const testID = "5f0c1b2a5f0c1b2a5f0c1b2a5f0c1b2a5f0c1b2a5f0c1b2a5f0c1b2a5f0c1b2a"
 
@@ -60,20 +57,7 @@ func TestResolve(t *testing.T) {
 					t.Errorf("what Resolve gives does not parse: %v", err)
 				}
 			}
-			golden := strings.TrimSuffix(input, ".json") + ".golden"
-			if *update {
-				if err := os.WriteFile(golden, got, 0o644); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !bytes.Equal(got, want) {
-				t.Errorf("%s differs (go test -run TestResolve -update . writes it anew):\n%s", golden, got)
-			}
+			golden.Compare(t, strings.TrimSuffix(input, ".json")+".golden", got)
 		})
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -22,10 +21,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/spec"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
 
 func testConfig() Config {
 	return Config{
@@ -78,19 +76,7 @@ func TestArguments(t *testing.T) {
 			h.control, h.qmp, h.console = 10, 11, 12
 			change(&h)
 			got := strings.Join(h.arguments(), "\n") + "\n"
-			golden := filepath.Join("testdata", "arguments-"+strings.ReplaceAll(name, " ", "-")+".txt")
-			if *update {
-				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got != string(want) {
-				t.Errorf("arguments are not those of %s (-update writes it):\n%s", golden, got)
-			}
+			golden.Compare(t, filepath.Join("testdata", "arguments-"+strings.ReplaceAll(name, " ", "-")+".txt"), []byte(got))
 		})
 	}
 }

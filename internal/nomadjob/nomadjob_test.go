@@ -3,7 +3,6 @@ package nomadjob
 import (
 	"cmp"
 	"encoding/json"
-	"flag"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -15,10 +14,9 @@ import (
 
 	"github.com/hashicorp/nomad/api"
 
+	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/spec"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
 
 func list(s ...string) *[]string {
 	if s == nil {
@@ -116,19 +114,7 @@ func TestGoldenJobs(t *testing.T) {
 				t.Fatal(err)
 			}
 			got = append(compact(t, got), '\n')
-			golden := filepath.Join("testdata", name+".json")
-			if *update {
-				if err := os.WriteFile(golden, got, 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if string(got) != string(want) {
-				t.Errorf("the job is\n%s\nwant\n%s", got, want)
-			}
+			golden.Compare(t, filepath.Join("testdata", name+".json"), got)
 			if strings.Contains(string(got), "secret\"") || strings.Contains(string(got), "PASSWORD") {
 				t.Error("the environment stands in the job's text")
 			}
