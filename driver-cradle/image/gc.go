@@ -44,8 +44,7 @@ func (s *Store) Hold(img *Image, owner string) (release func() error, err error)
 		}
 		rec.Layers = append(rec.Layers, l.DiffID)
 	}
-	sum := sha256.Sum256([]byte(owner + "\n" + img.ID))
-	path := s.path("holds", hex.EncodeToString(sum[:])+".json")
+	path := s.path("holds", holdPrefix(owner)+strings.TrimPrefix(img.ID, "sha256:")+".json")
 	if err := writeJSON(s.path("holds"), path, rec); err != nil {
 		return nil, fmt.Errorf("hold image %s: %w", img.Reference, spaceError(err, s.root))
 	}
@@ -55,6 +54,30 @@ func (s *Store) Hold(img *Image, owner string) (release func() error, err error)
 		}
 		return nil
 	}, nil
+}
+
+// holdPrefix begins the names of an owner's holds.
+func holdPrefix(owner string) string {
+	sum := sha256.Sum256([]byte(owner))
+	return hex.EncodeToString(sum[:]) + "-"
+}
+
+// Forget ends all holds of an owner: the directory is not any more, or not yet again, what they were for.
+func (s *Store) Forget(owner string) error {
+	prefix := holdPrefix(filepath.Clean(owner))
+	entries, err := os.ReadDir(s.path("holds"))
+	if err != nil {
+		return fmt.Errorf("holds of %s: %w", owner, err)
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), prefix) {
+			continue
+		}
+		if err := os.Remove(s.path("holds", e.Name())); err != nil && !isNotExist(err) {
+			return fmt.Errorf("holds of %s: %w", owner, err)
+		}
+	}
+	return nil
 }
 
 // holds returns the living holds; with drop, the others are removed.

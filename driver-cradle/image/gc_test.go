@@ -106,6 +106,30 @@ func TestGCByAgeAndSize(t *testing.T) {
 	assertEmpty(t, s)
 }
 
+// A pod directory's place that another pod has got holds nothing any more of what the first one needed.
+func TestForget(t *testing.T) {
+	s, one, two := twoImages(t)
+	pod, other := t.TempDir(), t.TempDir()
+	for _, h := range []struct {
+		img   *Image
+		owner string
+	}{{one, pod}, {one, other}, {two, pod}} {
+		if _, err := s.Hold(h.img, h.owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Forget(pod + "/"); err != nil {
+		t.Fatal(err)
+	}
+	gc(t, s, GCOptions{MaxAge: time.Nanosecond})
+	if _, err := s.Get(one.ID); err != nil {
+		t.Errorf("what another directory holds is gone: %v", err)
+	}
+	if _, err := s.Get(two.ID); !errors.Is(err, ErrNotFound) {
+		t.Errorf("what nobody holds any more is kept: %v", err)
+	}
+}
+
 func TestHold(t *testing.T) {
 	s, one, two := twoImages(t)
 	pod := t.TempDir()

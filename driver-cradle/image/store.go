@@ -26,7 +26,7 @@ import (
 //	layers/sha256/<hex>.checked identity of the file that was found to be right (identity)
 //	layers/sha256/<hex>.lock    held by who converts it
 //	images/<hash>.json          a resolved reference for one platform (imageRecord); its modification time is its last use
-//	holds/<hash>.json           a pod directory's claim on an image's layers (holdRecord)
+//	holds/<hash>-<id>.json      a pod directory's claim on an image's layers (holdRecord); the hash is of its path
 //	tmp/<random>/               a Pull's files; the directory is locked while that lives
 type Store struct {
 	root string

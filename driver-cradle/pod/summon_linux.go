@@ -202,6 +202,9 @@ func fill(ctx context.Context, path string, launch *spec.Launch, images map[stri
 		}
 		return err
 	}
+	if err := o.Images.Forget(path); err != nil { // a pod before this one had the same path
+		return undo(err)
+	}
 	for _, img := range images {
 		release, err := o.Images.Hold(img, path)
 		if err != nil {
