@@ -54,6 +54,7 @@ type eventLog struct {
 	path    string
 	segment []json.RawMessage
 	size    int
+	late    bool // the segment has events that could not be written yet
 }
 
 func newEventLog() *eventLog { return &eventLog{wake: make(chan struct{}, 1)} }
@@ -135,7 +136,7 @@ func (t *tenant) flushEvents(ctx context.Context) error {
 		}
 		l.segment, l.size = append(l.segment, data), l.size+len(data)
 	}
-	if len(pending) == 0 {
+	if len(pending) == 0 && !l.late {
 		return nil
 	}
 	return t.keepEvents(nil, t.writeSegment(ctx))
@@ -143,7 +144,8 @@ func (t *tenant) flushEvents(ctx context.Context) error {
 
 // keepEvents has events written the next time.
 func (t *tenant) keepEvents(unwritten []event, err error) error {
-	if err == nil || isStatus(err, http.StatusForbidden) {
+	t.log.late = err != nil && !isStatus(err, http.StatusForbidden)
+	if !t.log.late {
 		return err
 	}
 	t.log.mu.Lock()

@@ -202,11 +202,15 @@ func TestEventLogWhileNomadIsDown(t *testing.T) {
 	v := newVariableStore()
 	a, b := logged(t, v)
 	for n := range 200 {
-		v.down = n%70 == 69
+		v.down = n%70 == 69 || n == 199
 		a.emit(actionEvent(n))
 		if err := a.flushEvents(t.Context()); (err != nil) != v.down {
 			t.Fatal(err)
 		}
+	}
+	v.down = false
+	if err := a.flushEvents(t.Context()); err != nil { // of what was emitted before
+		t.Fatal(err)
 	}
 	all, err := (&eventReader{tenant: b}).next(t.Context())
 	if err != nil || len(all) != 200 {
