@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/cold"
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -39,6 +40,7 @@ type cli struct {
 	zone     string
 	metrics  string
 	verbose  bool
+	cold     coldFlags
 }
 
 // run executes a command line and returns the exit code.
@@ -73,6 +75,7 @@ func (c *cli) command() *cobra.Command {
 		c.serveCommand("monolith", "serve both", true, true),
 		c.hostVolumeCommand(),
 		c.doctorCommand(),
+		c.coldCommand(),
 		&cobra.Command{
 			Use: "version", Short: "print the version", Args: cobra.NoArgs,
 			Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-csi %s\n", version) },
@@ -93,12 +96,15 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
 	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
+	if controller {
+		c.cold.add(f)
+	}
 	return cmd
 }
 
 func (c *cli) backendFlags(f *pflag.FlagSet) {
-	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir")
-	f.StringArrayVar(&c.pools, "pool", []string{"/var/lib/cradle/volumes"}, "where: a directory, or NAME=DIRECTORY to be chosen by the parameter pool; more than once, the first is the default")
+	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes")
+	f.StringArrayVar(&c.pools, "pool", nil, "directory (default /var/lib/cradle/volumes); NAME=DIRECTORY to be chosen by the parameter pool; more than once, the first is the default")
 }
 
 func env(name, fallback string) string {
@@ -123,31 +129,41 @@ type keeper interface {
 }
 
 // open opens the backend. local says whether a volume is on this host alone.
-func (c *cli) open() (b keeper, local bool, err error) {
+func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
+	pools := c.pools
 	switch c.backend {
 	case "dir":
-		var pools []dir.Pool
-		for _, p := range c.pools {
-			name, path, ok := strings.Cut(p, "=")
-			if !ok {
-				name, path = "default", p
+		if len(pools) == 0 {
+			pools = []string{"/var/lib/cradle/volumes"}
+		}
+		var all []dir.Pool
+		for _, p := range pools {
+			name, path, err := splitPool(p)
+			if err == nil {
+				path, err = filepath.Abs(path)
 			}
-			if !volume.ValidName(name) {
-				return nil, false, fmt.Errorf("--pool %s: %q is no name of a pool; write NAME=DIRECTORY", p, name)
-			}
-			if path, err = filepath.Abs(path); err != nil {
+			if err != nil {
 				return nil, false, err
 			}
-			pools = append(pools, dir.Pool{Name: name, Path: path})
+			all = append(all, dir.Pool{Name: name, Path: path})
 		}
-		b, err := dir.Open(pools)
-		if err != nil {
-			return nil, false, err
-		}
-		return b, true, nil
+		b, err := dir.Open(all)
+		return b, true, err
 	default:
 		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir is known", c.backend)
 	}
+}
+
+// splitPool reads WHERE or NAME=WHERE.
+func splitPool(s string) (name, where string, err error) {
+	name, where, ok := strings.Cut(s, "=")
+	if !ok {
+		name, where = "default", s
+	}
+	if !volume.ValidName(name) {
+		return "", "", fmt.Errorf("--pool %s: %q is no name of a pool; write NAME=WHERE", s, name)
+	}
+	return name, where, nil
 }
 
 // maxSegment is the length of a topology's value (CSI spec, Topology).
@@ -170,9 +186,17 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 			return err
 		}
 	}
-	b, local, err := c.open()
+	vault, err := c.cold.open()
 	if err != nil {
 		return err
+	}
+	b, local, err := c.open(ctx)
+	if err != nil {
+		return err
+	}
+	source, ok := b.(cold.Source)
+	if vault != nil && !ok {
+		return errors.Join(fmt.Errorf("--cold: backend %s makes no copies", c.backend), b.Close())
 	}
 	l, err := rpc.Listen(c.endpoint)
 	if err != nil {
@@ -191,7 +215,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	registry := prometheus.NewRegistry()
 	s := rpc.New(rpc.Config{
-		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local,
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: vault != nil,
 		Version: version, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)
@@ -205,6 +229,9 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	g.Go(func() error { return s.Serve(ctx, l) })
 	if controller {
 		g.Go(func() error { return s.Schedule(ctx) })
+	}
+	if vault != nil {
+		g.Go(func() error { return cold.NewKeeper(source, vault, log, registry).Run(ctx) })
 	}
 	return errors.Join(g.Wait(), b.Close())
 }

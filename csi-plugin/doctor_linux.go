@@ -54,7 +54,7 @@ func (d *doctor) report(found string) {
 }
 
 func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
-	b, _, err := d.c.open()
+	b, _, err := d.c.open(ctx)
 	if err != nil {
 		return err
 	}

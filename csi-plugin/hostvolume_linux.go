@@ -43,7 +43,7 @@ func (c *cli) hostVolume(ctx context.Context, operation string) (answer any, err
 	if operation == "fingerprint" {
 		return map[string]string{"version": hostVolumeVersion}, nil
 	}
-	b, _, err := c.open()
+	b, _, err := c.open(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -91,6 +91,9 @@ func readHostVolume() (h hostVolume, err error) {
 	}
 	if h.request.Parameters, err = volume.ParseParameters(parameters); err == nil && h.request.Direct {
 		err = volume.Invalid("parameter attach", "a host volume is attached by the host; use a CSI volume for direct")
+	}
+	if err == nil && h.request.Cold != (volume.Retention{}) {
+		err = volume.Invalid("parameter cold", "a host volume has no snapshots that could be copied; use a CSI volume")
 	}
 	return h, err
 }

@@ -2,54 +2,19 @@ package dir
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"hash/fnv"
 	"os"
-	"slices"
-	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 )
 
-// lockFile is in the first pool. It is empty: each name has one byte of what it could hold, which is locked. Two names that share one
-// wait for each other, and that is all.
+// lockFile is in the first pool.
 const lockFile = ".lock"
 
-// lock waits until nobody else, here or in another process, changes the volumes of these names. The lock ends when the file, and every
-// copy of it that a child process has, is closed.
+// lock takes the volumes of these names, until it is closed.
 func (b *Backend) lock(ctx context.Context, names ...string) (*os.File, error) {
 	f, err := b.pools[0].root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	offsets := make([]int64, len(names))
-	for i, name := range names {
-		h := fnv.New64a()
-		h.Write([]byte(name))
-		offsets[i] = int64(h.Sum64() >> 2)
-	}
-	slices.Sort(offsets) // in one order, so that no two wait for each other
-	for _, at := range offsets {
-		if err := lockByte(ctx, f, at); err != nil {
-			f.Close()
-			return nil, fmt.Errorf("lock volume %s: %w", names[0], err)
-		}
-	}
-	return f, nil
-}
-
-func lockByte(ctx context.Context, f *os.File, at int64) error {
-	l := unix.Flock_t{Type: unix.F_WRLCK, Start: at, Len: 1}
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l)
-		if !errors.Is(err, unix.EAGAIN) {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(wait):
-		}
-	}
+	return mount.Lock(ctx, f, names...)
 }

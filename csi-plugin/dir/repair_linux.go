@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -36,9 +37,17 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 	return errors.Join(errs...)
 }
 
+// atWork is how long Repair waits for another process to be done with a volume.
+const atWork = time.Second
+
 func (b *Backend) repair(ctx context.Context, p *pool, id string, look bool, report func(string)) error {
-	lock, err := b.lock(ctx, id)
+	waiting, cancel := context.WithTimeout(ctx, atWork)
+	defer cancel()
+	lock, err := b.lock(waiting, id)
 	if err != nil {
+		if waiting.Err() != nil && ctx.Err() == nil {
+			return nil // somebody is at work
+		}
 		return err
 	}
 	defer lock.Close()

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Loop is a block device over an image file.
+// A Loop is a block device over an image file, or over another block device.
 type Loop struct {
 	Device   string // /dev/loop0
 	ReadOnly bool
@@ -137,7 +137,11 @@ func Loops(image string) ([]Loop, error) {
 		device := filepath.Join("/dev", filepath.Base(filepath.Dir(filepath.Dir(path))))
 		err := withLoop(device, func(fd int) error {
 			info, err := unix.IoctlLoopGetStatus64(fd)
-			if err == nil && info.Device == want.Dev && info.Inode == want.Ino {
+			same := info != nil && info.Device == want.Dev && info.Inode == want.Ino
+			if want.Mode&unix.S_IFMT == unix.S_IFBLK {
+				same = info != nil && info.Rdevice == want.Rdev
+			}
+			if err == nil && same {
 				all = append(all, Loop{Device: device, ReadOnly: info.Flags&unix.LO_FLAGS_READ_ONLY != 0})
 			}
 			return err

@@ -47,6 +47,9 @@ func resolve(path string) (string, error) {
 	return filepath.Join(dir, filepath.Base(path)), err
 }
 
+// ZFS is the type of a file system that has no block device: a dataset is named in its place.
+const ZFS = "zfs"
+
 // Filesystem mounts the file system of a block device, and Ties that to it. No set-user-id program and no device node on it counts.
 func Filesystem(device, target, fsType string, o Options) error {
 	data := o.data
@@ -58,6 +61,9 @@ func Filesystem(device, target, fsType string, o Options) error {
 	}
 	if o.flags&unix.MS_RDONLY == 0 {
 		dropLostFound(target)
+	}
+	if fsType == ZFS {
+		return nil
 	}
 	return Tie(device)
 }
@@ -78,10 +84,15 @@ func Place(ctx context.Context, device, directory, fsType, path string, o Option
 	case err != nil:
 	case at != nil:
 		var same bool
-		if same, err = is(at, device, directory); err == nil && !same {
+		if fsType == ZFS {
+			same = at.FSType == ZFS && at.Source == device
+		} else {
+			same, err = is(at, device, directory)
+		}
+		if err == nil && !same {
 			err = fmt.Errorf("%s: %w: %s", path, ErrOccupied, at.Source)
 		}
-		if err == nil && device != "" {
+		if err == nil && device != "" && fsType != ZFS {
 			err = Tie(device)
 		}
 	case device != "":
@@ -89,7 +100,7 @@ func Place(ctx context.Context, device, directory, fsType, path string, o Option
 	default:
 		err = Bind(directory, path, o)
 	}
-	if err != nil || device == "" {
+	if err != nil || device == "" || fsType == ZFS {
 		return err
 	}
 	return fill(ctx, device, path, fsType)
@@ -382,4 +393,9 @@ func Below(texts ...string) ([]string, error) {
 	})
 	slices.Reverse(targets)
 	return targets, err
+}
+
+// OfDataset says where a ZFS file system is mounted.
+func OfDataset(dataset string) ([]string, error) {
+	return where(func(m *mountinfo.Info) bool { return m.FSType == ZFS && m.Source == dataset })
 }

@@ -40,6 +40,7 @@ type Config struct {
 	Node       bool   // serve the Node service
 	NodeID     string // of this host in the topology
 	Zone       string // of this host; "" is none
+	Cold       bool   // somebody copies volumes to cold storage
 	Local      bool   // a volume is reachable on the host that made it alone; else in its zone
 	Version    string // of this program
 	DirectDir  string // where records of directly attached volumes are: spec.DirectDir

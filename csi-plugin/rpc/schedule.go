@@ -38,7 +38,7 @@ func (s *Server) takeDue(ctx context.Context, b volume.Snapshotter) {
 		return
 	}
 	for _, v := range all {
-		if v.Snapshots == (volume.Retention{}) {
+		if v.Snapshots == (volume.Retention{}) && v.Cold == (volume.Retention{}) {
 			continue
 		}
 		if err := s.takeDueOf(ctx, b, v); err != nil && ctx.Err() == nil {
@@ -58,7 +58,7 @@ func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.V
 		return err
 	}
 	var errs []error
-	take, drop := v.Snapshots.Due(has, time.Now())
+	take, drop := v.Due(has, time.Now())
 	for _, name := range take {
 		id := volume.SnapshotID{Volume: v.ID, Name: name}
 		_, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Automatic: true, Hold: s.hold(v.ID)})

@@ -29,6 +29,8 @@ func (o Origin) String() string {
 		return "volume " + o.Volume
 	case o.Snapshot != (SnapshotID{}):
 		return "snapshot " + o.Snapshot.String()
+	case o.Copy != "":
+		return "copy " + o.Copy
 	}
 	return "nothing"
 }

@@ -26,6 +26,7 @@ type Parameters struct {
 	BlockSize   spec.Bytes    `json:"volblocksize,omitempty"`
 	Limits      spec.IOLimits `json:"limits,omitzero"`
 	Snapshots   Retention     `json:"snapshots,omitzero"` // that are taken by schedule
+	Cold        Retention     `json:"cold,omitzero"`      // copies in cold storage, one each hour
 }
 
 // Block says whether the class is of block volumes, one file system for one reader and writer.
@@ -45,6 +46,9 @@ func ParseParameters(m map[string]string) (Parameters, error) {
 	}
 	if p.Limits != (spec.IOLimits{}) && !p.Direct {
 		return p, Invalid("parameter iops, bandwidth", "are kept by the guest's machine: set attach=direct, or leave them out")
+	}
+	if p.Cold != (Retention{}) && !p.Block() {
+		return p, Invalid("parameter cold", "is for block volumes; set class=lv2, or leave it out")
 	}
 	return p, nil
 }
@@ -75,13 +79,8 @@ var parameters = map[string]func(p *Parameters, value string) string{
 		}
 		return ""
 	},
-	"snapshots": func(p *Parameters, v string) string {
-		var err error
-		if p.Snapshots, err = ParseRetention(v); err != nil {
-			return "will not do: " + err.Error()
-		}
-		return ""
-	},
+	"snapshots": func(p *Parameters, v string) string { return retention(&p.Snapshots, v) },
+	"cold":      func(p *Parameters, v string) string { return retention(&p.Cold, v) },
 	"iops": func(p *Parameters, v string) string {
 		n, err := strconv.ParseInt(v, 10, 64)
 		if p.Limits.IOPS = n; err != nil || n < 1 {
@@ -96,6 +95,14 @@ var parameters = map[string]func(p *Parameters, value string) string{
 		}
 		return ""
 	},
+}
+
+func retention(into *Retention, value string) string {
+	var err error
+	if *into, err = ParseRetention(value); err != nil {
+		return "will not do: " + err.Error()
+	}
+	return ""
 }
 
 func oneOf(into *string, value string, allowed ...string) string {
@@ -121,6 +128,9 @@ func (p Parameters) Map() map[string]string {
 	}
 	if p.Snapshots != (Retention{}) {
 		m["snapshots"] = p.Snapshots.String()
+	}
+	if p.Cold != (Retention{}) {
+		m["cold"] = p.Cold.String()
 	}
 	if p.Limits.IOPS != 0 {
 		m["iops"] = strconv.FormatInt(p.Limits.IOPS, 10)

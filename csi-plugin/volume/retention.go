@@ -71,25 +71,65 @@ func (r *Retention) UnmarshalText(text []byte) (err error) {
 const stamp = "20060102T150405Z"
 
 // Due says which automatic snapshots a volume should have at the time now that it has not, by name, and which ones are one too many.
-func (r Retention) Due(has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {
-	now = now.UTC()
+func (p Parameters) Due(has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {
 	for _, k := range kinds {
-		keep := *k.count(&r)
-		var kept []Snapshot
-		for _, s := range has {
-			if s.Automatic && strings.HasPrefix(s.ID.Name, k.name+"-") {
-				kept = append(kept, s)
-			}
-		}
-		name := k.name + "-" + k.begin(now).Format(stamp)
-		if keep > 0 && !slices.ContainsFunc(kept, func(s Snapshot) bool { return s.ID.Name == name }) {
-			take = append(take, name)
-			keep-- // what is to come is kept as well
-		}
-		slices.SortFunc(kept, func(a, b Snapshot) int { return cmp.Compare(b.ID.Name, a.ID.Name) }) // the newest first
-		for _, s := range kept[min(keep, len(kept)):] {
-			drop = append(drop, s.ID)
+		t, d := k.due(*k.count(&p.Snapshots), has, now.UTC())
+		take, drop = append(take, t...), append(drop, d...)
+	}
+	keep := 0
+	if p.Cold != (Retention{}) {
+		keep = 2 // one is copied, and compared with the one before it
+	}
+	t, d := cold.due(keep, has, now.UTC())
+	return append(take, t...), append(drop, d...)
+}
+
+// cold is the kind of those that are copied to cold storage.
+var cold = kind{name: "cold", begin: kinds[0].begin}
+
+// ForCold says whether a snapshot is one that is to be copied to cold storage.
+func (s Snapshot) ForCold() bool { return s.is(cold) }
+
+func (s Snapshot) is(k kind) bool { return s.Automatic && strings.HasPrefix(s.ID.Name, k.name+"-") }
+
+func (k kind) due(keep int, has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {
+	var kept []Snapshot
+	for _, s := range has {
+		if s.is(k) {
+			kept = append(kept, s)
 		}
 	}
+	name := k.name + "-" + k.begin(now).Format(stamp)
+	if keep > 0 && !slices.ContainsFunc(kept, func(s Snapshot) bool { return s.ID.Name == name }) {
+		take = append(take, name)
+		keep-- // what is to come is kept as well
+	}
+	slices.SortFunc(kept, func(a, b Snapshot) int { return cmp.Compare(b.ID.Name, a.ID.Name) }) // the newest first
+	for _, s := range kept[min(keep, len(kept)):] {
+		drop = append(drop, s.ID)
+	}
 	return take, drop
+}
+
+// Keep says which of some copies are kept, by the times at which they were taken, oldest first: of each kind the newest one of each of its newest periods. The
+// newest of all is always kept.
+func (r Retention) Keep(taken []time.Time) []bool {
+	keep := make([]bool, len(taken))
+	if len(taken) > 0 {
+		keep[len(taken)-1] = true
+	}
+	for _, k := range kinds {
+		var period time.Time
+		left := *k.count(&r)
+		for i := len(taken) - 1; i >= 0; i-- {
+			if began := k.begin(taken[i].UTC()); i == len(taken)-1 || !began.Equal(period) {
+				if left == 0 {
+					break
+				}
+				period, keep[i] = began, true
+				left--
+			}
+		}
+	}
+	return keep
 }

@@ -6,6 +6,8 @@ package volume
 import (
 	"context"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -84,6 +86,33 @@ type Expander interface {
 	Expand(ctx context.Context, id string, size, limit int64) (int64, error)
 }
 
+// A Sender opens snapshots of block volumes to be copied elsewhere.
+type Sender interface {
+	// Open opens a snapshot's blocks. Where it can, it tells them apart from those of since, an earlier snapshot of the same volume; the zero
+	// value is none. ErrNotFound is a snapshot that is not there.
+	Open(ctx context.Context, id, since SnapshotID) (*Blocks, error)
+}
+
+// Blocks are a snapshot's. They stay as they are until they are closed.
+type Blocks struct {
+	io.ReaderAt
+	io.Closer
+	Size  int64
+	Data  []Range // outside of which all is zeros, or as in the earlier snapshot; sorted
+	Whole bool    // zeros: nothing is known of an earlier snapshot
+}
+
+// A Range of bytes.
+type Range struct{ Start, End int64 }
+
+// A Receiver makes volumes of blocks that come from elsewhere.
+type Receiver interface {
+	// Receive is Create for a block volume with an origin in cold storage, whose first content, of r.Size bytes that content has written, fill
+	// writes. The disk holds zeros, or what an interrupted call for the same origin has written. There is no volume before fill has
+	// succeeded. Of a volume that is there already fill is not called.
+	Receive(ctx context.Context, r Request, content Content, fill func(ctx context.Context, disk *os.File) error) (Volume, error)
+}
+
 // A Repairer knows what a crash can leave on its storage and on this host.
 type Repairer interface {
 	// Repair ends what a killed process has left: each thing is reported, and removed unless it is only looked for. What is in
@@ -104,6 +133,7 @@ type Request struct {
 type Origin struct {
 	Volume   string     `json:"volume,omitempty"`
 	Snapshot SnapshotID `json:"snapshot,omitzero"`
+	Copy     string     `json:"copy,omitempty"` // in cold storage
 }
 
 // A Volume as it is.

@@ -14,12 +14,12 @@ import (
 func TestParseParameters(t *testing.T) {
 	all := map[string]string{
 		"class": "lv2", "pool": "red", "fs": "xfs", "attach": "direct", "compression": "zstd", "volblocksize": "16KiB", "iops": "500", "bandwidth": "100MiB",
-		"snapshots": "hourly=24,monthly=12",
+		"snapshots": "hourly=24,monthly=12", "cold": "daily=7",
 	}
 	p, err := ParseParameters(all)
 	want := Parameters{
 		Class: LV2, Pool: "red", FS: "xfs", Direct: true, Compression: "zstd", BlockSize: 16 << 10,
-		Limits: spec.IOLimits{IOPS: 500, Bandwidth: 100 << 20}, Snapshots: Retention{Hourly: 24, Monthly: 12},
+		Limits: spec.IOLimits{IOPS: 500, Bandwidth: 100 << 20}, Snapshots: Retention{Hourly: 24, Monthly: 12}, Cold: Retention{Daily: 7},
 	}
 	if err != nil || p != want {
 		t.Errorf("%+v, %v; want %+v", p, err, want)
@@ -55,6 +55,8 @@ func TestParseParametersErrors(t *testing.T) {
 		{"iops", "0", `parameter iops: "0" is no number of operations`},
 		{"iops", "many", `parameter iops: "many" is no number of operations`},
 		{"bandwidth", "-1", `parameter bandwidth: "-1" is no number of bytes`},
+		{"cold", "on", `parameter cold: "on" will not do`},
+		{"cold", "daily=7", `parameter cold: is for block volumes; set class=lv2`},
 		{"iops", "5", `parameter iops, bandwidth: are kept by the guest's machine: set attach=direct`},
 	} {
 		_, err := ParseParameters(map[string]string{c.name: c.value})
@@ -108,16 +110,17 @@ func TestRetention(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p := Parameters{Snapshots: r}
 	manual := Snapshot{ID: SnapshotID{"v", "hourly-mine"}} // somebody took it, whatever it is called
 	has := []Snapshot{manual}
 	now := time.Date(2026, 1, 30, 22, 30, 0, 0, time.FixedZone("", 3600))
 	for range 24 * 35 {
-		take, drop := r.Due(has, now)
+		take, drop := p.Due(has, now)
 		for _, name := range take {
 			has = append(has, Snapshot{ID: SnapshotID{"v", name}, Automatic: true})
 		}
 		has = slices.DeleteFunc(has, func(s Snapshot) bool { return slices.Contains(drop, s.ID) })
-		if take, drop := r.Due(has, now); len(take)+len(drop) > 0 {
+		if take, drop := p.Due(has, now); len(take)+len(drop) > 0 {
 			t.Fatalf("%v: again, %v and %v are due", now, take, drop)
 		}
 		now = now.Add(time.Hour)
@@ -136,8 +139,46 @@ func TestRetention(t *testing.T) {
 	if !slices.Equal(names, want) {
 		t.Errorf("there are\n%v, not\n%v", names, want)
 	}
-	take, drop := Retention{}.Due(has, now)
+	take, drop := Parameters{}.Due(has, now)
 	if len(take) > 0 || len(drop) != len(want)-1 || slices.Contains(drop, manual.ID) {
 		t.Errorf("without a schedule any more: %v, %v", take, drop)
+	}
+}
+
+// Of the snapshots for cold storage there are two: the one that is copied, and the one that was.
+func TestDueForCold(t *testing.T) {
+	p := Parameters{Cold: Retention{Daily: 1}}
+	var has []Snapshot
+	now := time.Date(2026, 1, 30, 22, 30, 0, 0, time.UTC)
+	for range 5 {
+		take, drop := p.Due(has, now)
+		for _, name := range take {
+			has = append(has, Snapshot{ID: SnapshotID{"v", name}, Automatic: true})
+		}
+		has = slices.DeleteFunc(has, func(s Snapshot) bool { return slices.Contains(drop, s.ID) })
+		now = now.Add(time.Hour)
+	}
+	if len(has) != 2 || has[1].ID.Name != "cold-20260131T020000Z" || !has[1].ForCold() {
+		t.Errorf("%+v", has)
+	}
+}
+
+func TestKeep(t *testing.T) {
+	r := Retention{Hourly: 3, Daily: 2, Monthly: 2}
+	var taken []time.Time
+	for now := time.Date(2026, 1, 30, 0, 10, 0, 0, time.UTC); now.Before(time.Date(2026, 2, 3, 12, 0, 0, 0, time.UTC)); now = now.Add(30 * time.Minute) {
+		taken = append(taken, now)
+	}
+	var kept []string
+	for i, keep := range r.Keep(taken) {
+		if keep {
+			kept = append(kept, taken[i].Format("02-15:04"))
+		}
+	}
+	if want := []string{"31-23:40", "02-23:40", "03-09:40", "03-10:40", "03-11:40"}; !slices.Equal(kept, want) {
+		t.Errorf("kept %v; want %v", kept, want)
+	}
+	if got := (Retention{}).Keep(taken[:2]); got[0] || !got[1] {
+		t.Errorf("the newest is always kept: %v", got)
 	}
 }

@@ -137,6 +137,15 @@ var operations = []operation{
 		after: func(b *bench) { b.holds("w", "origin"); b.holds("v", "origin") },
 	},
 	{
+		name: "receive",
+		do:   receive,
+		after: func(b *bench) {
+			if v, err := b.Get(b.ctx(), "v"); err != nil || v.Origin.Copy == "" {
+				b.Errorf("received, it is %+v, %v", v, err)
+			}
+		},
+	},
+	{
 		name:   "delete",
 		before: func(b *bench) { b.create(block("v")); b.put("v", "x") },
 		do:     func(ctx context.Context, b volume.Backend) error { return b.Delete(ctx, "v") },
@@ -157,6 +166,20 @@ var operations = []operation{
 	},
 }
 
+func receive(ctx context.Context, b volume.Backend) error {
+	r := block("v")
+	r.Origin.Copy = "v@20260106T150000Z"
+	_, err := b.(volume.Receiver).Receive(ctx, r, volume.Guest, func(_ context.Context, disk *os.File) error {
+		for at := range int64(3) {
+			if _, err := disk.WriteAt([]byte("what was in cold storage"), at<<20); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return err
+}
+
 func snapshotHolds(want string) func(*bench) {
 	return func(b *bench) {
 		v, err := b.Get(b.ctx(), "v")
@@ -175,6 +198,7 @@ func (s Suite) has(b volume.Backend, name string) bool {
 	_, snapshots := b.(volume.Snapshotter)
 	_, expands := b.(volume.Expander)
 	_, clones := b.(volume.Cloner)
+	_, receives := b.(volume.Receiver)
 	switch name {
 	case "expand":
 		return expands
@@ -184,6 +208,8 @@ func (s Suite) has(b volume.Backend, name string) bool {
 		return snapshots && slices.Contains(s.Classes, volume.NFS)
 	case "clone":
 		return clones
+	case "receive":
+		return receives
 	case "create-files", "delete-files":
 		return slices.Contains(s.Classes, volume.NFS)
 	}

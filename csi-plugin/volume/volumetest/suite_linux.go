@@ -1,6 +1,7 @@
 package volumetest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -161,6 +162,7 @@ func (s Suite) Run(t *testing.T) {
 		{"Snapshot", testSnapshot},
 		{"SnapshotInUse", testSnapshotInUse},
 		{"Clone", testClone},
+		{"Transfer", testTransfer},
 		{"Parallel", testParallel},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -188,11 +190,14 @@ func testCreate(b *bench) {
 		if all, err := b.List(b.ctx()); err != nil || !slices.Equal(all, []volume.Volume{v}) {
 			b.Errorf("class %s: List: %+v, %v", class, all, err)
 		}
-		for what, other := range map[string]volume.Request{
+		others := map[string]volume.Request{
 			"a larger one":  {Name: "v", Size: 2 * size, Parameters: r.Parameters},
 			"a smaller one": {Name: "v", Limit: size / 2, Parameters: r.Parameters},
-			"another class": {Name: "v", Size: size, Parameters: volume.Parameters{Class: another(class)}},
-		} {
+		}
+		if other := b.another(class); other != class {
+			others["another class"] = volume.Request{Name: "v", Size: size, Parameters: volume.Parameters{Class: other}}
+		}
+		for what, other := range others {
 			if _, err := b.Create(b.ctx(), other); !errors.Is(err, volume.ErrExists) {
 				b.Errorf("class %s: %s of the same name: %v; want ErrExists", class, what, err)
 			}
@@ -204,11 +209,14 @@ func testCreate(b *bench) {
 	}
 }
 
-func another(class string) string {
-	if class == volume.NFS {
-		return volume.GFS
+// another is a class of the backend that is not this one, should there be one.
+func (b *bench) another(class string) string {
+	for _, other := range b.suite.Classes {
+		if other != class {
+			return other
+		}
 	}
-	return volume.NFS
+	return class
 }
 
 func testRefused(b *bench) {
@@ -599,7 +607,7 @@ func testClone(b *bench) {
 			change func(*volume.Request)
 			want   error
 		}{
-			"of another class":        {func(r *volume.Request) { r.Class = another(class) }, volume.ErrInvalid},
+			"of another class":        {func(r *volume.Request) { r.Class = b.another(class) }, volume.ErrInvalid},
 			"that is smaller":         {func(r *volume.Request) { r.Size, r.Limit = 0, size/2 }, volume.ErrRange},
 			"of what is not there":    {func(r *volume.Request) { r.Origin.Volume = "none" }, volume.ErrNotFound},
 			"of a hostile name":       {func(r *volume.Request) { r.Origin.Volume = "../v" }, volume.ErrNotFound},
@@ -614,6 +622,83 @@ func testClone(b *bench) {
 		b.must(b.Delete(b.ctx(), "v"))
 		b.must(b.Delete(b.ctx(), "w"))
 	}
+}
+
+// What is read of a snapshot makes the same volume elsewhere, also where only what has changed since an earlier one is read.
+func testTransfer(b *bench) {
+	sender, ok := b.Backend.(volume.Sender)
+	if !ok {
+		return
+	}
+	snapshots, receiver := b.Backend.(volume.Snapshotter), b.Backend.(volume.Receiver)
+	v := b.create(block("v"))
+	var copied []byte // what the copy elsewhere has
+	take := func(name string, since volume.SnapshotID) volume.SnapshotID {
+		b.Helper()
+		b.put("v", name)
+		_, err := snapshots.Snapshot(b.ctx(), snap("v", name))
+		b.must(err)
+		blocks, err := sender.Open(b.ctx(), snap("v", name).ID, since)
+		b.must(err)
+		if blocks.Size != v.Size || len(blocks.Data) == 0 || blocks.Whole && !slices.IsSortedFunc(blocks.Data, func(x, y volume.Range) int { return int(x.Start - y.Start) }) {
+			b.Errorf("%s: %d bytes, data %v", name, blocks.Size, blocks.Data)
+		}
+		if blocks.Whole {
+			copied = make([]byte, blocks.Size)
+		}
+		for _, r := range blocks.Data {
+			_, err := io.ReadFull(io.NewSectionReader(blocks, r.Start, r.End-r.Start), copied[r.Start:r.End])
+			b.must(err)
+		}
+		b.must(blocks.Close())
+		return snap("v", name).ID
+	}
+	first := take("first", volume.SnapshotID{})
+	second := take("second", first)
+	b.must(snapshots.DeleteSnapshot(b.ctx(), first))
+	third := take("third", first) // of which nothing is known any more
+	_, err := sender.Open(b.ctx(), first, volume.SnapshotID{})
+	b.wants(err, volume.ErrNotFound, "open a snapshot that is not there")
+
+	r := volume.Request{Name: "w", Size: v.Size, Parameters: v.Parameters, Origin: volume.Origin{Copy: "v@20260106T150000Z"}}
+	interrupted := errors.New("interrupted")
+	_, err = receiver.Receive(b.ctx(), r, volume.Trusted, func(_ context.Context, disk *os.File) error {
+		_, err := disk.WriteAt(copied[:size/2], 0)
+		return errors.Join(err, interrupted)
+	})
+	b.wants(err, interrupted, "a copy that can't be read")
+	_, err = b.Get(b.ctx(), "w")
+	b.wants(err, volume.ErrNotFound, "half a volume")
+	if all, err := b.List(b.ctx()); err != nil || len(all) != 1 {
+		b.Errorf("with half a volume there are %+v, %v", all, err)
+	}
+	w, err := receiver.Receive(b.ctx(), r, volume.Trusted, func(_ context.Context, disk *os.File) error {
+		had := make([]byte, size/2)
+		if _, err := disk.ReadAt(had, 0); err != nil || !bytes.Equal(had, copied[:size/2]) {
+			b.Errorf("what was written before is not there any more: %v", err)
+		}
+		_, err := disk.WriteAt(copied[size/2:], size/2)
+		return err
+	})
+	b.must(err)
+	if w.Origin != r.Origin || w.Size != v.Size || w.Content != volume.Trusted {
+		b.Errorf("received %+v", w)
+	}
+	b.holds("w", "third")
+	again := func(context.Context, *os.File) error { return errors.New("it is there already") }
+	if same, err := receiver.Receive(b.ctx(), r, volume.Trusted, again); err != nil || same.ID != "w" {
+		b.Errorf("received again: %+v, %v", same, err)
+	}
+	r.Origin.Copy = "v@20260106T160000Z"
+	_, err = receiver.Receive(b.ctx(), r, volume.Trusted, again)
+	b.wants(err, volume.ErrExists, "another copy of the same name")
+	r.Name = "x"
+	_, err = receiver.Receive(b.ctx(), r, volume.Guest, func(context.Context, *os.File) error { return nil })
+	b.must(err)
+	_, err = b.Stage(b.ctx(), "x", volume.Use{As: volume.AsFiles})
+	b.wants(err, volume.ErrForeign, "mount what a guest has written elsewhere")
+	b.must(snapshots.DeleteSnapshot(b.ctx(), second))
+	b.must(snapshots.DeleteSnapshot(b.ctx(), third))
 }
 
 // Callers at the same time: for one volume they get the same answer, for different ones all succeed.

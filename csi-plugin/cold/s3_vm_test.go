@@ -1,0 +1,103 @@
+//go:build vm
+
+package cold
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// bucket starts an S3 server with a bucket of the test's. stop ends it before the test does.
+func bucket(t *testing.T) (o S3, stop func()) {
+	t.Helper()
+	program, err := programs.Tool("versitygw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "copies"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	cmd := exec.Command(program, "--port", address, "posix", dir)
+	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY=key", "ROOT_SECRET_KEY=secret")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended) }()
+	stop = func() {
+		_ = cmd.Process.Kill() // it may have ended
+		<-ended
+	}
+	t.Cleanup(stop)
+	for {
+		if resp, err := http.Get("http://" + address); err == nil {
+			resp.Body.Close()
+			break
+		}
+		select {
+		case <-ended:
+			t.Fatal("versitygw has ended")
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	return S3{Endpoint: "http://" + address, Region: "us-east-1", Bucket: "copies", Prefix: "some/prefix/", AccessKey: "key", SecretKey: "secret"}, stop
+}
+
+func openBucket(t *testing.T, o S3) *Bucket {
+	t.Helper()
+	b, err := OpenBucket(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestVMBucket does with a real S3 server what the other tests do with a folder.
+func TestVMBucket(t *testing.T) {
+	o, stop := bucket(t)
+	t.Run("Store", func(t *testing.T) { testStore(t, openBucket(t, o)) })
+	t.Run("Vault", func(t *testing.T) { testVault(t, openBucket(t, o)) })
+
+	wrong := o
+	wrong.SecretKey = "wrong"
+	if _, err := NewVault(openBucket(t, wrong), testKey(t)).Copies(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "s3: list copies/some/prefix/copies/") {
+		t.Errorf("with a wrong key: %v", err)
+	}
+	wrong = o
+	wrong.Bucket = "none"
+	if _, err := NewVault(openBucket(t, wrong), testKey(t)).Find(t.Context(), "db"); err == nil || errors.Is(err, volume.ErrNotFound) {
+		t.Errorf("a bucket that is not there is no empty one: %v", err)
+	}
+	stop()
+	v := NewVault(openBucket(t, o), testKey(t))
+	if _, _, err := v.Save(t.Context(), vol, snapshot(1), blocks(random(1, 5*chunkSize)), Copy{}); err == nil {
+		t.Error("saved in a server that is not there")
+	}
+}
+
+func TestS3Endpoints(t *testing.T) {
+	for _, endpoint := range []string{"s3.example.org", "ftp://s3.example.org", "https://", "https://s3.example.org/path"} {
+		if _, err := OpenBucket(S3{Endpoint: endpoint, Bucket: "copies"}); err == nil || !strings.Contains(err.Error(), "write https://s3.example.org") {
+			t.Errorf("%s: %v", endpoint, err)
+		}
+	}
+}

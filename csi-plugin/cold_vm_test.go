@@ -1,0 +1,297 @@
+//go:build vm
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// A coldStore is cold storage beside pools that come and go.
+type coldStore struct {
+	t    *testing.T
+	root string
+}
+
+func newColdStore(t *testing.T) *coldStore {
+	t.Helper()
+	s := &coldStore{t, shortDir(t)}
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.path("key"), []byte("# a comment\n"+x.String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *coldStore) path(name string) string { return filepath.Join(s.root, name) }
+
+// args are a command's, with where cold storage is.
+func (s *coldStore) args(args ...string) []string {
+	return append(args, "--cold", s.path("cold"), "--cold-key", s.path("key"))
+}
+
+// command runs "cradle-csi cold …".
+func (s *coldStore) command(args ...string) (stdout, stderr string, code int) {
+	s.t.Helper()
+	var out, errs bytes.Buffer
+	code = run(s.t.Context(), s.args(append([]string{"cold"}, args...)...), &out, &errs)
+	return out.String(), errs.String(), code
+}
+
+func (s *coldStore) must(args ...string) string {
+	s.t.Helper()
+	out, errs, code := s.command(args...)
+	if code != 0 {
+		s.t.Fatalf("cold %s: %d\n%s%s", strings.Join(args, " "), code, out, errs)
+	}
+	return out
+}
+
+// with mounts a volume of a pool.
+func (s *coldStore) with(pool, id string, do func(dir string)) {
+	s.t.Helper()
+	b := s.open(pool)
+	defer b.Close()
+	source, err := b.Stage(s.t.Context(), id, volume.Use{As: volume.AsFiles})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	at := s.t.TempDir()
+	err = mount.Filesystem(source.Device, at, source.FSType, mount.Options{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	do(at)
+	if err := errors.Join(mount.Unmount(at), b.Unstage(s.t.Context(), id)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *coldStore) open(pool string) *dir.Backend {
+	s.t.Helper()
+	b, err := dir.Open([]dir.Pool{{Name: "default", Path: s.path(pool)}})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return b
+}
+
+// volume makes a volume with content in a pool, and takes a snapshot for cold storage as the schedule does.
+func (s *coldStore) volume(pool string, content []byte) {
+	s.t.Helper()
+	b := s.open(pool)
+	defer b.Close()
+	r := volume.Request{Name: "db", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 24}}}
+	if _, err := b.Create(s.t.Context(), r); err != nil {
+		s.t.Fatal(err)
+	}
+	s.with(pool, "db", func(at string) {
+		if err := os.WriteFile(filepath.Join(at, "data"), content, 0o600); err != nil {
+			s.t.Fatal(err)
+		}
+	})
+	name := "cold-" + time.Now().UTC().Truncate(time.Hour).Format("20060102T150405Z")
+	_, err := b.Snapshot(s.t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "db", Name: name}, Automatic: true})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// holds compares a volume's content.
+func (s *coldStore) holds(pool, id string, content []byte) {
+	s.t.Helper()
+	s.with(pool, id, func(at string) {
+		if got, err := os.ReadFile(filepath.Join(at, "data")); err != nil || !bytes.Equal(got, content) {
+			s.t.Errorf("volume %s in %s is not what was copied: %v", id, pool, err)
+		}
+	})
+}
+
+// remove removes a pool's volumes.
+func (s *coldStore) remove(pool string, ids ...string) {
+	s.t.Helper()
+	b := s.open(pool)
+	defer b.Close()
+	for _, id := range ids {
+		if err := b.Delete(s.t.Context(), id); err != nil {
+			s.t.Error(err)
+		}
+	}
+}
+
+// monolith runs the plugin with cold storage until do returns.
+func (s *coldStore) monolith(pool string, do func(metrics string)) {
+	s.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	ctx, cancel := context.WithCancel(s.t.Context())
+	var stderr bytes.Buffer
+	done := make(chan int)
+	args := s.args("monolith", "--pool", s.path(pool), "--endpoint", "unix://"+s.path("csi.sock"), "--node-id", "host", "--metrics", address)
+	go func() { done <- run(ctx, args, io.Discard, &stderr) }()
+	do("http://" + address + "/metrics")
+	cancel()
+	if code := <-done; code != 0 || s.t.Failed() {
+		s.t.Errorf("cradle-csi: %d\n%s", code, stderr.String())
+	}
+}
+
+// TestRootCold copies a volume as the plugin does by itself, loses it, and has it back in another pool.
+func TestRootCold(t *testing.T) {
+	s := newColdStore(t)
+	content := make([]byte, 20<<20)
+	_, _ = rand.Read(content)
+	s.volume("pool", content)
+	s.monolith("pool", func(metrics string) {
+		for !strings.Contains(s.must("ls"), "db@") {
+			time.Sleep(50 * time.Millisecond)
+		}
+		resp, err := http.Get(metrics)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil || !regexp.MustCompile(`(?m)^cradle_csi_cold_age_seconds{volume="db"} \d`).Match(text) {
+			t.Errorf("metrics: %v\n%s", err, text)
+		}
+	})
+	if out := s.must("verify"); !strings.Contains(out, ": whole, ") {
+		t.Errorf("verify: %s", out)
+	}
+	if _, errs, code := s.command("restore", "db", "--pool", s.path("pool")); code == 0 || !strings.Contains(errs, "volume db exists, and is another: it was made of nothing, and copy db@") {
+		t.Errorf("restored over the volume itself: %d, %s", code, errs)
+	}
+	s.remove("pool", "db")
+	for range 2 { // the second time it is there
+		if out := s.must("restore", "db", "--pool", s.path("other")); !strings.HasPrefix(out, "volume db: 64MiB, restored from db@") {
+			t.Errorf("restore: %s", out)
+		}
+	}
+	s.holds("other", "db", content)
+	s.remove("other", "db")
+	if _, errs, code := s.command("restore", "web"); code == 0 || !strings.Contains(errs, `copy "web": not found; "cradle-csi cold ls" lists`) {
+		t.Errorf("restored what was never copied: %d, %s", code, errs)
+	}
+
+	chunks, err := filepath.Glob(s.path("cold/chunks/db/*/*/*.age"))
+	if err != nil || len(chunks) < 20 {
+		t.Fatalf("%q, %v", chunks, err)
+	}
+	damaged, err := os.ReadFile(chunks[7])
+	if err != nil {
+		t.Fatal(err)
+	}
+	damaged[len(damaged)/2] ^= 1
+	if err := os.WriteFile(chunks[7], damaged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := strings.TrimPrefix(chunks[7], s.path("cold")+"/")
+	if _, errs, code := s.command("restore", "db", "--pool", s.path("other")); code == 0 || !strings.Contains(errs, name+": damaged") {
+		t.Errorf("restored with a damaged chunk: %d, %s", code, errs)
+	}
+	if out, errs, code := s.command("verify"); code == 0 || !strings.Contains(out, name+": damaged") || !strings.Contains(errs, "damaged: 1 of ") {
+		t.Errorf("verified with a damaged chunk: %d, %s, %s", code, out, errs)
+	}
+	b := s.open("other")
+	defer b.Close()
+	if all, err := b.List(t.Context()); err != nil || len(all) != 0 {
+		t.Errorf("of a damaged copy there is %+v, %v", all, err)
+	}
+}
+
+// TestRootColdKilled kills the restore at a random moment, again and again: it goes on, and in the end the volume is what was copied.
+func TestRootColdKilled(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "cradle-csi")
+	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s := newColdStore(t)
+	content := make([]byte, 50<<20)
+	_, _ = rand.Read(content)
+	s.volume("pool", content)
+	saved := func() bool { return strings.Contains(s.must("ls"), "db@") }
+	kills := 0
+	for ; !saved(); kills++ { // the plugin, as it copies
+		s.killed(exec.Command(program, s.args("monolith", "--pool", s.path("pool"), "--endpoint", "unix://"+s.path("csi.sock"), "--node-id", "host")...), 2*time.Second, saved)
+	}
+	t.Logf("copied, killed %d times", kills)
+	s.remove("pool", "db")
+	never := func() bool { return false }
+	whole := 0
+	for kills = 0; kills < 20 || whole == 0; {
+		if !s.killed(exec.Command(program, s.args("cold", "restore", "db", "--pool", s.path("other"))...), 300*time.Millisecond, never) {
+			kills++
+			continue
+		}
+		whole++
+		s.holds("other", "db", content)
+		s.remove("other", "db")
+	}
+	t.Logf("restored %d times, killed %d times", whole, kills)
+	s.must("verify")
+	s.remove("other", "db") // or what the last kill left
+	left, err := os.ReadDir(s.path("other"))
+	if err != nil || len(left) != 1 {
+		t.Errorf("left in the pool: %v, %v", left, err)
+	}
+}
+
+// killed kills a program at a random moment within a time, or once enough. ended says that it came to its end before.
+func (s *coldStore) killed(cmd *exec.Cmd, within time.Duration, enough func() bool) (ended bool) {
+	s.t.Helper()
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	after := time.After(mathrand.N(within))
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				s.t.Fatalf("%v: %v\n%s", cmd.Args, err, out.String())
+			}
+			return true
+		case <-after:
+			if err := cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+				s.t.Fatal(err)
+			}
+			err := <-done
+			return err == nil
+		case <-time.After(20 * time.Millisecond):
+			if enough() {
+				after = time.After(0)
+			}
+		}
+	}
+}
