@@ -39,10 +39,14 @@ func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o s
 		disk = o.state.disks.path(diskOf(t, cfg.DiskID))
 	}
 	progress := d.newProgress(t)
+	owner := ""
+	if cfg.Auth != nil {
+		owner = t.Namespace
+	}
 	made, err := pod.Summon(ctx, filepath.Join(o.dir, podDir), p, pod.SummonOptions{
 		Images: o.state.images, Boot: o.boot, Log: d.log, ID: cfg.ID, Disk: disk,
 		Pull: image.PullOptions{
-			Keychain: keys, Insecure: o.config.Insecure, Mirrors: o.config.mirrors(), Force: cfg.ForcePull, Progress: progress.report,
+			Keychain: keys, Insecure: o.config.Insecure, Mirrors: o.config.mirrors(), Force: cfg.ForcePull, Owner: owner, Progress: progress.report,
 		},
 	})
 	if err != nil {

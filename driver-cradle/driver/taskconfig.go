@@ -90,7 +90,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "variant", kind: text, def: "the boot package's", doc: "Boot package that is needed: default, stock. The plugin has one; another is refused."},
 	{name: "image_pull_timeout", kind: text, def: "the plugin's", doc: "Longest time for pulling all images of the task."},
 	{name: "force_pull", kind: boolean, def: "false", doc: "Ask the registry what the image's tag means now, though it is in the cache."},
-	{name: "auth", kind: block, doc: "Credentials for the registries of the task's images.", keys: []key{
+	{name: "auth", kind: block, doc: "Credentials for the registries of the task's images. An image that was pulled with them is asked for again by each task that wants it from the cache, with its own.", keys: []key{
 		{name: "username", kind: text, must: true, doc: "User."},
 		{name: "password", kind: text, must: true, doc: "Password or token; take it from a template or a variable."},
 		{name: "server_address", kind: text, def: "the registry of each image", doc: "Only for this registry."},

@@ -63,6 +63,7 @@ type Image struct {
 	Created   time.Time // as the image says
 	Pulled    time.Time // when this reference was last resolved
 	Used      time.Time // when it was last asked for
+	Private   bool      // it has an owner: see PullOptions
 }
 
 // A Layer is an ext4 file system holding one layer of an image as overlayfs wants it: whiteouts are character devices 0:0,
@@ -80,12 +81,15 @@ type PullOptions struct {
 	Insecure []string       // registries (host[:port]) that may be asked over HTTP or with an unknown certificate
 	// Mirrors lists for a registry (docker.io, ghcr.io, host:port) where to ask first: host[:port][/prefix], with
 	// http:// in front for one without TLS. The registry itself comes last.
-	Mirrors      map[string][]string
-	Progress     func(Progress) // called from several goroutines, one call at a time
-	Force        bool           // resolve again although the reference is cached
-	MaxLayerSize int64          // bytes of one uncompressed layer; default DefaultMaxLayerSize
-	MaxImageSize int64          // bytes of all uncompressed layers; default DefaultMaxImageSize
-	Jobs         int            // layers in work at once; default 4
+	Mirrors  map[string][]string
+	Progress func(Progress) // called from several goroutines, one call at a time
+	Force    bool           // resolve again although the reference is cached
+	// Owner is the tenant whose credentials Keychain has, "" where they are everybody's. What came by them is for others only if they can have it too: they
+	// have to show the registry their own for the image, and to fetch each layer once.
+	Owner        string
+	MaxLayerSize int64 // bytes of one uncompressed layer; default DefaultMaxLayerSize
+	MaxImageSize int64 // bytes of all uncompressed layers; default DefaultMaxImageSize
+	Jobs         int   // layers in work at once; default 4
 }
 
 func (o PullOptions) withDefaults() (PullOptions, error) {

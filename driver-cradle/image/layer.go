@@ -74,6 +74,7 @@ type job struct {
 	store    *Store
 	session  *session
 	blob     blob
+	owner    string // see PullOptions.Owner
 	maxLayer int64
 	budget   *atomic.Int64 // bytes that all layers of the image may still take
 	progress func(phase Phase, done, total int64)
@@ -82,7 +83,7 @@ type job struct {
 // ensure returns the layer, from the cache or converted now. Whoever comes while another converts the same layer, in
 // this process or another, waits for that one.
 func (j *job) ensure(ctx context.Context) (Layer, error) {
-	if l, err := j.store.readLayer(j.blob.diffID); err == nil {
+	if l, rec, err := j.store.lookUpLayer(j.blob.diffID); err == nil && rec.isFor(j.owner) {
 		j.progress(Ready, l.Size, l.Size)
 		return l, nil
 	}
@@ -96,17 +97,43 @@ func (j *job) ensure(ctx context.Context) (Layer, error) {
 		return Layer{}, err
 	}
 	defer lock.release()
-	l, err := j.store.readLayer(j.blob.diffID)
+	l, rec, err := j.store.lookUpLayer(j.blob.diffID)
+	switch {
+	case err != nil:
+		err = j.convert(ctx)
+	case !rec.isFor(j.owner):
+		err = j.acquire(ctx, rec)
+	}
 	if err != nil {
-		if err := j.convert(ctx); err != nil {
-			return Layer{}, spaceError(err, j.store.root)
-		}
-		if l, err = j.store.readLayer(j.blob.diffID); err != nil {
-			return Layer{}, err
-		}
+		return Layer{}, spaceError(err, j.store.root)
+	}
+	if l, err = j.store.readLayer(j.blob.diffID); err != nil {
+		return Layer{}, err
 	}
 	j.progress(Ready, l.Size, l.Size)
 	return l, nil
+}
+
+// acquire gives a layer that is another's to who can fetch it as well. Knowing its digest is not enough: a registry may claim to have whatever it likes.
+func (j *job) acquire(ctx context.Context, rec layerRecord) error {
+	dir, err := os.MkdirTemp(j.session.dir, "layer-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	content, err := createSparse(ctx, filepath.Join(dir, "tar"))
+	if err != nil {
+		return err
+	}
+	defer content.file.Close()
+	if _, err := j.fetch(ctx, content); err != nil {
+		return err
+	}
+	rec.Owners = append(rec.Owners, j.owner)
+	if j.owner == "" {
+		rec.Owners = nil
+	}
+	return writeJSON(dir, j.store.layerPath(j.blob.diffID, ".json"), rec)
 }
 
 // convert fetches the blob, verifies it, and writes layer and record.
@@ -145,6 +172,9 @@ func (j *job) convert(ctx context.Context) error {
 
 	rec := layerRecord{
 		DiffID: j.blob.diffID, Size: out.end, SHA256: sum, TarSize: total, Created: time.Now().UTC().Truncate(time.Second),
+	}
+	if j.owner != "" {
+		rec.Owners = []string{j.owner}
 	}
 	if err := writeJSON(dir, j.store.layerPath(j.blob.diffID, ".json"), rec); err != nil {
 		return err

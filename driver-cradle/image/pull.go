@@ -20,8 +20,8 @@ import (
 //	docker-archive:FILE[:NAME]               a file of `docker save`, compressed or not
 //	oci:PATH[:TAG]                           an OCI image layout, a directory or a tar
 //
-// A registry reference that is cached is returned without asking anyone, unless Force is set; the other sources are local
-// and asked each time. A layer that is in the cache is never fetched again, wherever it comes from.
+// A registry reference that is cached is returned without asking anyone, unless Force is set or it has an owner; the other sources are local
+// and asked each time. A layer that is in the cache is never fetched again, wherever it comes from, but by who does not own it yet.
 func (s *Store) Pull(ctx context.Context, ref string, o PullOptions) (*Image, error) {
 	o, err := o.withDefaults()
 	if err != nil {
@@ -32,7 +32,7 @@ func (s *Store) Pull(ctx context.Context, ref string, o PullOptions) (*Image, er
 		return nil, err
 	}
 	if r.kind == "" && !o.Force {
-		if img, err := s.cached(ctx, r.String(), o.Platform); err == nil {
+		if img, err := s.cached(ctx, r.String(), o.Platform); err == nil && !img.Private {
 			return img, nil
 		}
 	}
@@ -74,7 +74,7 @@ func (s *Store) pull(ctx context.Context, ref reference, o PullOptions) (img *Im
 
 	rec := imageRecord{
 		Version: recordVersion, Reference: ref.String(), Platform: o.Platform,
-		Digest: res.digest, ID: res.id, Config: res.config, Pulled: time.Now().UTC().Truncate(time.Second),
+		Digest: res.digest, ID: res.id, Config: res.config, Pulled: time.Now().UTC().Truncate(time.Second), Private: o.Owner != "",
 	}
 	for _, d := range config.RootFS.DiffIDs {
 		rec.Layers = append(rec.Layers, d.String())
@@ -147,7 +147,7 @@ func (s *Store) layers(ctx context.Context, blobs []blob, o PullOptions, x *sess
 		}
 		seen[b.diffID] = true
 		j := &job{
-			store: s, session: x, blob: b, maxLayer: o.MaxLayerSize, budget: &budget,
+			store: s, session: x, blob: b, owner: o.Owner, maxLayer: o.MaxLayerSize, budget: &budget,
 			progress: report.layer(i, b.diffID),
 		}
 		g.Go(func() error {

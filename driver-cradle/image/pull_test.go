@@ -443,6 +443,71 @@ func TestPullWithLogin(t *testing.T) {
 	pull(t, s, ref.Name(), PullOptions{})
 }
 
+// An image that is here because one tenant has a login for it is nobody else's for that.
+func TestPullPrivate(t *testing.T) {
+	var asked requestLog
+	r := startRegistry(t, func(h http.Handler) http.Handler { return asked.wrap(authorized("al", "secret")(h)) })
+	ref, err := name.ParseReference(r.host + "/private:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	al := &authn.Basic{Username: "al", Password: "secret"}
+	img := makeImage(t, v1.Config{}, tarLayer(t, makeTar(t, reg("a", "x"))))
+	if err := remote.Write(ref, img, remote.WithAuth(al)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	s := openStore(t)
+	own := PullOptions{Owner: "al", Keychain: login{al}}
+	pull(t, s, ref.Name(), own)
+	for _, o := range []PullOptions{{}, {Owner: "mallory", Keychain: login{&authn.Basic{Username: "mallory", Password: "guessed"}}}} {
+		_, err = s.Pull(t.Context(), ref.Name(), o)
+		assertError(t, err, ErrUnauthorized, "pull "+ref.Name())
+	}
+	asked.take()
+	pull(t, s, ref.Name(), own)
+	if lines := asked.take(); count(lines, "/manifests/") == 0 || count(lines, "/blobs/") != 1 { // the configuration
+		t.Errorf("for a cached image the registry was asked for %q, want its manifest and configuration", lines)
+	}
+	// Mallory's registry says that it has the layer, whose digest he knows. He would get what is in the cache.
+	claimed := startRegistry(t, nil)
+	claimed.push(t, "claimed:1", img)
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	real := claimed.handler
+	claimed.handler = http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if q.Method == http.MethodGet && strings.HasSuffix(q.URL.Path, "/blobs/"+digest.String()) {
+			io.WriteString(w, "something else")
+			return
+		}
+		real.ServeHTTP(w, q)
+	})
+	for _, owner := range []string{"mallory", ""} {
+		_, err = s.Pull(t.Context(), claimed.host+"/claimed:1", PullOptions{Owner: owner})
+		assertError(t, err, ErrCorrupt, "layer 1 of 1")
+	}
+	claimed.handler = real // who has it can use it
+	pull(t, s, claimed.host+"/claimed:1", PullOptions{Owner: "bob"})
+
+	pull(t, s, ref.Name(), PullOptions{Keychain: login{al}}) // the node's own login: everybody has it
+	asked.take()
+	pull(t, s, ref.Name(), PullOptions{})
+	if lines := asked.take(); len(lines) > 0 {
+		t.Errorf("the registry was asked for %q", lines)
+	}
+}
+
+// A login is the same for all registries.
+type login struct{ authn.Authenticator }
+
+func (l login) Resolve(authn.Resource) (authn.Authenticator, error) { return l.Authenticator, nil }
+
 func TestPullErrors(t *testing.T) {
 	r := startRegistry(t, nil)
 	gone := startRegistry(t, nil)

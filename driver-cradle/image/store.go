@@ -82,6 +82,11 @@ type layerRecord struct {
 	SHA256  string    `json:"sha256"`  // of the ext4 file, hexadecimal
 	TarSize int64     `json:"tarSize"` // of the uncompressed tar
 	Created time.Time `json:"created"`
+	Owners  []string  `json:"owners,omitempty"` // who may use it; none: everybody (PullOptions.Owner)
+}
+
+func (r *layerRecord) isFor(owner string) bool {
+	return len(r.Owners) == 0 || slices.Contains(r.Owners, owner)
 }
 
 // An imageRecord is a resolved reference.
@@ -94,6 +99,7 @@ type imageRecord struct {
 	Config    []byte    `json:"config"` // the very bytes that ID is the digest of
 	Layers    []string  `json:"layers"` // diff ids, lowest first
 	Pulled    time.Time `json:"pulled"`
+	Private   bool      `json:"private,omitempty"`
 }
 
 const recordVersion = 1
@@ -105,29 +111,34 @@ func (s *Store) imagePath(reference, platform string) string {
 
 // readLayer returns the layer if it is in the cache, complete.
 func (s *Store) readLayer(diffID string) (Layer, error) {
-	var rec layerRecord
+	l, _, err := s.lookUpLayer(diffID)
+	return l, err
+}
+
+// lookUpLayer is readLayer with what is known of the layer.
+func (s *Store) lookUpLayer(diffID string) (l Layer, rec layerRecord, err error) {
 	if !isDigest(diffID) {
-		return Layer{}, fmt.Errorf("%w: diff id %.100q is no sha256 digest", ErrCorrupt, diffID)
+		return l, rec, fmt.Errorf("%w: diff id %.100q is no sha256 digest", ErrCorrupt, diffID)
 	}
-	l := Layer{DiffID: diffID, Path: s.layerPath(diffID, ".ext4")}
+	l = Layer{DiffID: diffID, Path: s.layerPath(diffID, ".ext4")}
 	if err := readJSON(s.layerPath(diffID, ".json"), &rec); err != nil {
-		return l, err
+		return l, rec, err
 	}
 	fi, err := os.Stat(l.Path)
 	if err != nil {
-		return l, err
+		return l, rec, err
 	}
 	if l.Size = fi.Size(); l.Size != rec.Size || rec.DiffID != diffID {
-		return l, fmt.Errorf("%s: %w: %d bytes, not the %d that were written", l.Path, ErrCorrupt, l.Size, rec.Size)
+		return l, rec, fmt.Errorf("%s: %w: %d bytes, not the %d that were written", l.Path, ErrCorrupt, l.Size, rec.Size)
 	}
-	return l, nil
+	return l, rec, nil
 }
 
 // image makes an Image of a record. The error is fs.ErrNotExist where a layer is missing.
 func (s *Store) image(rec *imageRecord, used time.Time) (*Image, error) {
 	img := &Image{
 		Reference: rec.Reference, Platform: rec.Platform, Digest: rec.Digest, ID: rec.ID,
-		RawConfig: rec.Config, Pulled: rec.Pulled, Used: used,
+		RawConfig: rec.Config, Pulled: rec.Pulled, Used: used, Private: rec.Private,
 	}
 	if err := json.Unmarshal(rec.Config, &img.Config); err != nil {
 		return nil, fmt.Errorf("image %s: configuration: %w", rec.Reference, err)

@@ -243,8 +243,17 @@ func lookupOwner(root *root, name string) (*[2]int, error) {
 	return &[2]int{u.Uid, u.Gid}, nil
 }
 
-// export answers docker export: the container's root without what is mounted in it.
+// export answers docker export: the container's root without what is mounted in it. With the parameter layer, which docker has not, it is what the
+// container has changed alone, as a layer of an image.
 func (a *api) export(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	var changed []container.FilesystemChange
+	layer := dockerhttp.Truth(r, "layer")
+	if layer {
+		var err error
+		if changed, err = changesOf(c); err != nil {
+			return err
+		}
+	}
 	all, err := openRoot(c.Rootfs())
 	if err != nil {
 		return err
@@ -256,6 +265,12 @@ func (a *api) export(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	}
 	defer root.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
+	if layer {
+		if packLayer(r.Context(), w, root, changed) != nil {
+			return cutOff(r)
+		}
+		return nil
+	}
 	if err := pack(r.Context(), w, root.dir, "", "", true); err != nil {
 		return cutOff(r)
 	}

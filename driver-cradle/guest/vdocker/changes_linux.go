@@ -17,18 +17,25 @@ import (
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
-// changes answers docker diff: what the writable layer has that the image has not.
+// changes answers docker diff.
 func (a *api) changes(w http.ResponseWriter, _ *http.Request, c *guest.Container) error {
+	all, err := changesOf(c)
+	if err != nil {
+		return err
+	}
+	return dockerhttp.Answer(w, http.StatusOK, append([]container.FilesystemChange{}, all...))
+}
+
+// changesOf is what the writable layer has that the image has not. What is in a directory follows it.
+func changesOf(c *guest.Container) ([]container.FilesystemChange, error) {
 	if c.Upper() == "" {
-		return dockerhttp.NewError(http.StatusNotImplemented, "a volume is the container's root: there is no image to compare it with")
+		return nil, dockerhttp.NewError(http.StatusNotImplemented, "a volume is the container's root: there is no image to compare it with")
 	}
 	lowers := slices.Clone(c.Lowers())
 	slices.Reverse(lowers)
 	d := &differ{upper: c.Upper(), lowers: lowers}
-	if err := d.directory("/"); err != nil {
-		return err
-	}
-	return dockerhttp.Answer(w, http.StatusOK, append([]container.FilesystemChange{}, d.changes...))
+	err := d.directory("/")
+	return d.changes, err
 }
 
 // differ compares an overlay's upper directory with its lower ones, topmost first. In upper, a device 0:0 stands for what was

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
 	"golang.org/x/sys/unix"
 )
 
@@ -63,6 +64,41 @@ func pack(ctx context.Context, w io.Writer, dir *os.File, base, name string, bar
 		return err
 	}
 	return p.tar.Close()
+}
+
+// whiteout begins the name of an entry that stands for the absence of what follows it (OCI image-spec layer.md, "Whiteouts").
+const whiteout = ".wh."
+
+// packLayer writes what has changed in a root as a layer. What has gone since is left out.
+func packLayer(ctx context.Context, w io.Writer, r *root, changes []container.FilesystemChange) error {
+	p := &packer{ctx: ctx, tar: tar.NewWriter(w), start: r.dir, links: map[inode]string{}, buf: make([]byte, smallBuffer)}
+	defer p.bulk.close()
+	for _, c := range changes {
+		if err := p.change(r, c); err != nil {
+			return err
+		}
+	}
+	return p.tar.Close()
+}
+
+func (p *packer) change(r *root, c container.FilesystemChange) error {
+	name := strings.TrimPrefix(c.Path, "/")
+	if c.Kind == container.ChangeDelete {
+		return p.write(&tar.Header{Name: path.Join(path.Dir(name), whiteout+path.Base(name)), Typeflag: tar.TypeReg, Format: tar.FormatPAX})
+	}
+	dir, base, err := r.openParent(c.Path)
+	if err != nil {
+		return gone(err)
+	}
+	defer dir.Close()
+	var st unix.Stat_t
+	if err := unix.Fstatat(int(dir.Fd()), base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return gone(err)
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return p.header(dir, base, name, &st)
+	}
+	return p.file(dir, base, name, &st)
 }
 
 // below packs a directory's content: first all but directories, then these, with no more than one directory open at a time. rel is
