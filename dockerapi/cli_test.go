@@ -60,6 +60,9 @@ func TestServeRefuses(t *testing.T) {
 		"nothing to listen on":                       {"--socket", ""},
 		"--listen needs --clients":                   {"--socket", "", "--listen", "127.0.0.1:0"},
 		"stat /nonexistent":                          {"--socket", "", "--listen", "127.0.0.1:0", "--clients", "/nonexistent"},
+		"--registry-listen needs --images":           {"--registry-listen", "127.0.0.1:0"},
+		"give --registry-url":                        {"--images", t.TempDir(), "--registry-listen", "0.0.0.0:0"},
+		"--registry-url x:1: write https://":         {"--images", t.TempDir(), "--registry-url", "x:1"},
 		"--socket: /dev/null is there and no socket": {"--socket", "/dev/null"},
 		"unknown flag: --tsl-ca":                     {"--tsl-ca", "x"},
 	} {

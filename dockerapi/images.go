@@ -90,6 +90,10 @@ func (o *imageOptions) open(ctx context.Context, all *options) (_ *imageService,
 		return nil, err
 	}
 	c.WorkloadKeys = server.WorkloadKeys(client)
+	at, err := url.Parse(o.url)
+	if err != nil || o.url != "" && (at.Host == "" || at.Scheme != "https" && at.Scheme != "http") {
+		return nil, fmt.Errorf("--registry-url %s: write https://HOST[:PORT]", o.url)
+	}
 	listener, err := o.listener(all)
 	if err != nil {
 		return nil, fmt.Errorf("--registry-listen: %w", err)
@@ -105,8 +109,8 @@ func (o *imageOptions) open(ctx context.Context, all *options) (_ *imageService,
 	if listener != nil {
 		s.host = listener.Addr().String()
 	}
-	if u, err := url.Parse(o.url); err == nil && u.Host != "" {
-		s.host = u.Host
+	if o.url != "" {
+		s.host = at.Host
 	}
 	if listener != nil {
 		s.http = &http.Server{Handler: s.registry.Handler(), ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, ErrorLog: slog.NewLogLogger(all.Log.Handler(), slog.LevelDebug)}
@@ -135,6 +139,10 @@ func (o *imageOptions) listener(all *options) (net.Listener, error) {
 	l, err := net.Listen("tcp", o.listen)
 	if err != nil {
 		return nil, err
+	}
+	if l.Addr().(*net.TCPAddr).IP.IsUnspecified() && o.url == "" {
+		l.Close()
+		return nil, fmt.Errorf("%s is no address at which nodes find the registry: give --registry-url https://HOST:PORT", o.listen)
 	}
 	if cert == "" && key == "" {
 		if l.Addr().(*net.TCPAddr).IP.IsLoopback() {

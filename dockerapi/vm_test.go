@@ -52,18 +52,20 @@ type host struct {
 	t      *testing.T
 	c      *nomadtest.Cluster
 	socket string
-	config string // docker's, empty
+	config string   // docker's, empty
+	more   []string // of serve's options
 	cmd    *exec.Cmd
 	log    *bytes.Buffer
 }
 
-func openHost(t *testing.T) *host {
+// openCluster is the cluster, for this test.
+func openCluster(t *testing.T) *nomadtest.Cluster {
 	t.Helper()
 	if _, err := exec.LookPath("docker"); err != nil {
 		t.Fatal("the docker CLI is missing: apt-get install docker-cli")
 	}
 	cluster.Do(func() {
-		o := nomadtest.Options{}
+		o := nomadtest.Options{ACL: true}
 		if cluster.err = o.Cradle(""); cluster.err != nil {
 			return
 		}
@@ -77,7 +79,18 @@ func openHost(t *testing.T) *host {
 		t.Fatal(cluster.err)
 	}
 	cluster.Begin(t)
-	h := &host{t: t, c: cluster.Cluster, config: t.TempDir(), socket: filepath.Join(cluster.Dir(), fmt.Sprintf("%d.sock", time.Now().UnixNano()%1e9))}
+	return cluster.Cluster
+}
+
+func openHost(t *testing.T, more ...string) *host {
+	t.Helper()
+	return openHostOn(t, openCluster(t), more...)
+}
+
+// openHostOn starts a server with more of serve's options.
+func openHostOn(t *testing.T, c *nomadtest.Cluster, more ...string) *host {
+	t.Helper()
+	h := &host{t: t, more: more, c: c, config: t.TempDir(), socket: filepath.Join(c.Dir(), fmt.Sprintf("%d.sock", time.Now().UnixNano()%1e9))}
 	h.serve()
 	t.Cleanup(h.close)
 	return h
@@ -95,7 +108,8 @@ func (h *host) serve() {
 		h.t.Fatal(err)
 	}
 	node := h.c.Server()
-	h.cmd = node.Command(context.Background(), program, "serve", "--verbose", "--socket", h.socket, "--image-layouts", filepath.Join(cache, "cradlestack", "images"))
+	args := []string{"serve", "--verbose", "--socket", h.socket, "--image-layouts", filepath.Join(cache, "cradlestack", "images")}
+	h.cmd = node.Command(context.Background(), program, append(args, h.more...)...)
 	h.cmd.Env = h.c.Env()
 	h.log = &bytes.Buffer{}
 	h.cmd.Stderr = h.log

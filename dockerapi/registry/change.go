@@ -58,8 +58,8 @@ type Use struct {
 type Removed struct{ Untagged, Deleted string }
 
 // Remove takes a name from an image, and removes it where that was the last one, or where its id was given. It refuses what docker does: an id of an image with
-// several names, unless force, and an image of a container. Forced, an image of stopped containers loses its names, but stays until they are removed, as another
-// node may have to fetch it to start them.
+// several names, unless force, and an image of a container. Forced, an image of containers loses its names, but stays until they are removed, as another node may
+// have to fetch it to start them; by the id of one that runs nothing of it goes.
 func (s *Images) Remove(ctx context.Context, ref string, force bool, uses []Use) ([]Removed, error) {
 	found, n, err := s.find(ctx, ref)
 	if err != nil {
@@ -98,14 +98,9 @@ func (s *Images) Remove(ctx context.Context, ref string, force bool, uses []Use)
 		}
 	}
 	last := len(names) >= len(i.Tags)+len(i.Digests)
-	if last && use != nil {
-		if use.Running && force {
-			return nil, conflict(i, use)
-		}
-		if !force {
-			return nil, errorf(ErrConflict, "conflict: unable to remove repository reference %q (must force) - container %s is using its referenced image %s",
-				ref, shortID(use.Container), short(i.ID))
-		}
+	if last && use != nil && !force {
+		return nil, errorf(ErrConflict, "conflict: unable to remove repository reference %q (must force) - container %s is using its referenced image %s",
+			ref, shortID(use.Container), short(i.ID))
 	}
 	return s.drop(ctx, v, i, names, use != nil || !last)
 }

@@ -46,8 +46,14 @@ func (s *Images) Commit(ctx context.Context, parent *Image, layer io.Reader, c C
 	}
 	image := parent.Config
 	image.History = slices.Clone(image.History)
-	return s.create(ctx, image, append(layers, top), c, n)
+	if top.diffID != emptyLayer {
+		layers = append(layers, top)
+	}
+	return s.create(ctx, image, layers, c, n)
 }
+
+// emptyLayer is the diff id of a tar with nothing in it. An image has a step in its history for it, and no layer.
+const emptyLayer = digest.Digest("sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef")
 
 // Import makes an image of one layer, a tar with everything that is in it.
 func (s *Images) Import(ctx context.Context, layer io.Reader, platformName string, c Commit, n reference.NamedTagged) (digest.Digest, error) {
@@ -75,11 +81,12 @@ func (s *Images) Import(ctx context.Context, layer io.Reader, platformName strin
 func (s *Images) create(ctx context.Context, image dockerspec.DockerOCIImage, layers []storedLayer, c Commit, n reference.NamedTagged) (digest.Digest, error) {
 	now := time.Now().UTC()
 	image.Created, image.Author, image.Config = &now, c.Author, c.Config
+	before := len(image.RootFS.DiffIDs)
 	image.RootFS = ocispec.RootFS{Type: "layers"}
 	for _, l := range layers {
 		image.RootFS.DiffIDs = append(image.RootFS.DiffIDs, l.diffID)
 	}
-	image.History = append(image.History, ocispec.History{Created: &now, Author: c.Author, CreatedBy: c.CreatedBy, Comment: c.Comment})
+	image.History = append(image.History, ocispec.History{Created: &now, Author: c.Author, CreatedBy: c.CreatedBy, Comment: c.Comment, EmptyLayer: len(layers) == before})
 	data, err := json.Marshal(image)
 	if err != nil {
 		return "", err

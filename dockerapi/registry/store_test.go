@@ -274,7 +274,8 @@ func TestRemove(t *testing.T) {
 		{"id of several names", []string{"other:1"}, oneID, false, nil, "conflict: unable to delete SHORT (must be forced) - image is referenced in multiple repositories", "ID HOST/app:1 other:1 HOST/app@DIGEST"},
 		{"id of several names, forced", []string{"other:1"}, oneID, true, nil, "untagged HOST/app:1, untagged other:1, untagged HOST/app@DIGEST, deleted ID, deleted, deleted", ""},
 		{"of a running container", nil, host + "/app:1", false, running, "conflict: unable to remove repository reference \"HOST/app:1\" (must force) - container 0123456789ab is using its referenced image SHORT", "ID HOST/app:1 HOST/app@DIGEST"},
-		{"of a running container, forced", nil, host + "/app:1", true, running, "conflict: unable to delete SHORT (cannot be forced) - image is being used by running container 0123456789ab", "ID HOST/app:1 HOST/app@DIGEST"},
+		{"of a running container, forced", nil, host + "/app:1", true, running, "untagged HOST/app:1, untagged HOST/app@DIGEST", "ID "},
+		{"of a running container, by id, forced", nil, oneID, true, running, "conflict: unable to delete SHORT (cannot be forced) - image is being used by running container 0123456789ab", "ID HOST/app:1 HOST/app@DIGEST"},
 		{"of a stopped container, by id", nil, oneID, false, stopped, "conflict: unable to delete SHORT (must be forced) - image is being used by stopped container 0123456789ab", "ID HOST/app:1 HOST/app@DIGEST"},
 		{"of a stopped container, forced", nil, host + "/app:1", true, stopped, "untagged HOST/app:1, untagged HOST/app@DIGEST", "ID "},
 		{"unknown", nil, "none", false, nil, "No such image: none:latest", "ID HOST/app:1 HOST/app@DIGEST"},
@@ -392,6 +393,14 @@ func TestCommitAndImport(t *testing.T) {
 	want := `{"User":"1:2","ExposedPorts":{"53/udp":{},"80/tcp":{}},"Env":["A=1","B=2 3","PATH=/usr/bin"],"Entrypoint":["/bin/sh","-c","exec x"],"Cmd":["run","it"],"Volumes":{"/data":{}},"WorkingDir":"/w","Labels":{"first":"base","x":"y z"},"StopSignal":"SIGINT","OnBuild":["RUN x"]}`
 	if string(c) != want {
 		t.Errorf("got  %s\nwant %s", c, want)
+	}
+	// Where nothing has changed there is a step, and no layer.
+	unchanged, err := s.Commit(t.Context(), i, bytes.NewReader(tarOf(t, nil)), Commit{CreatedBy: "sh", Config: config}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if same, err := s.Inspect(t.Context(), unchanged.String()); err != nil || len(same.Layers) != 2 || !same.Config.History[2].EmptyLayer || len(same.Config.RootFS.DiffIDs) != 2 {
+		t.Errorf("%+v, %v", same, err)
 	}
 	h, err := s.History(t.Context(), i)
 	if err != nil || len(h) != 2 || h[0].CreatedBy != "sh" || h[0].Comment != "why" || h[0].ID != d.String() || h[1].ID != "<missing>" || h[1].Size == 0 {

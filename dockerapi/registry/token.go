@@ -237,15 +237,24 @@ func (r *Registry) realm(req *http.Request) string {
 	return "http://" + req.Host + "/token"
 }
 
-// serveToken exchanges a token or a workload identity, given as a password, for one that the registry takes and that is good for minutes. That one allows as
-// much, but can't be exchanged again.
+// serveToken exchanges a token or a workload identity for one that the registry takes and that is good for minutes. That one allows as much, but can't be
+// exchanged again. It is given as a password (GET), or as clients do that keep the token of a login: as a refresh token (POST, OAuth 2.0, RFC 6749 §6).
 func (r *Registry) serveToken(w http.ResponseWriter, req *http.Request) {
-	if req.Method != http.MethodGet {
-		w.Header().Set("Allow", http.MethodGet)
-		http.Error(w, "tokens are had by GET", http.StatusMethodNotAllowed)
+	var password string
+	switch req.Method {
+	case http.MethodGet:
+		_, password, _ = req.BasicAuth()
+	case http.MethodPost:
+		req.Body = http.MaxBytesReader(w, req.Body, 2*maxToken)
+		password = req.PostFormValue("refresh_token")
+		if req.PostFormValue("grant_type") == "password" {
+			password = req.PostFormValue("password")
+		}
+	default:
+		w.Header().Set("Allow", "GET, POST")
+		http.Error(w, "tokens are had by GET and POST", http.StatusMethodNotAllowed)
 		return
 	}
-	_, password, _ := req.BasicAuth()
 	g, err := r.grantOf(password, loginAudience)
 	if err != nil {
 		g, err = r.workloadGrant(req.Context(), password)

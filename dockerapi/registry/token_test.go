@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -154,8 +155,27 @@ func TestTokens(t *testing.T) {
 			t.Errorf("%s as a password: %d", what, status)
 		}
 	}
-	if status, _ := f.do(http.MethodPost, "/token", ""); status != http.StatusMethodNotAllowed {
-		t.Errorf("POST /token: %d", status)
+	if status, _ := f.do(http.MethodPut, "/token", ""); status != http.StatusMethodNotAllowed {
+		t.Errorf("PUT /token: %d", status)
+	}
+	for what, form := range map[string]struct {
+		values url.Values
+		status int
+	}{
+		"the token of a login":    {url.Values{"grant_type": {"refresh_token"}, "refresh_token": {login}}, 200},
+		"a token as the password": {url.Values{"grant_type": {"password"}, "username": {"x"}, "password": {login}}, 200},
+		"a bearer token":          {url.Values{"grant_type": {"refresh_token"}, "refresh_token": {full}}, 401},
+		"nothing":                 {url.Values{}, 401},
+		"too much":                {url.Values{"grant_type": {"refresh_token"}, "refresh_token": {strings.Repeat("x", 1<<20)}}, 401},
+	} {
+		answer, err := http.PostForm("http://"+f.host+"/token", form.values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		answer.Body.Close()
+		if answer.StatusCode != form.status {
+			t.Errorf("POST /token with %s: %d", what, answer.StatusCode)
+		}
 	}
 }
 

@@ -105,6 +105,47 @@ func (r *Registry) remoteName(n reference.Named) (name.Reference, error) {
 	return ref, nil
 }
 
+// Login checks credentials with another registry, HOST[:PORT].
+func (r *Registry) Login(ctx context.Context, host string, c registrytypes.AuthConfig) error {
+	var opts []name.Option
+	if r.upstream.isInsecure(host) {
+		opts = append(opts, name.Insecure)
+	}
+	to, err := name.NewRegistry(host, opts...)
+	if err != nil {
+		return errorf(ErrInvalid, "%v", err)
+	}
+	t, err := transport.NewWithContext(ctx, to, authenticator(c), r.upstream, nil)
+	if err == nil {
+		err = probe(ctx, t, to)
+	}
+	var te *transport.Error
+	var ue *url.Error
+	switch {
+	case errors.As(err, &te) && (te.StatusCode == http.StatusUnauthorized || te.StatusCode == http.StatusForbidden):
+		return errorf(ErrUnauthorized, "login attempt to %s failed with status %d: %s", host, te.StatusCode, diagnosis(te))
+	case errors.As(err, &te):
+		return errorf(ErrUnavailable, "%s answers %d: %s", host, te.StatusCode, diagnosis(te))
+	case errors.As(err, &ue):
+		return errorf(ErrUnavailable, "%s can't be reached: %v", host, ue.Err)
+	}
+	return err
+}
+
+// probe asks a registry for nothing but to be let in.
+func probe(ctx context.Context, t http.RoundTripper, to name.Registry) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, to.Scheme()+"://"+to.RegistryStr()+"/v2/", nil)
+	if err != nil {
+		return err
+	}
+	answer, err := (&http.Client{Transport: t}).Do(r)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	return transport.CheckError(answer, http.StatusOK)
+}
+
 // authenticator is what docker's client has sent with X-Registry-Auth.
 func authenticator(c registrytypes.AuthConfig) authn.Authenticator {
 	if c.Username == "" && c.Password == "" && c.Auth == "" && c.IdentityToken == "" && c.RegistryToken == "" {

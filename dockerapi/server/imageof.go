@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -51,6 +52,14 @@ func (s *Server) registryImage(ctx context.Context, t *tenant, ref string) (*tra
 	return &translate.Image{Reference: i.NodeReference(s.RegistryHost), Audience: i.WorkloadAudience(), ID: i.ID.String(), Config: i.Config.Config}, nil
 }
 
+// nodeReference is what a node pulls to run a container: where its image was found when the container was made, and from where nodes find the registry now.
+func (s *Server) nodeReference(i imageRef) string {
+	if _, path, ok := strings.Cut(i.Reference, "/"); ok && i.Audience != "" && s.RegistryHost != "" {
+		return s.RegistryHost + "/" + path
+	}
+	return i.Reference
+}
+
 // containersOfImages tells which containers are made from which images.
 func (s *Server) containersOfImages(ctx context.Context, t *tenant) ([]registry.Use, error) {
 	if err := t.watch.ready(ctx); err != nil {
@@ -65,6 +74,58 @@ func (s *Server) containersOfImages(ctx context.Context, t *tenant) ([]registry.
 		uses = append(uses, registry.Use{Container: c.ID, Image: digest.Digest(c.Image.ID), Running: t.statusOf(c).Running})
 	}
 	return uses, nil
+}
+
+// ancestors tells the containers that are made from one of the images that a filter names: what the names mean now. That of a layout is its name alone.
+func (s *Server) ancestors(ctx context.Context, t *tenant, refs []string) (func(*record) bool, error) {
+	if len(refs) == 0 {
+		return func(*record) bool { return true }, nil
+	}
+	ids, layouts := map[string]bool{}, map[string]bool{}
+	for _, ref := range refs {
+		layouts[strings.TrimSuffix(ref, ":latest")] = true
+		images, err := s.images(t)
+		if isNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		i, err := images.Resolve(ctx, ref)
+		switch {
+		case err == nil:
+			ids[i.ID.String()] = true
+		case !errors.Is(err, registry.ErrNotFound) && !errors.Is(err, registry.ErrInvalid):
+			return nil, imageError(err)
+		}
+	}
+	return func(c *record) bool {
+		return ids[c.Image.ID] || c.Image.Audience == "" && layouts[strings.TrimSuffix(c.Config.Image, ":latest")]
+	}, nil
+}
+
+// imageShown is how a list shows a container's image: by the name that it was made with where that means the image still, else by its id.
+func (s *Server) imageShown(t *tenant) func(context.Context, *record) string {
+	means := map[string]string{}
+	return func(ctx context.Context, c *record) string {
+		name := c.Config.Image
+		if c.Image.Audience == "" { // of a layout
+			return name
+		}
+		id, known := means[name]
+		if !known {
+			if images, err := s.images(t); err == nil {
+				if i, err := images.Resolve(ctx, name); err == nil {
+					id = i.ID.String()
+				}
+			}
+			means[name] = id
+		}
+		if id != c.Image.ID {
+			return c.Image.ID
+		}
+		return name
+	}
 }
 
 func noImage(ref string) error {

@@ -16,6 +16,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/pkg/authconfig"
+	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/jsonstream"
@@ -45,12 +46,16 @@ func (s *Server) imageRoutes(on *router) {
 	on.onName("DELETE", "/images/", "", s.imageRemove)
 	on.onName("GET", "/distribution/", "/json", s.imageDistribution)
 	on.on("GET /system/df", s.diskUsage)
+	on.on("POST /commit", s.commitContainer)
+	on.on("POST /auth", s.login)
 }
+
+const noImages = "this server keeps no images: its operator has to start it with --images"
 
 // images are the tenant's.
 func (s *Server) images(t *tenant) (*registry.Images, error) {
 	if s.Registry == nil {
-		return nil, dockerhttp.NewError(http.StatusNotFound, "this server keeps no images: its operator has to start it with --images")
+		return nil, dockerhttp.NewError(http.StatusNotFound, noImages)
 	}
 	i, err := s.Registry.Images(t.Namespace)
 	return i, imageError(err)
@@ -745,27 +750,61 @@ func (s *Server) imageUsage(ctx context.Context, t *tenant) (*image.DiskUsage, e
 	return u, nil
 }
 
-// diskUsage is docker system df, its images: what containers and volumes take is not counted.
+// containerUsage is what docker system df shows of containers: how many there are. What they have written is on disks of their nodes, and not counted.
+func (s *Server) containerUsage(ctx context.Context, t *tenant) (*container.DiskUsage, error) {
+	if err := t.watch.ready(ctx); err != nil {
+		return nil, err
+	}
+	all, err := t.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	u := &container.DiskUsage{TotalCount: int64(len(all)), Items: []container.Summary{}}
+	for _, c := range t.askAll(ctx, all, false) {
+		if c.state.Running {
+			u.ActiveCount++
+		}
+		u.Items = append(u.Items, t.summary(c))
+	}
+	return u, nil
+}
+
+// diskUsage is docker system df: what volumes take is not counted.
 func (s *Server) diskUsage(w http.ResponseWriter, r *http.Request, t *tenant) error {
 	kinds := r.URL.Query()["type"]
+	asked := func(kind system.DiskUsageObject) bool { return len(kinds) == 0 || slices.Contains(kinds, string(kind)) }
 	var images *image.DiskUsage
-	if len(kinds) == 0 || slices.Contains(kinds, string(system.ImageObject)) {
-		var err error
-		if images, err = s.imageUsage(r.Context(), t); err != nil {
+	var containers *container.DiskUsage
+	var err error
+	if asked(system.ImageObject) {
+		if images, err = s.imageUsage(r.Context(), t); err != nil && !isNotFound(err) { // this server may keep none
+			return err
+		}
+	}
+	if asked(system.ContainerObject) {
+		if containers, err = s.containerUsage(r.Context(), t); err != nil {
 			return err
 		}
 	}
 	if versions.Version(r) < 52 {
-		legacy := map[string]any{"LayersSize": int64(0), "Images": []image.Summary{}, "Containers": []any{}, "Volumes": []any{}, "BuildCache": []any{}, "BuilderSize": 0}
+		legacy := map[string]any{"LayersSize": int64(0), "Images": []image.Summary{}, "Containers": []container.Summary{}, "Volumes": []any{}, "BuildCache": []any{}, "BuilderSize": 0}
 		if images != nil {
 			legacy["LayersSize"], legacy["Images"] = images.TotalSize, images.Items
 		}
+		if containers != nil {
+			legacy["Containers"] = containers.Items
+		}
 		return dockerhttp.Answer(w, http.StatusOK, legacy)
 	}
-	if images != nil && !dockerhttp.Truth(r, "verbose") {
-		images.Items = nil
+	if !dockerhttp.Truth(r, "verbose") {
+		if images != nil {
+			images.Items = nil
+		}
+		if containers != nil {
+			containers.Items = nil
+		}
 	}
-	return dockerhttp.Answer(w, http.StatusOK, system.DiskUsage{ImageUsage: images})
+	return dockerhttp.Answer(w, http.StatusOK, system.DiskUsage{ImageUsage: images, ContainerUsage: containers})
 }
 
 // WorkloadKeys returns the keys by which Nomad signs workload identities. They are asked for again when they are half a minute old.

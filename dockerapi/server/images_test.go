@@ -16,6 +16,7 @@ import (
 	"time"
 
 	cerrdefs "github.com/containerd/errdefs"
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	upstreamregistry "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -270,6 +271,76 @@ func TestImageErrors(t *testing.T) {
 	if status, body, _ := none("GET", "/images/json", ""); status != http.StatusNotFound || !strings.Contains(body, "--images") {
 		t.Errorf("a server without images: %d %s", status, body)
 	}
+}
+
+// docker login is checked by the registry that it is for. The embedded one gives a token of the namespace of who asks.
+func TestLogin(t *testing.T) {
+	guarded := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if u, p, ok := r.BasicAuth(); !ok || u != "me" || p != "secret" {
+			w.Header().Set("WWW-Authenticate", `Basic realm="guarded"`)
+			http.Error(w, `{"errors":[{"code":"UNAUTHORIZED","message":"who are you?"}]}`, http.StatusUnauthorized)
+		}
+	}))
+	t.Cleanup(guarded.Close)
+	other := strings.TrimPrefix(guarded.URL, "http://")
+	r := openRegistry(t, other)
+	own := httptest.NewServer(r.Handler())
+	t.Cleanup(own.Close)
+	host := strings.TrimPrefix(own.URL, "http://")
+	if _, err := imagesOf(t, r, "a").Load(t.Context(), bytes.NewReader(savedImage(t, "app:1", textImage(t, "one")))); err != nil {
+		t.Fatal(err)
+	}
+	ask := serve(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: r, RegistryHost: host, Local: Access{Namespace: "a"}})
+	for _, test := range []struct {
+		user, password, server string
+		status                 int
+		want                   string
+	}{
+		{"me", "secret", other, 200, "Login Succeeded"},
+		{"me", "wrong", other, 401, "login attempt to " + other + " failed with status 401: unauthorized"},
+		{"", "", "http://" + other + "/v1/", 401, "failed with status 401"},
+		{"me", "secret", "127.0.0.1:1", 500, "127.0.0.1:1 can't be reached"},
+		{"me", "secret", "NO HOST", 400, "registries must be valid"},
+		{"anybody", "anything", host, 200, `"IdentityToken":"`},
+	} {
+		body, err := json.Marshal(map[string]string{"username": test.user, "password": test.password, "serveraddress": test.server})
+		if err != nil {
+			t.Fatal(err)
+		}
+		status, answer, _ := ask("POST", "/auth", string(body))
+		if status != test.status || !strings.Contains(answer, test.want) {
+			t.Errorf("login of %s to %s: %d %s; want %d %s", test.user, test.server, status, answer, test.status, test.want)
+		}
+		if test.server != host {
+			continue
+		}
+		var a struct{ IdentityToken string }
+		if err := json.Unmarshal([]byte(answer), &a); err != nil {
+			t.Fatal(err)
+		}
+		token := remote.WithAuth(authn.FromConfig(authn.AuthConfig{IdentityToken: a.IdentityToken}))
+		for namespace, allowed := range map[string]bool{"a": true, "b": false} {
+			ref, err := name.NewTag(host+"/"+namespace+"/docker.io/library/new:1", name.Insecure)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := remote.Write(ref, textImage(t, "two"), token); (err == nil) != allowed {
+				t.Errorf("push to namespace %s: %v", namespace, err)
+			}
+		}
+	}
+	if _, err := imagesOf(t, r, "a").Resolve(t.Context(), "new:1"); err != nil {
+		t.Error(err)
+	}
+}
+
+func imagesOf(t *testing.T, r *registry.Registry, namespace string) *registry.Images {
+	t.Helper()
+	i, err := r.Images(namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
 }
 
 // An error that comes when the answer has begun stands in it.

@@ -104,19 +104,7 @@ func TestVMImagesAsDocker(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	home := filepath.Join(dir, "d")
-	if err := os.Mkdir(home, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	daemon, err := dockerd.Start(t.Context(), home)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := daemon.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	daemon := startDockerd(t, dir)
 	sides := map[string]*imageSide{"dockerd": {daemon.Host, otherRegistry(t), t.TempDir()}}
 	own := otherRegistry(t)
 	sides["cradle"] = &imageSide{dockerHost(t, openRegistry(t, own), "default"), own, t.TempDir()}
@@ -136,6 +124,61 @@ func TestVMImagesAsDocker(t *testing.T) {
 			t.Errorf("%s\ndockerd %s\ncradle  %s", step.command, want, got)
 		case want == got && step.differs != "":
 			t.Errorf("%s: no difference any more: %s", step.command, step.differs)
+		}
+	}
+}
+
+func startDockerd(t *testing.T, dir string) *dockerd.Daemon {
+	t.Helper()
+	home := filepath.Join(dir, "d")
+	if err := os.Mkdir(home, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	daemon, err := dockerd.Start(t.Context(), home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := daemon.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return daemon
+}
+
+// A build machine's dockerd pushes with what docker login through the server has left.
+func TestVMPushFromElsewhere(t *testing.T) {
+	dir, err := os.MkdirTemp("", "dv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	elsewhere := &imageSide{startDockerd(t, dir).Host, "", t.TempDir()}
+	r := openRegistry(t)
+	front := httptest.NewServer(r.Handler())
+	t.Cleanup(front.Close)
+	own := strings.TrimPrefix(front.URL, "http://")
+	cradle := &imageSide{"unix://" + startUnix(t, Config{Version: "test", Nomad: emptyNomad(t), Registry: r, RegistryHost: own, Local: Access{Namespace: "team-a"}}), own, elsewhere.dir}
+	elsewhere.registry = own
+	if err := os.WriteFile(filepath.Join(elsewhere.dir, "image.tar"), savedImage(t, "app:1", textImage(t, "one")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		side          *imageSide
+		command, want string
+		code          string
+	}{
+		{elsewhere, "docker load -q -i image.tar && docker tag app:1 HOST/team-a/docker.io/library/app:1 && docker tag app:1 HOST/team-b/docker.io/library/app:1", "Loaded image: app:1", "0"},
+		{elsewhere, "docker push -q HOST/team-a/docker.io/library/app:1 >/dev/null 2>&1", "", "1"},
+		{cradle, "docker login -u me -p any HOST 2>&1 | grep Succeeded", "Login Succeeded", "0"},
+		{elsewhere, "docker push -q HOST/team-a/docker.io/library/app:1", "HOST/team-a/docker.io/library/app:1", "0"},
+		{elsewhere, "docker push -q HOST/team-b/docker.io/library/app:1 >/dev/null 2>&1", "", "1"},
+		{cradle, "docker images --format '{{.Repository}}:{{.Tag}}'", "app:1", "0"},
+		{cradle, "docker logout HOST", "Removing login credentials for HOST", "0"},
+		{elsewhere, "docker push -q HOST/team-a/docker.io/library/app:1 >/dev/null 2>&1", "", "1"},
+	} {
+		if got := step.side.run(t, step.command); !strings.Contains(got, step.want) || !strings.HasSuffix(got, "exit code "+step.code) {
+			t.Errorf("%s: %q, want %q and exit code %s", step.command, got, step.want, step.code)
 		}
 	}
 }

@@ -159,13 +159,20 @@ func (s *Server) listContainers(w http.ResponseWriter, r *http.Request, t *tenan
 	if err != nil {
 		return err
 	}
+	descends, err := s.ancestors(ctx, t, f["ancestor"])
+	if err != nil {
+		return err
+	}
+	shown := s.imageShown(t)
 	all := dockerhttp.Truth(r, "all") || limit > 0 || len(f["status"]) > 0 || len(f["exited"]) > 0
 	out := []container.Summary{}
 	for _, c := range t.askAll(ctx, bounds, len(f["status"]) > 0) {
-		if !all && !c.state.Running || !t.listed(f, c) {
+		if !all && !c.state.Running || !descends(c.record) || !t.listed(f, c) {
 			continue
 		}
-		out = append(out, t.summary(c))
+		one := t.summary(c)
+		one.Image = shown(ctx, c.record)
+		out = append(out, one)
 		if limit > 0 && len(out) == limit {
 			break
 		}
@@ -216,7 +223,6 @@ func (t *tenant) listed(f dockerhttp.Filters, c *seen) bool {
 		}) &&
 		f.Any("health", func(v string) bool { return v == string(healthOf(&c.state)) }) &&
 		f.Labels("label", c.Config.Labels, false) &&
-		f.Any("ancestor", func(v string) bool { return isImage(c.record, v) }) &&
 		f.Any("network", func(v string) bool { return slices.Contains(c.networks(), v) }) &&
 		f.Any("volume", func(v string) bool {
 			return slices.ContainsFunc(mountPoints(c.record), func(m container.MountPoint) bool { return m.Name == v || m.Destination == v })
@@ -231,18 +237,6 @@ func healthOf(s *container.State) container.HealthStatus {
 		return container.NoHealthcheck
 	}
 	return s.Health.Status
-}
-
-// isImage tells whether a container is of the image that a filter names: by a reference, with latest for its tag where it has none, or by an id.
-func isImage(c *record, v string) bool {
-	withTag := func(ref string) string {
-		if i := strings.LastIndexByte(ref, '/'); !strings.ContainsAny(ref[i+1:], ":@") {
-			return ref + ":latest"
-		}
-		return ref
-	}
-	id := strings.TrimPrefix(v, "sha256:")
-	return withTag(c.Config.Image) == withTag(v) || len(id) >= 12 && strings.HasPrefix(strings.TrimPrefix(c.Image.ID, "sha256:"), id)
 }
 
 // networks are the names of those that the container is on.

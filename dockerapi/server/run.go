@@ -181,7 +181,7 @@ func (t *tenant) start(ctx context.Context, id string) error {
 func (s *Server) jobOf(r *record, namespace string, hold bool) (*api.Job, error) {
 	p := *r.Pod
 	p.Containers = append([]spec.PodContainer{}, r.Pod.Containers...)
-	p.Name = r.Name
+	p.Name, p.Containers[0].Image = r.Name, s.nodeReference(r.Image)
 	if hold {
 		p.Containers[0].Lifecycle.Hold = spec.Duration(holdTime)
 	}
