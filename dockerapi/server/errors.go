@@ -39,7 +39,7 @@ func statusOf(err error) (int, string) {
 		text := strings.TrimSpace(refused.Body())
 		switch {
 		case refused.StatusCode() == http.StatusForbidden:
-			return http.StatusForbidden, fmt.Sprintf("Nomad does not allow it (%s): the ACL policy of this client's token has to", or(text, "permission denied"))
+			return http.StatusForbidden, fmt.Sprintf("Nomad does not allow it to this client's token: %s", or(text, "permission denied"))
 		case strings.Contains(text, "No cluster leader"), strings.Contains(text, "No path to region"), strings.Contains(text, "leadership"):
 			return http.StatusServiceUnavailable, fmt.Sprintf("Nomad can't act at the moment (%s): try again", text)
 		}

@@ -105,7 +105,7 @@ func (s *Server) tenantOf(a Access) (*tenant, error) {
 	}
 	c := *s.Nomad
 	c.Namespace, c.SecretID = a.Namespace, token
-	client, err := api.NewClient(&c)
+	client, err := newNomad(c)
 	if err != nil {
 		return nil, err
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/moby/moby/api/types/network"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/internal/nomadjob"
 	"github.com/cradlestack/cradlestack/spec"
@@ -263,17 +264,8 @@ func (t *tenant) find(ctx context.Context, ref string) (*record, error) {
 			return r, err
 		}
 	}
-	v, _, err := t.nomad.Variables().Read(namePath(ref), t.query(ctx))
-	if err == nil {
-		r, err := t.get(ctx, v.Items[ownerItem])
-		if err == nil && r.Name == ref {
-			return r, nil
-		}
-		if err != nil && !isNotFound(err) {
-			return nil, err
-		}
-	} else if !errors.Is(err, api.ErrVariablePathNotFound) {
-		return nil, err
+	if r, err := t.named(ctx, ref); !isNotFound(err) {
+		return r, err
 	}
 	if !isHex || len(ref) > 64 {
 		return nil, noContainer(ref)
@@ -293,6 +285,25 @@ func (t *tenant) find(ctx context.Context, ref string) (*record, error) {
 		return r, err
 	}
 	return nil, dockerhttp.Invalid("Multiple IDs found with provided prefix: %s", ref)
+}
+
+// named reads the record of a container's name.
+func (t *tenant) named(ctx context.Context, name string) (*record, error) {
+	if _, err := translate.Name(name); err != nil {
+		return nil, noContainer(name)
+	}
+	v, _, err := t.nomad.Variables().Read(namePath(name), t.query(ctx))
+	if errors.Is(err, api.ErrVariablePathNotFound) {
+		return nil, noContainer(name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r, err := t.get(ctx, v.Items[ownerItem])
+	if err == nil && r.Name != name { // it was renamed, and its old name is about to go
+		return nil, noContainer(name)
+	}
+	return r, err
 }
 
 // readers is how many records are read at once.

@@ -21,6 +21,7 @@ type router struct {
 	*http.ServeMux
 	server *Server
 	named  map[string]map[string]handler // "GET /images/" → what follows a name → handler
+	all    []string                      // patterns that it answers
 }
 
 func newRouter(s *Server) *router {
@@ -54,6 +55,7 @@ func (rt *router) on(pattern string, h handler) {
 
 // open answers a pattern to everybody.
 func (rt *router) open(pattern string, h func(http.ResponseWriter, *http.Request) error) {
+	rt.all = append(rt.all, pattern)
 	rt.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		if err := h(w, r); err != nil {
 			answerError(w, r, err)

@@ -45,6 +45,10 @@ func answerNothing(w http.ResponseWriter, r *http.Request) {
 		<-r.Context().Done()
 		return
 	}
+	if strings.HasPrefix(r.URL.Path, "/v1/var/") {
+		http.NotFound(w, r)
+		return
+	}
 	_, _ = io.WriteString(w, "[]")
 }
 

@@ -129,12 +129,12 @@ func (w *watch) ready(ctx context.Context) error {
 		if synced {
 			return nil
 		}
+		if status, text := statusOf(err); status == http.StatusForbidden {
+			return dockerhttp.NewError(status, text)
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			if status, text := statusOf(err); status == http.StatusForbidden {
-				return dockerhttp.NewError(status, text)
-			}
 			return dockerhttp.Errorf(http.StatusServiceUnavailable, "Nomad's event stream is not to be had (%v): try again", err)
 		}
 	}
