@@ -31,7 +31,7 @@ func (f *Folder) Put(ctx context.Context, name string, data []byte) error {
 	}
 	to := filepath.Join(f.path, filepath.FromSlash(name))
 	dir := filepath.Dir(to)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := makeDir(dir); err != nil {
 		return err
 	}
 	part, err := os.OpenFile(filepath.Join(dir, temporary+filepath.Base(to)), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -46,6 +46,21 @@ func (f *Folder) Put(ctx context.Context, name string, data []byte) error {
 		return err
 	}
 	return syncDir(dir)
+}
+
+// makeDir makes a directory and those above it that are missing, as durably as what will be in it.
+func makeDir(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	above := filepath.Dir(dir)
+	if err := makeDir(above); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(above)
 }
 
 func syncDir(dir string) error {
