@@ -24,10 +24,11 @@ type podStatus struct {
 	Directory  string                 `json:"directory"`
 	ID         string                 `json:"id"`
 	Name       string                 `json:"name"`
-	State      string                 `json:"state"`              // created, running, exited
+	State      string                 `json:"state"`              // created, starting, running, exited
 	Attendant  int                    `json:"attendant,omitzero"` // process id of the kcradle that attends to it
 	ExitCode   *int                   `json:"exitCode,omitempty"` // once it has exited
 	Error      string                 `json:"error,omitempty"`
+	Filling    *wire.Filling          `json:"filling,omitempty"` // what a start that takes its time is busy with
 	StartedAt  time.Time              `json:"startedAt,omitzero"`
 	EndedAt    time.Time              `json:"endedAt,omitzero"`
 	Machine    *vmm.Info              `json:"machine,omitempty"`
@@ -94,7 +95,7 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 		return nil, err
 	}
 	if running {
-		if err := c.liveStatus(ctx, d, s); err != nil || s.State == wire.StateRunning {
+		if err := c.liveStatus(ctx, d, s); err != nil || s.State != wire.StateCreated {
 			return s, err
 		}
 	}
@@ -116,11 +117,30 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 	return s, nil
 }
 
+// stateStarting is that of a pod whose volumes are being filled: its guest has no containers yet.
+const stateStarting = "starting"
+
 // answerTimeout bounds how long a guest may take to say how it is.
 const answerTimeout = 10 * time.Second
 
 // liveStatus asks the guest. It leaves s as it is when the pod has ended, and is brought home.
-func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
+func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) (err error) {
+	pid, err := d.Attendant()
+	if err != nil {
+		return err
+	}
+	if pid != 0 {
+		switch s.Filling, err = d.AwaitStart(ctx); {
+		case errors.Is(err, pod.ErrNotRunning):
+			return nil
+		case err != nil:
+			return err
+		case s.Filling != nil:
+			s.State = stateStarting
+			s.Attendant, err = d.Attendant()
+			return err
+		}
+	}
 	g, err := c.guestOf(ctx, d)
 	if errors.Is(err, pod.ErrNotRunning) {
 		return nil
@@ -135,7 +155,7 @@ func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
 	err = g.Call(asked, http.MethodGet, wire.PathStatus, nil, nil, &w)
 	if err != nil {
 		if !errors.Is(d.AwaitSettled(ctx), pod.ErrNotRunning) { // else it has ended just now
-			return fmt.Errorf("status of %s: %w", d.Path(), err)
+			return errors.Join(append([]error{fmt.Errorf("status of %s: %w", d.Path(), err)}, diskErrors(d)...)...)
 		}
 	}
 	if err != nil || w.State == wire.StateExited {
@@ -156,6 +176,18 @@ func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) error {
 	return nil
 }
 
+// diskErrors may be why a guest does not answer.
+func diskErrors(d *pod.Dir) (errs []error) {
+	info, err := d.Machine()
+	if err != nil {
+		return nil
+	}
+	for _, e := range info.DiskErrors {
+		errs = append(errs, e)
+	}
+	return errs
+}
+
 func (c *cli) printStatus(s *podStatus) error {
 	fmt.Fprintf(c.stdout, "pod %s (%s): %s", s.Name, s.ID[:12], s.State)
 	switch {
@@ -163,6 +195,11 @@ func (c *cli) printStatus(s *podStatus) error {
 		fmt.Fprintf(c.stdout, " %s ago with exit code %d", since0(s.EndedAt), *s.ExitCode)
 	case s.State == wire.StateRunning:
 		fmt.Fprintf(c.stdout, " for %s", since0(s.StartedAt))
+	case s.Filling != nil:
+		fmt.Fprintf(c.stdout, ": copying the image's content into volume %s, %v", s.Filling.Volume, mebibytes(s.Filling.Done))
+		if s.Filling.Total > 0 {
+			fmt.Fprintf(c.stdout, " of about %v", mebibytes(s.Filling.Total))
+		}
 	}
 	fmt.Fprintln(c.stdout)
 	if s.Error != "" {
@@ -174,6 +211,9 @@ func (c *cli) printStatus(s *podStatus) error {
 			fmt.Fprintf(c.stdout, ", qemu %d, attended by %d", m.PID, s.Attendant)
 		}
 		fmt.Fprintln(c.stdout)
+		for _, e := range m.DiskErrors {
+			fmt.Fprintf(c.stdout, "%s ago: %v\n", since0(e.At), e)
+		}
 		for _, p := range m.Publish {
 			fmt.Fprintf(c.stdout, "port: %s -> %d/%s\n", hostPort(p), p.Port, protocol(p))
 		}
@@ -201,6 +241,9 @@ func (c *cli) printStatus(s *podStatus) error {
 	}
 	return w.Flush()
 }
+
+// mebibytes leaves out what nobody reads.
+func mebibytes(n int64) spec.Bytes { return spec.Bytes(n >> 20 << 20) }
 
 func startWord(start string) string {
 	if start == vmm.Template {

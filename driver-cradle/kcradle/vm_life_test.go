@@ -546,6 +546,29 @@ func TestVMFillingIsShown(t *testing.T) {
 	}
 }
 
+// Whoever asks for the pod's status meanwhile is told as well.
+func TestVMStatusWhileFilling(t *testing.T) {
+	w := theWorld(t)
+	dir := filepath.Join(t.TempDir(), "pod")
+	t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
+	w.must(t, "summon", dir, "oci:"+w.images+"/debian", "-v", filepath.Join(t.TempDir(), "usr.img")+":/usr:size=600M", "--", "true")
+	cmd := w.start(t, io.Discard, "run", dir)
+	var s podStatus
+	within(t, "the status tells that a volume is being filled", func() bool { s = w.status(t, dir); return s.State != "created" })
+	if s.State != stateStarting || s.Filling == nil || s.Filling.Done == 0 || s.Attendant != cmd.Process.Pid {
+		t.Errorf("%+v", s)
+	}
+	if stdout := w.must(t, "status", dir); !strings.Contains(stdout, "): starting: copying the image's content into volume ") {
+		t.Errorf("the status is %s", stdout)
+	}
+	if code := exit(t, cmd); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if s := w.status(t, dir); s.State != "exited" || s.Filling != nil {
+		t.Errorf("at the end: %+v", s)
+	}
+}
+
 func openTerminal(t *testing.T) (master, slave *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK, 0)

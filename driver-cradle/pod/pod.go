@@ -47,6 +47,7 @@ const (
 	launchedFile = "launch.json" // in runDir: what the run was started with
 	killedFile   = "killed"      // in runDir: the name of the run that is to end, or was ended, on purpose
 	detachedFile = "detached"    // in runDir: the run's machine goes on without its attendant
+	fillingFile  = "filling"     // in runDir: how far the start is with copying an image's content into a volume
 	logsDir      = "logs"
 )
 

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -53,7 +54,8 @@ var (
 	errEnded    = errors.New("pod has ended")
 )
 
-// launchTimeout bounds what a guest has to set up before its first container runs; copying an image's content into volumes is part of that.
+// launchTimeout bounds what a guest has to set up before its first container runs. Copying an image's content into volumes may take longer, as
+// long as it gets on.
 const launchTimeout = 10 * time.Minute
 
 func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, started time.Time, discardLogs bool) *Running {
@@ -186,8 +188,10 @@ func (r *Running) call(ctx context.Context, method, path string, query url.Value
 
 // launch tells the guest what to run.
 func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, launchTimeout, fmt.Errorf("the guest did not set the pod up within %v", launchTimeout))
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timeout := time.AfterFunc(launchTimeout, func() { cancel(fmt.Errorf("the guest did not set the pod up within %v", launchTimeout)) })
+	defer timeout.Stop()
 	ctx, done := r.whileItRuns(ctx)
 	defer done()
 	r.last.State = wire.StateRunning
@@ -196,11 +200,9 @@ func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) e
 	}
 	var watching sync.WaitGroup
 	defer watching.Wait()
-	if o.Progress != nil {
-		watched, cancel := context.WithCancel(ctx)
-		defer cancel()
-		watching.Go(func() { r.watchFilling(watched, o.Progress) })
-	}
+	watched, unwatch := context.WithCancel(ctx)
+	defer unwatch()
+	watching.Go(func() { r.watchFilling(watched, o.Progress, timeout) })
 	var err error
 	if o.Attach != "" {
 		q := AttachQuery(r.started, o.Stdin)
@@ -215,19 +217,49 @@ func (r *Running) launch(ctx context.Context, w *wire.Launch, o *StartOptions) e
 	return err
 }
 
-// watchFilling tells how a launch that takes its time goes.
-func (r *Running) watchFilling(ctx context.Context, tell func(wire.Filling)) {
-	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 250*time.Millisecond) {
+// watchFilling tells how a launch that takes its time goes, and in the run directory whoever wants to know.
+func (r *Running) watchFilling(ctx context.Context, tell func(wire.Filling), timeout *time.Timer) {
+	path := r.dir.join(runDir, fillingFile)
+	defer os.Remove(path)
+	wait, longest := 50*time.Millisecond, 250*time.Millisecond
+	if tell == nil { // most starts have ended by then
+		wait, longest = 250*time.Millisecond, time.Second
+	}
+	for last := (wire.Filling{}); ; wait = min(2*wait, longest) {
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
 			return
 		}
 		var s wire.Status
-		if err := r.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &s); err == nil && s.Filling != nil {
-			tell(*s.Filling)
+		if err := r.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &s); err != nil || s.Filling == nil || *s.Filling == last {
+			continue
+		}
+		last = *s.Filling
+		timeout.Reset(launchTimeout)
+		if tell != nil {
+			tell(last)
+		}
+		if err := writeJSON(path, last); err != nil {
+			r.log.Debug("note how far the start is", "error", err) // the disk with the run directory may be full
 		}
 	}
+}
+
+// filling is how far the pod's start is with copying an image's content into a volume, nil where it is not busy with that.
+func (d *Dir) filling() (*wire.Filling, error) {
+	data, err := hostfile.Read(d.join(runDir, fillingFile), 64<<10)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil //nolint:nilnil // there is none
+	}
+	if err != nil {
+		return nil, err
+	}
+	var f wire.Filling
+	if err := json.Unmarshal(data, &f); err != nil {
+		return nil, fmt.Errorf("%s: %w", d.join(runDir, fillingFile), err)
+	}
+	return &f, nil
 }
 
 // Attached is the stream of the container that StartOptions.Attach names, docker's raw stream: from the start of this run until the container

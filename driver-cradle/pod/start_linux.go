@@ -233,7 +233,7 @@ func (d *Dir) tidy() error {
 			return err
 		}
 	}
-	return errors.Join(remove(d.join(SocketFile)), remove(d.join(runDir, detachedFile)), remove(run))
+	return errors.Join(remove(d.join(SocketFile)), remove(d.join(runDir, detachedFile)), remove(d.join(runDir, fillingFile)), remove(run))
 }
 
 func remove(path string) error {

@@ -216,26 +216,41 @@ const settleLimit = 10 * time.Second
 
 // AwaitSettled returns nil once somebody answers on the vdocker.sock of a pod that is attended to, and ErrNotRunning once it has ended.
 func (d *Dir) AwaitSettled(ctx context.Context) error {
+	_, err := d.settled(ctx, false)
+	return err
+}
+
+// AwaitStart is AwaitSettled, but does not wait for a start that copies an image's content into a volume: it tells how far that is.
+func (d *Dir) AwaitStart(ctx context.Context) (*wire.Filling, error) { return d.settled(ctx, true) }
+
+func (d *Dir) settled(ctx context.Context, orFilling bool) (*wire.Filling, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 		conn, err := d.Dial(ctx)
 		if err == nil {
-			return conn.Close()
+			return nil, conn.Close()
 		}
 		if !noListener(err) {
-			return err
+			return nil, err
 		}
 		pid, err := d.Attendant()
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if pid == 0 {
-			return d.notRunning()
+			return nil, d.notRunning()
+		}
+		f, err := d.filling()
+		if err != nil || f != nil && orFilling {
+			return f, err
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s starts or ends, and process %d is not done with that yet: try again, or end it with kcradle kill %[1]s", d.path, pid)
+			if f != nil {
+				return nil, fmt.Errorf("%s starts, and copies the image's content into volume %s: try again when kcradle status %[1]s tells that it runs, or end it with kcradle kill %[1]s", d.path, f.Volume)
+			}
+			return nil, fmt.Errorf("%s starts or ends, and process %d is not done with that yet: try again, or end it with kcradle kill %[1]s", d.path, pid)
 		case <-time.After(wait):
 		}
 	}
