@@ -62,7 +62,9 @@ func run(args []string, stdin *os.File, stdout, stderr io.Writer) int {
 		return int(exit)
 	}
 	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(stderr, "kcradle: %s\n", strings.TrimRight(line, "\n"))
+		if line = strings.TrimRight(line, "\n\t "); line != "" { // cobra's suggestions come with empty ones
+			fmt.Fprintf(stderr, "kcradle: %s\n", line)
+		}
 	}
 	return c.failure
 }
@@ -110,6 +112,9 @@ func (c *cli) tellUsage(cmd *cobra.Command) {
 		sub.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
 			return refused(fmt.Errorf("%w: see %s --help", err, sub.CommandPath()))
 		})
+		if sub.HasSubCommands() {
+			sub.RunE, sub.DisableFlagsInUseLine = group, true
+		}
 		args := sub.Args
 		if args == nil {
 			continue
@@ -125,6 +130,14 @@ func (c *cli) tellUsage(cmd *cobra.Command) {
 			return nil
 		}
 	}
+}
+
+// group runs a command that is only there for the ones below it.
+func group(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("there is no command %q: see %s --help", args[0], cmd.CommandPath())
+	}
+	return cmd.Help()
 }
 
 func env(name, fallback string) string {
@@ -171,7 +184,15 @@ func (c *cli) findBoot() (*boot.Package, error) {
 	return p, err
 }
 
-func (c *cli) open(dir string) (*pod.Dir, error) { return pod.Open(dir, c.log()) }
+func (c *cli) open(dir string) (*pod.Dir, error) {
+	if dir == "" {
+		return nil, errNameless
+	}
+	return pod.Open(dir, c.log())
+}
+
+// errNameless keeps a variable that is not set from meaning the working directory.
+var errNameless = errors.New(`"" is no directory: name that of a pod`)
 
 func (c *cli) printJSON(v any) error {
 	e := json.NewEncoder(c.stdout)

@@ -554,7 +554,7 @@ func (m *mountRequest) shortOptions(s string) error {
 // guess tells what a source of -v is.
 func (m *mountRequest) guess() string {
 	isDisk := strings.HasSuffix(m.source, ".img") || strings.HasSuffix(m.source, ".raw")
-	if !strings.ContainsAny(m.source[:1], "/.~") && !isDisk {
+	if !strings.ContainsAny(m.source[:1], ".~") && !strings.Contains(m.source, "/") && !isDisk {
 		return "volume"
 	}
 	fi, err := os.Stat(m.source)
@@ -645,8 +645,11 @@ func (v *volumeSet) add(m mountRequest) error {
 		if m.virtiofs {
 			volume.Directory.Transport = "virtiofs"
 		}
-		if m.create {
-			v.make = append(v.make, func() error { return makeDirectory(path) })
+		if _, err := os.Stat(path); m.create && err != nil {
+			if strings.HasPrefix(path, "/dev/") { // it was meant to be a disk
+				return fmt.Errorf("there is no device %s: see lsblk", path)
+			}
+			v.make = append(v.make, func() error { return os.MkdirAll(path, 0o755) }) // as docker does
 		}
 	case "block":
 		path, err := absolute(m.source)
@@ -748,17 +751,6 @@ func absolute(path string) (string, error) {
 		path = filepath.Join(home, rest)
 	}
 	return filepath.Abs(path)
-}
-
-// makeDirectory makes what -v names and is missing, as docker does. What is missing in /dev was meant to be a disk.
-func makeDirectory(path string) error {
-	if _, err := os.Stat(path); err == nil {
-		return nil
-	}
-	if strings.HasPrefix(path, "/dev/") {
-		return fmt.Errorf("there is no device %s: see lsblk", path)
-	}
-	return os.MkdirAll(path, 0o755)
 }
 
 // makeImage makes a sparse image where there is none.

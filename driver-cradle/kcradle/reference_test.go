@@ -37,7 +37,7 @@ func reference(w *bytes.Buffer, cmd *cobra.Command) {
 	if text == "" {
 		text = strings.ToUpper(cmd.Short[:1]) + cmd.Short[1:] + "."
 	}
-	if cmd.Runnable() {
+	if !cmd.HasSubCommands() {
 		fmt.Fprintf(w, "```\n%s\n```\n\n", cmd.UseLine())
 	}
 	fmt.Fprintf(w, "%s\n", fenced(text))

@@ -48,6 +48,9 @@ nothing to run.`,
 				if err := c.notForDirectories(cmd); err != nil {
 					return err
 				}
+				if detach && remove {
+					return errKept
+				}
 				if detach {
 					return c.runDetached(cmd.Context(), args[0], pull.quiet)
 				}
@@ -58,7 +61,7 @@ nothing to run.`,
 				return c.runForeground(cmd.Context(), d, pull.quiet, remove)
 			}
 			if detach {
-				return errors.New("-d keeps the pod, --rm removes it: summon a directory and run that with -d")
+				return errKept
 			}
 			return c.runImage(cmd, &flags, &pull, args)
 		},
@@ -71,6 +74,8 @@ nothing to run.`,
 	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
+
+var errKept = errors.New("-d keeps the pod, --rm removes it: summon a directory, run that with -d, and remove it with kcradle rm")
 
 func isPod(path string) bool {
 	_, err := os.Stat(filepath.Join(path, pod.LaunchFile))
@@ -110,11 +115,11 @@ func (c *cli) runImage(cmd *cobra.Command, flags *podFlags, pull *pullFlags, arg
 	dir := filepath.Join(base, "pod")
 	ctx, cancel := interruptible(cmd)
 	defer cancel()
-	p, err := c.describe(flags, dir, args[0], args[1:])
+	p, makes, err := c.describe(flags, dir, args[0], args[1:])
 	if err != nil {
 		return err
 	}
-	d, err := c.summon(ctx, dir, p, pull, "")
+	d, err := c.summon(ctx, dir, p, makes, pull, "")
 	if err != nil {
 		return err
 	}
@@ -254,10 +259,14 @@ func (f *foreground) attach() error {
 		return f.attachTo(&containers[0], f.stdout, f.stderr, true)
 	}
 	out, err := &lineMixer{w: f.stdout}, &lineMixer{w: f.stderr}
+	for i := range containers {
+		out.width = max(out.width, len(containers[i].Name))
+	}
+	err.width = out.width
 	var g errgroup.Group
 	for i := range containers {
 		c := &containers[i]
-		o, e := out.add(c.Name), err.add(c.Name)
+		o, e := &prefixed{lineMixer: out, name: c.Name}, &prefixed{lineMixer: err, name: c.Name}
 		g.Go(func() error {
 			aerr := f.attachTo(c, o, e, false)
 			return errors.Join(aerr, o.flush(), e.flush())
@@ -388,11 +397,6 @@ type prefixed struct {
 	*lineMixer
 	name string
 	line []byte
-}
-
-func (m *lineMixer) add(name string) *prefixed {
-	m.width = max(m.width, len(name))
-	return &prefixed{lineMixer: m, name: name}
 }
 
 func (p *prefixed) Write(b []byte) (int, error) {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
@@ -68,16 +69,23 @@ follows -- replaces the image's command. With -f FILE the pod is read from a JSO
 			ctx, cancel := interruptible(cmd)
 			defer cancel()
 			var p *spec.Pod
+			var makes []func() error
 			var err error
+			if args[0] == "" {
+				return errNameless
+			}
 			if file != "" {
+				if err := notBesideFile(cmd); err != nil {
+					return err
+				}
 				p, err = readPod(file)
 			} else {
-				p, err = c.describe(&flags, args[0], args[1], args[2:])
+				p, makes, err = c.describe(&flags, args[0], args[1], args[2:])
 			}
 			if err != nil {
 				return err
 			}
-			_, err = c.summon(ctx, args[0], p, &pull, id)
+			_, err = c.summon(ctx, args[0], p, makes, &pull, id)
 			return err
 		},
 	}
@@ -89,6 +97,19 @@ follows -- replaces the image's command. With -f FILE the pod is read from a JSO
 	return cmd
 }
 
+// notBesideFile refuses flags that describe what the file describes.
+func notBesideFile(cmd *cobra.Command) error {
+	var err error
+	cmd.Flags().Visit(func(f *pflag.Flag) {
+		switch f.Name {
+		case "file", "id", "pull", "insecure-registry", "platform", "quiet", "root", "boot", "verbose":
+		default:
+			err = fmt.Errorf("-f and --%s exclude each other: write it into the file (docs/launch-spec.md, Pod)", f.Name)
+		}
+	})
+	return err
+}
+
 func readPod(file string) (*spec.Pod, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -97,28 +118,20 @@ func readPod(file string) (*spec.Pod, error) {
 	return spec.ParsePod(file, data)
 }
 
-// describe makes a Pod of the command line, and the directories and images that it asks to make.
-func (c *cli) describe(flags *podFlags, dir, image string, command []string) (*spec.Pod, error) {
+// describe makes a Pod of the command line; makes are the directories and images that it asks to make.
+func (c *cli) describe(flags *podFlags, dir, image string, command []string) (p *spec.Pod, makes []func() error, err error) {
 	path, err := filepath.Abs(dir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	p, makes, err := flags.pod(nameOf(filepath.Base(path)), image, command)
-	if err != nil {
-		return nil, err
+	if p, makes, err = flags.pod(nameOf(filepath.Base(path)), image, command); err != nil {
+		return nil, nil, err
 	}
-	if err := p.Validate(); err != nil {
-		return nil, err
-	}
-	for _, f := range makes {
-		if err := f(); err != nil {
-			return nil, err
-		}
-	}
-	return p, nil
+	return p, makes, p.Validate()
 }
 
-func (c *cli) summon(ctx context.Context, dir string, p *spec.Pod, pull *pullFlags, id string) (*pod.Dir, error) {
+// summon makes the pod, and then, when there is nothing left that may fail for want of an image, what makes say.
+func (c *cli) summon(ctx context.Context, dir string, p *spec.Pod, makes []func() error, pull *pullFlags, id string) (*pod.Dir, error) {
 	pkg, err := c.findBoot()
 	if err != nil {
 		return nil, err
@@ -132,6 +145,11 @@ func (c *cli) summon(ctx context.Context, dir string, p *spec.Pod, pull *pullFla
 	d, err := pod.Summon(ctx, dir, p, pod.SummonOptions{Images: store, Boot: pkg, Pull: pull.options(bar.update), ID: id, Log: c.log()})
 	if err != nil {
 		return nil, fmt.Errorf("summon %s: %w", dir, err)
+	}
+	for _, f := range makes {
+		if err := f(); err != nil {
+			return nil, errors.Join(fmt.Errorf("summon %s: %w", dir, err), d.Remove())
+		}
 	}
 	return d, nil
 }
