@@ -7,14 +7,20 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"io"
+	"log"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -58,29 +64,64 @@ func TestScripts(t *testing.T) {
 	})
 }
 
+// A mirror is asked first for what is docker.io's.
+func TestRegistryMirror(t *testing.T) {
+	mirror := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	defer mirror.Close()
+	img, err := anImage("amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := name.ParseReference(strings.TrimPrefix(mirror.URL, "http://") + "/hub/library/hello:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, img); err != nil {
+		t.Fatal(err)
+	}
+	id, err := img.ConfigName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stdout, stderr bytes.Buffer
+	if code := run([]string{"--root", t.TempDir(), "images", "pull", "--registry-mirror", mirror.URL + "/hub", "hello:1"}, os.Stdin, &stdout, &stderr); code != 0 || stdout.String() != id.String()+"\n" {
+		t.Errorf("exit code %d, %s%s", code, &stdout, &stderr)
+	}
+}
+
 // writeImage writes an OCI layout of an image with one file.
 func writeImage(dir, architecture string) error {
+	img, err := anImage(architecture)
+	if err != nil {
+		return err
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: architecture}}})
+	_, err = layout.Write(dir, index)
+	return err
+}
+
+func anImage(architecture string) (v1.Image, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	const text = "hello\n"
 	if err := w.WriteHeader(&tar.Header{Name: "hello", Size: int64(len(text)), Mode: 0o644}); err != nil {
-		return err
+		return nil, err
 	}
 	io.WriteString(w, text)
 	if err := w.Close(); err != nil {
-		return err
+		return nil, err
 	}
 	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
 	if err != nil {
-		return err
+		return nil, err
 	}
 	img, err := mutate.AppendLayers(empty.Image, layer)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	config, err := img.ConfigFile()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	config = config.DeepCopy()
 	config.Architecture, config.OS = architecture, "linux"
@@ -88,12 +129,7 @@ func writeImage(dir, architecture string) error {
 		Cmd: []string{"/hello"}, Env: []string{"PATH=/bin", "COLOR=red"}, WorkingDir: "/srv", User: "1:1", StopSignal: "SIGINT",
 		Volumes: map[string]struct{}{"/data": {}}, ExposedPorts: map[string]struct{}{"80/tcp": {}},
 	}
-	if img, err = mutate.ConfigFile(img, config); err != nil {
-		return err
-	}
-	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: architecture}}})
-	_, err = layout.Write(dir, index)
-	return err
+	return mutate.ConfigFile(img, config)
 }
 
 // writeBootPackage writes a package that is complete and boots nothing.

@@ -21,6 +21,7 @@ import (
 type pullFlags struct {
 	always   bool
 	insecure []string
+	mirrors  []string
 	platform string
 	quiet    bool
 }
@@ -29,12 +30,13 @@ func (p *pullFlags) register(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.BoolVar(&p.always, "pull", false, "ask the registry also when the image is in the cache")
 	f.StringArrayVar(&p.insecure, "insecure-registry", nil, "`host[:port]` that may be asked without TLS")
+	f.StringArrayVar(&p.mirrors, "registry-mirror", nil, "`host[:port][/prefix]` that is asked for docker.io's images first; http:// in front: without TLS")
 	f.StringVar(&p.platform, "platform", "", "`os/arch[/variant]` (default: the host's)")
 	f.BoolVarP(&p.quiet, "quiet", "q", false, "no progress")
 }
 
 func (p *pullFlags) options(progress func(image.Progress)) image.PullOptions {
-	return image.PullOptions{Force: p.always, Insecure: p.insecure, Platform: p.platform, Progress: progress}
+	return image.PullOptions{Force: p.always, Insecure: p.insecure, Mirrors: map[string][]string{"docker.io": p.mirrors}, Platform: p.platform, Progress: progress}
 }
 
 // interruptible gives a context that ends with Ctrl-C and SIGTERM.
@@ -102,7 +104,7 @@ func notBesideFile(cmd *cobra.Command) error {
 	var err error
 	cmd.Flags().Visit(func(f *pflag.Flag) {
 		switch f.Name {
-		case "file", "id", "pull", "insecure-registry", "platform", "quiet", "root", "boot", "verbose":
+		case "file", "id", "pull", "insecure-registry", "registry-mirror", "platform", "quiet", "root", "boot", "verbose":
 		default:
 			err = fmt.Errorf("-f and --%s exclude each other: write it into the file (docs/launch-spec.md, Pod)", f.Name)
 		}
