@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -60,7 +61,11 @@ func (p *Pod) newContainer(n int, s *spec.Container, layers map[string]string) (
 		return nil, &stateError{ErrInvalid, fmt.Sprintf("its id %q is no file name", s.ID)}
 	}
 	c.lowers = append(c.lowers, baseLayer)
-	for _, l := range s.Layers {
+	for i, l := range s.Layers {
+		// Empty layers are often the same one. overlayfs takes a directory once: the upper one hides all that the lower one has.
+		if slices.ContainsFunc(s.Layers[i+1:], func(above spec.Layer) bool { return above.DiffID == l.DiffID }) {
+			continue
+		}
 		dir, ok := layers[l.DiffID]
 		if !ok {
 			return nil, &stateError{ErrInvalid, "the host attached no disk for layer " + l.DiffID}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -17,6 +18,17 @@ const (
 	passwdFile = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/usr/sbin:/bin/false\nbroken line\n1000:x:77:78::/home/number:/bin/sh\nadm:x:3:4::/var/adm:\nnohome:x:5:5:::\n"
 	groupFile  = "root:x:0:\nadm:x:4:daemon,adm\nwheel:x:10:root,daemon\ntty:x:5:\nx:y\n"
 )
+
+// What a stage says reaches the agent whole, however long a command's name is.
+func TestShortened(t *testing.T) {
+	if got := shortened("short"); got != "short" {
+		t.Errorf("a short text becomes %q", got)
+	}
+	got := shortened(`exec: "` + strings.Repeat("ä", 100_000) + `": not found`)
+	if len(got) > 4<<10 || !strings.HasPrefix(got, `exec: "ää`) || !strings.HasSuffix(got, `ää": not found`) || !utf8.ValidString(got) {
+		t.Errorf("a long text becomes %d bytes: %q", len(got), got)
+	}
+}
 
 func TestFindUser(t *testing.T) {
 	for _, x := range []struct {

@@ -89,10 +89,12 @@ func runStage(kind string) {
 	runtime.LockOSThread()
 	unix.CloseOnExec(stageSocket)
 	err := becomeCommand(kind)
-	if _, ok := errors.AsType[*stageError](err); !ok {
-		err = &stageError{exitRefused, err.Error()}
+	e, ok := errors.AsType[*stageError](err)
+	if !ok {
+		e = &stageError{exitRefused, err.Error()}
 	}
-	out, _ := json.Marshal(err)
+	e.Text = shortened(e.Text)
+	out, _ := json.Marshal(e)
 	_, _ = unix.Write(stageSocket, out)
 	os.Exit(exitRefused)
 }
@@ -559,6 +561,15 @@ const (
 	ttyMark  = 't'
 	execMark = 'x'
 )
+
+// shortened leaves out the middle of a text that nobody would read and the agent would not take: a command may be of any length.
+func shortened(text string) string {
+	const longest = 4 << 10
+	if len(text) <= longest {
+		return text
+	}
+	return strings.ToValidUTF8(text[:longest/2], "") + "…" + strings.ToValidUTF8(text[len(text)-longest/4:], "")
+}
 
 // errStageDied is what there is to say of a stage that ended before its command began, without an error of its own.
 var errStageDied = errors.New("the process that prepares the command ended unexpectedly")

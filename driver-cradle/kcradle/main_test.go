@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io"
 	"log"
 	"net/http/httptest"
@@ -25,6 +26,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 )
 
@@ -86,6 +88,36 @@ func TestRegistryMirror(t *testing.T) {
 	var stdout, stderr bytes.Buffer
 	if code := run([]string{"--root", t.TempDir(), "images", "pull", "--registry-mirror", mirror.URL + "/hub", "hello:1"}, os.Stdin, &stdout, &stderr); code != 0 || stdout.String() != id.String()+"\n" {
 		t.Errorf("exit code %d, %s%s", code, &stdout, &stderr)
+	}
+}
+
+// A start that takes its time is told as what it is, not as an error.
+func TestStatusOfSlowStart(t *testing.T) {
+	t.Parallel()
+	base := t.TempDir()
+	dir := filepath.Join(base, "pod")
+	if err := errors.Join(writeImage(filepath.Join(base, "image"), "amd64"), writeBootPackage(filepath.Join(base, "boot"))); err != nil {
+		t.Fatal(err)
+	}
+	kcradle := func(args ...string) string {
+		var stdout, stderr bytes.Buffer
+		if code := run(append([]string{"--root", filepath.Join(base, "cache"), "--boot", filepath.Join(base, "boot")}, args...), os.Stdin, &stdout, &stderr); code != 0 {
+			t.Fatalf("kcradle %v: exit code %d, %s", args, code, &stderr)
+		}
+		return stdout.String()
+	}
+	kcradle("summon", dir, "oci:"+filepath.Join(base, "image"))
+	d, err := pod.Open(dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	claim, err := d.Claim(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer claim.Close()
+	if status := kcradle("status", dir); !strings.Contains(status, "): starting\n") {
+		t.Errorf("the status is %s", status)
 	}
 }
 

@@ -117,7 +117,7 @@ func (c *cli) status(ctx context.Context, d *pod.Dir) (*podStatus, error) {
 	return s, nil
 }
 
-// stateStarting is that of a pod whose volumes are being filled: its guest has no containers yet.
+// stateStarting is that of a pod whose guest has no containers yet: its volumes are being filled, or it takes its time.
 const stateStarting = "starting"
 
 // answerTimeout bounds how long a guest may take to say how it is.
@@ -133,11 +133,16 @@ func (c *cli) liveStatus(ctx context.Context, d *pod.Dir, s *podStatus) (err err
 		switch s.Filling, err = d.AwaitStart(ctx); {
 		case errors.Is(err, pod.ErrNotRunning):
 			return nil
-		case err != nil:
-			return err
+		case errors.Is(err, pod.ErrUnsettled):
+			if _, rerr := d.Report(); rerr == nil {
+				return nil // it has ended, all but its clearing up
+			}
+			fallthrough
 		case s.Filling != nil:
 			s.State = stateStarting
 			s.Attendant, err = d.Attendant()
+			return err
+		case err != nil:
 			return err
 		}
 	}

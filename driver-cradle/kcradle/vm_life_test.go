@@ -422,6 +422,17 @@ func TestVMDiskFull(t *testing.T) {
 	if code != 3 || stdout != "still here\n" || !strings.Contains(stderr, "No space left on device") {
 		t.Errorf("exit code %d, %q, %s", code, stdout, stderr)
 	}
+
+	// The host's file system under a volume is full: status says which, and what to do.
+	dir = w.summon(t, "-v", filepath.Join(small, "v.img")+":/v:size=64M", "--", "sleep", "1000")
+	w.must(t, "run", "-d", dir)
+	if stdout, _, code := w.run(t, "exec", dir, "dd", "if=/dev/urandom", "of=/v/big", "bs=1M", "count=32", "conv=fsync"); code == 0 {
+		t.Errorf("32 MiB fit into 1: %s", stdout)
+	}
+	if stdout := w.must(t, "status", dir); !strings.Contains(stdout, "v.img: No space left on device: the host's file system "+small+" is full: free space there\n") {
+		t.Errorf("the status is %s", stdout)
+	}
+	w.must(t, "rm", "-f", dir)
 }
 
 // What a container deletes is free for the host again.
@@ -554,7 +565,10 @@ func TestVMStatusWhileFilling(t *testing.T) {
 	w.must(t, "summon", dir, "oci:"+w.images+"/debian", "-v", filepath.Join(t.TempDir(), "usr.img")+":/usr:size=600M", "--", "true")
 	cmd := w.start(t, io.Discard, "run", dir)
 	var s podStatus
-	within(t, "the status tells that a volume is being filled", func() bool { s = w.status(t, dir); return s.State != "created" })
+	within(t, "the status tells that a volume is being filled", func() bool {
+		s = w.status(t, dir)
+		return s.Filling != nil || s.State != "created" && s.State != stateStarting
+	})
 	if s.State != stateStarting || s.Filling == nil || s.Filling.Done == 0 || s.Attendant != cmd.Process.Pid {
 		t.Errorf("%+v", s)
 	}

@@ -57,6 +57,7 @@ var (
 	ErrRunning    = errors.New("pod is running")
 	ErrNotRunning = errors.New("pod is not running")
 	ErrNotStarted = errors.New("pod has not run yet")
+	ErrUnsettled  = errors.New("pod starts or ends")
 )
 
 // A RunningError is an ErrRunning that knows who attends to the pod.

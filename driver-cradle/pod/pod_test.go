@@ -428,6 +428,7 @@ func TestPrepareBlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused(prepareAs(foreign, "", false, true), "btrfs", "not overwritten")
+	refused(prepareAs(sparse(t, "odd.img", 16<<20+1), "", false, true), "multiple of 512", "truncate -s 10G")
 	if after, err := os.ReadFile(foreign); err != nil || !slices.Equal(before, after) {
 		t.Error("a foreign file system was touched")
 	}

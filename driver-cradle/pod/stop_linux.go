@@ -214,7 +214,8 @@ func (d *Dir) awaitEndSoon(ctx context.Context, run string) error {
 // settleLimit bounds how long a pod may take to begin or to end for those who want to know how it is.
 const settleLimit = 10 * time.Second
 
-// AwaitSettled returns nil once somebody answers on the vdocker.sock of a pod that is attended to, and ErrNotRunning once it has ended.
+// AwaitSettled returns nil once somebody answers on the vdocker.sock of a pod that is attended to, ErrNotRunning once it has ended, and ErrUnsettled
+// where that takes too long.
 func (d *Dir) AwaitSettled(ctx context.Context) error {
 	_, err := d.settled(ctx, false)
 	return err
@@ -248,9 +249,9 @@ func (d *Dir) settled(ctx context.Context, orFilling bool) (*wire.Filling, error
 		select {
 		case <-ctx.Done():
 			if f != nil {
-				return nil, fmt.Errorf("%s starts, and copies the image's content into volume %s: try again when kcradle status %[1]s tells that it runs, or end it with kcradle kill %[1]s", d.path, f.Volume)
+				return nil, fmt.Errorf("%s: %w: it copies the image's content into volume %s: try again when kcradle status %[1]s tells that it runs, or end it with kcradle kill %[1]s", d.path, ErrUnsettled, f.Volume)
 			}
-			return nil, fmt.Errorf("%s starts or ends, and process %d is not done with that yet: try again, or end it with kcradle kill %[1]s", d.path, pid)
+			return nil, fmt.Errorf("%s: %w, and process %d is not done with that yet: try again, or end it with kcradle kill %[1]s", d.path, ErrUnsettled, pid)
 		case <-time.After(wait):
 		}
 	}

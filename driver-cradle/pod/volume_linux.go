@@ -213,6 +213,9 @@ func openDisk(path string, readOnly bool) (_ *os.File, size int64, err error) {
 	if size == 0 {
 		return nil, 0, fmt.Errorf("%s is empty: give it a size with truncate -s 10G %s", path, path)
 	}
+	if size%512 != 0 {
+		return nil, 0, fmt.Errorf("%s has %d bytes, a disk has a multiple of 512: give it a size with truncate -s 10G %[1]s", path, size)
+	}
 	return f, size, nil
 }
 

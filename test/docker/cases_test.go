@@ -170,6 +170,8 @@ var cases = []testCase{
 	{name: "layers/whiteouts, opaque directories and kinds", image: "layers", cmd: sh("cd /x; find . | sort; for f in $(ls | grep -v ' '); do stat -c '%n %F %a %u %g %h %s %t %T %Y' $f; done; cat replaced kept becomes-file one other; readlink dangling; md5sum zeros; cat 'ümläut €'")},
 	{name: "layers/one file under two names", image: "layers", cmd: sh("cd /x; test one -ef other && echo same; echo more >>one; cat other; test one -ef other; echo $?")},
 
+	{name: "layers/one layer several times", image: "repeated", cmd: sh("cd /x; find . | sort; cat kept file")},
+
 	// Volumes of the image.
 	{name: "volumes/content is copied up", image: "volume", cmd: sh("cd /data; find . | sort; stat -c '%n %F %a %u %g %s' . * sub/*; cat hard; readlink link; test file -ef hard && echo same; stat -c '%a %u %g' /empty /missing /missing/deep")},
 	{name: "volumes/can be written", image: "volume", cmd: sh("for d in /data /empty /missing/deep; do touch $d/x && grep -c \" $d \" /proc/mounts; done")},

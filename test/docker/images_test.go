@@ -67,7 +67,8 @@ func images(t *testing.T) map[string]v1.Image {
 		"healthy": configured(plain, func(c *v1.Config) {
 			c.Healthcheck = &v1.HealthConfig{Test: []string{"CMD-SHELL", "echo checked; test -e /tmp/well"}, Interval: 300 * time.Millisecond, Timeout: 10 * time.Second, Retries: 2}
 		}),
-		"layers": withLayer(t, withLayer(t, plain, below()...), above()...),
+		"repeated": withLayer(t, withLayer(t, withLayer(t, plain, repeated()...), between()...), repeated()...),
+		"layers":   withLayer(t, withLayer(t, plain, below()...), above()...),
 		"noexec": configured(withLayer(t, plain,
 			entry{name: "script-no-x", mode: 0o644, text: "#!/bin/sh\necho never\n"},
 			entry{name: "no-interpreter", mode: 0o755, text: "#!/not/there\n"},
@@ -187,6 +188,22 @@ func volumeContent() []entry {
 		{name: "data/link", kind: tar.TypeSymlink, mode: 0o777, text: "sub/set-user-id"},
 		{name: "data/hard", kind: tar.TypeLink, mode: 0o640, uid: 1000, gid: 2000, text: "data/file"},
 		{name: "empty", kind: tar.TypeDir, mode: 0o711, uid: 7, gid: 8},
+	}
+}
+
+func repeated() []entry {
+	return []entry{
+		{name: "x", kind: tar.TypeDir, mode: 0o755},
+		{name: "x/kept", mode: 0o644, text: "kept\n"},
+		{name: "x/file", mode: 0o644, text: "first\n"},
+	}
+}
+
+func between() []entry {
+	return []entry{
+		{name: "x/.wh.kept", mode: 0o644},
+		{name: "x/file", mode: 0o644, text: "second\n"},
+		{name: "x/between", mode: 0o644, text: "second\n"},
 	}
 }
 
