@@ -27,7 +27,7 @@ import (
 //	layers/sha256/<hex>.lock    held by who converts it
 //	images/<hash>.json          a resolved reference for one platform (imageRecord); its modification time is its last use
 //	holds/<hash>-<id>.json      a pod directory's claim on an image's layers (holdRecord); the hash is of its path
-//	tmp/<random>/               a Pull's files; the directory is locked while that lives
+//	tmp/<random>/               a Pull's files, or those of who has asked for a TempDir; the directory is locked while they live
 type Store struct {
 	root string
 }
@@ -301,7 +301,7 @@ func (s *Store) begin(ctx context.Context) (*session, error) {
 		return nil, err
 	}
 	defer lock.release()
-	dir, err := os.MkdirTemp(s.path("tmp"), "pull-")
+	dir, err := os.MkdirTemp(s.path("tmp"), "")
 	if err != nil {
 		return nil, err
 	}
@@ -313,6 +313,15 @@ func (s *Store) begin(ctx context.Context) (*session, error) {
 		return nil, errors.Join(err, os.Remove(dir))
 	}
 	return &session{dir: dir, lock: f}, nil
+}
+
+// TempDir makes a directory for what is not to outlive this process: remove removes it, and where the process is killed before, the next Open or GC.
+func (s *Store) TempDir(ctx context.Context) (dir string, remove func() error, err error) {
+	x, err := s.begin(ctx)
+	if err != nil {
+		return "", nil, fmt.Errorf("make temporary directory: %w", spaceError(err, s.root))
+	}
+	return x.dir, x.end, nil
 }
 
 func (x *session) end() error {

@@ -17,7 +17,8 @@ import (
 type execConfig struct {
 	AttachStdin, AttachStdout, AttachStderr, Tty, Privileged bool
 	Env, Cmd                                                 []string
-	User, WorkingDir                                         string `json:",omitempty"`
+	User, WorkingDir                                         string  `json:",omitempty"`
+	ConsoleSize                                              *[2]int `json:",omitempty"` // rows, columns
 }
 
 func (c *cli) execCommand() *cobra.Command {
@@ -59,6 +60,9 @@ func (c *cli) execCommand() *cobra.Command {
 func (c *cli) exec(ctx context.Context, d *pod.Dir, container string, e *execConfig, detach bool) error {
 	if e.Tty && e.AttachStdin && !isTerminal(c.stdin) {
 		return errors.New("exec -it: standard input is no terminal: leave -t out")
+	}
+	if e.Tty {
+		e.ConsoleSize = c.terminalSize()
 	}
 	name, err := containerName(d, container)
 	if err != nil {

@@ -34,7 +34,7 @@ func (c *cli) runCommand() *cobra.Command {
 stops the pod: the stop signal, then SIGKILL after the grace time; once more ends it at once. Every other signal goes to the container. With -d the pod
 goes on in the background.
 
-With --rm and an image the pod lives in a temporary directory that is removed at its end; flags are those of kcradle summon.
+With --rm and an image the pod lives in a temporary directory of the cache that is removed at its end; flags are those of kcradle summon.
 
 Exit codes are docker's: the container's, 128+n when signal n ended it, 127 when its command was not found, 126 when it can't be executed, 125 when there was
 nothing to run.`,
@@ -107,14 +107,18 @@ func (c *cli) notForDirectories(cmd *cobra.Command) error {
 }
 
 func (c *cli) runImage(cmd *cobra.Command, flags *podFlags, pull *pullFlags, args []string) (err error) {
-	base, err := os.MkdirTemp("", "kcradle-")
+	ctx, cancel := interruptible(cmd)
+	defer cancel()
+	store, err := c.store()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(base)) }()
+	base, removeBase, err := store.TempDir(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, removeBase()) }()
 	dir := filepath.Join(base, "pod")
-	ctx, cancel := interruptible(cmd)
-	defer cancel()
 	p, makes, err := c.describe(flags, dir, args[0], args[1:])
 	if err != nil {
 		return err
@@ -123,7 +127,6 @@ func (c *cli) runImage(cmd *cobra.Command, flags *podFlags, pull *pullFlags, arg
 	if err != nil {
 		return err
 	}
-	cancel()
 	return c.runForeground(cmd.Context(), d, pull.quiet, true)
 }
 

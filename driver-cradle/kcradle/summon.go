@@ -39,9 +39,13 @@ func (p *pullFlags) options(progress func(image.Progress)) image.PullOptions {
 	return image.PullOptions{Force: p.always, Insecure: p.insecure, Mirrors: map[string][]string{"docker.io": p.mirrors}, Platform: p.platform, Progress: progress}
 }
 
-// interruptible gives a context that ends with Ctrl-C and SIGTERM.
+// interruptible gives a context that ends with Ctrl-C and the other signals that ask for an end.
 func interruptible(cmd *cobra.Command) (context.Context, context.CancelFunc) {
-	return signal.NotifyContext(cmd.Context(), os.Interrupt, unix.SIGTERM)
+	ends := []os.Signal{os.Interrupt, unix.SIGTERM, unix.SIGQUIT}
+	if !signal.Ignored(unix.SIGHUP) { // as under nohup
+		ends = append(ends, unix.SIGHUP)
+	}
+	return signal.NotifyContext(cmd.Context(), ends...)
 }
 
 func (c *cli) summonCommand() *cobra.Command {

@@ -20,6 +20,15 @@ type terminal struct {
 	stop    func()
 }
 
+// terminalSize is that of stdin, in rows and columns, nil where it is no terminal.
+func (c *cli) terminalSize() *[2]int {
+	width, height, err := term.GetSize(int(c.stdin.Fd()))
+	if err != nil {
+		return nil
+	}
+	return &[2]int{height, width}
+}
+
 // takeTerminal puts the terminal of stdin into raw mode and keeps the container's, at path, as large as it. Where stdin is none, it does
 // nothing.
 func (c *cli) takeTerminal(ctx context.Context, g *pod.Guest, path string, raw bool) (*terminal, error) {

@@ -173,6 +173,33 @@ func killedAtAnyMoment(t *testing.T, rounds int) {
 	}
 }
 
+// A run --rm that a signal ends leaves nothing; what a killed one has left goes with the next command that opens the cache.
+func TestVMRunRemovedAtAnyMoment(t *testing.T) {
+	w := theWorld(t)
+	image := "oci:" + w.images + "/busybox"
+	begin := time.Now()
+	w.must(t, "run", "--rm", image, "true")
+	whole := time.Since(begin)
+	temp := filepath.Join(w.root, "tmp")
+	for _, s := range []unix.Signal{unix.SIGKILL, unix.SIGKILL, unix.SIGKILL, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT} {
+		moment := time.Duration(rand.Int64N(int64(whole)))
+		cmd := w.start(t, io.Discard, "run", "--rm", image, "sleep", "1")
+		within(t, "kcradle has begun", func() bool { return len(entries(t, temp)) > 0 })
+		time.Sleep(moment)
+		if err := cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+		nothingRemains(t, temp)
+		if s == unix.SIGKILL {
+			w.must(t, "images", "ls")
+		}
+		if left := entries(t, temp, w.tmp); len(left) > 0 {
+			t.Errorf("%v %v after its start left %v", s, moment, left)
+		}
+	}
+}
+
 // Likewise summon: what a killed one has left is replaced by the next.
 func TestVMSummonKilledAtAnyMoment(t *testing.T) { summonKilledAtAnyMoment(t, 10) }
 
@@ -512,6 +539,12 @@ func TestVMTerminal(t *testing.T) {
 		return strings.Contains(seen.String(), "20 50\r\n")
 	})
 	seen.Reset()
+	size := exec.Command(w.kcradle, "exec", "-t", dir, "stty", "size") // has it from the first moment on
+	size.Env = w.env()
+	size.Stdin = slave
+	if out, err := size.Output(); err != nil || string(out) != "20 50\r\n" {
+		t.Errorf("a command's terminal is %q, %v", out, err)
+	}
 	io.WriteString(master, "sleep 1000\r")
 	within(t, "sleep runs", func() bool {
 		_, _, code := w.run(t, "exec", dir, "pidof", "sleep")

@@ -36,6 +36,7 @@ type Running struct {
 
 	ctx  context.Context // of everything that is done for this pod
 	stop context.CancelCauseFunc
+	over chan struct{} // closed when the guest's containers have ended for good, or the machine has
 	done chan struct{}
 
 	mu     sync.Mutex
@@ -61,7 +62,7 @@ const launchTimeout = 10 * time.Minute
 func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, started time.Time, discardLogs bool) *Running {
 	r := &Running{
 		dir: d, log: d.log, machine: m, lock: lock, spec: launch, started: started, discardLogs: discardLogs,
-		done: make(chan struct{}), conns: map[net.Conn]bool{},
+		over: make(chan struct{}), done: make(chan struct{}), conns: map[net.Conn]bool{},
 	}
 	r.ctx, r.stop = context.WithCancelCause(context.Background())
 	return r
@@ -398,14 +399,15 @@ func (r *Running) StopWith(ctx context.Context, grace *time.Duration, signal str
 	var s wire.Status
 	err := r.call(asked, http.MethodPost, wire.PathStop, q, nil, &s)
 	if err == nil {
-		report, err := r.Wait(asked)
-		if report != nil || err != nil && asked.Err() == nil {
-			return report, err
+		select {
+		case <-r.over:
+		case <-asked.Done():
+			err = context.Cause(asked)
 		}
 	}
 	select {
-	case <-r.done:
-		return r.report, r.err
+	case <-r.over:
+		return r.Wait(ctx) // bringing its logs home may take longer, and ends by itself
 	default:
 	}
 	if ctx.Err() != nil {
@@ -441,6 +443,7 @@ func (r *Running) watch() {
 	defer close(r.done)
 	defer r.lock.Close()
 	status, err := r.awaitEnd()
+	close(r.over)
 	if errors.Is(err, errDetached) {
 		r.err = errDetached
 		r.unlisten()

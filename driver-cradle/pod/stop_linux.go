@@ -48,7 +48,9 @@ func (d *Dir) Stop(ctx context.Context, grace *time.Duration) (*Report, error) {
 	for {
 		err = d.Guest().Call(asked, http.MethodPost, wire.PathStop, query, nil, nil)
 		if err == nil {
-			err = d.AwaitEnd(asked)
+			home, cancel := context.WithTimeoutCause(ctx, homeLimit, fmt.Errorf("its containers have ended, but its logs were not brought home within %v", homeLimit))
+			defer cancel()
+			err = d.AwaitEnd(home)
 			break
 		}
 		if !noListener(err) {
@@ -93,6 +95,9 @@ func patience(launch *spec.Launch, grace *time.Duration) (time.Duration, url.Val
 
 // stopMargin is what a guest gets beside the containers' grace time to put its volumes away.
 const stopMargin = 20 * time.Second
+
+// homeLimit bounds the time that another process may take to bring a pod's logs home.
+const homeLimit = 10 * time.Minute
 
 // killLimit bounds the time from the machine's end to that of its attendant's work.
 const killLimit = 30 * time.Second
