@@ -117,9 +117,11 @@ func (e *Exec) Start(context.Context) error {
 	}
 	cmd, err := e.run(first)
 	if err != nil {
-		code := exitRefused
+		code := exitNotExecutable // docker's, whatever it is but a command that is not there
 		if se, ok := errors.AsType[*stageError](err); ok {
-			code = se.Code
+			if se.Code != exitRefused {
+				code = se.Code
+			}
 		} else if first.endsWithin(dying) {
 			err = &stateError{ErrConflict, fmt.Sprintf("container %s is not running", c.spec.ID)}
 		}
