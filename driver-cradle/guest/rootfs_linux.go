@@ -395,10 +395,11 @@ func (c *Container) stageConfig() (stageConfig, error) {
 			readOnly = true
 		}
 	}
+	size := c.pod.Launch().ConsoleSize
 	return stageConfig{
 		Rootfs: c.rootfs, Hostname: host, Domainname: s.Domainname, ReadOnly: readOnly, Init: s.Init, ShmSize: int64(shm), Sysctls: s.Sysctls,
 		Devices: s.Devices, Nodes: c.nodes, Mounts: c.late,
 		Args: slices.Concat(s.Entrypoint, s.Command), Env: containerEnv(s.Env, host, s.TTY), Cwd: s.WorkingDir, User: s.User, Groups: s.GroupAdd,
-		TTY: s.TTY, Caps: caps, Privileged: s.Privileged, NoNewPrivs: s.NoNewPrivs, Limits: limits, OOMScore: s.Resources.OOMScoreAdj,
+		TTY: s.TTY, Rows: size[0], Cols: size[1], Caps: caps, Privileged: s.Privileged, NoNewPrivs: s.NoNewPrivs, Limits: limits, OOMScore: s.Resources.OOMScoreAdj,
 	}, nil
 }

@@ -17,8 +17,8 @@ import (
 type execConfig struct {
 	AttachStdin, AttachStdout, AttachStderr, Tty, Privileged bool
 	Env, Cmd                                                 []string
-	User, WorkingDir                                         string  `json:",omitempty"`
-	ConsoleSize                                              *[2]int `json:",omitempty"` // rows, columns
+	User, WorkingDir                                         string    `json:",omitempty"`
+	ConsoleSize                                              [2]uint16 `json:",omitzero"` // rows, columns
 }
 
 func (c *cli) execCommand() *cobra.Command {

@@ -153,6 +153,9 @@ func (c *cli) runForeground(ctx context.Context, d *pod.Dir, quiet, remove bool)
 		return err
 	} else if len(launch.Containers) == 1 {
 		options.Attach, options.Stdin = launch.Containers[0].Name, launch.Containers[0].OpenStdin
+		if launch.Containers[0].TTY {
+			options.ConsoleSize = c.terminalSize()
+		}
 	}
 	type started struct {
 		r   *pod.Running

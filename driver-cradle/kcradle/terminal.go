@@ -20,13 +20,13 @@ type terminal struct {
 	stop    func()
 }
 
-// terminalSize is that of stdin, in rows and columns, nil where it is no terminal.
-func (c *cli) terminalSize() *[2]int {
+// terminalSize is that of stdin, in rows and columns, zero where it is no terminal.
+func (c *cli) terminalSize() [2]uint16 {
 	width, height, err := term.GetSize(int(c.stdin.Fd()))
 	if err != nil {
-		return nil
+		return [2]uint16{}
 	}
-	return &[2]int{height, width}
+	return [2]uint16{uint16(height), uint16(width)}
 }
 
 // takeTerminal puts the terminal of stdin into raw mode and keeps the container's, at path, as large as it. Where stdin is none, it does

@@ -47,6 +47,8 @@ type StartOptions struct {
 	// of output. Stdin says whether its input is wanted too.
 	Attach string
 	Stdin  bool
+
+	ConsoleSize [2]uint16 // rows and columns of the containers' terminals at their start; zero: nobody looks at them
 }
 
 // Claim makes the run that is to come the pod's present one: who asks for the pod's end from now on means that, and nobody else can start or
@@ -111,7 +113,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	if c.Package, err = boot.Open(or(o.Boot, d.join(BootLink))); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)
 	}
-	w := wire.Launch{Launch: *launch}
+	w := wire.Launch{Launch: *launch, ConsoleSize: o.ConsoleSize}
 	if err := d.storage(ctx, launch, &c, &w); err != nil {
 		return nil, fmt.Errorf("start pod %s: %w", launch.Name, err)
 	}

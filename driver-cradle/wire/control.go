@@ -29,6 +29,8 @@ type Launch struct {
 	Directories []Directory `json:"directories,omitempty"`
 	Interfaces  []Interface `json:"interfaces,omitempty"`
 	DNS         DNS         `json:"dns"`
+	// ConsoleSize, in rows and columns, is that of terminals at their containers' start, where somebody looks at them.
+	ConsoleSize [2]uint16 `json:"consoleSize,omitzero"`
 }
 
 // Keys of disks, before the DiffID or the volume's name.
