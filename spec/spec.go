@@ -152,6 +152,9 @@ type Network struct {
 	DNSSearch  []string    `json:"dnsSearch,omitempty"`
 	DNSOptions []string    `json:"dnsOptions,omitempty"`
 	ExtraHosts []HostEntry `json:"extraHosts,omitempty"`
+	// Names is a file of a directory volume, VOLUME/FILE, with lines of /etc/hosts that may come and go while the pod runs. With it, containers' resolver
+	// is the guest at 127.0.0.11, which answers by the file as it is at that moment, and asks DNS for what is not in it.
+	Names string `json:"names,omitempty"`
 }
 
 // A HostEntry is one line of /etc/hosts.

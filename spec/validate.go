@@ -85,6 +85,7 @@ func (l *Launch) validate(v *validator) {
 	v.hostname("hostname", l.Hostname, true)
 	v.pod(l.Resources, l.Boot, l.Network, l.Scratch)
 	volumes := v.volumes(l.Volumes, false)
+	l.Network.validateNames(v, volumes)
 
 	names := make([]string, len(l.Containers))
 	lives := make([]Lifecycle, len(l.Containers))
@@ -116,6 +117,7 @@ func (p *Pod) validate(v *validator) {
 	v.hostname("hostname", p.Hostname, false)
 	v.pod(p.Resources, p.Boot, p.Network, p.Scratch)
 	volumes := v.volumes(p.Volumes, true)
+	p.Network.validateNames(v, volumes)
 
 	names := make([]string, len(p.Containers))
 	lives := make([]Lifecycle, len(p.Containers))
@@ -465,6 +467,17 @@ func (n *Network) validate(v *validator) {
 		v.word(join(at, "name"), h.Name)
 		v.address(join(at, "address"), h.Address)
 	}
+}
+
+func (n *Network) validateNames(v *validator, volumes map[string]Volume) {
+	if n.Names == "" {
+		return
+	}
+	volume, file, _ := strings.Cut(n.Names, "/")
+	if volumes[volume].Directory == nil {
+		v.reject("network.names", "the pod has no directory volume %q; write VOLUME/FILE", volume)
+	}
+	v.inside("network.names", file, "the volume")
 }
 
 // volumes checks them and gives them by name.

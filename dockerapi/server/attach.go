@@ -75,8 +75,11 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 	next := c.Run + 1
 	var s podState
 	if err := t.watch.until(ctx, func() (bool, error) {
+		if t.isPlacing(c.ID) {
+			return false, nil
+		}
 		t.watch.mu.Lock()
-		s = t.watch.stateOf(c.jobID(), next)
+		s = t.watch.stateOf(c.jobID(), next, anyTry)
 		t.watch.mu.Unlock()
 		if s.phase == phaseRunning || s.phase == phaseEnded {
 			return true, nil

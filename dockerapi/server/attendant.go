@@ -64,8 +64,10 @@ func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.Allocation
 	job.ID, job.Name = &id, &id
 	job.Meta = map[string]string{metaAttends: r.ID}
 	job.TaskGroups[0].Networks = nil // its ports may be somebody else's by now
+	job.TaskGroups[0].Services = nil
 	task.Templates = nil
 	delete(task.Config, "env_file")
+	delete(task.Config, "names_file")
 	delete(task.Config, "ports")
 	delete(task.Config, "host_ips")
 	task.Config["lifecycle"] = map[string]any{"hold": attendantHold.String()}

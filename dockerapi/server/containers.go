@@ -170,10 +170,14 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	if err := t.supported(c); err != nil {
 		return err
 	}
+	if err := t.resolve(ctx, c); err != nil {
+		return err
+	}
 	rec := &record{
 		Version: recordVersion, ID: id, Name: name, Created: time.Now().UTC(), Image: imageRef{image.Reference, image.Audience, image.ID}, Config: c.Config, Host: c.Host,
-		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Volumes: c.Volumes, Want: wantCreated,
+		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Volumes: c.Volumes, Ranges: c.Ranges, Want: wantCreated,
 	}
+	rec.Bridged = rec.onNetworks()
 	if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
 		return dockerhttp.Invalid("%v", err)
 	}
@@ -182,7 +186,7 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	// Both are there before the client knows of the container.
 	var both errgroup.Group
-	both.Go(func() error { return t.putEnv(ctx, rec) })
+	both.Go(func() error { return t.putVariables(ctx, rec) })
 	both.Go(func() error { return t.put(ctx, rec) })
 	if err := both.Wait(); err != nil {
 		clear := context.WithoutCancel(ctx)
@@ -196,9 +200,6 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 
 // supported refuses what translate knows and this server has not yet.
 func (t *tenant) supported(c *translate.Container) error {
-	if mode := c.Host.NetworkMode; mode.IsUserDefined() {
-		return dockerhttp.Errorf(http.StatusNotFound, "network %s not found: networks of one's own are not supported yet, there are bridge and none", mode)
-	}
 	if len(c.Volumes) > 0 {
 		return dockerhttp.Errorf(http.StatusNotImplemented, "volume %s: volumes with a name are not supported yet; anonymous ones are (-v /path)", c.Volumes[0])
 	}
@@ -313,7 +314,7 @@ func (t *tenant) busy(id string, number int) bool {
 	}
 	t.watch.mu.Lock()
 	defer t.watch.mu.Unlock()
-	s := t.watch.stateOf(jobPrefix+id, number)
+	s := t.watch.stateOf(jobPrefix+id, number, anyTry)
 	return s.phase == phasePending && s.noPlace == "" || s.phase == phaseRunning
 }
 
@@ -451,6 +452,9 @@ func (s *Server) renameContainer(w http.ResponseWriter, r *http.Request, t *tena
 		return err
 	}
 	t.emitContainer(renamed, events.ActionRename, map[string]string{"oldName": "/" + old})
+	if err := t.tellNames(context.WithoutCancel(ctx), renamed); err != nil {
+		return err
+	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -191,7 +192,7 @@ func (w *watch) running() map[string]*api.AllocationListStub {
 	defer w.mu.Unlock()
 	all := map[string]*api.AllocationListStub{}
 	for id, j := range w.jobs {
-		if s := w.stateOf(id, j.run); j.run > 0 && s.phase == phaseRunning {
+		if s := w.stateOf(id, j.run, j.try); j.run > 0 && s.phase == phaseRunning {
 			all[strings.TrimPrefix(id, jobPrefix)] = s.alloc
 		}
 	}
@@ -376,15 +377,22 @@ const lateEnd = 10 * time.Second
 // networkEvents are those of a container's networks when it begins and ends to run.
 func (t *tenant) networkEvents(r *record, action events.Action) (all []event) {
 	for _, name := range r.networks() {
-		kind := translate.Bridge
-		if name == translate.None {
-			kind = "null"
+		n := &netRecord{ID: r.Networks[name].NetworkID, Name: name, Driver: translate.Bridge}
+		for _, there := range t.builtin() {
+			if there.Name == name {
+				n = there
+			}
 		}
-		all = append(all, event{Message: events.Message{Type: events.NetworkEventType, Action: action, Actor: events.Actor{
-			ID: networkID(t.Namespace, name), Attributes: map[string]string{"container": r.ID, "name": name, "type": kind},
-		}}})
+		all = append(all, n.event(action, map[string]string{"container": r.ID}))
 	}
 	return all
+}
+
+// event tells of something that has happened to a network, with more attributes than it always has.
+func (n *netRecord) event(action events.Action, more map[string]string) event {
+	all := map[string]string{"name": n.Name, "type": n.Driver}
+	maps.Copy(all, more)
+	return event{Message: events.Message{Type: events.NetworkEventType, Action: action, Actor: events.Actor{ID: n.ID, Attributes: all}}}
 }
 
 // emitKill tells of a signal that was sent at a time, by its number as docker does.

@@ -30,6 +30,11 @@ func (s *Server) imageOf(ctx context.Context, t *tenant, ref string) (*translate
 			return i, err
 		}
 	}
+	return s.layoutOf(ref)
+}
+
+// layoutOf finds an image among those that each node has as an OCI layout.
+func (s *Server) layoutOf(ref string) (*translate.Image, error) {
 	name, tag, _ := strings.Cut(ref, ":")
 	if s.Layouts == "" || !filepath.IsLocal(name) || strings.ContainsAny(name, "/@") || tag != "" && tag != "latest" {
 		return nil, noImage(ref)

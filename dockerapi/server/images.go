@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -291,11 +292,11 @@ type inspected struct {
 func (s *Server) imageInspect(w http.ResponseWriter, r *http.Request, t *tenant) error {
 	images, err := s.images(t)
 	if err != nil {
-		return err
+		return s.inspectLayout(w, r, err)
 	}
 	i, err := images.Inspect(r.Context(), r.PathValue("name"))
 	if err != nil {
-		return imageError(err)
+		return s.inspectLayout(w, r, imageError(err))
 	}
 	size, err := images.Size(r.Context(), i)
 	if err != nil {
@@ -326,6 +327,19 @@ func (s *Server) imageInspect(w http.ResponseWriter, r *http.Request, t *tenant)
 		answer.Parent = new(string)
 	}
 	return dockerhttp.Answer(w, http.StatusOK, answer)
+}
+
+// inspectLayout tells what is known of an image that each node has as an OCI layout; where there is none either, the registry's answer stands.
+func (s *Server) inspectLayout(w http.ResponseWriter, r *http.Request, answer error) error {
+	ref := r.PathValue("name")
+	i, err := s.layoutOf(ref)
+	if err != nil || !isNotFound(answer) {
+		return answer
+	}
+	return dockerhttp.Answer(w, http.StatusOK, image.InspectResponse{
+		ID: i.ID, RepoTags: []string{strings.TrimSuffix(ref, ":latest") + ":latest"}, RepoDigests: []string{}, Config: &i.Config, Architecture: runtime.GOARCH, Os: "linux",
+		GraphDriver: &storage.DriverData{Name: "overlay2", Data: map[string]string{}},
+	})
 }
 
 func (s *Server) imageHistory(w http.ResponseWriter, r *http.Request, t *tenant) error {

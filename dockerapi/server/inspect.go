@@ -88,9 +88,9 @@ func (t *tenant) ports(c *record) network.PortMap {
 	for p := range c.Config.ExposedPorts {
 		m[p] = nil
 	}
-	for i, published := range t.published(c) {
-		p, _ := network.PortFrom(uint16(published.To), protocol(published))
-		m[p] = append(m[p], network.PortBinding{HostIP: t.hostIP(c, published, i), HostPort: strconv.Itoa(published.Value)})
+	for _, published := range t.published(c) {
+		p := portOf(published)
+		m[p] = append(m[p], network.PortBinding{HostIP: hostIP(published), HostPort: strconv.Itoa(int(published.HostPort))})
 	}
 	return m
 }
@@ -98,11 +98,12 @@ func (t *tenant) ports(c *record) network.PortMap {
 // endpoints are the container's places on networks.
 func (t *tenant) endpoints(c *seen) map[string]*network.EndpointSettings {
 	out := map[string]*network.EndpointSettings{}
-	for _, name := range c.networks() {
-		e := &network.EndpointSettings{NetworkID: networkID(t.Namespace, name)}
-		if asked := c.Networks[name]; asked != nil {
-			e = asked.Copy()
+	for name, asked := range c.Networks {
+		e := asked.Copy()
+		if !translate.IsOwn(name) {
 			e.NetworkID = networkID(t.Namespace, name)
+		} else {
+			e.DNSNames = c.names(name)[1:]
 		}
 		if c.inside != nil && c.inside.NetworkSettings != nil {
 			for _, own := range c.inside.NetworkSettings.Networks { // a pod has one
@@ -117,10 +118,17 @@ func (t *tenant) endpoints(c *seen) map[string]*network.EndpointSettings {
 	return out
 }
 
-// networkID makes the id of a network that is always there.
-func networkID(namespace, name string) string {
-	sum := sha256.Sum256([]byte("network\x00" + namespace + "\x00" + name))
-	return hex.EncodeToString(sum[:])
+// networkIDs are the ids of the container's networks.
+func (t *tenant) networkIDs(r *record) []string {
+	var ids []string
+	for name, e := range r.Networks {
+		if !translate.IsOwn(name) {
+			ids = append(ids, networkID(t.Namespace, name))
+		} else {
+			ids = append(ids, e.NetworkID)
+		}
+	}
+	return ids
 }
 
 // mountPoints are what the container has mounted, as docker writes it.

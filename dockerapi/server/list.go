@@ -1,7 +1,9 @@
 package server
 
 import (
+	"cmp"
 	"context"
+	"maps"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -10,12 +12,13 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // statusOf is a container's state as far as the record and Nomad tell; only its pod knows more.
@@ -223,7 +226,7 @@ func (t *tenant) listed(f dockerhttp.Filters, c *seen) bool {
 		}) &&
 		f.Any("health", func(v string) bool { return v == string(healthOf(&c.state)) }) &&
 		f.Labels("label", c.Config.Labels, false) &&
-		f.Any("network", func(v string) bool { return slices.Contains(c.networks(), v) }) &&
+		f.Any("network", func(v string) bool { return c.Networks[v] != nil || slices.Contains(t.networkIDs(c.record), v) }) &&
 		f.Any("volume", func(v string) bool {
 			return slices.ContainsFunc(mountPoints(c.record), func(m container.MountPoint) bool { return m.Name == v || m.Destination == v })
 		}) &&
@@ -240,12 +243,7 @@ func healthOf(s *container.State) container.HealthStatus {
 }
 
 // networks are the names of those that the container is on.
-func (r *record) networks() []string {
-	if mode := r.Host.NetworkMode; mode.IsUserDefined() {
-		return []string{string(mode)}
-	}
-	return []string{or(string(r.Host.NetworkMode), translate.Bridge)}
-}
+func (r *record) networks() []string { return slices.Sorted(maps.Keys(r.Networks)) }
 
 func (t *tenant) summary(c *seen) container.Summary {
 	out := container.Summary{
@@ -279,48 +277,46 @@ func command(c *container.Config) string {
 	return strings.Join(words, " ")
 }
 
-// published are the ports that Nomad has given the container's pod on its node.
-func (t *tenant) published(c *record) []api.PortMapping {
+// published are the container's ports on its node, with those that Nomad has chosen.
+func (t *tenant) published(c *record) []spec.Publish {
 	s := t.watch.state(c)
 	if c.ended() || s.phase != phaseRunning || s.alloc.AllocatedResources == nil {
 		return nil
 	}
-	return s.alloc.AllocatedResources.Shared.Ports
+	return nomadjob.Published(c.Pod, s.alloc.AllocatedResources.Shared.Ports)
 }
 
-func protocol(m api.PortMapping) network.IPProtocol {
-	if strings.HasSuffix(m.Label, "_udp") {
-		return network.UDP
+// portOf is the port inside of the container, and hostIP the node's address at which it is published.
+func portOf(p spec.Publish) network.Port {
+	port, _ := network.PortFrom(p.Port, network.IPProtocol(or(p.Protocol, "tcp"))) // validated
+	return port
+}
+
+func hostIP(p spec.Publish) netip.Addr {
+	ip, err := netip.ParseAddr(p.HostIP)
+	if err != nil {
+		return netip.IPv4Unspecified()
 	}
-	return network.TCP
+	return ip
 }
 
 func (t *tenant) portSummaries(c *seen) []container.PortSummary {
 	out := []container.PortSummary{}
-	seen := map[network.Port]bool{}
-	for i, m := range t.published(c.record) {
-		p, _ := network.PortFrom(uint16(m.To), protocol(m))
-		seen[p] = true
-		out = append(out, container.PortSummary{IP: t.hostIP(c.record, m, i), PrivatePort: p.Num(), PublicPort: uint16(m.Value), Type: string(p.Proto())})
+	known := map[network.Port]bool{}
+	for _, published := range t.published(c.record) {
+		p := portOf(published)
+		known[p] = true
+		out = append(out, container.PortSummary{IP: hostIP(published), PrivatePort: p.Num(), PublicPort: published.HostPort, Type: string(p.Proto())})
 	}
 	if c.state.Running {
 		for p := range c.Config.ExposedPorts {
-			if !seen[p] {
+			if !known[p] {
 				out = append(out, container.PortSummary{PrivatePort: p.Num(), Type: string(p.Proto())})
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b container.PortSummary) int { return int(a.PrivatePort) - int(b.PrivatePort) })
+	slices.SortFunc(out, func(a, b container.PortSummary) int {
+		return cmp.Or(cmp.Compare(a.PrivatePort, b.PrivatePort), cmp.Compare(a.Type, b.Type), cmp.Compare(a.PublicPort, b.PublicPort))
+	})
 	return out
-}
-
-// hostIP is the address that a port was asked to be at.
-func (t *tenant) hostIP(c *record, m api.PortMapping, _ int) netip.Addr {
-	p, _ := network.PortFrom(uint16(m.To), protocol(m))
-	for _, b := range c.Host.PortBindings[p] {
-		if b.HostIP.IsValid() && !b.HostIP.IsUnspecified() && (b.HostPort == "" || b.HostPort == strconv.Itoa(m.Value)) {
-			return b.HostIP
-		}
-	}
-	return netip.IPv4Unspecified()
 }

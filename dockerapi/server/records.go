@@ -57,12 +57,18 @@ type record struct {
 	Pod      *spec.Pod                            `json:"pod"`
 	Zone     string                               `json:"zone,omitempty"`
 	Volumes  []string                             `json:"volumes,omitempty"`
+	Ranges   map[int]translate.PortRange          `json:"ranges,omitempty"` // of published ports, by index
 
 	Want string `json:"want"`
 	Run  int    `json:"run"`            // how many times it was started
+	Try  int    `json:"try,omitempty"`  // of the run: the places where it can't be are counted
 	Node string `json:"node,omitempty"` // where its disk is, by the node's id
 	Last run    `json:"last,omitzero"`  // the newest run that is known to have ended
 
+	// Bridged says whether the machine of the newest run has an interface in its node's bridge.
+	Bridged bool `json:"bridged,omitempty"`
+
+	place string // the node where the newest run has to be, "" for any; known while it is started
 	index uint64 // of the variable
 }
 
@@ -103,13 +109,15 @@ func (r *record) keepsDisk() bool { return !r.Host.AutoRemove }
 func (r *record) ended() bool { return r.Run > 0 && r.Last.Number == r.Run }
 
 // namePath is the path of a name's variable: Nomad allows letters, digits and -_~/ and 128 characters (structs/variables.go).
-func namePath(name string) string {
-	escaped := strings.ReplaceAll(name, ".", "~")
-	if len(escaped) > 100 {
+func namePath(name string) string { return namePrefix + escaped(name) }
+
+func escaped(name string) string {
+	out := strings.ReplaceAll(name, ".", "~")
+	if len(out) > 100 {
 		sum := sha256.Sum256([]byte(name))
-		escaped = "~" + hex.EncodeToString(sum[:])
+		out = "~" + hex.EncodeToString(sum[:])
 	}
-	return namePrefix + escaped
+	return out
 }
 
 var errConflict = errors.New("it was changed by somebody else at the same time")
@@ -378,9 +386,9 @@ func (c *recordCache) forget(there []*record) {
 	}
 }
 
-// putEnv writes the variable that a container's job reads its environment from.
-func (t *tenant) putEnv(ctx context.Context, r *record) error {
-	items, err := nomadjob.EnvItems(r.Pod)
+// putVariables writes the variable that a container's job reads its environment and its networks from.
+func (t *tenant) putVariables(ctx context.Context, r *record) error {
+	items, err := nomadjob.EnvItems(r.Pod, r.places())
 	if err != nil || items == nil {
 		return err
 	}

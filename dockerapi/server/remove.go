@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/events"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/internal/nomadjob"
@@ -32,6 +34,9 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 	if err != nil {
 		return err
 	}
+	if err := t.killNow(ctx, r); err != nil {
+		return err
+	}
 	g, together := errgroup.WithContext(ctx)
 	g.Go(func() error { return t.purge(together, r.jobID()) })
 	g.Go(func() error { return t.purge(together, attendantID(r)) })
@@ -52,6 +57,28 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 	}
 	t.forgetLater(r.ID)
 	t.watch.change(func() {}) // who waits for its removal looks again
+	return nil
+}
+
+// killNow ends a container that runs, if it can be: its machine, and with it its ports and names, is gone before it is removed. Nomad alone would ask it
+// first.
+func (t *tenant) killNow(ctx context.Context, r *record) error {
+	p, err := t.running(r)
+	if err != nil {
+		return nil //nolint:nilerr // it does not run
+	}
+	t.awaitEnd(r, p)
+	at := time.Now()
+	if err := p.call(ctx, http.MethodPost, inside("/kill"), nil, nil, nil); err != nil {
+		t.server.Log.Debug("kill a container before its removal", "container", r.ID, "error", err)
+		return nil // what does not answer, or has not begun, is Nomad's to end
+	}
+	t.emitKill(r, unix.SIGKILL, at)
+	ctx, cancel := context.WithTimeout(ctx, killWait)
+	defer cancel()
+	if err := t.watch.until(ctx, func() (bool, error) { return t.watch.state(r).phase != phaseRunning, nil }); err != nil && ctx.Err() == nil {
+		return err
+	}
 	return nil
 }
 

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,6 +17,7 @@ import (
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/container"
 
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/internal/nomadjob"
 	"github.com/cradlestack/cradlestack/spec"
@@ -27,6 +31,7 @@ const holdTime = 10 * time.Second
 type sessions struct {
 	mu        sync.Mutex
 	attaching map[string][]*attachment // by container: those who wait for its start
+	placing   map[string]bool          // containers that may have to be elsewhere than where Nomad has them at the moment
 	settling  map[string]bool          // containers whose end is being noted
 	ends      map[string]*ending       // of runs that this server waits for, by container
 	noted     map[string]run           // the newest run whose end this server has seen noted, by container; for a while after its removal
@@ -121,7 +126,6 @@ func (t *tenant) start(ctx context.Context, id string) error {
 		return err
 	}
 	var wait []*attachment
-	var job *api.Job
 	already := false
 	var ended run
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
@@ -139,55 +143,198 @@ func (t *tenant) start(ctx context.Context, id string) error {
 			r.Last = endOf(r.Run, t.watch.state(r))
 			ended = r.Last
 		}
-		r.Run++
+		r.Run, r.Try = r.Run+1, 0
 		r.Want = wantRunning
 		wait = t.attachments(id)
+		r.firstPorts()
 		var err error
-		// It is held until start asks for it: start returns when it runs, and says why it can't.
-		job, err = t.server.jobOf(r, t.Namespace, true)
+		r.place, err = t.enter(ctx, r)
 		return true, err
 	})
 	if err != nil {
 		return err
 	}
 	t.emitEnd(r, ended)
-	if !already {
-		if err := t.endAttendant(ctx, r); err != nil {
+	if already {
+		if _, err := t.started(ctx, r); err != nil {
 			return err
 		}
-		if _, _, err := t.nomad.Jobs().Register(job, t.write(ctx)); err != nil {
-			// Nobody runs it: the next start is another run.
-			_, cerr := t.change(context.WithoutCancel(ctx), id, func(now *record) (bool, error) {
-				if now.Run != r.Run || now.Want != wantRunning {
-					return false, nil
-				}
-				now.Want, now.Last = wantCreated, run{Number: now.Run, ExitCode: exitNever, Error: err.Error(), FinishedAt: time.Now().UTC()}
-				return true, nil
-			})
-			return errors.Join(err, cerr)
-		}
-	}
-	state, err := t.started(ctx, r)
-	if err != nil {
-		return err
-	}
-	if already {
 		return dockerhttp.NewError(http.StatusNotModified, "container is already running")
 	}
-	return t.release(ctx, r, state, wait)
+	if err := t.endAttendant(ctx, r); err != nil {
+		return err
+	}
+	placed := t.place(id)
+	defer placed()
+	for {
+		if err := t.register(ctx, r); err != nil {
+			return err
+		}
+		state, err := t.started(ctx, r)
+		if err == nil {
+			if err = t.settleNetworks(ctx, r, state); err != nil && !errors.Is(err, errElsewhere) {
+				err = errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
+			}
+		}
+		if !errors.Is(err, errElsewhere) && !errors.Is(err, errPortTaken) {
+			if err != nil {
+				return err
+			}
+			placed()
+			return t.release(ctx, r, state, wait)
+		}
+		if r, err = t.tryAgain(ctx, r, state, err); err != nil {
+			return err
+		}
+	}
+}
+
+// place keeps clients from being attached to a container, and its end from being noted, until placed is called: there may be another try.
+func (t *tenant) place(id string) (placed func()) {
+	t.sessions.mu.Lock()
+	defer t.sessions.mu.Unlock()
+	if t.placing == nil {
+		t.placing = map[string]bool{}
+	}
+	t.placing[id] = true
+	return sync.OnceFunc(func() {
+		t.sessions.mu.Lock()
+		delete(t.placing, id)
+		t.sessions.mu.Unlock()
+		t.settle()
+		t.watch.change(func() {})
+	})
+}
+
+func (s *sessions) isPlacing(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.placing[id]
+}
+
+// register gives Nomad the job of a run. It is held until start asks for it: start returns when it runs, and says why it can't.
+func (t *tenant) register(ctx context.Context, r *record) error {
+	job, err := t.server.jobOf(r, t.Namespace, true)
+	if err == nil && r.Bridged {
+		err = t.putVariables(ctx, r)
+	}
+	if err == nil {
+		_, _, err = t.nomad.Jobs().Register(job, t.write(ctx))
+	}
+	if err == nil {
+		return nil
+	}
+	// Nobody runs it: the next start is another run.
+	_, cerr := t.change(context.WithoutCancel(ctx), r.ID, func(now *record) (bool, error) {
+		if now.Run != r.Run || now.Want != wantRunning {
+			return false, nil
+		}
+		now.Want, now.Last = wantCreated, run{Number: now.Run, ExitCode: exitNever, Error: err.Error(), FinishedAt: time.Now().UTC()}
+		return true, nil
+	})
+	return errors.Join(err, cerr)
+}
+
+// tryAgain makes another try of a run that can't be where Nomad would have it, or with the port that it has.
+func (t *tenant) tryAgain(ctx context.Context, r *record, s podState, why error) (*record, error) {
+	now, err := t.change(ctx, r.ID, func(now *record) (bool, error) {
+		if now.Run != r.Run || now.Try != r.Try || now.Want != wantRunning {
+			return false, dockerhttp.Errorf(http.StatusConflict, "container %s was stopped while it was started", now.Name)
+		}
+		now.Try++
+		if errors.Is(why, errPortTaken) {
+			if err := now.nextPort(now.taken(s)); err != nil {
+				return false, err
+			}
+		}
+		var err error
+		now.place, err = t.enter(ctx, now)
+		return true, err
+	})
+	if err != nil {
+		return nil, errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
+	}
+	if errors.Is(why, errElsewhere) { // the disk of the machine that was there for a moment
+		gone := *r
+		gone.Node = s.alloc.NodeID
+		err = t.removeDisk(ctx, &gone)
+	}
+	return now, err
+}
+
+// errPortTaken is that a port which was chosen from a range is somebody's.
+var errPortTaken = errors.New("a port of a range is taken")
+
+// How it is said that a port of the node is somebody's: by Nomad (nomad/structs/network.go, AssignPorts), and by QEMU of one that Nomad knows nothing of.
+var (
+	collision    = regexp.MustCompile(`reserved port collision port(\d+)`)
+	notForwarded = regexp.MustCompile(`host forwarding rule '(?:tcp|udp):[0-9.]*:(\d+)-`)
+)
+
+// taken is the index of the published port that keeps a run from its place, because the node's port is somebody's; -1 where there is none.
+func (r *record) taken(s podState) int {
+	publish := r.Pod.Network.Publish
+	if m := collision.FindStringSubmatch(s.noPlace); m != nil {
+		i, _ := strconv.Atoi(m[1])
+		return i
+	}
+	if s.alloc != nil && s.alloc.AllocatedResources != nil {
+		// Nomad gives a port at another address of the node where it is taken at the first one. What is published is there at IPv4 addresses.
+		for _, given := range s.alloc.AllocatedResources.Shared.Ports {
+			if at, err := netip.ParseAddr(given.HostIP); err == nil && at.Is6() {
+				return slices.IndexFunc(publish, func(p spec.Publish) bool { return int(p.HostPort) == given.Value })
+			}
+		}
+	}
+	if s.phase == phaseEnded {
+		if m := notForwarded.FindStringSubmatch(endOf(r.Run, s).Error); m != nil {
+			return slices.IndexFunc(publish, func(p spec.Publish) bool { return strconv.Itoa(int(p.HostPort)) == m[1] })
+		}
+	}
+	return -1
+}
+
+// firstPorts chooses the first port of each range.
+func (r *record) firstPorts() {
+	if len(r.Ranges) == 0 {
+		return
+	}
+	p := *r.Pod
+	p.Network.Publish = slices.Clone(p.Network.Publish)
+	for i, ports := range r.Ranges {
+		p.Network.Publish[i].HostPort = ports.First
+	}
+	r.Pod = &p
+}
+
+// nextPort chooses the next one of the range of a published port.
+func (r *record) nextPort(i int) error {
+	ports := r.Ranges[i]
+	p := *r.Pod
+	p.Network.Publish = slices.Clone(p.Network.Publish)
+	at := &p.Network.Publish[i]
+	if at.HostPort >= ports.Last {
+		return dockerhttp.Errorf(http.StatusServiceUnavailable, "all ports of %d-%d are taken on the nodes that could run the container", ports.First, ports.Last)
+	}
+	at.HostPort++
+	r.Pod = &p
+	return nil
 }
 
 // jobOf makes a container's job.
 func (s *Server) jobOf(r *record, namespace string, hold bool) (*api.Job, error) {
 	p := *r.Pod
 	p.Containers = append([]spec.PodContainer{}, r.Pod.Containers...)
-	p.Name, p.Containers[0].Image = r.Name, s.nodeReference(r.Image)
+	p.Name, p.Containers[0].Image, p.Network.Mode = r.Name, s.nodeReference(r.Image), ""
+	if len(r.Networks) == 0 || r.Networks[translate.None] != nil {
+		p.Network.Mode, p.Network.Publish = translate.None, nil
+	}
 	if hold {
 		p.Containers[0].Lifecycle.Hold = spec.Duration(holdTime)
 	}
 	o := nomadjob.Options{
-		ID: r.jobID(), Namespace: namespace, PodID: r.ID, Node: r.Node, Zone: r.Zone, Bare: true, Audience: r.Image.Audience,
-		Meta: map[string]string{metaContainer: r.ID, metaRun: strconv.Itoa(r.Run)},
+		ID: r.jobID(), Namespace: namespace, PodID: r.ID, Node: or(r.place, r.Node), Zone: r.Zone, Bare: true, Audience: r.Image.Audience,
+		Meta: map[string]string{metaContainer: r.ID, metaRun: strconv.Itoa(r.Run), metaTry: strconv.Itoa(r.Try)}, Bridge: r.Bridged, Networks: r.places(),
 	}
 	if r.keepsDisk() {
 		o.DiskID = r.ID
@@ -200,13 +347,23 @@ func (s *Server) jobOf(r *record, namespace string, hold bool) (*api.Job, error)
 func (t *tenant) started(ctx context.Context, r *record) (s podState, err error) {
 	err = t.watch.until(ctx, func() (bool, error) {
 		s = t.watch.state(r)
+		if i := r.taken(s); i >= 0 {
+			if _, ranged := r.Ranges[i]; ranged {
+				return false, errPortTaken
+			}
+			p := r.Pod.Network.Publish[i]
+			return false, dockerhttp.Errorf(http.StatusInternalServerError, "driver failed programming external connectivity: Bind for %s:%d failed: port is already allocated", hostIP(p), p.HostPort)
+		}
 		if s.noPlace != "" {
+			if r.place != "" {
+				s.noPlace += "; its networks are on one node, and it has to go there"
+			}
 			return false, dockerhttp.Errorf(http.StatusServiceUnavailable, "no node takes the container at the moment: %s", s.noPlace)
 		}
 		return s.phase == phaseRunning || s.phase == phaseEnded, nil
 	})
 	if err != nil {
-		if ctx.Err() == nil {
+		if ctx.Err() == nil && !errors.Is(err, errPortTaken) {
 			err = errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 		}
 		return s, err
@@ -451,7 +608,7 @@ func (t *tenant) settle() {
 				removed = append(removed, id)
 				delete(t.watch.jobs, id)
 			}
-		case j.run > 0 && t.watch.stateOf(id, j.run).phase == phaseEnded:
+		case j.run > 0 && t.watch.stateOf(id, j.run, j.try).phase == phaseEnded && !t.isPlacing(rest):
 			ended[rest] = j.run
 		}
 	}

@@ -92,7 +92,7 @@ func New(c Config) (*Server, error) {
 
 // groups are the routes, a group to a file.
 func (s *Server) groups() []func(*router) {
-	return []func(*router){s.systemRoutes, s.containerRoutes, s.imageRoutes, s.eventRoutes}
+	return []func(*router){s.systemRoutes, s.containerRoutes, s.networkRoutes, s.imageRoutes, s.eventRoutes}
 }
 
 // ServeHTTP answers a request.

@@ -58,7 +58,7 @@ func (s *Server) info(w http.ResponseWriter, r *http.Request, t *tenant) error {
 		SecurityOptions: []string{"name=seccomp,profile=builtin", "name=microvm"},
 		Labels:          []string{"nomad.namespace=" + t.Namespace}, Warnings: []string{},
 	}
-	i.Plugins.Log = []string{"json-file"}
+	i.Plugins.Log, i.Plugins.Network = []string{"json-file"}, []string{"bridge", "null"}
 	nodes, _, err := t.nomad.Nodes().List((&api.QueryOptions{Params: map[string]string{"resources": "true"}}).WithContext(r.Context()))
 	if isStatus(err, http.StatusForbidden) {
 		i.Warnings = append(i.Warnings, "WARNING: the policy of this client's token does not let it see the nodes (node { policy = \"read\" }): processors and memory are not known")

@@ -24,6 +24,7 @@ const jobPrefix = "docker-"
 const (
 	metaContainer = "container"
 	metaRun       = "run"
+	metaTry       = "try"
 )
 
 // A watch follows what Nomad tells of a namespace's pods, by its event stream: nobody asks again and again.
@@ -38,7 +39,8 @@ type watch struct {
 // A jobState is a container's job.
 type jobState struct {
 	run     int
-	index   uint64 // JobModifyIndex: what was created later belongs to this run
+	try     int
+	index   uint64 // JobModifyIndex: what was created later belongs to this try of the run
 	stopped bool
 	alloc   *api.AllocationListStub // the newest of this run
 	eval    *api.Evaluation         // the newest
@@ -80,12 +82,15 @@ type podState struct {
 func (w *watch) state(r *record) podState {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.stateOf(r.jobID(), r.Run)
+	return w.stateOf(r.jobID(), r.Run, r.Try)
 }
 
-func (w *watch) stateOf(jobID string, run int) podState {
+// anyTry is whichever of a run's tries is the newest.
+const anyTry = -1
+
+func (w *watch) stateOf(jobID string, run, try int) podState {
 	j := w.jobs[jobID]
-	if j == nil || j.run != run {
+	if j == nil || j.run != run || try != anyTry && j.try != try {
 		return podState{}
 	}
 	s := podState{phase: phasePending, alloc: j.alloc}
@@ -246,8 +251,9 @@ func (w *watch) job(id string, meta map[string]string, index uint64, stopped boo
 		return
 	}
 	run, _ := strconv.Atoi(m[metaRun]) // ours
-	if run != j.run {
-		j.run, j.index = run, index
+	try, _ := strconv.Atoi(m[metaTry])
+	if run != j.run || try != j.try {
+		j.run, j.try, j.index = run, try, index
 	}
 	j.stopped = stopped
 	j.choose()
@@ -289,7 +295,9 @@ func (w *watch) apply(e *api.Event) {
 	switch e.Topic {
 	case api.TopicAllocation:
 		if a, err := e.Allocation(); err == nil && a != nil {
-			w.take(a.Stub())
+			stub := a.Stub()
+			stub.AllocatedResources = a.AllocatedResources // which it leaves out
+			w.take(stub)
 		}
 	case api.TopicJob:
 		j, purged, err := job(e)

@@ -62,6 +62,14 @@ type Container struct {
 	Zone     string   // kr.zone
 	Volumes  []string // of the namespace, that the pod mounts
 	Warnings []string
+	// Ranges are those from which the node's ports of some of the pod's published ones are to be chosen, by their index.
+	Ranges map[int]PortRange
+}
+
+// A PortRange is one of docker's: -p 8000-8010:80.
+type PortRange struct {
+	First uint16 `json:"first"`
+	Last  uint16 `json:"last"`
 }
 
 // nameRule is docker's (moby daemon/names).
@@ -98,7 +106,7 @@ func Create(r *container.CreateRequest, id string, image *Image, rules Rules) (*
 		return nil, dockerhttp.Invalid("%s", strings.ReplaceAll(err.Error(), "containers[0].", ""))
 	}
 	return &Container{
-		Config: &b.config, Host: &b.host, Networks: b.networks, Pod: b.pod, Zone: b.zone, Volumes: b.volumes, Warnings: b.warnings,
+		Config: &b.config, Host: &b.host, Networks: b.networks, Pod: b.pod, Zone: b.zone, Volumes: b.volumes, Warnings: b.warnings, Ranges: b.ranges,
 	}, nil
 }
 
@@ -117,6 +125,7 @@ type builder struct {
 	zone     string
 	volumes  []string
 	warnings []string
+	ranges   map[int]PortRange
 }
 
 func (b *builder) warn(text string) { b.warnings = append(b.warnings, text) }
@@ -593,6 +602,9 @@ func (b *builder) network() error {
 	case mode == "" || mode.IsDefault():
 		h.NetworkMode = Bridge
 	}
+	if err := b.endpoints(); err != nil {
+		return err
+	}
 	for _, a := range h.DNS {
 		n.DNS = append(n.DNS, a.String())
 	}
@@ -617,6 +629,31 @@ func (b *builder) network() error {
 	return b.ports()
 }
 
+// endpoints are the container's places on networks: that of its mode at least.
+func (b *builder) endpoints() error {
+	all := map[string]*network.EndpointSettings{}
+	for name, e := range b.networks {
+		if err := Endpoint(name, e); err != nil {
+			return err
+		}
+		if container.NetworkMode(name).IsDefault() {
+			name = Bridge
+		}
+		if e == nil {
+			e = &network.EndpointSettings{}
+		}
+		all[name] = e
+	}
+	own := string(b.host.NetworkMode)
+	if all[own] == nil {
+		all[own] = &network.EndpointSettings{}
+	}
+	if b.networks = all; len(all) > 1 && all[None] != nil {
+		return dockerhttp.Invalid("conflicting options: cannot attach a container to no network (none) and to another one")
+	}
+	return nil
+}
+
 // ports are published by the node: a fixed one, or one that Nomad chooses.
 func (b *builder) ports() error {
 	h := &b.host
@@ -637,61 +674,73 @@ func (b *builder) ports() error {
 	slices.SortFunc(all, func(a, b network.Port) int {
 		return cmp.Or(cmp.Compare(a.Num(), b.Num()), cmp.Compare(a.Proto(), b.Proto()))
 	})
-	taken := map[spec.Publish]bool{}
 	for _, p := range all {
 		bindings := h.PortBindings[p]
 		if len(bindings) == 0 {
 			bindings = []network.PortBinding{{}}
 		}
 		for _, binding := range bindings {
-			publish, err := published(p, binding)
+			publish, last, err := published(p, binding)
 			if err != nil {
 				return err
 			}
 			if publish == nil {
 				continue
 			}
-			key := *publish
-			if key.Port = 0; key.HostPort != 0 && taken[key] {
-				return dockerhttp.Invalid("port %d is published twice", key.HostPort)
+			if last > publish.HostPort {
+				if b.ranges == nil {
+					b.ranges = map[int]PortRange{}
+				}
+				b.ranges[len(b.pod.Network.Publish)] = PortRange{publish.HostPort, last}
+			} else if b.takes(publish) {
+				return dockerhttp.Invalid("port %d is published twice: a container has each port of its node once, for tcp and udp", publish.HostPort)
 			}
-			taken[key] = true
 			b.pod.Network.Publish = append(b.pod.Network.Publish, *publish)
 		}
 	}
 	return nil
 }
 
-// published is one binding; nil for [::], which goes with 0.0.0.0.
-func published(p network.Port, binding network.PortBinding) (*spec.Publish, error) {
-	out := &spec.Publish{Port: p.Num()}
+// takes says whether a port of the node is published already, other than with its other protocol.
+func (b *builder) takes(p *spec.Publish) bool {
+	return p.HostPort != 0 && slices.ContainsFunc(b.pod.Network.Publish, func(o spec.Publish) bool {
+		return o.HostPort == p.HostPort && (o.Port != p.Port || o.HostIP != p.HostIP || o.Protocol == p.Protocol)
+	})
+}
+
+// published is one binding, and the last port of a range that begins with its HostPort; nil for [::], which goes with 0.0.0.0.
+func published(p network.Port, binding network.PortBinding) (out *spec.Publish, last uint16, err error) {
+	out = &spec.Publish{Port: p.Num()}
 	switch p.Proto() {
 	case network.TCP:
 	case network.UDP:
 		out.Protocol = "udp"
 	default:
-		return nil, refused("-p "+p.String(), "tcp and udp can be published")
+		return nil, 0, refused("-p "+p.String(), "tcp and udp can be published")
 	}
 	if text := binding.HostPort; text != "" && text != "0" {
-		if strings.Contains(text, "-") {
-			return nil, refused("-p "+text+":"+p.String(), "ranges of ports to choose from are not supported yet: name one, or none for Nomad to choose")
+		from, to, isRange := strings.Cut(text, "-")
+		if !isRange {
+			to = from
 		}
-		port, err := strconv.ParseUint(text, 10, 16)
-		if err != nil {
-			return nil, dockerhttp.Invalid("invalid port specification: %q", text)
+		first, err := strconv.ParseUint(from, 10, 16)
+		end, err2 := strconv.ParseUint(to, 10, 16)
+		if err != nil || err2 != nil || first == 0 || end < first {
+			return nil, 0, dockerhttp.Invalid("invalid port specification: %q", text)
 		}
-		out.HostPort = uint16(port)
+		out.HostPort, last = uint16(first), uint16(end)
 	}
 	switch ip := binding.HostIP; {
 	case !ip.IsValid(), ip.Is4() && ip.IsUnspecified():
+		out.HostIP = netip.IPv4Unspecified().String()
 	case ip.IsUnspecified():
-		return nil, nil
+		return nil, 0, nil
 	case ip.Is6():
-		return nil, refused("-p ["+ip.String()+"]:"+binding.HostPort+":"+p.String(), "ports are published at IPv4 addresses")
+		return nil, 0, refused("-p ["+ip.String()+"]:"+binding.HostPort+":"+p.String(), "ports are published at IPv4 addresses")
 	default:
 		out.HostIP = ip.String()
 	}
-	return out, nil
+	return out, last, nil
 }
 
 // short makes a name of a path.

@@ -58,6 +58,7 @@ func attachedPodOf(t *drivers.TaskConfig, c *taskConfig, h *host) (*spec.Pod, []
 	b.resources()
 	b.network()
 	b.scratch()
+	b.names()
 	b.ownContainer()
 	for _, name := range slices.Sorted(maps.Keys(c.Containers)) {
 		b.container(name, c.Containers[name])
@@ -250,6 +251,26 @@ func (b *builder) network() {
 		}
 		n.ExtraHosts = append(n.ExtraHosts, spec.HostEntry{Name: name, Address: strings.Trim(address, "[]")})
 	}
+}
+
+// names gives the pod the directory of the file whose names it answers for: a template replaces the file itself.
+func (b *builder) names() {
+	if b.config.NamesFile == "" {
+		return
+	}
+	dir, file := filepath.Split(filepath.Clean(b.config.NamesFile))
+	if !filepath.IsLocal(b.config.NamesFile) || dir == "" {
+		b.wrong("names_file", "%q is no file in a directory of the task: write local/names/hosts", b.config.NamesFile)
+		return
+	}
+	at, err := b.host.within(b.task.AllocDir, filepath.Join(b.task.Name, dir))
+	if err != nil {
+		b.wrong("names_file", "%v", err)
+		return
+	}
+	volume := b.unusedName("names")
+	b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: volume, Directory: &spec.DirectoryVolume{Path: at, ReadOnly: true}})
+	b.pod.Network.Names = volume + "/" + file
 }
 
 // upstreams are the ports that the task names, and those of the group's connect blocks: Nomad tells them by the environment (client/taskenv

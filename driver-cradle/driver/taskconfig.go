@@ -82,6 +82,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "dns_servers", kind: texts, def: "the group network's, else the host's", doc: "Resolvers."},
 	{name: "dns_search_domains", kind: texts, def: "the group network's, else the host's", doc: "Domains that names are completed with."},
 	{name: "dns_options", kind: texts, def: "the group network's, else the host's", doc: "Options of resolv.conf."},
+	{name: "names_file", kind: text, doc: "A file of the task, written by a template into a directory of its own, such as local/names/hosts, with lines of /etc/hosts that may come and go. The containers' resolver is then the pod itself, at 127.0.0.11: it answers by the file as it is at that moment, and asks dns_servers for other names."},
 	{name: "env_file", kind: text, doc: "A file of the task, written by a template into secrets/, with more of the environment of the task's own container: a JSON list of NAME=value, or NAME to remove one of the image's. Unlike in Nomad's env, names and values may hold anything."},
 	{name: "vcpus", kind: number, def: "what cpu or cores comes to", doc: "Processors of the machine."},
 	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB."},
@@ -161,6 +162,7 @@ type taskConfig struct {
 	DNSServers  []string                   `codec:"dns_servers"`
 	DNSSearch   []string                   `codec:"dns_search_domains"`
 	DNSOptions  []string                   `codec:"dns_options"`
+	NamesFile   string                     `codec:"names_file"`
 	EnvFile     string                     `codec:"env_file"`
 	VCPUs       string                     `codec:"vcpus"`
 	Disk        string                     `codec:"disk"`

@@ -9,9 +9,9 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 )
 
-// Programs of type BPF_PROG_TYPE_CGROUP_SOCK_ADDR that hide the address by which the guest knows the host's network namespace: a container's
-// process that connects to an upstream at 127.0.0.1 gets to the namespace's, and one that asks who has connected is told the address that it was
-// called by, as if both were in one namespace.
+// Programs of type BPF_PROG_TYPE_CGROUP_SOCK_ADDR change the addresses that containers' processes name and are told. Those of a namespace hide the
+// address by which the guest knows it: a process that connects to an upstream at 127.0.0.1 gets to the namespace's, and one that asks who has connected
+// is told the address that it was called by, as if both were in one namespace. Those of the resolver are in resolver_linux.go.
 
 // Offsets in struct bpf_sock_addr and struct bpf_sock (linux/bpf.h).
 const (
@@ -60,6 +60,18 @@ func isAddress(offset int16, a netip.Addr) []sockAddrField {
 	return f
 }
 
+func isPort(port uint16) sockAddrField { return sockAddrField{addrPort, portWord(port)} }
+
+// portWord is a port as the kernel has it.
+func portWord(port uint16) int32 {
+	return int32(binary.NativeEndian.Uint16([]byte{byte(port >> 8), byte(port)}))
+}
+
+// setPort replaces the port.
+func setPort(port uint16) []bpfInsn {
+	return []bpfInsn{{unix.BPF_ALU | unix.BPF_MOV, reg(2, 0), 0, portWord(port)}, {unix.BPF_STX | unix.BPF_MEM | unix.BPF_W, reg(1, 2), addrPort, 0}}
+}
+
 // setAddress replaces the address.
 func setAddress(offset int16, a netip.Addr) []bpfInsn {
 	var program []bpfInsn
@@ -94,11 +106,30 @@ func sockAddrProgram(cases []sockAddrCase) []bpfInsn {
 	return append(program, end...)
 }
 
-// namespacePrograms are by attach type.
-func namespacePrograms(n *wire.Namespace) map[uint32][]bpfInsn {
+// sockAddrCases are by attach type: a cgroup has one program of each.
+type sockAddrCases map[uint32][]sockAddrCase
+
+// attach attaches the programs to the cgroup of all containers.
+func (all sockAddrCases) attach() error {
+	for attach, cases := range all {
+		if err := attachProgram(podCgroup, unix.BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach, sockAddrProgram(cases)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (all sockAddrCases) add(more sockAddrCases) {
+	for attach, cases := range more {
+		all[attach] = append(all[attach], cases...)
+	}
+}
+
+// namespaceCases are those of a namespace that is shared with the host's processes.
+func namespaceCases(n *wire.Namespace) sockAddrCases {
 	var connect4, connect6 []sockAddrCase
 	for _, port := range n.Upstreams {
-		is := []sockAddrField{{addrPort, int32(binary.NativeEndian.Uint16([]byte{byte(port >> 8), byte(port)}))}, {addrType, unix.SOCK_STREAM}}
+		is := []sockAddrField{isPort(port), {addrType, unix.SOCK_STREAM}}
 		connect4 = append(connect4, sockAddrCase{append(isAddress(addrIP4, loopback4), is...), setAddress(addrIP4, n.Loopback4)})
 		connect6 = append(connect6, sockAddrCase{append(isAddress(addrIP6, mapped(loopback4)), is...), setAddress(addrIP6, mapped(n.Loopback4))})
 	}
@@ -110,10 +141,10 @@ func namespacePrograms(n *wire.Namespace) map[uint32][]bpfInsn {
 	if n.IP6.IsValid() {
 		peer6 = append(peer6, sockAddrCase{isAddress(addrIP6, n.IP6), setOwn(addrIP6, sockIP6, 4)}, sockAddrCase{isAddress(addrIP6, n.Loopback6), setAddress(addrIP6, loopback6)})
 	}
-	return map[uint32][]bpfInsn{
-		unix.BPF_CGROUP_INET4_CONNECT:     sockAddrProgram(connect4),
-		unix.BPF_CGROUP_INET6_CONNECT:     sockAddrProgram(connect6),
-		unix.BPF_CGROUP_INET4_GETPEERNAME: sockAddrProgram(peer4),
-		unix.BPF_CGROUP_INET6_GETPEERNAME: sockAddrProgram(peer6),
+	return sockAddrCases{
+		unix.BPF_CGROUP_INET4_CONNECT:     connect4,
+		unix.BPF_CGROUP_INET6_CONNECT:     connect6,
+		unix.BPF_CGROUP_INET4_GETPEERNAME: peer4,
+		unix.BPF_CGROUP_INET6_GETPEERNAME: peer6,
 	}
 }

@@ -124,11 +124,6 @@ func knowNamespace(link netlink.Link, n *wire.Namespace) error {
 			return fmt.Errorf("add neighbor %v: %w", a, err)
 		}
 	}
-	for attach, program := range namespacePrograms(n) {
-		if err := attachProgram(podCgroup, unix.BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach, program); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 

@@ -170,12 +170,24 @@ func (p *Pod) setUpNetwork() error {
 	if err := os.WriteFile("/etc/resolv.conf", []byte(resolvConf(p.launch.DNS)), 0o644); err != nil {
 		return err
 	}
+	programs := sockAddrCases{}
 	for _, i := range p.launch.Interfaces {
 		if err := setUpInterface(i); err != nil {
 			return err
 		}
+		if i.Namespace != nil {
+			programs.add(namespaceCases(i.Namespace))
+		}
 	}
-	return nil
+	if names := p.launch.Launch.Network.Names; names != "" {
+		r, err := openResolver(filepath.Join(runDir, "volumes", names), p.launch.DNS.Servers)
+		if err != nil {
+			return err
+		}
+		go r.serve()
+		programs.add(resolverCases(r.port))
+	}
+	return programs.attach()
 }
 
 func (p *Pod) mountScratch(ctx context.Context) error {

@@ -353,7 +353,7 @@ func (c *Container) writeFiles() error {
 	for name, content := range map[string]string{
 		"hosts":       hostsFile(host, c.spec.Domainname, addresses, l.Launch.Network.ExtraHosts),
 		"hostname":    host + "\n",
-		"resolv.conf": resolvConf(l.DNS),
+		"resolv.conf": resolvConf(c.pod.dns()),
 	} {
 		// In place: a running exec or a bind mount holds the file itself.
 		if err := os.WriteFile(c.file(name), []byte(content), 0o644); err != nil {

@@ -32,6 +32,11 @@ const (
 	// envItem is the variable's item with the environment of a pod's first container, as a JSON list.
 	envItem = "env"
 	envFile = "secrets/env.json"
+	// networksItem is its item with the services of the networks that the pod is on, and namesFile where the node writes who has which name there.
+	networksItem = "networks"
+	namesFile    = "local/names/hosts"
+	namesWaitMin = 20 * time.Millisecond // after a change, for the next one
+	namesWaitMax = 200 * time.Millisecond
 
 	diskMB       = 30 // Nomad's own of an allocation: the task's logs
 	logFiles     = 2
@@ -45,6 +50,8 @@ const (
 	fileSystem   = "file-system"
 	nodeTarget   = "${node.unique.id}"
 	zoneTarget   = "${meta.zone}"
+	// serviceProvider is Nomad itself.
+	serviceProvider = "nomad"
 
 	// The token of the identity is a variable of the task's, by which Nomad's client completes the configuration: it never stands in the job.
 	identity      = "registry"
@@ -70,22 +77,44 @@ type Options struct {
 	Audience string
 	// Bridge gives the pod an interface in its node's bridge network, where other pods reach it.
 	Bridge bool
+	// Networks are those in which the pod has names, and finds those of other pods, of its namespace, by its resolver; Bridge has to be set. An empty list
+	// lets it be put on networks while it runs: a job that differs in nothing but its networks is updated in place.
+	Networks []Network
+}
+
+// A Network is what pods have names on.
+type Network struct {
+	Service string // by which it is known in the namespace: a name of DNS, of at most 63 characters
+	Names   []string
 }
 
 // EnvPath is the path of the variable that holds what EnvItems returns: a job that has an environment reads it there, so that no secret stands in
 // its text. The job's own identity may read it, and nobody else's.
 func EnvPath(jobID string) string { return "nomad/jobs/" + jobID }
 
-// EnvItems is the variable's content for a pod, nil where the pod's first container has no environment of its own.
-func EnvItems(p *spec.Pod) (api.VariableItems, error) {
+// EnvItems is the variable's content for a pod on networks, nil where it is on none and the pod's first container has no environment of its own. What
+// it says of networks holds for a pod that runs as soon as the variable is written.
+func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
+	var items api.VariableItems
+	if networks != nil {
+		var services []string
+		for _, n := range networks {
+			services = append(services, n.Service)
+		}
+		items = api.VariableItems{networksItem: strings.Join(services, " ")}
+	}
 	if len(p.Containers) == 0 || len(p.Containers[0].Env) == 0 {
-		return nil, nil
+		return items, nil
 	}
 	text, err := json.Marshal(p.Containers[0].Env)
 	if err != nil {
 		return nil, err
 	}
-	return api.VariableItems{envItem: string(text)}, nil
+	if items == nil {
+		items = api.VariableItems{}
+	}
+	items[envItem] = string(text)
+	return items, nil
 }
 
 // Job makes the job that runs a pod once: nobody starts it again but who registers it anew. What a job can't say is an error that names the field.
@@ -117,6 +146,12 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 			DestPath:     ptr(envFile), ChangeMode: ptr("noop"), Perms: ptr("0600"), ErrMissingKey: ptr(true),
 		}}
 	}
+	if o.Networks != nil {
+		task.Templates = append(task.Templates, &api.Template{
+			EmbeddedTmpl: ptr(fmt.Sprintf(namesTemplate, EnvPath(o.ID), networksItem)), DestPath: ptr(namesFile), ChangeMode: ptr("noop"), Perms: ptr("0644"), ErrMissingKey: ptr(true),
+			Wait: &api.WaitConfig{Min: ptr(namesWaitMin), Max: ptr(namesWaitMax)},
+		})
+	}
 	task.VolumeMounts = b.volumeMounts
 	if o.Audience != "" {
 		task.Identities = []*api.WorkloadIdentity{{Name: identity, Audience: []string{o.Audience}, Env: true, TTL: identityTTL}}
@@ -132,6 +167,9 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	if n := b.network(); n != nil {
 		g.Networks = []*api.NetworkResource{n}
 	}
+	for _, n := range o.Networks {
+		g.Services = append(g.Services, &api.Service{Name: n.Service, Provider: serviceProvider, AddressMode: "alloc", Tags: n.Names})
+	}
 	job := &api.Job{
 		ID: ptr(o.ID), Name: ptr(p.Name), Type: ptr(api.JobTypeBatch), Datacenters: []string{"*"}, TaskGroups: []*api.TaskGroup{g}, Meta: meta(o.Meta),
 	}
@@ -146,6 +184,11 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	}
 	return job, nil
 }
+
+// namesTemplate makes lines of /etc/hosts of who is on the networks that a variable names. Nomad's client reads it with the job's identity, which sees its
+// own namespace alone, and writes it anew when somebody comes or goes.
+const namesTemplate = `{{ with nomadVar %q }}{{ range split " " .%s.Value }}{{ range nomadService . }}{{ .Address }}{{ range .Tags }} {{ . }}{{ end }}
+{{ end }}{{ end }}{{ end }}`
 
 // RemoveDisk makes the job that removes a kept disk from its node.
 func RemoveDisk(id, namespace, node, disk string) *api.Job {
@@ -210,6 +253,7 @@ type config struct {
 	Disk       string              `json:"disk,omitempty"`
 	VCPUs      int                 `json:"vcpus,omitempty"`
 	EnvFile    string              `json:"env_file,omitempty"`
+	NamesFile  string              `json:"names_file,omitempty"`
 	Hostname   string              `json:"hostname,omitempty"`
 	Domainname string              `json:"domainname,omitempty"`
 	Ports      []string            `json:"ports,omitempty"`
@@ -319,6 +363,15 @@ func (b *builder) config() map[string]any {
 	if p.Boot != (spec.Boot{}) {
 		b.wrong("boot", "is the client's to say in its plugin's configuration")
 	}
+	if b.options.Networks != nil {
+		c.NamesFile = namesFile
+		if !b.options.Bridge {
+			b.wrong("network", "a pod on networks has to be in the bridge network")
+		}
+	}
+	if n.Names != "" {
+		b.wrong("network.names", "is the driver's to say: name the networks")
+	}
 	for _, e := range n.ExtraHosts {
 		address := e.Address
 		if strings.Contains(address, ":") {
@@ -329,20 +382,20 @@ func (b *builder) config() map[string]any {
 	if n.Mode == "netns" || len(n.Upstreams) > 0 {
 		b.wrong("network", "a network namespace's path and its upstreams are Nomad's to say: leave mode out, and ask for a bridge")
 	}
-	for i, p := range n.Publish {
-		label := portLabel(i, p)
+	for _, p := range nodePorts(n.Publish) {
 		if !b.options.Bridge {
-			c.Ports = append(c.Ports, label)
+			c.Ports = append(c.Ports, p.label)
 		}
 		switch {
-		case p.HostIP == "" || p.HostIP == "0.0.0.0" || p.HostIP == "::":
+		case p.HostIP == "":
+		case b.options.Bridge && p.HostIP == "0.0.0.0":
 		case b.options.Bridge:
-			b.wrong(fmt.Sprintf("network.publish[%d].hostIp", i), "%s: a port of a pod in the bridge network is there at all addresses of its node: leave it out", p.HostIP)
+			b.wrong(fmt.Sprintf("network.publish[%d].hostIp", p.of[0]), "%s: a port of a pod in the bridge network is there at all addresses of its node: leave it out", p.HostIP)
 		default:
 			if c.HostIPs == nil {
 				c.HostIPs = []map[string]string{{}}
 			}
-			c.HostIPs[0][label] = p.HostIP
+			c.HostIPs[0][p.label] = p.HostIP
 		}
 	}
 	for i := range p.Containers {
@@ -494,13 +547,49 @@ func accessMode(class string) string {
 	return singleWriter
 }
 
-// portLabel tells a port's protocol from the default, which Nomad does not know: it keeps a port for all of them.
-func portLabel(i int, p spec.Publish) string {
-	label := "port" + strconv.Itoa(i)
-	if p.Protocol != "" && p.Protocol != "tcp" {
-		label += "_" + p.Protocol
+// A nodePort is one that Nomad is asked for. It keeps a port for all protocols, so a pod that publishes one for two of them has it once.
+type nodePort struct {
+	spec.Publish
+	label string // tells the protocols where they are other than tcp, which Nomad does not know
+	of    []int  // what it is for, of the pod's published ports
+}
+
+func nodePorts(publish []spec.Publish) []nodePort {
+	var all []nodePort
+	for i, p := range publish {
+		same := func(o nodePort) bool {
+			return o.HostPort != 0 && o.HostPort == p.HostPort && o.HostIP == p.HostIP && o.Port == p.Port
+		}
+		if at := slices.IndexFunc(all, same); at >= 0 {
+			all[at].of = append(all[at].of, i)
+			all[at].label = "port" + strconv.Itoa(all[at].of[0]) + "_tcp_udp"
+			continue
+		}
+		label := "port" + strconv.Itoa(i)
+		if p.Protocol == "udp" {
+			label += "_udp"
+		}
+		all = append(all, nodePort{p, label, []int{i}})
 	}
-	return label
+	return all
+}
+
+// Published are a pod's published ports, with those that Nomad has given its allocation on the node.
+func Published(p *spec.Pod, given []api.PortMapping) []spec.Publish {
+	var out []spec.Publish
+	for _, n := range nodePorts(p.Network.Publish) {
+		for _, g := range given {
+			if g.Label != n.label {
+				continue
+			}
+			for _, i := range n.of {
+				one := p.Network.Publish[i]
+				one.HostPort = uint16(g.Value)
+				out = append(out, one)
+			}
+		}
+	}
+	return out
 }
 
 func portNumber(label string) int {
@@ -520,8 +609,8 @@ func (b *builder) network() *api.NetworkResource {
 	case len(n.Publish) == 0:
 		return nil
 	}
-	for i, p := range n.Publish {
-		port := api.Port{Label: portLabel(i, p), Value: int(p.HostPort), To: int(p.Port)}
+	for _, p := range nodePorts(n.Publish) {
+		port := api.Port{Label: p.label, Value: int(p.HostPort), To: int(p.Port)}
 		if p.HostPort != 0 {
 			r.ReservedPorts = append(r.ReservedPorts, port)
 		} else {
@@ -597,6 +686,12 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 	r.options = Options{
 		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j),
 		Replace: g.Disconnect != nil && deref(g.Disconnect.Replace),
+	}
+	if c.NamesFile != "" {
+		r.options.Networks = []Network{}
+	}
+	for _, s := range g.Services {
+		r.options.Networks = append(r.options.Networks, Network{s.Name, s.Tags})
 	}
 	for _, i := range task.Identities {
 		if i.Name == identity && len(i.Audience) == 1 {
@@ -736,11 +831,16 @@ func (r *reader) network(c *config) {
 	slices.SortFunc(ports, func(a, b api.Port) int { return cmp.Compare(portNumber(a.Label), portNumber(b.Label)) })
 	for _, p := range ports {
 		made := spec.Publish{HostPort: uint16(p.Value), Port: uint16(p.To)}
-		_, made.Protocol, _ = strings.Cut(p.Label, "_")
 		for _, m := range c.HostIPs {
 			made.HostIP = m[p.Label]
 		}
-		r.p.Network.Publish = append(r.p.Network.Publish, made)
+		_, protocols, _ := strings.Cut(p.Label, "_")
+		for _, protocol := range strings.Split(protocols, "_") {
+			if made.Protocol = protocol; protocol == "tcp" {
+				made.Protocol = ""
+			}
+			r.p.Network.Publish = append(r.p.Network.Publish, made)
+		}
 	}
 }
 

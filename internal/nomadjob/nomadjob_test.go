@@ -87,7 +87,7 @@ var examples = map[string]example{
 	"pod": {
 		spec.Pod{
 			Name: "pod", Resources: spec.Resources{Memory: 512 << 20},
-			Network: spec.Network{Publish: []spec.Publish{{HostPort: 80, Port: 8080}}},
+			Network: spec.Network{Publish: []spec.Publish{{HostPort: 80, Port: 8080}, {HostPort: 53, Port: 53}, {HostPort: 53, Port: 53, Protocol: "udp"}}},
 			Containers: []spec.PodContainer{
 				critical(spec.PodContainer{Name: "app", Image: "oci:/images/app"}),
 				{
@@ -97,7 +97,7 @@ var examples = map[string]example{
 			},
 			Volumes: []spec.Volume{{Name: "shared", Scratch: &spec.ScratchVolume{}}},
 		},
-		Options{ID: "pod", Bridge: true},
+		Options{ID: "pod", Bridge: true, Networks: []Network{{Service: "net-4bcff63911fc", Names: []string{"pod.shop", "pod"}}, {Service: "net-00", Names: []string{"pod.other", "pod"}}}},
 	},
 }
 
@@ -170,7 +170,7 @@ func checkRoundTrip(t testing.TB, p *spec.Pod, o Options) {
 	if err := json.Unmarshal(data, &back); err != nil {
 		t.Fatal(err)
 	}
-	env, err := EnvItems(p)
+	env, err := EnvItems(p, o.Networks)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,4 +282,16 @@ func FuzzPod(f *testing.F) {
 			t.Errorf("read twice, it differs: %v\n%s\n%s", err, text(t, p), text(t, again))
 		}
 	})
+}
+
+// A port of the node is Nomad's for all protocols: it is asked for once, and told of each.
+func TestPublished(t *testing.T) {
+	p := &spec.Pod{Name: "p", Network: spec.Network{Publish: []spec.Publish{{Port: 80}, {HostPort: 53, Port: 53}, {HostPort: 53, Port: 53, Protocol: "udp"}, {Port: 80, Protocol: "udp"}}}}
+	got := Published(p, []api.PortMapping{
+		{Label: "port0", Value: 23000, To: 80}, {Label: "port1_tcp_udp", Value: 53, To: 53}, {Label: "port3_udp", Value: 23001, To: 80}, {Label: "foreign", Value: 1, To: 1},
+	})
+	want := []spec.Publish{{HostPort: 23000, Port: 80}, {HostPort: 53, Port: 53}, {HostPort: 53, Port: 53, Protocol: "udp"}, {HostPort: 23001, Port: 80, Protocol: "udp"}}
+	if !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
 }
