@@ -48,6 +48,7 @@ var mayImport = map[string][]string{
 	"csi-plugin":        {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
 	"csi-plugin/rpc":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/dir":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/zfs":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/cold":   {"csi-plugin/volume"},
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/volume": {"spec"},
@@ -98,6 +99,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/programs"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
+	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

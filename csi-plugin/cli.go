@@ -23,6 +23,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -103,8 +104,8 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 }
 
 func (c *cli) backendFlags(f *pflag.FlagSet) {
-	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes")
-	f.StringArrayVar(&c.pools, "pool", nil, "directory (default /var/lib/cradle/volumes); NAME=DIRECTORY to be chosen by the parameter pool; more than once, the first is the default")
+	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir, zfs")
+	f.StringArrayVar(&c.pools, "pool", nil, "where: a directory (dir, default /var/lib/cradle/volumes) or a dataset (zfs); NAME=WHERE to be chosen by the parameter pool; more than once, the first is the default")
 }
 
 func env(name, fallback string) string {
@@ -149,8 +150,19 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 		}
 		b, err := dir.Open(all)
 		return b, true, err
+	case "zfs":
+		var all []zfs.Pool
+		for _, p := range pools {
+			name, dataset, err := splitPool(p)
+			if err != nil {
+				return nil, false, err
+			}
+			all = append(all, zfs.Pool{Name: name, Dataset: dataset})
+		}
+		b, err := zfs.Open(ctx, all, "/run/cradle/zfs.lock")
+		return b, true, err
 	default:
-		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir is known", c.backend)
+		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir and zfs are known", c.backend)
 	}
 }
 

@@ -1,0 +1,323 @@
+//go:build zfslab
+
+package zfs
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
+)
+
+// The tests in this file run in a machine that has ZFS and the pool tank: TestVMZFS starts it.
+
+func suite() volumetest.Suite {
+	return volumetest.Suite{
+		New: func(t *testing.T) string {
+			dataset := "tank/" + strings.ReplaceAll(t.Name(), "/", "-")
+			t.Cleanup(func() { run(t, "zfs", "destroy", "-r", dataset) })
+			return dataset
+		},
+		Open: func(storage string) (volume.Backend, error) {
+			return Open(context.Background(), []Pool{{"default", storage}}, "/run/cradle/"+filepath.Base(storage)+".lock")
+		},
+		Rest:    rest,
+		Classes: []string{volume.LV2, volume.NFS},
+		FS:      []string{"ext4", "xfs"},
+	}
+}
+
+func TestMain(m *testing.M) { suite().Main(m) }
+
+func TestZFS(t *testing.T) { suite().Run(t) }
+
+// rest lists what is below the pool's dataset.
+func rest(t *testing.T, storage string) []string {
+	t.Helper()
+	return slices.DeleteFunc(strings.Fields(run(t, "zfs", "list", "-H", "-r", "-t", "all", "-o", "name", storage)), func(name string) bool { return name == storage })
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Errorf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func open(t *testing.T) (b *Backend, dataset string) {
+	t.Helper()
+	dataset = suite().New(t)
+	v, err := suite().Open(dataset)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v.(*Backend), dataset
+}
+
+func block(name string) volume.Request {
+	return volume.Request{Name: name, Size: 16 << 20, Parameters: volume.Parameters{Class: volume.LV2}}
+}
+
+func must[T any](t *testing.T) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func wants(t *testing.T, err, want error, what string) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("%s: %v; want %v", what, err, want)
+	}
+}
+
+// What ZFS is to keep besides its defaults is what was asked for.
+func TestParameters(t *testing.T) {
+	b, dataset := open(t)
+	r := block("v")
+	r.Compression, r.BlockSize = "zstd", 8<<10
+	must[volume.Volume](t)(b.Create(t.Context(), r))
+	f := volume.Request{Name: "f", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.NFS, Compression: "off"}}
+	must[volume.Volume](t)(b.Create(t.Context(), f))
+	w := volume.Request{Name: "w", Parameters: volume.Parameters{Class: volume.LV2}, Origin: volume.Origin{Volume: "v"}, Size: 32 << 20}
+	must[volume.Volume](t)(b.Clone(t.Context(), w, nil))
+	for id, want := range map[string]string{
+		"v": "volsize=16777216 volblocksize=8192 compression=zstd refreservation=0",
+		"w": "volsize=33554432 volblocksize=8192 compression=off refreservation=0",
+		"f": "refquota=67108864 compression=off mountpoint=legacy",
+	} {
+		for property := range strings.FieldsSeq(want) {
+			name, value, _ := strings.Cut(property, "=")
+			if got := strings.TrimSpace(run(t, "zfs", "get", "-Hp", "-o", "value", name, dataset+"/"+id)); got != value {
+				t.Errorf("%s has %s %s; want %s", id, name, got, value)
+			}
+		}
+	}
+	for what, change := range map[string]func(*volume.Request){
+		"class gfs":                     func(r *volume.Request) { r.Class = volume.GFS },
+		"a file volume with blocks":     func(r *volume.Request) { r.Class = volume.NFS; r.BlockSize = 8192 },
+		"a file volume with ext4":       func(r *volume.Request) { r.Class = volume.NFS; r.FS = "ext4" },
+		"blocks of 512":                 func(r *volume.Request) { r.BlockSize = 512 },
+		"a guest's file volume":         func(r *volume.Request) { r.Class = volume.NFS; r.Direct = true },
+		"a clone with other blocks":     func(r *volume.Request) { r.Origin.Volume = "v"; r.BlockSize = 32 << 10 },
+		"a clone with another kind":     func(r *volume.Request) { r.Origin.Volume = "v"; r.FS = "xfs"; r.Size = 400 << 20 },
+		"a clone of a volume for files": func(r *volume.Request) { r.Origin.Volume = "f" },
+	} {
+		r := block("x")
+		change(&r)
+		var err error
+		if r.Origin.Volume == "" {
+			_, err = b.Create(t.Context(), r)
+		} else {
+			_, err = b.Clone(t.Context(), r, nil)
+		}
+		wants(t, err, volume.ErrInvalid, what)
+	}
+}
+
+// A pool that is not there is nothing to conclude anything from: a volume in it is not deleted.
+func TestPoolMissing(t *testing.T) {
+	for _, n := range []string{"a", "b"} {
+		if err := os.WriteFile("/tmp/"+n, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate("/tmp/"+n, 128<<20); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove("/tmp/" + n)
+	}
+	run(t, "zpool", "create", "-O", "mountpoint=none", "second", "mirror", "/tmp/a", "/tmp/b")
+	defer run(t, "zpool", "destroy", "second")
+	first := suite().New(t)
+	b, err := Open(t.Context(), []Pool{{"default", first}, {"second", "second/cradle"}}, "/run/cradle/missing.lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := block("v")
+	r.Pool = "second"
+	must[volume.Volume](t)(b.Create(t.Context(), r))
+	must[volume.Snapshot](t)(b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}))
+
+	r.Name, r.Size = "large", 1<<30
+	_, err = b.Create(t.Context(), r)
+	wants(t, err, volume.ErrNoSpace, "a volume larger than its pool")
+
+	run(t, "zpool", "offline", "second", "/tmp/b")
+	if err := b.Ready(t.Context()); err != nil {
+		t.Errorf("degraded: %v", err)
+	}
+	r.Name, r.Size = "w", 16<<20
+	must[volume.Volume](t)(b.Create(t.Context(), r))
+	run(t, "zpool", "online", "second", "/tmp/b")
+
+	run(t, "zpool", "export", "second")
+	wants(t, b.Ready(t.Context()), volume.ErrUnavailable, "Ready")
+	wants(t, b.Delete(t.Context(), "v"), volume.ErrUnavailable, "Delete")
+	wants(t, b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "v", Name: "s"}), volume.ErrUnavailable, "DeleteSnapshot")
+	_, err = b.Get(t.Context(), "v")
+	wants(t, err, volume.ErrUnavailable, "Get")
+	_, err = b.List(t.Context())
+	wants(t, err, volume.ErrUnavailable, "List")
+	_, err = b.Snapshots(t.Context(), "")
+	wants(t, err, volume.ErrUnavailable, "Snapshots")
+	_, err = b.Capacity(t.Context(), r.Parameters)
+	wants(t, err, volume.ErrUnavailable, "Capacity")
+	r.Name, r.Pool = "new", ""
+	_, err = b.Create(t.Context(), r)
+	wants(t, err, volume.ErrUnavailable, "Create in another pool, of what may be in this one")
+	_, err = Open(t.Context(), []Pool{{"second", "second/cradle"}}, "/run/cradle/missing.lock")
+	wants(t, err, volume.ErrUnavailable, "Open")
+
+	run(t, "zpool", "import", "-d", "/tmp", "second")
+	if all, err := b.Snapshots(t.Context(), "v"); err != nil || len(all) != 1 {
+		t.Errorf("after the import: %+v, %v", all, err)
+	}
+}
+
+// Names may be as long as CSI allows, of a snapshot with its volume's as ZFS does.
+func TestLongNames(t *testing.T) {
+	b, dataset := open(t)
+	long := strings.Repeat("n", volume.MaxName)
+	must[volume.Volume](t)(b.Create(t.Context(), block(long)))
+	w := block("w" + long[1:])
+	w.Origin.Volume = long
+	must[volume.Volume](t)(b.Clone(t.Context(), w, nil))
+	name := strings.Repeat("s", maxDataset-len(dataset)-len("/@")-len(long))
+	_, err := b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: long, Name: name + "s"}})
+	wants(t, err, volume.ErrInvalid, "a snapshot's name that is too long by 1")
+	w.Name, w.Origin = "x", volume.Origin{Snapshot: volume.SnapshotID{Volume: long, Name: name}}
+	must[volume.Snapshot](t)(b.Snapshot(t.Context(), volume.SnapshotRequest{ID: w.Origin.Snapshot}))
+	must[volume.Volume](t)(b.Clone(t.Context(), w, nil))
+	if err := b.DeleteSnapshot(t.Context(), w.Origin.Snapshot); err != nil { // which gives it another name
+		t.Error(err)
+	}
+	for _, id := range []string{long, w.Name, "w" + long[1:]} {
+		if err := b.Delete(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	}
+	if all := rest(t, dataset); len(all) > 0 {
+		t.Errorf("left: %q", all)
+	}
+	_, err = Open(t.Context(), []Pool{{"default", "tank/" + long}}, "/run/cradle/long.lock")
+	if err == nil || !strings.Contains(err.Error(), "too long") {
+		t.Errorf("a pool below which volumes have no room for their names: %v", err)
+	}
+}
+
+// Clones outlive what they were made of, in whatever order all goes.
+func TestFamilies(t *testing.T) {
+	for _, order := range [][]string{{"a", "b", "c", "d"}, {"d", "c", "b", "a"}, {"c", "a", "b", "d"}} {
+		t.Run(strings.Join(order, ""), func(t *testing.T) { family(t, order) })
+	}
+}
+
+func family(t *testing.T, order []string) {
+	b, dataset := open(t)
+	must[volume.Volume](t)(b.Create(t.Context(), block("a")))
+	s := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "a", Name: "s"}}
+	must[volume.Snapshot](t)(b.Snapshot(t.Context(), s))
+	for name, origin := range map[string]volume.Origin{"b": {Snapshot: s.ID}, "c": {Volume: "a"}} {
+		r := block(name)
+		r.Origin = origin
+		must[volume.Volume](t)(b.Clone(t.Context(), r, nil))
+	}
+	d := block("d")
+	d.Origin.Volume = "b"
+	must[volume.Volume](t)(b.Clone(t.Context(), d, nil))
+	for _, id := range []string{"a", "b"} { // of one name, each
+		auto := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: id, Name: "hourly-20260106T150000Z"}, Automatic: true}
+		must[volume.Snapshot](t)(b.Snapshot(t.Context(), auto))
+	}
+	if err := b.DeleteSnapshot(t.Context(), s.ID); err != nil {
+		t.Error(err)
+	}
+	for i, id := range order {
+		if err := b.Delete(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if all := must[[]volume.Volume](t)(b.List(t.Context())); len(all) != 3-i {
+			t.Errorf("%d are left after %s", len(all), id)
+		}
+	}
+	if all := rest(t, dataset); len(all) > 0 {
+		t.Errorf("left: %q", all)
+	}
+}
+
+// What others have below the pool's dataset, or as snapshots of its volumes, is not taken for ours.
+func TestForeign(t *testing.T) {
+	b, dataset := open(t)
+	run(t, "zfs", "create", "-o", "mountpoint=none", dataset+"/foreign")
+	must[volume.Volume](t)(b.Create(t.Context(), block("v")))
+	run(t, "zfs", "snapshot", dataset+"/v@by-hand")
+	run(t, "zfs", "snapshot", dataset+"/v@autosnap_2026-01-06_15:00:00_hourly")
+	if all := must[[]volume.Volume](t)(b.List(t.Context())); len(all) != 1 || all[0].ID != "v" {
+		t.Errorf("volumes: %+v", all)
+	}
+	if err := b.Delete(t.Context(), "foreign"); err == nil {
+		t.Error("a foreign dataset was deleted")
+	}
+	if _, err := b.Create(t.Context(), block("foreign")); err == nil {
+		t.Error("a foreign dataset passes as a volume")
+	}
+	if all := must[[]volume.Snapshot](t)(b.Snapshots(t.Context(), "v")); len(all) != 1 || all[0].ID.Name != "by-hand" || all[0].Automatic || all[0].Size != 16<<20 {
+		t.Errorf("snapshots: %+v", all)
+	}
+	wants(t, b.Delete(t.Context(), "v"), volume.ErrInUse, "delete what has a snapshot by hand")
+
+	run(t, "zfs", "set", property+"={", dataset+"/v")
+	if all, err := b.List(t.Context()); err != nil || len(all) != 0 {
+		t.Errorf("with a damaged record: %+v, %v", all, err)
+	}
+	found := 0
+	if err := b.Repair(t.Context(), false, func(string) { found++ }); err != nil || found != 1 {
+		t.Errorf("Repair: %d, %v", found, err)
+	}
+	run(t, "zfs", "list", dataset+"/v")
+}
+
+// What a call that was killed between two programs leaves is found and removed.
+func TestRepair(t *testing.T) {
+	b, dataset := open(t)
+	must[volume.Volume](t)(b.Create(t.Context(), block("v")))
+	run(t, "zfs", "snapshot", "-o", record{}.String(), between(dataset+"/v", "w"))
+	run(t, "zfs", "snapshot", "-o", record{}.String(), dataset+"/v@"+deleted+"1")
+	run(t, "zfs", "clone", dataset+"/v@"+deleted+"1", dataset+"/byhand")
+	run(t, "zfs", "create", "-s", "-V", "16M", dataset+"/"+receiving+"w")
+	run(t, "zfs", "clone", dataset+"/v@"+deleted+"1", dataset+"/"+copying+"v")
+	_, unlock, err := b.lock(t.Context(), "v", "w", copying+"v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Repair(t.Context(), false, func(s string) { t.Errorf("while somebody is at work: %s", s) }); err != nil {
+		t.Error(err)
+	}
+	unlock()
+	for _, c := range []struct {
+		look bool
+		want int
+	}{{true, 4}, {false, 4}, {false, 0}} {
+		var found []string
+		if err := b.Repair(t.Context(), c.look, func(s string) { found = append(found, s) }); err != nil || len(found) != c.want {
+			t.Errorf("look: %t: %q, %v; want %d", c.look, found, err, c.want)
+		}
+	}
+	run(t, "zfs", "destroy", dataset+"/byhand")
+	if all := rest(t, dataset); len(all) != 1 {
+		t.Errorf("left: %q", all)
+	}
+}

@@ -1,0 +1,28 @@
+//go:build vm && soak
+
+package zfs
+
+import "testing"
+
+// TestVMSoakZFSKilled kills every call at every step, in a machine that has ZFS.
+func TestVMSoakZFSKilled(t *testing.T) {
+	inLab(t, `zpool create -f -O mountpoint=none tank /dev/vda1
+./zfs.test -test.v -test.timeout 2h -test.run TestZFS/Killed
+`)
+}
+
+// TestVMSoakZFSSanity runs csi-sanity for each kind of volume, and looks whether it left something.
+func TestVMSoakZFSSanity(t *testing.T) {
+	inLab(t, `zpool create -f -O mountpoint=none tank /dev/vda1
+for class in lv2 nfs; do
+  ./cradle-csi monolith --backend zfs --pool tank/sanity --node-id lab --endpoint unix:///run/csi.sock 2>/tmp/log & plugin=$!
+  while ! test -S /run/csi.sock; do sleep 0.1; done
+  echo "class: $class" >/tmp/parameters.yaml
+  ./csi-sanity --csi.endpoint unix:///run/csi.sock --csi.mountdir /tmp/mnt --csi.stagingdir /tmp/staging --csi.testvolumesize 67108864 \
+    --csi.testvolumeexpandsize 134217728 --csi.testvolumeparameters /tmp/parameters.yaml --ginkgo.no-color >/tmp/sanity 2>&1 || { cat /tmp/sanity; tail /tmp/log; exit 1; }
+  tail -n 3 /tmp/sanity
+  kill $plugin; wait $plugin
+  test "$(zfs list -H -r -t all -o name tank/sanity)" = tank/sanity
+done
+`)
+}
