@@ -51,7 +51,7 @@ images: setup ## make the example images from the distribution's packages (examp
 	@examples/images/build.sh all
 
 .PHONY: bootstrap-images
-bootstrap-images: build ## make the signed images of a host's services in bin/bootstrap (examples/bootstrap)
+bootstrap-images: boot-default ## make the signed images of a host's services in bin/bootstrap (examples/bootstrap)
 	@examples/bootstrap/images.sh bin/bootstrap
 
 .PHONY: check

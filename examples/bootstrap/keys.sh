@@ -1,11 +1,11 @@
 #!/bin/sh
-# keys.sh CONSUL KEYS NODE server|client: make one node's keys in the folder KEYS/NODE.
+# keys.sh CONSUL KEYS NODE server|client ADDRESS: make the keys of the node with that name and address in the folder KEYS/NODE.
 #
 # CONSUL is the image, a path or URL: its `consul tls` makes the certificates, so this needs nothing but bali. The authority
 # and the gossip key are made on first use; KEYS stays with the operator, KEYS/NODE goes to the node. Needs root (bali run).
 set -eu
-[ $# = 4 ] || { sed -n '2,5p' "$0" >&2; exit 2; }
-image=$1 keys=$2 node=$3 role=$4
+[ $# = 5 ] || { sed -n '2,5p' "$0" >&2; exit 2; }
+image=$1 keys=$2 node=$3 role=$4 address=$5
 umask 077
 mkdir -p "$keys/$node"
 keys=$(cd "$keys" && pwd)
@@ -21,7 +21,7 @@ case $role in
   client) kind=client; set -- -client ;;
   *) echo "keys.sh: $role is no role: server or client" >&2; exit 2 ;;
 esac
-consul tls cert create "$@" -domain cradlestack -dc dc1 -days 1095 -additional-dnsname client.global.nomad >/dev/null
+consul tls cert create "$@" -additional-ipaddress "$address" -domain cradlestack -dc dc1 -days 1095 -additional-dnsname client.global.nomad >/dev/null
 mv "$keys/dc1-$kind-cradlestack-0-key.pem" "$keys/$node/key.pem"
 mv "$keys/dc1-$kind-cradlestack-0.pem" "$keys/$node/cert.pem"
 cp "$keys/cradlestack-agent-ca.pem" "$keys/$node/ca.pem"

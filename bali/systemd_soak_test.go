@@ -1,0 +1,69 @@
+//go:build vm && soak
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// TestVMSoakSystemd does TestVMSystemd's and goes on: volumes and docker's
+// client, upgrades, a rollback, the loss of the image server, a reboot. What
+// happens inside is testdata/vm/drills.sh.
+func TestVMSoakSystemd(t *testing.T) {
+	p := newPlace(t)
+	base := p.machines()
+	p.keys("node", "10.0.2.15")
+	p.busybox()
+	p.sh(`for image in consul nomad; do
+  bali extract job/web/$image.tar.gz ${image}2
+  bali build job/web/${image}2.tar.gz --from ./${image}2 --env UPGRADED=1
+done
+bali build job/broken.tar.gz --from ./app --entrypoint /bin/sh --cmd -c --cmd 'echo broken; exit 1'
+BALI_KEY=foreign bali id
+BALI_KEY=foreign bali build job/foreign.tar.gz --from ./app --entrypoint /bin/sh
+cp "$(command -v docker)" job/docker || { echo apt-get install docker.io; exit 1; }
+tar cf job/app.tar -C app .
+cat >job/volume.hcl <<'END'
+id           = "data"
+name         = "data"
+type         = "csi"
+plugin_id    = "cradle"
+capacity_min = "64MiB"
+capability {
+  access_mode     = "single-node-writer"
+  attachment_mode = "file-system"
+}
+parameters {
+  class = "lv2"
+}
+END
+cat >app/hello.sh <<'END'
+right=wrong; [ "$LISTEN_PID" = $$ ] && right=right
+echo "fds=$LISTEN_FDS pid=$right notify=$NOTIFY_SOCKET" >/run/hello.new
+mv /run/hello.new /run/hello
+exec sleep 100000
+END
+for a in mv sleep; do ln -s busybox app/bin/$a; done
+bali build job/web/hello.tar.gz --from ./app --entrypoint /bin/sh --cmd /hello.sh --env PATH=/bin`)
+	m := p.machine(base, "node", "drills.sh")
+	m.boot("ok: it starts from the cache when the server is gone")
+	if !t.Failed() {
+		m.boot("ok: after the reboot all is there")
+	}
+}
+
+// busybox gives the machines the example image, to run in a pod.
+func (p *place) busybox() {
+	p.t.Helper()
+	cache := os.Getenv("XDG_CACHE_HOME")
+	if cache == "" {
+		cache = filepath.Join(os.Getenv("HOME"), ".cache")
+	}
+	image := filepath.Join(cache, "cradlestack/images/busybox")
+	if _, err := os.Stat(image); err != nil {
+		p.t.Fatalf("%v: make images", err)
+	}
+	p.sh("cp -r " + image + " job/")
+}
