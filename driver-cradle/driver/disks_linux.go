@@ -21,8 +21,7 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// disks are the scratch disks that are kept on this node under ids that tasks give them, and who uses them now. Each is a pod.Disk, with how far
-// its containers' output was delivered beside it:
+// disks are the scratch disks that are kept on this node under ids that tasks give them, and who uses them now. Each is a pod.Disk:
 //
 //	STATE/disks/NAMESPACE/ID/
 //
@@ -110,7 +109,20 @@ func (d *disks) remove(name, taskID string, remnants []remnant) error {
 	if err := pod.RemoveDisk(d.path(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	d.leave(filepath.Dir(name), name)
 	return nil
+}
+
+// leave removes a namespace's directory if it is empty and nobody else is about to make a disk there.
+func (d *disks) leave(namespace, removed string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for name := range d.users {
+		if name != removed && filepath.Dir(name) == namespace {
+			return
+		}
+	}
+	_ = os.Remove(d.path(namespace))
 }
 
 // A keptDisk is a line of the list.

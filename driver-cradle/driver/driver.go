@@ -63,8 +63,8 @@ type Driver struct {
 	tasks  map[string]*task
 	client time.Time // since when a client is there; zero: there is none
 
-	sweep    sync.Mutex      // held while what an earlier process has left is removed
-	starting map[string]bool // directories of tasks that are being started, under sweep
+	sweep    sync.Mutex            // held while what an earlier process has left is removed
+	starting map[string]*beginning // by the tasks' directories, under sweep
 }
 
 var (
@@ -74,7 +74,7 @@ var (
 
 // New makes a plugin.
 func New(log hclog.Logger) any {
-	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}, starting: map[string]bool{}}
+	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}, starting: map[string]*beginning{}}
 	d.ctx, d.cancel = context.WithCancelCause(context.Background())
 	d.Eventer = eventer.NewEventer(d.ctx, log)
 	return d

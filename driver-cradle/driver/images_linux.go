@@ -23,12 +23,12 @@ import (
 )
 
 // summon pulls the pod's images and makes its directory.
-func (d *Driver) summon(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) (*pod.Dir, error) {
+func (d *Driver) summon(ctx context.Context, t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) (*pod.Dir, error) {
 	timeout, err := parseDuration(cfg.PullTimeout, o.config.pullTimeout)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(d.ctx, timeout, fmt.Errorf("the images were not there within %v (image_pull_timeout)", timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the images were not there within %v (image_pull_timeout)", timeout))
 	defer cancel()
 	keys, err := o.config.keychain(cfg.Auth)
 	if err != nil {

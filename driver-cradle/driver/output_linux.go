@@ -153,14 +153,18 @@ type delivery struct {
 	warn    func(string, ...any)
 }
 
-// newDelivery opens what a task's output goes to.
-func newDelivery(placesPath string, rec *record, warn func(string, ...any)) (_ *delivery, err error) {
+// newDelivery opens what a task's output goes to. Each pipe is given to hold as soon as it is open: in between, the end of this process would be that of
+// the pipe's reader.
+func newDelivery(placesPath string, rec *record, hold func(name string, pipe *os.File) error, warn func(string, ...any)) (_ *delivery, err error) {
 	d := &delivery{warn: warn}
 	if d.places, err = openPlaces(placesPath); err != nil {
 		return nil, err
 	}
-	for i, path := range []string{rec.Stdout, rec.Stderr} {
-		if d.sinks[i], err = openSink(path); err != nil {
+	for i, stream := range []struct{ name, path string }{{"stdout", rec.Stdout}, {"stderr", rec.Stderr}} {
+		if d.sinks[i], err = openSink(stream.path); err == nil {
+			err = hold(stream.name, d.sinks[i].file)
+		}
+		if err != nil {
 			d.close()
 			return nil, fmt.Errorf("output of the task: %w", err)
 		}
@@ -168,23 +172,22 @@ func newDelivery(placesPath string, rec *record, warn func(string, ...any)) (_ *
 	return d, nil
 }
 
-// outlive has the pod's machine hold the pipes.
-func (d *delivery) outlive(ctx context.Context, m *vmm.Machine) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	for i, name := range []string{"stdout", "stderr"} {
-		err := m.Hold(ctx, name, d.sinks[i].file)
+// heldBy has a pod's machine hold pipes.
+func heldBy(ctx context.Context, m *vmm.Machine) func(string, *os.File) error {
+	return func(name string, pipe *os.File) error {
+		ctx, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		err := m.Hold(ctx, name, pipe)
 		if err == nil {
-			continue
+			return nil
 		}
 		select {
 		case <-m.Done():
 			return nil // nothing is to outlive it
 		case <-time.After(time.Second):
-			return fmt.Errorf("output of the task: %w", err)
+			return err
 		}
 	}
-	return nil
 }
 
 // begin delivers the output of a pod from where the last delivery has come to.

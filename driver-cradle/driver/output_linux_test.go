@@ -112,7 +112,7 @@ func newGutter(t *testing.T) *gutter {
 
 func (g *gutter) open(places string) {
 	g.t.Helper()
-	d, err := newDelivery(places, &record{Stdout: g.paths[0], Stderr: g.paths[1]}, func(string, ...any) {})
+	d, err := newDelivery(places, &record{Stdout: g.paths[0], Stderr: g.paths[1]}, func(string, *os.File) error { return nil }, func(string, ...any) {})
 	if err != nil {
 		g.t.Fatal(err)
 	}

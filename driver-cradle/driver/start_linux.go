@@ -62,25 +62,25 @@ func (d *Driver) StartTask(t *drivers.TaskConfig) (*drivers.TaskHandle, *drivers
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}
 	p.Boot.Accel = c.Accelerator
-	dir, begun, err := d.begin(s, t)
+	b, err := d.begin(s, t)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer begun()
+	defer d.begun(b)
 	if err := d.takeDisk(s, t, &cfg, p); err != nil {
-		if rerr := os.Remove(dir); rerr != nil {
+		if rerr := os.Remove(b.dir); rerr != nil {
 			d.log.Error("clear a task that did not start", "task", t.ID, "error", rerr)
 		}
 		return nil, nil, err
 	}
-	if err := d.start(t, &cfg, p, starting{c, s, pkg, dir, attached}); err != nil {
-		if cerr := s.clear(context.Background(), dir); cerr != nil {
+	if err := d.start(b.ctx, t, &cfg, p, starting{c, s, pkg, b.dir, attached}); err != nil {
+		if cerr := s.clear(context.Background(), b.dir); cerr != nil {
 			d.log.Error("clear a task that did not start", "task", t.ID, "error", cerr)
 		}
 		s.disks.release(diskOf(t, cfg.DiskID), t.ID)
 		return nil, nil, err
 	}
-	return d.handleOf(t, dir)
+	return d.handleOf(t, b.dir)
 }
 
 // takeDisk makes the disk that the task names its own, until it ends. The size of one that is there counts where the task names none.
@@ -116,31 +116,65 @@ func (d *Driver) handleOf(t *drivers.TaskConfig, dir string) (*drivers.TaskHandl
 	return h, nil, nil
 }
 
-// begin makes a task's directory. Until done is called, clearOrphans leaves it alone: where a plugin process dies, Nomad starts the task again in the
-// next one under the same id, and so with the directory that it may find from before.
-func (d *Driver) begin(s *state, t *drivers.TaskConfig) (dir string, done func(), err error) {
+// A beginning is a task that is being started. Its directory is left alone by clearOrphans: where a plugin process dies, Nomad starts the task again in
+// the next one under the same id, and so with the directory that it may find from before.
+type beginning struct {
+	task   *drivers.TaskConfig
+	dir    string
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	pipes  []*os.File
+	done   chan struct{} // closed by begun
+}
+
+// begin makes a task's directory. begun follows.
+func (d *Driver) begin(s *state, t *drivers.TaskConfig) (*beginning, error) {
+	d.callOff(t)
 	d.sweep.Lock()
 	defer d.sweep.Unlock()
-	dir = s.dirOf(t.ID, t.Name)
-	if d.starting[dir] {
-		return "", nil, fmt.Errorf("task %s is being started already", t.ID)
+	b := &beginning{task: t, dir: s.dirOf(t.ID, t.Name), done: make(chan struct{})}
+	if d.starting[b.dir] != nil {
+		return nil, fmt.Errorf("task %s is being started already", t.ID)
 	}
-	pipes, err := d.clearEarlier(s, t, dir)
-	if err != nil {
-		closeAll(pipes)
-		return "", nil, fmt.Errorf("clear an earlier run of the task: %w", err)
+	var err error
+	if b.pipes, err = d.clearEarlier(s, t, b.dir); err != nil {
+		closeAll(b.pipes)
+		return nil, fmt.Errorf("clear an earlier run of the task: %w", err)
 	}
-	if err := os.Mkdir(dir, 0o711); err != nil {
-		closeAll(pipes)
-		return "", nil, err
+	if err := os.Mkdir(b.dir, 0o711); err != nil {
+		closeAll(b.pipes)
+		return nil, err
 	}
-	d.starting[dir] = true
-	return dir, func() {
-		closeAll(pipes)
-		d.sweep.Lock()
-		defer d.sweep.Unlock()
-		delete(d.starting, dir)
-	}, nil
+	b.ctx, b.cancel = context.WithCancelCause(d.ctx)
+	d.starting[b.dir] = b
+	return b, nil
+}
+
+func (d *Driver) begun(b *beginning) {
+	b.cancel(nil)
+	closeAll(b.pipes)
+	d.sweep.Lock()
+	defer d.sweep.Unlock()
+	delete(d.starting, b.dir)
+	close(b.done)
+}
+
+var errCalledOff = errors.New("the task is started again: the client that has asked for this start is gone")
+
+// callOff ends the starts of a task that an earlier client has asked for, and returns when nothing is left of them or they are complete.
+func (d *Driver) callOff(t *drivers.TaskConfig) {
+	d.sweep.Lock()
+	var others []*beginning
+	for _, b := range d.starting {
+		if b.task.ID != t.ID && b.task.AllocID == t.AllocID && b.task.Name == t.Name && t.AllocID != "" {
+			others = append(others, b)
+		}
+	}
+	d.sweep.Unlock()
+	for _, b := range others {
+		b.cancel(errCalledOff)
+		<-b.done
+	}
 }
 
 func closeAll(files []*os.File) {
@@ -162,9 +196,11 @@ func (d *Driver) clearEarlier(s *state, t *drivers.TaskConfig, dir string) (pipe
 				continue
 			}
 		}
-		for _, path := range []string{t.StdoutPath, t.StderrPath} {
-			if held, err := openSink(path); err == nil { // else the start will say so
-				pipes = append(pipes, held.file)
+		if r.delivered() {
+			for _, path := range []string{t.StdoutPath, t.StderrPath} {
+				if held, err := openSink(path); err == nil { // else the start will say so
+					pipes = append(pipes, held.file)
+				}
 			}
 		}
 		if r.record != nil {
@@ -192,14 +228,14 @@ type starting struct {
 }
 
 // start makes the pod and starts it.
-func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) error {
+func (d *Driver) start(ctx context.Context, t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o starting) error {
 	rec := &record{
 		Version: recordVersion, ID: t.ID, AllocID: t.AllocID, Name: t.Name, Stdout: t.StdoutPath, Stderr: t.StderrPath, Disk: diskOf(t, cfg.DiskID), Attached: o.attached, Created: now(),
 	}
 	if err := rec.write(o.dir); err != nil {
 		return err
 	}
-	made, err := d.summon(t, cfg, p, o)
+	made, err := d.summon(ctx, t, cfg, p, o)
 	if err != nil {
 		return err
 	}
@@ -213,11 +249,18 @@ func (d *Driver) start(t *drivers.TaskConfig, cfg *taskConfig, p *spec.Pod, o st
 			limits[a.Volume] = a.Limits
 		}
 	}
-	r, err := made.Start(d.ctx, pod.StartOptions{
+	var strays error
+	var looking sync.WaitGroup
+	looking.Go(func() { strays = endStrayReaders(ctx, t.StdoutPath) })
+	r, err := made.Start(ctx, pod.StartOptions{
 		CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(),
 	})
+	looking.Wait()
 	if err != nil {
 		return err
+	}
+	if strays != nil { // the log may be out of order
+		d.log.Error("end the processes that read a task's output in vain", "task", t.ID, "error", strays)
 	}
 	if err := d.attend(o.dir, rec, t, r); err != nil {
 		return err
@@ -326,7 +369,7 @@ func (d *Driver) clearOrphans(c *config, s *state) {
 func (d *Driver) clearOrphan(s *state, r remnant, soon bool) error {
 	d.sweep.Lock()
 	defer d.sweep.Unlock()
-	if d.starting[r.dir] {
+	if d.starting[r.dir] != nil {
 		return nil
 	}
 	_, err := os.Stat(filepath.Join(r.dir, podDir, pod.LaunchFile))

@@ -236,6 +236,12 @@ type remnant struct {
 	record *record // nil where it can't be read
 }
 
+// delivered says whether the task's output was, or was about to be, delivered: its pipes have been opened then.
+func (r *remnant) delivered() bool {
+	_, err := os.Stat(filepath.Join(r.dir, outputFile))
+	return err == nil
+}
+
 // remnants lists the directories of all tasks.
 func (s *state) remnants() ([]remnant, error) {
 	entries, err := os.ReadDir(filepath.Join(s.dir, tasksDir))
@@ -264,7 +270,7 @@ func (s *state) clear(ctx context.Context, dir string) error {
 	case err != nil:
 		return err
 	default:
-		if _, err := p.Kill(ctx); err != nil && !errors.Is(err, pod.ErrNotRunning) {
+		if _, err := p.Kill(ctx); err != nil && !errors.Is(err, pod.ErrNotRunning) && !errors.Is(err, pod.ErrNotStarted) {
 			return err
 		}
 		if err := p.Remove(); err != nil {

@@ -20,7 +20,11 @@ import (
 // aProcess is one that lives until the test ends or somebody kills it; gone is closed then.
 func aProcess(t *testing.T) (pid int, gone <-chan struct{}) {
 	t.Helper()
-	cmd := exec.Command("sleep", "1000")
+	return launch(t, exec.Command("sleep", "1000"))
+}
+
+func launch(t *testing.T, cmd *exec.Cmd) (pid int, gone <-chan struct{}) {
+	t.Helper()
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -205,14 +209,14 @@ func TestBeginWhereSomethingIsLeft(t *testing.T) {
 			if s.found, err = s.remnants(); err != nil {
 				t.Fatal(err)
 			}
-			dir, begun, err := d.begin(s, config)
+			b, err := d.begin(s, config)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(dir, "mine"), nil, 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(b.dir, "mine"), nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, _, err := d.begin(s, config); err == nil {
+			if _, err := d.begin(s, config); err == nil {
 				t.Error("it is begun twice")
 			}
 			for _, r := range s.found {
@@ -222,21 +226,62 @@ func TestBeginWhereSomethingIsLeft(t *testing.T) {
 					}
 				}
 			}
-			if _, err := os.Stat(filepath.Join(dir, "mine")); err != nil {
+			if _, err := os.Stat(filepath.Join(b.dir, "mine")); err != nil {
 				t.Errorf("the task's directory was removed while it was being started: %v", err)
 			}
-			begun()
+			d.begun(b)
 			for _, r := range s.found { // nobody has it any more, and it is no pod
 				if err := d.clearOrphan(s, r, true); err != nil {
 					t.Error(err)
 				}
-				if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+				if _, err := os.Stat(b.dir); !errors.Is(err, os.ErrNotExist) {
 					t.Errorf("what was found is still there: %v", err)
 				}
 			}
-			if _, err := pod.Open(filepath.Join(dir, podDir), nil); err == nil {
+			if _, err := pod.Open(filepath.Join(b.dir, podDir), nil); err == nil {
 				t.Error("there is a pod")
 			}
 		})
+	}
+}
+
+// A client that was killed while it started a task starts it again when it is back, with another id. What is still being done for the first start, in the
+// plugin process that lives on, is called off.
+func TestBeginCallsOffTheStartForAnEarlierClient(t *testing.T) {
+	d := New(hclogNull).(*Driver)
+	defer d.Close()
+	s := &state{dir: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	if err := os.Mkdir(filepath.Join(s.dir, tasksDir), 0o711); err != nil {
+		t.Fatal(err)
+	}
+	first, err := d.begin(s, aTaskConfig("alloc/t/1", "alloc", "t"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := d.begin(s, aTaskConfig("alloc/side/1", "alloc", "side"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.begun(other)
+	go func() {
+		<-first.ctx.Done()
+		if err := (&record{Version: recordVersion, ID: "alloc/t/1", AllocID: "alloc", Name: "t"}).write(first.dir); err != nil {
+			t.Error(err)
+		}
+		d.begun(first)
+	}()
+	second, err := d.begin(s, aTaskConfig("alloc/t/2", "alloc", "t"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.begun(second)
+	if why := context.Cause(first.ctx); why != errCalledOff {
+		t.Errorf("the first start was ended with %v", why)
+	}
+	if left, err := filepath.Glob(filepath.Join(first.dir, "*")); err != nil || len(left) > 0 {
+		t.Errorf("left of the first start: %v %v", left, err)
+	}
+	if other.ctx.Err() != nil || second.ctx.Err() != nil {
+		t.Error("another start was called off")
 	}
 }

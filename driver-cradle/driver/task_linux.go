@@ -42,7 +42,8 @@ type task struct {
 // Nomad's pipes are opened only now. Its reader does not come back once the last writer has gone: as long as there is no machine that outlives this process
 // and holds them, none may begin.
 func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, r *pod.Running) error {
-	output, err := d.deliver(dir, rec, r)
+	// The pod's machine holds the pipes as well.
+	output, err := newDelivery(filepath.Join(dir, outputFile), rec, heldBy(d.ctx, r.Machine()), d.log.With("task", rec.ID).Warn)
 	if err != nil {
 		r.Release()
 		return errors.Join(err, r.Detach())
@@ -56,27 +57,6 @@ func (d *Driver) attend(dir string, rec *record, config *drivers.TaskConfig, r *
 	d.hold(t)
 	d.work.Go(t.watch)
 	return nil
-}
-
-// deliver prepares the delivery of a pod's output, whose pipes the pod's machine holds as well.
-func (d *Driver) deliver(dir string, rec *record, r *pod.Running) (*delivery, error) {
-	_, s, err := d.open()
-	if err != nil {
-		return nil, err
-	}
-	places := filepath.Join(dir, outputFile)
-	if rec.Disk != "" {
-		places = filepath.Join(s.disks.path(rec.Disk), outputFile) // the log that it tells of is on the disk
-	}
-	output, err := newDelivery(places, rec, d.log.With("task", rec.ID).Warn)
-	if err != nil {
-		return nil, err
-	}
-	if err := output.outlive(d.ctx, r.Machine()); err != nil {
-		output.close()
-		return nil, err
-	}
-	return output, nil
 }
 
 // watch waits for the end of the task. The machine is kept until all output is delivered.

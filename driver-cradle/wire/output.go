@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// A Mark is a place between two pieces of a container's output, as the guest's log counts; the zero Mark is its beginning. It holds as long as
-// the scratch disk does.
+// A Mark is a place between two pieces of a container's output, as the guest's log counts; the zero Mark is the beginning of the pod's run. It holds as
+// long as that: a machine that is killed takes along the end of its log.
 type Mark struct {
 	Segment uint64 `json:"segment"`
 	Offset  int64  `json:"offset"`

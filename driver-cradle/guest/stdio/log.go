@@ -30,6 +30,7 @@ type log struct {
 
 	mu       sync.Mutex
 	segments []*segment // oldest first, never empty
+	opened   place      // its end when this guest opened it
 	last     int64      // time of the last record: times never go back
 	mid      mids       // after the last record
 	run      int        // number of the current or last run
@@ -77,6 +78,7 @@ func openLog(dir string, maxSize int64) (*log, error) {
 		l.close()
 		return nil, err
 	}
+	l.opened = l.end()
 	return l, nil
 }
 

@@ -671,6 +671,55 @@ func TestClientLeavesWhileContainerReadsNothing(t *testing.T) {
 	c.exit(t)
 }
 
+// A transcript is of one guest's time: it begins where that has opened the log, whatever an earlier guest, which may have been killed, had delivered of it. It is
+// the host's to take until that has the guest shut down, which closes the log: then it has had all of it.
+func TestTranscript(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	ended := make(chan struct{})
+	close(ended)
+	transcript := func(o *IO, after Mark) (text string, end Mark) {
+		t.Helper()
+		end = after
+		err := o.Transcript(t.Context(), after, ended, func(_ Stream, next Mark, data []byte) error {
+			text, end = text+string(data), next
+			return nil
+		}, func() error { return nil })
+		if err != nil {
+			t.Error(err)
+		}
+		return text, end
+	}
+	var end Mark
+	for i, words := range []string{"first\n", "second, which is longer\n", "third\n"} {
+		o, err := Open(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := start(t, o)
+		say(t, o, c.stdout, words)
+		got, middle := transcript(o, Mark{})
+		if got != words {
+			t.Errorf("the transcript is %q, want %q", got, words)
+		}
+		say(t, o, c.stdout, "more\n")
+		c.exit(t)
+		if got, end = transcript(o, middle); got != "more\n" {
+			t.Errorf("going on, the transcript is %q", got)
+		}
+		o.Close()
+		for _, after := range []Mark{{}, middle, end} {
+			if got, _ := transcript(o, after); got != "" {
+				t.Errorf("after its end the transcript is %q", got)
+			}
+		}
+		if i == 0 { // as if the machine had been killed before all of it was on its disk
+			if err := os.Truncate(filepath.Join(dir, segmentName(1)), 10); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 func TestUnlogged(t *testing.T) {
 	o := Unlogged(Options{OpenStdin: true})
 	var out, errs safeBuffer

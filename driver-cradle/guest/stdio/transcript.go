@@ -2,7 +2,7 @@ package stdio
 
 import "context"
 
-// A Mark is a place between two pieces of a container's output; the zero Mark is its beginning.
+// A Mark is a place between two pieces of a container's output; the zero Mark is where it was when this guest opened the log.
 type Mark struct {
 	Segment uint64
 	Offset  int64
@@ -14,6 +14,9 @@ type Mark struct {
 // called before waiting: the time to flush a buffer.
 func (o *IO) Transcript(ctx context.Context, after Mark, ended <-chan struct{}, give func(Stream, Mark, []byte) error, idle func() error) error {
 	c := o.log.transcript(place{after.Segment, after.Offset})
+	if c == nil {
+		return idle()
+	}
 	defer c.close()
 	for ctx.Err() == nil {
 		over := isClosed(ended)
@@ -44,10 +47,17 @@ func (o *IO) Transcript(ctx context.Context, after Mark, ended <-chan struct{}, 
 	return context.Cause(ctx)
 }
 
-// transcript pins a cursor at p. A place that is not in the log, such as one of a log that was lost, is taken for its beginning.
+// transcript pins a cursor at p, the zero place being where this guest has opened the log: what was before has had its own host. A place that is not in
+// the log is taken for its beginning. A log that was closed has none: its host has taken everything before it had the guest shut down.
 func (l *log) transcript(p place) *cursor {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if len(l.segments) == 0 {
+		return nil
+	}
+	if p == (place{}) {
+		p = l.opened
+	}
 	c := (*cursor)(nil)
 	for _, s := range l.segments {
 		if s.seq == p.seq && p.off >= 0 && p.off <= s.size {
