@@ -5,11 +5,13 @@ package driver
 import (
 	"bytes"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -136,7 +138,7 @@ func TestVMAgentMounts(t *testing.T) {
 	}
 }
 
-// A group without a network namespace: the ports that a task names are forwarded to its pod.
+// A group without a network namespace: the ports that a task names are forwarded to its pod, for TCP and UDP.
 func TestVMAgentForwardedPorts(t *testing.T) {
 	c := openAgents(t)
 	n := c.Clients()[0]
@@ -165,6 +167,33 @@ func TestVMAgentForwardedPorts(t *testing.T) {
 	if got := c.CLI(t, "alloc", "exec", a.ID, "sh", "-c", "echo $NOMAD_PORT_http"); strings.TrimSpace(got) == "" {
 		t.Error("the task is not told its port")
 	}
+	c.Stop(t, job)
+
+	job = c.Run(t, imageJob("datagrams", "oci:"+shared.images+"/debian", `exec perl -MIO::Socket::INET -e '
+		my $s = IO::Socket::INET->new(Proto => "udp", LocalPort => 53) or die;
+		while (1) { $s->recv(my $m, 1000); $s->send("you said $m") }'`, "ports = [\"dns\"]", "", `
+    network {
+      port "dns" {
+        to = 53
+      }
+    }`))
+	a = c.UntilRunning(t, job)
+	if full, _, err = c.API.Allocations().Info(a.ID, nil); err != nil {
+		t.Fatal(err)
+	}
+	p := full.AllocatedResources.Shared.Ports[0]
+	server, err := n.Dial(t.Context(), "udp", net.JoinHostPort(p.HostIP, strconv.Itoa(p.Value)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	eventually(t, func() string { // the server may have to start yet, and a datagram may be lost
+		server.SetDeadline(time.Now().Add(time.Second))
+		fmt.Fprint(server, "hello")
+		answer := make([]byte, 100)
+		n, err := server.Read(answer)
+		return fmt.Sprint(string(answer[:n]), err)
+	}, func(s string) bool { return s == "you said hello<nil>" })
 	c.Stop(t, job)
 }
 

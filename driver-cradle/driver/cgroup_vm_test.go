@@ -129,6 +129,29 @@ func TestVMCgroups(t *testing.T) {
 	})
 }
 
+// A kernel with all controllers in version 2 takes every limit as it is written. Many a host that tests has them in version 1; a guest has not.
+func TestVMCgroupLimitsOfVersion2(t *testing.T) {
+	script, want := `set -e
+		cd /sys/fs/cgroup
+		mkdir own task
+		echo $$ >own/cgroup.procs
+		echo +cpu +cpuset +memory >cgroup.subtree_control
+	`, ""
+	for _, s := range limits(resources(64, 128, 100, "0"), 256<<20, 192<<20) {
+		script += fmt.Sprintf("echo %s >task/%s; cat task/%[2]s\n", s.v2Value, s.v2)
+		want += s.v2Value + "\n"
+	}
+	c := newClient(t, nil)
+	task := c.task(script, func(_ *drivers.TaskConfig, cfg *taskConfig) { cfg.Privileged = true })
+	c.start(task)
+	c.wait(task)
+	c.logs(task, "stdout", want)
+	c.logs(task, "stderr", "")
+	if strings.Count(want, "\n") != 4 {
+		t.Errorf("there are other limits than memory's two, the weight and the processors: %q", want)
+	}
+}
+
 // checkLimit checks the bound on a machine of 64 MiB: above what it takes in all, and not without end.
 func checkLimit(t *testing.T, text string) {
 	t.Helper()

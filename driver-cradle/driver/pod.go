@@ -768,8 +768,14 @@ func (b *builder) translate(err error) error {
 		if i, err := strconv.Atoi(number); err == nil && i > 0 && i < len(b.pod.Containers) {
 			field = fmt.Sprintf("container %q: %s", b.pod.Containers[i].Name, field)
 		}
-	} else if k, ok := podFields[field]; ok {
-		field = k
+	} else {
+		name, rest := field, ""
+		if i := strings.IndexByte(field, '['); i >= 0 {
+			name, rest = field[:i], field[i:]
+		}
+		if k, ok := podFields[name]; ok {
+			field = k + rest
+		}
 	}
 	return fmt.Errorf("%s: %s", field, e.Message)
 }
@@ -780,5 +786,9 @@ var (
 		"workingDir": "work_dir", "stopSignal": "stop_signal", "groupAdd": "group_add", "readOnly": "readonly_rootfs", "capAdd": "cap_add",
 		"capDrop": "cap_drop", "ulimits": "ulimit", "sysctls": "sysctl", "shmSize": "shm_size", "mounts": "mount",
 	}
-	podFields = map[string]string{"scratch.size": "disk", "resources.memory": "resources.memory", "resources.cpus": "resources.cpu"}
+	podFields = map[string]string{
+		"scratch.size": "disk", "resources.memory": "resources.memory", "resources.cpus": "resources.cpu",
+		"network.dns": "dns_servers", "network.dnsSearch": "dns_search_domains", "network.dnsOptions": "dns_options", "network.extraHosts": "extra_hosts",
+		"network.upstreams": "upstreams", "containers": "container",
+	}
 )

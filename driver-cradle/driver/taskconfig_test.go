@@ -105,6 +105,8 @@ func TestWrongValues(t *testing.T) {
 		`ulimit { nofile = "many" }`:                            `ulimit.nofile: "many" is no limit`,
 		`ports = ["http"]`:                                      `ports[0]: the group's network has no port "http"`,
 		`extra_hosts = ["me"]`:                                  `extra_hosts[0]: "me" is no entry`,
+		`extra_hosts = ["me:here"]`:                             `extra_hosts[0].address: "here" is no IP address`,
+		`dns_servers = ["::1", "here"]`:                         `dns_servers[1]: "here" is no IP address`,
 		`volumes = ["/etc:/x"]`:                                 `volumes[0].source: /etc is not allowed`,
 		`volumes = ["../t2/secrets:/x"]`:                        `volumes[0].source: "../t2/secrets" leads out of the task's directory`,
 		`volumes = ["/srv/a:b"]`:                                `volumes[0].target: "b" is not absolute`,
