@@ -73,7 +73,7 @@ var taskKeys = slices.Concat([]key{
 }, containerKeys, []key{
 	{name: "id", kind: text, def: "random", doc: "The pod's id, which is its own container's in docker's API: 64 lower-case hexadecimal digits."},
 	{name: "bare", kind: boolean, def: "false", doc: "Containers have what docker would show them: neither /alloc, /local and /secrets nor Nomad's NOMAD_ variables."},
-	{name: "hostname", kind: text, def: "the group network's, else the beginning of the pod's id", doc: "Host name of all containers."},
+	{name: "hostname", kind: text, def: "the beginning of the pod's id", doc: "Host name of all containers. The hostname of a group's network block Nomad takes for its docker driver alone."},
 	{name: "domainname", kind: text, doc: "Domain of the host name."},
 	{name: "ports", kind: texts, doc: "Labels of the group's ports. In a group without network namespace (mode host) these are forwarded to the pod."},
 	{name: "host_ips", kind: freeText, doc: "Addresses of the host at which forwarded ports are there, by the ports' labels, in place of the one that Nomad has chosen: http = \"127.0.0.1\"."},
