@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -33,6 +35,7 @@ var configKeys = []key{
 	{name: "cache_dir", kind: text, def: defaultCacheDir, doc: "Directory of image layers and templates. Clients of one host, and kcradle, can share it."},
 	{name: "boot_package", kind: text, def: "found as kcradle does", doc: "Directory of the boot package: the guest's kernel and agent."},
 	{name: "accelerator", kind: text, def: "auto", doc: "How machines run: auto (KVM where it works), kvm, tcg (emulated)."},
+	{name: "qemu_uid", kind: number, def: fmt.Sprint(vmm.DefaultFirstUID), doc: "First of the 65536 user and group ids of which each pod's QEMU runs as another. Nobody else may have them, and nothing may be theirs."},
 	{name: "default_disk", kind: text, def: "10GiB", doc: "Size of a pod's scratch disk where the task names none. It is sparse: it takes what is written."},
 	{name: "image_pull_timeout", kind: text, def: "5m", doc: "Longest time for pulling a task's images, where the task names none."},
 	{name: "insecure_registries", kind: texts, doc: "Registries (host[:port]) that are asked over HTTP, or whatever their certificate."},
@@ -65,6 +68,7 @@ type config struct {
 	CacheDir    string                    `codec:"cache_dir"`
 	BootPackage string                    `codec:"boot_package"`
 	Accelerator string                    `codec:"accelerator"`
+	QEMUUID     string                    `codec:"qemu_uid"`
 	DefaultDisk string                    `codec:"default_disk"`
 	PullTimeout string                    `codec:"image_pull_timeout"`
 	Insecure    []string                  `codec:"insecure_registries"`
@@ -74,6 +78,7 @@ type config struct {
 	GC          *gcConfig                 `codec:"gc"`
 
 	cores       cores
+	firstUID    int
 	disk        spec.Bytes
 	pullTimeout time.Duration
 	imageDelay  time.Duration
@@ -135,6 +140,14 @@ func (c *config) complete() error {
 	}
 	if c.BootPackage != "" {
 		absolute("boot_package", c.BootPackage)
+	}
+	if c.QEMUUID != "" {
+		const last = math.MaxUint32 - 1<<16 // the last id means none (chown(2))
+		if n, err := strconv.ParseInt(c.QEMUUID, 10, 64); err != nil || n < 1 || n > last {
+			wrong("qemu_uid", "%q is no first id: 1 to %d", c.QEMUUID, last)
+		} else {
+			c.firstUID = int(n)
+		}
 	}
 	size := func(key, s string, def spec.Bytes, into *spec.Bytes) {
 		*into = def

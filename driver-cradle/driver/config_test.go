@@ -47,6 +47,7 @@ plugin "nomad-driver-cradle" {
     }
     insecure_registries = ["http://x/"]
     image_pull_timeout  = "1"
+    qemu_uid            = 0
   }
 }
 `
@@ -84,12 +85,13 @@ func TestPluginMistakes(t *testing.T) {
 		`:32: auth.helper: "/bin/helper" is no helper's name`,
 		`:34: insecure_registries: "http://x/" is no registry`,
 		`:35: image_pull_timeout: "1" is no duration`,
+		`:36: qemu_uid: "0" is no first id: 1 to 4294901759`,
 	} {
 		if !strings.Contains(text, file+want) {
 			t.Errorf("it does not say %s%s:\n%s", file, want, text)
 		}
 	}
-	if n := strings.Count(text, "\n") + 1; n != 14 {
+	if n := strings.Count(text, "\n") + 1; n != 15 {
 		t.Errorf("it says %d things:\n%s", n, text)
 	}
 	// Where the line can't be found, the key is still told; what is no key's is left as it is.

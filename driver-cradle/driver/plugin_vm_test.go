@@ -253,6 +253,29 @@ func TestVMImageGC(t *testing.T) {
 	}
 }
 
+// A machine's user is one of those that the operator has set aside.
+func TestVMQEMUUser(t *testing.T) {
+	const first = 1_000_000
+	c := newClient(t, func(c *config) { c.QEMUUID = fmt.Sprint(first) })
+	task := c.task("sleep 1000", nil)
+	c.start(task)
+	running, err := c.driver.task(task.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", running.running.Info().PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"\nUid:", "\nGid:"} {
+		_, text, _ := strings.Cut(string(status), id)
+		n := 0
+		if _, err := fmt.Sscan(text, &n); err != nil || n < first || n >= first+1<<16 {
+			t.Errorf("it runs with %s %d, %v", strings.TrimSpace(id), n, err)
+		}
+	}
+}
+
 // A cache that is full is a reason, and leaves nothing half done.
 func TestVMDiskFull(t *testing.T) {
 	cache := t.TempDir()

@@ -253,7 +253,7 @@ func (d *Driver) start(ctx context.Context, t *drivers.TaskConfig, cfg *taskConf
 	var looking sync.WaitGroup
 	looking.Go(func() { strays = endStrayReaders(ctx, t.StdoutPath) })
 	r, err := made.Start(ctx, pod.StartOptions{
-		CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(),
+		CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(), FirstUID: o.config.firstUID,
 	})
 	looking.Wait()
 	if err != nil {

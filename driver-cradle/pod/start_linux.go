@@ -37,8 +37,9 @@ type StartOptions struct {
 
 	Limits map[string]spec.IOLimits // of block volumes, by name, from the first access on
 
-	Cgroup string   // see vmm.Config
-	Join   []string // see vmm.Config
+	Cgroup   string   // see vmm.Config
+	Join     []string // see vmm.Config
+	FirstUID int      // see vmm.Config
 
 	// Claim is what Dir.Claim has returned, maybe in another process that this one has inherited it from. Start takes it over.
 	Claim *os.File
@@ -108,7 +109,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	c := vmm.Config{
 		Accel: or(o.Accel, launch.Boot.Accel), Start: or(o.Start, launch.Boot.Start),
 		Memory: launch.Resources.Memory, CPUs: launch.Resources.CPUs,
-		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Cgroup: o.Cgroup, Join: o.Join, Log: d.log,
+		RunDir: d.join(runDir), CacheDir: o.CacheDir, Detached: o.Detached, Cgroup: o.Cgroup, Join: o.Join, FirstUID: o.FirstUID, Log: d.log,
 	}
 	if c.Package, err = boot.Open(or(o.Boot, d.join(BootLink))); err != nil {
 		return nil, fmt.Errorf("start pod: %w", err)

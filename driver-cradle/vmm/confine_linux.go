@@ -54,8 +54,8 @@ var shareCaps = []int{unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_FOWNER, un
 // Users of confined processes come from a range that systemd and Debian leave to nobody (systemd.git docs/UIDS-GIDS.md), one for
 // each run directory: should two coincide, they still are in different pid and mount namespaces.
 const (
-	firstUID = 0x7f000000
-	userMask = 0xffff
+	DefaultFirstUID = 0x7f000000
+	userMask        = 0xffff
 )
 
 // oomScore makes the kernel prefer a pod to the host's own services when memory runs out.

@@ -136,7 +136,7 @@ func runHostile(t *testing.T, c confinement, arg string) report {
 	}
 	defer extra.Close()
 	var r report
-	c.UID = firstUID
+	c.UID = DefaultFirstUID
 	confined(t, c, extra, &r, hostileArg, arg)
 	return r
 }
@@ -269,7 +269,7 @@ func TestVMConfinedChildNeedsItsLauncher(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out syncBuffer
-			c := confinement{Path: "/usr/bin/true", Mount: t.TempDir(), UID: firstUID, Leashed: true, NoFile: 100}
+			c := confinement{Path: "/usr/bin/true", Mount: t.TempDir(), UID: DefaultFirstUID, Leashed: true, NoFile: 100}
 			ch, err := spawn(&c, nil, nil, &out)
 			if err != nil {
 				t.Fatal(err)
@@ -299,7 +299,7 @@ func TestVMRunsConfined(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		uid := userOf(c.RunDir)
+		uid := userOf(0, c.RunDir)
 		for _, want := range []string{
 			"Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "CapBnd:\t0000000000000000",
 			fmt.Sprintf("Uid:\t%d\t%d\t%d\t%d", uid, uid, uid, uid), "Groups:\t \n",

@@ -125,7 +125,7 @@ func qemus(t testing.TB, dir string) (pids []string) {
 		t.Fatal(err)
 	}
 	for _, p := range procs {
-		uid := fmt.Sprintf("Uid:\t%d\t", userOf(dir))
+		uid := fmt.Sprintf("Uid:\t%d\t", userOf(0, dir))
 		status, err := os.ReadFile(p + "/status")
 		if err == nil && strings.Contains(string(status), uid) && !strings.Contains(string(status), "State:\tZ") {
 			pids = append(pids, filepath.Base(p))

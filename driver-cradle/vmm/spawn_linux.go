@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"hash/fnv"
@@ -116,9 +117,9 @@ func run(cmd *exec.Cmd, leash *os.File) (*process, uint64, error) {
 	return r.p, r.start, r.err
 }
 
-// userOf is the user that a run directory's processes get.
-func userOf(dir string) int {
+// userOf is the user that a run directory's processes get, of those from first on; 0: the default.
+func userOf(first int, dir string) int {
 	h := fnv.New32a()
 	h.Write([]byte(dir))
-	return firstUID + int(h.Sum32()&userMask)
+	return cmp.Or(first, DefaultFirstUID) + int(h.Sum32()&userMask)
 }

@@ -303,7 +303,7 @@ func (m *Machine) launch(c *Config, q *qemu, r role, places []place) (err error)
 		return errors.Join(err, monitor.Close())
 	}
 	conf := confinement{
-		Path: q.path, UID: userOf(m.dir), Mount: m.dir, Leashed: !c.Detached, NoFile: qemuFiles, Network: c.Net.Mode == NetUser,
+		Path: q.path, UID: userOf(c.FirstUID, m.dir), Mount: m.dir, Leashed: !c.Detached, NoFile: qemuFiles, Network: c.Net.Mode == NetUser,
 		KVM: info.Accel == KVM,
 	}
 	// An idle QEMU is smaller by 6 MiB with one arena for its many threads, which hardly allocate, and without huge pages in the

@@ -59,6 +59,10 @@ type Config struct {
 	Cgroup   string   // directory of the cgroup (version 2) that QEMU starts in; default: that of this process
 	Join     []string // directories of further cgroups, of version 1, that QEMU is put into before it begins
 
+	// FirstUID is the first of the 65536 users, and groups, of which QEMU runs as one: each run directory has its own. They are to own nothing.
+	// Default: DefaultFirstUID.
+	FirstUID int
+
 	// HelloTimeout bounds the time from QEMU's start to the agent's answer. Default: two minutes, and 20 seconds of that for a
 	// machine from a template.
 	HelloTimeout time.Duration
