@@ -141,8 +141,8 @@ func (s *coldStore) remove(pool string, ids ...string) {
 	}
 }
 
-// monolith runs the plugin with cold storage until do returns.
-func (s *coldStore) monolith(pool string, do func(metrics string)) {
+// monolith runs the plugin with cold storage, and more flags, until do returns.
+func (s *coldStore) monolith(pool string, do func(metrics string), more ...string) {
 	s.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -153,13 +153,45 @@ func (s *coldStore) monolith(pool string, do func(metrics string)) {
 	ctx, cancel := context.WithCancel(s.t.Context())
 	var stderr bytes.Buffer
 	done := make(chan int)
-	args := s.args("monolith", "--pool", s.path(pool), "--endpoint", "unix://"+s.path("csi.sock"), "--node-id", "host", "--metrics", address)
+	args := append(s.args("monolith", "--pool", s.path(pool), "--endpoint", "unix://"+s.path("csi.sock"), "--node-id", "host", "--metrics", address), more...)
 	go func() { done <- run(ctx, args, io.Discard, &stderr) }()
 	do("http://" + address + "/metrics")
 	cancel()
 	if code := <-done; code != 0 || s.t.Failed() {
 		s.t.Errorf("cradle-csi: %d\n%s", code, stderr.String())
 	}
+}
+
+// metric waits for a line of the metrics.
+func (s *coldStore) metric(metrics, line string) {
+	s.t.Helper()
+	for want := regexp.MustCompile("(?m)^" + line); ; time.Sleep(50 * time.Millisecond) {
+		resp, err := http.Get(metrics)
+		if err != nil {
+			continue // not yet
+		}
+		text, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			s.t.Error(err)
+			return
+		}
+		if want.Match(text) {
+			return
+		}
+	}
+}
+
+// TestRootColdUnreachable has a bucket whose server is not there: that is to be seen, and the plugin serves all the same.
+func TestRootColdUnreachable(t *testing.T) {
+	s := newColdStore(t)
+	s.volume("pool", []byte("data"))
+	s.monolith("pool", func(metrics string) {
+		s.metric(metrics, `cradle_csi_cold_copies_total{result="failed"} 1`)
+		s.metric(metrics, `cradle_csi_cold_age_seconds{volume="db"} \d`)
+		s.metric(metrics, `cradle_csi_ready 1`)
+	}, "--cold", "s3://copies", "--cold-endpoint", "http://127.0.0.1:1")
+	s.remove("pool", "db")
 }
 
 // TestRootCold copies a volume as the plugin does by itself, loses it, and has it back in another pool.
@@ -172,16 +204,7 @@ func TestRootCold(t *testing.T) {
 		for !strings.Contains(s.must("ls"), "db@") {
 			time.Sleep(50 * time.Millisecond)
 		}
-		resp, err := http.Get(metrics)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer resp.Body.Close()
-		text, err := io.ReadAll(resp.Body)
-		if err != nil || !regexp.MustCompile(`(?m)^cradle_csi_cold_age_seconds{volume="db"} \d`).Match(text) {
-			t.Errorf("metrics: %v\n%s", err, text)
-		}
+		s.metric(metrics, `cradle_csi_cold_age_seconds{volume="db"} \d`)
 	})
 	if out := s.must("verify"); !strings.Contains(out, ": whole, ") {
 		t.Errorf("verify: %s", out)
