@@ -271,18 +271,18 @@ func TestVMRudeClients(t *testing.T) {
 		h.ask("POST", "/containers/chatty/exec", `{"AttachStdin": true, "AttachStdout": true, "Cmd": ["cat"]}`, &exec)
 		streams = append(streams, h.hijack("/exec/"+exec.ID+"/start", `{}`), h.hijack("/containers/chatty/attach?stream=1&stdout=1", ""))
 	}
-	for range each { // slow readers, and one that has sent half of a request
-		conn, err := net.Dial("unix", h.socket)
-		if err != nil {
-			t.Fatal(err)
+	for range each { // slow readers, and half of a request
+		for _, request := range []string{
+			"GET /containers/chatty/logs?stdout=1&follow=1 HTTP/1.1\r\nHost: docker\r\n\r\n", "GET /events HTTP/1.1\r\nHost: docker\r\n\r\n",
+			"POST /containers/create HTTP/1.1\r\nHost: docker\r\nContent-Length: 1000\r\n\r\n{\"Image\": ",
+		} {
+			conn, err := net.Dial("unix", h.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(conn, request)
+			streams = append(streams, &stream{Conn: conn})
 		}
-		fmt.Fprint(conn, "GET /containers/chatty/logs?stdout=1&follow=1 HTTP/1.1\r\nHost: docker\r\n\r\n")
-		half, err := net.Dial("unix", h.socket)
-		if err != nil {
-			t.Fatal(err)
-		}
-		fmt.Fprint(half, "POST /containers/create HTTP/1.1\r\nHost: docker\r\nContent-Length: 1000\r\n\r\n{\"Image\": ")
-		streams = append(streams, &stream{Conn: conn}, &stream{Conn: half})
 	}
 	h.want("ok", "exec", "chatty", "echo", "ok")
 	for _, s := range streams {

@@ -143,6 +143,10 @@ func TestVMNodePulls(t *testing.T) {
 
 	h.want("loaded", "run", "--rm", "loaded:1")
 	h.want("pulled", "run", "--rm", otherRegistry+"/team/app:1")
+	digest := h.run("image", "inspect", "-f", "{{index .RepoDigests 0}}", otherRegistry+"/team/app:1")
+	h.want("pulled", "run", "--name", "by-digest", digest)
+	h.want(h.run("image", "inspect", "-f", "{{.Id}}", digest)+" "+digest, "inspect", "-f", "{{.Image}} {{.Config.Image}}", "by-digest")
+	h.want(digest, "ps", "-a", "--filter", "ancestor="+digest, "--no-trunc", "--format", "{{.Image}}")
 	h.want("pushed", "run", "--name", "kept", "pushed:1")
 	id := h.run("image", "inspect", "-f", "{{.Id}}", "pushed:1")
 	h.want(id+" pushed:1", "inspect", "-f", "{{.Image}} {{.Config.Image}}", "kept")

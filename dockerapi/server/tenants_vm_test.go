@@ -173,9 +173,12 @@ func TestVMTenants(t *testing.T) {
 	must(t, alice, "POST", "/containers/"+web+"/start", "", "")
 	exec := must(t, alice, "POST", "/containers/"+web+"/exec", `{"Cmd": ["true"]}`, "Id")
 
+	network := must(t, alice, "POST", "/networks/create", `{"Name": "net-of-alice"}`, "Id")
+
 	objects := map[string][]string{ // by the beginning of their routes
 		"/containers/":   {web, web[:12], "web-of-alice", idle, "idle-of-alice"},
 		"/exec/":         {exec},
+		"/networks/":     {network, network[:12], "net-of-alice"},
 		"/images/":       {"app-of-alice:1", "app-of-alice", image, image[7:19]},
 		"/distribution/": {cloudRegistry + "/team-a/docker.io/library/app-of-alice:1"},
 	}
@@ -193,7 +196,7 @@ func TestVMTenants(t *testing.T) {
 
 	state := func() string {
 		return must(t, alice, "GET", "/containers/"+web+"/json", "", "") + must(t, alice, "GET", "/containers/"+idle+"/json", "", "") + must(t, alice, "GET", "/images/json", "", "") +
-			must(t, alice, "GET", "/exec/"+exec+"/json", "", "")
+			must(t, alice, "GET", "/exec/"+exec+"/json", "", "") + must(t, alice, "GET", "/networks/"+network, "", "")
 	}
 	before := state()
 	asked := 0
@@ -237,6 +240,25 @@ func TestVMTenants(t *testing.T) {
 	if asked < 80 {
 		t.Errorf("%d requests: where are the routes?", asked)
 	}
+	// With an image and a network of his own, what is alice's is no part of his containers.
+	must(t, bob, "POST", "/images/load", string(savedImage(t, "app-of-bob:1", busybox(t))), "")
+	must(t, bob, "POST", "/networks/create", `{"Name": "net-of-bob"}`, "Id")
+	for _, host := range []string{`"NetworkMode": "net-of-alice"`, `"NetworkMode": "` + network + `"`, `"NetworkMode": "container:` + web + `"`, `"VolumesFrom": ["web-of-alice"]`, `"Links": ["web-of-alice"]`} {
+		status, body, _ := bob("POST", "/containers/create?name=of-bob", `{"Image": "app-of-bob:1", "Cmd": ["true"], "HostConfig": {`+host+`}}`)
+		if status == http.StatusCreated { // a network is looked for by who starts it
+			status, body, _ = bob("POST", "/containers/of-bob/start", "")
+			must(t, bob, "DELETE", "/containers/of-bob?force=1", "", "")
+		}
+		if status < 400 {
+			t.Errorf("bob starts a container with %s: %d %s", host, status, body)
+		}
+	}
+	for _, method := range []string{"connect", "disconnect"} {
+		if status, body, _ := bob("POST", "/networks/net-of-bob/"+method, `{"Container": "`+web+`"}`); status < 400 {
+			t.Errorf("bob: %s alice's container: %d %s", method, status, body)
+		}
+	}
+	must(t, bob, "DELETE", "/networks/net-of-bob", "", "")
 	if after := state(); after != before {
 		t.Errorf("what is alice's was\n%s\nand is\n%s", before, after)
 	}
@@ -251,13 +273,16 @@ func TestVMTenants(t *testing.T) {
 	}
 	must(t, alice, "DELETE", "/containers/"+web+"?force=1", "", "")
 	must(t, alice, "DELETE", "/containers/"+idle, "", "")
+	must(t, alice, "DELETE", "/networks/"+network, "", "")
 }
 
 // lacking are those whose policy is not enough, with what they then try.
 var lacking = map[string]struct{ policy, method, path, body, needs string }{
 	"without-variables": {strings.Split(full, "\n")[0], "GET", "/containers/WEB/json", "", "capability read of variables docker/containers/"},
-	"reads-variables": {strings.ReplaceAll(full, `["write", "read", "list", "destroy"]`, `["read", "list"]`), "POST", "/containers/create?name=new", "",
-		"capability write of variables docker/names/new in namespace team-a is needed"},
+	"reads-variables": {
+		strings.ReplaceAll(full, `["write", "read", "list", "destroy"]`, `["read", "list"]`), "POST", "/containers/create?name=new", "",
+		"capability write of variables docker/names/new in namespace team-a is needed",
+	},
 	"without-submit": {strings.Replace(full, `"submit-job", `, "", 1), "POST", "/containers/IDLE/start", "", "capability submit-job in namespace team-a is needed"},
 	"without-exec":   {strings.Replace(full, `"alloc-exec", `, "", 1), "POST", "/containers/WEB/exec", `{"Cmd": ["true"]}`, "alloc-exec"},
 	"without-read":   {strings.Replace(full, `"read-job", `, "", 1), "GET", "/containers/json", "", "capability read-job in namespace team-a is needed"},
