@@ -175,6 +175,9 @@ func (e *Exec) run(first *command) (*command, error) {
 		config.User = cfg.User
 	}
 	if cfg.WorkingDir != "" {
+		if !filepath.IsAbs(cfg.WorkingDir) {
+			return nil, &stageError{exitNotExecutable, fmt.Sprintf("the working directory %q is no absolute path", cfg.WorkingDir)}
+		}
 		config.Cwd = cfg.WorkingDir
 	}
 	if cfg.Privileged {

@@ -219,7 +219,7 @@ var cases = []testCase{
 	{name: "exec/no such program", cmd: idle, script: `docker exec $c nonsense >/dev/null 2>&1 || echo ${?%[67]}; docker exec $c /etc >/dev/null 2>&1 || echo ${?%[67]}`},
 	{name: "exec/unknown user", cmd: idle, script: `docker exec -u nobody-there $c true >/dev/null 2>&1 || echo refused`},
 	{name: "exec/unknown group, no command", cmd: idle, script: `docker exec -u app:nothing $c true >/dev/null 2>&1; echo $?; docker exec $c '' >/dev/null 2>&1 || echo ${?%[67]}`},
-	{name: "exec/working directory missing", cmd: idle, script: `docker exec -w /nowhere $c true >/dev/null 2>&1 || echo ${?%[67]}`},
+	{name: "exec/working directory missing", cmd: idle, script: `docker exec -w /nowhere $c true >/dev/null 2>&1 || echo ${?%[67]}; docker exec -w tmp $c true >/dev/null 2>&1; echo $?`},
 	{name: "exec/capabilities", flags: []string{"--cap-drop", "CHOWN"}, cmd: idle, script: `docker exec $c grep CapEff /proc/self/status; docker exec -u app $c grep CapEff /proc/self/status`},
 	{name: "exec/killed", cmd: idle, script: `docker exec $c sh -c 'kill -9 $$'; echo $?`},
 	{name: "exec/detached", cmd: idle, script: `docker exec -d $c sh -c 'echo done >/tmp/done'; until docker exec $c test -e /tmp/done; do sleep 0.1; done; docker exec $c cat /tmp/done`},
