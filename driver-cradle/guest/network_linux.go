@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -155,7 +156,7 @@ func resolvConf(d wire.DNS) string {
 	for _, s := range d.Servers {
 		b.WriteString("nameserver " + s + "\n")
 	}
-	if len(d.Search) > 0 {
+	if len(d.Search) > 0 && !slices.Equal(d.Search, []string{"."}) { // docker's way to say none
 		b.WriteString("search " + strings.Join(d.Search, " ") + "\n")
 	}
 	if len(d.Options) > 0 {

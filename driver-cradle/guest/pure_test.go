@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -284,6 +285,18 @@ func TestFSKind(t *testing.T) {
 	} {
 		if got, err := fsKind(bytes.NewReader(x.data)); err != nil || got != x.want {
 			t.Errorf("kind %q, %v, want %q", got, err, x.want)
+		}
+	}
+}
+
+func TestResolvConf(t *testing.T) {
+	for want, dns := range map[string]wire.DNS{
+		"": {},
+		"nameserver 192.0.2.1\nsearch a.example b.example\noptions ndots:2 rotate\n": {Servers: []string{"192.0.2.1"}, Search: []string{"a.example", "b.example"}, Options: []string{"ndots:2", "rotate"}},
+		"nameserver 192.0.2.1\nnameserver 192.0.2.2\n":                               {Servers: []string{"192.0.2.1", "192.0.2.2"}, Search: []string{"."}},
+	} {
+		if got := resolvConf(dns); got != want {
+			t.Errorf("%+v becomes %q, want %q", dns, got, want)
 		}
 	}
 }

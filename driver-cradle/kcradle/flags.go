@@ -119,7 +119,11 @@ transport=virtiofs, tmpfs-size=, and raw (block: no mount, the device is /dev/vo
 
 // pod makes the Pod that the flags describe. Paths become absolute; directories and images that volumes are to be made in are not made yet: make does.
 func (p *podFlags) pod(name, image string, command []string) (pod *spec.Pod, make []func() error, err error) {
-	c := spec.PodContainer{Name: name, Image: image, User: p.user, WorkingDir: p.workdir, StopSignal: p.stopSignal}
+	workdir := p.workdir
+	if filepath.IsAbs(workdir) {
+		workdir = filepath.Clean(workdir)
+	}
+	c := spec.PodContainer{Name: name, Image: image, User: p.user, WorkingDir: workdir, StopSignal: p.stopSignal}
 	if p.name != "" {
 		name, c.Name = p.name, p.name
 	}

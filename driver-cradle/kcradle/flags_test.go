@@ -19,7 +19,7 @@ func TestFlags(t *testing.T) {
 	cases := []string{
 		"busybox",
 		"busybox echo hello",
-		"--name web -h host --domainname example.org -u nobody:www-data -w /srv --entrypoint /bin/sh --stop-signal SIGQUIT --stop-timeout 3 nginx",
+		"--name web -h host --domainname example.org -u nobody:www-data -w /opt/../srv/ --entrypoint /bin/sh --stop-signal SIGQUIT --stop-timeout 3 nginx",
 		"--entrypoint= busybox /bin/true",
 		"-e A=1 -e B= -e FROM_OUTSIDE -e NOT_THERE busybox",
 		"-p 80 -p 8080:80 -p 127.0.0.1:53:53/udp -p 9000-9001:90-91 -p [::1]:81:81 busybox",
