@@ -35,6 +35,9 @@ func (t *tenant) statusOf(r *record) container.State {
 		switch p := t.watch.state(r); p.phase {
 		case phaseRunning:
 			s.Status, s.Running, s.Pid = container.StateRunning, true, 1
+			if h := r.Config.Healthcheck; h != nil && len(h.Test) > 0 && h.Test[0] != "NONE" {
+				s.Health = &container.Health{Status: container.Starting, Log: []*container.HealthcheckResult{}} // until its pod tells
+			}
 			if p.task != nil {
 				s.StartedAt = stamp(p.task.StartedAt)
 			}
