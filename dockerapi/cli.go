@@ -80,6 +80,8 @@ func (c *cli) serveCommand() *cobra.Command {
 	f.StringVar(&o.tls.Key, "tls-key", "", "PEM file of its key")
 	f.StringVar(&o.Clients, "clients", "", "JSON file that maps the common names of clients' certificates to namespaces and tokens; read anew when it changes")
 	o.images.flags(f)
+	f.StringVar(&o.VolumePlugin, "volume-plugin", server.DefaultVolumePlugin, "Nomad's CSI plugin that keeps volumes")
+	f.StringVar(&o.VolumeDriver, "volume-driver", server.DefaultVolumeDriver, "driver of volumes that name none: lv2 (one container at a time), nfs or gfs (many)")
 	f.BoolVar(&o.HostPaths, "host-paths", false, "let containers mount directories of their node: for a single node whose users are its operators")
 	f.StringVar(&o.Layouts, "image-layouts", "", "directory of OCI layouts on every node, whose names are images")
 	f.BoolVar(&o.verbose, "verbose", false, "log requests that change nothing as well")

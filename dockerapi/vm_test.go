@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -69,7 +70,7 @@ func openCluster(t *testing.T) *nomadtest.Cluster {
 		if cluster.err = o.Cradle(""); cluster.err != nil {
 			return
 		}
-		o.Keep = append(o.Keep, "cradle")
+		o.Keep = append(o.Keep, "cradle", "volumes", "nomad/client/csi", "/run/cradle")
 		if _, cluster.err = programs.Image("busybox"); cluster.err != nil {
 			return
 		}
@@ -308,10 +309,10 @@ func TestVMRestartPolicy(t *testing.T) {
 }
 
 // second is another server in front of the same Nomad.
-func (h *host) second() *host {
+func (h *host) second(args ...string) *host {
 	h.t.Helper()
 	other := *h
-	other.socket += "2"
+	other.socket, other.more = h.socket+"2", append(slices.Clone(h.more), args...)
 	other.serve()
 	h.t.Cleanup(func() {
 		other.cmd.Process.Signal(os.Interrupt)

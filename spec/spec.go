@@ -201,6 +201,7 @@ type DirectoryVolume struct {
 	Path      string `json:"path"`
 	Transport string `json:"transport,omitempty"` // 9p (default), virtiofs (default with boot package stock)
 	ReadOnly  bool   `json:"readOnly,omitempty"`
+	Fill      bool   `json:"fill,omitempty"` // an empty one gets the image's content, as other volumes do
 }
 
 // An NFSVolume is mounted by the guest itself.

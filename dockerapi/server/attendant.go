@@ -71,6 +71,9 @@ func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.Allocation
 	delete(task.Config, "ports")
 	delete(task.Config, "host_ips")
 	task.Config["lifecycle"] = map[string]any{"hold": attendantHold.String()}
+	if err := t.awaitVolumes(ctx, r, id); err != nil {
+		return nil, err
+	}
 	if _, _, err := t.nomad.Jobs().Register(job, t.write(ctx)); err != nil {
 		return nil, err
 	}

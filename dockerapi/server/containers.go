@@ -163,11 +163,14 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 		return err
 	}
 	id := newID()
-	c, err := translate.Create(&request, id, image, translate.Rules{HostPaths: s.HostPaths})
-	if err != nil {
-		return err
+	rules := translate.Rules{HostPaths: s.HostPaths}
+	if request.HostConfig != nil {
+		if rules.Inherited, err = t.inherited(ctx, request.HostConfig.VolumesFrom); err != nil {
+			return err
+		}
 	}
-	if err := t.supported(c); err != nil {
+	c, err := translate.Create(&request, id, image, rules)
+	if err != nil {
 		return err
 	}
 	if err := t.resolve(ctx, c); err != nil {
@@ -175,7 +178,7 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	rec := &record{
 		Version: recordVersion, ID: id, Name: name, Created: time.Now().UTC(), Image: imageRef{image.Reference, image.Audience, image.ID}, Config: c.Config, Host: c.Host,
-		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Volumes: c.Volumes, Ranges: c.Ranges, Want: wantCreated,
+		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Ranges: c.Ranges, Want: wantCreated,
 	}
 	rec.Bridged = rec.onNetworks()
 	if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
@@ -183,6 +186,12 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	if err := t.takeName(ctx, name, id); err != nil {
 		return err
+	}
+	if err := t.useVolumes(ctx, c); err != nil {
+		return errors.Join(err, t.freeName(context.WithoutCancel(ctx), name, id))
+	}
+	for _, v := range c.Volumes {
+		rec.Volumes = append(rec.Volumes, v.Name)
 	}
 	// Both are there before the client knows of the container.
 	var both errgroup.Group
@@ -196,14 +205,6 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	t.emitContainer(rec, events.ActionCreate, nil)
 	return dockerhttp.Answer(w, http.StatusCreated, container.CreateResponse{ID: id, Warnings: append([]string{}, c.Warnings...)})
-}
-
-// supported refuses what translate knows and this server has not yet.
-func (t *tenant) supported(c *translate.Container) error {
-	if len(c.Volumes) > 0 {
-		return dockerhttp.Errorf(http.StatusNotImplemented, "volume %s: volumes with a name are not supported yet; anonymous ones are (-v /path)", c.Volumes[0])
-	}
-	return nil
 }
 
 func (s *Server) startContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {

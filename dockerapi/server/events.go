@@ -345,7 +345,7 @@ func ofContainer(c *record, run int, m events.Message) event {
 
 // emitStart tells that a container runs.
 func (t *tenant) emitStart(r *record) {
-	t.emit(append(t.networkEvents(r, events.ActionConnect), containerEvent(r, events.ActionStart, nil))...)
+	t.emit(slices.Concat(volumeEvents(r, events.ActionMount), t.networkEvents(r, events.ActionConnect), []event{containerEvent(r, events.ActionStart, nil)})...)
 }
 
 // emitEnd tells how a run has ended, if it had begun.
@@ -357,7 +357,7 @@ func (t *tenant) emitEnd(r *record, end run) {
 		"exitCode": strconv.Itoa(end.ExitCode), "execDuration": strconv.Itoa(int(end.FinishedAt.Sub(end.StartedAt).Seconds())),
 	})
 	die.Run = end.Number
-	all := append([]event{die}, t.networkEvents(r, events.ActionDisconnect)...)
+	all := slices.Concat([]event{die}, t.networkEvents(r, events.ActionDisconnect), volumeEvents(r, events.ActionUnmount))
 	if end.OOMKilled {
 		oom := containerEvent(r, events.ActionOOM, nil)
 		oom.Run = end.Number

@@ -24,6 +24,7 @@ import (
 	registrytypes "github.com/moby/moby/api/types/registry"
 	"github.com/moby/moby/api/types/storage"
 	"github.com/moby/moby/api/types/system"
+	"github.com/moby/moby/api/types/volume"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/cradlestack/cradlestack/dockerapi/registry"
@@ -783,12 +784,13 @@ func (s *Server) containerUsage(ctx context.Context, t *tenant) (*container.Disk
 	return u, nil
 }
 
-// diskUsage is docker system df: what volumes take is not counted.
+// diskUsage is docker system df.
 func (s *Server) diskUsage(w http.ResponseWriter, r *http.Request, t *tenant) error {
 	kinds := r.URL.Query()["type"]
 	asked := func(kind system.DiskUsageObject) bool { return len(kinds) == 0 || slices.Contains(kinds, string(kind)) }
 	var images *image.DiskUsage
 	var containers *container.DiskUsage
+	var volumes *volume.DiskUsage
 	var err error
 	if asked(system.ImageObject) {
 		if images, err = s.imageUsage(r.Context(), t); err != nil && !isNotFound(err) { // this server may keep none
@@ -800,6 +802,11 @@ func (s *Server) diskUsage(w http.ResponseWriter, r *http.Request, t *tenant) er
 			return err
 		}
 	}
+	if asked(system.VolumeObject) {
+		if volumes, err = t.volumeUsage(r.Context()); err != nil && !isStatus(err, http.StatusForbidden) { // the policy may be without them
+			return err
+		}
+	}
 	if versions.Version(r) < 52 {
 		legacy := map[string]any{"LayersSize": int64(0), "Images": []image.Summary{}, "Containers": []container.Summary{}, "Volumes": []any{}, "BuildCache": []any{}, "BuilderSize": 0}
 		if images != nil {
@@ -807,6 +814,9 @@ func (s *Server) diskUsage(w http.ResponseWriter, r *http.Request, t *tenant) er
 		}
 		if containers != nil {
 			legacy["Containers"] = containers.Items
+		}
+		if volumes != nil {
+			legacy["Volumes"] = volumes.Items
 		}
 		return dockerhttp.Answer(w, http.StatusOK, legacy)
 	}
@@ -817,8 +827,11 @@ func (s *Server) diskUsage(w http.ResponseWriter, r *http.Request, t *tenant) er
 		if containers != nil {
 			containers.Items = nil
 		}
+		if volumes != nil {
+			volumes.Items = nil
+		}
 	}
-	return dockerhttp.Answer(w, http.StatusOK, system.DiskUsage{ImageUsage: images, ContainerUsage: containers})
+	return dockerhttp.Answer(w, http.StatusOK, system.DiskUsage{ImageUsage: images, ContainerUsage: containers, VolumeUsage: volumes})
 }
 
 // WorkloadKeys returns the keys by which Nomad signs workload identities. They are asked for again when they are half a minute old.

@@ -144,7 +144,7 @@ func mountPoints(c *record) []container.MountPoint {
 			case v.Directory != nil:
 				p.Type, p.Source, p.Propagation, p.Mode = mount.TypeBind, v.Directory.Path, mount.PropagationRPrivate, ""
 			case v.Class != "":
-				p.Type, p.Name, p.Driver, p.Source = mount.TypeVolume, v.Name, v.Class, "/volumes/"+v.Name
+				p.Type, p.Name, p.Driver, p.Source = mount.TypeVolume, v.Name, v.Class, volumeSource(v.Name)
 			default:
 				sum := sha256.Sum256([]byte(c.ID + v.Name))
 				p.Type, p.Name, p.Driver, p.Mode = mount.TypeVolume, hex.EncodeToString(sum[:]), "local", ""

@@ -108,16 +108,22 @@ func (r *record) keepsDisk() bool { return !r.Host.AutoRemove }
 // ended says whether the newest run is known to have ended.
 func (r *record) ended() bool { return r.Run > 0 && r.Last.Number == r.Run }
 
-// namePath is the path of a name's variable: Nomad allows letters, digits and -_~/ and 128 characters (structs/variables.go).
+// namePath is the path of a name's variable.
 func namePath(name string) string { return namePrefix + escaped(name) }
 
+// escaped is a name as part of a variable's path: Nomad allows letters, digits and -_~/ and 128 characters (structs/variables.go).
 func escaped(name string) string {
-	out := strings.ReplaceAll(name, ".", "~")
-	if len(out) > 100 {
-		sum := sha256.Sum256([]byte(name))
-		out = "~" + hex.EncodeToString(sum[:])
+	text := strings.ReplaceAll(name, ".", "~")
+	if len(text) > 100 {
+		text = "~" + hash(name)
 	}
-	return out
+	return text
+}
+
+// hash is 64 hexadecimal digits that are a text's.
+func hash(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return hex.EncodeToString(sum[:])
 }
 
 var errConflict = errors.New("it was changed by somebody else at the same time")

@@ -164,6 +164,9 @@ func (t *tenant) start(ctx context.Context, id string) error {
 	if err := t.endAttendant(ctx, r); err != nil {
 		return err
 	}
+	if err := t.awaitVolumes(ctx, r, r.jobID()); err != nil {
+		return errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
+	}
 	placed := t.place(id)
 	defer placed()
 	for {

@@ -14,6 +14,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cradlestack/cradlestack/dockerapi/registry"
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
@@ -41,6 +44,8 @@ type Config struct {
 	Clients string      // file that maps certificates to Access; see identity.go
 	// HostPaths lets containers mount directories of their node: see translate.Rules.
 	HostPaths bool
+	// VolumePlugin is the CSI plugin whose volumes are docker's, VolumeDriver the class of those that name none.
+	VolumePlugin, VolumeDriver string
 	// RegistryHost is where nodes find Registry, HOST:PORT.
 	RegistryHost string
 	// Layouts is a directory of OCI layouts, whose names are images' names.
@@ -70,10 +75,20 @@ type Server struct {
 // errClosed is why what a server does in the background ends.
 var errClosed = errors.New("the server ends")
 
+// What holds for volumes where a Config does not say.
+const (
+	DefaultVolumePlugin = "cradle"
+	DefaultVolumeDriver = "lv2"
+)
+
 // New makes a server. Nomad need not be there yet.
 func New(c Config) (*Server, error) {
 	if c.Nomad == nil {
 		c.Nomad = api.DefaultConfig()
+	}
+	c.VolumePlugin, c.VolumeDriver = or(c.VolumePlugin, DefaultVolumePlugin), or(c.VolumeDriver, DefaultVolumeDriver)
+	if !slices.Contains(translate.Classes, c.VolumeDriver) {
+		return nil, fmt.Errorf("volume driver %s: there are %s", c.VolumeDriver, strings.Join(translate.Classes, ", "))
 	}
 	s := &Server{Config: c, clients: clientsFile{path: c.Clients}, tenants: map[Access]*tenant{}}
 	if c.Clients != "" {
@@ -92,7 +107,7 @@ func New(c Config) (*Server, error) {
 
 // groups are the routes, a group to a file.
 func (s *Server) groups() []func(*router) {
-	return []func(*router){s.systemRoutes, s.containerRoutes, s.networkRoutes, s.imageRoutes, s.eventRoutes}
+	return []func(*router){s.systemRoutes, s.containerRoutes, s.networkRoutes, s.imageRoutes, s.volumeRoutes, s.eventRoutes}
 }
 
 // ServeHTTP answers a request.

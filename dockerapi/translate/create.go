@@ -23,7 +23,9 @@ import (
 	"github.com/docker/go-units"
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/api/types/volume"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/spec"
@@ -50,6 +52,8 @@ type Image struct {
 type Rules struct {
 	// HostPaths lets containers mount directories of the node: a choice for single nodes whose users are its operators anyway.
 	HostPaths bool
+	// Inherited are the mounts of the containers that --volumes-from names.
+	Inherited []mount.Mount
 }
 
 // A Container is what a request comes to.
@@ -59,8 +63,8 @@ type Container struct {
 	Networks map[string]*network.EndpointSettings
 
 	Pod      *spec.Pod
-	Zone     string   // kr.zone
-	Volumes  []string // of the namespace, that the pod mounts
+	Zone     string                 // kr.zone
+	Volumes  []volume.CreateRequest // of the namespace, that the pod mounts, and how they are made where they are not there
 	Warnings []string
 	// Ranges are those from which the node's ports of some of the pod's published ones are to be chosen, by their index.
 	Ranges map[int]PortRange
@@ -123,7 +127,7 @@ type builder struct {
 	pod      *spec.Pod
 	own      *spec.PodContainer
 	zone     string
-	volumes  []string
+	volumes  []volume.CreateRequest
 	warnings []string
 	ranges   map[int]PortRange
 }
@@ -331,8 +335,6 @@ func (b *builder) refuse() error {
 		return refused("--device-cgroup-rule", "the devices are the microVM's: use --device, or --privileged")
 	case len(h.Links) > 0:
 		return refused("--link", "put both containers on a network of their own (docker network create), where they find each other by name")
-	case len(h.VolumesFrom) > 0:
-		return refused("--volumes-from", "not supported yet: name the volumes")
 	case h.Runtime != "" && h.Runtime != "cradle" && h.Runtime != "runc":
 		return dockerhttp.Invalid("unknown or invalid runtime name: %s", h.Runtime)
 	case h.Isolation != "" && !h.Isolation.IsDefault():

@@ -11,6 +11,7 @@ import (
 
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/volume"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/internal/golden"
@@ -61,7 +62,7 @@ func TestGoldenContainers(t *testing.T) {
 				Pod      *spec.Pod
 				Config   *container.Config
 				Zone     string
-				Volumes  []string
+				Volumes  []volume.CreateRequest
 				Warnings []string
 			}{c.Pod, c.Config, c.Zone, c.Volumes, c.Warnings}, "", "  ")
 			if err != nil {
@@ -108,7 +109,6 @@ func TestRefused(t *testing.T) {
 		`{"Image": "x", "HostConfig": {"Devices": [{"PathOnHost": "/dev/sda", "PathInContainer": "/dev/sda"}]}}`:                                                "devices of the node can't be given",
 		`{"Image": "x", "HostConfig": {"DeviceRequests": [{"Count": -1}]}}`:                                                                                     "--gpus is not possible",
 		`{"Image": "x", "HostConfig": {"Links": ["a:b"]}}`:                                                                                                      "--link is not possible",
-		`{"Image": "x", "HostConfig": {"VolumesFrom": ["a"]}}`:                                                                                                  "--volumes-from is not possible",
 		`{"Image": "x", "HostConfig": {"LogConfig": {"Type": "syslog"}}}`:                                                                                       "--log-driver syslog is not possible",
 		`{"Image": "x", "HostConfig": {"LogConfig": {"Type": "json-file", "Config": {"max-sise": "1m"}}}}`:                                                      "unknown log opt 'max-sise'",
 		`{"Image": "x", "HostConfig": {"PortBindings": {"80/sctp": [{"HostPort": "80"}]}}}`:                                                                     "tcp and udp can be published",

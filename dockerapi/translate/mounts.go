@@ -1,6 +1,7 @@
 package translate
 
 import (
+	"cmp"
 	"net/http"
 	"path"
 	"regexp"
@@ -9,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/moby/moby/api/types/mount"
+	"github.com/moby/moby/api/types/volume"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/spec"
@@ -42,6 +44,14 @@ func (b *builder) mounts() error {
 		taken[target] = true
 		if err := b.mount(m); err != nil {
 			return err
+		}
+	}
+	for _, m := range b.rules.Inherited {
+		if target := path.Clean(m.Target); !taken[target] {
+			taken[target] = true
+			if err := b.mount(m); err != nil {
+				return err
+			}
 		}
 	}
 	var anonymous []string
@@ -147,10 +157,7 @@ func (b *builder) mount(m mount.Mount) error {
 			return refused("volume-subpath", "not supported yet")
 		default:
 			made.Volume = m.Source
-			if !slices.Contains(b.volumes, m.Source) {
-				b.volumes = append(b.volumes, m.Source)
-				b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: m.Source, Class: "lv2"})
-			}
+			b.named(m)
 		}
 	case mount.TypeImage:
 		return refused("--mount type=image", "not supported yet")
@@ -159,6 +166,21 @@ func (b *builder) mount(m mount.Mount) error {
 	}
 	b.own.Mounts = append(b.own.Mounts, made)
 	return nil
+}
+
+// named adds a volume that has a name. Which class it has is known when it is there.
+func (b *builder) named(m mount.Mount) {
+	if slices.ContainsFunc(b.volumes, func(v volume.CreateRequest) bool { return v.Name == m.Source }) {
+		return
+	}
+	made := volume.CreateRequest{Name: m.Source, Driver: b.host.VolumeDriver}
+	if o := m.VolumeOptions; o != nil {
+		if made.Labels = o.Labels; o.DriverConfig != nil {
+			made.Driver, made.DriverOpts = cmp.Or(o.DriverConfig.Name, made.Driver), o.DriverConfig.Options
+		}
+	}
+	b.volumes = append(b.volumes, made)
+	b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: m.Source, Class: Classes[0]})
 }
 
 // AnonymousVolume is the name, in the pod, of the volume without one that is mounted at a path. It lies on the pod's scratch disk.

@@ -14,12 +14,19 @@ import (
 // mounting is a pod of a task that Nomad gives mounts.
 func mounting(t *testing.T, h *host, mounts ...*drivers.MountConfig) (*spec.Pod, []attachment, error) {
 	t.Helper()
+	return mountingWith(t, h, "", mounts...)
+}
+
+// mountingWith is mounting with more of the task's configuration.
+func mountingWith(t *testing.T, h *host, config string, mounts ...*drivers.MountConfig) (*spec.Pod, []attachment, error) {
+	t.Helper()
 	task, c, err := parseTask(t, `job "j" {
 		group "g" {
 			task "t" {
 				driver = "cradle"
 				config {
 					image = "debian:12"
+					`+config+`
 				}
 			}
 		}
@@ -30,6 +37,41 @@ func mounting(t *testing.T, h *host, mounts ...*drivers.MountConfig) (*spec.Pod,
 	nomads := aTask(task)
 	nomads.AllocDir, nomads.Mounts = "", mounts
 	return attachedPodOf(nomads, c, h)
+}
+
+// Which volumes get the image's content is the task's to say.
+func TestVolumeCopy(t *testing.T) {
+	h := aHost()
+	h.direct = func(path string) (*spec.DirectAttachment, error) {
+		if path != "/files" {
+			return nil, nil
+		}
+		return &spec.DirectAttachment{Volume: spec.Volume{Name: "files", Block: &spec.BlockVolume{Path: "/pool/files.img"}}}, nil
+	}
+	mounts := []*drivers.MountConfig{{TaskPath: "/direct", HostPath: "/files"}, {TaskPath: "/shared", HostPath: "/srv/shared"}, {TaskPath: "/other", HostPath: "/srv/other"}}
+	for _, test := range []struct {
+		config string
+		copies []bool
+	}{
+		{"", []bool{true, false, false}},
+		{`volume_copy = ["/shared", "/direct"]`, []bool{true, true, false}},
+		{`volume_no_copy = ["/direct", "/shared"]`, []bool{false, false, false}},
+	} {
+		p, _, err := mountingWith(t, h, test.config, mounts...)
+		if err != nil {
+			t.Errorf("%s: %v", test.config, err)
+			continue
+		}
+		for i, m := range p.Containers[0].Mounts {
+			d := p.Volumes[i].Directory
+			if m.NoCopy == test.copies[i] || d != nil && d.Fill != test.copies[i] {
+				t.Errorf("%s: %s is %+v, of %+v", test.config, m.Path, m, d)
+			}
+		}
+	}
+	if _, _, err := mountingWith(t, h, `volume_copy = ["/elsewhere"]`, mounts...); err == nil || !strings.Contains(err.Error(), "volume_copy: /elsewhere is no destination of a volume_mount") {
+		t.Errorf("a destination that is none: %v", err)
+	}
 }
 
 func TestDirectVolumes(t *testing.T) {

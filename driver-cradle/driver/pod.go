@@ -530,6 +530,7 @@ func (b *builder) taskMounts(c *spec.PodContainer) {
 		}
 		if direct != nil {
 			b.attach(c, m, target, direct)
+			c.Mounts[len(c.Mounts)-1].NoCopy = slices.Contains(b.config.NotCopied, target)
 			continue
 		}
 		kind, err := b.host.examine(m.HostPath)
@@ -542,8 +543,16 @@ func (b *builder) taskMounts(c *spec.PodContainer) {
 			continue
 		}
 		name := b.unusedName(nameOf(strings.TrimPrefix(target, "/")))
-		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Directory: &spec.DirectoryVolume{Path: m.HostPath, ReadOnly: m.Readonly}})
-		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly, NoCopy: true})
+		fill := slices.Contains(b.config.Copied, target)
+		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Directory: &spec.DirectoryVolume{Path: m.HostPath, ReadOnly: m.Readonly, Fill: fill}})
+		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly, NoCopy: !fill})
+	}
+	for key, targets := range map[string][]string{"volume_copy": b.config.Copied, "volume_no_copy": b.config.NotCopied} {
+		for _, target := range targets {
+			if !slices.ContainsFunc(b.task.Mounts, func(m *drivers.MountConfig) bool { return path.Join("/", m.TaskPath) == target }) {
+				b.wrong(key, "%s is no destination of a volume_mount", target)
+			}
+		}
 	}
 }
 

@@ -88,6 +88,8 @@ var taskKeys = slices.Concat([]key{
 	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB."},
 	{name: "disk_id", kind: text, doc: "Keep the scratch disk on the node under this name (1 to 64 letters, digits, _ . -) when the task ends, and go on with it in the next one that names it. Its containers and their images have to be the same, and one task uses it at a time."},
 	{name: "disk_action", kind: text, def: "use", doc: "Instead of running an image: list writes a line of JSON for each kept disk that the namespace has on the node to the task's output; remove removes the disk that disk_id names, if there is one, for good."},
+	{name: "volume_copy", kind: texts, def: "those of direct attachments", doc: "Destinations of volume_mounts whose volume gets what the image has there while it is empty, as docker's volumes do: [\"/data\"]."},
+	{name: "volume_no_copy", kind: texts, doc: "Destinations of direct attachments that do not."},
 	{name: "variant", kind: text, def: "the boot package's", doc: "Boot package that is needed: default, stock. The plugin has one; another is refused."},
 	{name: "image_pull_timeout", kind: text, def: "the plugin's", doc: "Longest time for pulling all images of the task."},
 	{name: "force_pull", kind: boolean, def: "false", doc: "Ask the registry what the image's tag means now, though it is in the cache."},
@@ -164,6 +166,8 @@ type taskConfig struct {
 	DNSOptions  []string                   `codec:"dns_options"`
 	NamesFile   string                     `codec:"names_file"`
 	EnvFile     string                     `codec:"env_file"`
+	Copied      []string                   `codec:"volume_copy"`
+	NotCopied   []string                   `codec:"volume_no_copy"`
 	VCPUs       string                     `codec:"vcpus"`
 	Disk        string                     `codec:"disk"`
 	DiskID      string                     `codec:"disk_id"`

@@ -29,7 +29,7 @@ type volume struct {
 }
 
 // copies says whether an empty one gets the image's content, as docker does with volumes and does not with bind mounts.
-func (v *volume) copies() bool { return v.spec.Directory == nil }
+func (v *volume) copies() bool { return v.spec.Directory == nil || v.spec.Directory.Fill }
 
 // shared says whether other guests may have it mounted at the same time.
 func (v *volume) shared() bool { return v.spec.NFS != nil || v.spec.Directory != nil }

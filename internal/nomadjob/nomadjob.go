@@ -262,6 +262,8 @@ type config struct {
 	DNS        []string            `json:"dns_servers,omitempty"`
 	DNSSearch  []string            `json:"dns_search_domains,omitempty"`
 	DNSOptions []string            `json:"dns_options,omitempty"`
+	Copied     []string            `json:"volume_copy,omitempty"`
+	NotCopied  []string            `json:"volume_no_copy,omitempty"`
 	Containers []containers        `json:"container,omitempty"`
 
 	container
@@ -347,6 +349,7 @@ type builder struct {
 	options      Options
 	volumes      map[string]*api.VolumeRequest
 	volumeMounts []*api.VolumeMount
+	copied, not  []string // destinations of volumes that get the image's content when they are empty, and of those that don't
 	errs         []error
 }
 
@@ -429,6 +432,7 @@ func (b *builder) config() map[string]any {
 		made.Memory, made.StopSignal = size(from.Resources.Memory), from.StopSignal
 		c.Containers = append(c.Containers, containers{from.Name: made})
 	}
+	c.Copied, c.NotCopied = b.copied, b.not
 	return asMap(c)
 }
 
@@ -520,6 +524,10 @@ func (b *builder) mount(at string, m spec.Mount, c *container, own bool) {
 		target := m.Path
 		if m.Raw {
 			target = "/dev/volumes/" + v.Name
+		} else if m.NoCopy {
+			b.not = append(b.not, target)
+		} else {
+			b.copied = append(b.copied, target)
 		}
 		b.volumeMounts = append(b.volumeMounts, &api.VolumeMount{Volume: ptr(v.Name), Destination: ptr(target), ReadOnly: ptr(m.ReadOnly), PropagationMode: ptr("private")})
 	case v.Scratch != nil:
@@ -792,6 +800,7 @@ func (r *reader) pod(name string, c *config) *spec.Pod {
 		if name, ok := strings.CutPrefix(mount.Path, "/dev/volumes/"); ok && name == request.Source {
 			mount.Path, mount.Raw = "", true
 		}
+		mount.NoCopy = slices.Contains(c.NotCopied, mount.Path)
 		own.Mounts = append(own.Mounts, mount)
 	}
 	r.p.Containers = []spec.PodContainer{own}

@@ -239,7 +239,9 @@ func plugins(c agents.Config, name string) []string {
 	var all []string
 	if name == agents.Client {
 		for _, p := range c.Plugins {
-			all = append(all, p.Path)
+			if p.Path != "" { // it is part of Nomad
+				all = append(all, p.Path)
+			}
 		}
 	}
 	slices.Sort(all)

@@ -1,0 +1,97 @@
+//go:build vm
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// plugin runs the volumes' plugin as its example says, until the test's end.
+func (h *host) plugin() {
+	h.t.Helper()
+	root, err := programs.Root()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "examples/nomad/volumes/cradle-csi.nomad.hcl"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	node := h.c.Server()
+	h.c.Run(h.t, strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
+		"/var/lib/cradle/volumes", filepath.Join(node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(node.Dir, "nomad")).Replace(string(text)))
+	h.until("a healthy plugin", func() bool {
+		p, _, err := h.c.API.CSIPlugins().Info("cradle", nil)
+		return err == nil && p.ControllersHealthy == 1 && p.NodesHealthy == 1
+	})
+}
+
+// Volumes with a name outlive containers; who may have one at the same time is its class's to say.
+func TestVMVolumes(t *testing.T) {
+	h := openHost(t)
+	h.wantError(1, "Nomad has no CSI plugin cradle", "volume", "create", "early")
+	h.plugin()
+	h.want("data", "volume", "create", "-d", "lv2", "-o", "size=64M", "--label", "tier=db", "data")
+	h.want("data", "volume", "create", "data")
+	h.want("data lv2 global map[size:64M] map[tier:db]", "volume", "inspect", "-f", "{{.Name}} {{.Driver}} {{.Scope}} {{.Options}} {{.Labels}}", "data")
+	h.wantError(1, "it exists with driver lv2", "volume", "create", "-d", "nfs", "data")
+	h.wantError(1, `there is no option "type"`, "volume", "create", "-o", "type=tmpfs", "odd")
+	h.wantError(1, "no such volume", "volume", "inspect", "odd")
+
+	// One container after the other has it.
+	h.run("run", "--rm", "-v", "data:/data", "busybox", "sh", "-c", "echo kept >/data/file")
+	h.want("kept", "run", "--rm", "-v", "data:/data:ro", "busybox", "cat", "/data/file")
+	one := h.run("run", "-d", "--name", "one", "-v", "data:/data", "busybox", "sh", "-c", "trap exit TERM; while :; do sleep 0.1; done")
+	h.wantError(125, "volume data is in use by container one, and of class lv2", "run", "--name", "two", "-v", "data:/data", "busybox", "true")
+	h.run("rm", "two")
+	h.want("volume data lv2 /data true", "inspect", "-f", "{{range .Mounts}}{{.Type}} {{.Name}} {{.Driver}} {{.Destination}} {{.RW}}{{end}}", "one")
+	h.want(one, "ps", "-q", "--no-trunc", "--filter", "volume=data")
+	h.wantError(1, "remove data: volume is in use - \\["+one+"\\]", "volume", "rm", "data")
+	h.run("stop", "one")
+	file := filepath.Join(t.TempDir(), "file")
+	h.run("cp", "one:/data/file", file)
+	if text, err := os.ReadFile(file); err != nil || string(text) != "kept\n" {
+		t.Errorf("copied from the volume of a stopped container: %q, %v", text, err)
+	}
+	h.run("start", "one")
+	h.want("kept", "exec", "one", "cat", "/data/file")
+
+	// Two have the other one at once. Both begin with what the image has.
+	h.run("volume", "create", "-d", "nfs", "shared")
+	h.run("run", "-d", "--name", "three", "-v", "shared:/shared", "-v", "copied:/bin", "busybox", "sleep", "1000")
+	h.want("told", "run", "--rm", "--name", "four", "-v", "shared:/shared", "busybox", "sh", "-c", "echo told >/shared/file; cat /shared/file")
+	h.want("told", "exec", "three", "cat", "/shared/file")
+	h.want("told", "run", "--rm", "--mount", "type=volume,src=tools,dst=/bin,volume-driver=nfs,volume-label=a=b", "-v", "shared:/shared", "busybox", "cat", "/shared/file")
+	h.wantError(127, "not found", "run", "--rm", "-v", "empty:/bin:nocopy", "busybox", "cat", "/shared/file")
+	h.run("run", "-d", "--name", "from", "--volumes-from", "three:ro", "--entrypoint", "/bin/sh", "-v", "tools:/bin", "busybox", "-c", "sleep 1000")
+	h.want("told", "exec", "from", "cat", "/shared/file")
+	h.wantError(1, "", "exec", "from", "touch", "/shared/other")
+
+	// Another namespace has volumes of its own.
+	if _, err := h.c.API.Namespaces().Register(&api.Namespace{Name: "other"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	other := h.second("--namespace", "other")
+	other.want("", "volume", "ls", "-q")
+	other.run("volume", "create", "data")
+	other.want("data", "volume", "ls", "-q")
+	other.want("", "run", "--rm", "-v", "data:/data", "busybox", "ls", "/data")
+	other.want("data", "volume", "rm", "data")
+
+	h.want("copied\ndata\nempty\nshared\ntools", "volume", "ls", "-q")
+	h.want("tools", "volume", "ls", "-q", "--filter", "label=a=b")
+	h.want("empty", "volume", "ls", "-q", "--filter", "dangling=true")
+	h.want("shared\ntools", "volume", "ls", "-q", "--filter", "driver=nfs")
+	h.want("Local Volumes 5 4", "system", "df", "--format", "{{if eq .Type \"Local Volumes\"}}{{.Type}} {{.TotalCount}} {{.Active}}{{end}}")
+	h.run("rm", "-f", "one", "three", "from")
+	h.want("data", "volume", "rm", "data")
+	h.run("volume", "prune", "-af")
+	h.want("", "volume", "ls", "-q")
+}
