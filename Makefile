@@ -96,12 +96,12 @@ boot-quick: build
 	fi
 
 .PHONY: demo
-demo: boot-quick ## mariadb, nginx and redis in microVMs, used by real clients; then jobs on a stack of its own (root)
+demo: boot-quick ## mariadb, nginx and redis in microVMs, used by real clients; then jobs and docker on a stack of its own (root)
 	@examples/images/build.sh busybox mariadb nginx redis
 	@go run ./test/demo
 
 .PHONY: up
-up: boot-quick ## start one node of the stack in the background: Consul, Nomad with pods (root); print how to use it
+up: boot-quick ## start one node of the stack in the background: Consul, Nomad with pods and volumes, docker's API (root); print how to use it
 	@examples/images/build.sh busybox mariadb nginx redis
 	@go run ./examples/stack up
 
@@ -110,7 +110,7 @@ down: ## end it, with every pod; its data stays until make clean
 	@go run ./examples/stack down
 
 .PHONY: env
-env: ## print what makes nomad and consul use it: eval "$(make env)"
+env: ## print what makes nomad, consul and docker use it: eval "$(make env)"
 	@go run ./examples/stack env
 
 .PHONY: clean

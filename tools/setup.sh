@@ -49,6 +49,7 @@ packages=(
   # other programs that read bali's images, and what gives files their fs-verity digest
   busybox-static fsverity libarchive-tools openssh-client python3
 )
+command -v docker >/dev/null || packages+=("$(apt-cache pkgnames docker-cli | grep -x docker-cli || echo docker.io)") # Debian 12 has the client in docker.io
 # Debian 13 has taken these out of docker.io and qemu-system-common.
 [ -n "$demo" ] || [ ! -e /usr/bin/qemu-system-x86_64 ] || [ -e /usr/lib/qemu/virtiofsd ] || packages+=(virtiofsd)
 [ -n "$demo" ] || [ ! -e /usr/sbin/dockerd ] || command -v docker >/dev/null || packages+=(docker-cli)

@@ -63,6 +63,7 @@ type Plugin struct {
 type Ports struct {
 	HTTP, RPC, Serf, ClientHTTP                              int // Nomad's
 	ConsulHTTP, ConsulDNS, ConsulRPC, ConsulSerf, ConsulGRPC int
+	Registry                                                 int // of images
 }
 
 // DefaultPorts are the well-known ones, plus an offset.
@@ -70,6 +71,7 @@ func DefaultPorts(offset int) Ports {
 	return Ports{
 		HTTP: 4646 + offset, RPC: 4647 + offset, Serf: 4648 + offset, ClientHTTP: 4656 + offset,
 		ConsulHTTP: 8500 + offset, ConsulDNS: 8600 + offset, ConsulRPC: 8300 + offset, ConsulSerf: 8301 + offset, ConsulGRPC: 8502 + offset,
+		Registry: 5000 + offset,
 	}
 }
 

@@ -106,6 +106,7 @@ func portsFree(p agents.Ports, names ...string) error {
 	for _, name := range names {
 		ports := map[string][]int{
 			agents.Consul: {p.ConsulHTTP, p.ConsulDNS, p.ConsulRPC, p.ConsulSerf, p.ConsulGRPC}, agents.Server: {p.HTTP, p.RPC, p.Serf}, agents.Client: {p.ClientHTTP},
+			dockerAPI: {p.Registry},
 		}[name]
 		for _, port := range ports {
 			// All addresses: a program that listens on them all takes the loopback interface's, too.

@@ -79,8 +79,8 @@ func (p process) end(limit time.Duration) error {
 	return fmt.Errorf("process %d does not end", p.PID)
 }
 
-// start starts an agent that outlives us.
-func (s *Stack) start(argv []string, log string) (process, error) {
+// start starts a process that outlives us, with more variables in its environment than all have.
+func (s *Stack) start(argv []string, log string, env ...string) (process, error) {
 	cgroup, err := os.Open(s.cgroup())
 	if err != nil {
 		return process{}, err
@@ -93,7 +93,7 @@ func (s *Stack) start(argv []string, log string) (process, error) {
 	defer out.Close()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.Dir, cmd.Env = s.dir, agents.Environ(filepath.Join(s.dir, "tmp"))
+	cmd.Dir, cmd.Env = s.dir, append(agents.Environ(filepath.Join(s.dir, "tmp")), env...)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
 	if err := cmd.Start(); err != nil {
 		return process{}, err

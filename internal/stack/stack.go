@@ -1,4 +1,5 @@
-// Package stack runs one node of the stack on the host itself, in the background: Consul, Nomad's server and client, and the pods of its jobs.
+// Package stack runs one node of the stack on the host itself, in the background: Consul, Nomad's server and client, the pods of its jobs, volumes
+// for them, and docker's API.
 // It is what make up, make down and the demo are made of. There is no supervisor: an agent that has ended is started by the next Up.
 //
 // Everything that a stack has lies in one directory. Its processes begin in a cgroup of its own, so that nothing escapes its end.
@@ -51,6 +52,7 @@ type record struct {
 	Bridge    string             `json:"bridge,omitempty"`    // of jobs' networks; "" while the stack is down
 	Subnet    string             `json:"subnet,omitempty"`    // of the bridge
 	Forwarded bool               `json:"forwarded,omitempty"` // the host has forwarded packets before
+	Docker    string             `json:"docker,omitempty"`    // docker's folder of configurations that has a context for the stack
 	Processes map[string]process `json:"processes,omitempty"`
 }
 
@@ -129,18 +131,24 @@ func (s *Stack) config() (agents.Config, error) {
 	ports := agents.DefaultPorts(s.record.Offset)
 	local := func(port int) []string { return []string{fmt.Sprintf("127.0.0.1:%d", port)} }
 	return agents.Config{
-		Name: "one", Dir: s.dir, Address: "127.0.0.1", API: "127.0.0.1", Ports: ports, LogLevel: "INFO",
+		Name: "one", Dir: s.dir, Address: "127.0.0.1", API: "127.0.0.1", Ports: ports, LogLevel: "INFO", ACL: true,
 		Servers: local(ports.RPC), Join: local(ports.ConsulSerf), ConsulServer: true, Consul: true,
 		Interface: "lo", Bridge: s.record.Bridge, Subnet: s.record.Subnet,
-		Plugins: map[string]agents.Plugin{"nomad-driver-cradle": {Path: driver, Config: fmt.Sprintf(`    state_dir    = "%[1]s/pods"
+		Plugins: map[string]agents.Plugin{
+			"nomad-driver-cradle": {Path: driver, Config: fmt.Sprintf(`    state_dir    = "%[1]s/pods"
     cache_dir    = "%[1]s/cache"
-    boot_package = %[2]q`, s.dir, pkg)}},
+    boot_package = %[2]q
+    volumes {
+      enabled = true
+    }`, s.dir, pkg)},
+			"raw_exec": {Config: "    enabled = true"}, // of the volumes' plugin
+		},
 		MoreAgent: "telemetry {\n  publish_allocation_metrics = true\n}\n", // or Nomad does not ask how much tasks use
 	}, nil
 }
 
-// names of the agents in the order of their start.
-var order = []string{agents.Consul, agents.Server, agents.Client}
+// names of the processes in the order of their start.
+var order = []string{agents.Consul, agents.Server, agents.Client, dockerAPI}
 
 // Up starts what does not run, and what runs with another configuration or program than now; it returns when jobs can be run. Pods of an earlier
 // Up go on, or begin again.
@@ -174,53 +182,91 @@ func (s *Stack) up(ctx context.Context) error {
 	if err := config.Write(); err != nil {
 		return err
 	}
-	for _, name := range order {
-		if err := s.upAgent(ctx, config, name); err != nil {
-			return fmt.Errorf("%w\n%s", err, agents.Tail(config.Log(name), 4<<10))
+	for _, step := range []struct {
+		of string // whose log says more
+		up func(context.Context, agents.Config) error
+	}{
+		{agents.Consul, s.agent(agents.Consul)}, {agents.Server, s.agent(agents.Server)}, {agents.Server, s.bootstrap}, {agents.Client, s.agent(agents.Client)},
+		{agents.Client, s.ready}, {agents.Client, s.upVolumes}, {dockerAPI, s.upDockerAPI},
+	} {
+		if err := step.up(ctx, config); err != nil {
+			return fmt.Errorf("%w\n%s", err, agents.Tail(config.Log(step.of), 4<<10))
 		}
 	}
-	if err := s.ready(ctx); err != nil {
-		return fmt.Errorf("%w\n%s", err, agents.Tail(config.Log(agents.Client), 4<<10))
-	}
-	return nil
+	return s.addContext(ctx)
 }
 
-func (s *Stack) upAgent(ctx context.Context, config agents.Config, name string) error {
-	program := s.tools["nomad"]
-	if name == agents.Consul {
-		program = s.tools["consul"]
+// agent starts Consul, or one of Nomad's two.
+func (s *Stack) agent(name string) func(context.Context, agents.Config) error {
+	return func(ctx context.Context, config agents.Config) error {
+		program := s.tools["nomad"]
+		if name == agents.Consul {
+			program = s.tools["consul"]
+		}
+		files := append([]string{config.File(name)}, plugins(config, name)...)
+		alive, err := s.upProcess(config, name, config.Command(name, program), files)
+		if err != nil {
+			return err
+		}
+		return config.Answers(ctx, name, http.DefaultClient, alive)
 	}
-	argv := config.Command(name, program)
-	digest, err := digestOf(append([]string{config.File(name), program}, plugins(config, name)...))
+}
+
+// upProcess starts what does not run, or runs as another program or with other files than now. It returns what says whether it has ended.
+func (s *Stack) upProcess(config agents.Config, name string, argv, files []string) (alive func() error, err error) {
+	digest, err := digestOf(append(files, argv[0]), argv)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	p := s.record.Processes[name]
 	if p.alive() && p.Digest != digest {
 		if err := p.end(endLimit); err != nil {
-			return fmt.Errorf("end %s, to start it anew: %w", name, err)
+			return nil, fmt.Errorf("end %s, to start it anew: %w", name, err)
 		}
 	}
 	if !p.alive() {
 		if err := s.portsFree(config, name); err != nil {
-			return err
+			return nil, err
 		}
-		if p, err = s.start(argv, config.Log(name)); err != nil {
-			return fmt.Errorf("start %s: %w", name, err)
+		if p, err = s.start(argv, config.Log(name), "NOMAD_ADDR="+config.NomadAddr()); err != nil {
+			return nil, fmt.Errorf("start %s: %w", name, err)
 		}
 		p.Digest = digest
 		s.record.Processes[name] = p
 		if err := s.save(); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return config.Answers(ctx, name, http.DefaultClient, func() error {
+	return func() error {
 		if !p.alive() {
 			return agents.ErrEnded
 		}
 		return nil
+	}, nil
+}
+
+// bootstrap makes the token that everything is done with, once.
+func (s *Stack) bootstrap(ctx context.Context, config agents.Config) error {
+	if _, err := os.Stat(s.tokenFile()); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	client, err := api.NewClient(&api.Config{Address: config.NomadAddr()})
+	if err != nil {
+		return err
+	}
+	return agents.Retry(ctx, "the first token of Nomad's ACLs", func() error {
+		token, _, err := client.ACLTokens().Bootstrap((&api.WriteOptions{}).WithContext(ctx))
+		if err != nil && strings.Contains(err.Error(), "bootstrap already done") {
+			return fmt.Errorf("%s is lost: make clean removes the stack with its data (%w)", s.tokenFile(), agents.ErrEnded)
+		}
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(s.tokenFile(), []byte(token.SecretID+"\n"), 0o600)
 	})
 }
+
+func (s *Stack) tokenFile() string { return filepath.Join(s.dir, "nomad.token") }
 
 func (s *Stack) findTools() error {
 	s.tools = map[string]string{}
@@ -248,9 +294,10 @@ func plugins(c agents.Config, name string) []string {
 	return all
 }
 
-// digestOf tells whether one of some files has changed: small ones by what they say, programs by size and time.
-func digestOf(files []string) (string, error) {
+// digestOf tells whether one of some files has changed, or a command line: small files by what they say, programs by size and time.
+func digestOf(files, argv []string) (string, error) {
 	h := sha256.New()
+	fmt.Fprintf(h, "%q ", argv)
 	for _, f := range files {
 		info, err := os.Stat(f)
 		if err != nil {
@@ -270,7 +317,7 @@ func digestOf(files []string) (string, error) {
 }
 
 // ready waits until the node takes pods.
-func (s *Stack) ready(ctx context.Context) error {
+func (s *Stack) ready(ctx context.Context, _ agents.Config) error {
 	client, err := s.API()
 	if err != nil {
 		return err
@@ -304,7 +351,16 @@ func (s *Stack) ready(ctx context.Context) error {
 
 // API is Nomad's.
 func (s *Stack) API() (*api.Client, error) {
-	return api.NewClient(&api.Config{Address: agents.Config{Ports: agents.DefaultPorts(s.record.Offset)}.NomadAddr()})
+	token, err := s.token()
+	if err != nil {
+		return nil, err
+	}
+	return api.NewClient(&api.Config{Address: agents.Config{Ports: agents.DefaultPorts(s.record.Offset)}.NomadAddr(), SecretID: token})
+}
+
+func (s *Stack) token() (string, error) {
+	text, err := os.ReadFile(s.tokenFile())
+	return strings.TrimSpace(string(text)), err
 }
 
 func onlyNode(ctx context.Context, client *api.Client) (*api.NodeListStub, error) {
@@ -353,22 +409,35 @@ func (s *Stack) env() (string, error) {
 			path = append(path, dir)
 		}
 	}
-	return fmt.Sprintf("export NOMAD_ADDR=%s\nexport CONSUL_HTTP_ADDR=%s\nexport NOMAD_VAR_images=oci:%s\nexport PATH=%s:$PATH\n",
-		config.NomadAddr(), config.ConsulAddr(), filepath.Join(cache, "cradlestack", "images"), strings.Join(path, ":")), nil
+	token, err := s.token()
+	if err != nil {
+		return "", err
+	}
+	text := fmt.Sprintf("export NOMAD_ADDR=%s\nexport NOMAD_TOKEN=%s\nexport CONSUL_HTTP_ADDR=%s\nexport NOMAD_VAR_images=oci:%s\nexport PATH=%s:$PATH\n",
+		config.NomadAddr(), token, config.ConsulAddr(), filepath.Join(cache, "cradlestack", "images"), strings.Join(path, ":"))
+	if s.record.Docker != "" {
+		text += "export DOCKER_CONTEXT=" + dockerContext + "\n"
+	}
+	return text, nil
 }
 
 // Usage says what to do with a stack that is up.
 func (s *Stack) Usage() string {
 	c := agents.Config{Ports: agents.DefaultPorts(s.record.Offset)}
-	return fmt.Sprintf(`The stack is up: Nomad at %s, Consul at %s, everything of it in %s.
+	docker := "docker run --rm busybox uname -r"
+	if s.record.Docker == "" {
+		docker = "make up                                         # once more, when the docker CLI is installed"
+	}
+	return fmt.Sprintf(`The stack is up: Nomad at %s, Consul at %s, docker's API at %s, everything of it in %s.
 
-    eval "$(make env)"                              # nomad, consul, kcradle in PATH, and where they find it
+    eval "$(make env)"                              # nomad, consul, docker, kcradle: in PATH, and where they find it
+    %s
     nomad node status
     nomad job run examples/nomad/web.nomad.hcl
     nomad alloc exec -job web sh                    # examples/nomad/README.md has more
 
 make down ends it, with every pod; data stays for the next make up, until make clean.
-`, c.NomadAddr(), c.ConsulAddr(), s.dir)
+`, c.NomadAddr(), c.ConsulAddr(), s.socket(), s.dir, docker)
 }
 
 // Down ends the jobs in order, then the agents, and leaves nothing running or mounted. What fails on the way is told when everything is gone.
@@ -402,6 +471,7 @@ func (s *Stack) down(ctx context.Context) error {
 	if err := s.sweep(); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
+	errs = append(errs, s.removeContext(ctx))
 	s.record.Processes, s.record.Bridge = map[string]process{}, ""
 	return errors.Join(append(errs, s.save())...)
 }
@@ -432,14 +502,17 @@ func (s *Stack) endJobs(ctx context.Context) error {
 		return err
 	}
 	if node.SchedulingEligibility == api.NodeSchedulingEligible {
-		// A negative deadline ends allocations at once, each with its own time to end.
-		if _, err := client.Nodes().UpdateDrainOpts(node.ID, &api.DrainOptions{DrainSpec: &api.DrainSpec{Deadline: -1}}, nil); err != nil {
+		// A negative deadline ends allocations at once, each with its own time to end; but for the volumes' plugin, which they need meanwhile.
+		if _, err := client.Nodes().UpdateDrainOpts(node.ID, &api.DrainOptions{DrainSpec: &api.DrainSpec{Deadline: -1, IgnoreSystemJobs: true}}, nil); err != nil {
 			return fmt.Errorf("drain the node: %w", err)
 		}
 		s.record.Drained = true
 		if err := s.save(); err != nil {
 			return err
 		}
+	}
+	if err := s.endVolumes(ctx, client, node.ID); err != nil {
+		return err
 	}
 	return agents.Retry(ctx, "end of the jobs", func() error {
 		allocs, _, err := client.Nodes().Allocations(node.ID, (&api.QueryOptions{}).WithContext(ctx))

@@ -36,6 +36,7 @@ func TestVMStack(t *testing.T) {
 			t.Errorf("after clean: %v", err)
 		}
 	})
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
 	image, err := programs.Image("busybox")
 	if err != nil {
 		t.Fatal(err)
@@ -56,6 +57,22 @@ func TestVMStack(t *testing.T) {
 			t.Fatalf("nomad %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
 		return string(out)
+	}
+	docker := func(args ...string) string {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), "docker", args...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	if got := docker("context", "show"); got != "default" {
+		t.Errorf("the user's context is %s", got)
+	}
+	docker("--context", dockerContext, "volume", "create", "data")
+	docker("--context", dockerContext, "run", "-d", "--name", "kept", "-v", "data:/data", "busybox", "sh", "-c", "echo here >/data/file; sleep 1000")
+	if got := docker("--context", dockerContext, "run", "--rm", "-v", dir+":/host", "busybox", "ls", "/host/stack.json"); got != "/host/stack.json" {
+		t.Errorf("a container with a folder of the host says %s", got)
 	}
 	job := filepath.Join(dir, "page.nomad.hcl")
 	if err := os.WriteFile(job, fmt.Appendf(nil, `
@@ -129,7 +146,7 @@ job "page" {
 		t.Errorf("a second up makes %v of %v", s.record.Processes, before)
 	}
 	pod := pods(t, s)
-	if len(pod) != 1 {
+	if len(pod) != 2 { // the page, and docker's
 		t.Fatalf("there are %d machines", len(pod))
 	}
 	// What Nomad keeps of an allocation's network it writes to disk when it ends, or after a minute (nomadtest.KillClient).
@@ -150,9 +167,16 @@ job "page" {
 	}
 	down(t, s)
 
+	if got := docker("context", "ls", "-q"); got != "default" {
+		t.Errorf("while the stack is down docker has the contexts %s", got)
+	}
+
 	// What was running runs again.
 	s = up(t, dir)
 	page()
+	if got := docker("--context", dockerContext, "cp", "kept:/data/file", "-"); !strings.Contains(got, "here") {
+		t.Errorf("the volume has %q", got)
+	}
 	down(t, s)
 	if err := Down(t.Context(), dir); err != nil { // again
 		t.Error(err)

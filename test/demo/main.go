@@ -56,7 +56,7 @@ func run(ctx context.Context, out io.Writer) (err error) {
 	if err := os.Setenv("CRADLE_BOOT", boot); err != nil {
 		return err
 	}
-	for tool, pkg := range map[string]string{"mariadb": "mariadb-client", "curl": "curl", "redis-cli": "redis-tools"} {
+	for tool, pkg := range map[string]string{"mariadb": "mariadb-client", "curl": "curl", "redis-cli": "redis-tools", "docker": "docker-cli"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return fmt.Errorf("%w: apt-get install --no-install-recommends %s", err, pkg)
 		}

@@ -16,6 +16,9 @@ import (
 func (d *demo) nomad(ctx context.Context) error {
 	d.title("a stack: Consul, Nomad, and pods as its jobs (make up keeps one)")
 	d.stack = filepath.Join(d.dir, "s")
+	if err := os.Setenv("DOCKER_CONFIG", filepath.Join(d.dir, "docker")); err != nil {
+		return err
+	}
 	if _, err := stack.Up(ctx, d.stack); err != nil {
 		return err
 	}
@@ -39,7 +42,7 @@ func (d *demo) nomad(ctx context.Context) error {
 	if _, err := d.command(ctx, "nomad", "node", "status"); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) error{d.web, d.database, d.batch, d.update} {
+	for _, part := range []func(context.Context) error{d.web, d.database, d.batch, d.update, d.docker} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -118,6 +121,30 @@ func (d *demo) batch(ctx context.Context) error {
 		return err
 	}
 	_, err := d.command(ctx, "nomad", "job", "periodic", "force", "periodic")
+	return err
+}
+
+func (d *demo) docker(ctx context.Context) error {
+	d.title("docker, pointed here by a context")
+	docker := func(args ...string) []string { return append([]string{"docker", "--context", "cradle"}, args...) }
+	if err := d.expect(ctx, "in a microVM", docker("run", "--rm", "busybox", "sh", "-c", "echo $(uname -r) in a microVM")...); err != nil {
+		return err
+	}
+	port, err := freePort()
+	if err != nil {
+		return err
+	}
+	if _, err := d.command(ctx, docker("run", "-d", "--name", "site", "-p", port+":80", "nginx")...); err != nil {
+		return err
+	}
+	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
+	if err := d.until(ctx, time.Minute, page...); err != nil {
+		return err
+	}
+	if err := d.expect(ctx, "nginx", page...); err != nil {
+		return err
+	}
+	_, err = d.command(ctx, docker("ps")...)
 	return err
 }
 

@@ -67,6 +67,7 @@ func TestVMExamplesWithMakeUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
 	t.Cleanup(func() {
 		if err := stack.Clean(context.Background(), dir); err != nil {
 			t.Error(err)
