@@ -85,7 +85,7 @@ func (r *resolver) serveStreams() {
 			defer func() { <-r.slots }()
 			defer conn.Close()
 			for {
-				conn.SetDeadline(time.Now().Add(idleQuery))
+				_ = conn.SetDeadline(time.Now().Add(idleQuery))
 				query, err := readStream(conn)
 				if err != nil {
 					return
@@ -130,7 +130,7 @@ func ask(server string, query []byte, stream bool) ([]byte, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(upstreamTimeout))
+	_ = conn.SetDeadline(time.Now().Add(upstreamTimeout))
 	if stream {
 		if err := writeStream(conn, query); err != nil {
 			return nil, err

@@ -186,8 +186,13 @@ func (s *Stack) up(ctx context.Context) error {
 		of string // whose log says more
 		up func(context.Context, agents.Config) error
 	}{
-		{agents.Consul, s.agent(agents.Consul)}, {agents.Server, s.agent(agents.Server)}, {agents.Server, s.bootstrap}, {agents.Client, s.agent(agents.Client)},
-		{agents.Client, s.ready}, {agents.Client, s.upVolumes}, {dockerAPI, s.upDockerAPI},
+		{agents.Consul, s.agent(agents.Consul)},
+		{agents.Server, s.agent(agents.Server)},
+		{agents.Server, s.bootstrap},
+		{agents.Client, s.agent(agents.Client)},
+		{agents.Client, s.ready},
+		{agents.Client, s.upVolumes},
+		{dockerAPI, s.upDockerAPI},
 	} {
 		if err := step.up(ctx, config); err != nil {
 			return fmt.Errorf("%w\n%s", err, agents.Tail(config.Log(step.of), 4<<10))
