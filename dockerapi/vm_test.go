@@ -265,6 +265,11 @@ func TestVMCopy(t *testing.T) {
 			t.Errorf("%s: %q, %v", name, data, err)
 		}
 	}
+	// docker compose run --rm copies secrets so.
+	h.run("create", "--rm", "--name", "once", "busybox", "cat", "/etc/file")
+	h.run("cp", file, "once:/etc/file")
+	h.want("content", "start", "-a", "once")
+	h.until("its removal", func() bool { return h.run("ps", "-aq", "--filter", "name=once") == "" })
 }
 
 // The server is killed while docker run waits for a container, and while another one with --rm has just begun. The next one goes on: how the one ended is

@@ -37,6 +37,17 @@ type attendants struct {
 // attend gives the docker API of a pod with the container's disk. done is called when nothing more is asked.
 func (t *tenant) attend(ctx context.Context, r *record) (p *pod, done func(), err error) {
 	if !r.keepsDisk() {
+		if r, err = t.change(ctx, r.ID, func(now *record) (bool, error) {
+			if now.Filled || now.Run > 0 {
+				return false, nil
+			}
+			now.Filled = true
+			return true, nil
+		}); err != nil {
+			return nil, nil, err
+		}
+	}
+	if !r.keepsDisk() {
 		return nil, nil, dockerhttp.Errorf(http.StatusConflict, "container %s is to be removed at its end (--rm): nothing of it is kept", r.ID)
 	}
 	t.attendants.mu.Lock()

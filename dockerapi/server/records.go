@@ -63,7 +63,9 @@ type record struct {
 	Run  int    `json:"run"`            // how many times it was started
 	Try  int    `json:"try,omitempty"`  // of the run: the places where it can't be are counted
 	Node string `json:"node,omitempty"` // where its disk is, by the node's id
-	Last run    `json:"last,omitzero"`  // the newest run that is known to have ended
+	// Filled says that a container that is removed at its end has a disk nevertheless, as somebody has looked at it, or copied to it, before its start.
+	Filled bool `json:"filled,omitempty"`
+	Last   run  `json:"last,omitzero"` // the newest run that is known to have ended
 
 	// Bridged says whether the machine of the newest run has an interface in its node's bridge.
 	Bridged bool `json:"bridged,omitempty"`
@@ -102,8 +104,8 @@ func newID() string {
 
 func (r *record) jobID() string { return jobPrefix + r.ID }
 
-// keepsDisk says whether what the container writes is kept after its end.
-func (r *record) keepsDisk() bool { return !r.Host.AutoRemove }
+// keepsDisk says whether the container has a disk when it does not run.
+func (r *record) keepsDisk() bool { return !r.Host.AutoRemove || r.Filled }
 
 // ended says whether the newest run is known to have ended.
 func (r *record) ended() bool { return r.Run > 0 && r.Last.Number == r.Run }

@@ -59,7 +59,7 @@ initialize() {
 	printf '\nhost all all all %s\n' "$method" >>"$PGDATA/pg_hba.conf"
 
 	export PGUSER=$POSTGRES_USER PGPASSWORD=$POSTGRES_PASSWORD
-	pg_ctl -w -o "-c listen_addresses='' $(printf '%q ' "$@")" start
+	pg_ctl -w -o "-c listen_addresses='' ${*@Q}" start
 	if [ "$POSTGRES_DB" != postgres ]; then
 		sql --dbname postgres --set db="$POSTGRES_DB" <<<'CREATE DATABASE :"db"'
 	fi
