@@ -4,10 +4,10 @@ package zfs
 
 import "testing"
 
-// TestVMSoakZFSKilled kills every call at every step, in a machine that has ZFS.
+// TestVMSoakZFSKilled kills every call at every step, in a machine that has ZFS, and has families of clones go in every order.
 func TestVMSoakZFSKilled(t *testing.T) {
 	inLab(t, `zpool create -f -O mountpoint=none tank /dev/vda1
-./zfs.test -test.v -test.timeout 2h -test.run TestZFS/Killed
+./zfs.test -test.v -test.timeout 2h -test.run 'TestZFS/Killed|TestFamilies'
 `)
 }
 

@@ -503,7 +503,7 @@ func (t *tenant) awaitEnd(r *record, p *pod) {
 		defer t.endNoted(r.ID, e)
 		defer answer.Body.Close()
 		begun := time.Now().UTC()
-		var end container.WaitResponse
+		var end dockerhttp.Waited
 		if decodeOne(answer.Body, &end) != nil {
 			return
 		}
@@ -511,10 +511,8 @@ func (t *tenant) awaitEnd(r *record, p *pod) {
 		if end.Error != nil {
 			last.Error = end.Error.Message
 		}
-		// The pod is there until its output is delivered: it knows the times, and whether memory had run out.
-		var inspected container.InspectResponse
-		if err := p.call(life, http.MethodGet, inside("/json"), nil, nil, &inspected); err == nil && inspected.State != nil {
-			last.take(inspected.State, inspected.RestartCount)
+		if end.State != nil {
+			last.take(end.State, end.RestartCount)
 		}
 		if err := t.noteEnd(life, r.ID, last); err != nil {
 			t.server.Log.Error("note a container's end", "container", r.ID, "error", err)

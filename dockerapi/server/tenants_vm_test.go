@@ -194,6 +194,8 @@ func TestVMTenants(t *testing.T) {
 	bodies := map[string]string{"POST /containers/create": config}
 	refused := map[string]bool{"POST /containers/create": true, "POST /commit": true, "GET /images/get": true, "POST /images/create": true}
 
+	none := map[string]bool{"DELETE /volumes/{name}": true} // by force, it is content that there is none
+
 	state := func() string {
 		return must(t, alice, "GET", "/containers/"+web+"/json", "", "") + must(t, alice, "GET", "/containers/"+idle+"/json", "", "") + must(t, alice, "GET", "/images/json", "", "") +
 			must(t, alice, "GET", "/exec/"+exec+"/json", "", "") + must(t, alice, "GET", "/networks/"+network, "", "")
@@ -221,7 +223,7 @@ func TestVMTenants(t *testing.T) {
 			status, body, _ := bob(method, target, or(bodies[pattern], "{}"))
 			asked++
 			failed := status >= 300 || strings.Contains(body, "errorDetail") // a push tells it in its stream
-			if status == 0 || !failed && (named || refused[pattern]) {
+			if status == 0 || !failed && (named && !none[pattern] || refused[pattern]) {
 				t.Errorf("bob: %s %s: %d %s", method, target, status, body)
 			}
 			told := body

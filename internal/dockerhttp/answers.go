@@ -33,6 +33,13 @@ type InspectedContainer struct {
 	NetworkSettings NetworkSettings
 }
 
+// Waited is docker's answer to who waits for a container's end, with how it has ended: who asks a pod afterwards may find it gone.
+type Waited struct {
+	container.WaitResponse
+	State        *container.State `json:",omitempty"`
+	RestartCount int              `json:",omitempty"`
+}
+
 // NetworkSettings are those of an InspectedContainer.
 type NetworkSettings struct {
 	container.NetworkSettings

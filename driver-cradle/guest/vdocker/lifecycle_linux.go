@@ -106,7 +106,9 @@ func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	if err != nil && r.Context().Err() != nil {
 		return nil //nolint:nilerr // the client has gone
 	}
-	answer := container.WaitResponse{StatusCode: int64(code)}
+	state := c.State()
+	answer := dockerhttp.Waited{State: inspectState(state), RestartCount: state.RestartCount}
+	answer.StatusCode = int64(code)
 	if err != nil {
 		message = err.Error()
 	}
