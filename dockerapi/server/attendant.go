@@ -82,6 +82,10 @@ func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.Allocation
 	delete(task.Config, "ports")
 	delete(task.Config, "host_ips")
 	task.Config["lifecycle"] = map[string]any{"hold": attendantHold.String()}
+	// A pod tells of its container's end before it is gone itself, and it has the disk as long.
+	if err := t.awaitOver(ctx, r.jobID()); err != nil {
+		return nil, err
+	}
 	if err := t.awaitVolumes(ctx, r, id); err != nil {
 		return nil, err
 	}
@@ -89,13 +93,18 @@ func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.Allocation
 		return nil, err
 	}
 	var found *api.AllocationListStub
+	seen := false
 	err = t.watch.until(ctx, func() (bool, error) {
 		t.watch.mu.Lock()
 		defer t.watch.mu.Unlock()
 		j := t.watch.jobs[id]
+		if j == nil && seen { // another server has removed it
+			return false, dockerhttp.Errorf(http.StatusServiceUnavailable, "what looks at the disk of container %s has ended: try again", r.ID)
+		}
 		if j == nil {
 			return false, nil
 		}
+		seen = true
 		if e := j.eval; e != nil && len(e.FailedTGAllocs) > 0 && j.alloc == nil {
 			return false, dockerhttp.Errorf(http.StatusServiceUnavailable, "the container's disk can't be looked at at the moment: %s", whyNoPlace(e))
 		}
@@ -150,18 +159,32 @@ func (t *tenant) leave(r *record) {
 // endAttendant ends it before the container needs its disk, and waits until it is gone.
 func (t *tenant) endAttendant(ctx context.Context, r *record) error {
 	id := attendantID(r)
-	over := func() (bool, error) {
-		t.watch.mu.Lock()
-		defer t.watch.mu.Unlock()
-		return t.watch.jobs[id].over(), nil
-	}
-	if gone, _ := over(); gone {
+	t.watch.mu.Lock()
+	gone := t.watch.jobs[id].over()
+	t.watch.mu.Unlock()
+	if gone {
 		return nil
 	}
 	if err := t.stopJob(ctx, id); err != nil {
 		return err
 	}
-	return t.watch.until(ctx, over)
+	return t.awaitOver(ctx, id)
+}
+
+// awaitOver waits until nothing of a job runs any more.
+func (t *tenant) awaitOver(ctx context.Context, id string) error {
+	return t.watch.until(ctx, func() (bool, error) {
+		t.watch.mu.Lock()
+		defer t.watch.mu.Unlock()
+		return t.watch.jobs[id].over(), nil
+	})
+}
+
+// wanted says whether somebody uses a container's attendant, or waits for it, in this server.
+func (a *attendants) wanted(container string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.users[container] > 0
 }
 
 // over says whether nothing of a job runs any more.

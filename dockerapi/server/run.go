@@ -603,8 +603,11 @@ func (t *tenant) settle() {
 	ended := map[string]int{}
 	var removed []string
 	for id, j := range t.watch.jobs {
-		switch rest := strings.TrimPrefix(id, jobPrefix); {
-		case strings.HasPrefix(id, removerPrefix), strings.HasPrefix(rest, attendantPrefix):
+		rest := strings.TrimPrefix(id, jobPrefix)
+		attended, attends := strings.CutPrefix(rest, attendantPrefix)
+		switch {
+		case attends && t.attendants.wanted(attended):
+		case attends, strings.HasPrefix(id, removerPrefix):
 			if j.over() && len(j.allocs) > 0 {
 				removed = append(removed, id)
 				delete(t.watch.jobs, id)

@@ -38,7 +38,9 @@ func (n *Node) remains(before inventory) error {
 		}
 		left = left[:0]
 		for _, thing := range slices.Sorted(maps.Keys(now)) {
-			if tolerated := n.cluster.o.Tolerate; !before[thing] && (tolerated == nil || !tolerated.MatchString(thing)) {
+			// A node that was booted meanwhile has copies of mounts that others had on the host then.
+			inherited := n.first[thing] && strings.HasPrefix(thing, "mount ")
+			if tolerated := n.cluster.o.Tolerate; !before[thing] && !inherited && (tolerated == nil || !tolerated.MatchString(thing)) {
 				left = append(left, thing)
 			}
 		}
