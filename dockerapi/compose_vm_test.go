@@ -45,6 +45,7 @@ func TestVMCompose(t *testing.T) {
 		}
 		return strings.TrimSpace(out)
 	}
+	t.Cleanup(func() { _, _ = h.try("", project("down", "-v")...) }) // where it has failed before, the network is in others' way
 	// A database is made in a machine that is emulated: that takes as long as it takes.
 	if out, err := h.command(t.Context(), project("up", "-d")...).CombinedOutput(); err != nil {
 		t.Fatalf("compose up: %v\n%s", err, out)
