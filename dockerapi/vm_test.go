@@ -417,15 +417,7 @@ func TestVMEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(home) })
-	daemon, err := dockerd.Start(t.Context(), home)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := daemon.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	daemon := dockerd.ForTest(t, home)
 	busybox, err := programs.Image("busybox")
 	if err != nil {
 		t.Fatal(err)

@@ -4,62 +4,18 @@ package cold
 
 import (
 	"errors"
-	"net"
-	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
-	"github.com/cradlestack/cradlestack/test/programs"
+	"github.com/cradlestack/cradlestack/test/s3server"
 )
 
-// bucket starts an S3 server with a bucket of the test's. stop ends it before the test does.
+// bucket is a bucket of a real S3 server. stop ends that before the test does.
 func bucket(t *testing.T) (o S3, stop func()) {
 	t.Helper()
-	program, err := programs.Tool("versitygw")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	if err := os.Mkdir(filepath.Join(dir, "copies"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := l.Addr().String()
-	l.Close()
-	cmd := exec.Command(program, "--port", address, "posix", dir)
-	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY=key", "ROOT_SECRET_KEY=secret")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() { _ = cmd.Wait(); close(ended) }()
-	stop = func() {
-		_ = cmd.Process.Kill() // it may have ended
-		<-ended
-	}
-	t.Cleanup(stop)
-	for {
-		if resp, err := http.Get("http://" + address); err == nil {
-			resp.Body.Close()
-			break
-		}
-		select {
-		case <-ended:
-			t.Fatal("versitygw has ended")
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	return S3{Endpoint: "http://" + address, Region: "us-east-1", Bucket: "copies", Prefix: "some/prefix/", AccessKey: "key", SecretKey: "secret"}, stop
+	url, stop := s3server.Start(t, "copies")
+	return S3{Endpoint: url, Region: "us-east-1", Bucket: "copies", Prefix: "some/prefix/", AccessKey: s3server.AccessKey, SecretKey: s3server.SecretKey}, stop
 }
 
 func openBucket(t *testing.T, o S3) *Bucket {

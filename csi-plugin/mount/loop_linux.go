@@ -105,6 +105,20 @@ func Release(l Loop) error {
 	return err
 }
 
+// ReleaseUnused detaches those that are neither mounted nor bound.
+func ReleaseUnused(loops []Loop) error {
+	for _, l := range loops {
+		uses, err := Uses(l.Device)
+		if err == nil && len(uses) == 0 {
+			err = Release(l)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Resized tells a loop device that its image has grown.
 func Resized(l Loop) error {
 	return withLoop(l.Device, func(fd int) error { return unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0) })

@@ -502,16 +502,7 @@ func (f *found) release(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, l := range loops {
-		uses, err := mount.Uses(l.Device)
-		if err == nil && len(uses) == 0 {
-			err = mount.Release(l)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return mount.ReleaseUnused(loops)
 }
 
 // Expand is volume.Expander's.

@@ -8,62 +8,22 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
-	"github.com/cradlestack/cradlestack/test/programs"
+	"github.com/cradlestack/cradlestack/test/s3server"
 )
 
-// bucket starts an S3 server with a bucket of the test's.
+// bucket is a bucket of a real S3 server.
 func bucket(t *testing.T) *S3 {
 	t.Helper()
-	program, err := programs.Tool("versitygw")
-	if err != nil {
-		t.Fatal(err)
+	url, _ := s3server.Start(t, "images")
+	return &S3{
+		Endpoint: url, Region: "us-east-1", Bucket: "images", Prefix: "some/prefix", AccessKey: s3server.AccessKey, SecretKey: s3server.SecretKey, PathStyle: true,
 	}
-	dir := t.TempDir()
-	if err := os.Mkdir(filepath.Join(dir, "images"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := l.Addr().String()
-	l.Close()
-	cmd := exec.Command(program, "--port", address, "posix", dir)
-	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY=key", "ROOT_SECRET_KEY=secret")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		<-ended
-	})
-	for {
-		if resp, err := http.Get("http://" + address); err == nil {
-			resp.Body.Close()
-			break
-		}
-		select {
-		case err := <-ended:
-			ended <- err
-			t.Fatalf("versitygw has ended: %v", err)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	return &S3{Endpoint: "http://" + address, Region: "us-east-1", Bucket: "images", Prefix: "some/prefix", AccessKey: "key", SecretKey: "secret", PathStyle: true}
 }
 
 // TestVMImagesInS3 does everything with images in a bucket of a real S3 server.

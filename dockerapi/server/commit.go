@@ -94,19 +94,12 @@ func (t *tenant) readLayer(ctx context.Context, c *record, pause bool, read func
 			return err
 		}
 	}
-	request, err := p.request(ctx, http.MethodGet, inside("/export"), url.Values{"layer": {"1"}}, nil)
+	layer, err := p.read(ctx, inside("/export"), url.Values{"layer": {"1"}})
 	if err != nil {
 		return err
 	}
-	answer, _, err := p.send(ctx, request)
-	if err != nil {
-		return err
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return refusal(answer)
-	}
-	body := &brokenReader{Reader: answer.Body}
+	defer layer.Close()
+	body := &brokenReader{Reader: layer}
 	err = read(body)
 	if body.err != nil {
 		return dockerhttp.Errorf(http.StatusInternalServerError, "the files of container %s: the pod has stopped sending them: %v", c.ID, body.err)

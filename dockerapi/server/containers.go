@@ -25,16 +25,7 @@ import (
 func (s *Server) containerRoutes(on *router) {
 	s.uses = append(s.uses, s.containersOfImages)
 	one := func(pattern string, h func(http.ResponseWriter, *http.Request, *tenant, *record) error) {
-		on.on(pattern, func(w http.ResponseWriter, r *http.Request, t *tenant) error {
-			c, err := t.find(r.Context(), r.PathValue("id"))
-			if err != nil {
-				return err
-			}
-			if err := t.watch.ready(r.Context()); err != nil {
-				return err
-			}
-			return h(w, r, t, c)
-		})
+		on.on(pattern, naming((*tenant).find, h))
 	}
 	on.on("POST /containers/create", s.createContainer)
 	on.on("GET /containers/json", s.listContainers)

@@ -283,19 +283,12 @@ func (t *tenant) podEvents(ctx context.Context, id string, alloc *api.Allocation
 		q.Set("until", unixTime(until))
 	}
 	p := t.pod(alloc)
-	request, err := p.request(ctx, http.MethodGet, "/events", q, nil)
+	told, err := p.read(ctx, "/events", q)
 	if err != nil {
 		return err
 	}
-	answer, _, err := p.send(ctx, request)
-	if err != nil {
-		return err
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return refusal(answer)
-	}
-	in := json.NewDecoder(answer.Body)
+	defer told.Close()
+	in := json.NewDecoder(told)
 	for {
 		var m events.Message
 		if err := in.Decode(&m); err != nil {

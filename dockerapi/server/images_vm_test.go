@@ -134,16 +134,7 @@ func startDockerd(t *testing.T, dir string) *dockerd.Daemon {
 	if err := os.Mkdir(home, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	daemon, err := dockerd.Start(t.Context(), home)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := daemon.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return daemon
+	return dockerd.ForTest(t, home)
 }
 
 // A build machine's dockerd pushes with what docker login through the server has left.

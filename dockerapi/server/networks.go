@@ -148,16 +148,7 @@ func (t *tenant) network(ctx context.Context, ref string) (*netRecord, error) {
 
 func (s *Server) networkRoutes(on *router) {
 	one := func(pattern string, h func(http.ResponseWriter, *http.Request, *tenant, *netRecord) error) {
-		on.on(pattern, func(w http.ResponseWriter, r *http.Request, t *tenant) error {
-			n, err := t.network(r.Context(), r.PathValue("id"))
-			if err != nil {
-				return err
-			}
-			if err := t.watch.ready(r.Context()); err != nil {
-				return err
-			}
-			return h(w, r, t, n)
-		})
+		on.on(pattern, naming((*tenant).network, h))
 	}
 	on.on("GET /networks", s.listNetworks)
 	on.on("POST /networks/create", s.createNetwork)

@@ -160,6 +160,23 @@ func (p *pod) call(ctx context.Context, method, path string, q url.Values, in, o
 	return json.NewDecoder(io.LimitReader(answer.Body, dockerhttp.MaxBody)).Decode(out)
 }
 
+// read asks for what may be long, or never end.
+func (p *pod) read(ctx context.Context, path string, q url.Values) (io.ReadCloser, error) {
+	r, err := p.request(ctx, http.MethodGet, path, q, nil)
+	if err != nil {
+		return nil, err
+	}
+	answer, _, err := p.send(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	if answer.StatusCode != http.StatusOK {
+		defer answer.Body.Close()
+		return nil, refusal(answer)
+	}
+	return answer.Body, nil
+}
+
 // refusal is what a pod says against a request.
 func refusal(answer *http.Response) error {
 	data, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10))

@@ -63,6 +63,20 @@ func (rt *router) open(pattern string, h func(http.ResponseWriter, *http.Request
 	})
 }
 
+// naming answers a route whose id names one object: it is found first, and what Nomad tells of has to be known.
+func naming[T any](find func(*tenant, context.Context, string) (T, error), h func(http.ResponseWriter, *http.Request, *tenant, T) error) handler {
+	return func(w http.ResponseWriter, r *http.Request, t *tenant) error {
+		object, err := find(t, r.Context(), r.PathValue("id"))
+		if err != nil {
+			return err
+		}
+		if err := t.watch.ready(r.Context()); err != nil {
+			return err
+		}
+		return h(w, r, t, object)
+	}
+}
+
 // onName answers paths with a name in the middle that may hold slashes, as images' do: onName("GET", "/images/", "/json", h) is
 // GET /images/registry.example.org/team/app/json. The name is the path value "name". suffix may be "".
 func (rt *router) onName(method, prefix, suffix string, h handler) {

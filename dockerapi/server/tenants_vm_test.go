@@ -15,7 +15,6 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/dockerapi/registry"
@@ -139,15 +138,7 @@ func busybox(t *testing.T) v1.Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := index.IndexManifest()
-	if err != nil {
-		t.Fatal(err)
-	}
-	img, err := index.Image(m.Manifests[0].Digest)
+	img, err := programs.OnlyImage(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,11 +18,11 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
 )
 
 // The node's registries, one behind several doors. What opens a door is where a client finds its credentials.
@@ -105,15 +105,7 @@ func serveRegistries(t *testing.T, n *nomadtest.Node) {
 // busybox is the example image.
 func busybox(t *testing.T) v1.Image {
 	t.Helper()
-	index, err := layout.ImageIndexFromPath(filepath.Join(shared.images, "busybox"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := index.IndexManifest()
-	if err != nil {
-		t.Fatal(err)
-	}
-	image, err := index.Image(m.Manifests[0].Digest)
+	image, err := programs.OnlyImage(filepath.Join(shared.images, "busybox"))
 	if err != nil {
 		t.Fatal(err)
 	}

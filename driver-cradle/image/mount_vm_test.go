@@ -511,15 +511,7 @@ func TestRootDiskFull(t *testing.T) {
 // TestRootDockerDaemon pulls out of a real daemon.
 func TestRootDockerDaemon(t *testing.T) {
 	requireRoot(t)
-	daemon, err := dockerd.Start(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := daemon.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	daemon := dockerd.ForTest(t, t.TempDir())
 	t.Setenv("DOCKER_HOST", daemon.Host)
 	archive := filepath.Join(imagesDir(t), "busybox-docker.tar")
 	if out, err := exec.Command("docker", "load", "-i", archive).CombinedOutput(); err != nil {

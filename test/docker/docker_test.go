@@ -177,15 +177,7 @@ func newDocker(t *testing.T, dir string, all map[string]v1.Image) *dockerSide {
 	if err := os.Mkdir(home, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	daemon, err := dockerd.Start(t.Context(), home)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := daemon.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	daemon := dockerd.ForTest(t, home)
 	for name, image := range all {
 		if err := daemon.Load(t.Context(), "compat/"+name+":1", image); err != nil {
 			t.Fatal(err)

@@ -84,15 +84,7 @@ func busybox(t *testing.T) v1.Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil || len(manifest.Manifests) != 1 {
-		t.Fatalf("%s: %v, %d images", dir, err, len(manifest.Manifests))
-	}
-	image, err := index.Image(manifest.Manifests[0].Digest)
+	image, err := programs.OnlyImage(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,15 +11,16 @@ import (
 	"os/exec"
 	"path/filepath"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/cgroup"
+	"github.com/cradlestack/cradlestack/test/programs"
 )
 
 // startTimeout bounds the wait for dockerd's first answer.
@@ -114,22 +115,26 @@ func (d *Daemon) Load(ctx context.Context, reference string, image v1.Image) err
 
 // LoadLayout gives the daemon the only image of an OCI layout.
 func (d *Daemon) LoadLayout(ctx context.Context, reference, dir string) error {
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		return err
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil {
-		return err
-	}
-	if len(manifest.Manifests) != 1 {
-		return fmt.Errorf("%s has %d images", dir, len(manifest.Manifests))
-	}
-	image, err := index.Image(manifest.Manifests[0].Digest)
+	image, err := programs.OnlyImage(dir)
 	if err != nil {
 		return err
 	}
 	return d.Load(ctx, reference, image)
+}
+
+// ForTest starts a daemon, with its files in dir, that ends with the test.
+func ForTest(t *testing.T, dir string) *Daemon {
+	t.Helper()
+	d, err := Start(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return d
 }
 
 // Close ends the daemon with all containers.

@@ -1,0 +1,68 @@
+// Package s3server runs a real S3 server for a test.
+package s3server
+
+import (
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// What its only user logs in with.
+const (
+	AccessKey = "key"
+	SecretKey = "secret"
+)
+
+// Start starts one with an empty bucket and gives its URL. stop ends it before the test does.
+func Start(t *testing.T, bucket string) (url string, stop func()) {
+	t.Helper()
+	program, err := programs.Tool("versitygw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, bucket), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	cmd := exec.Command(program, "--port", address, "posix", dir)
+	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKey, "ROOT_SECRET_KEY="+SecretKey)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait()
+	}()
+	stop = func() {
+		_ = cmd.Process.Kill() // it may have ended
+		<-ended
+	}
+	t.Cleanup(stop)
+	url = "http://" + address
+	for {
+		if answer, err := http.Get(url); err == nil {
+			answer.Body.Close()
+			return url, stop
+		}
+		select {
+		case <-ended:
+			t.Fatalf("versitygw has ended: %v", cmd.ProcessState)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
