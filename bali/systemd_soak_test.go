@@ -3,8 +3,11 @@
 package main
 
 import (
+	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 )
 
@@ -48,10 +51,36 @@ END
 for a in mv sleep; do ln -s busybox app/bin/$a; done
 bali build job/web/hello.tar.gz --from ./app --entrypoint /bin/sh --cmd /hello.sh --env PATH=/bin`)
 	m := p.machine(base, "node", "drills.sh")
-	m.boot("ok: it starts from the cache when the server is gone")
+	m.boot(userNet, "ok: it starts from the cache when the server is gone")
 	if !t.Failed() {
-		m.boot("ok: after the reboot all is there")
+		m.boot(userNet, "ok: after the reboot all is there")
 	}
+}
+
+// TestVMSoakCluster makes three machines the servers and clients of one
+// cluster, from images on a stick, and runs a pod in it. What happens inside is
+// testdata/vm/cluster.sh.
+func TestVMSoakCluster(t *testing.T) {
+	p := newPlace(t)
+	base := p.machines()
+	p.busybox()
+	var all []*machine
+	for n := 1; n <= 3; n++ {
+		name := fmt.Sprint("node", n)
+		p.keys(name, fmt.Sprint("10.1.0.", n))
+		all = append(all, p.machine(base, name, "cluster.sh", fmt.Sprint("number=", n)))
+	}
+	l, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	network := fmt.Sprintf("socket,id=n0,mcast=230.0.0.1:%d,localaddr=127.0.0.1", l.LocalAddr().(*net.UDPAddr).Port)
+	l.Close()
+	var wg sync.WaitGroup
+	for _, m := range all {
+		wg.Go(func() { m.boot(network, "ok: done") })
+	}
+	wg.Wait()
 }
 
 // busybox gives the machines the example image, to run in a pod.

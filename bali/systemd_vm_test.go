@@ -21,12 +21,15 @@ func TestVMSystemd(t *testing.T) {
 	base := p.machines()
 	p.keys("node", "10.0.2.15")
 	m := p.machine(base, "node", "node.sh")
-	m.boot("ok: nomad node status is ready")
+	m.boot(userNet, "ok: nomad node status is ready")
 }
 
 // processor leaves out what takes longer than doing without it where it is
 // emulated: hashing with AVX2 takes four times as long.
 const processor = "max,-avx2,-erms,-fsrm"
+
+// userNet is a network with nobody else in it.
+const userNet = "user,id=n0,restrict=on"
 
 // machines makes the folder job, which every machine gets, and returns where
 // their Debian is.
@@ -60,10 +63,17 @@ type machine struct {
 	base, name string
 }
 
-// machine makes one of what is in job now, and its keys.
-func (p *place) machine(base, name, script string) *machine {
+// machine makes one of what is in job now, and its keys. files are more for it
+// alone, as NAME=CONTENT.
+func (p *place) machine(base, name, script string, files ...string) *machine {
 	p.t.Helper()
 	p.sh(fmt.Sprintf("mkdir -p %[1]s/keys && cp -r keys/%[1]s %[1]s/keys/ && ln -s %[2]s %[1]s/run.sh", name, script))
+	for _, f := range files {
+		file, content, _ := strings.Cut(f, "=")
+		if err := os.WriteFile(filepath.Join(p.dir, name, file), []byte(content+"\n"), 0o644); err != nil {
+			p.t.Fatal(err)
+		}
+	}
 	p.sh(fmt.Sprintf(`tar cf %[1]s.tar -C job . -C "$PWD/%[1]s" .
 truncate -s %%1M %[1]s.tar
 cp --sparse=always %[2]s/root.img %[1]s.img`, name, base))
@@ -72,7 +82,7 @@ cp --sparse=always %[2]s/root.img %[1]s.img`, name, base))
 
 // boot runs the machine until it powers off. What its script said must contain
 // want.
-func (m *machine) boot(want string) {
+func (m *machine) boot(network, want string) {
 	m.t.Helper()
 	ctx, cancel := context.WithTimeout(m.t.Context(), time.Hour) // a script gives up before
 	defer cancel()
@@ -85,7 +95,7 @@ func (m *machine) boot(want string) {
 		"-kernel", filepath.Join(m.base, "vmlinuz"), "-initrd", filepath.Join(m.base, "initrd"),
 		"-append", "root=/dev/vda rw console=ttyS0 quiet systemd.show_status=false reboot=t panic=-1",
 		"-drive", "file="+m.name+".img,format=raw,if=virtio,cache=unsafe", "-drive", "file="+m.name+".tar,format=raw,if=virtio,readonly=on",
-		"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,romfile=")
+		"-netdev", network, "-device", "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:00:00:0"+string(m.name[len(m.name)-1]))
 	cmd.Dir = m.dir
 	console, err := os.Create(filepath.Join(m.dir, m.name+".console"))
 	if err != nil {
