@@ -88,7 +88,8 @@ func fsLog(fs int) string {
 // tree is a detached copy of a part of the host's mounts.
 type tree struct {
 	*os.File
-	dir bool
+	dir     bool
+	changed bool // it has options of its own
 }
 
 // clone copies what is mounted at and below a host path. Copies of shared
@@ -119,6 +120,7 @@ func (t *tree) set(attr uint64, p Propagation) error {
 	if a == (unix.MountAttr{}) {
 		return nil
 	}
+	t.changed = true
 	return unix.MountSetattr(int(t.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &a)
 }
 
@@ -257,6 +259,36 @@ func target(root *os.File, p string, dir bool) (*os.File, error) {
 	return within(root, p, unix.O_PATH)
 }
 
+// onShared reports whether what is mounted on f appears in other namespaces.
+func onShared(f *os.File) (bool, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st); err != nil {
+		return false, err
+	}
+	b, err := os.ReadFile("/proc/thread-self/mountinfo")
+	if err != nil {
+		return false, err
+	}
+	id := strconv.FormatUint(st.Mnt_id, 10)
+	for l := range strings.Lines(string(b)) {
+		// ID PARENT DEVICE ROOT AT OPTIONS [TAG…] - …, proc_pid_mountinfo(5)
+		fields := strings.Fields(l)
+		if fields[0] != id {
+			continue
+		}
+		for _, tag := range fields[6:] {
+			if tag == "-" {
+				break
+			}
+			if strings.HasPrefix(tag, "shared:") {
+				return true, nil
+			}
+		}
+		return false, nil
+	}
+	return false, fmt.Errorf("mount %s is not in /proc/thread-self/mountinfo", id)
+}
+
 func checkKind(f *os.File, p string, dir bool) error {
 	fi, err := f.Stat()
 	if err == nil && fi.IsDir() != dir {
@@ -276,13 +308,26 @@ func sameDevice(a, b *os.File) (bool, error) {
 	return x.Dev == y.Dev, nil
 }
 
-// attach mounts a tree in root.
+// attach mounts a tree in root. A link of the image, such as /var/run, can lead
+// to a part of the host, where the mount would appear too, and stay.
 func (t *tree) attach(root *os.File, p string) error {
 	to, err := target(root, p, t.dir)
 	if err != nil {
 		return err
 	}
 	defer to.Close()
+	if own, err := sameDevice(root, to); err != nil {
+		return err
+	} else if !own {
+		if shared, err := onShared(to); err != nil {
+			return err
+		} else if shared {
+			if same, err := sameFile(t.File, to); err == nil && same && !t.changed {
+				return nil // it is there already
+			}
+			return fmt.Errorf("in the image a link leads from %s to the host's own, where the mount would appear too: name another place", p)
+		}
+	}
 	return unix.MoveMount(int(t.Fd()), "", int(to.Fd()), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 }
 
@@ -322,6 +367,11 @@ func (s *sharedFile) attach(root *os.File) error {
 		return err
 	}
 	defer parent.Close()
+	if own, err := sameDevice(root, parent); err != nil {
+		return err
+	} else if !own {
+		return fmt.Errorf("in the image a link leads from %s to the host's own", path.Dir(s.name))
+	}
 	base := path.Base(s.name)
 	if err := unix.Unlinkat(int(parent.Fd()), base, 0); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("replace the image's %s: %w", s.name, err)
