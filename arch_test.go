@@ -94,7 +94,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/server":            {"test/dockerd", "test/programs", "internal/nomadtest"},
 	"dockerapi/registry":          {"test/s3server"},
 	"dockerapi/translate":         {"internal/golden"},
-	"bali":                        {"internal/nomadtest"},
+	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},

@@ -55,7 +55,7 @@ command could not be started, 127 if it is not in the image.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.hasOOM = cmd.Flags().Changed("oom-score-adj")
 			if err := c.runImage(cmd.Context(), &r, args[0], args[1:]); err != nil {
-				return &refusal{named("run "+fetch.Redacted(args[0]), err)}
+				return &refusal{fmt.Errorf("run %s: %w", fetch.Redacted(args[0]), err)}
 			}
 			return nil
 		},

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
@@ -21,10 +22,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/bali/seal"
+	"github.com/cradlestack/cradlestack/test/s3server"
 )
 
 // TestRootScript runs the part of the manual that takes root: testdata/root.
@@ -173,7 +177,7 @@ func TestRootSwap(t *testing.T) {
 	}
 	for path, reason := range map[string]string{
 		"/spliced": "", "/flipped": "", "/grafted": "bad signature", "/foreign": "untrusted identity", "/truncated": "no signature",
-		"/swapped": "", "/swapped-etag": "changed while it was fetched", "/swapped-to-evil": "", "/gone": "404", "/nothing": "404",
+		"/swapped": "", "/swapped-etag": "changed while it was fetched", "/swapped-to-evil": "", "/gone": "404", "/nothing": "bali: run " + server.URL + "/nothing: the server answers 404",
 	} {
 		p.refused(reason, "run", "--retries", "2", server.URL+path)
 	}
@@ -204,6 +208,53 @@ func TestRootSwap(t *testing.T) {
 	}
 	close(stop)
 	<-done
+}
+
+// TestRootSources runs an image from servers that take a certificate or a key:
+// https, and a real S3. Without these nothing runs.
+func TestRootSources(t *testing.T) {
+	p := newPlace(t)
+	one := p.build("one.tar.gz", "one")
+	server := httptest.NewTLSServer(http.FileServer(http.Dir(p.dir)))
+	defer server.Close()
+	p.refused("certificate", "run", "--retries", "-1", server.URL+"/one.tar.gz")
+	authority := filepath.Join(p.dir, "ca.pem")
+	if err := os.WriteFile(authority, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SSL_CERT_FILE", authority)
+	if out := p.ok("run", server.URL+"/one.tar.gz"); out != "RAN\none\n" {
+		t.Errorf("https: %s", out)
+	}
+
+	url, stop := s3server.Start(t, "bucket")
+	t.Setenv("AWS_ENDPOINT_URL_S3", url)
+	t.Setenv("AWS_REGION", "us-east-1")
+	t.Setenv("AWS_ACCESS_KEY_ID", s3server.AccessKey)
+	const image = "s3://bucket/images/one.tar.gz"
+	p.refused("access denied", "run", image)
+	t.Setenv("AWS_SECRET_ACCESS_KEY", s3server.SecretKey)
+	p.refused("run "+image+": The specified key does not exist", "run", image)
+	client, err := minio.NewCore(strings.TrimPrefix(url, "http://"), &minio.Options{
+		Region: "us-east-1", Creds: credentials.NewStaticV4(s3server.AccessKey, s3server.SecretKey, ""),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.PutObject(t.Context(), "bucket", "images/one.tar.gz", bytes.NewReader(one), int64(len(one)), "", "", minio.PutObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	cached := []string{"run", "--cache", filepath.Join(p.dir, "cache"), "--retries", "-1", image}
+	for _, args := range [][]string{{"run", image}, cached, cached} {
+		if out := p.ok(args...); out != "RAN\none\n" {
+			t.Errorf("%v: %s", args, out)
+		}
+	}
+	stop()
+	p.refused("connection refused", "run", "--retries", "-1", image)
+	if out := p.ok(cached...); !strings.HasSuffix(out, "RAN\none\n") || !strings.Contains(out, "starting from the cache") {
+		t.Errorf("from the cache: %s", out)
+	}
 }
 
 func whole(b []byte) func(http.ResponseWriter, *http.Request) {
