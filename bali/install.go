@@ -338,7 +338,7 @@ func (s *installed) unitFile() string { return filepath.Join(s.unitDir, s.Unit.N
 // fetch copies the image to incoming while it is verified: only bytes that
 // were checked are installed.
 func (s *installed) fetch(ctx context.Context, r *reading, p *policy) (image *seal.Image, sig *seal.Signature, err error) {
-	src, err := s.c.open(ctx, s.Source, r.fetch)
+	src, err := s.c.open(ctx, s.Source, r)
 	if err != nil {
 		return nil, nil, err
 	}

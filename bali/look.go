@@ -29,7 +29,7 @@ func (c *cli) verify() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			src, err := c.open(cmd.Context(), args[0], r.fetch)
+			src, err := c.open(cmd.Context(), args[0], &r)
 			if err != nil {
 				return named(args[0], err)
 			}
@@ -88,7 +88,7 @@ func (c *cli) inspect() *cobra.Command {
 		Short: "show what an image holds, how it starts and who signed it",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			src, err := c.open(cmd.Context(), args[0], r.fetch)
+			src, err := c.open(cmd.Context(), args[0], &r)
 			if err != nil {
 				return named(args[0], err)
 			}
@@ -241,7 +241,7 @@ setuid and setgid bits and file capabilities are dropped without --setid.`,
 			if err != nil {
 				return err
 			}
-			src, err := c.open(cmd.Context(), args[0], r.fetch)
+			src, err := c.open(cmd.Context(), args[0], &r)
 			if err != nil {
 				return named(args[0], err)
 			}

@@ -180,23 +180,34 @@ func (r *reading) limits() seal.Limits {
 	return seal.Limits{MaxSize: int64(r.maxSize), MaxEntries: r.maxEntries}
 }
 
+// maxFile is more than an image within --max-size has itself, as no compressor
+// adds so much; 0, for bali verify, which keeps nothing, is no limit. A server
+// that never ends would fill the disk before a byte is verified.
+func (r *reading) maxFile() int64 {
+	if r.maxSize == 0 {
+		return 0
+	}
+	return int64(r.maxSize + r.maxSize/8 + 1<<20)
+}
+
 // open starts reading a file or URL, with progress.
-func (c *cli) open(ctx context.Context, where string, o fetch.Options) (*source, error) {
+func (c *cli) open(ctx context.Context, where string, r *reading) (*source, error) {
+	o := r.fetch
 	o.Log = c.log
 	s, err := fetch.New(where, o)
 	if err != nil {
 		return nil, err
 	}
-	return c.openSource(ctx, s, o)
+	return c.openSource(ctx, s, o, r)
 }
 
-func (c *cli) openSource(ctx context.Context, s fetch.Source, o fetch.Options) (*source, error) {
+func (c *cli) openSource(ctx context.Context, s fetch.Source, o fetch.Options, r *reading) (*source, error) {
 	o.Log = c.log
-	r, err := fetch.Open(ctx, s, o)
+	in, err := fetch.Open(ctx, s, o)
 	if err != nil {
 		return nil, err
 	}
-	return &source{Reader: r, bar: c.bar(r.Size(), "read")}, nil
+	return &source{Reader: in, bar: c.bar(in.Size(), "read"), max: r.maxFile()}, nil
 }
 
 // named says which image an error is about.
@@ -208,11 +219,15 @@ func named(where string, err error) error {
 type source struct {
 	*fetch.Reader
 	bar io.WriteCloser
+	max int64
 }
 
 func (s *source) Read(p []byte) (int, error) {
 	n, err := s.Reader.Read(p)
 	_, _ = s.bar.Write(p[:n]) // for the eye only
+	if s.max > 0 && s.Offset() > s.max {
+		return 0, fmt.Errorf("%w: it has more than %d bytes: raise --max-size if that is right", seal.ErrTooLarge, s.max)
+	}
 	return n, err
 }
 

@@ -113,7 +113,7 @@ func (c *cli) runImage(ctx context.Context, r *running, where string, command []
 // unpackRoot reads the image once: it is hashed while it is unpacked into a
 // mount that nobody sees.
 func (c *cli) unpackRoot(ctx context.Context, r *running, where string, p *policy, root *launch.Root) (*seal.Image, error) {
-	src, err := c.open(ctx, where, r.fetch)
+	src, err := c.open(ctx, where, &r.reading)
 	if err != nil {
 		return nil, err
 	}
@@ -229,7 +229,7 @@ func ask(ctx context.Context, src fetch.Source, idle time.Duration) ([]byte, err
 }
 
 func (c *cli) addTo(ctx context.Context, store *cache.Store, src fetch.Source, r *running, o fetch.Options, p *policy) (*cache.Entry, error) {
-	in, err := c.openSource(ctx, src, o)
+	in, err := c.openSource(ctx, src, o, &r.reading)
 	if err != nil {
 		return nil, err
 	}

@@ -131,7 +131,7 @@ stops and whether it tells systemd that it is ready; it must be trusted.`,
 			if err != nil {
 				return err
 			}
-			src, err := c.open(cmd.Context(), args[0], r.fetch)
+			src, err := c.open(cmd.Context(), args[0], &r)
 			if err != nil {
 				return named(args[0], err)
 			}

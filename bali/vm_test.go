@@ -182,6 +182,27 @@ func TestRootSwap(t *testing.T) {
 		p.refused(reason, "run", "--retries", "2", server.URL+path)
 	}
 
+	// what a server that never ends sends is kept nowhere for long
+	var endless atomic.Int64
+	server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		n, err := w.Write(one[:half])
+		for ; err == nil; n, err = w.Write(make([]byte, 1<<20)) {
+			endless.Add(int64(n))
+		}
+	})
+	for _, args := range [][]string{
+		{"run", "--cache", filepath.Join(p.dir, "cache")},
+		{"install", "--name", "endless", "--dir", filepath.Join(p.dir, "services"), "--unit-dir", p.dir},
+	} {
+		p.refused("too large: it has more than 10485760 bytes: raise --max-size", append(args, "--max-size", "8M", server.URL)...)
+	}
+	if left := p.sh("find cache services -type f -size +0"); left != "" {
+		t.Errorf("left of what never ended:\n%s", left)
+	}
+	if n := endless.Load(); n > 1<<30 {
+		t.Errorf("%d bytes were taken", n)
+	}
+
 	// a file that another process keeps replacing and rewriting: what runs is
 	// one of the good images as a whole, or nothing
 	stop, done := make(chan struct{}), make(chan struct{})
