@@ -26,6 +26,7 @@ build: ## compile the programs into bin/ (needs no root)
 	@mkdir -p bin/boot
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/ $(COMMANDS)
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-csi ./csi-plugin
+	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-filer ./csi-plugin/filer
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-dockerapi ./dockerapi
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X $(MODULE)/driver-cradle/driver.Version=$(VERSION)' -o bin/nomad-driver-cradle ./driver-cradle
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/boot/cradle-init ./driver-cradle/guest/cradle-init

@@ -45,11 +45,16 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/vdocker":     {"spec", "internal/dockerhttp", "driver-cradle/wire", "driver-cradle/guest.", "driver-cradle/guest/stdio"},
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
-	"csi-plugin":        {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
-	"csi-plugin/rpc":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
-	"csi-plugin/dir":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
-	"csi-plugin/zfs":    {"spec", "csi-plugin/volume", "csi-plugin/mount"},
-	"csi-plugin/cold":   {"csi-plugin/volume"},
+	"csi-plugin":      {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
+	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/cold": {"csi-plugin/volume"},
+
+	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer"}, // its commands; it is no part of cradle-csi
+	"csi-plugin/filer/api": {"spec", "csi-plugin/volume"},                                                           // of cradle-csi as well, which calls the filer
+	"csi-plugin/filer/nfs": {},                                                                                      // exports, not volumes
+
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/volume": {"spec"},
 
@@ -68,6 +73,7 @@ var mayImport = map[string][]string{
 
 	"internal/agents":    {},
 	"internal/cgroup":    {},
+	"internal/filertest": {"test/programs"},
 	"internal/golden":    {},
 	"internal/nomadtest": {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/nfstest":   {},
@@ -77,7 +83,7 @@ var mayImport = map[string][]string{
 	"docs":            {},
 	"examples/images": {},
 	"examples/stack":  {"internal/stack"},
-	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/nomadtest", "internal/nfstest", "internal/stack"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
@@ -115,7 +121,7 @@ var onlyImporter = map[string][]string{
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"dockerapi/server", "driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
-	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "dockerapi."},
+	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "csi-plugin/filer.", "dockerapi."},
 	"github.com/container-storage-interface": {"csi-plugin/rpc"},
 	"google.golang.org/grpc":                 {"csi-plugin/rpc"},
 }

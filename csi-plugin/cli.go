@@ -139,7 +139,7 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 		}
 		var all []dir.Pool
 		for _, p := range pools {
-			name, path, err := splitPool(p)
+			name, path, err := volume.SplitPool(p)
 			if err == nil {
 				path, err = filepath.Abs(path)
 			}
@@ -153,7 +153,7 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 	case "zfs":
 		var all []zfs.Pool
 		for _, p := range pools {
-			name, dataset, err := splitPool(p)
+			name, dataset, err := volume.SplitPool(p)
 			if err != nil {
 				return nil, false, err
 			}
@@ -164,18 +164,6 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 	default:
 		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir and zfs are known", c.backend)
 	}
-}
-
-// splitPool reads WHERE or NAME=WHERE.
-func splitPool(s string) (name, where string, err error) {
-	name, where, ok := strings.Cut(s, "=")
-	if !ok {
-		name, where = "default", s
-	}
-	if !volume.ValidName(name) {
-		return "", "", fmt.Errorf("--pool %s: %q is no name of a pool; write NAME=WHERE", s, name)
-	}
-	return name, where, nil
 }
 
 // maxSegment is the length of a topology's value (CSI spec, Topology).

@@ -229,6 +229,18 @@ func ValidName(name string) bool {
 	return ok
 }
 
+// SplitPool reads a pool as command lines name it: WHERE, or NAME=WHERE.
+func SplitPool(s string) (name, where string, err error) {
+	name, where, ok := strings.Cut(s, "=")
+	if !ok {
+		name, where = "default", s
+	}
+	if !ValidName(name) {
+		return "", "", fmt.Errorf("--pool %s: %q is no name of a pool; write NAME=WHERE", s, name)
+	}
+	return name, where, nil
+}
+
 // MaxName is the length of the longest name (CSI spec, "Size Limits").
 const MaxName = 128
 

@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
+	"github.com/cradlestack/cradlestack/internal/filertest"
 	"github.com/cradlestack/cradlestack/internal/nfstest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
@@ -56,6 +57,8 @@ func kinds(t *testing.T) []kind {
 		})
 		return []string{"--mount", "type=nfs,source=nfs://" + server.Host + nfstest.Export + ",target=/v,options=vers=" + version}
 	}
+	filer := filertest.Start(t)
+	files := filer.Volume("files", 600<<20, nil)
 	ext4, xfs, root := filepath.Join(dir, "ext4.img"), filepath.Join(dir, "xfs.img"), filepath.Join(dir, "root.img")
 	return []kind{
 		{name: "overlay", without: "copyup"}, // the container's root, /v/d being in a layer of the image
@@ -67,6 +70,7 @@ func kinds(t *testing.T) []kind {
 		{name: "virtiofs", flags: []string{"-v", share("virtiofs") + ":/v:virtiofs"}, host: share("virtiofs"), without: "mapappend"},
 		{name: "NFS 3", flags: nfs("3"), host: filepath.Join(dir, "nfs3"), without: "unlinkedlinks,linktimes,reasons"},
 		{name: "NFS 4.2", flags: nfs("4.2"), host: filepath.Join(dir, "nfs4.2"), without: "unlinkedlinks,linktimes,reasons"},
+		{name: "cradle-filer", flags: []string{"--mount", filer.Publish("files").Mount("/v")}, host: files, without: "unlinkedlinks,linktimes,reasons"},
 	}
 }
 

@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+)
+
+// version is set by the linker.
+var version = "development"
+
+// A cli is one invocation.
+type cli struct {
+	stdout, stderr io.Writer
+
+	socket string
+	output string
+}
+
+// run executes a command line and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	c := &cli{stdout: stdout, stderr: stderr}
+	cmd := c.command()
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintf(stderr, "cradle-filer: %s\n", strings.TrimRight(line, "\n"))
+	}
+	return 1
+}
+
+func (c *cli) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "cradle-filer",
+		Short:         "serve file volumes over NFS",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Version:       version,
+	}
+	root.SetVersionTemplate("cradle-filer {{.Version}}\n")
+	root.PersistentFlags().StringVar(&c.socket, "socket", api.Socket, "unix socket that the filer is controlled by")
+	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(), c.statusCommand(), &cobra.Command{
+		Use: "version", Short: "print the version", Args: cobra.NoArgs,
+		Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-filer %s\n", version) },
+	})
+	return root
+}
+
+func (c *cli) filer() api.Client { return api.Client{Socket: c.socket} }
+
+func (c *cli) formatFlag(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&c.output, "output", "o", "", "json: for machines")
+}
+
+// print writes v as JSON where that was asked for, else what text does.
+func (c *cli) print(v any, text func(w io.Writer)) error {
+	switch c.output {
+	case "json":
+		e := json.NewEncoder(c.stdout)
+		e.SetIndent("", "  ")
+		return e.Encode(v)
+	case "":
+		w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+		text(w)
+		return w.Flush()
+	}
+	return fmt.Errorf("--output %s: there is only json", c.output)
+}
+
+func (c *cli) publishCommand() *cobra.Command {
+	var p api.Publication
+	var clients []string
+	cmd := &cobra.Command{
+		Use: "publish VOLUME", Short: "let clients mount a volume, and say how", Args: cobra.ExactArgs(1),
+		Long: `Let the clients at some addresses mount a volume. What is printed has the path to mount, which holds a secret: whoever knows it and
+is at one of the addresses has the volume. Nomad's volumes are published by cradle-csi; this is for everything else.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p.Volume = args[0]
+			if p.ID == "" {
+				p.ID = "manual-" + strings.ToLower(rand.Text()[:12])
+			}
+			for _, text := range clients {
+				prefix, err := parseClient(text)
+				if err != nil {
+					return err
+				}
+				p.Clients = append(p.Clients, prefix)
+			}
+			p, err := c.filer().Publish(cmd.Context(), p)
+			if err != nil {
+				return err
+			}
+			return c.print(p, func(w io.Writer) {
+				fmt.Fprintf(w, "publication\t%s\n", p.ID)
+				host, port, _ := strings.Cut(p.Address, ":")
+				fmt.Fprintf(w, "a host\tmount -t nfs -o %s,port=%s,mountport=%s %s:%s DIRECTORY\n", p.Options, port, port, host, p.Export)
+				fmt.Fprintf(w, "a pod\tkcradle summon --mount type=nfs,source=nfs://%s%s,target=PATH,options=%s …\n", p.Address, p.Export, p.Options)
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&p.ID, "id", "", "name of the publication: published again under it, it stays the same (default a new one)")
+	f.BoolVar(&p.ReadOnly, "read-only", false, "nothing can be changed through it")
+	f.StringArrayVar(&clients, "client", nil, "address or network (10.1.0.0/16) from which it can be mounted; more than once")
+	c.formatFlag(cmd)
+	cmd.MarkFlagRequired("client")
+	return cmd
+}
+
+// parseClient reads an address or a network.
+func parseClient(text string) (netip.Prefix, error) {
+	if a, err := netip.ParseAddr(text); err == nil {
+		return netip.PrefixFrom(a, a.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(text)
+	if err != nil {
+		return p, fmt.Errorf("--client %s: it is neither an address nor a network such as 10.1.0.0/16", text)
+	}
+	return p.Masked(), nil
+}
+
+func (c *cli) unpublishCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "unpublish PUBLICATION…", Short: "end publications: their clients see nothing any more", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var errs []error
+			for _, id := range args {
+				errs = append(errs, c.filer().Unpublish(cmd.Context(), id))
+			}
+			return errors.Join(errs...)
+		},
+	}
+}
+
+func (c *cli) publicationsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "publications", Short: "list who may mount what", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := c.filer().Publications(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return c.print(all, func(w io.Writer) {
+				fmt.Fprintln(w, "PUBLICATION\tVOLUME\tACCESS\tCLIENTS")
+				for _, p := range all {
+					access := "read-write"
+					if p.ReadOnly {
+						access = "read-only"
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.ID, p.Volume, access, join(p.Clients))
+				}
+			})
+		},
+	}
+	c.formatFlag(cmd)
+	return cmd
+}
+
+func join(clients []netip.Prefix) string {
+	var all []string
+	for _, p := range clients {
+		all = append(all, p.String())
+	}
+	return strings.Join(all, " ")
+}
+
+func (c *cli) statusCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "status", Short: "say how the filer does", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := c.filer().Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return c.print(s, func(w io.Writer) {
+				fmt.Fprintf(w, "serving\tsince %s, for %s\n", s.Since.UTC().Format(time.RFC3339), time.Since(s.Since).Round(time.Second))
+				fmt.Fprintf(w, "address\t%s\n", s.Address)
+				fmt.Fprintf(w, "volumes\t%d, published %d times\n", s.Volumes, s.Publications)
+				fmt.Fprintf(w, "version\t%s\n", s.Version)
+			})
+		},
+	}
+	c.formatFlag(cmd)
+	return cmd
+}

@@ -1,0 +1,258 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// A filer serves the volumes of a backend that are published. What is published is in dir, which is gone after a reboot as the clients' mounts are:
+//
+//	publications/ID.json   a publication
+//	volumes/ID             the volume's files: a mount of their own
+type filer struct {
+	backend volume.Backend
+	engine  nfs.Engine
+	dir     string
+	address string
+	log     *slog.Logger
+	since   time.Time
+
+	mu sync.Mutex // one change at a time
+}
+
+// options for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
+const options = "vers=3,hard,timeo=100,retrans=3"
+
+func (f *filer) record(id string) string { return filepath.Join(f.dir, "publications", id+".json") }
+
+func (f *filer) root(volume string) string { return filepath.Join(f.dir, "volumes", volume) }
+
+// publish lets clients see a volume.
+func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication, error) {
+	if err := volume.CheckName("publication", p.ID); err != nil {
+		return p, err
+	}
+	if len(p.Clients) == 0 {
+		return p, volume.Invalid("publication "+p.ID, "it is for no clients; say the addresses that may mount it")
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	former, err := f.read(p.ID)
+	switch {
+	case err == nil && former.Volume != p.Volume:
+		return p, fmt.Errorf("publication %s %w: it is of volume %s", p.ID, volume.ErrExists, former.Volume)
+	case err == nil:
+		p.Export = former.Export
+	case errors.Is(err, fs.ErrNotExist):
+		p.Export = "/" + p.Volume + "/" + strings.ToLower(rand.Text())
+	default:
+		return p, err
+	}
+	p.Address, p.Options = f.address, options
+	v, err := f.backend.Get(ctx, p.Volume)
+	if err == nil && v.Block() {
+		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
+	}
+	if err != nil {
+		return p, err
+	}
+	// The record comes first: what it is about can then be undone, whatever happens.
+	if err := f.write(p); err != nil {
+		return p, err
+	}
+	if err := f.serve(ctx, p); err != nil {
+		if former.ID == "" {
+			err = errors.Join(err, f.end(ctx, p))
+		}
+		return p, err
+	}
+	f.log.Info("published", "publication", p.ID, "volume", p.Volume, "read-only", p.ReadOnly, "clients", p.Clients)
+	return p, nil
+}
+
+// serve makes the volume's files appear, and exports them.
+func (f *filer) serve(ctx context.Context, p api.Publication) error {
+	source, err := f.backend.Stage(ctx, p.Volume, volume.Use{As: volume.AsFiles})
+	if err != nil {
+		return err
+	}
+	root := f.root(p.Volume)
+	if err := mount.Place(ctx, source.Device, source.Directory, source.FSType, root, mount.Options{}); err != nil {
+		return err
+	}
+	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients})
+}
+
+// unpublish ends a publication.
+func (f *filer) unpublish(ctx context.Context, id string) error {
+	if !volume.ValidName(id) {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p, err := f.read(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = f.end(ctx, p)
+	}
+	if err == nil {
+		f.log.Info("unpublished", "publication", id, "volume", p.Volume)
+	}
+	return err
+}
+
+// end undoes serve, as far as no other publication needs it, and then the record.
+func (f *filer) end(ctx context.Context, p api.Publication) error {
+	if err := f.engine.Unexport(p.Export); err != nil {
+		return err
+	}
+	all, err := f.all()
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(all, func(o api.Publication) bool { return o.Volume == p.Volume && o.ID != p.ID }) {
+		root := f.root(p.Volume)
+		if err := mount.Unmount(root); err != nil {
+			return err
+		}
+		if err := os.Remove(root); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := f.backend.Unstage(ctx, p.Volume); err != nil {
+			return err
+		}
+	}
+	return os.Remove(f.record(p.ID))
+}
+
+// restore serves again what was published before this process began.
+func (f *filer) restore(ctx context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all, err := f.all()
+	errs := []error{err}
+	for _, p := range all {
+		if err := f.serve(ctx, p); err != nil {
+			errs = append(errs, fmt.Errorf("publication %s: %w", p.ID, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (f *filer) read(id string) (p api.Publication, err error) {
+	data, err := os.ReadFile(f.record(id))
+	if err == nil {
+		err = json.Unmarshal(data, &p)
+	}
+	if err != nil {
+		err = fmt.Errorf("publication %s: %w", id, err)
+	}
+	return p, err
+}
+
+func (f *filer) write(p api.Publication) error {
+	data, err := json.MarshalIndent(p, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(f.record(p.ID)), 0o700); err != nil {
+		return err
+	}
+	return writeFile(f.record(p.ID), append(data, '\n'))
+}
+
+// all are the publications by id.
+func (f *filer) all() (all []api.Publication, err error) {
+	entries, err := os.ReadDir(filepath.Join(f.dir, "publications"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range entries {
+		id, isRecord := strings.CutSuffix(e.Name(), ".json")
+		if !isRecord || !volume.ValidName(id) {
+			continue
+		}
+		p, err := f.read(id)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, p)
+	}
+	slices.SortFunc(all, func(a, b api.Publication) int { return cmp.Compare(a.ID, b.ID) })
+	return all, nil
+}
+
+func (f *filer) publications() ([]api.Publication, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all, err := f.all()
+	if all == nil {
+		all = []api.Publication{}
+	}
+	return all, err
+}
+
+func (f *filer) status() (api.Status, error) {
+	all, err := f.publications()
+	volumes := map[string]bool{}
+	for _, p := range all {
+		volumes[p.Volume] = true
+	}
+	return api.Status{Version: version, Since: f.since, Address: f.address, Volumes: len(volumes), Publications: len(all)}, err
+}
+
+// mounted is where a published volume's files are.
+func (f *filer) mounted(id string) (string, error) {
+	if !volume.ValidName(id) {
+		return "", fmt.Errorf("volume %.80q: %w", id, volume.ErrNotFound)
+	}
+	root := f.root(id)
+	is, err := mount.Is(root)
+	if err == nil && !is {
+		err = fmt.Errorf("volume %s: %w: it is not published", id, volume.ErrNotFound)
+	}
+	return root, err
+}
+
+func (f *filer) stats(id string) (spec.VolumeStats, error) {
+	root, err := f.mounted(id)
+	if err != nil {
+		return spec.VolumeStats{}, err
+	}
+	return mount.Stats(root)
+}
+
+// grow lets the file system of a volume fill it.
+func (f *filer) grow(ctx context.Context, id string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	root, err := f.mounted(id)
+	if err != nil {
+		return err
+	}
+	source, err := f.backend.Stage(ctx, id, volume.Use{As: volume.AsFiles})
+	if err != nil || source.Device == "" {
+		return err
+	}
+	return mount.Grow(ctx, source.Device, root, source.FSType)
+}

@@ -1,0 +1,142 @@
+package nfs
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// An exported directory. Its lock is held for reading by each call that is at work in it.
+type exported struct {
+	sync.RWMutex
+	Export
+	sealer
+	root *os.File
+	dev  uint64
+	ino  uint64
+	fsid uint64
+	gone bool
+	limits
+}
+
+func openExport(e Export, key []byte) (*exported, error) {
+	if err := e.check(); err != nil {
+		return nil, err
+	}
+	root, err := os.OpenFile(e.Root, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	x := &exported{Export: e, sealer: newSealer(key, e.Path), root: root, limits: newLimits(maxWorkingInOne, maxCallingInOne, maxRepliesInOne)}
+	sum := sha256.Sum256([]byte(e.Volume))
+	x.fsid = binary.BigEndian.Uint64(sum[:])
+	o := object{export: x, fd: int(root.Fd())}
+	err = o.stat()
+	if err == nil {
+		x.dev, x.ino = o.st.Dev, o.st.Ino
+		_, err = o.reopened()
+	}
+	if err != nil {
+		root.Close()
+		return nil, fmt.Errorf("%s: its file system can't be served: %w; take one with file handles, such as ext4, xfs, btrfs or zfs", e.Root, err)
+	}
+	return x, nil
+}
+
+// reopened says whether what the kernel calls an object leads back to it.
+func (o object) reopened() (handle []byte, err error) {
+	if handle, err = o.handle(); err != nil {
+		return nil, err
+	}
+	kind, kernel, _ := o.export.open(handle)
+	again, err := o.export.object(kind, kernel, unix.O_PATH)
+	if err == nil {
+		again.close()
+	}
+	return handle, err
+}
+
+// An object is a file, directory or whatever else that is open for one call.
+type object struct {
+	export *exported
+	fd     int
+	st     unix.Stat_t
+}
+
+func (o object) close() {
+	if o.fd >= 0 {
+		unix.Close(o.fd)
+	}
+}
+
+func (o *object) stat() error { return unix.Fstat(o.fd, &o.st) }
+
+func (o object) kind() uint32 { return o.st.Mode & unix.S_IFMT }
+
+func (o object) isRoot() bool { return o.st.Ino == o.export.ino && o.st.Dev == o.export.dev }
+
+// object opens what the kernel calls so. Flags other than O_PATH open what is not a regular file or directory only to be refused by the caller,
+// who looks at its kind: devices don't open, the mount is nodev, and a FIFO does not wait.
+func (x *exported) object(kind int32, kernel []byte, flags int) (object, error) {
+	fd, err := unix.OpenByHandleAt(int(x.root.Fd()), unix.NewFileHandle(kind, kernel), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC)
+	if err != nil {
+		return object{fd: -1}, err
+	}
+	return x.adopt(fd)
+}
+
+// adopt makes an object of an open file, which it closes where that fails.
+func (x *exported) adopt(fd int) (object, error) {
+	o := object{export: x, fd: fd}
+	err := o.stat()
+	if err == nil && o.st.Dev != x.dev {
+		err = unix.ENOENT // something else that the host has mounted there
+	}
+	if err != nil {
+		o.close()
+		return object{fd: -1}, err
+	}
+	return o, nil
+}
+
+// child opens a name in a directory, with O_PATH: nothing is read of it, and no link followed.
+func (o object) child(name string) (object, error) {
+	if name == "." || name == ".." && o.isRoot() {
+		fd, err := unix.Openat(o.fd, ".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return object{fd: -1}, err
+		}
+		return o.export.adopt(fd)
+	}
+	// ".." of a directory that the host has moved out of the root is refused by the kernel, since the root is a mount of its own.
+	fd, err := unix.Openat(o.fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return object{fd: -1}, err
+	}
+	return o.export.adopt(fd)
+}
+
+// handle is what clients call the object.
+func (o object) handle() ([]byte, error) {
+	h, _, err := unix.NameToHandleAt(o.fd, "", unix.AT_EMPTY_PATH)
+	if err != nil {
+		return nil, err
+	}
+	handle, ok := o.export.seal(h.Type(), h.Bytes())
+	if !ok {
+		return nil, fmt.Errorf("its file handles of type %d have %d bytes, at most %d fit: %w", h.Type(), h.Size(), maxKernel, unix.EOVERFLOW)
+	}
+	return handle, nil
+}
+
+// path is a name of the object for calls that take no descriptor of O_PATH. Following it leads to the object and nowhere else.
+func (o object) path() string { return fmt.Sprintf("/proc/self/fd/%d", o.fd) }
+
+// may says whether the user may do what unix.R_OK, W_OK and X_OK stand for.
+func (o object) may(u user, mode uint32) error {
+	return u.as(func() error { return unix.Faccessat(o.fd, "", mode, unix.AT_EMPTY_PATH|unix.AT_EACCESS) })
+}

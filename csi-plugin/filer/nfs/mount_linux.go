@@ -1,0 +1,49 @@
+package nfs
+
+// mountProcedures are those of MOUNT version 3 (RFC 1813 §5.2), at the same port. Nobody is told who mounts what, or what there is.
+var mountProcedures = [...]procedure{
+	{}, // NULL
+	{run: mnt},
+	{run: nothing}, // DUMP
+	{},             // UMNT: there is nothing to forget
+	{},             // UMNTALL
+	{run: nothing}, // EXPORT
+}
+
+// mnt gives the handle of an export's root to who knows its path. Whatever is wrong, the answer is the same.
+func mnt(x *exchange) status {
+	path := string(x.args.opaque(MaxPath))
+	if x.args.bad {
+		return garbage
+	}
+	x.mu.RLock()
+	e := x.paths[path]
+	x.mu.RUnlock()
+	if e == nil {
+		x.log.Warn("refused a mount", "client", x.client, "reason", "there is no such export")
+		return errAcces
+	}
+	e.RLock()
+	x.export = e
+	if e.gone || !e.admits(x.client) {
+		x.log.Warn("refused a mount", "client", x.client, "volume", e.Volume, "reason", "it is not for this client")
+		return errAcces
+	}
+	o := object{export: e, fd: int(e.root.Fd())}
+	handle, err := o.handle()
+	if err != nil {
+		return statusOf(err)
+	}
+	x.log.Info("mounted", "client", x.client, "volume", e.Volume, "read-only", e.ReadOnly)
+	x.out.uint32(uint32(ok))
+	x.out.opaque(handle)
+	x.out.uint32(1)
+	x.out.uint32(authSys)
+	return ok
+}
+
+// nothing is an empty list.
+func nothing(x *exchange) status {
+	x.out.bool(false)
+	return ok
+}

@@ -1,0 +1,478 @@
+package nfs
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// Bounds of what clients together can make the server hold, and of what those of one export can: a hostile client keeps its own volume waiting,
+// not others'. Who has no file handle holds a connection and its buffer.
+const (
+	maxConnections = 16384
+	maxCalls       = 128 // of one connection, at the same time
+
+	maxWorking, maxWorkingInOne = 256, 64             // calls that are being done
+	maxCalling, maxCallingInOne = 512 << 20, 64 << 20 // bytes of calls
+	maxReplies, maxRepliesInOne = 512 << 20, 64 << 20 // bytes of replies
+
+	patience = time.Minute // with a client that does not go on in the middle of a call or reply
+)
+
+// limits are of one export, or of all.
+type limits struct{ working, calling, replies *semaphore.Weighted }
+
+func newLimits(working, calling, replies int64) limits {
+	return limits{semaphore.NewWeighted(working), semaphore.NewWeighted(calling), semaphore.NewWeighted(replies)}
+}
+
+// Server is the embedded Engine. It has to be root, in a process with umask 0: it does each call as the user that made it.
+type Server struct {
+	key []byte
+	log *slog.Logger
+
+	verifier atomic.Uint64 // changes where written data may be lost: clients send again what they have not committed
+
+	mu    sync.RWMutex
+	paths map[string]*exported
+	tags  map[tag]*exported
+
+	connections *semaphore.Weighted
+	limits
+}
+
+// New returns a server without exports. Handles that were made with the same key stay valid.
+func New(key [KeySize]byte, log *slog.Logger) *Server {
+	s := &Server{
+		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{},
+		connections: semaphore.NewWeighted(maxConnections), limits: newLimits(maxWorking, maxCalling, maxReplies),
+	}
+	s.lost()
+	return s
+}
+
+// lost makes clients send again what they have not committed.
+func (s *Server) lost() {
+	var b [8]byte
+	rand.Read(b[:])
+	s.verifier.Store(binary.BigEndian.Uint64(b[:]))
+}
+
+// Export is Engine's.
+func (s *Server) Export(e Export) error {
+	x, err := openExport(e, s.key)
+	if err != nil {
+		return fmt.Errorf("export of volume %s: %w", e.Volume, err)
+	}
+	s.mu.Lock()
+	former := s.paths[e.Path]
+	s.paths[e.Path], s.tags[x.tag] = x, x
+	s.mu.Unlock()
+	return former.end()
+}
+
+// Unexport is Engine's.
+func (s *Server) Unexport(path string) error {
+	s.mu.Lock()
+	x := s.paths[path]
+	if x != nil {
+		delete(s.paths, path)
+		delete(s.tags, x.tag)
+	}
+	s.mu.Unlock()
+	return x.end()
+}
+
+// Close ends all exports.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, x := range s.paths {
+		errs = append(errs, x.end())
+	}
+	clear(s.paths)
+	clear(s.tags)
+	return errors.Join(errs...)
+}
+
+// end waits for the calls that are at work, and lets no other begin.
+func (x *exported) end() error {
+	if x == nil {
+		return nil
+	}
+	x.Lock()
+	defer x.Unlock()
+	x.gone = true
+	return x.root.Close()
+}
+
+// Serve is Engine's.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var conversations sync.WaitGroup
+	defer conversations.Wait()
+	for wait := time.Millisecond; ; {
+		conn, err := l.Accept()
+		switch {
+		case err == nil:
+			wait = time.Millisecond
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return err
+		default: // no descriptor is left, or the client has gone
+			s.log.Warn("accept", "error", err)
+			time.Sleep(wait)
+			wait = min(2*wait, time.Second)
+			continue
+		}
+		if !s.connections.TryAcquire(1) {
+			s.log.Warn("too many connections", "client", conn.RemoteAddr(), "most", maxConnections)
+			conn.Close()
+			continue
+		}
+		conversations.Go(func() {
+			defer s.connections.Release(1)
+			s.converse(ctx, conn)
+		})
+	}
+}
+
+// A conversation is one connection.
+type conversation struct {
+	*Server
+	conn    net.Conn
+	client  netip.Addr
+	replied sync.Mutex
+}
+
+// converse answers the calls on a connection, several at a time and in no order.
+func (s *Server) converse(ctx context.Context, conn net.Conn) {
+	defer conn.Close()
+	c := &conversation{Server: s, conn: conn}
+	if a, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+		c.client = a.AddrPort().Addr().Unmap()
+	}
+	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	calls := semaphore.NewWeighted(maxCalls)
+	var g sync.WaitGroup
+	defer g.Wait()
+	r := bufio.NewReaderSize(conn, smallCall)
+	for {
+		record, release, err := c.read(ctx, r)
+		if err != nil {
+			if errors.Is(err, errRecord) {
+				s.log.Warn("a client that does not speak NFS", "client", c.client, "error", err)
+			}
+			return
+		}
+		if calls.Acquire(ctx, 1) != nil {
+			release()
+			return
+		}
+		g.Go(func() {
+			defer calls.Release(1)
+			defer release()
+			if err := c.answer(ctx, record); err != nil {
+				conn.Close() // which ends the loop
+			}
+		})
+	}
+}
+
+// smallCall is the length of the largest call that is no WRITE: two names, handles and users have room in it.
+const smallCall = 16 << 10
+
+// read takes the next call from the connection. One that needs memory of its own has to be a WRITE with a valid handle.
+func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte, release func(), err error) {
+	c.conn.SetReadDeadline(time.Time{})
+	if ctx.Err() != nil {
+		return nil, nil, context.Cause(ctx)
+	}
+	n, err := readLength(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	c.conn.SetReadDeadline(time.Now().Add(patience))
+	head, err := r.Peek(min(n, smallCall))
+	if err != nil {
+		return nil, nil, err
+	}
+	of := []limits{c.limits}
+	if n > smallCall {
+		call, _, err := parseCall(head)
+		if err != nil {
+			return nil, nil, err
+		}
+		e := c.exportOf(call)
+		if e == nil || call.proc != procWrite {
+			return nil, nil, fmt.Errorf("%w: %d bytes that are no data for a file here", errRecord, n)
+		}
+		of = []limits{e.limits, c.limits}
+	}
+	for i, l := range of {
+		if err := l.calling.Acquire(ctx, int64(n)); err != nil {
+			for _, l := range of[:i] {
+				l.calling.Release(int64(n))
+			}
+			return nil, nil, err
+		}
+	}
+	record = take(n)
+	release = func() {
+		give(record)
+		for _, l := range of {
+			l.calling.Release(int64(n))
+		}
+	}
+	if _, err := io.ReadFull(r, record); err != nil {
+		release()
+		return nil, nil, err
+	}
+	return record, release, nil
+}
+
+// large buffers are used again.
+var large = sync.Pool{New: func() any { return new([maxRecord]byte) }}
+
+const largeFrom = 32 << 10
+
+func take(n int) []byte {
+	if n < largeFrom {
+		return make([]byte, n)
+	}
+	return large.Get().(*[maxRecord]byte)[:n]
+}
+
+func give(b []byte) {
+	if cap(b) == maxRecord {
+		large.Put((*[maxRecord]byte)(b[:maxRecord]))
+	}
+}
+
+// answer does one call and sends its reply.
+func (c *conversation) answer(ctx context.Context, record []byte) error {
+	call, reply, err := parseCall(record)
+	if err != nil {
+		return err
+	}
+	x := &exchange{conversation: c, call: call}
+	if reply == nil {
+		release, err := x.reserve(ctx)
+		if err != nil {
+			return err
+		}
+		defer release()
+		if reply, err = x.work(ctx); err != nil {
+			return err
+		}
+	}
+	c.replied.Lock()
+	defer c.replied.Unlock()
+	c.conn.SetWriteDeadline(time.Now().Add(patience))
+	_, err = c.conn.Write(seal(reply))
+	if x.buffer != nil {
+		give(x.buffer)
+	}
+	return err
+}
+
+// reserve waits until there is memory for the reply.
+func (x *exchange) reserve(ctx context.Context) (release func(), err error) {
+	e := x.exportOf(x.call)
+	if e == nil {
+		return func() {}, nil // its reply is a refusal, or the handle of a root
+	}
+	n := x.most()
+	if err := e.replies.Acquire(ctx, n); err != nil {
+		return nil, err
+	}
+	if err := x.replies.Acquire(ctx, n); err != nil {
+		e.replies.Release(n)
+		return nil, err
+	}
+	x.of = &e.limits
+	return func() {
+		x.replies.Release(n)
+		e.replies.Release(n)
+	}, nil
+}
+
+// work does the call when it is its turn.
+func (x *exchange) work(ctx context.Context) ([]byte, error) {
+	if x.of != nil {
+		if err := x.of.working.Acquire(ctx, 1); err != nil {
+			return nil, err
+		}
+		defer x.of.working.Release(1)
+	}
+	if err := x.working.Acquire(ctx, 1); err != nil {
+		return nil, err
+	}
+	defer x.working.Release(1)
+	return x.reply(), nil
+}
+
+// exportOf is the export that the call's first argument is a valid handle of, nil where it is none.
+func (s *Server) exportOf(c call) *exported {
+	if c.program != programNFS || c.version != version3 {
+		return nil
+	}
+	handle := c.args.opaque(maxHandle)
+	t, well := tagOf(handle)
+	if !well {
+		return nil
+	}
+	s.mu.RLock()
+	e := s.tags[t]
+	s.mu.RUnlock()
+	if e == nil {
+		return nil
+	}
+	if _, _, well := e.sealer.open(handle); !well {
+		return nil
+	}
+	return e
+}
+
+// most is how long the reply can be.
+func (x *exchange) most() int64 {
+	switch x.proc {
+	case procRead:
+		args := x.args
+		args.opaque(maxHandle)
+		args.uint64()
+		return int64(min(args.uint32(), maxData)) + smallReply
+	case procReaddir, procReaddirplus:
+		return maxList + smallReply
+	}
+	return smallReply
+}
+
+// smallReply has room for a path and attributes.
+const smallReply = 5 << 10
+
+// Programs and versions that are served.
+const (
+	programNFS, programMount = 100003, 100005
+	version3                 = 3
+)
+
+// An exchange is one call and its reply.
+type exchange struct {
+	*conversation
+	call
+	out    encoder
+	of     *limits
+	export *exported // that is being worked in
+	buffer []byte    // that the reply is in, where it is a large one
+}
+
+// reply does the call.
+func (x *exchange) reply() []byte {
+	var table []procedure
+	switch x.program {
+	case programNFS:
+		table = nfsProcedures[:]
+	case programMount:
+		table = mountProcedures[:]
+	default:
+		return accept(x.xid, acceptProgUnavail).b
+	}
+	if x.version != version3 {
+		e := accept(x.xid, acceptProgMismatch)
+		e.uint32(version3)
+		e.uint32(version3)
+		return e.b
+	}
+	if x.proc >= uint32(len(table)) {
+		return accept(x.xid, acceptProcUnavail).b
+	}
+	p := table[x.proc]
+	if p.run == nil { // NULL, and those without arguments and results
+		return accept(x.xid, acceptSuccess).b
+	}
+	if x.program == programNFS && x.flavor != authSys {
+		return refuse(x.xid, authTooWeak)
+	}
+	x.out = accept(x.xid, acceptSuccess)
+	start := len(x.out.b)
+	defer x.leave()
+	switch s := p.run(x); s {
+	case ok:
+	case garbage:
+		return accept(x.xid, acceptGarbage).b
+	default:
+		x.out.b = x.out.b[:start]
+		x.out.uint32(uint32(s))
+		for range p.absent {
+			x.out.uint32(0)
+		}
+	}
+	return x.out.b
+}
+
+// A procedure writes its whole reply, or returns why there is none.
+type procedure struct {
+	run    func(x *exchange) status
+	absent int // attributes that a reply without success could have
+}
+
+// enter finds the export that a handle is of, and begins to work in it.
+func (x *exchange) enter(handle []byte) (kind int32, kernel []byte, s status) {
+	t, well := tagOf(handle)
+	if !well {
+		return 0, nil, errBadHandle
+	}
+	if x.export == nil {
+		x.mu.RLock()
+		e := x.tags[t]
+		x.mu.RUnlock()
+		if e == nil {
+			return 0, nil, errStale
+		}
+		e.RLock()
+		x.export = e
+		if e.gone || !e.admits(x.client) {
+			return 0, nil, errStale
+		}
+	} else if x.export.tag != t {
+		return 0, nil, errXDev
+	}
+	if kind, kernel, well = x.export.sealer.open(handle); !well {
+		return 0, nil, errBadHandle
+	}
+	return kind, kernel, ok
+}
+
+func (x *exchange) leave() {
+	if x.export != nil {
+		x.export.RUnlock()
+		x.export = nil
+	}
+}
+
+// object opens what a handle is of.
+func (x *exchange) object(handle []byte, flags int) (object, status) {
+	kind, kernel, s := x.enter(handle)
+	if s != ok {
+		return object{fd: -1}, s
+	}
+	o, err := x.export.object(kind, kernel, flags)
+	return o, statusOf(err)
+}

@@ -1,0 +1,253 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// A server is the command's flags.
+type server struct {
+	*cli
+	pools   []string
+	listen  string
+	address string
+	state   string
+	verbose bool
+}
+
+func (c *cli) serveCommand() *cobra.Command {
+	s := &server{cli: c}
+	cmd := &cobra.Command{
+		Use: "serve", Short: "serve the file volumes of this host", Args: cobra.NoArgs,
+		Long: `Serve the file volumes that cradle-csi keeps on this host, as far as they are published. It can be killed and started again at any time: clients
+wait meanwhile, and go on with the files that they have open.`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&s.pools, "pool", []string{"/var/lib/cradle/volumes"}, "the directory that the volumes are in, or NAME=DIRECTORY, as cradle-csi has it; more than once")
+	f.StringVar(&s.listen, "listen", ":2049", "address to serve NFS on")
+	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
+	f.StringVar(&s.state, "state", "/var/lib/cradle/filer", "directory for the key of file handles: with another key, clients lose the files that they have open")
+	f.BoolVar(&s.verbose, "verbose", false, "log more")
+	return cmd
+}
+
+func (s *server) run(ctx context.Context) error {
+	if os.Geteuid() != 0 {
+		return errors.New("this needs root: files are opened by handle, and for their users")
+	}
+	unix.Umask(0) // modes are what clients say
+	level := slog.LevelInfo
+	if s.verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(s.stderr, &slog.HandlerOptions{Level: level}))
+	key, err := readKey(s.state)
+	if err != nil {
+		return err
+	}
+	b, err := s.open()
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	control, err := listenControl(s.socket)
+	if err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", s.listen)
+	if err != nil {
+		control.Close()
+		return fmt.Errorf("--listen: %w", err)
+	}
+	address, err := reachable(s.address, l.Addr().(*net.TCPAddr).AddrPort())
+	if err != nil {
+		control.Close()
+		l.Close()
+		return err
+	}
+	engine := nfs.New(key, log)
+	defer engine.Close()
+	f := &filer{backend: b, engine: engine, dir: filepath.Dir(s.socket), address: address, log: log, since: time.Now()}
+	if err := f.restore(ctx); err != nil {
+		log.Warn("what was published before", "error", err)
+	}
+	log.Info("serving", "listen", l.Addr(), "address", address, "socket", s.socket, "version", version)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return engine.Serve(ctx, l) })
+	g.Go(func() error { return serveControl(ctx, control, f.handler()) })
+	return g.Wait()
+}
+
+func (s *server) open() (*dir.Backend, error) {
+	var pools []dir.Pool
+	for _, p := range s.pools {
+		name, path, err := volume.SplitPool(p)
+		if err == nil {
+			path, err = filepath.Abs(path)
+		}
+		if err != nil {
+			return nil, err
+		}
+		pools = append(pools, dir.Pool{Name: name, Path: path})
+	}
+	return dir.Open(pools)
+}
+
+// readKey reads the key of file handles, or makes one.
+func readKey(state string) (key [nfs.KeySize]byte, err error) {
+	if err := os.MkdirAll(state, 0o700); err != nil {
+		return key, err
+	}
+	path := filepath.Join(state, "handles.key")
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		data = make([]byte, nfs.KeySize)
+		rand.Read(data)
+		err = writeFile(path, data)
+	}
+	if err == nil && len(data) != nfs.KeySize {
+		err = fmt.Errorf("%s: it has %d bytes, a key has %d; restore it, or remove it and have clients mount again", path, len(data), nfs.KeySize)
+	}
+	copy(key[:], data)
+	return key, err
+}
+
+// writeFile writes a file in one step that outlasts a power cut.
+func writeFile(path string, data []byte) error {
+	temporary := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
+	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// listenControl makes the socket. One that nobody serves any more is replaced.
+func listenControl(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("socket %s: another filer serves it; stop that first, or name another socket", path)
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == fs.ModeSocket {
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// reachable is the address that clients are told.
+func reachable(asked string, listens netip.AddrPort) (string, error) {
+	port := fmt.Sprint(listens.Port())
+	switch {
+	case asked != "":
+		if _, _, err := net.SplitHostPort(asked); err == nil {
+			return asked, nil
+		}
+		return net.JoinHostPort(asked, port), nil
+	case !listens.Addr().IsUnspecified():
+		return listens.String(), nil
+	}
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return "", err
+	}
+	for _, a := range all {
+		if n, isNet := a.(*net.IPNet); isNet && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
+			return net.JoinHostPort(n.IP.String(), port), nil
+		}
+	}
+	return "", errors.New("this host has no address that pods could reach; say one with --address")
+}
+
+// serveControl answers on the socket until ctx ends.
+func serveControl(ctx context.Context, l net.Listener, h http.Handler) error {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second}
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer stop()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// maxRequest bounds what is read of a request.
+const maxRequest = 1 << 20
+
+func (f *filer) handler() http.Handler {
+	mux := http.NewServeMux()
+	handle := func(pattern string, answer func(r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			out, err := answer(r)
+			code := http.StatusOK
+			if err != nil {
+				f.log.Warn("request", "method", r.Method, "path", r.URL.Path, "error", err)
+				out, code = api.Explain(err)
+			}
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(code)
+			_ = json.NewEncoder(w).Encode(out) // the caller has gone
+		})
+	}
+	handle("PUT /publications/{id}", func(r *http.Request) (any, error) {
+		var p api.Publication
+		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&p); err != nil {
+			return nil, volume.Invalid("publication", "%v", err)
+		}
+		p.ID = r.PathValue("id")
+		return f.publish(r.Context(), p)
+	})
+	handle("DELETE /publications/{id}", func(r *http.Request) (any, error) {
+		return struct{}{}, f.unpublish(r.Context(), r.PathValue("id"))
+	})
+	handle("GET /publications", func(*http.Request) (any, error) { return f.publications() })
+	handle("GET /volumes/{id}/stats", func(r *http.Request) (any, error) { return f.stats(r.PathValue("id")) })
+	handle("POST /volumes/{id}/grow", func(r *http.Request) (any, error) {
+		return struct{}{}, f.grow(r.Context(), r.PathValue("id"))
+	})
+	handle("GET /status", func(*http.Request) (any, error) { return f.status() })
+	return mux
+}
