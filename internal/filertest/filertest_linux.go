@@ -32,7 +32,6 @@ type Filer struct {
 	dir     string
 	filer   string
 	csi     string
-	port    string
 	cmd     *exec.Cmd
 	log     lockedBuffer
 	volumes []string
@@ -99,7 +98,7 @@ func sweep() error {
 			if !strings.HasPrefix(label, "lo:f") || err != nil || syscall.Kill(pid, 0) == nil || len(fields) < 4 {
 				continue
 			}
-			exec.Command("ip", "addr", "del", fields[3], "dev", "lo").Run() // somebody else may be sweeping
+			_ = exec.Command("ip", "addr", "del", fields[3], "dev", "lo").Run() // somebody else may be sweeping
 		}
 	}
 	return nil

@@ -12,12 +12,12 @@ var mountProcedures = [...]procedure{
 
 // mnt gives the handle of an export's root to who knows its path. Whatever is wrong, the answer is the same.
 func mnt(x *exchange) status {
-	path := string(x.args.opaque(MaxPath))
+	path := x.args.opaque(MaxPath)
 	if x.args.bad {
 		return garbage
 	}
 	x.mu.RLock()
-	e := x.paths[path]
+	e := x.paths[string(path)]
 	x.mu.RUnlock()
 	if e == nil {
 		x.log.Warn("refused a mount", "client", x.client, "reason", "there is no such export")

@@ -171,7 +171,10 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 	defer stop()
 	calls := semaphore.NewWeighted(maxCalls)
 	var g sync.WaitGroup
-	defer g.Wait()
+	defer func() {
+		g.Wait()
+		c.leave()
+	}()
 	r := bufio.NewReaderSize(conn, smallCall)
 	for {
 		record, release, err := c.read(ctx, r)
@@ -194,6 +197,17 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 		})
 	}
 }
+
+// leave lets the client have the last replies: a connection that is closed with something unread takes them back.
+func (c *conversation) leave() {
+	if tcp, ok := c.conn.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
+		c.conn.SetReadDeadline(time.Now().Add(goodbye))
+		_, _ = io.Copy(io.Discard, c.conn)
+	}
+}
+
+// goodbye is how long a client has to close its end.
+const goodbye = 2 * time.Second
 
 // smallCall is the length of the largest call that is no WRITE: two names, handles and users have room in it.
 const smallCall = 16 << 10

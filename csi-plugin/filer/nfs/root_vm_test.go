@@ -1,0 +1,814 @@
+//go:build vm
+
+package nfs
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// A world is a directory that is served, with something beside it that nobody may see.
+type world struct {
+	t      *testing.T
+	server *Server
+	addr   string
+	root   string // of the export
+	above  string
+	export Export
+	image  string // of the file system that root is on
+}
+
+func command(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// mounted makes a file system in a file and mounts it until the test's end.
+func mounted(t testing.TB, image, at, fsType string, size int64) {
+	t.Helper()
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, size); err != nil {
+		t.Fatal(err)
+	}
+	command(t, "mkfs."+fsType, "-q", image)
+	attach(t, image, at)
+}
+
+func attach(t testing.TB, image, at string) {
+	t.Helper()
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	command(t, "mount", "-o", "loop", image, at)
+	t.Cleanup(func() { command(t, "umount", "--lazy", at) })
+}
+
+// serve serves a directory of an ext4 file system to this host.
+func serve(t *testing.T) *world {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Fatal("this needs root")
+	}
+	old := unix.Umask(0)
+	t.Cleanup(func() { unix.Umask(old) })
+	dir := t.TempDir()
+	// An image on xfs can be copied in an instant: what is in the copy has been on the device.
+	mounted(t, filepath.Join(dir, "pool.img"), filepath.Join(dir, "pool"), "xfs", 400<<20)
+	w := &world{t: t, image: filepath.Join(dir, "pool/volume.img"), above: filepath.Join(dir, "fs")}
+	mounted(t, w.image, w.above, "ext4", 64<<20)
+	w.root = filepath.Join(dir, "root")
+	for _, path := range []string{w.root, filepath.Join(w.above, "volume")} {
+		if err := os.Mkdir(path, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(w.above, "secret"), []byte("classified"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	command(t, "mount", "--bind", filepath.Join(w.above, "volume"), w.root)
+	t.Cleanup(func() { command(t, "umount", "--lazy", w.root) })
+	w.export = Export{Path: "/volume/0123456789", Root: w.root, Volume: "volume", Clients: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}
+	w.start()
+	return w
+}
+
+// start serves until the test's end, or until what it returns is called.
+func (w *world) start() (stop func()) {
+	w.t.Helper()
+	w.server = New(testKey, slog.New(slog.NewTextHandler(w.t.Output(), nil)))
+	if err := w.server.Export(w.export); err != nil {
+		w.t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.addr = l.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	var g sync.WaitGroup
+	g.Go(func() {
+		if err := w.server.Serve(ctx, l); err != nil {
+			w.t.Error(err)
+		}
+	})
+	stop = sync.OnceFunc(func() {
+		cancel()
+		g.Wait()
+		if err := w.server.Close(); err != nil {
+			w.t.Error(err)
+		}
+	})
+	w.t.Cleanup(stop)
+	return stop
+}
+
+// A client is one user on one connection.
+type client struct {
+	t    testing.TB
+	conn net.Conn
+	r    *bufio.Reader
+	user *user
+	root []byte
+}
+
+func (w *world) dial(u *user) *client {
+	w.t.Helper()
+	conn, err := net.Dial("tcp", w.addr)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { conn.Close() })
+	return &client{t: w.t, conn: conn, r: bufio.NewReader(conn), user: u}
+}
+
+// client has the export mounted.
+func (w *world) client(u *user) *client {
+	w.t.Helper()
+	c := w.dial(u)
+	s, handle := c.mount(w.export.Path)
+	if s != ok {
+		w.t.Fatalf("mount: %d", s)
+	}
+	c.root = handle
+	return c
+}
+
+var errHungUp = errors.New("the server hangs up")
+
+// try sends a record and returns what is after the reply's head.
+func (c *client) try(record []byte) (reply []byte, err error) {
+	if _, err := c.conn.Write(seal(append(make([]byte, 4), record...))); err != nil {
+		return nil, errHungUp
+	}
+	n, err := readLength(c.r)
+	if err != nil {
+		return nil, errHungUp
+	}
+	reply = make([]byte, n)
+	if _, err := io.ReadFull(c.r, reply); err != nil {
+		return nil, errHungUp
+	}
+	return reply[8:], nil
+}
+
+// call makes a call that the server accepts.
+func (c *client) call(program, proc uint32, args func(e *encoder)) (status, *decoder) {
+	c.t.Helper()
+	reply, err := c.try(newCall(program, 3, proc, c.user, args))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	d := &decoder{b: reply}
+	if d.uint32() != accepted || d.uint64() != 0 || d.uint32() != acceptSuccess {
+		c.t.Fatalf("call %d.%d: not accepted: %x", program, proc, reply)
+	}
+	return status(d.uint32()), d
+}
+
+func (c *client) mount(path string) (status, []byte) {
+	c.t.Helper()
+	s, d := c.call(programMount, 1, func(e *encoder) { e.opaque([]byte(path)) })
+	return s, bytes.Clone(d.opaque(maxHandle))
+}
+
+// in makes a call of NFS whose arguments begin with a name in a directory.
+func (c *client) in(proc uint32, dir []byte, name string, rest func(e *encoder)) (status, *decoder) {
+	c.t.Helper()
+	return c.call(programNFS, proc, func(e *encoder) {
+		e.opaque(dir)
+		e.opaque([]byte(name))
+		if rest != nil {
+			rest(e)
+		}
+	})
+}
+
+// on makes one whose arguments begin with a handle.
+func (c *client) on(proc uint32, handle []byte, rest func(e *encoder)) (status, *decoder) {
+	c.t.Helper()
+	return c.call(programNFS, proc, func(e *encoder) {
+		e.opaque(handle)
+		if rest != nil {
+			rest(e)
+		}
+	})
+}
+
+// Procedures that tests call by name.
+const (
+	procGetattr = 1 + iota
+	procSetattr
+	procLookup
+	procAccess
+	procReadlink
+)
+
+const (
+	procCreate = 8 + iota
+	procMkdir
+	procSymlink
+	procMknod
+	procRemove
+	procRmdir
+	procRename
+	procLink
+)
+
+const procCommit = 21
+
+func (c *client) lookup(dir []byte, name string) (status, []byte) {
+	c.t.Helper()
+	s, d := c.in(procLookup, dir, name, nil)
+	return s, bytes.Clone(d.opaque(maxHandle))
+}
+
+// attributes is sattr3 with a mode alone, or nothing where it is 0.
+func attributes(mode uint32) func(e *encoder) {
+	return func(e *encoder) {
+		e.bool(mode != 0)
+		if mode != 0 {
+			e.uint32(mode)
+		}
+		for range 5 {
+			e.uint32(0)
+		}
+	}
+}
+
+func (c *client) create(dir []byte, name string, how uint32, attributes func(e *encoder)) (status, []byte) {
+	c.t.Helper()
+	s, d := c.in(procCreate, dir, name, func(e *encoder) {
+		e.uint32(how)
+		attributes(e)
+	})
+	if s != ok || d.uint32() == 0 {
+		return s, nil
+	}
+	return s, bytes.Clone(d.opaque(maxHandle))
+}
+
+func (c *client) write(handle []byte, offset uint64, data string, stable uint32) (s status, verifier uint64) {
+	c.t.Helper()
+	s, d := c.on(procWrite, handle, func(e *encoder) {
+		e.uint64(offset)
+		e.uint32(uint32(len(data)))
+		e.uint32(stable)
+		e.opaque([]byte(data))
+	})
+	if s != ok {
+		return s, 0
+	}
+	d.uint32()
+	if d.uint32() != 0 {
+		d.take(fattrSize)
+	}
+	if n, how := d.uint32(), d.uint32(); n != uint32(len(data)) || how < stable {
+		c.t.Errorf("%d bytes are written, as stable as %d; %d were sent as %d", n, how, len(data), stable)
+	}
+	return s, d.uint64()
+}
+
+func (c *client) read(handle []byte, offset uint64, count uint32) (status, string) {
+	c.t.Helper()
+	s, d := c.on(procRead, handle, func(e *encoder) {
+		e.uint64(offset)
+		e.uint32(count)
+	})
+	if s != ok {
+		return s, ""
+	}
+	d.uint32()
+	d.take(fattrSize + 8)
+	return s, string(d.opaque(maxData))
+}
+
+var (
+	asRoot = &user{}
+	asUser = &user{uid: 1000, gid: 1000, groups: []uint32{2000}}
+)
+
+// What is above the export or beside it nobody sees, whatever is tried.
+func TestRootConfinement(t *testing.T) {
+	w := serve(t)
+	c := w.client(asRoot)
+	if s, up := c.lookup(c.root, ".."); s != ok || !bytes.Equal(up, c.root) {
+		t.Errorf("above the root is %x, %d", up, s)
+	}
+	for _, name := range []string{"../secret", "/", "", "a/..", "volume/../..", "x\x00"} {
+		if s, _ := c.lookup(c.root, name); s != errAcces {
+			t.Errorf("lookup of %q: %d", name, s)
+		}
+		if s, _ := c.create(c.root, name, unchecked, attributes(0o644)); s != errAcces {
+			t.Errorf("create of %q: %d", name, s)
+		}
+	}
+	for proc, rest := range map[uint32]func(e *encoder){procMkdir: attributes(0o755), procRemove: nil, procRmdir: nil} {
+		for name, want := range map[string]status{"..": errExist, ".": errInval} {
+			if s, _ := c.in(proc, c.root, name, rest); s != want {
+				t.Errorf("%d of %q: %d", proc, name, s)
+			}
+		}
+	}
+	// Links that lead out are texts.
+	for name, target := range map[string]string{"out": filepath.Join(w.above, "secret"), "up": "../secret", "dir": w.above} {
+		s, _ := c.in(procSymlink, c.root, name, func(e *encoder) {
+			attributes(0o777)(e)
+			e.opaque([]byte(target))
+		})
+		if s != ok {
+			t.Fatalf("symlink: %d", s)
+		}
+		s, link := c.lookup(c.root, name)
+		if s != ok {
+			t.Fatalf("lookup: %d", s)
+		}
+		if s, _ := c.read(link, 0, 100); s != errInval {
+			t.Errorf("reading %s: %d", name, s)
+		}
+		if s, _ := c.write(link, 0, "x", fileSync); s != errInval {
+			t.Errorf("writing to %s: %d", name, s)
+		}
+		if s, _ := c.lookup(link, "secret"); s != errNotDir {
+			t.Errorf("lookup through %s: %d", name, s)
+		}
+		if s, _ := c.create(c.root, name, unchecked, attributes(0o644)); s != errExist {
+			t.Errorf("create of %s: %d", name, s)
+		}
+		if s, _ := c.on(procSetattr, link, func(e *encoder) {
+			for _, v := range []uint32{0, 0, 0, 1, 0, 0, 0, 0, 0} { // its size: 0
+				e.uint32(v)
+			}
+		}); s != errInval {
+			t.Errorf("truncating %s: %d", name, s)
+		}
+		s, d := c.on(procReadlink, link, nil)
+		d.take(4 + fattrSize)
+		if got := string(d.opaque(4096)); s != ok || got != target {
+			t.Errorf("%s leads to %q, %d", name, got, s)
+		}
+	}
+	// What the host has moved out: its own handle still opens it, and the way up ends there.
+	if s, _ := c.in(procMkdir, c.root, "inner", attributes(0o755)); s != ok {
+		t.Fatalf("mkdir: %d", s)
+	}
+	_, inner := c.lookup(c.root, "inner")
+	if err := os.Rename(filepath.Join(w.above, "volume/inner"), filepath.Join(w.above, "moved")); err != nil {
+		t.Fatal(err)
+	}
+	if s, up := c.lookup(inner, ".."); s == ok {
+		t.Errorf("above what was moved out is %x", up)
+	}
+	// Device nodes can't be made, and those that the host has don't open.
+	for kind, want := range map[uint32]status{3: errPerm, 4: errPerm, 6: ok, 7: ok} {
+		s, _ := c.in(procMknod, c.root, fmt.Sprint("node", kind), func(e *encoder) {
+			e.uint32(kind)
+			attributes(0o666)(e)
+			if kind < 5 {
+				e.uint64(1<<32 | 3)
+			}
+		})
+		if s != want {
+			t.Errorf("mknod of type %d: %d", kind, s)
+		}
+	}
+	command(t, "mknod", filepath.Join(w.root, "null"), "c", "1", "3")
+	for _, name := range []string{"null", "node6", "node7"} {
+		_, node := c.lookup(c.root, name)
+		if s, _ := c.read(node, 0, 10); s == ok || s == errStale {
+			t.Errorf("reading %s: %d", name, s)
+		}
+	}
+	if data, err := os.ReadFile(filepath.Join(w.above, "secret")); err != nil || string(data) != "classified" {
+		t.Errorf("the file beside the volume has %q, %v", data, err)
+	}
+}
+
+// Handles that were not made for this export open nothing, and those that were stay valid in the next process.
+func TestRootHandles(t *testing.T) {
+	w := serve(t)
+	c := w.client(asRoot)
+	_, file := c.create(c.root, "file", guarded, attributes(0o644))
+	if s, _ := c.write(file, 0, "kept", fileSync); s != ok {
+		t.Fatalf("write: %d", s)
+	}
+	// The file beside the volume, as the kernel calls it, in a handle like ours.
+	secret, _, err := unix.NameToHandleAt(unix.AT_FDCWD, filepath.Join(w.above, "secret"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	guessed := newSealer(make([]byte, KeySize), w.export.Path)
+	copy(guessed.tag[:], file[tagAt:])
+	forged, _ := guessed.seal(secret.Type(), secret.Bytes())
+	for name, handle := range map[string][]byte{"a forged handle": forged, "none": {}, "the kernel's": secret.Bytes(), "one that is cut": file[:len(file)-1], "one of zeros": make([]byte, 64)} {
+		if s, text := c.read(handle, 0, 100); s != errBadHandle && s != errStale {
+			t.Errorf("%s: %d, %q", name, s, text)
+		}
+	}
+	other := w.export
+	other.Path, other.Volume = "/volume/other", "other"
+	other.Root = t.TempDir()
+	if err := w.server.Export(other); err != nil {
+		t.Fatal(err)
+	}
+	s, root := c.mount(other.Path)
+	if s != ok {
+		t.Fatalf("mount: %d", s)
+	}
+	if s, _ := c.call(programNFS, procRename, func(e *encoder) {
+		e.opaque(c.root)
+		e.opaque([]byte("file"))
+		e.opaque(root)
+		e.opaque([]byte("file"))
+	}); s != errXDev {
+		t.Errorf("rename into another volume: %d", s)
+	}
+	if s, _ := c.on(procLink, file, func(e *encoder) {
+		e.opaque(root)
+		e.opaque([]byte("file"))
+	}); s != errXDev {
+		t.Errorf("link into another volume: %d", s)
+	}
+
+	unstably, verifier := c.write(file, 0, "more", unstable)
+	w.start()
+	c = w.client(asRoot)
+	if s, text := c.read(file, 0, 100); s != ok || text != "more" {
+		t.Errorf("in the next process the handle opens %q, %d", text, s)
+	}
+	if s, d := c.on(procCommit, file, func(e *encoder) { e.uint64(0); e.uint32(0) }); s != ok || unstably != ok {
+		t.Errorf("write, commit: %d, %d", unstably, s)
+	} else if d.take(8 + fattrSize); d.uint64() == verifier {
+		t.Error("the next process has the same verifier: a client would not send again what was not committed")
+	}
+	if err := os.Remove(filepath.Join(w.root, "file")); err != nil {
+		t.Fatal(err)
+	}
+	if s, _ := c.read(file, 0, 100); s != errStale {
+		t.Errorf("of what is gone: %d", s)
+	}
+}
+
+// Only who knows the path, comes from an address on the list, and says who he is, has the volume; and only until it ends.
+func TestRootExports(t *testing.T) {
+	w := serve(t)
+	c := w.client(asRoot)
+	for _, path := range []string{"", "/", "/volume", "/volume/", "/volume/0123456780", w.export.Path + "/", w.export.Path + "/..", strings.Repeat("x", MaxPath)} {
+		if s, _ := c.mount(path); s != errAcces {
+			t.Errorf("mount of %q: %d", path, s)
+		}
+	}
+	if s, d := c.call(programMount, 5, nil); s != 0 || len(d.b) != 0 {
+		t.Errorf("the list of exports: %d, %x", s, d.b)
+	}
+	for name, record := range map[string][]byte{
+		"nobody":          newCall(programNFS, 3, procGetattr, nil, func(e *encoder) { e.opaque(c.root) }),
+		"NFS 4":           newCall(programNFS, 4, 1, asRoot, nil),
+		"another program": newCall(100021, 4, 1, asRoot, nil),
+		"no procedure":    newCall(programNFS, 3, 22, asRoot, nil),
+		"no arguments":    newCall(programNFS, 3, procGetattr, asRoot, nil),
+	} {
+		want := map[string]string{
+			"nobody": "\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x05", "NFS 4": "\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00\x03", "another program": "\x00\x00\x00\x01",
+			"no procedure": "\x00\x00\x00\x03", "no arguments": "\x00\x00\x00\x04",
+		}[name]
+		if reply, err := c.try(record); err != nil || !bytes.HasSuffix(reply, []byte(want)) {
+			t.Errorf("%s: %x, %v", name, reply, err)
+		}
+	}
+	// A large record is taken from who has a handle alone.
+	stranger := w.dial(asRoot)
+	if _, err := stranger.try(newCall(programNFS, 3, procWrite, asRoot, func(e *encoder) {
+		e.opaque(make([]byte, 44))
+		e.opaque(make([]byte, smallCall))
+	})); !errors.Is(err, errHungUp) {
+		t.Errorf("a stranger's data: %v", err)
+	}
+
+	change := func(f func(e *Export)) {
+		t.Helper()
+		f(&w.export)
+		if err := w.server.Export(w.export); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, file := c.create(c.root, "file", unchecked, attributes(0o666))
+	change(func(e *Export) { e.ReadOnly = true })
+	if s, _ := c.read(file, 0, 10); s != ok {
+		t.Errorf("read of a read-only export: %d", s)
+	}
+	times := func(e *encoder) { attributes(0o600)(e); e.uint32(0) }
+	linked := func(e *encoder) { attributes(0)(e); e.opaque([]byte("x")) }
+	moved := func(e *encoder) { e.opaque(c.root); e.opaque([]byte("file2")) }
+	node := func(e *encoder) { e.uint32(7); attributes(0)(e) }
+	created := func(e *encoder) { e.uint32(guarded); attributes(0)(e) }
+	for proc, rest := range map[uint32]func(e *encoder){
+		procCreate: created, procMkdir: attributes(0), procSymlink: linked, procMknod: node, procRemove: nil, procRmdir: nil, procRename: moved,
+	} {
+		if s, _ := c.in(proc, c.root, "file", rest); s != errROFS {
+			t.Errorf("procedure %d in a read-only export: %d", proc, s)
+		}
+	}
+	for proc, rest := range map[uint32]func(e *encoder){procSetattr: times, procLink: moved} {
+		if s, _ := c.on(proc, file, rest); s != errROFS {
+			t.Errorf("procedure %d in a read-only export: %d", proc, s)
+		}
+	}
+	if s, _ := c.write(file, 0, "x", unstable); s != errROFS {
+		t.Errorf("write in a read-only export: %d", s)
+	}
+	if s, d := c.on(procAccess, file, func(e *encoder) { e.uint32(0x3f) }); s != ok {
+		t.Errorf("access: %d", s)
+	} else if d.take(4 + fattrSize); d.uint32() != accessRead {
+		t.Error("a read-only export grants writing")
+	}
+
+	change(func(e *Export) { e.Clients = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")} })
+	if s, _ := c.read(file, 0, 10); s != errStale {
+		t.Errorf("read from another address: %d", s)
+	}
+	if s, _ := c.mount(w.export.Path); s != errAcces {
+		t.Errorf("mount from another address: %d", s)
+	}
+	change(func(e *Export) { e.Clients = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
+	if s, _ := c.read(file, 0, 10); s != ok {
+		t.Errorf("read from an address that is back: %d", s)
+	}
+	for range 2 {
+		if err := w.server.Unexport(w.export.Path); err != nil {
+			t.Error(err)
+		}
+	}
+	if s, _ := c.read(file, 0, 10); s != errStale {
+		t.Errorf("read of what is not exported any more: %d", s)
+	}
+}
+
+// Creating what is there keeps it.
+func TestRootCreate(t *testing.T) {
+	w := serve(t)
+	c := w.client(asUser)
+	s, file := c.create(c.root, "file", exclusive, func(e *encoder) { e.uint64(0xdeadbeef_cafebabe) })
+	if s != ok {
+		t.Fatalf("exclusive: %d", s)
+	}
+	if s, again := c.create(c.root, "file", exclusive, func(e *encoder) { e.uint64(0xdeadbeef_cafebabe) }); s != ok || !bytes.Equal(again, file) {
+		t.Errorf("the same call again: %d", s)
+	}
+	if s, _ := c.create(c.root, "file", exclusive, func(e *encoder) { e.uint64(0xdeadbeef_cafebabf) }); s != errExist {
+		t.Errorf("another client's: %d", s)
+	}
+	if s, _ := c.write(file, 0, "content", fileSync); s != ok {
+		t.Fatalf("write: %d", s)
+	}
+	for how, want := range map[uint32]status{unchecked: ok, guarded: errExist} {
+		if s, _ := c.create(c.root, "file", how, attributes(0o644)); s != want {
+			t.Errorf("create %d: %d", how, s)
+		}
+	}
+	if s, text := c.read(file, 0, 100); s != ok || text != "content" {
+		t.Errorf("after it was created again the file has %q, %d", text, s)
+	}
+	if s, _ := c.create(c.root, "file", unchecked, func(e *encoder) {
+		for _, v := range []uint32{0, 0, 0, 1, 0, 0, 0, 0} {
+			e.uint32(v)
+		}
+	}); s != ok {
+		t.Errorf("create with size 0: %d", s)
+	}
+	if s, text := c.read(file, 0, 100); s != ok || text != "" {
+		t.Errorf("truncated, the file has %q, %d", text, s)
+	}
+}
+
+// Files belong to who made them, and the kernel's rules hold for whoever calls.
+func TestRootUsers(t *testing.T) {
+	w := serve(t)
+	root, c, other := w.client(asRoot), w.client(asUser), w.client(&user{uid: 1001, gid: 1001, groups: []uint32{2000}})
+	_, file := c.create(c.root, "file", guarded, attributes(0o4640))
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(w.root, "file"), &st); err != nil || st.Uid != 1000 || st.Gid != 1000 || st.Mode&0o7777 != 0o4640 {
+		t.Errorf("the file belongs to %d:%d, mode %o, %v", st.Uid, st.Gid, st.Mode, err)
+	}
+	if s, _ := other.read(file, 0, 10); s != errAcces {
+		t.Errorf("another user reads: %d", s)
+	}
+	set := func(c *client, want status, values ...uint32) {
+		t.Helper()
+		if s, _ := c.on(procSetattr, file, func(e *encoder) {
+			for _, v := range values {
+				e.uint32(v)
+			}
+		}); s != want {
+			t.Errorf("setattr of %v: %d, not %d", values, s, want)
+		}
+	}
+	set(other, errPerm, 1, 0o777, 0, 0, 0, 0, 0, 0)
+	set(c, errPerm, 0, 1, 1001, 0, 0, 0, 0, 0) // nobody gives files away
+	set(c, ok, 0, 0, 1, 1000, 0, 0, 0, 0)      // but to a group of his
+	set(root, ok, 0, 0, 1, 2000, 0, 0, 0, 0)   // root does as it likes
+	set(root, ok, 1, 0o4660, 0, 0, 0, 0, 0, 0) // which has cut that bit off
+	if s, _ := other.write(file, 0, "x", unstable); s != ok {
+		t.Errorf("a member of the group writes: %d", s)
+	}
+	if err := unix.Stat(filepath.Join(w.root, "file"), &st); err != nil || st.Mode&0o7777 != 0o660 {
+		t.Errorf("after another's write the mode is %o, %v", st.Mode, err)
+	}
+	set(c, ok, 1, 0o000, 0, 0, 0, 0, 0, 0)
+	if s, _ := c.read(file, 0, 10); s != ok {
+		t.Errorf("the owner reads what he has open: %d", s)
+	}
+	if s, d := c.on(procAccess, file, func(e *encoder) { e.uint32(0x3f) }); s != ok {
+		t.Errorf("access: %d", s)
+	} else if d.take(4 + fattrSize); d.uint32() != 0 {
+		t.Error("what nobody may, its owner is told to")
+	}
+	if s, _ := c.in(procMkdir, c.root, "private", attributes(0o700)); s != ok {
+		t.Fatalf("mkdir: %d", s)
+	}
+	_, dir := c.lookup(c.root, "private")
+	if s, _ := other.lookup(dir, "x"); s != errAcces {
+		t.Errorf("another user looks into a private directory: %d", s)
+	}
+	if s, _ := other.create(dir, "x", guarded, attributes(0o644)); s != errAcces {
+		t.Errorf("another user creates there: %d", s)
+	}
+	if s, _ := root.create(dir, "x", guarded, attributes(0o644)); s != ok {
+		t.Errorf("root creates there: %d", s)
+	}
+	if s, _ := other.in(procRmdir, c.root, "private", nil); s != errNotEmpty {
+		t.Errorf("rmdir of what is not empty: %d", s)
+	}
+}
+
+// Errors of a full disk reach the client, and what was acknowledged before is there.
+func TestRootFull(t *testing.T) {
+	w := serve(t)
+	c := w.client(asUser)
+	_, file := c.create(c.root, "file", guarded, attributes(0o644))
+	data := strings.Repeat("x", maxData)
+	full := false
+	for i := range uint64(100) {
+		s, _ := c.write(file, i*maxData, data, fileSync)
+		if full = s == errNoSpc; s != ok {
+			break
+		}
+	}
+	if !full {
+		t.Error("100 MiB fit on a disk of 64")
+	}
+	if s, text := c.read(file, 0, maxData); s != ok || text != data {
+		t.Errorf("the first MiB: %d, %d bytes", s, len(text))
+	}
+	if s, _ := c.write(file, 1<<50, "x", unstable); s != errFBig {
+		t.Errorf("a file of 2^50 bytes: %d", s)
+	}
+	if s, _ := c.write(file, 1<<63-1, "x", unstable); s != errFBig {
+		t.Errorf("a file of 2^63 bytes: %d", s)
+	}
+}
+
+// What is acknowledged as stable is on the device, as a copy of the device shows that is made right then: it is what would be there after a power cut.
+func TestRootStable(t *testing.T) {
+	w := serve(t)
+	c := w.client(asUser)
+	ends := func(c *client) func(s status, _ *decoder) {
+		return func(s status, _ *decoder) {
+			c.t.Helper()
+			if s != ok {
+				c.t.Fatalf("call: %d", s)
+			}
+		}
+	}
+	done := ends(c)
+	var file []byte
+	for i, step := range []struct {
+		do  func()
+		has string // that a shell finds after a power cut
+	}{
+		{func() { _, file = c.create(c.root, "file", guarded, attributes(0o640)) }, `test "$(stat -c %a:%u:%s file)" = 640:1000:0`},
+		{func() { c.write(file, 0, "first", fileSync) }, `test "$(cat file)" = first`},
+		{func() { c.write(file, 5, " second", dataSync) }, `test "$(cat file)" = "first second"`},
+		{func() {
+			c.write(file, 12, " third", unstable)
+			done(c.on(procCommit, file, func(e *encoder) { e.uint64(0); e.uint32(0) }))
+		}, `test "$(cat file)" = "first second third"`},
+		{func() { done(c.on(procSetattr, file, func(e *encoder) { attributes(0o600)(e); e.uint32(0) })) }, `test "$(stat -c %a file)" = 600`},
+		{func() { done(c.in(procMkdir, c.root, "dir", attributes(0o711))) }, `test "$(stat -c %a dir)" = 711`},
+		{func() {
+			done(c.in(procRename, c.root, "file", func(e *encoder) {
+				_, dir := c.lookup(c.root, "dir")
+				e.opaque(dir)
+				e.opaque([]byte("moved"))
+			}))
+		}, `test ! -e file && test "$(cat dir/moved)" = "first second third"`},
+		{func() { done(c.on(procLink, file, func(e *encoder) { e.opaque(c.root); e.opaque([]byte("hard")) })) }, `test "$(stat -c %h hard)" = 2`},
+		{func() {
+			done(c.in(procSymlink, c.root, "link", func(e *encoder) { attributes(0)(e); e.opaque([]byte("hard")) }))
+		}, `test "$(readlink link)" = hard`},
+		{func() {
+			done(c.in(procMknod, c.root, "fifo", func(e *encoder) { e.uint32(7); attributes(0o622)(e) }))
+		}, `test -p fifo && test "$(stat -c %a fifo)" = 622`},
+		{func() { done(c.in(procRemove, c.root, "hard", nil)) }, `test ! -e hard && test -e dir/moved`},
+		{func() {
+			c.create(c.root, "once", exclusive, func(e *encoder) { e.uint64(1) })
+		}, `test -e once`},
+		{func() {
+			c.create(c.root, "sized", unchecked, func(e *encoder) {
+				for _, v := range []uint32{1, 0o644, 0, 0, 1, 0, 5000, 0, 0} {
+					e.uint32(v)
+				}
+			})
+		}, `test "$(stat -c %s sized)" = 5000`},
+	} {
+		step.do()
+		// A reflink of the image is made in one step, and has what the device was given, not what the file system on it has in memory.
+		copied := fmt.Sprintf("%s.%d", w.image, i)
+		command(t, "cp", "--reflink=always", w.image, copied)
+		at := filepath.Join(t.TempDir(), "copy")
+		attach(t, copied, at)
+		if out, err := exec.Command("sh", "-c", `cd "$0/volume" && `+step.has, at).CombinedOutput(); err != nil {
+			t.Errorf("step %d: after a power cut it is not true that %s\n%s%s", i, step.has, out, command(t, "ls", "-laR", at))
+		}
+	}
+}
+
+// A directory of many files is listed whole, each name once, whatever is removed meanwhile.
+func TestRootList(t *testing.T) {
+	w := serve(t)
+	const files = 3000
+	for i := range files {
+		if err := os.WriteFile(filepath.Join(w.root, fmt.Sprintf("file-with-a-name-%04d", i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := w.client(asRoot)
+	for _, plus := range []bool{false, true} {
+		seen := map[string]int{}
+		var cookie uint64
+		for eof := false; !eof; {
+			proc := uint32(procReaddir)
+			if plus {
+				proc = procReaddirplus
+			}
+			s, d := c.on(proc, c.root, func(e *encoder) {
+				e.uint64(cookie)
+				e.uint64(0)
+				if plus {
+					e.uint32(2048)
+				}
+				e.uint32(8192)
+			})
+			if s != ok || len(d.b) > 8192 {
+				t.Fatalf("list: %d, %d bytes", s, len(d.b))
+			}
+			d.take(4 + fattrSize + 8)
+			for d.uint32() == 1 {
+				ino := d.uint64()
+				name := string(d.opaque(255))
+				cookie = d.uint64()
+				seen[name]++
+				if !plus {
+					continue
+				}
+				if d.uint32() != 1 || binary.BigEndian.Uint64(d.take(fattrSize)[fattrSize-32:]) != ino || d.uint32() != 1 {
+					t.Fatalf("%s has no attributes, no handle, or others'", name)
+				}
+				if s, _ := c.on(procGetattr, bytes.Clone(d.opaque(maxHandle)), nil); s != ok {
+					t.Fatalf("the handle of %s: %d", name, s)
+				}
+			}
+			eof = d.uint32() == 1
+			if d.bad {
+				t.Fatal("the list can't be read")
+			}
+		}
+		if len(seen) != files+2 || seen["."] != 1 || seen[".."] != 1 || seen["file-with-a-name-2999"] != 1 {
+			t.Errorf("%d names are listed", len(seen))
+		}
+	}
+	if s, _ := c.on(procReaddir, c.root, func(e *encoder) { e.uint64(0); e.uint64(0); e.uint32(100) }); s != errTooSmall {
+		t.Errorf("a list of 100 bytes: %d", s)
+	}
+}
