@@ -93,7 +93,7 @@ func (m *machine) boot(network, want string) {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", accel, "-cpu", processor, "-smp", "2", "-m", "3072",
 		"-nodefaults", "-vga", "none", "-no-user-config", "-nographic", "-serial", "stdio", "-no-reboot",
 		"-kernel", filepath.Join(m.base, "vmlinuz"), "-initrd", filepath.Join(m.base, "initrd"),
-		"-append", "root=/dev/vda rw console=ttyS0 quiet systemd.show_status=false reboot=t panic=-1",
+		"-append", "root=/dev/vda rw console=ttyS0 quiet no_timer_check systemd.show_status=false reboot=t panic=-1",
 		"-drive", "file="+m.name+".img,format=raw,if=virtio,cache=unsafe", "-drive", "file="+m.name+".tar,format=raw,if=virtio,readonly=on",
 		"-netdev", network, "-device", "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:00:00:0"+string(m.name[len(m.name)-1]))
 	cmd.Dir = m.dir

@@ -242,16 +242,20 @@ func fill(ctx context.Context, image io.Reader, l seal.Limits, devices bool, to 
 		return nil, err
 	}
 	defer r.Close()
-	u := seal.Unpack{Owners: true, Setid: true, Devices: devices, Tree: seal.NewTree()}
+	u := seal.Unpack{Owners: true, Setid: true, Devices: devices, Exact: true}
 	sig, err := u.Into(ctx, r, dir)
 	if err != nil {
 		return nil, err
 	}
-	if u.Tree.Sum() != sig.Tree {
-		return nil, fmt.Errorf("%w: the files are not the tree that was signed: build the image again", seal.ErrSignature)
-	}
 	if err := protect(tree); err != nil {
 		return nil, err
+	}
+	sum, err := seal.TreeOf(ctx, dir, measure)
+	if err != nil {
+		return nil, err
+	}
+	if sum != sig.Tree {
+		return nil, fmt.Errorf("%w: the files are not the tree that was signed: build the image again", seal.ErrSignature)
 	}
 	record, err := sig.MarshalBinary()
 	if err != nil {

@@ -12,11 +12,7 @@ import (
 // fs-verity digest. It is signed together with the payload's digest, so an
 // unpacked copy can be checked against the signature again, file by file, and
 // at no cost where the kernel keeps fs-verity digests.
-type Tree struct {
-	hash hash.Hash
-	// Listing, if set, gets every line.
-	Listing func(line string)
-}
+type Tree struct{ hash hash.Hash }
 
 const treeHead = "bali tree v1\n"
 
@@ -29,11 +25,7 @@ func NewTree() *Tree {
 
 // Add appends an entry; verity is the digest of a File's content, else ignored.
 func (t *Tree) Add(e *Entry, verity [32]byte) {
-	l := e.line(hex.EncodeToString(verity[:]))
-	t.hash.Write([]byte(l))
-	if t.Listing != nil {
-		t.Listing(l)
-	}
+	t.hash.Write([]byte(e.line(hex.EncodeToString(verity[:]))))
 }
 
 // Sum is the digest of all entries so far.

@@ -23,10 +23,10 @@ type Unpack struct {
 	// Devices makes device nodes and named pipes. Without it an image that has
 	// some is refused.
 	Devices bool
-	// Tree, if set, gets every entry as it was in the image. Then the files will
-	// be compared with it, and extended attributes that the target's file system
-	// doesn't have are an error; without, they are lost.
-	Tree *Tree
+	// Exact makes extended attributes that the target's file system doesn't have
+	// an error: the files will be compared with the tree digest. Without it they
+	// are lost.
+	Exact bool
 }
 
 // Into unpacks every entry of r below dir, an empty folder that nobody else
@@ -88,7 +88,6 @@ type unpacking struct {
 	ctx   context.Context
 	stack []level // from the root to the folder of the current entry
 	buf   []byte
-	sum   Verity
 	// failed is what reading the image ended with
 	failed error
 }
@@ -158,26 +157,18 @@ func (t *unpacking) times(e *Entry) error {
 }
 
 func (t *unpacking) entry(e *Entry, content io.Reader) error {
+	// a file's owner, mode and time are set by its handle, a folder's on leave; a
+	// hard link has none of its own
 	name, parent := path.Base(e.Path), t.parent()
-	var digest [32]byte
 	switch e.Kind {
 	case File:
-		if err := t.file(parent, name, e, content); err != nil {
-			return err
-		}
-		if t.Tree != nil {
-			digest = t.sum.Sum()
-		}
+		return t.file(parent, name, e, content)
 	case Dir:
-		if err := t.dir(parent, name, e); err != nil {
-			return err
-		}
+		return t.dir(parent, name, e)
+	case Hardlink:
+		return t.link(parent, name, e)
 	case Symlink:
 		if err := unix.Symlinkat(e.Link, parent, name); err != nil {
-			return err
-		}
-	case Hardlink:
-		if err := t.link(parent, name, e); err != nil {
 			return err
 		}
 	default:
@@ -187,12 +178,6 @@ func (t *unpacking) entry(e *Entry, content io.Reader) error {
 		if err := mknod(parent, name, e); err != nil {
 			return err
 		}
-	}
-	if t.Tree != nil {
-		t.Tree.Add(e, digest)
-	}
-	if e.Kind == Dir || e.Kind == Hardlink || e.Kind == File {
-		return nil // a folder's on leave, a link has none of its own, a file's by its handle
 	}
 	if t.Owners {
 		if err := unix.Fchownat(parent, name, e.UID, e.GID, unix.AT_SYMLINK_NOFOLLOW); err != nil {
@@ -214,11 +199,7 @@ func (t *unpacking) file(parent int, name string, e *Entry, content io.Reader) e
 	}
 	f := os.NewFile(uintptr(fd), name)
 	defer f.Close()
-	var to io.Writer = struct{ io.Writer }{f} // no ReadFrom: it would ignore buf
-	if t.Tree != nil {
-		t.sum.Reset()
-		to = io.MultiWriter(f, &t.sum)
-	}
+	to := struct{ io.Writer }{f} // no ReadFrom: it would ignore buf
 	n, err := io.CopyBuffer(to, onlyReader{t, content}, t.buf)
 	if err != nil {
 		return err
@@ -309,7 +290,7 @@ func (t *unpacking) xattrs(fd int, e *Entry) error {
 			continue
 		}
 		err := unix.Fsetxattr(fd, k, []byte(v), 0)
-		lost := errors.Is(err, unix.ENOTSUP) && t.Tree == nil || !t.Owners // security.* takes root
+		lost := errors.Is(err, unix.ENOTSUP) && !t.Exact || !t.Owners // security.* takes root
 		if err != nil && !lost {
 			return fmt.Errorf("extended attribute %s: %w", k, err)
 		}
