@@ -135,7 +135,11 @@ func enter() error {
 }
 
 func sever() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+	err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	if errors.Is(err, unix.EINVAL) {
+		return errors.New("bali runs in a chroot whose root is no mount: mount --bind it onto itself before chroot")
+	}
+	if err != nil {
 		return fmt.Errorf("make the mount namespace private: %w", err)
 	}
 	return nil
