@@ -98,7 +98,8 @@ func order(volumes []Volume) ([]Volume, error) {
 			return nil, errors.New("a volume at / would hide the image")
 		}
 		for _, d := range hostDirs {
-			if inside(v.Target, d) {
+			// at its own path it is there already, as whoever names it knows
+			if inside(v.Target, d) && v != (Volume{Host: v.Host, Target: path.Clean(v.Host), Propagation: Shared}) {
 				return nil, fmt.Errorf("volume %s: %s is the host's own in every image, and a mount there would appear on the host", v.Target, d)
 			}
 		}

@@ -37,6 +37,8 @@ func TestOrder(t *testing.T) {
 		{"/x:/proc/1", "the host's own"},
 		{"/x:/run/../dev/x", "the host's own"},
 		{"/x:/running", "/running"},
+		{"/run/x/:/run/x", "/run/x"}, // it is there already
+		{"/run/x:/run/x:ro", "the host's own"},
 	} {
 		var vs []Volume
 		for s := range strings.FieldsSeq(c.volumes) {
