@@ -215,6 +215,9 @@ func held(all inventory, name string, pid int) {
 	}
 }
 
+// netnsDir is a folder that Nomad turns into a mountpoint and leaves so; anything in it is a namespace.
+const netnsDir = "/run/netns"
+
 // A mountpoint is a line of mountinfo.
 type mountpoint struct{ point, kind, source, super string }
 
@@ -254,8 +257,7 @@ func (n *Node) mounts(all inventory, pid int, spaces map[string]bool) error {
 		return err
 	}
 	for _, m := range mounts {
-		// Nomad turns this folder into a mountpoint and leaves it so; anything in it is a namespace.
-		if m.point != "/run/netns" {
+		if m.point != netnsDir {
 			all[fmt.Sprintf("mount %s at %s", m.kind, m.point)] = true
 		}
 	}
@@ -429,6 +431,15 @@ var wholly = []string{"server", "consul"}
 
 // files are those of the node's directory and of the folders that are the node's own.
 func (n *Node) files(all inventory) error {
+	mounts, err := mountsOf(strconv.Itoa(n.PID()))
+	if err != nil {
+		return err
+	}
+	// What is mounted is told of anyway, and who looks into it keeps it from being unmounted: Nomad tries that once and leaves the allocation's directory then.
+	mounted := map[string]bool{}
+	for _, m := range mounts {
+		mounted[n.Path(m.point)] = m.point != netnsDir
+	}
 	walk := func(root, prefix string) error {
 		return filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
@@ -447,11 +458,13 @@ func (n *Node) files(all inventory) error {
 				}
 				return nil
 			}
-			all["file "+name] = true
+			if all["file "+name] = true; mounted[path] && e.IsDir() {
+				return fs.SkipDir
+			}
 			return nil
 		})
 	}
-	// In the node's eyes: there may be mounts below.
+	// In the eyes of the node, which has mounts of its own.
 	if err := walk(n.Path(n.Dir), ""); err != nil {
 		return err
 	}
