@@ -13,7 +13,7 @@ import (
 
 // What is published is shown as it is, in every form, and answers on the node.
 func TestVMPorts(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	const page = "mkdir /www; echo a page >/www/index.html; echo here | nc -ul -p 5353 & exec httpd -f -p 80 -h /www"
 	serve := func(args ...string) {
 		h.t.Helper()
@@ -43,7 +43,7 @@ func TestVMPorts(t *testing.T) {
 
 // Containers of a network find each other by their names there, and nobody else does.
 func TestVMNetworks(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.run("network", "create", "--label", "tier=back", "shop")
 	h.run("network", "create", "other")
 	t.Cleanup(func() { h.run("network", "prune", "-f") })
@@ -124,14 +124,20 @@ func TestVMNetworks(t *testing.T) {
 	h.until("its name to be back", func() bool { return reach("client", "database") == "db" })
 }
 
-// A network is on one node, to which its containers go; what can't go there is told why.
-func TestVMNetworkNode(t *testing.T) {
-	o := nomadtest.Options{Clients: 2, Client: "meta { zone = \"{{.Name}}\" }"}
+// Three nodes, and the server on a fourth.
+func TestVMNodes(t *testing.T) {
+	o := nomadtest.Options{Clients: 3, Keep: []string{"cradle"}, Client: `meta { zone = "{{.Name}}" }`, Server: `min_heartbeat_ttl = "5s"`}
 	if err := o.Cradle(""); err != nil {
 		t.Fatal(err)
 	}
-	o.Keep = append(o.Keep, "cradle")
+	t.Parallel()
 	h := openHostOn(t, nomadtest.Start(t, o))
+	t.Run("network", func(t *testing.T) { testNetworkNode(h.in(t)) })
+	t.Run("lost", func(t *testing.T) { testNodeLost(h.in(t)) })
+}
+
+// testNetworkNode: a network is on one node, to which its containers go; what can't go there is told why.
+func testNetworkNode(h *host) {
 	h.run("network", "create", "shop")
 	h.run("network", "create", "other")
 	run := func(args ...string) []string {
@@ -153,4 +159,6 @@ func TestVMNetworkNode(t *testing.T) {
 		_, err := h.try("", "exec", "third", "ping", "-c", "1", "-w", "20", "elsewhere")
 		return err == nil
 	})
+	h.run("rm", "-f", "third", "elsewhere")
+	h.run("network", "prune", "-f")
 }

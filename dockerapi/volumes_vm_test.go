@@ -5,39 +5,16 @@ package main
 import (
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/hashicorp/nomad/api"
-
-	"github.com/cradlestack/cradlestack/test/programs"
 )
-
-// plugin runs the volumes' plugin as its example says, until the test's end.
-func (h *host) plugin() {
-	h.t.Helper()
-	root, err := programs.Root()
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	text, err := os.ReadFile(filepath.Join(root, "examples/nomad/volumes/cradle-csi.nomad.hcl"))
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	node := h.c.Server()
-	h.c.Run(h.t, strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
-		"/var/lib/cradle/volumes", filepath.Join(node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(node.Dir, "nomad")).Replace(string(text)))
-	h.until("a healthy plugin", func() bool {
-		p, _, err := h.c.API.CSIPlugins().Info("cradle", nil)
-		return err == nil && p.ControllersHealthy == 1 && p.NodesHealthy == 1
-	})
-}
 
 // Volumes with a name outlive containers; who may have one at the same time is its class's to say.
 func TestVMVolumes(t *testing.T) {
 	h := openHost(t)
 	h.wantError(1, "Nomad has no CSI plugin cradle", "volume", "create", "early")
-	h.plugin()
+	h.c.RunVolumes(t)
 	h.want("data", "volume", "create", "-d", "lv2", "-o", "size=64M", "--label", "tier=db", "data")
 	h.want("data", "volume", "create", "data")
 	h.want("data lv2 global map[size:64M] map[tier:db]", "volume", "inspect", "-f", "{{.Name}} {{.Driver}} {{.Scope}} {{.Options}} {{.Labels}}", "data")

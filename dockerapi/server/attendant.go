@@ -213,6 +213,8 @@ func isOver(a *api.AllocationListStub) bool {
 	switch a.ClientStatus {
 	case api.AllocClientStatusComplete, api.AllocClientStatusFailed, api.AllocClientStatusLost:
 		return true
+	case api.AllocClientStatusUnknown:
+		return a.DesiredStatus != api.AllocDesiredStatusRun // its node ends it as soon as it is back
 	}
 	return false
 }

@@ -87,9 +87,20 @@ func (t *tenant) isRunning(r *record) bool {
 	return r.Run > 0 && !r.ended() && t.watch.state(r).phase == phaseRunning
 }
 
+// isAway says whether a container runs on a node that does not answer.
+func (t *tenant) isAway(r *record) bool {
+	return r.Run > 0 && !r.ended() && t.watch.state(r).phase == phaseAway
+}
+
 // running is the pod of a container that runs.
 func (t *tenant) running(r *record) (*pod, error) {
-	if !t.isRunning(r) {
+	switch {
+	case t.isRunning(r):
+	case t.isAway(r):
+		return nil, errAway
+	case r.restarting():
+		return nil, dockerhttp.Errorf(http.StatusConflict, "container %s is restarting, wait until the container is running", r.ID)
+	default:
 		return nil, dockerhttp.Errorf(http.StatusConflict, "container %s is not running", r.ID)
 	}
 	return t.pod(t.watch.state(r).alloc), nil
@@ -97,8 +108,8 @@ func (t *tenant) running(r *record) (*pod, error) {
 
 // disk is a pod that has a container's file system: its own, or one that attends to it.
 func (t *tenant) disk(ctx context.Context, r *record) (*pod, func(), error) {
-	if p, err := t.running(r); err == nil {
-		return p, func() {}, nil
+	if p, err := t.running(r); err == nil || t.isAway(r) || r.restarting() {
+		return p, func() {}, err
 	}
 	if !r.ended() && r.Run > 0 && t.watch.state(r).phase == phasePending {
 		if s, err := t.started(ctx, r); err != nil {
@@ -230,12 +241,18 @@ func (s *Server) stopContainer(w http.ResponseWriter, r *http.Request, t *tenant
 
 // stop ends a container with its stop signal, and the rule to start it again with it.
 func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
+	if c.restarting() && !t.isRunning(c) {
+		return t.giveUp(ctx, c)
+	}
 	if c.Run > 0 && !c.ended() && t.watch.state(c).phase == phasePending {
 		if _, err := t.started(ctx, c); err != nil {
 			return err
 		}
 	}
 	p, err := t.running(c)
+	if errors.Is(err, errAway) {
+		return err
+	}
 	if err != nil {
 		return dockerhttp.NewError(http.StatusNotModified, "container is already stopped")
 	}
@@ -485,7 +502,7 @@ func (s *Server) pruneContainers(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	report := container.PruneReport{ContainersDeleted: []string{}}
 	for _, c := range all {
-		if t.statusOf(c).Status == container.StateRunning || c.Run > 0 && !c.ended() || !f.Labels("label", c.Config.Labels, false) || !f.Labels("label!", c.Config.Labels, true) {
+		if t.statusOf(c).Running || c.Run > 0 && !c.ended() || !f.Labels("label", c.Config.Labels, false) || !f.Labels("label!", c.Config.Labels, true) {
 			continue
 		}
 		if !until.IsZero() && !c.Created.Before(until) {

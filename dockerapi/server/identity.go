@@ -6,9 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -159,6 +161,14 @@ func (f *clientsFile) access(name string) (Access, error) {
 		return Access{}, errUnknownClient
 	}
 	return a, nil
+}
+
+// all are the accesses of all clients, as far as the file can be read.
+func (f *clientsFile) all() []Access {
+	_, _ = f.access("") // reads it; what is wrong with it a client is told
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Collect(maps.Values(f.clients))
 }
 
 func parseClients(data []byte) (map[string]Access, error) {

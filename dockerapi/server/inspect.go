@@ -26,11 +26,11 @@ func (s *Server) inspectContainer(w http.ResponseWriter, r *http.Request, t *ten
 	}
 	out := dockerhttp.InspectedContainer{InspectResponse: container.InspectResponse{
 		ID: c.ID, Name: "/" + c.Name, Created: stamp(c.Created), Path: path, Args: args, State: &one.state, Image: c.Image.ID, Driver: "overlay2", Platform: "linux",
-		RestartCount: c.Last.Restarts, HostConfig: c.Host, Config: c.Config, Mounts: mountPoints(c),
+		RestartCount: c.Last.Restarts + c.Again, HostConfig: c.Host, Config: c.Config, Mounts: mountPoints(c),
 		GraphDriver: &storage.DriverData{Name: "overlay2", Data: map[string]string{}},
 	}}
 	if i := one.inside; i != nil {
-		out.RestartCount, out.LogPath, out.ResolvConfPath, out.HostnamePath, out.HostsPath = i.RestartCount, i.LogPath, i.ResolvConfPath, i.HostnamePath, i.HostsPath
+		out.RestartCount, out.LogPath, out.ResolvConfPath, out.HostnamePath, out.HostsPath = i.RestartCount+c.Again, i.LogPath, i.ResolvConfPath, i.HostnamePath, i.HostsPath
 		if i.GraphDriver != nil {
 			out.GraphDriver.Data = i.GraphDriver.Data
 		}

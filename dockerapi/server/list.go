@@ -30,6 +30,8 @@ func (t *tenant) statusOf(r *record) container.State {
 		s.Status = container.StateRemoving
 	case r.Run == 0:
 		return s
+	case r.restarting() && t.watch.state(r).phase <= phasePending, r.restarting() && r.ended():
+		s.Status, s.Running, s.Restarting = container.StateRestarting, true, true
 	case r.ended():
 	default:
 		switch p := t.watch.state(r); p.phase {
@@ -38,6 +40,12 @@ func (t *tenant) statusOf(r *record) container.State {
 			if h := r.Config.Healthcheck; h != nil && len(h.Test) > 0 && h.Test[0] != "NONE" {
 				s.Health = &container.Health{Status: container.Starting, Log: []*container.HealthcheckResult{}} // until its pod tells
 			}
+			if p.task != nil {
+				s.StartedAt = stamp(p.task.StartedAt)
+			}
+			return s
+		case phaseAway:
+			s.Status, s.Dead, s.Error = container.StateDead, true, "its node does not answer"
 			if p.task != nil {
 				s.StartedAt = stamp(p.task.StartedAt)
 			}

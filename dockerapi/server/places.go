@@ -158,6 +158,9 @@ func (t *tenant) nodeOf(ctx context.Context, n *netRecord, r *record) (string, e
 		}
 		s := t.watch.state(o)
 		if o.Node == n.Node || !o.ended() && s.alloc != nil && s.alloc.NodeID == n.Node && s.phase != phaseEnded {
+			if t.isDown(ctx, n.Node) {
+				return "", nil // so its containers can go elsewhere, one after the other
+			}
 			return n.Node, nil
 		}
 	}

@@ -63,6 +63,10 @@ type record struct {
 	Run  int    `json:"run"`            // how many times it was started
 	Try  int    `json:"try,omitempty"`  // of the run: the places where it can't be are counted
 	Node string `json:"node,omitempty"` // where its disk is, by the node's id
+	// Left is a lost node that has a disk of its, until it is known where the next run is.
+	Left string `json:"left,omitempty"`
+	// Again is how many times its restart policy had to begin a run since a client has started it.
+	Again int `json:"again,omitempty"`
 	// Filled says that a container that is removed at its end has a disk nevertheless, as somebody has looked at it, or copied to it, before its start.
 	Filled bool `json:"filled,omitempty"`
 	Last   run  `json:"last,omitzero"` // the newest run that is known to have ended
@@ -89,6 +93,7 @@ type run struct {
 	OOMKilled  bool      `json:"oomKilled,omitempty"`
 	Error      string    `json:"error,omitempty"`
 	Restarts   int       `json:"restarts,omitempty"`
+	Lost       string    `json:"lost,omitempty"` // what took it away; "" where it has ended by itself
 }
 
 func newID() string {

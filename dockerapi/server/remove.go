@@ -22,11 +22,12 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 		if now.Want == wantRemoved {
 			return false, nil
 		}
-		if !force && t.isRunning(now) {
-			return false, dockerhttp.Errorf(http.StatusConflict, "cannot remove container %q: container is running: stop the container before removing or force remove", "/"+now.Name)
+		if s := t.statusOf(now); !force && s.Running {
+			return false, dockerhttp.Errorf(http.StatusConflict, "cannot remove container %q: container is %s: stop the container before removing or force remove", "/"+now.Name, s.Status)
 		}
 		now.Want = wantRemoved
-		return true, nil
+		_, err := t.isAt(ctx, now, t.watch.state(now))
+		return true, err
 	})
 	if isNotFound(err) {
 		return nil
@@ -44,7 +45,7 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 		_, err := t.nomad.Variables().Delete(nomadjob.EnvPath(r.jobID()), t.write(together))
 		return err
 	})
-	g.Go(func() error { return t.removeDisk(together, r) })
+	g.Go(func() error { return t.removeDisks(together, r) })
 	if err := g.Wait(); err != nil {
 		return fmt.Errorf("remove container %s: %w", r.ID, err)
 	}
@@ -118,11 +119,24 @@ func isGone(err error) bool {
 // removerPrefix begins the id of a job that removes a disk.
 const removerPrefix = jobPrefix + "rm-"
 
-// removeDisk asks the node that has a container's disk to remove it. Nomad runs that as soon as the node can.
-func (t *tenant) removeDisk(ctx context.Context, r *record) error {
-	if r.Node == "" || !r.keepsDisk() {
+// removeDisks removes a container's disk, and one that it has left on a lost node.
+func (t *tenant) removeDisks(ctx context.Context, r *record) error {
+	if !r.keepsDisk() {
 		return nil
 	}
-	_, _, err := t.nomad.Jobs().Register(nomadjob.RemoveDisk(removerPrefix+r.ID, t.Namespace, r.Node, r.ID), t.write(ctx))
+	for _, node := range []string{r.Node, r.Left} {
+		if node == "" {
+			continue
+		}
+		if err := t.removeDiskAt(ctx, r.ID, node); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeDiskAt asks a node to remove a container's disk. Nomad runs that as soon as the node can.
+func (t *tenant) removeDiskAt(ctx context.Context, id, node string) error {
+	_, _, err := t.nomad.Jobs().Register(nomadjob.RemoveDisk(removerPrefix+id+"-"+node, t.Namespace, node, id), t.write(ctx))
 	return err
 }

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -32,9 +31,16 @@ type sessions struct {
 	mu        sync.Mutex
 	attaching map[string][]*attachment // by container: those who wait for its start
 	placing   map[string]bool          // containers that may have to be elsewhere than where Nomad has them at the moment
-	settling  map[string]bool          // containers whose end is being noted
+	settling  map[fate]bool            // that is noted, or is about to be
 	ends      map[string]*ending       // of runs that this server waits for, by container
 	noted     map[string]run           // the newest run whose end this server has seen noted, by container; for a while after its removal
+}
+
+// A fate is what has become of a container's run.
+type fate struct {
+	id    string
+	run   int
+	phase phase
 }
 
 // A startSet has the containers that are just being started: their ends are told after their starts.
@@ -120,16 +126,25 @@ type ending struct {
 	done chan struct{} // closed when it is noted in the record, or is left to Nomad
 }
 
-// start starts a container and returns when it runs.
-func (t *tenant) start(ctx context.Context, id string) error {
+// start starts a container for a client and returns when it runs.
+func (t *tenant) start(ctx context.Context, id string) error { return t.begin(ctx, id, anyRun) }
+
+// anyRun is whichever of a container's runs is the newest.
+const anyRun = -1
+
+// begin begins a container's next run and returns when it runs. After says which run its restart policy has it follow; anyRun where a client starts it.
+func (t *tenant) begin(ctx context.Context, id string, after int) error {
 	if err := t.watch.ready(ctx); err != nil {
 		return err
 	}
 	var wait []*attachment
-	already := false
+	already, late := false, false
 	var ended run
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
 		already, ended = false, run{}
+		if late = after != anyRun && (r.Run != after || r.Want != wantRunning || !r.ended()); late {
+			return false, nil // somebody has done so, or has stopped it
+		}
 		switch r.Want {
 		case wantRemoved:
 			return false, dockerhttp.Errorf(http.StatusConflict, "container is marked for removal and cannot be started")
@@ -143,31 +158,45 @@ func (t *tenant) start(ctx context.Context, id string) error {
 			r.Last = endOf(r.Run, t.watch.state(r))
 			ended = r.Last
 		}
-		r.Run, r.Try = r.Run+1, 0
+		again := r.Again
+		r.Run, r.Try, r.Again = r.Run+1, 0, 0
 		r.Want = wantRunning
+		if after != anyRun {
+			r.Again = again + 1
+			if r.Last.Lost == lostNode && r.Node != "" { // it may go elsewhere, with a fresh disk
+				r.Left, r.Node = r.Node, ""
+			}
+		}
 		wait = t.attachments(id)
 		r.firstPorts()
 		var err error
 		r.place, err = t.enter(ctx, r)
 		return true, err
 	})
-	if err != nil {
+	if err != nil || late {
 		return err
 	}
 	t.emitEnd(r, ended)
 	if already {
-		if _, err := t.started(ctx, r); err != nil {
-			return err
+		if !r.restarting() {
+			if _, err := t.started(ctx, r); err != nil {
+				return err
+			}
 		}
 		return dockerhttp.NewError(http.StatusNotModified, "container is already running")
 	}
+	return t.carryOut(ctx, r, wait)
+}
+
+// carryOut gives Nomad a run, and returns when it runs.
+func (t *tenant) carryOut(ctx context.Context, r *record, wait []*attachment) error {
 	if err := t.endAttendant(ctx, r); err != nil {
 		return err
 	}
 	if err := t.awaitVolumes(ctx, r, r.jobID()); err != nil {
 		return errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 	}
-	placed := t.place(id)
+	placed := t.place(r.ID)
 	defer placed()
 	for {
 		if err := t.register(ctx, r); err != nil {
@@ -232,7 +261,10 @@ func (t *tenant) register(ctx context.Context, r *record) error {
 		if now.Run != r.Run || now.Want != wantRunning {
 			return false, nil
 		}
-		now.Want, now.Last = wantCreated, run{Number: now.Run, ExitCode: exitNever, Error: err.Error(), FinishedAt: time.Now().UTC()}
+		now.Last = run{Number: now.Run, ExitCode: exitNever, Error: err.Error(), FinishedAt: time.Now().UTC()}
+		if now.Again == 0 {
+			now.Want = wantCreated
+		}
 		return true, nil
 	})
 	return errors.Join(err, cerr)
@@ -258,9 +290,7 @@ func (t *tenant) tryAgain(ctx context.Context, r *record, s podState, why error)
 		return nil, errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 	}
 	if errors.Is(why, errElsewhere) { // the disk of the machine that was there for a moment
-		gone := *r
-		gone.Node = s.alloc.NodeID
-		err = t.removeDisk(ctx, &gone)
+		err = t.removeDiskAt(ctx, r.ID, s.alloc.NodeID)
 	}
 	return now, err
 }
@@ -357,7 +387,10 @@ func (t *tenant) started(ctx context.Context, r *record) (s podState, err error)
 			p := r.Pod.Network.Publish[i]
 			return false, dockerhttp.Errorf(http.StatusInternalServerError, "driver failed programming external connectivity: Bind for %s:%d failed: port is already allocated", hostIP(p), p.HostPort)
 		}
-		if s.noPlace != "" {
+		if s.phase == phaseAway {
+			return false, errAway
+		}
+		if s.noPlace != "" && r.Again == 0 { // for one that its restart policy starts, Nomad looks for a place until there is one
 			if r.place != "" {
 				s.noPlace += "; its networks are on one node, and it has to go there"
 			}
@@ -366,7 +399,7 @@ func (t *tenant) started(ctx context.Context, r *record) (s podState, err error)
 		return s.phase == phaseRunning || s.phase == phaseEnded, nil
 	})
 	if err != nil {
-		if ctx.Err() == nil && !errors.Is(err, errPortTaken) {
+		if ctx.Err() == nil && !errors.Is(err, errPortTaken) && !errors.Is(err, errAway) {
 			err = errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 		}
 		return s, err
@@ -465,11 +498,10 @@ func (t *tenant) noteNode(ctx context.Context, r *record, s podState) {
 		return
 	}
 	_, err := t.change(ctx, r.ID, func(now *record) (bool, error) {
-		if now.Run != r.Run || now.Node == s.alloc.NodeID {
+		if now.Run != r.Run {
 			return false, nil
 		}
-		now.Node = s.alloc.NodeID
-		return true, nil
+		return t.isAt(ctx, now, s)
 	})
 	if err != nil && !isNotFound(err) {
 		t.server.Log.Error("note a container's node", "container", r.ID, "error", err)
@@ -546,13 +578,16 @@ func (t *tenant) endNoted(id string, e *ending) {
 // noteEnd writes a run's end into the record, once; a container that is to be removed at its end goes.
 func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
 	t.starting.wait(ctx, id)
-	noted := false
+	noted, again := false, false
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
 		if noted = r.Run == last.Number && !r.ended(); !noted {
 			return false, nil
 		}
+		if _, err := t.isAt(ctx, r, t.watch.state(r)); err != nil { // who has started it may have been killed before it could note that
+			return false, err
+		}
 		r.Last = last
-		if r.Want == wantRunning {
+		if again = r.startsAgain(); !again && r.Want == wantRunning {
 			r.Want = wantStopped
 		}
 		return true, nil
@@ -565,6 +600,9 @@ func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
 	}
 	if noted {
 		t.emitEnd(r, r.Last)
+		if again {
+			t.startAgain(r)
+		}
 	}
 	t.note(id, r.Last)
 	if r.Host.AutoRemove && r.ended() && r.Run == last.Number {
@@ -600,7 +638,7 @@ const forgetTime = time.Minute
 // settle notes the ends that Nomad has told of.
 func (t *tenant) settle() {
 	t.watch.mu.Lock()
-	ended := map[string]int{}
+	ended := map[fate]bool{}
 	var removed []string
 	for id, j := range t.watch.jobs {
 		rest := strings.TrimPrefix(id, jobPrefix)
@@ -612,8 +650,10 @@ func (t *tenant) settle() {
 				removed = append(removed, id)
 				delete(t.watch.jobs, id)
 			}
-		case j.run > 0 && t.watch.stateOf(id, j.run, j.try).phase == phaseEnded && !t.isPlacing(rest):
-			ended[rest] = j.run
+		case j.run > 0 && !t.isPlacing(rest):
+			if p := t.watch.stateOf(id, j.run, j.try).phase; p == phaseEnded || p == phaseAway {
+				ended[fate{rest, j.run, p}] = true
+			}
 		}
 	}
 	t.watch.mu.Unlock()
@@ -624,23 +664,19 @@ func (t *tenant) settle() {
 			}
 		})
 	}
-	for id, number := range ended {
-		t.sessions.mu.Lock()
-		if t.settling == nil {
-			t.settling = map[string]bool{}
-		}
-		key := fmt.Sprint(id, "/", number)
-		busy := t.settling[key]
-		t.settling[key] = true
-		t.sessions.mu.Unlock()
-		if busy {
+	t.sessions.mu.Lock()
+	defer t.sessions.mu.Unlock()
+	settled := t.settling
+	t.settling = ended
+	for it := range ended {
+		if settled[it] {
 			continue
 		}
 		t.server.work.Go(func() {
-			if err := t.settleOne(id, number); err != nil && t.server.ctx.Err() == nil {
-				t.server.Log.Error("note a container's end", "container", id, "error", err)
+			if err := t.settleOne(it); err != nil && t.server.ctx.Err() == nil {
+				t.server.Log.Error("note a container's end", "container", it.id, "error", err)
 				t.sessions.mu.Lock()
-				delete(t.settling, key) // again, with the next event
+				delete(t.settling, it) // again, with the next event
 				t.sessions.mu.Unlock()
 			}
 			t.watch.change(func() {})
@@ -648,24 +684,37 @@ func (t *tenant) settle() {
 	}
 }
 
-func (t *tenant) settleOne(id string, number int) error {
+func (t *tenant) settleOne(it fate) error {
 	ctx := t.server.ctx
 	t.sessions.mu.Lock()
-	e := t.ends[id]
+	e := t.ends[it.id]
 	t.sessions.mu.Unlock()
-	if e != nil && e.run == number {
+	if e != nil && e.run == it.run {
 		select {
 		case <-e.done: // the pod knows better
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
-	r, err := t.get(ctx, id)
+	r, err := t.get(ctx, it.id)
 	if isNotFound(err) {
 		return nil
 	}
-	if err != nil || r.Run != number || r.ended() {
+	if err != nil || r.Run != it.run || r.ended() {
 		return err
 	}
-	return t.noteEnd(ctx, id, endOf(number, t.watch.state(r)))
+	s := t.watch.state(r)
+	switch {
+	case s.phase == phaseEnded:
+	case s.phase == phaseAway && (r.Want != wantRunning || !r.Host.RestartPolicy.IsNone()):
+	default: // it goes on when its node is back
+		return nil
+	}
+	end := endOf(r.Run, s)
+	if end.Lost == lostNode { // Nomad has nothing more to do with it: neither elsewhere nor when the node is back
+		if err := t.stopJob(ctx, r.jobID()); err != nil {
+			return err
+		}
+	}
+	return t.noteEnd(ctx, it.id, end)
 }

@@ -121,6 +121,7 @@ func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 		ConnContext: identify,
 		BaseContext: func(net.Listener) context.Context { return s.ctx },
 	}
+	s.watchAll(listeners)
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {
 		g.Go(func() error {

@@ -68,6 +68,7 @@ const (
 	phasePending              // Nomad has it
 	phaseRunning              // its pod is there
 	phaseEnded
+	phaseAway // its node does not answer; where that comes back, it goes on
 )
 
 // A podState is what Nomad tells of a container's newest run.
@@ -112,6 +113,8 @@ func (w *watch) stateOf(jobID string, run, try int) podState {
 		}
 	case api.AllocClientStatusComplete, api.AllocClientStatusFailed, api.AllocClientStatusLost:
 		s.phase = phaseEnded
+	case api.AllocClientStatusUnknown:
+		s.phase = phaseAway
 	case api.AllocClientStatusPending:
 		if s.task != nil && s.task.State == "running" {
 			s.phase = phaseRunning
@@ -121,6 +124,13 @@ func (w *watch) stateOf(jobID string, run, try int) podState {
 		}
 	}
 	return s
+}
+
+// knows says whether Nomad has a container's newest run.
+func (w *watch) knows(r *record) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.stateOf(r.jobID(), r.Run, anyTry).phase != phaseNone
 }
 
 // ready answers nil while the watch knows what there is, and 503 with the reason while it does not.
@@ -233,7 +243,7 @@ func (t *tenant) resync(ctx context.Context) error {
 		w.synced, w.err = true, nil
 	})
 	t.settle()
-	return nil
+	return t.recover(ctx)
 }
 
 // job notes what a job is now.
@@ -366,8 +376,8 @@ func endOf(number int, s podState) run {
 	if s.alloc.ModifyTime > 0 {
 		r.FinishedAt = time.Unix(0, s.alloc.ModifyTime).UTC()
 	}
-	if s.alloc.ClientStatus == api.AllocClientStatusLost {
-		r.ExitCode, r.Error = exitLost, "its node is lost"
+	if s.alloc.ClientStatus == api.AllocClientStatusLost || s.phase == phaseAway {
+		r.ExitCode, r.Error, r.Lost = exitLost, "its node is lost", lostNode
 	}
 	if s.task == nil {
 		if r.Error == "" {
@@ -392,12 +402,18 @@ func endOf(number int, s podState) run {
 			if m := e.Message; m != "" && r.Error == "" {
 				r.Error = m
 			}
+			if strings.HasPrefix(r.Error, machineEnded) {
+				r.ExitCode, r.Lost = exitLost, lostMachine
+			}
 		case api.TaskDriverFailure, api.TaskSetupFailure, api.TaskFailedValidation:
 			r.ExitCode, r.Error = exitNever, or(e.Details["driver_error"], or(e.Details["setup_error"], or(e.Details["validation_error"], e.DisplayMessage)))
 		}
 	}
 	return r
 }
+
+// machineEnded is how the driver begins to say why a pod did not end by itself.
+const machineEnded = "the pod's machine ended"
 
 // Exit codes of a container that did not end by itself.
 const (

@@ -34,6 +34,8 @@ func StatusText(s *container.State, now time.Time) string {
 			}
 		}
 		return text
+	case s.Dead:
+		return "Dead"
 	case s.Status == container.StateRemoving:
 		return "Removal In Progress"
 	case s.Status == container.StateCreated:

@@ -38,6 +38,9 @@ const (
 	namesWaitMin = 20 * time.Millisecond // after a change, for the next one
 	namesWaitMax = 200 * time.Millisecond
 
+	// neverLost is the time after which Nomad takes a pod for lost whose node does not answer. It would start one elsewhere then, whatever Replace says (1.11).
+	neverLost = 10 * 365 * 24 * time.Hour
+
 	diskMB       = 30 // Nomad's own of an allocation: the task's logs
 	logFiles     = 2
 	logFileMB    = 10
@@ -69,7 +72,7 @@ type Options struct {
 	Meta map[string]string
 	// Node binds the pod to one node, by its id; Zone to the nodes whose meta.zone it is.
 	Node, Zone string
-	// Replace starts the pod elsewhere when its node is lost.
+	// Replace starts the pod elsewhere when its node is lost. Else it goes on when its node is back.
 	Replace bool
 	// Bare pods have nothing of Nomad's inside: no directories, no variables.
 	Bare bool
@@ -163,6 +166,9 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 		RestartPolicy:    &api.RestartPolicy{Attempts: ptr(0), Interval: ptr(time.Hour), Delay: ptr(time.Second), Mode: ptr("fail"), RenderTemplates: ptr(false)},
 		ReschedulePolicy: &api.ReschedulePolicy{Attempts: ptr(0), Unlimited: ptr(false)},
 		Disconnect:       &api.DisconnectStrategy{Replace: ptr(o.Replace)},
+	}
+	if !o.Replace {
+		g.Disconnect.LostAfter = ptr(neverLost)
 	}
 	if n := b.network(); n != nil {
 		g.Networks = []*api.NetworkResource{n}

@@ -6,13 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/internal/agents"
+	"github.com/cradlestack/cradlestack/test/programs"
 )
 
 // Run registers a job that is written in HCL and returns its id.
@@ -26,6 +29,33 @@ func (c *Cluster) Run(t testing.TB, hcl string) string {
 		t.Fatalf("register job %s: %v", *job.ID, err)
 	}
 	return *job.ID
+}
+
+// RunVolumes runs the volumes' plugin on the server's node as its example says, and returns when volumes can be made.
+func (c *Cluster) RunVolumes(t testing.TB) {
+	t.Helper()
+	root, err := programs.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "examples/nomad/volumes/cradle-csi.nomad.hcl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := c.Server().Dir
+	c.Run(t, strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
+		"/var/lib/cradle/volumes", filepath.Join(dir, "volumes"), "/var/lib/nomad", filepath.Join(dir, "nomad")).Replace(string(text)))
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	defer cancel()
+	if err := agents.Retry(ctx, "a healthy plugin of volumes", func() error {
+		p, _, err := c.API.CSIPlugins().Info("cradle", (&api.QueryOptions{}).WithContext(ctx))
+		if err == nil && (p.ControllersHealthy != 1 || p.NodesHealthy != 1) {
+			err = fmt.Errorf("%d controllers, %d nodes", p.ControllersHealthy, p.NodesHealthy)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Stop stops a job and waits until all of it has ended.

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +28,9 @@ import (
 // startTimeout bounds the wait for dockerd's first answer.
 const startTimeout = time.Minute
 
+// daemons counts those of this process.
+var daemons atomic.Int64
+
 // A Daemon is a running dockerd.
 type Daemon struct {
 	Host string // for docker -H and DOCKER_HOST
@@ -37,7 +42,10 @@ type Daemon struct {
 }
 
 // Start starts dockerd with everything of its in dir, which must be short: a socket's path has at most 107 bytes.
-func Start(ctx context.Context, dir string) (*Daemon, error) {
+func Start(ctx context.Context, dir string) (*Daemon, error) { return start(ctx, dir) }
+
+// start has unshare make more namespaces.
+func start(ctx context.Context, dir string, more ...string) (*Daemon, error) {
 	for _, tool := range []string{"dockerd", "containerd", "runc", "docker", "unshare"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return nil, fmt.Errorf("%w: apt-get install --no-install-recommends docker.io", err)
@@ -46,7 +54,7 @@ func Start(ctx context.Context, dir string) (*Daemon, error) {
 	d := &Daemon{
 		Host:   "unix://" + filepath.Join(dir, "docker.sock"),
 		dir:    dir,
-		cgroup: fmt.Sprintf("cradle-test-%d", os.Getpid()),
+		cgroup: fmt.Sprintf("cradle-test-%d-%d", os.Getpid(), daemons.Add(1)),
 		exited: make(chan struct{}),
 	}
 	log, err := os.Create(filepath.Join(dir, "log"))
@@ -55,19 +63,27 @@ func Start(ctx context.Context, dir string) (*Daemon, error) {
 	}
 	defer log.Close()
 	// The process namespace takes dockerd's containerd and every container down with it, the mount namespace their mounts.
-	d.cmd = exec.Command("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+	d.cmd = exec.Command("unshare", append(more, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+		"sh", "-c", `ip link set lo up; exec "$@"`, "sh", // a new network's is down
 		"dockerd", "--data-root", filepath.Join(dir, "root"), "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
 		"--host", d.Host, "--bridge", "none", "--iptables=false", "--ip-masq=false", "--cgroup-parent", "/"+d.cgroup,
-		"--storage-driver", "overlay2", "--log-level", "warn")
+		"--storage-driver", "overlay2", "--log-level", "warn")...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := d.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start dockerd: %w", err)
-	}
+	started := make(chan error)
 	go func() {
 		defer close(d.exited)
-		d.cmd.Wait()
+		// Pdeathsig comes when the thread ends that has started the process.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := d.cmd.Start()
+		if started <- err; err == nil {
+			d.cmd.Wait()
+		}
 	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start dockerd: %w", err)
+	}
 	if err := d.ready(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -125,7 +141,23 @@ func (d *Daemon) LoadLayout(ctx context.Context, reference, dir string) error {
 // ForTest starts a daemon, with its files in dir, that ends with the test.
 func ForTest(t *testing.T, dir string) *Daemon {
 	t.Helper()
-	d, err := Start(t.Context(), dir)
+	return forTest(t, dir)
+}
+
+// ForNetworks is ForTest of a daemon whose containers can be on networks: it has the network's namespace to itself.
+func ForNetworks(t *testing.T, dir string) *Daemon {
+	t.Helper()
+	return forTest(t, dir, "--net")
+}
+
+// Inside is a program that runs in the daemon's network.
+func (d *Daemon) Inside(ctx context.Context, name string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "nsenter", append([]string{fmt.Sprintf("--net=/proc/%d/ns/net", d.cmd.Process.Pid), name}, args...)...)
+}
+
+func forTest(t *testing.T, dir string, more ...string) *Daemon {
+	t.Helper()
+	d, err := start(t.Context(), dir, more...)
 	if err != nil {
 		t.Fatal(err)
 	}

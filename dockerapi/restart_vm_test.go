@@ -1,0 +1,157 @@
+//go:build vm
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+)
+
+// killMachines ends all machines of a node, as the kernel does when memory is short.
+func killMachines(t *testing.T, n *nomadtest.Node) {
+	t.Helper()
+	all, err := n.Processes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed := 0
+	for _, p := range all {
+		if strings.HasPrefix(p.Name(), "qemu-system") && p.State != 'Z' {
+			killed++
+			if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if killed == 0 {
+		t.Fatal("there is no machine")
+	}
+}
+
+// A container whose machine ends under it is started by its policy, on its own disk; without one it has ended, and docker says why.
+func TestVMMachineLost(t *testing.T) {
+	h := openHost(t)
+	h.run("run", "-d", "--name", "plain", "busybox", "sleep", "1000")
+	// What is not on the disk goes with the machine.
+	h.run("run", "-d", "--restart", "unless-stopped", "--name", "kept", "busybox", "sh", "-c", "echo start >>/log; sync; trap exit TERM; while :; do sleep 0.1; done")
+	id := h.run("inspect", "-f", "{{.Id}}", "kept")
+	starts := func(n int) {
+		t.Helper()
+		h.until(fmt.Sprintf("start %d", n), func() bool {
+			out, _ := h.try("", "exec", "kept", "cat", "/log")
+			return out == strings.Repeat("start\n", n)
+		})
+	}
+	starts(1)
+	killMachines(t, h.c.Server())
+	h.until("the end of plain", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "plain") == "exited" })
+	if got := h.run("inspect", "-f", "{{.State.ExitCode}} {{.State.Error}}", "plain"); !strings.HasPrefix(got, "255 the pod's machine ended") {
+		t.Errorf("plain has ended: %s", got)
+	}
+	h.run("rm", "plain")
+	starts(2)
+	h.want("running 1", "inspect", "-f", "{{.State.Status}} {{.RestartCount}}", "kept")
+
+	// No server is there when it happens: the next one notices, though nobody asks it.
+	h.kill()
+	killMachines(t, h.c.Server())
+	h.c.UntilEnded(t, "docker-"+id)
+	h.serve()
+	starts(3)
+	h.run("stop", "kept")
+	h.want("exited", "inspect", "-f", "{{.State.Status}}", "kept")
+}
+
+// testNodeLost: a node is lost. What has a policy to start again is on another one then, with a fresh disk, and docker ps tells the truth about the others, which
+// go on when the node is back. Nothing of what has left is there then.
+func testNodeLost(h *host) {
+	t := h.t
+	h.run("run", "-d", "--restart", "always", "--name", "moved", "busybox", "sh", "-c", "echo moved; exec sleep 1000")
+	at := func(name string) string {
+		all, _, err := h.c.API.Jobs().Allocations("docker-"+h.run("inspect", "-f", "{{.Id}}", name), false, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range all {
+			if nomadtest.Running(a) {
+				return a.NodeName
+			}
+		}
+		return fmt.Sprint(len(all), " allocations, and none runs")
+	}
+	first := at("moved")
+	h.run("run", "-d", "--name", "stays", "-l", "kr.zone="+first, "busybox", "sh", "-c", "echo stays; until test -e /end; do sleep 0.2; done; cat /end")
+	works := func(name string) {
+		t.Helper()
+		h.want(name, "logs", name)
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, []byte(name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.run("cp", file, name+":/copied")
+		h.want(name, "exec", name, "sh", "-c", "sync; cat /copied")
+		h.run("cp", name+":/copied", file+"2")
+		if text, err := os.ReadFile(file + "2"); err != nil || string(text) != name {
+			t.Errorf("copied from %s: %q, %v", name, text, err)
+		}
+	}
+	works("moved")
+	works("stays")
+	var lost *nomadtest.Node
+	for _, n := range h.c.Clients() {
+		if n.Name == first {
+			lost = n
+		}
+	}
+	if err := lost.Crash(); err != nil {
+		t.Fatal(err)
+	}
+	h.until("the loss to be told", func() bool { return h.run("ps", "-a", "--filter", "name=stays", "--format", "{{.Status}}") == "Dead" })
+	for _, command := range []string{"stop", "start", "logs", "top"} {
+		h.wantError(1, "node does not answer", command, "stays")
+	}
+	h.until("moved on another node", func() bool {
+		now := at("moved")
+		return strings.HasPrefix(now, "client") && now != first
+	})
+	h.until("it to run", func() bool {
+		return h.run("inspect", "-f", "{{.State.Status}} {{.RestartCount}}", "moved") == "running 1"
+	})
+	h.want("moved", "ps", "--format", "{{.Names}}")
+	works("moved")
+	disks := func() string {
+		found, err := filepath.Glob(filepath.Join(h.c.Dir(), "*", "cradle", "disks", "*", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(len(found))
+	}
+	if left := disks(); left != "3" {
+		t.Errorf("there are %s disks", left)
+	}
+	if err := lost.Boot(); err != nil {
+		t.Fatal(err)
+	}
+	h.until("the end of the disk that was left", func() bool { return disks() == "2" })
+	h.until("stays to go on", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "stays") == "running" })
+	h.want("stays", "exec", "stays", "cat", "/copied")
+	attached := make(chan string)
+	go func() {
+		out, err := h.try("", "attach", "--no-stdin", "stays")
+		attached <- fmt.Sprint(out, err)
+	}()
+	h.run("exec", "stays", "sh", "-c", "echo the end >/new; mv /new /end")
+	if got := <-attached; !strings.HasSuffix(got, "the end\n<nil>") {
+		t.Errorf("docker attach: %q", got)
+	}
+	h.want("0", "wait", "stays")
+	h.run("rm", "-f", "moved", "stays")
+	h.until("the end of all disks", func() bool { return disks() == "0" })
+}
