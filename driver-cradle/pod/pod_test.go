@@ -160,6 +160,21 @@ func TestBury(t *testing.T) {
 	if _, err := os.Stat(d.join(runDir, launchedFile)); err == nil {
 		t.Error("the run's remains are still there")
 	}
+
+	// One whose attendant was killed after it had noted the end, and before it had put all away, has ended as was noted.
+	r.Failure, r.Status.ExitCode = "", 3
+	if err := errors.Join(writeJSON(d.join(runDir, statusFile), r), writeJSON(d.join(runDir, launchedFile), launch)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.TakeUp(t.Context(), TakeUpOptions{}); !errors.Is(err, ErrNotRunning) {
+		t.Fatalf("TakeUp: %v", err)
+	}
+	if r, err = d.Report(); err != nil || r.Failure != "" || r.Status.ExitCode != 3 {
+		t.Errorf("report %+v, %v", r, err)
+	}
+	if _, err := os.Stat(d.join(runDir, launchedFile)); err == nil {
+		t.Error("the run's remains are still there")
+	}
 }
 
 func TestRemove(t *testing.T) {

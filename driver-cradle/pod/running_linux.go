@@ -128,6 +128,9 @@ func (d *Dir) bury(why error, info *vmm.Info) error {
 	if err != nil {
 		return err
 	}
+	if _, err := d.readReport(); err == nil {
+		return d.tidy() // of this run, as a start removes that of the last one: who has written it was killed before the rest was put away
+	}
 	report := Report{Version: reportVersion, EndedAt: time.Now(), Failure: "the machine has ended while no process attended to the pod"}
 	if info != nil {
 		report.Machine, report.StartedAt = *info, info.StartedAt
@@ -462,7 +465,8 @@ func (r *Running) watch() {
 		report.Status, report.Failure = r.lastStatus(err)
 	}
 	report.EndedAt = time.Now()
-	if err := errors.Join(r.end(), writeJSON(r.dir.join(runDir, statusFile), report), r.dir.tidy()); err != nil {
+	// The report comes first: without the machine, the next process would have no other way to learn how the pod has ended, should this one be killed now.
+	if err := errors.Join(writeJSON(r.dir.join(runDir, statusFile), report), r.end(), r.dir.tidy()); err != nil {
 		r.err = fmt.Errorf("end pod %s: %w", r.spec.Name, err)
 	}
 	r.report = report

@@ -330,7 +330,7 @@ func (c *Cluster) Describe() string {
 			fmt.Fprintf(&b, "deployment of %s: %s: %s\n", d.JobID, d.Status, d.StatusDescription)
 		}
 		for _, a := range s.Allocs {
-			fmt.Fprintf(&b, "allocation %s of %s on %s: %s, wanted %s\n", a.ID, a.JobID, a.NodeName, a.ClientStatus, a.DesiredStatus)
+			fmt.Fprintf(&b, "allocation %s of %s on %s: %s, wanted %s %s\n", a.ID, a.JobID, a.NodeName, a.ClientStatus, a.DesiredStatus, a.DesiredDescription)
 			for _, name := range slices.Sorted(maps.Keys(a.TaskStates)) {
 				for _, e := range a.TaskStates[name].Events[max(0, len(a.TaskStates[name].Events)-6):] {
 					fmt.Fprintf(&b, "  %s: %s: %s\n", name, e.Type, e.DisplayMessage)

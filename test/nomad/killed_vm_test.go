@@ -151,9 +151,12 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, other := range all {
-			if other.ID != a.ID && !gaveUp(other) {
-				t.Errorf("round %d: the job has needed another allocation\n%s", i, c.Describe())
+		for _, one := range all {
+			if one.ID != a.ID && !gaveUp(one) {
+				t.Errorf("round %d: the job has needed another allocation\n%s\n%s", i, c.Describe(), told(t, n, job, a.ID, one.ID))
+			}
+			if s := one.TaskStates["t"]; s != nil && slices.ContainsFunc(s.Events, func(e *api.TaskEvent) bool { return e.Details["exit_code"] == "255" }) {
+				t.Errorf("round %d: nobody has seen how the task has ended\n%s", i, c.Describe())
 			}
 		}
 	}
@@ -165,6 +168,24 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 		}
 	}
 	t.Errorf("after the end of all tasks their output is still read: %v", left)
+}
+
+// told are the lines of the agents' logs that name any of these things.
+func told(t *testing.T, n *nomadtest.Node, things ...string) string {
+	t.Helper()
+	var lines []string
+	for _, agent := range []string{"server", "client"} {
+		log, err := os.ReadFile(filepath.Join(n.Dir, agent+".log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(log)) {
+			if slices.ContainsFunc(things, func(thing string) bool { return strings.Contains(line, thing) }) {
+				lines = append(lines, agent+": "+line)
+			}
+		}
+	}
+	return strings.Join(lines, "")
 }
 
 // gaveUp says whether Nomad has failed an allocation because it got its call to start the task a second time to a plugin that was killed, which it does not
