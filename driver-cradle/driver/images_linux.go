@@ -39,6 +39,9 @@ func (d *Driver) summon(ctx context.Context, t *drivers.TaskConfig, cfg *taskCon
 		disk = o.state.disks.path(diskOf(t, cfg.DiskID))
 	}
 	progress := d.newProgress(t)
+	telling, told := context.WithCancel(ctx)
+	var teller sync.WaitGroup
+	teller.Go(func() { progress.tell(telling) })
 	owner := ""
 	if cfg.Auth != nil {
 		owner = t.Namespace
@@ -49,12 +52,17 @@ func (d *Driver) summon(ctx context.Context, t *drivers.TaskConfig, cfg *taskCon
 			Keychain: keys, Insecure: o.config.Insecure, Mirrors: o.config.mirrors(), Force: cfg.ForcePull, Owner: owner, Progress: progress.report,
 		},
 	})
+	told()
+	teller.Wait()
 	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
 		if errors.Is(err, image.ErrUnauthorized) {
 			err = fmt.Errorf("%w on the client, or name them in the task's auth {} block", err)
+		}
+		if invalid := (*spec.Error)(nil); errors.As(err, &invalid) { // the image lacks what the task does not say
+			return nil, fmt.Errorf("config: %w", translate(p, err))
 		}
 		err = fmt.Errorf("prepare the pod: %w", err)
 		if transient(err) {
@@ -68,8 +76,7 @@ func (d *Driver) summon(ctx context.Context, t *drivers.TaskConfig, cfg *taskCon
 
 // transient says whether trying again may help without anybody doing something: it is on Nomad's restart policy then.
 func transient(err error) bool {
-	var invalid *spec.Error
-	return !errors.As(err, &invalid) && !errors.Is(err, image.ErrPlatform) && !errors.Is(err, pod.ErrUnfit) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)
+	return !errors.Is(err, image.ErrPlatform) && !errors.Is(err, pod.ErrUnfit) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)
 }
 
 // A progress tells Nomad's users how a pull goes that takes a while: that it began, how far it is now and then, that it is done.
@@ -78,9 +85,9 @@ type progress struct {
 	task  *drivers.TaskConfig
 	begun time.Time
 
-	mu     sync.Mutex
-	layers map[string]image.Progress // being downloaded or converted, and those done after that
-	told   time.Time
+	mu       sync.Mutex
+	answered bool                      // whether it is known which layers there are
+	layers   map[string]image.Progress // those that were not there at once
 }
 
 func (d *Driver) newProgress(t *drivers.TaskConfig) *progress {
@@ -96,25 +103,44 @@ const (
 func (p *progress) report(l image.Progress) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if _, known := p.layers[l.Layer]; !known && l.Phase == image.Ready {
-		return
-	}
-	p.layers[l.Layer] = l
-	at := now()
-	if p.told.IsZero() && at.Sub(p.begun) >= progressDelay || !p.told.IsZero() && at.Sub(p.told) >= progressPeriod {
-		p.told = at
-		p.d.emit(p.task, "Pulling images: "+p.text())
+	p.answered = true
+	if _, known := p.layers[l.Layer]; known || l.Phase != image.Ready {
+		p.layers[l.Layer] = l
 	}
 }
 
-// text sums up what is known.
+// tell tells how far the pull is, also where nothing comes, until ctx ends.
+func (p *progress) tell(ctx context.Context) {
+	for wait := progressDelay; ; wait = progressPeriod {
+		select {
+		case <-time.After(wait):
+			if text := p.text(); text != "" {
+				p.d.emit(p.task, "Pulling images: "+text)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// text sums up what is known, "" where there is nothing to wait for.
 func (p *progress) text() string {
-	var ready int
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !p.answered:
+		return "waiting for an answer"
+	case len(p.layers) == 0:
+		return ""
+	}
+	var ready, elsewhere int
 	var done, total int64
 	for _, l := range p.layers {
 		switch l.Phase {
 		case image.Ready:
 			ready++
+		case image.Waiting:
+			elsewhere++
 		case image.Downloading:
 			done, total = done+l.Done, total+l.Total
 		}
@@ -122,6 +148,9 @@ func (p *progress) text() string {
 	text := fmt.Sprintf("%d of %d layers are there", ready, len(p.layers))
 	if total > 0 {
 		text += fmt.Sprintf(", %s of %s of the others", units.BytesSize(float64(done)), units.BytesSize(float64(total)))
+	}
+	if elsewhere > 0 {
+		text += fmt.Sprintf(", %d just being pulled for another task", elsewhere)
 	}
 	return text
 }

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -43,19 +44,29 @@ func TestProgress(t *testing.T) {
 		p.end()
 		is()
 		p = d.newProgress(aTaskConfig("alloc/t/1", "alloc", "t"))
-		p.report(image.Progress{Layer: "a", Phase: image.Ready}) // was there
-		p.report(image.Progress{Layer: "b", Phase: image.Downloading, Done: 1 << 10, Total: 4 << 10})
-		is()
-		time.Sleep(progressDelay)
-		p.report(image.Progress{Layer: "c", Phase: image.Downloading, Done: 0, Total: 4 << 10})
-		is("Pulling images: 0 of 2 layers are there, 1KiB of 8KiB of the others")
-		time.Sleep(progressPeriod - time.Second)
-		p.report(image.Progress{Layer: "b", Phase: image.Ready})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go p.tell(ctx)
+		time.Sleep(progressDelay - time.Second)
 		is()
 		time.Sleep(time.Second)
+		is("Pulling images: waiting for an answer")
+		p.report(image.Progress{Layer: "a", Phase: image.Ready}) // was there
+		time.Sleep(progressPeriod)
+		is()
+		p.report(image.Progress{Layer: "b", Phase: image.Downloading, Done: 1 << 10, Total: 4 << 10})
+		p.report(image.Progress{Layer: "c", Phase: image.Downloading, Done: 0, Total: 4 << 10})
+		p.report(image.Progress{Layer: "d", Phase: image.Waiting})
+		is()
+		time.Sleep(progressPeriod)
+		is("Pulling images: 0 of 3 layers are there, 1KiB of 8KiB of the others, 1 just being pulled for another task")
+		p.report(image.Progress{Layer: "b", Phase: image.Ready})
 		p.report(image.Progress{Layer: "c", Phase: image.Converting, Done: 1, Total: 2})
-		is("Pulling images: 1 of 2 layers are there")
+		p.report(image.Progress{Layer: "d", Phase: image.Ready})
+		time.Sleep(progressPeriod)
+		is("Pulling images: 2 of 3 layers are there")
+		cancel()
 		p.end()
-		is("Pulled images in 32s")
+		is("Pulled images in 1m32s")
 	})
 }

@@ -67,7 +67,7 @@ func attachedPodOf(t *drivers.TaskConfig, c *taskConfig, h *host) (*spec.Pod, []
 		return nil, nil, err
 	}
 	if err := b.pod.Validate(); err != nil {
-		return nil, nil, b.translate(err)
+		return nil, nil, translate(b.pod, err)
 	}
 	return b.pod, b.attached, nil
 }
@@ -749,12 +749,12 @@ func nameOf(s string) string {
 }
 
 // translate makes what spec says of a pod's fields into messages about the configuration's keys.
-func (b *builder) translate(err error) error {
+func translate(p *spec.Pod, err error) error {
 	var all interface{ Unwrap() []error }
 	if errors.As(err, &all) {
 		var errs []error
 		for _, e := range all.Unwrap() {
-			errs = append(errs, b.translate(e))
+			errs = append(errs, translate(p, e))
 		}
 		return errors.Join(errs...)
 	}
@@ -774,8 +774,8 @@ func (b *builder) translate(err error) error {
 			name = k
 		}
 		field = name + rest
-		if i, err := strconv.Atoi(number); err == nil && i > 0 && i < len(b.pod.Containers) {
-			field = fmt.Sprintf("container %q: %s", b.pod.Containers[i].Name, field)
+		if i, err := strconv.Atoi(number); err == nil && i > 0 && i < len(p.Containers) {
+			field = fmt.Sprintf("container %q: %s", p.Containers[i].Name, field)
 		}
 	} else {
 		name, rest := field, ""
