@@ -66,7 +66,8 @@ func (d *Driver) ExecTaskStreamingRaw(ctx context.Context, taskID string, comman
 	stdin, typed := io.Pipe()
 	defer stdin.Close() // who waits for input to be taken
 	sizes := make(chan drivers.TerminalSize, 2)
-	go listen(ctx, stream, typed, sizes) // it ends with the stream, which is after this function
+	all := make(chan struct{})
+	go listen(ctx, stream, typed, sizes, all) // it ends with the stream, which is after this function
 	result, err := t.exec(ctx, execution{
 		command: command, tty: tty, stdin: stdin, resize: sizes, stdout: writerFunc(out.stdout), stderr: writerFunc(out.stderr),
 	})
@@ -79,19 +80,32 @@ func (d *Driver) ExecTaskStreamingRaw(ctx context.Context, taskID string, comman
 			return err
 		}
 	}
+	// Nomad's client loses what it has not read yet, the exit code above all, if the stream ends before it has passed its input on (plugins/drivers/client.go,
+	// ExecTaskStreamingRaw): its user is told "unexpected EOF". Nobody waits for this: who has the exit code is done.
+	select {
+	case <-all:
+	case <-time.After(inputPatience):
+	case <-ctx.Done():
+	}
 	return nil
 }
 
-// listen takes what Nomad's client sends to a command.
-func listen(ctx context.Context, stream drivers.ExecTaskStream, typed *io.PipeWriter, sizes chan<- drivers.TerminalSize) {
+// inputPatience is how long the end of the input may come after that of the command.
+const inputPatience = time.Second
+
+// listen takes what Nomad's client sends to a command. It closes all when that was everything.
+func listen(ctx context.Context, stream drivers.ExecTaskStream, typed *io.PipeWriter, sizes chan<- drivers.TerminalSize, all chan<- struct{}) {
+	over := sync.OnceFunc(func() { close(all) })
 	for {
 		m, err := stream.Recv()
 		if err != nil {
+			over()
 			return
 		}
 		switch {
 		case m.Stdin != nil && m.Stdin.Close:
 			typed.Close()
+			over()
 		case m.Stdin != nil:
 			_, _ = typed.Write(m.Stdin.Data) // a command may have ended, or take no input
 		case m.TtySize != nil:
@@ -125,6 +139,9 @@ func (e *execution) target(r *pod.Running) (string, error) {
 	containers := r.Launch().Containers
 	if len(e.command) == 0 {
 		return "", errors.New("there is no command")
+	}
+	if e.command[0]+"=" == containerOption {
+		return "", fmt.Errorf("write %sNAME, with the name of one of the pod's containers", containerOption)
 	}
 	name, ok := strings.CutPrefix(e.command[0], containerOption)
 	if !ok {

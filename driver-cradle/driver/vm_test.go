@@ -7,12 +7,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 	"github.com/hashicorp/nomad/nomad/structs"
 	"github.com/hashicorp/nomad/plugins/base"
 	"github.com/hashicorp/nomad/plugins/drivers"
+	"github.com/hashicorp/nomad/plugins/drivers/proto"
 	"github.com/hashicorp/nomad/plugins/drivers/testutils"
 	"golang.org/x/sys/unix"
 
@@ -283,6 +286,55 @@ func TestVMExecConformance(t *testing.T) {
 	task := c.task("sleep 600", nil)
 	c.start(task)
 	testutils.ExecTaskStreamingConformanceTests(t, c.harness, task.ID)
+}
+
+// Nomad's client passes on what a command has to say also where the end of its input comes only when the command has long ended.
+func TestVMExecIsHeardToItsEnd(t *testing.T) {
+	c := newClient(t, nil)
+	task := c.task("sleep 600", nil)
+	c.start(task)
+	for _, command := range [][]string{{"--container=none", "true"}, {"sh", "-c", "exit 7"}} {
+		s := &slowExec{ctx: t.Context(), begun: make(chan struct{}), passed: make(chan struct{})}
+		err := c.harness.DriverPlugin.(drivers.ExecTaskStreamingRawDriver).ExecTaskStreamingRaw(t.Context(), task.ID, command, false, s)
+		if err != nil || s.exit == nil || s.exit.ExitCode != map[string]int32{"sh": 7}[command[0]] && s.exit.ExitCode != exitRefused {
+			t.Errorf("%v ends with %v, %+v", command, err, s.exit)
+		}
+	}
+}
+
+// A slowExec is a client that takes the first message only once it has passed its input on.
+type slowExec struct {
+	ctx    context.Context
+	begun  chan struct{} // closed with the first message
+	passed chan struct{} // closed when the end of the input was passed on
+	once   sync.Once
+	asked  int
+	exit   *proto.ExitResult
+}
+
+func (s *slowExec) Send(m *drivers.ExecTaskStreamingResponseMsg) error {
+	s.once.Do(func() {
+		close(s.begun)
+		select {
+		case <-s.passed:
+		case <-time.After(5 * time.Second): // it was not: its stream has ended
+		}
+	})
+	if m.Exited {
+		s.exit = m.Result
+	}
+	return nil
+}
+
+func (s *slowExec) Recv() (*drivers.ExecTaskStreamingRequestMsg, error) {
+	if s.asked++; s.asked > 1 {
+		close(s.passed)
+		<-s.ctx.Done()
+		return nil, io.EOF
+	}
+	<-s.begun
+	time.Sleep(100 * time.Millisecond) // the plugin has nothing more to do
+	return &drivers.ExecTaskStreamingRequestMsg{Stdin: &proto.ExecTaskStreamingIOOperation{Close: true}}, nil
 }
 
 func TestVMDNS(t *testing.T) {
