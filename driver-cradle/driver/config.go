@@ -64,18 +64,18 @@ func configSchema() *hclspec.Spec { return schemaOf(configKeys) }
 
 // A config is the plugin's configuration. Pointers tell what is left out from what is off.
 type config struct {
-	StateDir    string                    `codec:"state_dir"`
-	CacheDir    string                    `codec:"cache_dir"`
-	BootPackage string                    `codec:"boot_package"`
-	Accelerator string                    `codec:"accelerator"`
-	QEMUUID     string                    `codec:"qemu_uid"`
-	DefaultDisk string                    `codec:"default_disk"`
-	PullTimeout string                    `codec:"image_pull_timeout"`
-	Insecure    []string                  `codec:"insecure_registries"`
-	Registries  map[string]registryConfig `codec:"registry"`
-	Auth        *authConfig               `codec:"auth"`
-	Volumes     *volumesConfig            `codec:"volumes"`
-	GC          *gcConfig                 `codec:"gc"`
+	StateDir    string                     `codec:"state_dir"`
+	CacheDir    string                     `codec:"cache_dir"`
+	BootPackage string                     `codec:"boot_package"`
+	Accelerator string                     `codec:"accelerator"`
+	QEMUUID     string                     `codec:"qemu_uid"`
+	DefaultDisk string                     `codec:"default_disk"`
+	PullTimeout string                     `codec:"image_pull_timeout"`
+	Insecure    []string                   `codec:"insecure_registries"`
+	Registries  map[string]*registryConfig `codec:"registry"` // pointers: see taskConfig
+	Auth        *authConfig                `codec:"auth"`
+	Volumes     *volumesConfig             `codec:"volumes"`
+	GC          *gcConfig                  `codec:"gc"`
 
 	cores       cores
 	firstUID    int

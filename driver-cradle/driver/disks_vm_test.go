@@ -57,7 +57,7 @@ func TestVMDisk(t *testing.T) {
 	refused("it has 256MiB and 1GiB are asked for", func(cfg *taskConfig) { cfg.Disk = "1GiB" })
 	refused("is that of pod 0123456789ab, not ffffffffffff", func(cfg *taskConfig) { cfg.ID = strings.Repeat("f", 64) })
 	refused("and this pod has 2", func(cfg *taskConfig) {
-		cfg.Containers = map[string]containerConfig{"side": {Image: cfg.Image, Command: "sleep", Args: []string{"9"}}}
+		cfg.Containers = map[string]*containerConfig{"side": {Image: cfg.Image, Command: "sleep", Args: []string{"9"}}}
 	})
 	second := task("echo second; hostname; cat /root/file; df -m / | tail -n 1 | while read dev size rest; do test $size -lt 256 && echo small; done; exit 3", nil)
 	c.start(second)

@@ -377,7 +377,7 @@ func (b *builder) ownContainer() {
 }
 
 // container is a further one.
-func (b *builder) container(name string, cfg containerConfig) {
+func (b *builder) container(name string, cfg *containerConfig) {
 	at := fmt.Sprintf("container %q: ", name)
 	if name != nameOf(name) {
 		b.wrong(at+"name", "%q is no container's name: letters, digits, _ . and -, a letter or digit first", name)
@@ -385,7 +385,7 @@ func (b *builder) container(name string, cfg containerConfig) {
 	if name == b.pod.Name {
 		b.wrong(at+"name", "is the task's own container's: choose another")
 	}
-	c := b.newContainer(at, name, &cfg)
+	c := b.newContainer(at, name, cfg)
 	for _, name := range slices.Sorted(maps.Keys(b.task.Env)) {
 		if _, own := cfg.Env[name]; !b.config.Bare && strings.HasPrefix(name, "NOMAD_") && !own {
 			c.Env = append(c.Env, name+"="+b.task.Env[name])
@@ -398,7 +398,7 @@ func (b *builder) container(name string, cfg containerConfig) {
 	c.Lifecycle.Critical = cfg.Lifecycle != nil && enabled(cfg.Lifecycle.Critical, false)
 	c.Resources.Memory = b.size(at+"memory", cfg.Memory)
 	b.taskDirs(c)
-	b.ownMounts(at, c, &cfg)
+	b.ownMounts(at, c, cfg)
 	b.pod.Containers = append(b.pod.Containers, *c)
 }
 

@@ -38,7 +38,10 @@ func checkDecoded(t *testing.T, at string, keys []key, into any) {
 		case block:
 			checkDecoded(t, name+".", k.keys, reflect.New(f).Interface())
 		case blocks:
-			checkDecoded(t, name+".", k.keys, reflect.New(f.Elem()).Interface())
+			if f = f.Elem(); f.Kind() == reflect.Pointer {
+				f = f.Elem()
+			}
+			checkDecoded(t, name+".", k.keys, reflect.New(f).Interface())
 		default:
 			if f.String() != want {
 				t.Errorf("%s is a %s, decoded into %v", name, k.kind, f)

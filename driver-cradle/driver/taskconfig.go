@@ -18,7 +18,7 @@ var containerKeys = []key{
 	{name: "interactive", kind: boolean, def: "false", doc: "Keep standard input open."},
 	{name: "stdin_once", kind: boolean, def: "false", doc: "Standard input ends with the first client that was attached to it."},
 	{name: "init", kind: boolean, def: "false", doc: "Run an init that reaps processes as process 1."},
-	{name: "labels", kind: freeText, doc: "Labels of the container."},
+	{name: "labels", kind: freeText, doc: "Labels of the container; those with dots in their names: labels = { \"org.example.team\" = \"shop\" }."},
 	{name: "privileged", kind: boolean, def: "false", doc: "All capabilities and devices, of the guest."},
 	{name: "cap_add", kind: texts, doc: "Capabilities beyond docker's default set: net_admin, or all."},
 	{name: "cap_drop", kind: texts, doc: "Capabilities taken away."},
@@ -27,7 +27,7 @@ var containerKeys = []key{
 	{name: "tmpfs", kind: texts, doc: "Where to mount a file system in memory: /run, or /run:size=64m,mode=1777."},
 	{name: "shm_size", kind: text, def: "64MiB", doc: "Size of /dev/shm."},
 	{name: "ulimit", kind: freeText, doc: "Resource limits: nofile = \"1024:2048\", soft and hard, or one number for both."},
-	{name: "sysctl", kind: freeText, doc: "Kernel parameters of the container: net.core.somaxconn = \"1024\"."},
+	{name: "sysctl", kind: freeText, doc: "Kernel parameters of the container. Names with dots take another spelling: sysctl = { \"net.core.somaxconn\" = \"1024\" }."},
 	{name: "devices", kind: texts, doc: "Devices of the guest: /dev/fuse, /dev/net/tun, all."},
 	{name: "oom_score_adj", kind: number, def: "0", doc: "How willingly its processes are killed when memory runs out: -1000 to 1000."},
 	{name: "log_size", kind: text, def: "1GiB, or a quarter of the scratch disk", doc: "Most of its output that the pod keeps for docker's logs. Nomad's logs have their own bounds."},
@@ -85,7 +85,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "names_file", kind: text, doc: "A file of the task, written by a template into a directory of its own, such as local/names/hosts, with lines of /etc/hosts that may come and go. The containers' resolver is then the pod itself, at 127.0.0.11: it answers by the file as it is at that moment, and asks dns_servers for other names."},
 	{name: "env_file", kind: text, doc: "A file of the task, written by a template into secrets/, with more of the environment of the task's own container: a JSON list of NAME=value, or NAME to remove one of the image's. Unlike in Nomad's env, names and values may hold anything."},
 	{name: "vcpus", kind: number, def: "what cpu or cores comes to", doc: "Processors of the machine."},
-	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB."},
+	{name: "disk", kind: text, def: "default_disk of the plugin", doc: "Size of the pod's scratch disk, which holds what containers write to their images and to volumes of the pod: 20GiB. What the group asks for as ephemeral_disk Nomad tells no driver."},
 	{name: "disk_id", kind: text, doc: "Keep the scratch disk on the node under this name (1 to 64 letters, digits, _ . -) when the task ends, and go on with it in the next one that names it. Its containers and their images have to be the same, and one task uses it at a time."},
 	{name: "disk_action", kind: text, def: "use", doc: "Instead of running an image: list writes a line of JSON for each kept disk that the namespace has on the node to the task's output; remove removes the disk that disk_id names, if there is one, for good."},
 	{name: "volume_copy", kind: texts, def: "those of direct attachments", doc: "Destinations of volume_mounts whose volume gets what the image has there while it is empty, as docker's volumes do: [\"/data\"]."},
@@ -153,30 +153,31 @@ type containerConfig struct {
 type taskConfig struct {
 	containerConfig
 
-	ID          string                     `codec:"id"`
-	Bare        bool                       `codec:"bare"`
-	Hostname    string                     `codec:"hostname"`
-	Domainname  string                     `codec:"domainname"`
-	Ports       []string                   `codec:"ports"`
-	HostIPs     map[string]string          `codec:"host_ips"`
-	Upstreams   []string                   `codec:"upstreams"`
-	ExtraHosts  []string                   `codec:"extra_hosts"`
-	DNSServers  []string                   `codec:"dns_servers"`
-	DNSSearch   []string                   `codec:"dns_search_domains"`
-	DNSOptions  []string                   `codec:"dns_options"`
-	NamesFile   string                     `codec:"names_file"`
-	EnvFile     string                     `codec:"env_file"`
-	Copied      []string                   `codec:"volume_copy"`
-	NotCopied   []string                   `codec:"volume_no_copy"`
-	VCPUs       string                     `codec:"vcpus"`
-	Disk        string                     `codec:"disk"`
-	DiskID      string                     `codec:"disk_id"`
-	DiskAction  string                     `codec:"disk_action"`
-	Variant     string                     `codec:"variant"`
-	PullTimeout string                     `codec:"image_pull_timeout"`
-	ForcePull   bool                       `codec:"force_pull"`
-	Auth        *taskAuth                  `codec:"auth"`
-	Containers  map[string]containerConfig `codec:"container"`
+	ID          string            `codec:"id"`
+	Bare        bool              `codec:"bare"`
+	Hostname    string            `codec:"hostname"`
+	Domainname  string            `codec:"domainname"`
+	Ports       []string          `codec:"ports"`
+	HostIPs     map[string]string `codec:"host_ips"`
+	Upstreams   []string          `codec:"upstreams"`
+	ExtraHosts  []string          `codec:"extra_hosts"`
+	DNSServers  []string          `codec:"dns_servers"`
+	DNSSearch   []string          `codec:"dns_search_domains"`
+	DNSOptions  []string          `codec:"dns_options"`
+	NamesFile   string            `codec:"names_file"`
+	EnvFile     string            `codec:"env_file"`
+	Copied      []string          `codec:"volume_copy"`
+	NotCopied   []string          `codec:"volume_no_copy"`
+	VCPUs       string            `codec:"vcpus"`
+	Disk        string            `codec:"disk"`
+	DiskID      string            `codec:"disk_id"`
+	DiskAction  string            `codec:"disk_action"`
+	Variant     string            `codec:"variant"`
+	PullTimeout string            `codec:"image_pull_timeout"`
+	ForcePull   bool              `codec:"force_pull"`
+	Auth        *taskAuth         `codec:"auth"`
+	// Pointers: the decoder makes one value for all entries of a map, and what is in their slices and maps would be the last one's.
+	Containers map[string]*containerConfig `codec:"container"`
 }
 
 type taskAuth struct {

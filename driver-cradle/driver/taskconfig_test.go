@@ -3,6 +3,7 @@ package driver
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -84,6 +85,54 @@ func FuzzTaskConfig(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Blocks of one kind have nothing in common.
+func TestBlocksAreApart(t *testing.T) {
+	config := ""
+	names := []string{"a", "b", "c"}
+	for _, name := range names {
+		config += strings.ReplaceAll(`
+			container "@" {
+				image   = "image-@"
+				command = "command-@"
+				args    = ["args-@"]
+				env {
+					NAME = "env-@"
+				}
+				mount {
+					source = "volume-@"
+					target = "/@"
+				}
+				healthcheck {
+					test = ["CMD", "check-@"]
+				}
+				lifecycle {
+					after {
+						container = "t"
+						until     = "started"
+					}
+				}
+			}`, "@", name)
+	}
+	_, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n"+config+"\n}\n}\n}\n}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		want := &containerConfig{
+			Image: "image-" + name, Command: "command-" + name, Args: []string{"args-" + name}, Env: map[string]string{"NAME": "env-" + name},
+			Mounts: []mountConfig{{Source: "volume-" + name, Target: "/" + name}}, Healthcheck: &healthcheckConfig{Test: []string{"CMD", "check-" + name}},
+			Lifecycle: &lifecycleConfig{After: []afterConfig{{"t", "started"}}},
+		}
+		if got := c.Containers[name]; !reflect.DeepEqual(got, want) {
+			t.Errorf("container %s is %+v, want %+v", name, got, want)
+		}
+	}
+	plugin := decodeConfig(t, "registry \"one\" {\n mirrors = [\"of one\"]\n}\nregistry \"other\" {\n mirrors = [\"of other\"]\n}")
+	if got := plugin.mirrors(); !reflect.DeepEqual(got, map[string][]string{"one": {"of one"}, "other": {"of other"}}) {
+		t.Errorf("mirrors are %v", got)
+	}
 }
 
 // What is wrong with a value is told with its key.
