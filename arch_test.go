@@ -90,7 +90,7 @@ var mayImport = map[string][]string{
 var testsMayImport = map[string][]string{
 	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/nfstest"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
-	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/golden", "internal/nomadtest", "internal/nomadjob", "test/programs"},
+	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/golden", "internal/nfstest", "internal/nomadtest", "internal/nomadjob", "test/programs"},
 	"driver-cradle/image":         {"test/dockerd"},
 	"driver-cradle/kcradle":       {"internal/golden"},
 	"driver-cradle/pod":           {"internal/golden"},

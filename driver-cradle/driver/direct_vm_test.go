@@ -20,6 +20,7 @@ import (
 	"github.com/hashicorp/nomad/plugins/drivers"
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/internal/nfstest"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -202,6 +203,58 @@ func TestVMDirect(t *testing.T) {
 		} else {
 			c.logs(next, "stdout", want+"wrote\n")
 		}
+	}
+}
+
+// An NFS export that is left to guests is mounted by each of them, and by no kernel of the host.
+func TestVMDirectNFS(t *testing.T) {
+	c := newClient(t, nil)
+	directDir = t.TempDir()
+	t.Cleanup(func() { directDir = spec.DirectDir })
+	files := t.TempDir()
+	server, err := nfstest.Serve(t.Context(), files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the NFS server:\n%s", server.Log())
+		}
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	left := func() *leftVolume {
+		return leave(t, func(d *spec.DirectAttachment) {
+			d.Volume = spec.Volume{Name: "files", Class: "nfs", NFS: &spec.NFSVolume{Address: server.Host, Export: nfstest.Export, Options: "vers=4.1"}}
+		})
+	}
+	pod := func(v *leftVolume, readOnly bool, script string) (*drivers.TaskConfig, *drivers.TaskHandle) {
+		task := c.task(script, func(t *drivers.TaskConfig, _ *taskConfig) {
+			t.Mounts = []*drivers.MountConfig{{TaskPath: "/v", HostPath: v.target, Readonly: readOnly}}
+		})
+		return task, c.start(task)
+	}
+	writes, reads := left(), left()
+	writer, h := pod(writes, false, "grep -o ' /v nfs4' /proc/mounts; echo kept >/v/file; sleep 1000")
+	c.logs(writer, "stdout", " /v nfs4\n")
+	reader, _ := pod(reads, true, "until cat /v/file 2>/dev/null; do sleep 0.1; done; echo x 2>/dev/null >/v/other || echo only reads; sleep 1000")
+	c.logs(reader, "stdout", "kept\nonly reads\n")
+	if data, err := os.ReadFile(filepath.Join(files, "file")); err != nil || string(data) != "kept\n" {
+		t.Errorf("the server has %q, %v", data, err)
+	}
+	for path, body := range map[string]string{"/freeze": `{"timeout": "1s"}`, "/resize": `{"size": "1GiB"}`, "/throttle": `{"iops": 1}`} {
+		if text := writes.want(400, "POST", path, body); !strings.Contains(text, "no block volume") {
+			t.Errorf("%s: %s", path, text)
+		}
+	}
+	c.close()
+	c.open(t)
+	if err := c.harness.RecoverTask(h); err != nil {
+		t.Fatal(err)
+	}
+	if reads.want(0, "GET", "/stats", ""); writes.total() == 0 {
+		t.Error("the file system has no size")
 	}
 }
 

@@ -68,7 +68,7 @@ func (r *Running) Throttle(ctx context.Context, volume string, l spec.IOLimits) 
 func (r *Running) lun(volume string) (int, error) {
 	lun, ok := r.machine.LUN(wire.DiskVolume + volume)
 	if !ok {
-		return 0, fmt.Errorf("volume %s: the pod has no disk of it", volume)
+		return 0, &GuestError{Code: http.StatusBadRequest, Message: fmt.Sprintf("volume %s is no block volume: it has no disk", volume)}
 	}
 	return lun, nil
 }
