@@ -35,7 +35,8 @@ job "mesh" {
       }
     }
     task "api" {
-      driver = "cradle"
+      driver       = "cradle"
+      kill_timeout = "1s"
       config {
         image   = "%[1]s"
         command = "sh"
@@ -84,7 +85,8 @@ job "mesh" {
       }
     }
     task "web" {
-      driver = "cradle"
+      driver       = "cradle"
+      kill_timeout = "1s"
       config {
         image   = "%[1]s"
         command = "sh"
@@ -166,7 +168,8 @@ job "two" {
       unlimited = false
     }
     task "one" {
-      driver = "cradle"
+      driver       = "cradle"
+      kill_timeout = "1s"
       config {
         image   = "%[1]s"
         command = "sleep"
@@ -178,7 +181,8 @@ job "two" {
       }
     }
     task "other" {
-      driver = "cradle"
+      driver       = "cradle"
+      kill_timeout = "1s"
       config {
         image   = "%[1]s"
         command = "sleep"

@@ -255,8 +255,14 @@ func (c *Cluster) Settle(ctx context.Context) error {
 		return true
 	})
 	for _, id := range ids {
-		if err := c.API.Nodes().GC(id, nil); err != nil && !errors.Is(err, io.EOF) { // the answer is empty
-			return fmt.Errorf("garbage collection of node %s: %w", id, err)
+		err := agents.Retry(ctx, "garbage collection of node "+id, func() error { // the server may not have heard of a client that was just started again
+			if err := c.API.Nodes().GC(id, nil); !errors.Is(err, io.EOF) { // the answer is empty
+				return err
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return c.API.System().GarbageCollect()

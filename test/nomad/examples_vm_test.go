@@ -259,7 +259,8 @@ job "stays" {
   group "g" {
     %s
     task "t" {
-      driver = "cradle"
+      driver       = "cradle"
+      kill_timeout = "1s"
       config {
         image   = "%s/busybox"
         command = "sh"

@@ -188,12 +188,13 @@ func told(t *testing.T, n *nomadtest.Node, things ...string) string {
 	return strings.Join(lines, "")
 }
 
-// gaveUp says whether Nomad has failed an allocation because it got its call to start the task a second time to a plugin that was killed, which it does not
-// try again, whatever the restart policy (client/allocrunner/taskrunner/task_runner.go, runDriver).
+// gaveUp says whether Nomad has failed an allocation because it got its second call to start the task, or to get to the plugin at all, to one that was killed. It
+// does not try that again, whatever the restart policy (client/allocrunner/taskrunner/task_runner.go, runDriver).
 func gaveUp(a *api.AllocationListStub) bool {
 	s := a.TaskStates["t"]
 	return s != nil && slices.ContainsFunc(s.Events, func(e *api.TaskEvent) bool {
-		return strings.Contains(e.DisplayMessage, "failed to start task after driver exited unexpectedly: plugin is shut down")
+		return strings.Contains(e.DisplayMessage, "failed to start task after driver exited unexpectedly: plugin is shut down") ||
+			strings.Contains(e.DisplayMessage, "failed to initialize driver after it exited unexpectedly: plugin is shut down")
 	})
 }
 

@@ -62,13 +62,20 @@ job %q {
       port "http" {
         to = 80
       }
+      dns {
+        servers  = ["192.0.2.53"]
+        searches = ["example.org"]
+        options  = ["ndots:2"]
+      }
     }
     task "main" {
-      driver = "cradle"
+      driver       = "cradle"
+      kill_timeout = "1s"
       config {
-        image   = "oci:%s"
-        command = "sh"
-        args    = ["-c", "mkdir /www; echo a page >/www/index.html; ip -o addr show eth0; ip -6 route; cat /etc/hosts; echo up; exec httpd -f -p '[::]:80' -h /www"]
+        image    = "oci:%s"
+        hostname = "named"
+        command  = "sh"
+        args     = ["-c", "mkdir /www; echo a page >/www/index.html; ip -o addr show eth0; ip -6 route; echo $(cat /etc/resolv.conf); cat /etc/hosts; echo up; exec httpd -f -p '[::]:80' -h /www"]
       }
       resources {
         cpu    = 100
@@ -95,6 +102,12 @@ job %q {
 		if !own.IsValid() || !own4.IsValid() {
 			t.Errorf("job %s: the pod has no address in %v, or none of IPv4:\n%s", job, subnet, text)
 			continue
+		}
+		if !regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(own4.String()) + `\s+named$`).MatchString(text) {
+			t.Errorf("job %s: /etc/hosts does not have the pod's address:\n%s", job, text)
+		}
+		if !strings.Contains(text, "nameserver 192.0.2.53 search example.org options ndots:2\n") {
+			t.Errorf("job %s: resolv.conf is not the group's:\n%s", job, text)
 		}
 		full, _, err := c.API.Allocations().Info(a.ID, nil)
 		if err != nil {
