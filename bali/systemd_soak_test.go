@@ -19,9 +19,10 @@ func TestVMSoakSystemd(t *testing.T) {
 	base := p.machines()
 	p.keys("node", "10.0.2.15")
 	p.busybox()
-	p.sh(`for image in consul nomad; do
-  bali extract job/web/$image.tar.gz ${image}2
-  bali build job/web/${image}2.tar.gz --from ./${image}2 --env UPGRADED=1
+	p.sh(`for image in consul.tar.gz nomad.tar.zst; do
+  name=${image%%.*}
+  bali extract job/web/$name.tar.zst ${name}2
+  bali build job/web/${name}2.${image#*.} --from ./${name}2 --env UPGRADED=1
 done
 bali build job/broken.tar.gz --from ./app --entrypoint /bin/sh --cmd -c --cmd 'echo broken; exit 1'
 BALI_KEY=foreign bali id

@@ -28,11 +28,16 @@ func TestVMSystemd(t *testing.T) {
 // emulated: hashing with AVX2 takes four times as long.
 const processor = "max,-avx2,-erms,-fsrm"
 
+// emulated are for the kernel: on a busy host a check of its timer fails, and
+// what guards a processor against guessing wrong costs time where none guesses.
+const emulated = "no_timer_check mitigations=off"
+
 // userNet is a network with nobody else in it.
 const userNet = "user,id=n0,restrict=on"
 
 // machines makes the folder job, which every machine gets, and returns where
-// their Debian is.
+// their Debian is. The images are compressed with zstd, as most of a machine's
+// time goes into unpacking; TestVMSoakSystemd has some with gzip, too.
 func (p *place) machines() string {
 	p.t.Helper()
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
@@ -46,7 +51,7 @@ func (p *place) machines() string {
 	p.sh(fmt.Sprintf(`mkdir job
 cp -r %[1]s/bali/testdata/vm/*.sh %[1]s/examples/bootstrap job/
 CGO_ENABLED=0 go build -C %[1]s -o "$PWD/job/bali" ./bali
-%[1]s/examples/bootstrap/images.sh job/web
+SUFFIX=tar.zst %[1]s/examples/bootstrap/images.sh job/web
 bali id >job/identity`, root))
 	return base
 }
@@ -54,7 +59,7 @@ bali id >job/identity`, root))
 // keys makes those of a server.
 func (p *place) keys(node, address string) {
 	p.t.Helper()
-	p.sh(fmt.Sprintf("job/bootstrap/keys.sh job/web/consul.tar.gz keys %s server %s", node, address))
+	p.sh(fmt.Sprintf("job/bootstrap/keys.sh job/web/consul.tar.zst keys %s server %s", node, address))
 }
 
 // A machine has a Debian and runs a script of testdata/vm when it boots.
@@ -93,7 +98,7 @@ func (m *machine) boot(network, want string) {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", accel, "-cpu", processor, "-smp", "2", "-m", "3072",
 		"-nodefaults", "-vga", "none", "-no-user-config", "-nographic", "-serial", "stdio", "-no-reboot",
 		"-kernel", filepath.Join(m.base, "vmlinuz"), "-initrd", filepath.Join(m.base, "initrd"),
-		"-append", "root=/dev/vda rw console=ttyS0 quiet no_timer_check systemd.show_status=false reboot=t panic=-1",
+		"-append", "root=/dev/vda rw console=ttyS0 quiet "+emulated+" systemd.show_status=false reboot=t panic=-1",
 		"-drive", "file="+m.name+".img,format=raw,if=virtio,cache=unsafe", "-drive", "file="+m.name+".tar,format=raw,if=virtio,readonly=on",
 		"-netdev", network, "-device", "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:00:00:0"+string(m.name[len(m.name)-1]))
 	cmd.Dir = m.dir

@@ -7,7 +7,7 @@
 #   ADDRESS  this node's own address
 #   JOIN     addresses of servers; none for the first one
 #
-# EXPECT=3 waits for that many servers before a leader is elected (default 1).
+# EXPECT=3 waits for that many servers before a leader is elected (default 1). SUFFIX is that of images.sh (default tar.gz).
 # Needs root, systemd and bali, and that the images' signer is trusted here: bali trust add IDENTITY.
 set -eu
 [ $# -ge 4 ] || { sed -n '2,11p' "$0" >&2; exit 2; }
@@ -17,6 +17,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 etc=/etc/cradlestack
 store=/etc/credstore.encrypted
 cache=/var/cache/bali
+suffix=${SUFFIX:-tar.gz}
 join="$*"
 [ -n "$join" ] || join=$address
 [ "$roles" != all ] || roles=server,client,dockerapi
@@ -70,7 +71,7 @@ put() {
   for f in ca.pem cert.pem key.pem secrets.hcl; do
     [ ! -e "$store/$name.$f" ] || set -- --credential "$f:encrypted:$store/$name.$f" "$@"
   done
-  bali install "$source/$name.tar.gz" --name "$name" --cache "$cache" --within 5m "$@"
+  bali install "$source/$name.$suffix" --name "$name" --cache "$cache" --within 5m "$@"
 }
 put consul --state consul -v "$etc/consul:/etc/consul:ro" -- \
   agent -config-dir=/etc/consul -config-file=/run/credentials/consul.service/secrets.hcl
@@ -83,7 +84,7 @@ put nomad --host --after consul.service --state nomad --state cradle --state cni
   agent -config=/etc/nomad -config=/run/credentials/nomad.service/secrets.hcl
 
 # cradle-csi is a job of Nomad's; a client has its image beforehand, and later without SOURCE
-if is client; then bali run -q --cache "$cache" "$source/cradle-csi.tar.gz" -- version; fi
+if is client; then bali run -q --cache "$cache" "$source/cradle-csi.$suffix" -- version; fi
 
 if is dockerapi; then
   echo 'd /run/cradle 0755 root root' >/etc/tmpfiles.d/cradlestack.conf

@@ -3,7 +3,7 @@
 #
 # Signs with the key of `bali id`. Takes our own programs and the boot package from ../../bin (make bootstrap-images makes
 # them), consul and nomad from PATH or builds them (tools/build.sh), and the rest from this host's Debian packages. Same
-# programs, same key, same bytes.
+# programs, same key, same bytes. SUFFIX=tar.zst compresses them with zstd, which hosts unpack in half the time.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 bin=$(cd "$here/../.." && pwd)/bin
@@ -77,5 +77,5 @@ for name; do
 {"version": 1, "os": "linux", "architecture": "$(go env GOARCH)", "entrypoint": ["/bin/$name"],
  "env": ["PATH=/bin"], "stopSignal": "$signal", "labels": {"bali.type": "$type"}}
 JSON
-  bali build "$out/$name.tar.gz" --from "$root" --timestamp 0
+  bali build "$out/$name.${SUFFIX:-tar.gz}" --from "$root" --timestamp 0
 done

@@ -16,7 +16,8 @@ if [ ! -e /var/lib/second ]; then
   sh ./bootstrap/bootstrap.sh all http://127.0.0.1:8000 /job/keys/node 10.0.2.15
   ok "bootstrap from a URL"
   wait_for 300 "the node is ready, with a healthy driver" ready 1
-  bali run -q /var/lib/bali/consul/current -- members | grep -q alive && ok "consul has its member"
+  bali run -q --cache /var/cache/bali /var/lib/bali/consul/current -- members | grep alive
+  ok "consul has its member"
 
   # the service is the unit's main process, in the unit's cgroup, with its limits
   pid=$(systemctl show -p MainPID --value nomad)
@@ -36,7 +37,7 @@ if [ ! -e /var/lib/second ]; then
   ok "keys are on the disk only encrypted"
 
   # volumes: the plugin runs as a task, from its image; what it mounts is there for the driver and for the host
-  nomad job run -detach -var image=http://127.0.0.1:8000/cradle-csi.tar.gz - <bootstrap/cradle-csi.nomad.hcl
+  nomad job run -detach -var image=http://127.0.0.1:8000/cradle-csi.tar.zst - <bootstrap/cradle-csi.nomad.hcl
   wait_for 300 "cradle-csi is healthy" healthy_plugin
   nomad volume create - <volume.hcl
   ok "a volume"
@@ -56,7 +57,8 @@ if [ ! -e /var/lib/second ]; then
   export DOCKER_HOST=unix:///run/cradle/docker.sock
   docker import - app <app.tar
   docker run --rm app /bin/busybox echo hello from docker >/tmp/docker || fail "docker run"
-  grep -q 'hello from docker' /tmp/docker && ok "docker run"
+  grep 'hello from docker' /tmp/docker
+  ok "docker run"
 
   # an upgrade with an image that is broken is rolled back, the other service goes on
   before=$(readlink /var/lib/bali/consul/current) other=$(systemctl show -p MainPID --value nomad)
@@ -84,7 +86,7 @@ if [ ! -e /var/lib/second ]; then
   is_back() { [ "$(readlink /var/lib/bali/consul/current)" = "$before" ] && [ ! -e /var/lib/bali/consul/pending ] && systemctl is-active -q consul; }
   wait_for 300 "it is undone by the next start" is_back
   # nomad itself: its pods go on
-  bali upgrade nomad nomad2.tar.gz
+  bali upgrade nomad web/nomad2.tar.zst
   wait_for 300 "the node is ready again" ready 1
   [ "$(machine)" = "$pod" ] || fail "the pod's machine was $pod and is $(machine)"
   ok "a pod outlives the upgrade of nomad"
@@ -124,9 +126,9 @@ if [ ! -e /var/lib/second ]; then
   sync
 else
   wait_for 300 "after a reboot the node is ready, with a healthy driver" ready 1
-  systemctl is-active -q consul && ok "consul is back"
-  systemctl is-active -q hello || wait_for 120 "the service from the cache is back" systemctl is-active hello
-  systemctl is-active -q cradle-dockerapi || wait_for 120 "cradle-dockerapi is back" systemctl is-active cradle-dockerapi
+  wait_for 120 "consul is back" systemctl is-active consul
+  wait_for 120 "the service from the cache is back" systemctl is-active hello
+  wait_for 300 "cradle-dockerapi is back" systemctl is-active cradle-dockerapi
   wait_for 300 "cradle-csi is back, from the cache" healthy_plugin
   ok "after the reboot all is there"
 fi

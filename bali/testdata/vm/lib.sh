@@ -1,6 +1,6 @@
 # lib.sh: what the machines' scripts share. Every step says "ok: …" or the script ends with the reason.
 set -eu
-export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/job BALI_TRUST=/etc/bali/trust
+export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/job BALI_TRUST=/etc/bali/trust SUFFIX=tar.zst
 mkfifo log
 cat log &
 exec >log 2>&1 # a console is a terminal, where bali shows its progress
