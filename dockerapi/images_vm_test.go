@@ -215,7 +215,7 @@ func TestVMNodePullsWithTLS(t *testing.T) {
 
 // What containers are made from stays as long as they do, and is told as dockerd tells it.
 func TestVMImagesInUse(t *testing.T) {
-	h := openBeside(t, "--images", t.TempDir(), "--registry-listen", "127.0.0.1:5002")
+	h := openHost(t, "--images", t.TempDir(), "--registry-listen", plainRegistry)
 	id := map[string]string{}
 	for _, name := range []string{"running", "idle", "spare"} {
 		h.run("load", "-i", archive(t, name+":1", saying(t, name)))
@@ -257,7 +257,7 @@ func TestVMImagesInUse(t *testing.T) {
 
 // What a container has changed becomes an image's layer: while it runs, after it, and before.
 func TestVMCommit(t *testing.T) {
-	h := openBeside(t, "--images", t.TempDir(), "--registry-listen", "127.0.0.1:5003")
+	h := openHost(t, "--images", t.TempDir(), "--registry-listen", plainRegistry)
 	h.run("load", "-i", archive(t, "base:1", saying(t, "base")))
 	h.run("run", "-d", "--name", "made", "-e", "A=1", "-v", "/volume", "base:1", "sh", "-c",
 		"mkdir -p /made/dir; echo new >/made/file; ln /made/file /made/hard; ln -s file /made/soft; chmod 700 /made/dir; rm /says; echo no >/volume/file; chown 5:6 /made/hard; sleep 1000")

@@ -20,8 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hashicorp/nomad/api"
-
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/dockerd"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -43,14 +41,11 @@ var cluster struct {
 	err error
 }
 
-// closeCluster ends it. What tests that ran beside each other have left behind is an error.
 func closeCluster() error {
 	if cluster.Cluster == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
-	defer cancel()
-	return errors.Join(cluster.Settle(ctx), cluster.Close())
+	return cluster.Close()
 }
 
 // A host is a server, and what makes the docker CLI use it.
@@ -64,15 +59,8 @@ type host struct {
 	log    *bytes.Buffer
 }
 
-// openCluster is the cluster, for this test alone.
+// openCluster is the cluster, for this test.
 func openCluster(t *testing.T) *nomadtest.Cluster {
-	t.Helper()
-	c := startCluster(t)
-	c.Begin(t)
-	return c
-}
-
-func startCluster(t *testing.T) *nomadtest.Cluster {
 	t.Helper()
 	if _, err := exec.LookPath("docker"); err != nil {
 		t.Fatal("the docker CLI is missing: apt-get install docker-cli")
@@ -91,6 +79,7 @@ func startCluster(t *testing.T) *nomadtest.Cluster {
 	if cluster.err != nil {
 		t.Fatal(cluster.err)
 	}
+	cluster.Begin(t)
 	return cluster.Cluster
 }
 
@@ -104,24 +93,6 @@ func (h *host) in(t *testing.T) *host {
 	part := *h
 	part.t = t
 	return &part
-}
-
-// openBeside is openHost for a test that runs beside others, when those that need the cluster for themselves have ended: in a namespace of its own. Ports of the node
-// are to be no other test's.
-func openBeside(t *testing.T, more ...string) *host {
-	t.Helper()
-	t.Parallel()
-	c := startCluster(t)
-	space := strings.ToLower(t.Name())
-	if _, err := c.API.Namespaces().Register(&api.Namespace{Name: space}, nil); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(c.Describe())
-		}
-	})
-	return openHostOn(t, c, append(more, "--namespace", space)...)
 }
 
 // openHostOn starts a server with more of serve's options.
@@ -231,7 +202,7 @@ func (h *host) wantError(code int, want string, args ...string) {
 }
 
 func TestVMRun(t *testing.T) {
-	h := openBeside(t)
+	h := openHost(t)
 	h.want("hello", "run", "--rm", "busybox", "echo", "hello")
 	h.want("", "ps", "-aq")
 	h.wantError(3, "", "run", "--rm", "busybox", "sh", "-c", "exit 3")
@@ -245,7 +216,7 @@ func TestVMRun(t *testing.T) {
 }
 
 func TestVMLife(t *testing.T) {
-	h := openBeside(t)
+	h := openHost(t)
 	id := h.run("run", "-d", "--name", "web", "-l", "tier=front", "busybox", "sh", "-c", "echo out; echo err >&2; trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done")
 	if len(id) != 64 {
 		t.Fatalf("run -d prints %q", id)
@@ -279,7 +250,7 @@ func TestVMLife(t *testing.T) {
 
 // A container's files are there before its first run and after its last one, and come and go by docker cp.
 func TestVMCopy(t *testing.T) {
-	h := openBeside(t)
+	h := openHost(t)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("content\n"), 0o600); err != nil {
@@ -309,7 +280,7 @@ func TestVMCopy(t *testing.T) {
 // The server is killed while docker run waits for a container, and while another one with --rm has just begun. The next one goes on: how the one ended is
 // known, and the other is gone when it has ended.
 func TestVMServerKilled(t *testing.T) {
-	h := openBeside(t)
+	h := openHost(t)
 	h.run("run", "-d", "--name", "kept", "busybox", "sh", "-c", "sleep 3; echo done; exit 4")
 	cmd := h.command(t.Context(), "run", "--rm", "--name", "gone", "busybox", "sleep", "2")
 	if err := cmd.Start(); err != nil {
@@ -339,7 +310,7 @@ func (h *host) until(what string, ok func() bool) {
 
 // Policies to start again are followed inside of the pod.
 func TestVMRestartPolicy(t *testing.T) {
-	h := openBeside(t)
+	h := openHost(t)
 	h.run("run", "-d", "--restart", "on-failure:2", "--name", "tries", "busybox", "sh", "-c", "echo try; exit 5")
 	h.want("5", "wait", "tries")
 	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "tries") == "exited" })
@@ -437,7 +408,7 @@ func eventsOf(t *testing.T, docker func(ctx context.Context, args ...string) *ex
 // What docker events tells through one server of what is done through another is what dockerd tells; and it is told later, by a server that was
 // started after that, as well, but for what pods told that are gone.
 func TestVMEvents(t *testing.T) {
-	h := openBeside(t)
+	h := openHost(t)
 	other := h.second()
 	begin := time.Now()
 	told := eventsOf(t, func(ctx context.Context, args ...string) *exec.Cmd {
