@@ -86,7 +86,8 @@ func testNodeLost(h *host) {
 		}
 		return fmt.Sprint(len(all), " allocations, and none runs")
 	}
-	first := at("moved")
+	first := ""
+	h.until("moved on a node", func() bool { first = at("moved"); return strings.HasPrefix(first, "client") })
 	h.run("run", "-d", "--name", "stays", "-l", "kr.zone="+first, "busybox", "sh", "-c", "echo stays; until test -e /end; do sleep 0.2; done; cat /end")
 	works := func(name string) {
 		t.Helper()
@@ -142,15 +143,9 @@ func testNodeLost(h *host) {
 	h.until("the end of the disk that was left", func() bool { return disks() == "2" })
 	h.until("stays to go on", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "stays") == "running" })
 	h.want("stays", "exec", "stays", "cat", "/copied")
-	attached := make(chan string)
-	go func() {
-		out, err := h.try("", "attach", "--no-stdin", "stays")
-		attached <- fmt.Sprint(out, err)
-	}()
+	attached := h.hijack("/containers/stays/attach?stream=1&stdout=1", "")
 	h.run("exec", "stays", "sh", "-c", "echo the end >/new; mv /new /end")
-	if got := <-attached; !strings.HasSuffix(got, "the end\n<nil>") {
-		t.Errorf("docker attach: %q", got)
-	}
+	attached.until("the end")
 	h.want("0", "wait", "stays")
 	h.run("rm", "-f", "moved", "stays")
 	h.until("the end of all disks", func() bool { return disks() == "0" })
