@@ -3,6 +3,7 @@
 package driver
 
 import (
+	"context"
 	"crypto/tls"
 	"encoding/base64"
 	"fmt"
@@ -13,13 +14,17 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -37,9 +42,10 @@ const (
 	overloaded   = "10.77.0.1:5007" // it has an error
 	nobody       = "10.77.0.1:5008" // nothing listens
 	unnamed      = "10.77.0.1:5009" // to everybody, without TLS, and the plugin is not told so
+	slow         = "10.77.0.1:5010" // to everybody; a layer comes byte by byte until the test lets the rest come
 	mirrored     = "registry.example.org"
 	registryKeys = `
-insecure_registries = ["` + open + `", "` + byConfig + `", "` + byHelper + `", "` + byTask + `", "` + selfSigned + `", "` + silent + `", "` + overloaded + `", "` + nobody + `"]
+insecure_registries = ["` + open + `", "` + byConfig + `", "` + byHelper + `", "` + byTask + `", "` + selfSigned + `", "` + silent + `", "` + overloaded + `", "` + nobody + `", "` + slow + `"]
 registry "` + mirrored + `" {
   mirrors = ["http://` + nobody + `", "http://` + open + `/mirror"]
 }
@@ -82,24 +88,34 @@ func serveRegistries(t *testing.T, n *nomadtest.Node) {
 		silent:     http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }),
 		overloaded: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "too much", http.StatusServiceUnavailable) }),
 	} {
-		l, err := n.Listen("tcp", address)
-		if err != nil {
-			t.Fatal(err)
-		}
+		var secret *tls.Config
 		if address == selfSigned || address == untrusted {
-			l = tls.NewListener(l, certificate.TLS)
+			secret = certificate.TLS
 		}
-		s := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)}
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			s.Serve(l)
-		}()
-		t.Cleanup(func() {
-			s.Close()
-			<-done
-		})
+		serve(t, n, address, handler, secret)
 	}
+}
+
+// serve opens one door until the test ends, with TLS where there is a configuration of it.
+func serve(t *testing.T, n *nomadtest.Node, address string, handler http.Handler, c *tls.Config) {
+	t.Helper()
+	l, err := n.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c != nil {
+		l = tls.NewListener(l, c)
+	}
+	s := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.Serve(l)
+	}()
+	t.Cleanup(func() {
+		s.Close()
+		<-done
+	})
 }
 
 // busybox is the example image.
@@ -235,3 +251,75 @@ func TestVMAgentRegistries(t *testing.T) {
 
 // batch makes a job one that ends.
 func batch(job string) string { return strings.Replace(job, "{", "{\n  type = \"batch\"", 1) }
+
+// Two tasks that want one image pull it once, and each tells how far that is.
+func TestVMAgentPull(t *testing.T) {
+	c := openAgents(t)
+	n := c.Clients()[0]
+	layer, err := random.Layer(64<<10, types.OCILayer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := layer.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := mutate.AppendLayers(busybox(t), layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	images := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	var asked atomic.Int32
+	rest := make(chan struct{})
+	serve(t, n, slow, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/blobs/"+digest.String()) {
+			asked.Add(1)
+			w = &hesitant{w, rest, r.Context()}
+		}
+		images.ServeHTTP(w, r)
+	}), nil)
+	push(t, n, image, slow+"/shared:latest")
+
+	jobs := []string{"one", "other"}
+	for _, name := range jobs {
+		c.Run(t, batch(imageJob(name, slow+"/shared", "echo hello", "", "", once)))
+	}
+	begun := func(a *nomadAlloc) bool { return len(a.TaskStates) > 0 }
+	for _, job := range jobs {
+		a := c.UntilAlloc(t, job, "begun", begun)
+		eventually(t, func() string { return events(t, c, a.ID) }, func(s string) bool { return strings.Contains(s, " layers are there, ") })
+	}
+	close(rest)
+	for _, job := range jobs {
+		a := c.UntilEnded(t, job)
+		if got := events(t, c, a.ID); a.ClientStatus != "complete" || !strings.Contains(got, "Pulled images in ") {
+			t.Errorf("job %s is %s\n%s", job, a.ClientStatus, got)
+		}
+	}
+	if asked.Load() != 1 {
+		t.Errorf("the layer was pulled %d times", asked.Load())
+	}
+}
+
+// A hesitant answer comes byte by byte until rest is closed.
+type hesitant struct {
+	http.ResponseWriter
+	rest <-chan struct{}
+	ctx  context.Context
+}
+
+func (h *hesitant) Write(p []byte) (n int, err error) {
+	for ; n < len(p) && err == nil; n++ {
+		select {
+		case <-h.rest:
+			m, err := h.ResponseWriter.Write(p[n:])
+			return n + m, err
+		case <-h.ctx.Done():
+			return n, h.ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+		_, err = h.ResponseWriter.Write(p[n : n+1])
+		h.ResponseWriter.(http.Flusher).Flush()
+	}
+	return n, err
+}

@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
@@ -275,6 +277,72 @@ func TestVMAgentQEMUUpgraded(t *testing.T) {
 	seen := strings.Count(c.Logs(t, a.ID, "main", "stdout"), "\n")
 	out := c.UntilLogs(t, a.ID, "main", "stdout", func(s string) bool { return strings.Count(s, "\n") > seen+5 })
 	gapless(t, out, 1)
+	c.Stop(t, fresh)
+	c.Stop(t, old)
+}
+
+// The driver and the boot package are replaced in place while a pod runs: it goes on as it was in the hands of the new driver, and what starts from then on has
+// the new package.
+func TestVMAgentUpgraded(t *testing.T) {
+	c := openAgents(t)
+	n := c.Clients()[0]
+	pkg, err := boot.Open(shared.boot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := boottest.Build(shared.boot+".next", "github.com/cradlestack/cradlestack/driver-cradle/guest/cradle-init", pkg.Manifest.Variant, "upgraded")
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugin, err := buildPlugin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("CGO_ENABLED", "0") // as the present one was built
+	const version = "9.9.9"
+	if _, err := command("go", "build", "-ldflags", "-X github.com/cradlestack/cradlestack/driver-cradle/driver.Version="+version, "-o", plugin+".next", ".."); err != nil {
+		t.Fatal(err)
+	}
+	exchange := func() {
+		t.Helper()
+		for _, path := range []string{shared.boot, plugin} {
+			if err := unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, path+".next", unix.RENAME_EXCHANGE); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := n.StopAgents(); err != nil { // which ends the plugin
+			t.Fatal(err)
+		}
+		if err := n.StartAgents(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	upgraded := func(alloc string) string {
+		t.Helper()
+		out, stderr, _ := c.TryCLI(t, "", "alloc", "exec", alloc, "sh", "-c", "grep -ow upgraded /proc/cmdline || echo as it was")
+		return out + stderr
+	}
+
+	old := c.Run(t, jobOf("old", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done"))
+	a := c.UntilRunning(t, old)
+	exchange()
+	defer exchange()
+	c.Until(t, "the new version", func(s *nomadtest.State) bool {
+		d := s.Node(n.Name).Drivers[Name]
+		return d != nil && d.Healthy && d.Attributes["driver.cradle.version"] == version && d.Attributes["driver.cradle.boot.digest"] == next.Digest
+	})
+	c.UntilAnswers(t, a.ID)
+	if got := upgraded(a.ID); got != "as it was\n" {
+		t.Errorf("the pod that ran says %q", got)
+	}
+	seen := strings.Count(c.Logs(t, a.ID, "main", "stdout"), "\n")
+	gapless(t, c.UntilLogs(t, a.ID, "main", "stdout", func(s string) bool { return strings.Count(s, "\n") > seen+5 }), 1)
+	fresh := c.Run(t, jobOf("fresh", "exec sleep 1000"))
+	if got := upgraded(c.UntilRunning(t, fresh).ID); got != "upgraded\n" {
+		t.Errorf("the pod that starts after that says %q", got)
+	}
+	c.CLI(t, "alloc", "restart", a.ID) // returns before it runs again
+	eventually(t, func() string { return upgraded(a.ID) }, func(s string) bool { return s == "upgraded\n" })
 	c.Stop(t, fresh)
 	c.Stop(t, old)
 }

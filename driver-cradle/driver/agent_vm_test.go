@@ -5,6 +5,7 @@ package driver
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -106,6 +107,9 @@ func startAgents(ctx context.Context, o nomadtest.Options) (*nomadtest.Cluster, 
 // jobOf is a job of one task that runs a shell script in the busybox image; more is added to its config block, task and group.
 func jobOf(name, script string, more ...string) string {
 	more = append(more, "", "", "")
+	if !strings.Contains(more[1], "kill_timeout") {
+		more[1] += "\nkill_timeout = \"100ms\"" // most scripts are process 1 and do not hear that they are to end
+	}
 	return fmt.Sprintf(`
 job %q {
   group "g" {
@@ -177,7 +181,7 @@ type nomadAlloc = api.AllocationListStub
 func TestVMAgentLife(t *testing.T) {
 	c := openAgents(t)
 	job := c.Run(t, jobOf("life", `trap 'echo got hup' HUP; trap 'echo got int; exit 0' INT; echo up; echo oops >&2; while :; do sleep 0.1; done`,
-		"", "kill_signal = \"SIGINT\"\nkill_timeout = \"20s\"\nuser = \"nobody\"\nenv {\n  COLOUR = \"red\"\n}\n"))
+		"", "kill_signal = \"SIGINT\"\nkill_timeout = \"20s\"\nuser = \"nobody\"\nenv {\n  COLOUR = \"red\"\n}\naction \"greet\" {\n  command = \"echo\"\n  args    = [\"hello from an action\"]\n}\n"))
 	a := c.UntilRunning(t, job)
 	c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
 	c.UntilLogsHave(t, a.ID, "main", "stderr", "oops\n")
@@ -191,6 +195,10 @@ func TestVMAgentLife(t *testing.T) {
 	if got, _, code := c.TryCLI(t, "some input", "alloc", "exec", a.ID, "wc", "-c"); code != 0 || strings.TrimSpace(got) != "10" {
 		t.Errorf("exec with input: %q, %d", got, code)
 	}
+	if got := c.CLI(t, "action", "-job=life", "-group=g", "-task=main", "greet"); got != "hello from an action\n" {
+		t.Errorf("action: %q", got)
+	}
+	onTerminal(t, c, a.ID)
 	c.CLI(t, "alloc", "signal", "-s", "SIGHUP", a.ID)
 	c.UntilLogsHave(t, a.ID, "main", "stdout", "got hup\n")
 	if got := c.CLI(t, "alloc", "fs", a.ID, "main"); !strings.Contains(got, "local/") {
@@ -201,6 +209,61 @@ func TestVMAgentLife(t *testing.T) {
 	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot int\nup\n" })
 	c.Stop(t, job)
 	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot int\nup\ngot int\n" })
+}
+
+// onTerminal runs a command on a terminal whose size changes.
+func onTerminal(t *testing.T, c *nomadtest.Cluster, alloc string) {
+	t.Helper()
+	a, _, err := c.API.Allocations().Info(alloc, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
+	defer cancel()
+	out := &watched{text: "33 101", seen: make(chan struct{})}
+	sizes := make(chan api.TerminalSize, 1)
+	sizes <- api.TerminalSize{Height: 33, Width: 101}
+	go func() {
+		select {
+		case <-out.seen:
+			sizes <- api.TerminalSize{Height: 44, Width: 99}
+		case <-ctx.Done():
+		}
+	}()
+	code, err := c.API.Allocations().Exec(ctx, a, "main", true, []string{"sh", "-c", `until [ "$(stty size)" = "44 99" ]; do stty size; sleep 0.1; done; read line; echo "you said $line"; exit 5`},
+		strings.NewReader("something\n"), out, io.Discard, sizes, nil)
+	if err != nil || code != 5 || !strings.Contains(out.String(), "you said something\r\n") {
+		t.Errorf("a command on a terminal: %d, %v, %q", code, err, out.String())
+	}
+}
+
+// watched is output of which a text is waited for.
+type watched struct {
+	strings.Builder
+	text string
+	seen chan struct{}
+	once sync.Once
+}
+
+func (w *watched) Write(p []byte) (int, error) {
+	n, err := w.Builder.Write(p)
+	if strings.Contains(w.String(), w.text) {
+		w.once.Do(func() { close(w.seen) })
+	}
+	return n, err
+}
+
+// A task that does not end is killed after its kill_timeout; Nomad's stop of an allocation starts another.
+func TestVMAgentKillTimeout(t *testing.T) {
+	c := openAgents(t)
+	job := c.Run(t, jobOf("stubborn", `trap '' TERM; echo up; while :; do sleep 1; done`, "", "kill_timeout = \"1s\""))
+	a := c.UntilRunning(t, job)
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
+	c.CLI(t, "alloc", "stop", "-detach", a.ID)
+	c.UntilAlloc(t, job, "ended", func(ended *nomadAlloc) bool { return ended.ID == a.ID && nomadtest.Ended(ended) })
+	eventually(t, func() string { return events(t, c, a.ID) }, func(s string) bool { return strings.Contains(s, "exit_code:137") })
+	c.UntilAlloc(t, job, "another that runs", func(other *nomadAlloc) bool { return other.ID != a.ID && nomadtest.Running(other) })
+	c.Stop(t, job)
 }
 
 func TestVMAgentFailures(t *testing.T) {
@@ -354,11 +417,32 @@ func killPlugin(t *testing.T, n *nomadtest.Node) {
 	t.Fatal("there is no plugin process")
 }
 
+// What Nomad tells of a pod with two containers: of both together, of each, and of their machine.
 func TestVMAgentStats(t *testing.T) {
 	c := openAgents(t)
-	a := c.UntilRunning(t, c.Run(t, jobOf("stats", "head -c 20000000 /dev/zero >/dev/shm/file; sleep 1000")))
-	c.Until(t, "statistics of the task", func(*nomadtest.State) bool {
+	a := c.UntilRunning(t, c.Run(t, jobOf("stats", "head -c 20000000 /dev/zero >/dev/shm/file; sleep 1000", fmt.Sprintf(`
+        container "side" {
+          image   = "oci:%s/busybox"
+          command = "sh"
+          args    = ["-c", "head -c 10000000 /dev/zero >/dev/shm/file; while :; do :; done"]
+        }`, shared.images))))
+	eventually(t, func() string {
 		s, err := c.API.Allocations().Stats(&api.Allocation{ID: a.ID, NodeID: a.NodeID}, nil)
-		return err == nil && s.Tasks["main"] != nil && s.Tasks["main"].ResourceUsage.MemoryStats.Usage > 20000000
-	})
+		if err != nil || s.Tasks["main"] == nil {
+			return fmt.Sprint("nothing, ", err)
+		}
+		main := s.Tasks["main"]
+		pod, own, side := main.ResourceUsage, main.Pids["main"], main.Pids["side"]
+		if own == nil || side == nil {
+			return fmt.Sprintf("the containers %v", main.Pids)
+		}
+		if pod.MemoryStats.Usage > 30000000 && pod.MemoryStats.MaxUsage > pod.MemoryStats.Usage && pod.CpuStats.Percent > 5 &&
+			own.MemoryStats.Usage > 20000000 && side.MemoryStats.Usage > 10000000 && side.MemoryStats.Usage < 20000000 && side.CpuStats.Percent > own.CpuStats.Percent {
+			return "right"
+		}
+		return fmt.Sprintf("%+v %+v, %+v %+v, %+v %+v", pod.MemoryStats, pod.CpuStats, own.MemoryStats, own.CpuStats, side.MemoryStats, side.CpuStats)
+	}, func(s string) bool { return s == "right" })
+	if out := c.CLI(t, "alloc", "status", "-stats", a.ID); !strings.Contains(out, "Memory Stats") || !strings.Contains(out, "CPU Stats") {
+		t.Errorf("alloc status -stats:\n%s", out)
+	}
 }
