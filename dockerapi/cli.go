@@ -83,6 +83,7 @@ func (c *cli) serveCommand() *cobra.Command {
 	f.StringVar(&o.VolumePlugin, "volume-plugin", server.DefaultVolumePlugin, "Nomad's CSI plugin that keeps volumes")
 	f.StringVar(&o.VolumeDriver, "volume-driver", server.DefaultVolumeDriver, "driver of volumes that name none: lv2 (one container at a time), nfs or gfs (many)")
 	f.BoolVar(&o.HostPaths, "host-paths", false, "let containers mount directories of their node: for a single node whose users are its operators")
+	f.StringVar(&o.Pods, "pods", "", "state_dir of the task driver on this machine: what goes to a pod that is here does not go through Nomad, once Nomad has allowed it")
 	f.StringVar(&o.Layouts, "image-layouts", "", "directory of OCI layouts on every node, whose names are images")
 	f.BoolVar(&o.verbose, "verbose", false, "log requests that change nothing as well")
 	return cmd

@@ -10,10 +10,14 @@ import "time"
 // library does not tell of an exec's streams goes as these lines on standard error, in order with what is on standard output.
 const TunnelCommand = "cradle:vdocker"
 
-// Lines on a tunnel's standard error. Any other text is for people: why there is no connection, or no longer one; the exit code is then
+// TunnelAt begins a line on a tunnel's standard error, before TunnelReady: the path of vdocker.sock on the pod's node follows. Who is there, and has been let
+// through by Nomad just now, may connect to that: the same bytes go through Nomad's agents at a tenth of the speed.
+const TunnelAt = "cradle: at "
+
+// Other lines on a tunnel's standard error. Any further text is for people: why there is no connection, or no longer one; the exit code is then
 // not 0.
 const (
-	TunnelReady = "cradle: connected\n"     // the first one: the pod takes bytes
+	TunnelReady = "cradle: connected\n"     // the pod takes bytes
 	TunnelEOF   = "cradle: end of output\n" // the pod has closed its direction
 )
 

@@ -38,7 +38,7 @@ func (t *tenant) pod(a *api.AllocationListStub) *pod { return &pod{t, a.ID} }
 func (p *pod) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
-	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: p.tenant.config, Alloc: p.alloc, Task: translate.Own})
+	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: p.tenant.config, Alloc: p.alloc, Task: translate.Own, Local: p.tenant.server.Pods})
 	if errors.Is(err, tunnel.ErrDenied) {
 		return nil, dockerhttp.NewError(http.StatusForbidden, err.Error())
 	}

@@ -42,6 +42,8 @@ type Config struct {
 	Nomad   *api.Config // nil: what Nomad's environment variables say
 	Local   Access      // of those who come over the unix socket
 	Clients string      // file that maps certificates to Access; see identity.go
+	// Pods is the task driver's state_dir on this machine, "" for none: to the pods there it is a short way.
+	Pods string
 	// HostPaths lets containers mount directories of their node: see translate.Rules.
 	HostPaths bool
 	// VolumePlugin is the CSI plugin whose volumes are docker's, VolumeDriver the class of those that name none.

@@ -26,9 +26,9 @@ const exitRefused = 125
 // tunnel connects an exec's stream with docker's API of the task's pod, as spec.TunnelCommand says. It returns the exit code.
 func (d *Driver) tunnel(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) int {
 	out := &frames{stream: stream}
-	conn, err := d.dialTunnel(ctx, taskID, command, tty)
+	conn, at, err := d.dialTunnel(ctx, taskID, command, tty)
 	if err == nil {
-		err = carry(ctx, conn, stream, out)
+		err = carry(ctx, conn, at, stream, out)
 	}
 	if err != nil {
 		_ = out.tell(err.Error() + "\n") // nobody is there who could be told otherwise
@@ -37,32 +37,34 @@ func (d *Driver) tunnel(ctx context.Context, taskID string, command []string, tt
 	return 0
 }
 
-func (d *Driver) dialTunnel(ctx context.Context, taskID string, command []string, tty bool) (*net.UnixConn, error) {
+// dialTunnel connects to a pod, and says where that is to be had as well.
+func (d *Driver) dialTunnel(ctx context.Context, taskID string, command []string, tty bool) (conn *net.UnixConn, at string, err error) {
 	switch {
 	case len(command) > 1:
-		return nil, fmt.Errorf("%s takes no arguments: it is a connection to docker's API of the pod", spec.TunnelCommand)
+		return nil, "", fmt.Errorf("%s takes no arguments: it is a connection to docker's API of the pod", spec.TunnelCommand)
 	case tty:
-		return nil, fmt.Errorf("%s is a stream of bytes: switch the terminal off (-t=false)", spec.TunnelCommand)
+		return nil, "", fmt.Errorf("%s is a stream of bytes: switch the terminal off (-t=false)", spec.TunnelCommand)
 	}
 	t, err := d.task(taskID)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if _, err := t.live(); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	p, err := pod.Open(filepath.Join(t.dir, podDir), d.log)
+	dir := filepath.Join(t.dir, podDir)
+	p, err := pod.Open(dir, d.log)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	conn, err := p.Dial(ctx)
+	c, err := p.Dial(ctx)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, errTaskEnded // its end is not noted yet
+		return nil, "", errTaskEnded // its end is not noted yet
 	}
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return conn.(*net.UnixConn), nil
+	return c.(*net.UnixConn), filepath.Join(dir, pod.SocketFile), nil
 }
 
 // Sizes of what a tunnel carries at once: Nomad's agents take each message apart twice, whatever its size.
@@ -71,13 +73,15 @@ const (
 	mostCarried  = 128 << 10
 )
 
-// carry copies until both directions have ended, one of the sides is gone, or ctx ends.
-func carry(ctx context.Context, conn *net.UnixConn, stream drivers.ExecTaskStream, out *frames) error {
+// carry tells where conn leads and copies until both directions have ended, one of the sides is gone, or ctx ends.
+func carry(ctx context.Context, conn *net.UnixConn, at string, stream drivers.ExecTaskStream, out *frames) error {
 	var output sync.WaitGroup
 	defer output.Wait()
 	defer conn.Close()
-	if err := out.tell(spec.TunnelReady); err != nil {
-		return err
+	for _, line := range []string{spec.TunnelAt + at + "\n", spec.TunnelReady} {
+		if err := out.tell(line); err != nil {
+			return err
+		}
 	}
 	caller := caller{conn: conn, stream: stream, ended: make(chan struct{}), gone: make(chan error, 1)}
 	caller.waits.Store(now().UnixNano())

@@ -32,7 +32,7 @@ func (s *Stack) upDockerAPI(ctx context.Context, config agents.Config) error {
 		return err
 	}
 	argv := []string{
-		program, "serve", "--socket", s.socket(), "--token-file", s.tokenFile(), "--host-paths",
+		program, "serve", "--socket", s.socket(), "--token-file", s.tokenFile(), "--host-paths", "--pods", filepath.Join(s.dir, "pods"),
 		"--images", filepath.Join(s.dir, "images"), "--registry-listen", fmt.Sprintf("127.0.0.1:%d", config.Ports.Registry),
 		"--image-layouts", filepath.Join(cache, "cradlestack", "images"),
 	}

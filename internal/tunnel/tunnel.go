@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -39,6 +40,8 @@ type Target struct {
 	Config *api.Config // how Nomad is reached; its address can be any agent's
 	Alloc  string      // the allocation's whole id
 	Task   string
+	// Local is the task driver's state_dir on this machine; "" for none. A pod that is there is connected to by its socket, once Nomad has allowed it.
+	Local string
 }
 
 // Dial opens a connection, which is there when Dial returns. ctx is for opening it alone. A connection has deadlines and CloseWrite as a TCP
@@ -58,6 +61,10 @@ func Dial(ctx context.Context, t Target) (net.Conn, error) {
 	c.work.Go(c.transmit)
 	select {
 	case <-c.ready:
+		if local := c.local(ctx); local != nil {
+			c.Close()
+			return local, nil
+		}
 		return c, nil
 	case <-c.done:
 		c.Close()
@@ -66,6 +73,22 @@ func Dial(ctx context.Context, t Target) (net.Conn, error) {
 		c.Close()
 		return nil, fmt.Errorf("connect to %v: %w", c.RemoteAddr(), context.Cause(ctx))
 	}
+}
+
+// local connects to the pod's socket, where that is on this machine; nil where it is not. The driver's word counts below its own directory alone.
+func (c *conn) local(ctx context.Context) net.Conn {
+	if c.target.Local == "" {
+		return nil
+	}
+	below, err := filepath.Rel(c.target.Local, c.at)
+	if err != nil || !filepath.IsLocal(below) {
+		return nil
+	}
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", c.at)
+	if err != nil {
+		return nil
+	}
+	return conn
 }
 
 // open begins the exec.
@@ -188,6 +211,7 @@ type conn struct {
 	work   sync.WaitGroup
 
 	ready chan struct{} // closed when the pod takes bytes
+	at    string        // where it does so on its node; known by then
 
 	in      chan []byte
 	eof     chan struct{} // closed when the pod has closed its direction
@@ -255,10 +279,14 @@ func (c *conn) receive() {
 				return
 			}
 		case m.Stderr != nil && len(m.Stderr.Data) > 0:
-			switch string(m.Stderr.Data) {
-			case spec.TunnelReady:
+			text := string(m.Stderr.Data)
+			at, told := strings.CutPrefix(text, spec.TunnelAt)
+			switch {
+			case told && c.at == "":
+				c.at = strings.TrimSuffix(at, "\n")
+			case text == spec.TunnelReady:
 				c.opened(c.ready)
-			case spec.TunnelEOF:
+			case text == spec.TunnelEOF:
 				c.opened(c.eof)
 			default:
 				said.Write(m.Stderr.Data[:min(len(m.Stderr.Data), max(0, maxMessage-said.Len()))])

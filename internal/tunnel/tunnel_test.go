@@ -29,6 +29,7 @@ import (
 type agent struct {
 	*httptest.Server
 	pod    func(*http.Request) (net.Conn, string) // or why not
+	at     string                                 // where the pod is on its node
 	served sync.WaitGroup
 }
 
@@ -79,7 +80,7 @@ func (a *agent) serve(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
-	if tell(spec.TunnelReady) != nil {
+	if tell(spec.TunnelAt+a.at+"\n") != nil || tell(spec.TunnelReady) != nil {
 		return
 	}
 	var output sync.WaitGroup
@@ -350,5 +351,60 @@ func TestBackpressure(t *testing.T) {
 	got := make([]byte, 4)
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != "done" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A pod of this machine is connected to by its own socket, when Nomad has let the client through; what an agent says of places elsewhere is not believed.
+func TestLocal(t *testing.T) {
+	dir := t.TempDir()
+	at := filepath.Join(dir, "pod.sock")
+	for _, tt := range []struct {
+		name, local, at, want string
+	}{
+		{"here", dir, at, "socket"},
+		{"nobody asked", "", at, "tunnel"},
+		{"elsewhere", filepath.Join(dir, "pods"), at, "tunnel"},
+		{"out of it", filepath.Join(dir, "pods"), filepath.Join(dir, "pods") + "/../pod.sock", "tunnel"},
+		{"not there", dir, filepath.Join(dir, "other.sock"), "tunnel"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l, err := net.Listen("unix", at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var served sync.WaitGroup
+			served.Go(func() {
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return
+					}
+					c.Write([]byte("socket"))
+					c.Close()
+				}
+			})
+			t.Cleanup(func() {
+				l.Close()
+				served.Wait()
+			})
+			a := newAgent(t, func(*http.Request) (net.Conn, string) {
+				ours, theirs := sockets(t)
+				theirs.Write([]byte("tunnel"))
+				theirs.Close()
+				return ours, ""
+			})
+			a.at = tt.at
+			target := a.target()
+			target.Local = tt.local
+			c, err := Dial(t.Context(), target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			got := make([]byte, len(tt.want))
+			if _, err := io.ReadFull(c, got); err != nil || string(got) != tt.want {
+				t.Errorf("%q, %v; want %q", got, err, tt.want)
+			}
+		})
 	}
 }
