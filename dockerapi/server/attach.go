@@ -23,9 +23,6 @@ import (
 func (s *Server) attachContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
 	q := r.URL.Query()
 	stream, replay := dockerhttp.Truth(r, "stream"), dockerhttp.Truth(r, "logs")
-	if !stream && !replay {
-		return dockerhttp.Invalid("Bad parameters: you must choose stream, logs, or both")
-	}
 	if keys := q.Get("detachKeys"); keys != "" {
 		if _, err := term.ToBytes(keys); err != nil {
 			return dockerhttp.Invalid("invalid detach keys (%s) provided", keys)
@@ -41,8 +38,15 @@ func (s *Server) attachContainer(w http.ResponseWriter, r *http.Request, t *tena
 		t.emitContainer(c, events.ActionAttach, nil)
 		return p.passStream(w, r, inside("/attach"))
 	}
-	if !stream { // docker attach has no logs alone, but the API has
+	if !stream && replay { // docker attach has no logs alone, but the API has
 		return s.containerLogs(w, r, t, c)
+	}
+	if !stream { // as docker: a stream that ends at once
+		client, err := takeOver(w, mediaType(c), r.Header.Get("Upgrade") != "")
+		if err != nil {
+			return err
+		}
+		return client.Close()
 	}
 	a := t.attach(c.ID)
 	defer t.detach(c.ID, a)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"time"
@@ -25,7 +26,9 @@ import (
 func (s *Server) containerRoutes(on *router) {
 	s.uses = append(s.uses, s.containersOfImages)
 	one := func(pattern string, h func(http.ResponseWriter, *http.Request, *tenant, *record) error) {
-		on.on(pattern, naming((*tenant).find, h))
+		on.on(pattern, naming((*tenant).find, func(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
+			return outside(h(w, r, t, c), c)
+		}))
 	}
 	on.on("POST /containers/create", s.createContainer)
 	on.on("GET /containers/json", s.listContainers)
@@ -80,6 +83,19 @@ func (s *Server) containerRoutes(on *router) {
 		})
 	}
 	s.execRoutes(on)
+}
+
+// podsName is what pods say of their container.
+var podsName = regexp.MustCompile(`container ` + translate.Own + `(,| |$)`)
+
+// outside gives an error that a pod tells of the id that the container has outside of it.
+func outside(err error, c *record) error {
+	var e dockerhttp.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	e.Message = podsName.ReplaceAllString(e.Message, "container "+c.ID+"$1")
+	return e
 }
 
 // isRunning says whether a container's pod is there, as far as the record and Nomad tell.
@@ -158,6 +174,9 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	if request.Config == nil {
 		return dockerhttp.Invalid("config cannot be empty in order to create a container")
+	}
+	if n := request.NetworkingConfig; n != nil && len(n.EndpointsConfig) > 1 && versions.Version(r) < 44 {
+		return dockerhttp.Invalid("Container cannot be created with multiple network endpoints")
 	}
 	ctx := r.Context()
 	image, err := s.imageOf(ctx, t, request.Config.Image)

@@ -44,6 +44,8 @@ func TestBadInput(t *testing.T) {
 		{"GET", "/containers/" + strings.Repeat("x", 100000) + "/json", "", 404, "No such container"},
 		{"GET", "/containers/%00/json", "", 404, "No such container"},
 		{"GET", "/containers/..%2f..%2fnames/json", "", 404, "No such container"},
+		{"POST", "/containers/missing/exec", `nonsense`, 400, "invalid JSON"},
+		{"POST", "/exec/short/start", `nonsense`, 400, "invalid JSON"},
 		{"GET", "/exec/short/json", "", 404, "No such exec instance: short"},
 	} {
 		status, body, _ := ask(test.method, test.path, test.body)

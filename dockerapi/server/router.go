@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,9 +43,21 @@ func newRouter(s *Server) *router {
 	return rt
 }
 
+// takeJSON are the patterns whose bodies are JSON. That is checked before anything else, as docker does.
+var takeJSON = []string{
+	"POST /commit", "POST /containers/create", "POST /containers/{id}/exec", "POST /containers/{id}/update", "POST /exec/{id}/start",
+	"POST /networks/create", "POST /networks/{id}/connect", "POST /networks/{id}/disconnect", "POST /volumes/create",
+}
+
 // on answers a pattern of http.ServeMux to those who have a namespace.
 func (rt *router) on(pattern string, h handler) {
+	isJSON := slices.Contains(takeJSON, pattern)
 	rt.open(pattern, func(w http.ResponseWriter, r *http.Request) error {
+		if isJSON {
+			if err := dockerhttp.CheckJSON(w, r); err != nil {
+				return err
+			}
+		}
 		t, err := rt.server.tenant(r)
 		if err != nil {
 			return err

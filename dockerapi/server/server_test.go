@@ -109,6 +109,9 @@ func asker(t *testing.T, client *http.Client, base string) func(method, path, bo
 		if err != nil {
 			t.Fatal(err)
 		}
+		if body != "" {
+			r.Header.Set("Content-Type", "application/json")
+		}
 		a, err := client.Do(r)
 		if err != nil {
 			return 0, err.Error(), nil

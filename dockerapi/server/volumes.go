@@ -403,6 +403,9 @@ func (t *tenant) inherited(ctx context.Context, from []string) ([]mount.Mount, e
 			return nil, dockerhttp.Invalid("invalid mode: %s", mode)
 		}
 		c, err := t.find(ctx, name)
+		if isNotFound(err) {
+			err = dockerhttp.Invalid("%v", err)
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -275,7 +275,7 @@ func (b *builder) process() error {
 
 func (b *builder) health() error {
 	h := b.config.Healthcheck
-	if h == nil || len(h.Test) == 0 {
+	if h == nil {
 		return nil
 	}
 	for _, d := range []struct {
@@ -288,6 +288,9 @@ func (b *builder) health() error {
 	}
 	if h.Retries < 0 {
 		return dockerhttp.Invalid("Retries in Healthcheck cannot be negative")
+	}
+	if len(h.Test) == 0 {
+		return nil
 	}
 	b.own.Healthcheck = &spec.Healthcheck{
 		Test: h.Test, Interval: spec.Duration(h.Interval), Timeout: spec.Duration(h.Timeout), StartPeriod: spec.Duration(h.StartPeriod),
@@ -306,6 +309,9 @@ const ownKernel = "the container has a kernel of its own, in a microVM"
 // refuse finds what a microVM can't do.
 func (b *builder) refuse() error {
 	h := &b.host
+	if _, empty := h.Annotations[""]; empty {
+		return dockerhttp.Invalid("invalid Annotations: the empty string is not permitted as an annotation key")
+	}
 	switch {
 	case h.PidMode != "" && !h.PidMode.Valid():
 		return dockerhttp.Invalid("invalid PID mode: %s", h.PidMode)

@@ -24,7 +24,9 @@ func (b *builder) mounts() error {
 		if !path.IsAbs(target) {
 			return dockerhttp.Invalid("invalid mount path: '%s' mount path must be absolute", target)
 		}
-		target = path.Clean(target)
+		if target = path.Clean(target); target == "/" {
+			return dockerhttp.Invalid("invalid specification: destination can't be '/'")
+		}
 		taken[target] = true
 		b.tmpfs(target, options)
 	}

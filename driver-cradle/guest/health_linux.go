@@ -112,21 +112,29 @@ func (c *Container) probe(ctx context.Context, args []string, timeout time.Durat
 	if err := e.Start(ctx); err != nil {
 		return fail(err.Error())
 	}
+	// What it printed is there once the streams have ended; a child that keeps them open is not waited for.
+	said := func() {
+		select {
+		case <-ended:
+		case <-time.After(time.Second):
+		}
+	}
 	limit, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	code, err := e.Wait(limit)
 	if err != nil {
 		e.kill()
-		if errors.Is(err, context.DeadlineExceeded) {
-			return fail(fmt.Sprintf("Health check exceeded timeout (%s)", timeout))
+		if !errors.Is(err, context.DeadlineExceeded) {
+			return fail(err.Error())
 		}
-		return fail(err.Error())
+		said()
+		text := fmt.Sprintf("Health check exceeded timeout (%s)", timeout)
+		if printed := out.String(); printed != "" {
+			text += ": " + printed
+		}
+		return fail(text)
 	}
-	// What it printed is there once the streams have ended; a child that keeps them open is not waited for.
-	select {
-	case <-ended:
-	case <-time.After(time.Second):
-	}
+	said()
 	p.End, p.ExitCode, p.Output = time.Now(), code, out.String()
 	return p
 }

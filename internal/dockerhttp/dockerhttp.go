@@ -6,10 +6,12 @@
 package dockerhttp
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"mime"
 	"net/http"
 	"strconv"
 	"strings"
@@ -59,6 +61,33 @@ func Decode(w http.ResponseWriter, r *http.Request, v any) error {
 		return Errorf(http.StatusRequestEntityTooLarge, "request body is larger than %d bytes", large.Limit)
 	}
 	return Invalid("invalid JSON: %v", err)
+}
+
+// CheckJSON checks that a body is JSON, if there is one, and leaves it to be read.
+func CheckJSON(w http.ResponseWriter, r *http.Request) error {
+	kind := r.Header.Get("Content-Type")
+	if kind == "" && r.ContentLength == 0 {
+		return nil
+	}
+	media, _, err := mime.ParseMediaType(kind)
+	if err != nil {
+		return Invalid("malformed Content-Type header (%s): %v", kind, err)
+	}
+	if media != "application/json" {
+		return Invalid("unsupported Content-Type header (%s): must be 'application/json'", kind)
+	}
+	var read bytes.Buffer
+	body := r.Body
+	r.Body = io.NopCloser(io.TeeReader(body, &read))
+	var value json.RawMessage
+	if err := Decode(w, r, &value); err != nil {
+		return err
+	}
+	r.Body = struct {
+		io.Reader
+		io.Closer
+	}{&read, body}
+	return nil
 }
 
 // Answer writes v as JSON.

@@ -66,7 +66,8 @@ func (a *api) execStart(w http.ResponseWriter, r *http.Request) error {
 	ctx, gone := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer gone(nil)
 	return a.serveStreams(ctx, gone, w, r, e.IO(), streams{
-		attach: stdio.AttachOptions{Stream: true}, tty: cfg.TTY, keys: keys, stdin: cfg.OpenStdin, stdout: cfg.AttachStdout, stderr: cfg.AttachStderr,
+		// As docker: how the stream is written is said by who starts the command, not by whether that has a terminal.
+		attach: stdio.AttachOptions{Stream: true}, tty: q.Tty, keys: keys, stdin: cfg.OpenStdin, stdout: cfg.AttachStdout, stderr: cfg.AttachStderr,
 		began:    func() error { return startExec(ctx, e) },
 		detached: func() { e.Container().Emit("exec_detach", map[string]string{"execID": e.ID()}) },
 		// A client asks for the exit code as soon as the stream has ended.

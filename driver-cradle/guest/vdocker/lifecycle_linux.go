@@ -121,15 +121,24 @@ func (a *api) wait(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 
 // size reads a terminal's size.
 func size(r *http.Request) (h, w uint16, err error) {
-	h64, err := strconv.ParseUint(dockerhttp.Parameter(r, "h"), 10, 16)
-	if err != nil {
-		return 0, 0, dockerhttp.Invalid("h: %q is no number of lines", dockerhttp.Parameter(r, "h"))
+	if h, err = extent("height", dockerhttp.Parameter(r, "h")); err != nil {
+		return 0, 0, err
 	}
-	w64, err := strconv.ParseUint(dockerhttp.Parameter(r, "w"), 10, 16)
-	if err != nil {
-		return 0, 0, dockerhttp.Invalid("w: %q is no number of columns", dockerhttp.Parameter(r, "w"))
+	w, err = extent("width", dockerhttp.Parameter(r, "w"))
+	return h, w, err
+}
+
+// extent reads one of the two, with docker's messages (moby daemon/server/router/container/container_routes.go).
+func extent(name, text string) (uint16, error) {
+	n, err := strconv.ParseUint(text, 10, 16)
+	if err == nil {
+		return uint16(n), nil
 	}
-	return uint16(h64), uint16(w64), nil
+	why := strconv.ErrSyntax
+	if _, signed := strconv.ParseInt(text, 10, 64); signed == nil || errors.Is(err, strconv.ErrRange) {
+		why = strconv.ErrRange
+	}
+	return 0, dockerhttp.Invalid("invalid resize %s %q: %v", name, text, why)
 }
 
 func (a *api) resize(w http.ResponseWriter, r *http.Request, c *guest.Container) error {

@@ -239,9 +239,6 @@ func (a *api) attach(w http.ResponseWriter, r *http.Request, c *guest.Container)
 		return err
 	}
 	stream, replay := dockerhttp.Truth(r, "stream"), dockerhttp.Truth(r, "logs")
-	if !stream && !replay {
-		return dockerhttp.Invalid("Bad parameters: you must choose stream, logs, or both")
-	}
 	if c.State().Status == wire.StatePaused {
 		return dockerhttp.NewError(http.StatusConflict, fmt.Sprintf("container %s is paused, unpause the container before attach", r.PathValue("id")))
 	}
