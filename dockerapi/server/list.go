@@ -186,6 +186,9 @@ func (s *Server) listContainers(w http.ResponseWriter, r *http.Request, t *tenan
 		}
 		one := t.summary(c)
 		one.Image = shown(ctx, c.record)
+		if versions.Version(r) < 46 { // moby api/docs/CHANGELOG.md, v1.46
+			one.HostConfig.Annotations = nil
+		}
 		out = append(out, one)
 		if limit > 0 && len(out) == limit {
 			break
@@ -262,7 +265,7 @@ func (t *tenant) summary(c *seen) container.Summary {
 		Ports: t.portSummaries(c), Labels: union(c.Config.Labels), State: c.state.Status, Status: translate.StatusText(&c.state, time.Now()), Mounts: mountPoints(c.record),
 		NetworkSettings: &container.NetworkSettingsSummary{Networks: t.endpoints(c)},
 	}
-	out.HostConfig.NetworkMode = string(c.Host.NetworkMode)
+	out.HostConfig.NetworkMode, out.HostConfig.Annotations = string(c.Host.NetworkMode), c.Host.Annotations
 	if h := c.state.Health; h != nil {
 		out.Health = &container.HealthSummary{Status: h.Status, FailingStreak: h.FailingStreak}
 	}

@@ -119,22 +119,29 @@ func (t *tenant) networks(ctx context.Context) ([]*netRecord, error) {
 	return all, nil
 }
 
-// network finds what a client calls name, id, or the beginning of an id.
+// network finds what a client calls id, name, or the beginning of an id; in this order, as docker does.
 func (t *tenant) network(ctx context.Context, ref string) (*netRecord, error) {
 	for _, n := range t.builtin() {
 		if n.Name == ref {
 			return n, nil
 		}
 	}
+	isHex := ref != "" && strings.Trim(ref, "0123456789abcdef") == ""
+	var all []*netRecord
+	if isHex {
+		var err error
+		if all, err = t.networks(ctx); err != nil {
+			return nil, err
+		}
+		if i := slices.IndexFunc(all, func(n *netRecord) bool { return n.ID == ref }); i >= 0 {
+			return all[i], nil
+		}
+	}
 	if n, err := t.readNetwork(ctx, networkPath(ref)); !isNotFound(err) {
 		return n, err
 	}
-	if ref == "" || strings.Trim(ref, "0123456789abcdef") != "" {
+	if !isHex {
 		return nil, noNetwork(ref)
-	}
-	all, err := t.networks(ctx)
-	if err != nil {
-		return nil, err
 	}
 	all = slices.DeleteFunc(all, func(n *netRecord) bool { return !strings.HasPrefix(n.ID, ref) })
 	switch len(all) {
@@ -151,6 +158,7 @@ func (s *Server) networkRoutes(on *router) {
 		on.on(pattern, naming((*tenant).network, h))
 	}
 	on.on("GET /networks", s.listNetworks)
+	on.on("GET /networks/{$}", s.listNetworks)
 	on.on("POST /networks/create", s.createNetwork)
 	on.on("POST /networks/prune", s.pruneNetworks)
 	one("GET /networks/{id}", s.inspectNetwork)

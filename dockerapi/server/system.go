@@ -71,6 +71,9 @@ func (s *Server) info(w http.ResponseWriter, r *http.Request, t *tenant) error {
 			continue
 		}
 		ready++
+		if of := n.Drivers["cradle"].Attributes; i.KernelVersion == "" && of != nil { // the version stands in no manifest: the package is what tells kernels apart
+			i.KernelVersion = fmt.Sprintf("%s-%.12s", of["driver.cradle.boot.variant"], of["driver.cradle.boot.digest"])
+		}
 		if n.NodeResources != nil {
 			i.NCPU += int(n.NodeResources.Cpu.TotalCpuCores)
 			i.MemTotal += n.NodeResources.Memory.MemoryMB << 20
@@ -91,6 +94,12 @@ func (s *Server) info(w http.ResponseWriter, r *http.Request, t *tenant) error {
 		}
 	}
 	i.DriverStatus = [][2]string{{"Nomad", s.Nomad.Address}, {"Namespace", t.Namespace}, {"Nodes with pods", fmt.Sprint(ready)}}
+	if versions.Version(r) < 50 { // moby api/docs/CHANGELOG.md, v1.50
+		return dockerhttp.Answer(w, http.StatusOK, struct {
+			*system.Info
+			BridgeNfIptables, BridgeNfIp6tables bool
+		}{Info: &i})
+	}
 	return dockerhttp.Answer(w, http.StatusOK, i)
 }
 

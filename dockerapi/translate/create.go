@@ -26,6 +26,7 @@ import (
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/volume"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 	"github.com/cradlestack/cradlestack/spec"
@@ -251,12 +252,13 @@ func (b *builder) process() error {
 		command := slices.Clone(c.Cmd)
 		own.Command = &command
 	}
-	own.Env, own.User, own.StopSignal = ownEnv(b.image.Config.Env, c.Env), c.User, c.StopSignal
+	own.Env, own.User, own.StopSignal = ownEnv(b.image.Config.Env, c.Env), c.User, signalName(c.StopSignal)
 	if c.WorkingDir != "" {
 		if !path.IsAbs(c.WorkingDir) {
 			return dockerhttp.Invalid("the working directory '%s' is invalid, it needs to be an absolute path", c.WorkingDir)
 		}
-		own.WorkingDir = path.Clean(c.WorkingDir)
+		c.WorkingDir = path.Clean(c.WorkingDir)
+		own.WorkingDir = c.WorkingDir
 	}
 	if t := c.StopTimeout; t != nil {
 		timeout := spec.Duration(time.Duration(*t) * time.Second)
@@ -271,6 +273,21 @@ func (b *builder) process() error {
 	own.TTY, own.OpenStdin, own.StdinOnce = c.Tty, c.OpenStdin, c.StdinOnce
 	own.Init = b.host.Init != nil && *b.host.Init
 	return b.health()
+}
+
+// signalName is a signal as Nomad writes it, by which nodes are chosen: docker's clients say TERM, sigterm and 15 as well.
+func signalName(text string) string {
+	if n, err := strconv.Atoi(text); err == nil {
+		return cmp.Or(unix.SignalName(unix.Signal(n)), text)
+	}
+	name := strings.ToUpper(text)
+	if !strings.HasPrefix(name, "SIG") {
+		name = "SIG" + name
+	}
+	if unix.SignalNum(name) == 0 {
+		return text
+	}
+	return name
 }
 
 func (b *builder) health() error {

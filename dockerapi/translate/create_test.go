@@ -198,3 +198,16 @@ func FuzzCreate(f *testing.F) {
 		}
 	})
 }
+
+// Nomad places a task by its stop signal, and knows names alone.
+func TestStopSignal(t *testing.T) {
+	for asked, want := range map[string]string{"TERM": "SIGTERM", "sigusr1": "SIGUSR1", "15": "SIGTERM", "SIGINT": "SIGINT", "SIGRTMIN+3": "SIGRTMIN+3"} {
+		c, err := create(t, `{"Image": "x", "StopSignal": "`+asked+`"}`, Rules{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Pod.Containers[0].StopSignal; got != want || c.Config.StopSignal != asked {
+			t.Errorf("%s: %s, and inspect tells %s; want %s", asked, got, c.Config.StopSignal, want)
+		}
+	}
+}

@@ -3,6 +3,7 @@ package translate
 import (
 	"encoding/json"
 	"math"
+	"net/http"
 
 	"github.com/moby/moby/api/types/container"
 
@@ -49,7 +50,7 @@ func Update(host *container.HostConfig, pod *spec.Pod, u *container.UpdateConfig
 			return nil, nil, nil, dockerhttp.Invalid("%v", err)
 		}
 		if h.AutoRemove && !u.RestartPolicy.IsNone() {
-			return nil, nil, nil, dockerhttp.Invalid("Restart policy cannot be updated because AutoRemove is enabled for the container")
+			return nil, nil, nil, dockerhttp.Errorf(http.StatusConflict, "Restart policy cannot be updated because AutoRemove is enabled for the container")
 		}
 		h.RestartPolicy = u.RestartPolicy
 	}
