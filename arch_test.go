@@ -101,7 +101,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/registry":          {"test/s3server"},
 	"dockerapi/translate":         {"internal/golden"},
 	"bali":                        {"internal/nomadtest", "test/s3server"},
-	"dockerapi":                   {"internal/nomadtest", "test/dockerd", "test/programs"},
+	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw: print the path of that program.
+# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw: print the path of that program; moby|testcontainers: of a folder that
+# has programs beside it.
 #
 # The one on PATH where it has the version that tools/NAME/go.mod names (or newer, with the same major version), else one
 # built from the Go module proxy, cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/tools/NAME-KEY, where KEY hashes the
@@ -8,7 +9,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 die() { echo "build.sh: $*" >&2; exit 1; }
 name=${1:-}
-binary=$name cgo=0 flags=(-trimpath)
+binary=$name cgo=0 flags=(-trimpath) tests=()
 case $name in
   # cgo is what Nomad's exec driver needs; without the tag "release" mock_driver stays in.
   nomad) package=github.com/hashicorp/nomad module=$package cgo=1 flags+=(-tags 'codegen_generated hashicorpmetrics' -ldflags '-s -w') ;;
@@ -22,7 +23,14 @@ case $name in
   buildkitd) module=github.com/moby/buildkit package=$module/cmd/buildkitd flags+=(-ldflags "-s -w") ;;
   csi-sanity) module=github.com/kubernetes-csi/csi-test/v5 package=$module/cmd/csi-sanity ;;
   versitygw) module=github.com/versity/versitygw package=$module/cmd/versitygw flags+=(-ldflags "-s -w") ;;
-  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw" ;;
+  # Tests of docker's makers: PACKAGE.test for each of those packages, and source, the folder with what they read.
+  moby)
+    module=github.com/docker/docker source=integration tests=(container network system volume)
+    # The module has no go.mod, for which the compiler would take the language of go1.16.
+    flags+=(-ldflags '-s -w' -gcflags "$module/...=-lang=go1.24")
+    ;;
+  testcontainers) module=github.com/testcontainers/testcontainers-go source=. tests=(.) flags+=(-ldflags '-s -w') ;;
+  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|moby|testcontainers" ;;
 esac
 want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$name/go.mod" | grep -m1 '^v')
 
@@ -39,6 +47,7 @@ if found=$(command -v "$binary") && have=$(version_of "$found") && [ "${have%%.*
   exit 0
 fi
 
+if [ "${#tests[@]}" -gt 0 ]; then binary=source package="$source ${tests[*]}"; fi
 key=$( (cat "$here/$name/go.mod" "$here/$name/go.sum"; echo "$package $cgo ${flags[*]}"; go version) | sha256sum | cut -c1-16)
 out=${XDG_CACHE_HOME:-$HOME/.cache}/cradlestack/tools/$name-$key
 if [ -x "$out/$binary" ]; then echo "$out/$binary"; exit 0; fi
@@ -48,6 +57,13 @@ flock 9
 if [ -x "$out/$binary" ]; then echo "$out/$binary"; exit 0; fi
 echo "build.sh: compiling $name $want" >&2
 # -mod=readonly: the module files are exact; go mod tidy would take other versions.
-(cd "$here/$name" && CGO_ENABLED=$cgo GOFLAGS='-mod=readonly -buildvcs=false' go build "${flags[@]}" -o "$out/$binary.part" "$package") >&2
-mv "$out/$binary.part" "$out/$binary"
+cd "$here/$name"
+export CGO_ENABLED=$cgo GOFLAGS='-mod=readonly -buildvcs=false'
+if [ "${#tests[@]}" = 0 ]; then
+  go build "${flags[@]}" -o "$out/$binary.part" "$package" >&2
+else
+  for test in "${tests[@]}"; do go test -c -vet=off "${flags[@]}" -o "$out/${test//\//-}.test" "$(realpath -ms "/$module/$source/$test" | cut -c2-)" >&2; done
+  ln -s "$(go list -m -f '{{.Dir}}' "$module")/$source" "$out/$binary.part"
+fi
+mv -T "$out/$binary.part" "$out/$binary"
 echo "$out/$binary"

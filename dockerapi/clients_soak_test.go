@@ -1,0 +1,119 @@
+//go:build vm && soak
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+)
+
+// Slack of the server's memory and goroutines: what a garbage collector and idle connections make of one and the same state.
+const (
+	memorySlack    = 32 << 20
+	goroutineSlack = 20
+)
+
+func TestVMSoakFiftyClients(t *testing.T) { clients(t, 50, 5*time.Minute) }
+
+// clients run containers, execute in them, read their logs and remove them, all at once, each time another one, until it is enough. The server needs no more
+// memory at the end than after a third of the time, and has as many goroutines as before.
+func clients(t *testing.T, n int, enough time.Duration) {
+	c := openCluster(t)
+	h := openHostOn(t, c, "--pods", filepath.Join(c.Server().Dir, "cradle"))
+	goroutines := func() int {
+		got, err := strconv.Atoi(h.run("info", "-f", "{{.NGoroutines}}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	h.want("", "run", "--rm", "busybox", "true") // the template is made, and the watch of the namespace runs
+	before := goroutines()
+	ctx, cancel := context.WithTimeout(t.Context(), enough)
+	defer cancel()
+	var all sync.WaitGroup
+	var rounds atomic.Int64
+	for i := range n {
+		all.Go(func() {
+			for round := 0; round == 0 || ctx.Err() == nil; round++ {
+				if err := h.oneRound(fmt.Sprintf("client%d-%d", i, round)); err != nil {
+					t.Error(err)
+					cancel()
+					return
+				}
+				rounds.Add(1)
+			}
+		})
+	}
+	var third int64
+	select {
+	case <-time.After(enough / 3):
+		third = h.memory()
+	case <-ctx.Done():
+	}
+	all.Wait()
+	if t.Failed() {
+		return
+	}
+	h.want("", "ps", "-aq")
+	if end := h.memory(); end > third+memorySlack {
+		t.Errorf("the server's memory has grown from %d MiB after a third of the time to %d MiB", third>>20, end>>20)
+	}
+	h.until("the goroutines to be as many as before", func() bool { return goroutines() <= before+goroutineSlack })
+	t.Logf("%d clients, %d containers, no error; the server's memory: %d MiB after a third, %d MiB at the end", n, rounds.Load(), third>>20, h.memory()>>20)
+}
+
+// oneRound is a container from run to rm.
+func (h *host) oneRound(name string) error {
+	for _, step := range []struct {
+		args []string
+		want string // of the output; "" for any
+	}{
+		{[]string{"run", "-d", "--name", name, "--memory", "64m", "busybox", "sh", "-c", "echo " + name + "; exec sleep 100000"}, ""},
+		{[]string{"exec", name, "echo", "in " + name}, "in " + name + "\n"},
+		{[]string{"logs", name}, name + "\n"},
+		{[]string{"rm", "-f", name}, name + "\n"},
+	} {
+		out, err := h.try("", step.args...)
+		for begin := time.Now(); err == nil && out == "" && step.args[0] == "logs" && time.Since(begin) < nomadtest.Patience; { // it is about to write
+			out, err = h.try("", step.args...)
+		}
+		if err != nil {
+			return err
+		}
+		if step.want != "" && out != step.want {
+			return fmt.Errorf("docker %s: %q, want %q", strings.Join(step.args, " "), out, step.want)
+		}
+	}
+	return nil
+}
+
+// memory is the resident one of the server.
+func (h *host) memory() int64 {
+	h.t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.cmd.Process.Pid))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kb, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
+			if err != nil {
+				h.t.Fatal(err)
+			}
+			return kb << 10
+		}
+	}
+	h.t.Fatal("the server has no memory")
+	return 0
+}

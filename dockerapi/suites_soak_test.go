@@ -1,0 +1,291 @@
+//go:build vm && soak
+
+// Suites of tests that docker's makers have written for dockerd, run against this server. For each test of a list it is known whether it passes, and why
+// not where it does not. They are compiled from the Go module proxy by tools/build.sh; nothing of them is in this repository.
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cradlestack/cradlestack/internal/golden"
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// A suite is a list of tests, of packages each of which is a program.
+type suite struct {
+	name   string              // for tools/build.sh, and of its list in testdata/suites
+	env    []string            // of its programs
+	images map[string][]string // that it wants: names by the example image that they get
+}
+
+// A suiteTest is a line of a list.
+type suiteTest struct {
+	program, name string
+	quick         bool   // it belongs to the short form
+	foreign       bool   // it asks for what this server is not to have
+	reason        string // why it does not pass, "" where it has to
+
+	result, said string // of the run: pass, skip or fail, and what the test itself says
+}
+
+func (s *suiteTest) String() string { return s.program + "/" + s.name }
+
+// tell logs a result, with what the test says of a failure.
+func (s *suiteTest) tell(t *testing.T) {
+	t.Helper()
+	if s.result == "fail" {
+		t.Logf("%s %s\n%s", s.result, s, s.said)
+		return
+	}
+	t.Logf("%s %s", s.result, s)
+}
+
+// suiteLine is a line: "+" for the short form, package and test, and a reason where it does not pass; "n/a: " before that where it is not to.
+var suiteLine = regexp.MustCompile(`^(\+ )?(\S+)/(Test\w+)(?:: (n/a: )?(.+))?$`)
+
+func (s *suite) list(t *testing.T) []*suiteTest {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("testdata", "suites", s.name+".txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []*suiteTest
+	for line := range strings.Lines(string(text)) {
+		if line = strings.TrimSpace(line); line == "" || line[0] == '#' {
+			continue
+		}
+		m := suiteLine.FindStringSubmatch(line)
+		if m == nil {
+			t.Fatalf("%s.txt: %q is no line of a list", s.name, line)
+		}
+		all = append(all, &suiteTest{program: m[2], name: m[3], quick: m[1] != "", foreign: m[4] != "", reason: m[5]})
+	}
+	return all
+}
+
+// run runs tests and notes their results.
+func (s *suite) run(h *host, tests []*suiteTest) {
+	h.t.Helper()
+	source, err := programs.Tool(s.name)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	byProgram := map[string][]*suiteTest{}
+	for _, test := range tests {
+		byProgram[test.program] = append(byProgram[test.program], test)
+	}
+	for _, program := range slices.Sorted(maps.Keys(byProgram)) {
+		left := byProgram[program]
+		work := filepath.Join(h.t.TempDir(), "source")
+		if err := os.CopyFS(work, os.DirFS(filepath.Join(source, program))); err != nil {
+			h.t.Fatal(err)
+		}
+		// A test that takes the program down, or that hangs, has failed; another process runs those after it.
+		for len(left) > 0 {
+			s.once(h, filepath.Join(filepath.Dir(source), strings.ReplaceAll(program, "/", "-")+".test"), work, left)
+			left = slices.DeleteFunc(left, func(s *suiteTest) bool { return s.result != "" })
+		}
+	}
+}
+
+// once runs a program until it ends, and notes at least one result.
+func (s *suite) once(h *host, program, work string, tests []*suiteTest) {
+	h.t.Helper()
+	var names []string
+	byName := map[string]*suiteTest{}
+	for _, test := range tests {
+		names, byName[test.name] = append(names, test.name), test
+	}
+	ctx, cancel := context.WithCancel(h.t.Context())
+	defer cancel()
+	node := h.c.Server()
+	cmd := node.Command(ctx, "sh", "-c", `cd "$0" && exec "$@"`, work, program,
+		"-test.v=test2json", "-test.parallel=1", "-test.timeout=0", "-test.run=^("+strings.Join(names, "|")+")$")
+	cmd.Env = slices.Concat(h.c.Env(), []string{"DOCKER_HOST=unix://" + h.socket, "DOCKER_CONFIG=" + h.config, "HOME=" + h.t.TempDir(), "TMPDIR=" + h.t.TempDir()}, s.env)
+	told, err := cmd.StdoutPipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	cmd.Stderr = cmd.Stdout
+	events := exec.CommandContext(ctx, "go", "tool", "test2json")
+	events.Stdin = told
+	out, err := events.StdoutPipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := events.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := node.Launch(cmd); err != nil {
+		h.t.Fatal(err)
+	}
+	hangs := time.AfterFunc(nomadtest.Patience, cancel)
+	defer hangs.Stop()
+	var current *suiteTest
+	var beside strings.Builder // what is said outside of tests
+	said := map[*suiteTest]*strings.Builder{}
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		var event struct{ Action, Test, Output string }
+		if json.Unmarshal(lines.Bytes(), &event) != nil {
+			continue
+		}
+		top, _, below := strings.Cut(event.Test, "/")
+		test := byName[top]
+		switch {
+		case test == nil:
+			beside.WriteString(event.Output)
+		case event.Action == "run" && !below:
+			current, said[test] = test, &strings.Builder{}
+			hangs.Reset(nomadtest.Patience)
+		case event.Action == "output":
+			said[test].WriteString(event.Output)
+		case !below && slices.Contains([]string{"pass", "skip", "fail"}, event.Action):
+			test.result, test.said, current = event.Action, said[test].String(), nil
+			test.tell(h.t)
+		}
+	}
+	events.Wait()
+	ended := cmd.Wait()
+	switch {
+	case current != nil:
+		current.result, current.said = "fail", fmt.Sprintf("%sit has taken the program down: %v\n%s", said[current], ended, &beside)
+		current.tell(h.t)
+	case !slices.ContainsFunc(tests, func(s *suiteTest) bool { return s.result != "" }):
+		h.t.Fatalf("%s has run none of %s: %v\n%s", program, strings.Join(names, ", "), ended, &beside)
+	}
+}
+
+// judge compares the results with the list.
+func judge(t *testing.T, tests []*suiteTest) {
+	t.Helper()
+	for _, s := range tests {
+		switch {
+		case s.result == "fail" && s.reason == "":
+			t.Errorf("%s fails: see above", s)
+		case s.result != "fail" && s.reason != "":
+			t.Errorf("%s does not fail: it needs no reason any more (%s)", s, s.result)
+		}
+	}
+}
+
+// leastPassing is the part of the tests that apply, and that passed when this was written. The aim is 0.9.
+const leastPassing = 0.75
+
+// skipped is where a test says why it skips itself.
+var skipped = regexp.MustCompile(`(?m)^\s+\S+\.go:\d+: (.*)$`)
+
+// table is what docs/dockerapi-compat.md tells of a suite.
+func table(t *testing.T, tests []*suiteTest) string {
+	t.Helper()
+	var rows strings.Builder
+	var passing, failing, foreign int
+	for _, s := range tests {
+		result, reason := "", s.reason
+		switch {
+		case s.result == "pass":
+			passing++
+			result = "passes"
+		case s.result == "skip":
+			foreign++
+			result = "not applicable"
+			if m := skipped.FindStringSubmatch(s.said); m != nil {
+				reason = "skips itself: `" + strings.ReplaceAll(m[1], "|", `\|`) + "`"
+			}
+		case s.foreign:
+			foreign++
+			result = "not applicable"
+		default:
+			failing++
+			result = "**fails**"
+		}
+		fmt.Fprintf(&rows, "| %s | %s | %s |\n", s, result, reason)
+	}
+	part := float64(passing) / float64(passing+failing)
+	if part < leastPassing {
+		t.Errorf("%d of %d tests that apply pass, which is less than %.0f %%", passing, passing+failing, 100*leastPassing)
+	}
+	return fmt.Sprintf("%d pass, %d fail (%.1f %% of those that apply pass), %d do not apply.\n\n| test | result | reason |\n|---|---|---|\n%s", passing, failing, 100*part, foreign, &rows)
+}
+
+var moby = suite{
+	name: "moby", env: []string{"DOCKER_REMOTE_DAEMON=1"},
+	images: map[string][]string{
+		"busybox": {"busybox:latest", "busybox:glibc", "hello-world:frozen", "hello-world:amd64", "hello-world:arm64"},
+		"debian":  {"debian:bookworm-slim"},
+	},
+}
+
+// host is a server with the images that the suite wants.
+func (s *suite) host(t *testing.T) *host {
+	t.Helper()
+	c := openCluster(t)
+	h := openHostOn(t, c, "--images", t.TempDir(), "--registry-listen", plainRegistry, "--volume-driver", "nfs", "--pods", filepath.Join(c.Server().Dir, "cradle"))
+	c.RunVolumes(t)
+	for from, names := range s.images {
+		dir, err := programs.Image(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img, err := programs.OnlyImage(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.run("load", "-q", "-i", archive(t, names[0], img))
+		for _, name := range names[1:] {
+			h.run("tag", names[0], name)
+		}
+	}
+	return h
+}
+
+// The tests of moby's list that take little time.
+func TestVMMoby(t *testing.T) {
+	tests := slices.DeleteFunc(moby.list(t), func(s *suiteTest) bool { return !s.quick })
+	moby.run(moby.host(t), tests)
+	judge(t, tests)
+}
+
+var testcontainers = suite{
+	name: "testcontainers", env: []string{"TESTCONTAINERS_RYUK_DISABLED=true"},
+	images: map[string][]string{
+		"busybox": {"alpine:latest", "bash:5.2.26"},
+		"nginx":   {"nginx:latest", "nginx:alpine", "nginx:mainline"},
+		"redis":   {"redis:latest"},
+	},
+}
+
+func TestVMSoakMoby(t *testing.T) { moby.soak(t) }
+
+func TestVMSoakTestcontainers(t *testing.T) { testcontainers.soak(t) }
+
+// soak runs all of a list, and compares the page that tells of it: -update writes it.
+func (s *suite) soak(t *testing.T) {
+	tests := s.list(t)
+	s.run(s.host(t), tests)
+	judge(t, tests)
+	page := filepath.Join("..", "docs", "dockerapi-compat.md")
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin, end := "<!-- "+s.name+" -->\n", "<!-- /"+s.name+" -->"
+	before, rest, ok := strings.Cut(string(text), begin)
+	_, after, closed := strings.Cut(rest, end)
+	if !ok || !closed {
+		t.Fatalf("%s has no place for a table: %s…%s", page, strings.TrimSpace(begin), end)
+	}
+	golden.Compare(t, page, []byte(before+begin+table(t, tests)+end+after))
+}
