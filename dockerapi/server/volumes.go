@@ -19,6 +19,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
 )
 
 // A volume is a CSI volume of the namespace, by docker's name. What docker wants to know of it beside that is a variable.
@@ -144,15 +145,6 @@ func (t *tenant) volumes(ctx context.Context) ([]*namedVolume, error) {
 	return found, nil
 }
 
-// csiName is a volume's in its plugin, which does not know of namespaces: their names have no dots. It has at most 128 characters.
-func csiName(namespace, name string) string {
-	full := namespace + "." + name
-	if len(full) > 128 {
-		full = full[:63] + "." + hash(full)
-	}
-	return full
-}
-
 // createVolume makes a volume, or finds one of the same name, as docker does. zone is where it is made if its options do not say.
 func (t *tenant) createVolume(ctx context.Context, r *volume.CreateRequest, zone string) (*namedVolume, error) {
 	if r.Name == "" {
@@ -190,23 +182,9 @@ func (t *tenant) createVolume(ctx context.Context, r *volume.CreateRequest, zone
 }
 
 func (t *tenant) csiVolume(name string, v *translate.Volume, zone string) *api.CSIVolume {
-	mode := api.CSIVolumeAccessModeSingleNodeWriter
-	if v.Class != "lv2" {
-		mode = api.CSIVolumeAccessModeMultiNodeMultiWriter
-	}
-	made := &api.CSIVolume{
-		ID: name, Name: csiName(t.Namespace, name), Namespace: t.Namespace, PluginID: t.server.VolumePlugin, Parameters: v.Parameters,
-		RequestedCapacityMin: v.Size, MountOptions: &api.CSIMountOptions{},
-		RequestedCapabilities: []*api.CSIVolumeCapability{{AccessMode: mode, AttachmentMode: api.CSIVolumeAttachmentModeFilesystem}},
-	}
-	if zone != "" {
-		made.RequestedTopologies = &api.CSITopologyRequest{Required: []*api.CSITopology{{Segments: map[string]string{zoneSegment: zone}}}}
-	}
-	return made
+	made := nomadjob.Volume{Name: name, Namespace: t.Namespace, Plugin: t.server.VolumePlugin, Parameters: v.Parameters, Size: v.Size, Zone: zone}
+	return made.CSI()
 }
-
-// zoneSegment is the plugin's name for zones in its topology.
-const zoneSegment = "csi.cradlestack.org/zone"
 
 // notMade takes back what was kept of a volume that could not be made, unless somebody else has made it, and says why in docker's way.
 func (t *tenant) notMade(ctx context.Context, path, name string, why error) error {

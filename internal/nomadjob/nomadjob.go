@@ -29,8 +29,8 @@ const (
 	Driver = "cradle"
 	// group is the name of a job's only group.
 	group = "pod"
-	// envItem is the variable's item with the environment of a pod's first container, as a JSON list.
-	envItem = "env"
+	// EnvItem is the item with the environment of a pod's first container, as a JSON list, of the variable at EnvPath.
+	EnvItem = "env"
 	envFile = "secrets/env.json"
 	// networksItem is its item with the services of the networks that the pod is on, and namesFile where the node writes who has which name there.
 	networksItem = "networks"
@@ -48,6 +48,7 @@ const (
 	reservedMHz  = 100 // of a processor of the machine
 	killMargin   = 5 * time.Second
 	metaPrefix   = "cradle_"
+	envIndexMeta = "cradlestack-env-index"
 	csiType      = "csi"
 	singleWriter = "single-node-writer"
 	fileSystem   = "file-system"
@@ -83,6 +84,15 @@ type Options struct {
 	// Networks are those in which the pod has names, and finds those of other pods, of its namespace, by its resolver; Bridge has to be set. An empty list
 	// lets it be put on networks while it runs: a job that differs in nothing but its networks is updated in place.
 	Networks []Network
+	// Service makes Nomad keep the pod running, and as many as it says; nil is a pod that runs once.
+	Service *Service
+	// Constraints are more of what a node has to be.
+	Constraints []Constraint
+	// EnvIndex is the index at which the variable at EnvPath was last changed, 0 for a job that does not care: a job that differs in it starts new pods, and
+	// nothing of what is secret stands in it.
+	EnvIndex uint64
+	// Variant is the boot package that the pod needs, "" for whatever its node has.
+	Variant string
 }
 
 // A Network is what pods have names on.
@@ -116,11 +126,12 @@ func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
 	if items == nil {
 		items = api.VariableItems{}
 	}
-	items[envItem] = string(text)
+	items[EnvItem] = string(text)
 	return items, nil
 }
 
-// Job makes the job that runs a pod once: nobody starts it again but who registers it anew. What a job can't say is an error that names the field.
+// Job makes a pod's job: without Options.Service one that runs it once, which nobody starts again but who registers it anew. What a job can't say is an error
+// that names the field.
 func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	if err := p.Validate(); err != nil {
 		return nil, err
@@ -145,7 +156,7 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	}
 	if len(own.Env) > 0 {
 		task.Templates = []*api.Template{{
-			EmbeddedTmpl: ptr(fmt.Sprintf(`{{ with nomadVar %q }}{{ .%s }}{{ end }}`, EnvPath(o.ID), envItem)),
+			EmbeddedTmpl: ptr(fmt.Sprintf(`{{ with nomadVar %q }}{{ .%s }}{{ end }}`, EnvPath(o.ID), EnvItem)),
 			DestPath:     ptr(envFile), ChangeMode: ptr("noop"), Perms: ptr("0600"), ErrMissingKey: ptr(true),
 		}}
 	}
@@ -176,8 +187,16 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	for _, n := range o.Networks {
 		g.Services = append(g.Services, &api.Service{Name: n.Service, Provider: serviceProvider, AddressMode: "alloc", Tags: n.Names})
 	}
+	kind := api.JobTypeBatch
+	if o.Service != nil {
+		kind = api.JobTypeService
+		b.service(g)
+		if err := errors.Join(b.errs...); err != nil {
+			return nil, err
+		}
+	}
 	job := &api.Job{
-		ID: ptr(o.ID), Name: ptr(p.Name), Type: ptr(api.JobTypeBatch), Datacenters: []string{"*"}, TaskGroups: []*api.TaskGroup{g}, Meta: meta(o.Meta),
+		ID: ptr(o.ID), Name: ptr(p.Name), Type: ptr(kind), Datacenters: []string{"*"}, TaskGroups: []*api.TaskGroup{g}, Meta: meta(o.Meta),
 	}
 	if o.Namespace != "" {
 		job.Namespace = ptr(o.Namespace)
@@ -187,6 +206,15 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	}
 	if o.Zone != "" {
 		job.Constraints = append(job.Constraints, api.NewConstraint(zoneTarget, "=", o.Zone))
+	}
+	for _, c := range o.Constraints {
+		job.Constraints = append(job.Constraints, api.NewConstraint(c.Attribute, c.Operator, c.Value))
+	}
+	if o.EnvIndex != 0 {
+		if job.Meta == nil {
+			job.Meta = map[string]string{}
+		}
+		job.Meta[envIndexMeta] = strconv.FormatUint(o.EnvIndex, 10)
 	}
 	return job, nil
 }
@@ -268,6 +296,7 @@ type config struct {
 	DNS        []string            `json:"dns_servers,omitempty"`
 	DNSSearch  []string            `json:"dns_search_domains,omitempty"`
 	DNSOptions []string            `json:"dns_options,omitempty"`
+	Variant    string              `json:"variant,omitempty"`
 	Copied     []string            `json:"volume_copy,omitempty"`
 	NotCopied  []string            `json:"volume_no_copy,omitempty"`
 	Containers []containers        `json:"container,omitempty"`
@@ -367,7 +396,7 @@ func (b *builder) config() map[string]any {
 	p, n := b.pod, &b.pod.Network
 	c := config{
 		ID: b.options.PodID, Bare: b.options.Bare, DiskID: b.options.DiskID, VCPUs: p.Resources.CPUs, Hostname: p.Hostname,
-		DNS: n.DNS, DNSSearch: n.DNSSearch, DNSOptions: n.DNSOptions, Disk: size(p.Scratch.Size),
+		DNS: n.DNS, DNSSearch: n.DNSSearch, DNSOptions: n.DNSOptions, Disk: size(p.Scratch.Size), Variant: b.options.Variant,
 	}
 	if p.Boot != (spec.Boot{}) {
 		b.wrong("boot", "is the client's to say in its plugin's configuration")
@@ -550,11 +579,11 @@ func (b *builder) claim(v *spec.Volume) {
 	if b.volumes == nil {
 		b.volumes = map[string]*api.VolumeRequest{}
 	}
-	b.volumes[v.Name] = &api.VolumeRequest{Name: v.Name, Type: csiType, Source: v.Name, AccessMode: accessMode(v.Class), AttachmentMode: fileSystem}
+	b.volumes[v.Name] = &api.VolumeRequest{Name: v.Name, Type: csiType, Source: v.Name, AccessMode: AccessMode(v.Class), AttachmentMode: fileSystem}
 }
 
-// accessMode is what volumes of a class are made for.
-func accessMode(class string) string {
+// AccessMode is what volumes of a class are made for.
+func AccessMode(class string) string {
 	if class == "nfs" || class == "gfs" {
 		return "multi-node-multi-writer"
 	}
@@ -698,14 +727,23 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 	}
 	r := reader{group: g, task: task}
 	r.options = Options{
-		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j),
+		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j), Variant: c.Variant,
 		Replace: g.Disconnect != nil && deref(g.Disconnect.Replace),
 	}
 	if c.NamesFile != "" {
 		r.options.Networks = []Network{}
 	}
 	for _, s := range g.Services {
-		r.options.Networks = append(r.options.Networks, Network{s.Name, s.Tags})
+		if s.PortLabel == "" {
+			r.options.Networks = append(r.options.Networks, Network{s.Name, s.Tags})
+		}
+	}
+	if deref(j.Type) == api.JobTypeService {
+		r.service()
+	}
+	if text, ok := j.Meta[envIndexMeta]; ok {
+		r.options.EnvIndex, err = strconv.ParseUint(text, 10, 64)
+		r.errs = append(r.errs, err)
 	}
 	for _, i := range task.Identities {
 		if i.Name == identity && len(i.Audience) == 1 {
@@ -718,10 +756,12 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 			r.options.Node = constraint.RTarget
 		case zoneTarget:
 			r.options.Zone = constraint.RTarget
+		default:
+			r.options.Constraints = append(r.options.Constraints, Constraint{constraint.LTarget, constraint.Operand, constraint.RTarget})
 		}
 	}
 	p := r.pod(deref(j.Name), &c)
-	if text, ok := env[envItem]; ok && len(p.Containers) > 0 {
+	if text, ok := env[EnvItem]; ok && len(p.Containers) > 0 {
 		if err := json.Unmarshal([]byte(text), &p.Containers[0].Env); err != nil {
 			return nil, nil, fmt.Errorf("job %s: its environment: %w", deref(j.ID), err)
 		}

@@ -99,6 +99,28 @@ var examples = map[string]example{
 		},
 		Options{ID: "pod", Bridge: true, Networks: []Network{{Service: "net-4bcff63911fc", Names: []string{"pod.shop", "pod"}}, {Service: "net-00", Names: []string{"pod.other", "pod"}}}},
 	},
+	"service": {
+		spec.Pod{
+			Name: "shop", Resources: spec.Resources{Memory: 128 << 20, CPUs: 2},
+			Network: spec.Network{Publish: []spec.Publish{{HostPort: 8080, Port: 80}, {Port: 443}}},
+			Containers: []spec.PodContainer{critical(spec.PodContainer{
+				Name: "web", Image: image, Env: []string{"PASSWORD=secret"}, Settings: spec.Settings{Mounts: []spec.Mount{{Volume: "pages", Path: "/srv"}}},
+			})},
+			Volumes: []spec.Volume{{Name: "pages", Class: "nfs"}},
+		},
+		Options{
+			ID: "shop", Namespace: "team", Zone: "north", Bridge: true, EnvIndex: 42, Variant: "default", Meta: map[string]string{"team": "shop"},
+			Constraints: []Constraint{{Attribute: "${attr.kernel.name}", Operator: "=", Value: "linux"}, {Attribute: "${node.class}", Operator: "is_set"}},
+			Service: &Service{
+				Count: 3, Restart: Restart{Attempts: 1, Interval: time.Minute, Delay: time.Second, Wait: true},
+				Update: Update{MaxParallel: 2, MinHealthy: time.Second, Deadline: time.Minute, Revert: true},
+				Endpoints: []Endpoint{
+					{Name: "shop", Port: 80, Provider: "nomad", Tags: []string{"a", "b"}, Check: &Check{Type: "http", Path: "/health", Interval: 2 * time.Second, Timeout: time.Second}},
+					{Name: "shop-metrics", Port: 9100, Provider: "consul"},
+				},
+			},
+		},
+	},
 }
 
 // The golden files are what pods become; they are read to see whether it is right. What is read back is what went in.
@@ -218,6 +240,10 @@ func TestRefused(t *testing.T) {
 		"network.publish[0].hostIp: 127.0.0.1: a port of": func(p *spec.Pod, o *Options) {
 			o.Bridge = true
 			p.Network.Publish = []spec.Publish{{HostIP: "127.0.0.1", HostPort: 1, Port: 1}}
+		},
+		"endpoints[1].port: port 81 is reached by nobody": func(p *spec.Pod, o *Options) {
+			p.Network.Publish = []spec.Publish{{Port: 80}}
+			o.Service = &Service{Count: 1, Endpoints: []Endpoint{{Name: "a", Port: 80}, {Name: "b", Port: 81}}}
 		},
 		"containers: there is none; a pod has at least one": func(p *spec.Pod, _ *Options) { p.Containers = nil },
 		"containers[1].env: X: only the first container can": func(p *spec.Pod, _ *Options) {
