@@ -28,8 +28,19 @@ build: ## compile the programs into bin/ (needs no root)
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-csi ./csi-plugin
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-filer ./csi-plugin/filer
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-dockerapi ./dockerapi
+	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X main.version=$(VERSION)' -o bin/terraform-provider-cradle ./terraform-provider
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X $(MODULE)/driver-cradle/driver.Version=$(VERSION)' -o bin/nomad-driver-cradle ./driver-cradle
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/boot/cradle-init ./driver-cradle/guest/cradle-init
+
+# Where Terraform looks for providers by itself (Terraform's documentation, "Implied Local Mirror Directories").
+PROVIDERS ?= $(HOME)/.terraform.d/plugins
+PROVIDER_VERSION := $(shell git describe --tags --abbrev=0 2>/dev/null | sed -n 's/^v\([0-9].*\)/\1/p' | grep . || echo 0.0.1)
+
+.PHONY: install-provider
+install-provider: build ## put the Terraform provider where terraform init finds it (docs/terraform.md; needs no root)
+	@at="$(PROVIDERS)/registry.terraform.io/cradlestack/cradle/$(PROVIDER_VERSION)/$$(go env GOOS)_$$(go env GOARCH)"; \
+	  install -D bin/terraform-provider-cradle "$$at/terraform-provider-cradle_v$(PROVIDER_VERSION)"; \
+	  echo "installed $$at/terraform-provider-cradle_v$(PROVIDER_VERSION)"
 
 .PHONY: setup
 setup: ## install what the distribution's packages provide (root; nothing to do the second time)

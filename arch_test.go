@@ -67,6 +67,9 @@ var mayImport = map[string][]string{
 	"dockerapi/registry":  {"internal/stalled"},
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
 
+	"terraform-provider":          {"terraform-provider/provider"},
+	"terraform-provider/provider": {"spec", "internal/nomadjob", "csi-plugin/volume"}, // the plugin's own reading of its parameters
+
 	"internal/dockerhttp": {}, // of the guest's API as well: docker's types and nothing else
 	"internal/nomadjob":   {"spec"},
 	"internal/stalled":    {},
@@ -103,6 +106,8 @@ var testsMayImport = map[string][]string{
 	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
+	"terraform-provider":          {"internal/nomadtest", "test/programs"},
+	"terraform-provider/provider": {"internal/golden"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
@@ -124,6 +129,9 @@ var onlyImporter = map[string][]string{
 	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "csi-plugin/filer.", "dockerapi."},
 	"github.com/container-storage-interface": {"csi-plugin/rpc"},
 	"google.golang.org/grpc":                 {"csi-plugin/rpc"},
+
+	"github.com/hashicorp/terraform-plugin-framework": {"terraform-provider"},
+	"github.com/hashicorp/terraform-plugin-go":        {"terraform-provider"},
 }
 
 // A listed package, as `go list -json` prints it.

@@ -130,6 +130,18 @@ func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
 	return items, nil
 }
 
+// ReadsEnv says whether a job that Job has made reads an environment at EnvPath.
+func ReadsEnv(j *api.Job) bool {
+	for _, g := range j.TaskGroups {
+		for _, t := range g.Tasks {
+			if slices.ContainsFunc(t.Templates, func(t *api.Template) bool { return deref(t.DestPath) == envFile }) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Job makes a pod's job: without Options.Service one that runs it once, which nobody starts again but who registers it anew. What a job can't say is an error
 // that names the field.
 func Job(p *spec.Pod, o Options) (*api.Job, error) {

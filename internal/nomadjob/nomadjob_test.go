@@ -196,6 +196,9 @@ func checkRoundTrip(t testing.TB, p *spec.Pod, o Options) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if ReadsEnv(&back) != (len(p.Containers[0].Env) > 0) {
+		t.Errorf("reads an environment: %t", ReadsEnv(&back))
+	}
 	got, options, err := Pod(&back, env)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, data)

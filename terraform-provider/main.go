@@ -1,0 +1,40 @@
+// Command terraform-provider-cradle is started by Terraform, to which it offers pods, volumes and snapshots of a Nomad cluster as resources.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/hashicorp/terraform-plugin-framework/providerserver"
+
+	"github.com/cradlestack/cradlestack/terraform-provider/provider"
+)
+
+// version is set by the linker.
+var version = "development"
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run serves Terraform until that is done, and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("terraform-provider-cradle", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	debug := flags.Bool("debug", false, "serve by itself, and print how Terraform reaches it")
+	if err := flags.Parse(args); err != nil {
+		return 2
+	}
+	if flags.Arg(0) == "version" {
+		fmt.Fprintf(stdout, "terraform-provider-cradle %s\n", version)
+		return 0
+	}
+	if err := providerserver.Serve(ctx, provider.New(version), providerserver.ServeOpts{Address: provider.Address, Debug: *debug}); err != nil {
+		fmt.Fprintf(stderr, "terraform-provider-cradle: %v\n", err)
+		return 1
+	}
+	return 0
+}

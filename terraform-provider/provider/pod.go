@@ -1,0 +1,581 @@
+package provider
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/hashicorp/terraform-plugin-framework/attr"
+	"github.com/hashicorp/terraform-plugin-framework/diag"
+	"github.com/hashicorp/terraform-plugin-framework/path"
+	"github.com/hashicorp/terraform-plugin-framework/resource"
+	"github.com/hashicorp/terraform-plugin-framework/types"
+
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+type podResource struct{ *cluster }
+
+func newPod() resource.Resource { return &podResource{} }
+
+// What status says.
+const (
+	statusRunning = "running"
+	statusPending = "pending"
+	statusFailed  = "failed"
+	statusStopped = "stopped"
+)
+
+// staleKey is the key in a resource's private state that is there while pods have another environment than Nomad's variable.
+const staleKey = "stale_env"
+
+func (r *podResource) Metadata(_ context.Context, req resource.MetadataRequest, resp *resource.MetadataResponse) {
+	resp.TypeName = req.ProviderTypeName + "_pod"
+}
+
+func (r *podResource) Configure(_ context.Context, req resource.ConfigureRequest, _ *resource.ConfigureResponse) {
+	r.cluster = configured(req.ProviderData)
+}
+
+// ValidateConfig looks at a pod as a whole, as soon as all of it is known.
+func (r *podResource) ValidateConfig(ctx context.Context, req resource.ValidateConfigRequest, resp *resource.ValidateConfigResponse) {
+	if !req.Config.Raw.IsFullyKnown() {
+		return // the plan is looked at again
+	}
+	var m podModel
+	if resp.Diagnostics.Append(req.Config.Get(ctx, &m)...); resp.Diagnostics.HasError() {
+		return
+	}
+	resp.Diagnostics.Append(m.check()...)
+}
+
+// check tells what no job can say of what is written.
+func (m *podModel) check() (diags diag.Diagnostics) {
+	containers := path.Root("container")
+	if len(m.Containers) == 0 {
+		diags.AddError("No container", "A pod has at least one container block.")
+		return diags
+	}
+	for i := range m.Containers {
+		c, at := &m.Containers[i], containers.AtListIndex(i)
+		if i > 0 {
+			for name, said := range map[string]bool{"secret_env": !c.Secrets.IsNull(), "secret_env_version": !c.SecretsAt.IsNull(), "stop_timeout": !c.StopTimeout.IsNull()} {
+				if said {
+					diags.AddAttributeError(at.AtName(name), "Of the first container alone", name+" of a further container has no place in a job: leave it out, or let that container be the first.")
+				}
+			}
+		} else if !c.Memory.IsNull() {
+			diags.AddAttributeError(at.AtName("memory"), "Of further containers", "What the first container may use is the pod's: set the pod's memory.")
+		}
+		both := pairs(c.Secrets)
+		for name := range both {
+			if _, ok := c.Env.Elements()[name]; ok {
+				diags.AddAttributeError(at.AtName("env").AtMapKey(name), "Said twice", name+" is in secret_env as well: leave one of them out.")
+			}
+		}
+		if len(both) > 0 && c.SecretsAt.IsNull() {
+			diags.AddAttributeError(at.AtName("secret_env_version"), "Missing", "Terraform does not see a change of secret_env: it needs a text beside it that changes with it.")
+		}
+		for j, mount := range c.Mounts {
+			said := 0
+			for _, s := range []types.String{mount.Volume, mount.Scratch, mount.HostPath} {
+				if s.ValueString() != "" {
+					said++
+				}
+			}
+			if said != 1 {
+				diags.AddAttributeError(at.AtName("mount").AtListIndex(j), "Not one thing", "A mount is one of volume, scratch and host_path.")
+			}
+			if mount.Shared.ValueBool() && mount.Volume.ValueString() == "" {
+				diags.AddAttributeError(at.AtName("mount").AtListIndex(j).AtName("shared"), "Not of this mount", "Only a volume can be shared with other pods.")
+			}
+			if mount.Volume.ValueString() != "" && !mount.Shared.ValueBool() && !mount.ReadOnly.ValueBool() && m.Replicas.ValueInt64() > 1 {
+				diags.AddAttributeError(path.Root("replicas"), "One at a time", "Volume "+mount.Volume.ValueString()+" is for one pod at a time: set shared = true with a volume of class nfs or gfs, or have one pod.")
+			}
+		}
+	}
+	if diags.HasError() {
+		return diags
+	}
+	filled := *m // what has a default is null in a configuration
+	if filled.Memory.IsNull() {
+		filled.Memory = newSize(spec.DefaultMemory)
+	}
+	p, o := filled.pod(nil)
+	_, err := nomadjob.Job(p, o)
+	diags.Append(wrong(err)...)
+	return diags
+}
+
+// wrong makes what a job's translation says a diagnostic at the attribute that it speaks of.
+func wrong(err error) (diags diag.Diagnostics) {
+	if err == nil {
+		return nil
+	}
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, one := range all.Unwrap() {
+			diags.Append(wrong(one)...)
+		}
+		return diags
+	}
+	var field *spec.Error
+	if !errors.As(err, &field) {
+		diags.AddError("Not a pod", err.Error())
+		return diags
+	}
+	if at, ok := attribute(field.Field); ok {
+		diags.AddAttributeError(at, "Not possible", field.Field+": "+field.Message)
+	} else {
+		diags.AddError("Not possible", field.Field+": "+field.Message)
+	}
+	return diags
+}
+
+// attribute is where a field of a pod is written: containers[0].workingDir is container[0].working_dir.
+func attribute(field string) (at path.Path, ok bool) {
+	field = strings.TrimPrefix(strings.TrimPrefix(field, "network."), "resources.")
+	for i, part := range strings.Split(field, ".") {
+		name, index, indexed := strings.Cut(strings.TrimSuffix(part, "]"), "[")
+		renamed, known := map[string]string{
+			"containers": "container", "publish": "port", "mounts": "mount", "hostIp": "host_ip", "hostPort": "host_port", "workingDir": "working_dir", "stopSignal": "stop_signal",
+			"stopTimeout": "stop_timeout", "capAdd": "cap_add", "capDrop": "cap_drop", "endpoints": "service", "scratch": "disk",
+		}[name]
+		switch {
+		case known:
+			name = renamed
+		case i > 0 && (name == "name" || name == "image" || name == "port" || name == "command" || name == "entrypoint" || name == "user" || name == "env" || name == "path" || name == "subpath" || name == "healthcheck"):
+		case i == 0 && (name == "hostname" || name == "memory" || name == "cpus" || name == "name"):
+		default:
+			return at, i > 0 // as far as it has a name here
+		}
+		if i == 0 {
+			at = path.Root(name)
+		} else {
+			at = at.AtName(name)
+		}
+		if indexed {
+			n := 0
+			if _, err := fmt.Sscan(index, &n); err != nil {
+				return at, true
+			}
+			if name != "container" && name != "port" && name != "mount" && name != "service" {
+				return at, true
+			}
+			at = at.AtListIndex(n)
+		}
+	}
+	return at, true
+}
+
+// ModifyPlan shows what follows from what is written, says why a pod would be made anew, and has pods changed that somebody has stopped, that have failed, or
+// that an apply has left with a former environment.
+func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
+	if req.Plan.Raw.IsNull() || r.cluster == nil {
+		return
+	}
+	var plan, state podModel
+	there := !req.State.Raw.IsNull()
+	resp.Diagnostics.Append(req.Plan.Get(ctx, &plan)...)
+	if there {
+		resp.Diagnostics.Append(req.State.Get(ctx, &state)...)
+	}
+	if resp.Diagnostics.HasError() {
+		return
+	}
+	if plan.Namespace.IsUnknown() {
+		plan.Namespace = types.StringValue(r.namespace)
+	}
+	if !plan.Name.IsUnknown() {
+		plan.ID = types.StringValue(objectID(plan.Namespace.ValueString(), plan.Name.ValueString()))
+	}
+	stale, diags := req.Private.GetKey(ctx, staleKey)
+	resp.Diagnostics.Append(diags...)
+	if there && (state.Status.ValueString() == statusStopped || state.Status.ValueString() == statusFailed || len(stale) > 0) {
+		plan.Status, plan.EnvIndex, plan.Instances = types.StringUnknown(), types.Int64Unknown(), types.ListUnknown(instance)
+	}
+	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
+	for _, a := range []struct {
+		name   string
+		is, to attr.Value
+	}{{"name", state.Name, plan.Name}, {"namespace", state.Namespace, plan.Namespace}} {
+		if there && !a.is.Equal(a.to) {
+			resp.RequiresReplace.Append(path.Root(a.name))
+			resp.Diagnostics.AddAttributeWarning(path.Root(a.name), "The pod will be ended",
+				fmt.Sprintf("%s is what Nomad knows a job by: %s is stopped, and another one is started.", a.name, state.ID.ValueString()))
+		}
+	}
+}
+
+// A wish is a job as it should be, and what its environment is kept with.
+type wish struct {
+	pod     *spec.Pod
+	options nomadjob.Options
+	items   api.VariableItems
+}
+
+func (w *wish) object() string { return objectID(w.options.Namespace, w.options.ID) }
+
+// wish reads a plan, and the secrets, which are in the configuration alone.
+func (m *podModel) wish(config *podModel) (*wish, error) {
+	var secrets map[string]string
+	if len(config.Containers) > 0 {
+		secrets = pairs(config.Containers[0].Secrets)
+	}
+	w := &wish{}
+	w.pod, w.options = m.pod(secrets)
+	var err error
+	w.items, err = nomadjob.EnvItems(w.pod, nil)
+	return w, err
+}
+
+// keep takes from a job that is there what Terraform does not say.
+func (w *wish) keep(is *nomadjob.Options) {
+	own := w.options.Meta
+	w.options.PodID, w.options.DiskID, w.options.Bare, w.options.Audience, w.options.Networks = is.PodID, is.DiskID, is.Bare, is.Audience, is.Networks
+	w.options.Meta = maps.Clone(is.Meta)
+	delete(w.options.Meta, secretsMeta)
+	if len(own) > 0 && w.options.Meta == nil {
+		w.options.Meta = map[string]string{}
+	}
+	maps.Copy(w.options.Meta, own)
+}
+
+// store writes the environment where the job reads it, and notes its index. What else is kept there stays.
+func (c *cluster) store(ctx context.Context, w *wish) error {
+	w.options.EnvIndex = 0
+	if len(w.items) == 0 {
+		return nil
+	}
+	is, err := c.variable(ctx, w.options.Namespace, w.options.ID)
+	if err != nil {
+		return fmt.Errorf("its environment: %w", err)
+	}
+	items := api.VariableItems{}
+	if is != nil {
+		maps.Copy(items, is.Items)
+	}
+	maps.Copy(items, w.items)
+	if is == nil || !maps.Equal(is.Items, items) {
+		if is, _, err = c.nomad.Variables().Update(&api.Variable{Path: nomadjob.EnvPath(w.options.ID), Items: items}, c.write(ctx, w.options.Namespace)); err != nil {
+			return fmt.Errorf("its environment: %w", err)
+		}
+	}
+	w.options.EnvIndex = is.ModifyIndex
+	return nil
+}
+
+// forget removes the environment of a job that has none any more.
+func (c *cluster) forget(ctx context.Context, namespace, job string) error {
+	is, err := c.variable(ctx, namespace, job)
+	if err != nil || is == nil {
+		return err
+	}
+	delete(is.Items, nomadjob.EnvItem)
+	if len(is.Items) == 0 {
+		_, err = c.nomad.Variables().Delete(is.Path, c.write(ctx, namespace))
+	} else {
+		_, _, err = c.nomad.Variables().Update(is, c.write(ctx, namespace))
+	}
+	return err
+}
+
+// variable is that of a job, nil where there is none.
+func (c *cluster) variable(ctx context.Context, namespace, job string) (*api.Variable, error) {
+	v, _, err := c.nomad.Variables().Read(nomadjob.EnvPath(job), c.query(ctx, namespace))
+	if errors.Is(err, api.ErrVariablePathNotFound) {
+		return nil, nil
+	}
+	return v, err
+}
+
+// A found pod is one that Nomad has.
+type foundPod struct {
+	job     *api.Job
+	pod     *spec.Pod
+	options *nomadjob.Options
+	stale   bool // its environment is another one than the variable's
+}
+
+// pod reads one, nil where there is no such job.
+func (c *cluster) pod(ctx context.Context, namespace, name string) (*foundPod, error) {
+	job, _, err := c.nomad.Jobs().Info(name, c.query(ctx, namespace))
+	if isNotFound(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	f := &foundPod{job: job}
+	var v *api.Variable
+	if nomadjob.ReadsEnv(job) {
+		if v, err = c.variable(ctx, namespace, name); err != nil {
+			return nil, fmt.Errorf("its environment: %w", err)
+		}
+	}
+	var items api.VariableItems
+	if v != nil {
+		items = v.Items
+	}
+	if f.pod, f.options, err = nomadjob.Pod(job, items); err != nil {
+		return nil, err
+	}
+	if f.options.Service == nil {
+		return nil, fmt.Errorf("job %s runs its pod once, and is none that Nomad keeps running (type service)", name)
+	}
+	f.stale = v != nil && v.Items[nomadjob.EnvItem] != "" && f.options.EnvIndex != v.ModifyIndex
+	return f, nil
+}
+
+func (r *podResource) Create(ctx context.Context, req resource.CreateRequest, resp *resource.CreateResponse) {
+	var m, config podModel
+	resp.Diagnostics.Append(req.Plan.Get(ctx, &m)...)
+	if resp.Diagnostics.Append(req.Config.Get(ctx, &config)...); resp.Diagnostics.HasError() {
+		return
+	}
+	w, err := m.wish(&config)
+	if err != nil {
+		resp.Diagnostics.Append(failed("The pod was not started", m.ID.ValueString(), err))
+		return
+	}
+	is, err := r.pod(ctx, w.options.Namespace, w.options.ID)
+	if err != nil {
+		resp.Diagnostics.Append(failed("The pod was not started", m.ID.ValueString(), err))
+		return
+	}
+	if is != nil && !deref(is.job.Stop) && !w.is(is) {
+		resp.Diagnostics.AddAttributeError(path.Root("name"), "There is such a job",
+			fmt.Sprintf("%s exists, and is another one than this configuration has: choose another name, or take it into Terraform's state with\nterraform import ADDRESS %[1]s", m.ID.ValueString()))
+		return
+	}
+	diags := r.register(ctx, w, is, &m)
+	resp.Diagnostics.Append(diags...)
+	if m.Status.IsUnknown() { // nothing is there
+		return
+	}
+	resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
+}
+
+// is says whether a job is what is wished: an apply that was killed had made it.
+func (w *wish) is(f *foundPod) bool {
+	want := w.options
+	want.EnvIndex = f.options.EnvIndex
+	a, err := nomadjob.Job(w.pod, want)
+	if err != nil {
+		return false
+	}
+	b, err := nomadjob.Job(f.pod, *f.options)
+	return err == nil && reflect.DeepEqual(a, b) && slices.Equal(w.pod.Containers[0].Env, f.pod.Containers[0].Env)
+}
+
+// register makes Nomad run what is wished, waits as the model says, and reads what has come of it. The model's status is unknown where nothing was registered.
+func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *podModel) (diags diag.Diagnostics) {
+	m.Status = types.StringUnknown()
+	if _, err := nomadjob.Job(w.pod, w.options); err != nil { // before anything is written
+		return wrong(err)
+	}
+	if err := r.store(ctx, w); err != nil {
+		diags.Append(failed("The pod was not started", w.object(), err))
+		return diags
+	}
+	job, err := nomadjob.Job(w.pod, w.options)
+	if err != nil {
+		return wrong(err)
+	}
+	index := uint64(0)
+	if is != nil {
+		index = *is.job.JobModifyIndex
+	}
+	made, _, err := r.nomad.Jobs().EnforceRegister(job, index, r.write(ctx, w.options.Namespace))
+	if err != nil {
+		diags.Append(failed("The pod was not started", w.object(), err))
+		return diags
+	}
+	diags.Append(r.wait(ctx, w, made.EvalID, m)...)
+	if is != nil && is.options.EnvIndex != 0 && w.options.EnvIndex == 0 {
+		if err := r.forget(ctx, w.options.Namespace, w.options.ID); err != nil {
+			diags.Append(failed("The pod's former environment was not removed", w.object(), err))
+		}
+	}
+	now, err := r.pod(ctx, w.options.Namespace, w.options.ID)
+	if err == nil && now == nil {
+		err = errors.New("somebody has removed it meanwhile")
+	}
+	if err != nil {
+		diags.Append(failed("The pod can't be read", w.object(), err))
+		return diags
+	}
+	diags.Append(r.view(ctx, now, m)...)
+	return diags
+}
+
+func deref[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
+}
+
+// view reads into a model what there is of a pod.
+func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel) (diags diag.Diagnostics) {
+	m.read(f.pod, f.options)
+	all, _, err := c.nomad.Jobs().Allocations(f.options.ID, false, c.query(ctx, f.options.Namespace))
+	if err != nil {
+		diags.Append(failed("The pod can't be read", m.ID.ValueString(), err))
+		return diags
+	}
+	instances := []attr.Value{}
+	running, bad := 0, 0
+	for _, a := range all {
+		if a.ClientStatus == api.AllocClientStatusFailed && a.JobVersion == *f.job.Version && a.NextAllocation == "" {
+			bad++
+		}
+		if a.DesiredStatus != api.AllocDesiredStatusRun || a.ClientStatus != api.AllocClientStatusRunning && a.ClientStatus != api.AllocClientStatusPending {
+			continue
+		}
+		if a.ClientStatus == api.AllocClientStatusRunning {
+			running++
+		}
+		ports, address := map[string]attr.Value{}, ""
+		if f.options.Bridge || len(f.pod.Network.Publish) > 0 { // which a list does not tell
+			one, _, err := c.nomad.Allocations().Info(a.ID, c.query(ctx, f.options.Namespace))
+			if isNotFound(err) {
+				continue
+			}
+			if err != nil {
+				diags.Append(failed("The pod can't be read", m.ID.ValueString(), err))
+				return diags
+			}
+			ports, address = places(f.pod, one)
+		}
+		instances = append(instances, types.ObjectValueMust(instance.AttrTypes, map[string]attr.Value{
+			"id": types.StringValue(a.ID), "node": types.StringValue(a.NodeName), "status": types.StringValue(a.ClientStatus), "address": types.StringValue(address),
+			"ports": types.MapValueMust(types.StringType, ports),
+		}))
+	}
+	m.Instances = types.ListValueMust(instance, instances)
+	switch {
+	case deref(f.job.Stop):
+		m.Status = types.StringValue(statusStopped)
+	case bad > 0:
+		m.Status = types.StringValue(statusFailed)
+	case running >= f.options.Service.Count:
+		m.Status = types.StringValue(statusRunning)
+	default:
+		m.Status = types.StringValue(statusPending)
+	}
+	return diags
+}
+
+// places are where an allocation's published ports are, and its address in the bridge network.
+func places(p *spec.Pod, a *api.Allocation) (ports map[string]attr.Value, address string) {
+	ports = map[string]attr.Value{}
+	if a.AllocatedResources != nil {
+		given := a.AllocatedResources.Shared.Ports
+		for _, p := range nomadjob.Published(p, given) {
+			protocol, ip := p.Protocol, p.HostIP
+			if protocol == "" {
+				protocol = "tcp"
+			}
+			for _, g := range given {
+				if ip == "" && g.Value == int(p.HostPort) {
+					ip = g.HostIP
+				}
+			}
+			ports[fmt.Sprintf("%d/%s", p.Port, protocol)] = types.StringValue(hostPort(ip, p.HostPort))
+		}
+	}
+	if a.NetworkStatus != nil {
+		address = a.NetworkStatus.Address
+	}
+	return ports, address
+}
+
+func (r *podResource) Read(ctx context.Context, req resource.ReadRequest, resp *resource.ReadResponse) {
+	var m podModel
+	if resp.Diagnostics.Append(req.State.Get(ctx, &m)...); resp.Diagnostics.HasError() {
+		return
+	}
+	f, err := r.pod(ctx, m.Namespace.ValueString(), m.Name.ValueString())
+	if err != nil {
+		resp.Diagnostics.Append(failed("The pod can't be read", m.ID.ValueString(), err))
+		return
+	}
+	if f == nil {
+		resp.State.RemoveResource(ctx)
+		return
+	}
+	resp.Diagnostics.Append(r.view(ctx, f, &m)...)
+	var stale []byte
+	if f.stale {
+		stale = []byte(`true`)
+	}
+	resp.Diagnostics.Append(resp.Private.SetKey(ctx, staleKey, stale)...)
+	resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
+}
+
+func (r *podResource) Update(ctx context.Context, req resource.UpdateRequest, resp *resource.UpdateResponse) {
+	var m, config podModel
+	resp.Diagnostics.Append(req.Plan.Get(ctx, &m)...)
+	if resp.Diagnostics.Append(req.Config.Get(ctx, &config)...); resp.Diagnostics.HasError() {
+		return
+	}
+	w, err := m.wish(&config)
+	var is *foundPod
+	if err == nil {
+		is, err = r.pod(ctx, w.options.Namespace, w.options.ID)
+	}
+	if err == nil && is == nil {
+		err = errors.New("somebody has removed it meanwhile: plan again")
+	}
+	if err != nil {
+		resp.Diagnostics.Append(failed("The pod was not changed", m.ID.ValueString(), err))
+		return
+	}
+	w.keep(is.options)
+	resp.Diagnostics.Append(r.register(ctx, w, is, &m)...)
+	if m.Status.IsUnknown() {
+		return
+	}
+	resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
+}
+
+// Delete ends the pods, and forgets the job only when they have ended: whoever is killed in between can do it again.
+func (r *podResource) Delete(ctx context.Context, req resource.DeleteRequest, resp *resource.DeleteResponse) {
+	var m podModel
+	if resp.Diagnostics.Append(req.State.Get(ctx, &m)...); resp.Diagnostics.HasError() {
+		return
+	}
+	namespace, name := m.Namespace.ValueString(), m.Name.ValueString()
+	timeout := defaultWait
+	if m.WaitTimeout.known() {
+		timeout = m.WaitTimeout.duration()
+	}
+	wctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	_, _, err := r.nomad.Jobs().Deregister(name, false, r.write(ctx, namespace))
+	if err == nil {
+		err = r.ended(wctx, namespace, name)
+	}
+	if err == nil && m.EnvIndex.ValueInt64() != 0 {
+		err = r.forget(ctx, namespace, name)
+	}
+	if err == nil {
+		_, _, err = r.nomad.Jobs().Deregister(name, true, r.write(ctx, namespace))
+	}
+	if err != nil && !isNotFound(err) {
+		resp.Diagnostics.Append(failed("The pod was not removed", m.ID.ValueString(), err))
+	}
+}
+
+func (r *podResource) ImportState(ctx context.Context, req resource.ImportStateRequest, resp *resource.ImportStateResponse) {
+	namespace, name := r.split(req.ID)
+	for at, value := range map[string]string{"namespace": namespace, "name": name, "wait_for": waitHealthy, "wait_timeout": defaultWaitText} {
+		resp.Diagnostics.Append(resp.State.SetAttribute(ctx, path.Root(at), value)...)
+	}
+}

@@ -1,0 +1,403 @@
+//go:build vm
+
+// These tests run the real terraform with the built provider, as its users do. Those that need a Nomad have a real one.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// A workspace is a directory of Terraform's with its state.
+type workspace struct {
+	t         *testing.T
+	dir       string
+	terraform string
+	env       []string
+	c         *nomadtest.Cluster // nil: Terraform runs on the host
+}
+
+// header is what every configuration here begins with.
+const header = `
+terraform {
+  required_providers {
+    cradle = { source = "cradlestack/cradle" }
+  }
+}
+`
+
+// openWorkspace makes an empty one whose provider is that of bin/. Nothing of it asks a registry.
+func openWorkspace(t *testing.T, c *nomadtest.Cluster) *workspace {
+	t.Helper()
+	terraform, err := exec.LookPath("terraform")
+	if err != nil {
+		t.Fatal("terraform 1.11 or newer is missing: https://developer.hashicorp.com/terraform/install")
+	}
+	provider, err := programs.Path("terraform-provider-cradle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &workspace{t: t, c: c, dir: t.TempDir(), terraform: terraform}
+	rc := filepath.Join(t.TempDir(), "terraformrc")
+	text := fmt.Sprintf("provider_installation {\n  dev_overrides {\n    \"cradlestack/cradle\" = %q\n  }\n}\n", filepath.Dir(provider))
+	if err := os.WriteFile(rc, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range os.Environ() {
+		if name, _, _ := strings.Cut(e, "="); !strings.HasPrefix(name, "TF_") && !strings.HasPrefix(name, "NOMAD_") {
+			w.env = append(w.env, e)
+		}
+	}
+	if c != nil {
+		w.env = append(c.Env(), "PATH="+os.Getenv("PATH"))
+	}
+	w.env = append(w.env, "TF_CLI_CONFIG_FILE="+rc, "TF_IN_AUTOMATION=1", "TF_INPUT=0", "CHECKPOINT_DISABLE=1", "HOME="+w.dir)
+	return w
+}
+
+// write makes a configuration the workspace's.
+func (w *workspace) write(hcl string) {
+	w.t.Helper()
+	if err := os.WriteFile(filepath.Join(w.dir, "main.tf"), []byte(header+hcl), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// start begins a command of Terraform's, in the node where there is a cluster.
+func (w *workspace) start(out *bytes.Buffer, args ...string) *exec.Cmd {
+	w.t.Helper()
+	args = append([]string{"-chdir=" + w.dir}, args...)
+	cmd := exec.Command(w.terraform, args...)
+	if w.c != nil {
+		cmd = w.c.Server().Command(context.Background(), w.terraform, args...)
+	}
+	cmd.Env, cmd.Stdout, cmd.Stderr = w.env, out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // with the provider that it starts
+	var err error
+	if w.c != nil {
+		err = w.c.Server().Launch(cmd)
+	} else {
+		err = cmd.Start()
+	}
+	if err != nil {
+		w.t.Fatalf("terraform %s: %v", strings.Join(args, " "), err)
+	}
+	return cmd
+}
+
+// try runs a command of Terraform's and returns its output and exit code.
+func (w *workspace) try(args ...string) (string, int) {
+	w.t.Helper()
+	var out bytes.Buffer
+	cmd := w.start(&out, args...)
+	if err := cmd.Wait(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		w.t.Fatalf("terraform %s: %v\n%s", strings.Join(args, " "), err, &out)
+	}
+	return out.String(), cmd.ProcessState.ExitCode()
+}
+
+// run is try for what has to succeed.
+func (w *workspace) run(args ...string) string {
+	w.t.Helper()
+	out, code := w.try(args...)
+	if code != 0 {
+		w.t.Fatalf("terraform %s: exit code %d\n%s", strings.Join(args, " "), code, out)
+	}
+	return out
+}
+
+// fails runs what has to fail, with all of these texts in its output.
+func (w *workspace) fails(want []string, args ...string) {
+	w.t.Helper()
+	out, code := w.try(args...)
+	flat := flatten(out)
+	for _, s := range want {
+		if code == 0 || !strings.Contains(flat, s) {
+			w.t.Errorf("terraform %s: exit code %d, without %q:\n%s", strings.Join(args, " "), code, s, out)
+		}
+	}
+}
+
+// flatten undoes how Terraform breaks and frames its diagnostics.
+func flatten(out string) string {
+	return strings.Join(strings.Fields(strings.NewReplacer("│", " ", "╷", " ", "╵", " ").Replace(out)), " ")
+}
+
+// A change is what a plan says of one resource.
+type change struct {
+	Address string `json:"address"`
+	Change  struct {
+		Actions      []string       `json:"actions"`
+		Before       map[string]any `json:"before"`
+		After        map[string]any `json:"after"`
+		AfterUnknown map[string]any `json:"after_unknown"`
+		ReplacePaths [][]any        `json:"replace_paths"`
+	} `json:"change"`
+}
+
+func (c change) actions() string { return strings.Join(c.Change.Actions, "+") }
+
+// plan makes one, and returns what it changes by address, and what it says.
+func (w *workspace) plan() (map[string]change, string) {
+	w.t.Helper()
+	said := w.run("plan", "-no-color", "-out=plan")
+	out := w.run("show", "-json", "plan")
+	if i := strings.Index(out, "{"); i > 0 { // warnings
+		out = out[i:]
+	}
+	var p struct {
+		Changes []change `json:"resource_changes"`
+	}
+	if err := json.NewDecoder(strings.NewReader(out)).Decode(&p); err != nil {
+		w.t.Fatalf("%v\n%s", err, out)
+	}
+	all := map[string]change{}
+	for _, c := range p.Changes {
+		if c.actions() != "no-op" && c.actions() != "read" {
+			all[c.Address] = c
+		}
+	}
+	return all, said
+}
+
+// A nomad that only says that it is there is enough for plans.
+func openFake(t *testing.T) *httptest.Server {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/v1/status/leader":
+			fmt.Fprintln(w, `"127.0.0.1:4647"`)
+		case r.URL.Path == "/v1/acl/token/self" && r.Header.Get("X-Nomad-Token") != "good":
+			http.Error(w, "ACL token not found", http.StatusForbidden)
+		case r.URL.Path == "/v1/acl/token/self":
+			fmt.Fprintln(w, `{}`)
+		default:
+			http.Error(w, r.URL.Path+" is asked for", http.StatusTeapot)
+		}
+	}))
+	t.Cleanup(s.Close)
+	return s
+}
+
+// Mistakes are told before anything is made, at their line.
+func TestTerraformValidates(t *testing.T) {
+	w := openWorkspace(t, nil)
+	for _, c := range []struct{ line, rest, want string }{
+		{`size = "ten"`, ``, `size "ten": unit "ten" is none of`},
+		{`size = "0"`, ``, `there has to be something`},
+		{`name = "../etc"`, ``, `"../etc" is no name`},
+		{`class = "gp"`, ``, `"gp" is none of nfs, lv2, gfs`},
+		{`access_mode = "multi-node-multi-writer"`, `class = "lv2"`, `A block volume is for one node at a time`},
+		{`attach = "direct"`, ``, `Only block volumes can be attached by a guest itself`},
+		{`attachment_mode = "block-device"`, ``, `Only block volumes are devices`},
+		{`snapshots = "hourly"`, ``, `parameter snapshots`},
+		{`clone_id = "a"`, `snapshot_id = "b@c"`, `leave out snapshot_id or clone_id`},
+		{`colour = "red"`, ``, `not expected here`},
+		{`parameters = { fsx = "ext4" }`, ``, `parameter "fsx": there is none`},
+		{`parameters = { fs = "ntfs" }`, ``, `"ntfs" is none of ext4, xfs`},
+		{`parameters = { class = "lv2" }`, ``, `It is an attribute of the volume`},
+		{`parameters = { cold = "hourly=1" }`, ``, `It is for block volumes`},
+		{`parameters = { iops = "100" }`, ``, `kept by the guest's machine`},
+	} {
+		name := "name = \"v\"\n"
+		if strings.HasPrefix(c.line, "name") {
+			name = ""
+		}
+		w.write("resource \"cradle_volume\" \"v\" {\n" + name + c.rest + "\n" + c.line + "\n}\n")
+		out, code := w.try("validate", "-json")
+		var v struct {
+			Diagnostics []struct {
+				Severity, Detail string
+				Snippet          struct{ Code string }
+			}
+		}
+		if i := strings.Index(out, "{"); i < 0 || json.Unmarshal([]byte(out[i:]), &v) != nil {
+			t.Fatal(out)
+		}
+		found := false
+		for _, d := range v.Diagnostics {
+			found = found || d.Severity == "error" && strings.Contains(d.Detail, c.want) && strings.TrimSpace(d.Snippet.Code) == c.line
+		}
+		if code == 0 || !found {
+			t.Errorf("%s: exit code %d, want %q there:\n%s", c.line, code, c.want, out)
+		}
+	}
+}
+
+// A pod's mistakes are told at their line, too.
+func TestTerraformValidatesPods(t *testing.T) {
+	w := openWorkspace(t, nil)
+	for _, c := range []struct{ line, rest, want string }{
+		{`memory = "lots"`, ``, `size "lots": unit "lots" is none of`},
+		{`name = "Web"`, ``, `"Web" is no name`},
+		{`wait_timeout = "soon"`, ``, `duration "soon" is not such as 1m30s`},
+		{`network = "host"`, ``, `"host" is none of user, bridge, none`},
+		{`port = 70000`, "port {\n%s\n}", `70000 is not from 1 to 65535`},
+		{`working_dir = "rel"`, "container {\nname = \"c\"\nimage = \"busybox\"\n%s\n}", `workingDir`},
+		{`secret_env = { A = "hidden" }`, "container {\nname = \"c\"\nimage = \"busybox\"\nsecret_env_version = 1\n}\ncontainer {\nname = \"d\"\nimage = \"busybox\"\n%s\n}", `secret_env of a further container has no place in a job`},
+		{`env = { A = "1" }`, "container {\nname = \"c\"\nimage = \"busybox\"\nsecret_env = { A = \"hidden\" }\nsecret_env_version = 1\n%s\n}", `A is in secret_env as well`},
+		{`path = "relative"`, "container {\nname = \"c\"\nimage = \"busybox\"\nmount {\nscratch = \"s\"\n%s\n}\n}", `containers[0].mounts[0].path`},
+		{`port = 81`, "port {\nport = 80\n}\nservice {\nname = \"s\"\n%s\n}", `port 81 is reached by nobody`},
+		{`replicas = 2`, "container {\nname = \"c\"\nimage = \"busybox\"\nmount {\nvolume = \"v\"\npath = \"/v\"\n}\n}", `Volume v is for one pod at a time`},
+	} {
+		hcl := "resource \"cradle_pod\" \"p\" {\n"
+		if !strings.HasPrefix(c.line, "name") {
+			hcl += "name = \"p\"\n"
+		}
+		if strings.Contains(c.rest, "%s") {
+			hcl += fmt.Sprintf(c.rest, c.line)
+		} else {
+			hcl += c.line + "\n" + c.rest
+		}
+		if !strings.Contains(hcl, "container {") {
+			hcl += "\ncontainer {\nname = \"c\"\nimage = \"busybox\"\n}"
+		}
+		w.write(hcl + "\n}\n")
+		out, code := w.try("validate", "-json")
+		var v struct {
+			Diagnostics []struct {
+				Severity, Detail string
+				Snippet          struct{ Code string }
+			}
+		}
+		if i := strings.Index(out, "{"); i < 0 || json.Unmarshal([]byte(out[i:]), &v) != nil {
+			t.Fatal(out)
+		}
+		found := false
+		for _, d := range v.Diagnostics {
+			found = found || d.Severity == "error" && strings.Contains(d.Detail, c.want) && strings.TrimSpace(d.Snippet.Code) == c.line
+		}
+		if code == 0 || !found {
+			t.Errorf("%s: exit code %d, want %q there:\n%s", c.line, code, c.want, out)
+		}
+		if strings.Contains(out, "hidden") && c.line != `secret_env = { A = "hidden" }` {
+			t.Errorf("a secret is told:\n%s", out)
+		}
+	}
+}
+
+// What a volume will be is seen before it is made.
+func TestTerraformPlansDefaults(t *testing.T) {
+	nomad := openFake(t)
+	w := openWorkspace(t, nil)
+	w.write(fmt.Sprintf(`
+provider "cradle" {
+  address   = %q
+  namespace = "team"
+}
+resource "cradle_volume" "files" {
+  name = "files"
+}
+resource "cradle_volume" "db" {
+  name  = "db"
+  class = "lv2"
+  size  = "10 GB"
+}
+output "bytes" {
+  value = provider::cradle::size("10GiB") + provider::cradle::size("1 KB")
+}
+`, nomad.URL))
+	all, said := w.plan()
+	for address, want := range map[string]map[string]any{
+		"cradle_volume.files": {"id": "team/files", "namespace": "team", "plugin": "cradle", "class": "nfs", "access_mode": "multi-node-multi-writer", "attachment_mode": "file-system", "attach": "host", "prevent_destroy_if_in_use": true},
+		"cradle_volume.db":    {"id": "team/db", "size": "10 GB", "class": "lv2", "access_mode": "single-node-writer", "attach": "direct"},
+	} {
+		c := all[address]
+		for name, value := range want {
+			if c.actions() != "create" || c.Change.After[name] != value {
+				t.Errorf("%s %s.%s is %v, want %v", c.actions(), address, name, c.Change.After[name], value)
+			}
+		}
+	}
+	if !strings.Contains(said, "bytes = 10737419240") {
+		t.Errorf("the sum of sizes is not there:\n%s", said)
+	}
+	w.write(`output "bytes" {
+  value = provider::cradle::size("a lot")
+}`)
+	w.fails([]string{`size "a lot": unit "a lot" is none of`}, "plan", "-no-color")
+}
+
+// A Nomad that is not there, and one that does not know who asks, are told of once.
+func TestTerraformReachesNomad(t *testing.T) {
+	nomad := openFake(t)
+	w := openWorkspace(t, nil)
+	w.write(`
+provider "cradle" {}
+resource "cradle_volume" "v" {
+  name = "v"
+}`)
+	plan := func(env ...string) (string, int) {
+		w := *w
+		w.env = append(slices.Clone(w.env), env...)
+		return w.try("plan", "-no-color")
+	}
+	for _, c := range []struct {
+		env  []string
+		want string
+	}{
+		{[]string{"NOMAD_ADDR=http://127.0.0.1:1"}, "Nomad can't be reached"},
+		{[]string{"NOMAD_ADDR=" + nomad.URL, "NOMAD_TOKEN=bad"}, "Nomad does not know this token"},
+		{[]string{"NOMAD_ADDR=" + nomad.URL, "NOMAD_CACERT=/nonexistent/ca.pem"}, "/nonexistent/ca.pem: no such file"},
+		{[]string{"NOMAD_ADDR=" + nomad.URL, "NOMAD_TOKEN=good"}, ""},
+		{[]string{"NOMAD_ADDR=" + nomad.URL}, ""},
+	} {
+		out, code := plan(c.env...)
+		if (code == 0) != (c.want == "") || !strings.Contains(flatten(out), c.want) {
+			t.Errorf("%v: exit code %d, want %q:\n%s", c.env, code, c.want, out)
+		}
+		if n := strings.Count(out, "Error: "); c.want != "" && n != 1 {
+			t.Errorf("%v: %d errors:\n%s", c.env, n, out)
+		}
+		if strings.Contains(out, "=bad") || strings.Contains(out, "good") {
+			t.Errorf("the token is in the output:\n%s", out)
+		}
+	}
+	w.write(`
+resource "terraform_data" "later" {
+  input = "http://127.0.0.1:4646"
+}
+provider "cradle" {
+  address = terraform_data.later.output
+}
+resource "cradle_volume" "v" {
+  name = "v"
+}`)
+	w.fails([]string{"Not known yet", "address = terraform_data.later.output"}, "plan", "-no-color")
+}
+
+// What make install-provider installs, terraform init finds, and no registry is asked.
+func TestTerraformInit(t *testing.T) {
+	root, err := programs.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := openWorkspace(t, nil)
+	if out, err := exec.Command("make", "-C", root, "-o", "build", "install-provider", "PROVIDERS="+filepath.Join(w.dir, ".terraform.d/plugins")).CombinedOutput(); err != nil {
+		t.Fatalf("make install-provider: %v\n%s", err, out)
+	}
+	empty := filepath.Join(t.TempDir(), "terraformrc")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.env = append(w.env, "TF_CLI_CONFIG_FILE="+empty, "HTTPS_PROXY=http://127.0.0.1:1")
+	w.write("resource \"cradle_volume\" \"v\" {\n  name = \"v\"\n}\n")
+	if out := w.run("init", "-no-color"); !strings.Contains(out, "Installed cradlestack/cradle") {
+		t.Errorf("init says\n%s", out)
+	}
+	w.run("validate", "-no-color")
+}
