@@ -29,20 +29,6 @@ BALI_KEY=foreign bali id
 BALI_KEY=foreign bali build job/foreign.tar.gz --from ./app --entrypoint /bin/sh
 cp "$(command -v docker)" job/docker || { echo apt-get install docker.io; exit 1; }
 tar cf job/app.tar -C app .
-cat >job/volume.hcl <<'END'
-id           = "data"
-name         = "data"
-type         = "csi"
-plugin_id    = "cradle"
-capacity_min = "64MiB"
-capability {
-  access_mode     = "single-node-writer"
-  attachment_mode = "file-system"
-}
-parameters {
-  class = "lv2"
-}
-END
 cat >app/hello.sh <<'END'
 right=wrong; [ "$LISTEN_PID" = $$ ] && right=right
 echo "fds=$LISTEN_FDS pid=$right notify=$NOTIFY_SOCKET" >/run/hello.new
@@ -51,6 +37,9 @@ exec sleep 100000
 END
 for a in mv sleep; do ln -s busybox app/bin/$a; done
 bali build job/web/hello.tar.gz --from ./app --entrypoint /bin/sh --cmd /hello.sh --env PATH=/bin`)
+	if err := os.WriteFile(filepath.Join(p.dir, "job/volume.hcl"), []byte(volume), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	m := p.machine(base, "node", "drills.sh")
 	m.boot(userNet, "ok: it starts from the cache when the server is gone")
 	if !t.Failed() {

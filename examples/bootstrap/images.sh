@@ -38,6 +38,9 @@ cradle-dockerapi() { own cradle-dockerapi; }
 nomad() {
   add '' "$("$here/../../tools/build.sh" nomad)"
   type=notify signal=SIGINT
+  # whom tasks' folders belong to
+  echo 'nobody:x:65534:65534:nobody:/:/bin/false' >>"$root/etc/passwd"
+  echo 'nogroup:x:65534:' >>"$root/etc/group"
   # its fingerprints of network and disk, and raw_exec's way to our other images
   add iproute2 ip
   add coreutils df
