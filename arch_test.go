@@ -56,6 +56,7 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/nfs": {},                                                                                      // exports, not volumes
 
 	"csi-plugin/mount":  {"spec"},
+	"csi-plugin/tree":   {},
 	"csi-plugin/volume": {"spec"},
 
 	"csi-plugin/volume/volumetest": {"spec", "csi-plugin/volume", "csi-plugin/mount"},

@@ -343,9 +343,22 @@ func Sync(path string) error {
 	if err != nil {
 		return err
 	}
+	return syncOf(f)
+}
+
+// SyncRoot is Sync for what is opened.
+func SyncRoot(root *os.Root) error {
+	f, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	return syncOf(f)
+}
+
+func syncOf(f *os.File) error {
 	defer f.Close()
 	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		return fmt.Errorf("sync the file system at %s: %w", path, err)
+		return fmt.Errorf("sync the file system at %s: %w", f.Name(), err)
 	}
 	return nil
 }

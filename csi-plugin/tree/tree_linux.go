@@ -1,0 +1,417 @@
+package tree
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// List reads a directory, but for what is to be left out. The order is one in which all can be made.
+func List(ctx context.Context, root *os.Root, without ...string) ([]Entry, error) {
+	l := lister{ctx: ctx, root: root, without: without, seen: map[inode]string{}}
+	err := l.list(".")
+	return l.all, err
+}
+
+type inode struct{ dev, ino uint64 }
+
+type lister struct {
+	ctx     context.Context
+	root    *os.Root
+	without []string
+	seen    map[inode]string // files with several names → the first
+	all     []Entry
+}
+
+func (l *lister) list(name string) error {
+	if l.ctx.Err() != nil {
+		return context.Cause(l.ctx)
+	}
+	if slices.Contains(l.without, name) {
+		return nil
+	}
+	fi, err := l.root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	st := fi.Sys().(*syscall.Stat_t)
+	key := inode{st.Dev, st.Ino}
+	if first, ok := l.seen[key]; ok {
+		l.all = append(l.all, Entry{Path: name, Name: first})
+		return nil
+	}
+	if st.Nlink > 1 && !fi.IsDir() {
+		l.seen[key] = name
+	}
+	e := Entry{Path: name, Mode: st.Mode, UID: st.Uid, GID: st.Gid, Modified: time.Unix(st.Mtim.Unix()).UTC()}
+	switch fi.Mode().Type() {
+	case 0:
+		err = l.file(&e)
+	case fs.ModeDir:
+		e.Modified = time.Time{}
+		return l.directory(e)
+	case fs.ModeSymlink:
+		e.Target, err = l.root.Readlink(name)
+	default:
+		e.Device = st.Rdev
+	}
+	l.all = append(l.all, e)
+	return err
+}
+
+func (l *lister) directory(e Entry) error {
+	d, err := l.root.Open(e.Path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if e.Attributes, err = attributes(d); err != nil {
+		return err
+	}
+	l.all = append(l.all, e)
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		if err := l.list(path.Join(e.Path, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *lister) file(e *Entry) error {
+	f, err := l.root.OpenFile(e.Path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	e.Size = fi.Size()
+	if e.Attributes, err = attributes(f); err != nil {
+		return err
+	}
+	e.Chunks = make([][32]byte, (e.Size+chunk-1)/chunk)
+	return content(l.ctx, f, e.Size, func(i int64, data []byte) error {
+		e.Chunks[i] = sha256.Sum256(data)
+		return nil
+	})
+}
+
+// content reads a file's chunks that are not all zeros.
+func content(ctx context.Context, f *os.File, size int64, each func(i int64, data []byte) error) error {
+	buffer := make([]byte, chunk)
+	for at := int64(0); at < size; {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		data, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil
+		}
+		if err != nil {
+			return &fs.PathError{Op: "seek", Path: f.Name(), Err: err}
+		}
+		i := data / chunk
+		n, err := f.ReadAt(buffer[:min(chunk, size-i*chunk)], i*chunk)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if some := buffer[:n]; len(bytes.Trim(some, "\x00")) > 0 {
+			if err := each(i, some); err != nil {
+				return err
+			}
+		}
+		at = (i + 1) * chunk
+	}
+	return nil
+}
+
+// Send writes what makes a directory that is listed as theirs like this one.
+func Send(ctx context.Context, root *os.Root, theirs []Entry, w io.Writer, without ...string) error {
+	ours, err := List(ctx, root, without...)
+	if err != nil {
+		return err
+	}
+	out := gob.NewEncoder(w)
+	has := map[string]*Entry{}
+	for i := range theirs {
+		has[theirs[i].Path] = &theirs[i]
+	}
+	keep := map[string]bool{}
+	for _, e := range ours {
+		their := has[e.Path]
+		keep[e.Path] = their != nil && their.Name == e.Name && their.Mode&unix.S_IFMT == e.Mode&unix.S_IFMT && their.Device == e.Device && their.Target == e.Target
+	}
+	for _, e := range slices.Backward(theirs) { // what is in a directory before it
+		if !keep[e.Path] {
+			if err := out.Encode(message{Remove: e.Path}); err != nil {
+				return err
+			}
+			delete(has, e.Path)
+		}
+	}
+	for _, e := range ours {
+		their := has[e.Path]
+		if their != nil && same(e, *their) {
+			continue
+		}
+		head := e
+		head.Chunks = nil
+		if err := out.Encode(message{Entry: &head}); err != nil {
+			return err
+		}
+		if e.Name == "" && e.Mode&unix.S_IFMT == unix.S_IFREG {
+			if their == nil {
+				their = &Entry{}
+			}
+			if err := send(ctx, root, e, *their, out); err != nil {
+				return err
+			}
+		}
+	}
+	return out.Encode(message{End: true})
+}
+
+func same(a, b Entry) bool {
+	return a.Path == b.Path && a.Mode == b.Mode && a.UID == b.UID && a.GID == b.GID && a.Device == b.Device && a.Modified.Equal(b.Modified) && a.Target == b.Target &&
+		a.Name == b.Name && maps.Equal(a.Attributes, b.Attributes) && a.Size == b.Size && slices.Equal(a.Chunks, b.Chunks)
+}
+
+// send sends the chunks of a file that differ from theirs; one that is a hole here is sent as zeros.
+func send(ctx context.Context, root *os.Root, e, their Entry, out *gob.Encoder) error {
+	f, err := root.OpenFile(e.Path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	put := func(i int64, data []byte) error { return out.Encode(message{At: i * chunk, Data: data}) }
+	whole := func(i int64) int64 { return min(chunk, e.Size-i*chunk) }
+	for i := range min(int64(len(e.Chunks)), int64(len(their.Chunks))) {
+		if e.Chunks[i] == ([32]byte{}) && their.Chunks[i] != e.Chunks[i] {
+			if err := put(i, make([]byte, whole(i))); err != nil {
+				return err
+			}
+		}
+	}
+	return content(ctx, f, e.Size, func(i int64, data []byte) error {
+		if i < int64(len(their.Chunks)) && their.Chunks[i] == e.Chunks[i] {
+			return nil
+		}
+		return put(i, data)
+	})
+}
+
+// Receive does what Send has written, and tells what that was: nothing where they were the same. What it has done when it is interrupted, the next List
+// finds.
+func Receive(ctx context.Context, root *os.Root, r io.Reader) (c Changes, err error) {
+	in := gob.NewDecoder(r)
+	var last *Entry
+	var file *os.File // where it is one
+	finish := func() error {
+		e, f := last, file
+		if last, file = nil, nil; e == nil {
+			return nil
+		}
+		return complete(root, *e, f)
+	}
+	defer func() { err = errors.Join(err, finish()) }()
+	var directories []Entry // their modes may forbid what is done in them
+	for {
+		if ctx.Err() != nil {
+			return c, context.Cause(ctx)
+		}
+		var m message
+		if err := in.Decode(&m); err != nil {
+			return c, fmt.Errorf("what is sent ends too early: %w", err)
+		}
+		if m.Data == nil {
+			if err := finish(); err != nil {
+				return c, err
+			}
+		}
+		switch {
+		case m.End:
+			for _, d := range slices.Backward(directories) {
+				if err := complete(root, d, nil); err != nil {
+					return c, err
+				}
+			}
+			return c, nil
+		case m.Remove != "":
+			c.Entries++
+			err = root.RemoveAll(m.Remove)
+		case m.Entry != nil:
+			c.Entries++
+			if m.Entry.Mode&unix.S_IFMT == unix.S_IFDIR {
+				directories = append(directories, *m.Entry)
+			}
+			last = m.Entry
+			file, err = begin(root, *m.Entry)
+		case file == nil:
+			err = errors.New("what is sent has content of no file")
+		default:
+			c.Bytes += int64(len(m.Data))
+			_, err = file.WriteAt(m.Data, m.At)
+		}
+		if err != nil {
+			return c, err
+		}
+	}
+}
+
+// begin makes what is not there yet.
+func begin(root *os.Root, e Entry) (*os.File, error) {
+	_, err := root.Lstat(e.Path)
+	there := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	switch kind := e.Mode & unix.S_IFMT; {
+	case e.Name != "":
+		return nil, root.Link(e.Name, e.Path)
+	case kind == unix.S_IFREG:
+		f, err := root.OpenFile(e.Path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if err == nil {
+			err = f.Truncate(e.Size)
+		}
+		return f, err
+	case there:
+		return nil, nil
+	case kind == unix.S_IFDIR:
+		return nil, root.Mkdir(e.Path, 0o700)
+	case kind == unix.S_IFLNK:
+		return nil, root.Symlink(e.Target, e.Path)
+	default:
+		return nil, in(root, e.Path, "mknod", func(dir int, name string) error { return unix.Mknodat(dir, name, e.Mode, int(e.Device)) })
+	}
+}
+
+// in calls do with the directory that a name is in.
+func in(root *os.Root, name, what string, do func(dir int, name string) error) error {
+	d, err := root.Open(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := do(int(d.Fd()), filepath.Base(name)); err != nil {
+		return &fs.PathError{Op: what, Path: name, Err: err}
+	}
+	return nil
+}
+
+// complete gives an entry its attributes, owner, mode and time, in that order: writing changes times, and a change of owner takes set-user-id bits
+// away. A file is closed.
+func complete(root *os.Root, e Entry, f *os.File) error {
+	if e.Name != "" {
+		return nil
+	}
+	kind := e.Mode & unix.S_IFMT
+	if kind == unix.S_IFREG || kind == unix.S_IFDIR {
+		if f == nil {
+			d, err := root.Open(e.Path)
+			if err != nil {
+				return err
+			}
+			f = d
+		}
+		if err := errors.Join(setAttributes(f, e.Attributes), f.Close()); err != nil {
+			return err
+		}
+	}
+	if err := root.Lchown(e.Path, int(e.UID), int(e.GID)); err != nil {
+		return err
+	}
+	if kind != unix.S_IFLNK {
+		if e.Path == "." {
+			return chmodRoot(root, e.Mode)
+		}
+		if err := in(root, e.Path, "chmod", func(dir int, name string) error { return unix.Fchmodat(dir, name, e.Mode&0o7777, 0) }); err != nil {
+			return err
+		}
+	}
+	if kind == unix.S_IFDIR {
+		return nil
+	}
+	at := unix.NsecToTimespec(e.Modified.UnixNano())
+	return in(root, e.Path, "utimes", func(dir int, name string) error {
+		return unix.UtimesNanoAt(dir, name, []unix.Timespec{at, at}, unix.AT_SYMLINK_NOFOLLOW)
+	})
+}
+
+func chmodRoot(root *os.Root, mode uint32) error {
+	d, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return unix.Fchmod(int(d.Fd()), mode&0o7777)
+}
+
+// maxAttributes is the kernel's own limit of a list of names, and of a value (linux/limits.h XATTR_LIST_MAX, XATTR_SIZE_MAX).
+const maxAttributes = 64 << 10
+
+func attributes(f *os.File) (map[string]string, error) {
+	list := make([]byte, maxAttributes)
+	n, err := unix.Flistxattr(int(f.Fd()), list)
+	if errors.Is(err, unix.EOPNOTSUPP) || n == 0 {
+		return nil, nil
+	}
+	all := map[string]string{}
+	value := make([]byte, maxAttributes)
+	for name := range bytes.SplitSeq(list[:max(n, 0)], []byte{0}) {
+		if len(name) == 0 {
+			continue
+		}
+		if n, err = unix.Fgetxattr(int(f.Fd()), string(name), value); err != nil {
+			break
+		}
+		all[string(name)] = string(value[:n])
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attributes of %s: %w", f.Name(), err)
+	}
+	return all, nil
+}
+
+func setAttributes(f *os.File, want map[string]string) error {
+	has, err := attributes(f)
+	if err != nil {
+		return err
+	}
+	for name := range has {
+		if _, ok := want[name]; !ok {
+			if err := unix.Fremovexattr(int(f.Fd()), name); err != nil {
+				return fmt.Errorf("attribute %s of %s: %w", name, f.Name(), err)
+			}
+		}
+	}
+	for name, value := range want {
+		if has[name] == value {
+			continue
+		}
+		if err := unix.Fsetxattr(int(f.Fd()), name, []byte(value), 0); err != nil {
+			return fmt.Errorf("attribute %s of %s: %w", name, f.Name(), err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,162 @@
+package tree
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func open(t *testing.T, dir string) *os.Root {
+	t.Helper()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { root.Close() })
+	return root
+}
+
+func list(t *testing.T, root *os.Root) []Entry {
+	t.Helper()
+	all, err := List(t.Context(), root, "lost+found")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// pass makes to like from, and returns what it took.
+func pass(t *testing.T, from, to *os.Root) Changes {
+	t.Helper()
+	var wire bytes.Buffer
+	if err := Send(t.Context(), from, list(t, to), &wire, "lost+found"); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Receive(t.Context(), to, &wire)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func must(t *testing.T, errs ...error) {
+	t.Helper()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fill makes one of everything that needs no root.
+func fill(t *testing.T, dir string) {
+	t.Helper()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	must(t,
+		os.Mkdir(path("lost+found"), 0o700), os.WriteFile(path("lost+found/x"), nil, 0o600),
+		os.MkdirAll(path("d/e"), 0o755), os.WriteFile(path("d/e/small"), []byte("small"), 0o640), os.WriteFile(path("d/empty"), nil, 0o600),
+		os.WriteFile(path("large"), bytes.Repeat([]byte("0123456789abcdef"), 3*chunk/16+1), 0o600),
+		os.WriteFile(path("sparse"), []byte("begin"), 0o600), os.Truncate(path("sparse"), 1<<30),
+		os.Link(path("large"), path("d/same")), os.Symlink("../nowhere", path("d/link")), unix.Mkfifo(path("fifo"), 0o600),
+		os.Chtimes(path("d/e/small"), time.Time{}, time.Unix(1e9, 123456789)), os.Chmod(path("d/e/small"), 0o4751), os.Chmod(path("d/e"), 0o500),
+	)
+	t.Cleanup(func() { os.Chmod(path("d/e"), 0o700) })
+}
+
+func TestCopy(t *testing.T) {
+	a, b := t.TempDir(), t.TempDir()
+	fill(t, a)
+	from, to := open(t, a), open(t, b)
+	t.Cleanup(func() { os.Chmod(filepath.Join(b, "d/e"), 0o700) })
+	first := pass(t, from, to)
+	if got, want := list(t, to), list(t, from); !reflect.DeepEqual(got, want) {
+		t.Errorf("there is %+v\nwant %+v", got, want)
+	}
+	if first.Entries != 9 || first.Bytes != 3*chunk+16+5+chunk {
+		t.Errorf("it took %+v", first)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(b, "sparse"), &st); err != nil || st.Blocks*512 > 64<<20 {
+		t.Errorf("the sparse file has %d blocks, %v", st.Blocks, err)
+	}
+	if again := pass(t, from, to); again != (Changes{}) {
+		t.Errorf("once more it took %+v", again)
+	}
+}
+
+// What differs is made the same, and only that is sent.
+func TestDifferences(t *testing.T) {
+	for what, change := range map[string]struct {
+		change func(dir string) error
+		bytes  int64
+	}{
+		"a byte":            {func(d string) error { return overwrite(d+"/large", 2*chunk, "X") }, chunk},
+		"a hole's":          {func(d string) error { return overwrite(d+"/sparse", 5*chunk, "X") }, chunk},
+		"shorter":           {func(d string) error { return os.Truncate(d+"/large", chunk) }, 2*chunk + 16},
+		"longer":            {func(d string) error { return os.Truncate(d+"/large", 9*chunk) }, 16},
+		"a mode":            {func(d string) error { return os.Chmod(d+"/d/empty", 0o777) }, 0},
+		"a time":            {func(d string) error { return os.Chtimes(d+"/d/empty", time.Time{}, time.Unix(1, 0)) }, 0},
+		"gone":              {func(d string) error { return os.Remove(d + "/d/link") }, 0},
+		"one more":          {func(d string) error { return os.MkdirAll(d+"/more/and/more", 0o700) }, 0},
+		"another target":    {func(d string) error { return errors.Join(os.Remove(d+"/d/link"), os.Symlink("x", d+"/d/link")) }, 0},
+		"a file for a fifo": {func(d string) error { return errors.Join(os.Remove(d+"/fifo"), os.WriteFile(d+"/fifo", nil, 0o600)) }, 0},
+		"a name less":       {func(d string) error { return os.Remove(d + "/d/same") }, 0},
+		"no link": {func(d string) error {
+			return errors.Join(os.Remove(d+"/d/same"), os.WriteFile(d+"/d/same", nil, 0o600))
+		}, 0},
+		"a directory for a file": {func(d string) error {
+			return errors.Join(os.Remove(d+"/d/empty"), os.MkdirAll(d+"/d/empty/deep", 0o700), os.WriteFile(d+"/d/empty/deep/x", []byte("x"), 0o600))
+		}, 0},
+	} {
+		t.Run(what, func(t *testing.T) {
+			a, b := t.TempDir(), t.TempDir()
+			fill(t, a)
+			from, to := open(t, a), open(t, b)
+			t.Cleanup(func() { os.Chmod(filepath.Join(b, "d/e"), 0o700) })
+			pass(t, from, to)
+			must(t, change.change(b))
+			c := pass(t, from, to)
+			if got, want := list(t, to), list(t, from); !reflect.DeepEqual(got, want) {
+				t.Errorf("there is %+v\nwant %+v", got, want)
+			}
+			if c.Entries == 0 || change.bytes > 0 && c.Bytes != change.bytes {
+				t.Errorf("it took %+v; want %d bytes", c, change.bytes)
+			}
+		})
+	}
+}
+
+func overwrite(path string, at int64, text string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt([]byte(text), at)
+	return errors.Join(err, f.Close())
+}
+
+// A stream that breaks off anywhere is an error, never a whole copy; the next pass completes it.
+func TestBrokenOff(t *testing.T) {
+	a := t.TempDir()
+	fill(t, a)
+	from := open(t, a)
+	var wire bytes.Buffer
+	must(t, Send(t.Context(), from, nil, &wire, "lost+found"))
+	for n := 0; n < wire.Len(); n += 1 + wire.Len()/12 {
+		b := t.TempDir()
+		to := open(t, b)
+		if _, err := Receive(t.Context(), to, io.LimitReader(bytes.NewReader(wire.Bytes()), int64(n))); err == nil {
+			t.Errorf("%d of %d bytes pass for all", n, wire.Len())
+		}
+		pass(t, from, to)
+		if got, want := list(t, to), list(t, from); !reflect.DeepEqual(got, want) {
+			t.Errorf("after %d bytes there is %+v\nwant %+v", n, got, want)
+		}
+		must(t, os.Chmod(filepath.Join(b, "d/e"), 0o700))
+	}
+}
