@@ -14,11 +14,12 @@ import (
 )
 
 // TestVMZFS runs the tests of zfs_lab_test.go in a machine that has ZFS, but for the kills at every step and some
-// orders in which families of clones go, which the soak has. Of dir it runs there what takes a capability that
+// orders in which families of clones go, and cold storage, which the soak has. Of dir it runs there what takes a capability that
 // some hosts have taken from root: growing a mounted ext4.
 func TestVMZFS(t *testing.T) {
 	inLab(t, `zpool create -f -O mountpoint=none tank /dev/vda1
 ./dir.test -test.v -test.run 'TestRootDir/ext4/Expand'
+./csi.test -test.v -test.run 'TestZFSDoctor'
 ./zfs.test -test.v -test.skip 'TestZFS/Killed|TestFamilies/(dcba|cabd)'
 `)
 }
@@ -46,6 +47,7 @@ func inLab(t *testing.T, script string) {
 	}
 	build("zfs.test", "./csi-plugin/zfs", "test", "-c", "-tags", "zfslab")
 	build("dir.test", "./csi-plugin/dir", "test", "-c", "-tags", "vm")
+	build("csi.test", "./csi-plugin", "test", "-c", "-tags", "vm,zfslab")
 	build("cradle-csi", "./csi-plugin", "build")
 	sanity, err := programs.Tool("csi-sanity")
 	if err != nil {

@@ -166,6 +166,14 @@ var operations = []operation{
 	},
 }
 
+// Operations names those that are killed, each of which is a test TestX/Killed/NAME of the backend's TestX.
+func Operations() (names []string) {
+	for _, op := range operations {
+		names = append(names, op.name)
+	}
+	return names
+}
+
 func receive(ctx context.Context, b volume.Backend) error {
 	r := block("v")
 	r.Origin.Copy = "v@20260106T150000Z"

@@ -127,7 +127,9 @@ func (b *bench) clear() {
 	b.must(err)
 	ids := []string{"v", "w"} // also what can't be seen yet
 	for _, v := range all {
-		ids = append(ids, v.ID)
+		if !slices.Contains(ids, v.ID) {
+			ids = append(ids, v.ID)
+		}
 	}
 	if s, ok := b.Backend.(volume.Snapshotter); ok {
 		snaps, err := s.Snapshots(b.ctx(), "")
