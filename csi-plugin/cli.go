@@ -37,6 +37,7 @@ type cli struct {
 	backend  string
 	pools    []string
 	endpoint string
+	nomad    string
 	nodeID   string
 	zone     string
 	metrics  string
@@ -77,6 +78,8 @@ func (c *cli) command() *cobra.Command {
 		c.hostVolumeCommand(),
 		c.doctorCommand(),
 		c.coldCommand(),
+		c.lv2Command(),
+		c.copyCommand(),
 		&cobra.Command{
 			Use: "version", Short: "print the version", Args: cobra.NoArgs,
 			Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-csi %s\n", version) },
@@ -92,9 +95,10 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	}
 	f := cmd.Flags()
 	c.backendFlags(f)
-	f.StringVar(&c.endpoint, "endpoint", env("CSI_ENDPOINT", "unix:///run/cradle/csi.sock"), "unix socket to serve on ($CSI_ENDPOINT, which Nomad sets)")
+	f.StringVar(&c.endpoint, "endpoint", defaultEndpoint(), "unix socket to serve on ($CSI_ENDPOINT, which Nomad sets)")
 	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name")
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
+	f.StringVar(&c.nomad, "nomad", taskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
 	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
@@ -107,6 +111,8 @@ func (c *cli) backendFlags(f *pflag.FlagSet) {
 	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir, zfs")
 	f.StringArrayVar(&c.pools, "pool", nil, "where: a directory (dir, default /var/lib/cradle/volumes) or a dataset (zfs); NAME=WHERE to be chosen by the parameter pool; more than once, the first is the default")
 }
+
+func defaultEndpoint() string { return env("CSI_ENDPOINT", "unix:///run/cradle/csi.sock") }
 
 func env(name, fallback string) string {
 	if v := os.Getenv(name); v != "" {
@@ -198,6 +204,10 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	if vault != nil && !ok {
 		return errors.Join(fmt.Errorf("--cold: backend %s makes no copies", c.backend), b.Close())
 	}
+	owner, err := owners(c.nomad)
+	if err != nil {
+		return errors.Join(err, b.Close())
+	}
 	l, err := rpc.Listen(c.endpoint)
 	if err != nil {
 		return errors.Join(err, b.Close())
@@ -208,6 +218,9 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: level}))
 	log.Info("serving", "endpoint", c.endpoint, "backend", c.backend, "node", c.nodeID, "version", version)
+	if vault != nil && owner == nil {
+		log.Warn("there is no Nomad to ask which volumes were restored on another host: nothing keeps them from being used here as well (--nomad)")
+	}
 	if r, ok := b.(volume.Repairer); ok {
 		if err := r.Repair(ctx, false, func(found string) { log.Warn("repaired", "found", found) }); err != nil {
 			log.Warn("repair", "error", err)
@@ -215,7 +228,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	registry := prometheus.NewRegistry()
 	s := rpc.New(rpc.Config{
-		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: vault != nil,
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: vault != nil, Owner: owner,
 		Version: version, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)

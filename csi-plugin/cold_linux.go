@@ -171,26 +171,32 @@ func (c *cli) coldRestore(ctx context.Context, o *coldFlags, name, as, pool stri
 	if err != nil {
 		return err
 	}
-	info, err := v.Info(ctx, one)
-	if err != nil {
-		return err
-	}
-	r := volume.Request{Name: cmp.Or(as, one.Volume), Size: info.Size, Origin: volume.Origin{Copy: one.String()}}
-	if r.Parameters, err = volume.ParseParameters(info.Parameters); err != nil {
-		return fmt.Errorf("copy %s: %w", one, err)
-	}
-	if r.Pool = pool; c.backend == "dir" {
-		r.Compression, r.BlockSize = "", 0 // zfs alone has them
-	}
 	b, _, err := c.open(ctx)
 	if err != nil {
 		return err
 	}
 	defer b.Close()
+	return c.receive(ctx, b, v, one, volume.Request{Name: cmp.Or(as, one.Volume), Parameters: volume.Parameters{Pool: pool}})
+}
+
+// receive makes a volume of a copy. Name, pool and generation are the request's.
+func (c *cli) receive(ctx context.Context, b volume.Backend, v *cold.Vault, one cold.Copy, r volume.Request) error {
 	receiver, ok := b.(volume.Receiver)
 	if !ok {
 		return fmt.Errorf("--backend %s: it takes no copies", c.backend)
 	}
+	info, err := v.Info(ctx, one)
+	if err != nil {
+		return err
+	}
+	pool := r.Pool
+	if r.Parameters, err = volume.ParseParameters(info.Parameters); err != nil {
+		return fmt.Errorf("copy %s: %w", one, err)
+	}
+	if c.backend == "dir" {
+		r.Compression, r.BlockSize = "", 0 // zfs alone has them
+	}
+	r.Pool, r.Size, r.Origin.Copy = pool, info.Size, one.String()
 	made, err := receiver.Receive(ctx, r, info.Content, func(ctx context.Context, disk *os.File) error { return v.Restore(ctx, one, disk) })
 	if err != nil {
 		return err

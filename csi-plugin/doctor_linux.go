@@ -138,11 +138,7 @@ func (d *doctor) nomad(ctx context.Context, address, plugin string) error {
 	}
 	live := map[string]bool{}
 	for _, a := range allocs {
-		switch a.ClientStatus {
-		case api.AllocClientStatusComplete, api.AllocClientStatusFailed:
-		default: // lost and unknown ones may still run on a node that is cut off
-			live[a.ID] = true
-		}
+		live[a.ID] = !hasEnded(a)
 	}
 	for _, target := range targets {
 		if err := d.mounted(target, plugin, live); err != nil {
@@ -155,6 +151,11 @@ func (d *doctor) nomad(ctx context.Context, address, plugin string) error {
 		}
 	}
 	return nil
+}
+
+// hasEnded says whether nothing of an allocation runs any more. Lost and unknown ones may, on a node that is cut off.
+func hasEnded(a *api.AllocationListStub) bool {
+	return a.ClientStatus == api.AllocClientStatusComplete || a.ClientStatus == api.AllocClientStatusFailed
 }
 
 // claimed returns the plugin's volumes with those who claim them.

@@ -126,7 +126,7 @@ func (h hostVolume) grow(ctx context.Context, b volume.Backend, v volume.Volume)
 	}
 	e, ok := b.(volume.Expander)
 	if h.request.Size <= v.Size || !ok {
-		return v, v.Fits(volume.Request{Size: h.request.Size, Limit: h.request.Limit, Origin: v.Origin, Parameters: v.Parameters})
+		return v, v.Fits(volume.Request{Size: h.request.Size, Limit: h.request.Limit, Origin: v.Origin, Generation: v.Generation, Parameters: v.Parameters})
 	}
 	var err error
 	v.Size, err = e.Expand(ctx, v.ID, h.request.Size, h.request.Limit)

@@ -21,6 +21,7 @@ type stack struct {
 	*nomadtest.Cluster
 	t       *testing.T
 	node    *nomadtest.Node
+	id      string // the plugin's
 	plugins string // folder of host volume plugins
 }
 
@@ -33,7 +34,7 @@ func startStack(t *testing.T) *stack {
 
 // startNomad is a Nomad without the plugin.
 func startNomad(t *testing.T) *stack {
-	s := &stack{t: t, plugins: t.TempDir()}
+	s := &stack{t: t, id: "cradle", plugins: t.TempDir()}
 	script := strings.ReplaceAll(s.example("cradle-host-volume"), "/var/lib/cradle/host-volumes", filepath.Join(s.plugins, "pool"))
 	if err := os.WriteFile(filepath.Join(s.plugins, "cradle-host-volume"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
@@ -56,7 +57,7 @@ func (s *stack) stopUsers() {
 		s.t.Error(err)
 	}
 	for _, j := range jobs {
-		if j.ID != "cradle-csi" && j.Status != "dead" {
+		if !strings.HasPrefix(j.ID, "cradle-csi") && j.Status != "dead" {
 			s.Stop(s.t, j.ID)
 		}
 	}
@@ -73,7 +74,7 @@ func (s *stack) plugin() {
 func (s *stack) healthy() {
 	s.t.Helper()
 	s.eventually("a healthy plugin", func() bool {
-		p, _, err := s.API.CSIPlugins().Info("cradle", nil)
+		p, _, err := s.API.CSIPlugins().Info(s.id, nil)
 		return err == nil && p.ControllersHealthy == 1 && p.NodesHealthy == 1
 	})
 }
@@ -100,7 +101,8 @@ func (s *stack) example(name string) string {
 	}
 	changes := []string{"/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi")}
 	if s.node != nil {
-		changes = append(changes, "/var/lib/cradle/volumes", filepath.Join(s.node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(s.node.Dir, "nomad"))
+		changes = append(changes, "/var/lib/cradle/volumes", filepath.Join(s.node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(s.node.Dir, "nomad"),
+			"/srv/cradle-cold", filepath.Join(s.Dir(), "cold"), "/etc/cradle/cold.key", filepath.Join(s.Dir(), "key"))
 	}
 	return strings.NewReplacer(changes...).Replace(string(text))
 }

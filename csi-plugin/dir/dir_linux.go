@@ -79,9 +79,10 @@ const (
 type record struct {
 	Version int `json:"version"` // 1
 	volume.Parameters
-	Origin  volume.Origin  `json:"origin,omitzero"`
-	Created time.Time      `json:"created"`
-	Content volume.Content `json:"content,omitempty"`
+	Origin     volume.Origin  `json:"origin,omitzero"`
+	Created    time.Time      `json:"created"`
+	Content    volume.Content `json:"content,omitempty"`
+	Generation int            `json:"generation,omitempty"`
 
 	// Of snapshots.
 	Copied    bool `json:"copied,omitempty"`
@@ -105,7 +106,7 @@ func (f *found) image() string { return f.path(imageFile) }
 
 // volume is what others see of it.
 func (f *found) volume() volume.Volume {
-	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Parameters: f.Parameters}
+	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Parameters: f.Parameters}
 }
 
 // find looks for a volume in all pools.
@@ -278,7 +279,7 @@ func (b *Backend) create(p *pool, r volume.Request, least int64, fill func(rec *
 			return volume.Volume{}, err
 		}
 	}
-	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC()}
+	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Generation: r.Generation}
 	if err := p.make(r.Name, &rec, func(h string) error { return fill(&rec, h, size) }); err != nil {
 		return volume.Volume{}, fmt.Errorf("create volume %s: %w", r.Name, storageError(err))
 	}

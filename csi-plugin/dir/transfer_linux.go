@@ -87,11 +87,11 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 // receive makes the folder as make does, but goes on with what an interrupted call for the same copy has left.
 func (b *Backend) receive(ctx context.Context, p *pool, r volume.Request, content volume.Content, fill func(context.Context, *os.File) error) error {
 	h := hidden(r.Name)
-	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content}
+	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content, Generation: r.Generation}
 	if r.Direct {
 		rec.Content = volume.Guest
 	}
-	if left, err := p.read(h); err != nil || left.Origin != r.Origin || left.Parameters != r.Parameters || left.size != r.Size {
+	if left, err := p.read(h); err != nil || left.Origin != r.Origin || left.Generation != r.Generation || left.Parameters != r.Parameters || left.size != r.Size {
 		if err := p.root.RemoveAll(h); err != nil {
 			return err
 		}

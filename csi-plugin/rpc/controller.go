@@ -68,6 +68,13 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 		return nil, err
 	}
 	defer unlock()
+	if r.Block() {
+		o, err := s.owner(ctx, r.Name)
+		if err != nil {
+			return nil, err
+		}
+		r.Generation = o.Generation
+	}
 	v, err := s.make(ctx, r)
 	if err != nil {
 		return nil, err

@@ -66,10 +66,28 @@ func (s *node) begin(ctx context.Context, id string, c *csi.VolumeCapability) (v
 	if v, err = s.config.Backend.Get(ctx, id); err == nil {
 		w, err = wishFor(c, v)
 	}
+	if err == nil {
+		err = s.own(ctx, v)
+	}
 	if err != nil {
 		unlock()
 	}
 	return v, w, unlock, err
+}
+
+// own refuses a volume that was restored on another host, or is not wholly restored on this one.
+func (s *node) own(ctx context.Context, v volume.Volume) error {
+	if s.config.Owner == nil || !v.Block() {
+		return nil
+	}
+	o, err := s.owner(ctx, v.ID)
+	if err != nil || v.Generation == o.Generation {
+		return err
+	}
+	if v.Generation > o.Generation {
+		return failed("volume %s: its restoring has not come to its end; repeat \"cradle-csi lv2 restore\"", v.ID)
+	}
+	return failed("volume %s: it was restored on node %s, and what this host has is of before; \"cradle-csi lv2 discard %[1]s\" removes that", v.ID, o.Node)
 }
 
 func (s *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {

@@ -43,9 +43,27 @@ type Config struct {
 	Cold       bool   // somebody copies volumes to cold storage
 	Local      bool   // a volume is reachable on the host that made it alone; else in its zone
 	Version    string // of this program
-	DirectDir  string // where records of directly attached volumes are: spec.DirectDir
-	Log        *slog.Logger
-	Metrics    prometheus.Registerer // nil for none
+
+	// Owner says which of the block volumes of a name on several hosts is the one to be used. Where it is nil, that is the one here.
+	Owner func(ctx context.Context, id string) (Owner, error)
+
+	DirectDir string // where records of directly attached volumes are: spec.DirectDir
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer // nil for none
+}
+
+// An Owner of a block volume is the host that has it. The zero value is the one that made it.
+type Owner struct {
+	Generation int
+	Node       string // its name
+}
+
+// owner is Config.Owner's answer.
+func (s *Server) owner(ctx context.Context, id string) (Owner, error) {
+	if s.config.Owner == nil {
+		return Owner{}, nil
+	}
+	return s.config.Owner(ctx, id)
 }
 
 // A Server answers CSI calls.

@@ -16,6 +16,8 @@ func (v Volume) Fits(r Request) error {
 		return fmt.Errorf("volume %s %w: it has %v, and %v is asked for", v.ID, ErrExists, v.Map(), r.Map())
 	case v.Origin != r.Origin:
 		return fmt.Errorf("volume %s %w: it was made of %s, and %s is asked for", v.ID, ErrExists, v.Origin, r.Origin)
+	case v.Generation != r.Generation:
+		return fmt.Errorf("volume %s %w: it is of generation %d, and %d is asked for", v.ID, ErrExists, v.Generation, r.Generation)
 	case v.Size < r.Size || r.Limit > 0 && (v.Size > r.Limit || v.Size == 0):
 		return fmt.Errorf("volume %s %w: it has %v, and %s is asked for", v.ID, ErrExists, spec.Bytes(v.Size), sizes(r.Size, r.Limit))
 	}

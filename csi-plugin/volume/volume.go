@@ -122,10 +122,11 @@ type Repairer interface {
 
 // A Request is a volume that is to exist.
 type Request struct {
-	Name   string
-	Size   int64 // bytes at least; 0 leaves it to the backend
-	Limit  int64 // bytes at most; 0 is no limit
-	Origin Origin
+	Name       string
+	Size       int64 // bytes at least; 0 leaves it to the backend
+	Limit      int64 // bytes at most; 0 is no limit
+	Origin     Origin
+	Generation int
 	Parameters
 }
 
@@ -143,6 +144,9 @@ type Volume struct {
 	Origin  Origin
 	Created time.Time
 	Content Content
+
+	// Generation tells apart the volumes of one name that several hosts have: one that was restored elsewhere has the next of the lost one's.
+	Generation int
 	Parameters
 }
 

@@ -338,7 +338,7 @@ func (b *Backend) clone(ctx context.Context, r volume.Request, origin string, ho
 			return nil, fmt.Errorf("clone %s: %w", r.Origin, err)
 		}
 	}
-	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content}
+	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content, Generation: r.Generation}
 	if r.Direct {
 		rec.Content = volume.Guest
 	}

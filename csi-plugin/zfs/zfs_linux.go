@@ -89,9 +89,10 @@ const property = "org.cradlestack:volume"
 type record struct {
 	Version int `json:"version"` // 1
 	volume.Parameters
-	Origin  volume.Origin  `json:"origin,omitzero"`
-	Created time.Time      `json:"created,omitzero"`
-	Content volume.Content `json:"content,omitempty"`
+	Origin     volume.Origin  `json:"origin,omitzero"`
+	Created    time.Time      `json:"created,omitzero"`
+	Content    volume.Content `json:"content,omitempty"`
+	Generation int            `json:"generation,omitempty"`
 
 	// Of snapshots.
 	Automatic bool  `json:"automatic,omitempty"`
@@ -116,7 +117,7 @@ type found struct {
 func (f *found) id() string { return filepath.Base(f.dataset) }
 
 func (f *found) volume() volume.Volume {
-	return volume.Volume{ID: f.id(), Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Parameters: f.Parameters}
+	return volume.Volume{ID: f.id(), Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Parameters: f.Parameters}
 }
 
 // columns of volumes, in the order that read wants.
@@ -294,7 +295,7 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 	case !errors.Is(err, volume.ErrNotFound):
 		return volume.Volume{}, err
 	}
-	rec := record{Version: 1, Parameters: r.Parameters, Created: time.Now().UTC()}
+	rec := record{Version: 1, Parameters: r.Parameters, Created: time.Now().UTC(), Generation: r.Generation}
 	if r.Direct {
 		rec.Content = volume.Guest
 	}

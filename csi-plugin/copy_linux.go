@@ -1,0 +1,419 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/gob"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+func (c *cli) copyCommand() *cobra.Command {
+	m := &move{c: c}
+	cmd := &cobra.Command{
+		Use: "copy VOLUME --as NEW", Short: "copy a volume's files to a new volume, of another class or in another zone", Args: cobra.ExactArgs(1),
+		Long: `Copy a volume's files to a new volume, which may be of another class, in another zone or on another node. What has arrived is read and compared until
+nothing differs; then Nomad is told of the new volume. The former one stays as it is, and nobody may use it meanwhile.
+
+Interrupted, the same command goes on where it was. Nomad's address and token are in NOMAD_ADDR, NOMAD_TOKEN and so on.`,
+		RunE: func(cmd *cobra.Command, args []string) error { return m.run(cmd.Context(), args[0]) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&m.as, "as", "", "name of the new volume")
+	f.StringVar(&m.class, "class", "", "its class: nfs, lv2, gfs (default: the volume's)")
+	f.StringVar(&m.size, "size", "", "its size: 10GiB (default: the volume's)")
+	f.StringVar(&m.zone, "zone", "", "the zone that it is to be in (default: the node that has the volume)")
+	f.StringVar(&m.to, "to", "", "the node that it is to be on, by name")
+	f.StringVar(&m.namespace, "namespace", env("NOMAD_NAMESPACE", api.DefaultNamespace), "the namespace of both")
+	_ = cmd.MarkFlagRequired("as")
+	cmd.AddCommand(c.copyParts()...)
+	return cmd
+}
+
+// A move of a volume's files to a new volume.
+type move struct {
+	c                                    *cli
+	as, class, size, zone, to, namespace string
+}
+
+// passes is how often what has arrived is compared. Where nobody writes to the volume the second time nothing differs.
+const passes = 5
+
+func (m *move) run(ctx context.Context, id string) error {
+	if err := volume.CheckName("--as", m.as); err != nil {
+		return err
+	}
+	n, err := openNomad(m.c, m.namespace)
+	if err != nil {
+		return err
+	}
+	defer n.client.Close()
+	v, err := n.registered(ctx, id)
+	if err != nil {
+		return err
+	}
+	if v == nil {
+		return n.unknown(id)
+	}
+	from, err := n.placeOf(ctx, v)
+	if err != nil {
+		return err
+	}
+	to := from
+	if m.zone != "" && from.zone() != m.zone || m.to != "" {
+		if to, err = n.placeAt(ctx, m.to, m.zone); err != nil {
+			return err
+		}
+	}
+	if err := n.unused(ctx, v); err != nil {
+		return err
+	}
+	c, err := m.creation(ctx, n, to, v)
+	if err != nil {
+		return err
+	}
+	var sent tree.Changes
+	for range passes {
+		differed, err := m.pass(ctx, n, from, to, stored(v, id), c)
+		if err != nil {
+			return err
+		}
+		sent.Entries, sent.Bytes = sent.Entries+differed.Entries, sent.Bytes+differed.Bytes
+		if differed == (tree.Changes{}) {
+			return m.end(ctx, n, to, v, c, sent)
+		}
+	}
+	return fmt.Errorf("volume %s: after %d passes it still differs from %s: does somebody write to that?", m.as, passes, id)
+}
+
+// A creation is what the node has to know of the new volume.
+type creation struct {
+	Of         string            `json:"of"` // the volume whose files it gets
+	Size       int64             `json:"size"`
+	Generation int               `json:"generation"`
+	Parameters map[string]string `json:"parameters"`
+}
+
+// creation is the new volume's: what the former one's creator chose, as far as the class has it.
+func (m *move) creation(ctx context.Context, n *nomad, to *place, v *api.CSIVolume) (c creation, err error) {
+	chosen := v.Context
+	if len(chosen) == 0 {
+		chosen = v.Parameters
+	}
+	p, err := volume.ParseParameters(chosen)
+	if err != nil {
+		return c, fmt.Errorf("volume %s: %w", v.ID, err)
+	}
+	if p.Direct {
+		return c, fmt.Errorf("volume %s: its file system is a guest's, which no host mounts: copy its files in a pod that has both volumes", v.ID)
+	}
+	class := cmp.Or(m.class, p.Class)
+	if class != p.Class {
+		p = volume.Parameters{Class: class, Snapshots: p.Snapshots}
+	}
+	p.Pool = ""
+	c = creation{Of: stored(v, v.ID), Size: v.Capacity, Parameters: p.Map()}
+	if _, err := volume.ParseParameters(c.Parameters); err != nil {
+		return c, err
+	}
+	if m.size != "" {
+		size, err := spec.ParseBytes(m.size)
+		if err != nil {
+			return c, fmt.Errorf("--size: %w", err)
+		}
+		c.Size = int64(size)
+	}
+	if p.Block() && c.Size == 0 {
+		return c, fmt.Errorf("volume %s has no size, and a block volume needs one: write --size", v.ID)
+	}
+	o, err := readOwner(ctx, n.client, to.alloc.Namespace, m.as)
+	c.Generation = o.Generation
+	return c, err
+}
+
+// pass makes the new volume like the former one, and tells in what it was not.
+func (m *move) pass(ctx context.Context, n *nomad, from, to *place, id string, new creation) (c tree.Changes, err error) {
+	text, err := json.Marshal(new)
+	if err != nil {
+		return c, err
+	}
+	var has, changes bytes.Buffer
+	if err := n.exec(ctx, to, nil, &has, "copy", "list", m.as, "--new", string(text)); err != nil {
+		return c, err
+	}
+	r, w := io.Pipe()
+	received := make(chan error, 1)
+	go func() {
+		err := n.exec(ctx, to, r, &changes, "copy", "receive", m.as)
+		r.CloseWithError(cmp.Or(err, io.ErrClosedPipe)) // the sender need not go on
+		received <- err
+	}()
+	err = n.exec(ctx, from, &has, w, "copy", "send", id)
+	w.CloseWithError(err)
+	if err = cmp.Or(<-received, err); err == nil {
+		err = json.Unmarshal(changes.Bytes(), &c)
+	}
+	return c, err
+}
+
+// end tells Nomad of the volume, and then the volume that it is whole.
+func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c creation, sent tree.Changes) error {
+	want := *v
+	want.ID, want.Name, want.ExternalID, want.Capacity, want.RequestedCapacityMin, want.RequestedCapacityMax = m.as, m.as, m.as, c.Size, c.Size, 0
+	want.Parameters, want.Context = c.Parameters, c.Parameters
+	if c.Parameters["class"] != v.Context["class"] {
+		want.MountOptions, want.RequestedCapabilities = nil, capabilities(c.Parameters["class"])
+	}
+	now, err := n.registered(ctx, m.as)
+	if err == nil {
+		err = n.register(ctx, now, to.has(&want))
+	}
+	if err == nil {
+		err = n.exec(ctx, to, nil, io.Discard, "copy", "end", m.as)
+	}
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(m.c.stdout, "volume %s on node %s has what %s has: %d files and directories, %v were sent\n", m.as, to.node.Name, v.ID, sent.Entries, spec.Bytes(sent.Bytes))
+	return nil
+}
+
+// capabilities of a class whose files a host mounts.
+func capabilities(class string) (all []*api.CSIVolumeCapability) {
+	modes := []api.CSIVolumeAccessMode{api.CSIVolumeAccessModeSingleNodeWriter, api.CSIVolumeAccessModeSingleNodeReader}
+	if class != volume.LV2 {
+		modes = append(modes, api.CSIVolumeAccessModeMultiNodeReader, api.CSIVolumeAccessModeMultiNodeSingleWriter, api.CSIVolumeAccessModeMultiNodeMultiWriter)
+	}
+	for _, mode := range modes {
+		all = append(all, &api.CSIVolumeCapability{AccessMode: mode, AttachmentMode: api.CSIVolumeAttachmentModeFilesystem})
+	}
+	return all
+}
+
+// copyParts are what copy runs on the nodes, each for one volume of the plugin's.
+func (c *cli) copyParts() (all []*cobra.Command) {
+	for _, part := range []struct {
+		name, short string
+		do          func(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error
+	}{
+		{"send", "write what makes a volume like this one that has what is listed on standard input", c.copySend},
+		{"receive", "make a volume like the one that is sent on standard input", c.copyReceive},
+		{"end", "a volume is whole", c.copyEnd},
+	} {
+		all = append(all, c.copyPart(part.name, part.short, part.do))
+	}
+	var text string
+	list := c.copyPart("list", "make a new volume, should there be none, and list what is in it", func(ctx context.Context, b volume.Backend, id string, _ io.Reader) error {
+		var n creation
+		if err := json.Unmarshal([]byte(text), &n); err != nil {
+			return fmt.Errorf("--new: %w", err)
+		}
+		return c.copyList(ctx, b, id, n)
+	})
+	list.Flags().StringVar(&text, "new", "", "what it is, JSON")
+	return append(all, list)
+}
+
+func (c *cli) copyPart(name, short string, do func(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error) *cobra.Command {
+	var endpoint string
+	cmd := &cobra.Command{
+		Use: name + " VOLUME", Short: short, Args: cobra.ExactArgs(1), Hidden: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := c.as(endpoint); err != nil {
+				return err
+			}
+			b, _, err := c.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer b.Close()
+			stop := keepAlive(c.stderr)
+			defer stop()
+			return do(cmd.Context(), b, args[0], cmd.InOrStdin())
+		},
+	}
+	cmd.Flags().StringVar(&endpoint, "endpoint", defaultEndpoint(), "of the plugin")
+	return cmd
+}
+
+// keepAlive lets Nomad see whether somebody still listens to a command: it looks when that writes, and ends it where nobody does.
+func keepAlive(stderr io.Writer) (stop func()) {
+	done := make(chan struct{})
+	var g sync.WaitGroup
+	g.Go(func() {
+		t := time.NewTicker(time.Second)
+		defer t.Stop()
+		for {
+			select {
+			case <-t.C:
+				_, _ = stderr.Write([]byte{alive})
+			case <-done:
+				return
+			}
+		}
+	})
+	return func() { close(done); g.Wait() }
+}
+
+// alive is what keepAlive writes, and exec takes out again.
+const alive = 0
+
+// unfinished is in a volume that copy has not completed, and that it may therefore change.
+const unfinished = ".cradle-copy"
+
+// without is what is not copied.
+var without = []string{unfinished, "lost+found"}
+
+// files opens the root directory of a volume.
+func files(ctx context.Context, b volume.Backend, id string, readOnly bool, do func(*os.Root) error) (err error) {
+	source, err := b.Stage(ctx, id, volume.Use{As: volume.AsFiles})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.Unstage(context.WithoutCancel(ctx), id)) }()
+	var root *os.Root
+	if source.Device != "" {
+		root, err = mount.Detached(source.Device, source.FSType, readOnly)
+	} else {
+		root, err = os.OpenRoot(source.Directory)
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(root), root.Close())
+}
+
+func (c *cli) copyList(ctx context.Context, b volume.Backend, id string, n creation) error {
+	p, err := volume.ParseParameters(n.Parameters)
+	if err != nil {
+		return err
+	}
+	_, err = b.Get(ctx, id)
+	if errors.Is(err, volume.ErrNotFound) {
+		_, err = b.Create(ctx, volume.Request{Name: id, Size: n.Size, Generation: n.Generation, Parameters: p})
+	}
+	if err != nil {
+		return err
+	}
+	return files(ctx, b, id, false, func(root *os.Root) error {
+		if err := begin(root, n.Of); err != nil {
+			return err
+		}
+		return alone(root, id, func(of string) error {
+			if of != n.Of {
+				return fmt.Errorf("volume %s: a copy of volume %s was begun; choose another name with --as", id, of)
+			}
+			all, err := tree.List(ctx, root, without...)
+			if err != nil {
+				return err
+			}
+			return gob.NewEncoder(c.stdout).Encode(all)
+		})
+	})
+}
+
+// begin marks a volume in which there is nothing yet.
+func begin(root *os.Root, of string) error {
+	d, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil || slices.ContainsFunc(names, func(name string) bool { return name != "lost+found" }) {
+		return err
+	}
+	// mkfs's directory goes: programs want a new volume to be empty.
+	if err := root.Remove("lost+found"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return root.WriteFile(unfinished, []byte(of), 0o600)
+}
+
+// alone runs do while no other part works on a volume: one whose command was killed may still wait for it, and is ended. of is the volume that is
+// copied.
+func alone(root *os.Root, id string, do func(of string) error) error {
+	f, err := root.OpenFile(unfinished, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("volume %s: it is there, and no copy that was begun; choose another name with --as", id)
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for {
+		err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+		if err == nil {
+			break
+		}
+		holder := unix.Flock_t{Type: unix.F_WRLCK}
+		if errors.Is(err, unix.EAGAIN) {
+			err = unix.FcntlFlock(f.Fd(), unix.F_GETLK, &holder)
+		}
+		if err != nil {
+			return fmt.Errorf("volume %s: lock %s: %w", id, unfinished, err)
+		}
+		if holder.Type != unix.F_UNLCK && holder.Pid > 0 {
+			_ = unix.Kill(int(holder.Pid), unix.SIGKILL) // or it has ended by itself
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	of, err := io.ReadAll(f)
+	if err != nil {
+		return err
+	}
+	return do(string(of))
+}
+
+func (c *cli) copySend(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error {
+	var theirs []tree.Entry
+	if err := gob.NewDecoder(stdin).Decode(&theirs); err != nil {
+		return err
+	}
+	return files(ctx, b, id, true, func(root *os.Root) error {
+		out := bufio.NewWriterSize(c.stdout, 64<<10)
+		return errors.Join(tree.Send(ctx, root, theirs, out, without...), out.Flush())
+	})
+}
+
+func (c *cli) copyReceive(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error {
+	return files(ctx, b, id, false, func(root *os.Root) error {
+		return alone(root, id, func(string) error {
+			changes, err := tree.Receive(ctx, root, stdin)
+			if err == nil {
+				err = mount.SyncRoot(root)
+			}
+			if err != nil {
+				return fmt.Errorf("volume %s: %w", id, err)
+			}
+			return json.NewEncoder(c.stdout).Encode(changes)
+		})
+	})
+}
+
+func (c *cli) copyEnd(ctx context.Context, b volume.Backend, id string, _ io.Reader) error {
+	return files(ctx, b, id, false, func(root *os.Root) error {
+		if err := root.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return mount.SyncRoot(root)
+	})
+}

@@ -1,0 +1,382 @@
+//go:build vm && soak
+
+package main
+
+import (
+	"bytes"
+	"context"
+	mathrand "math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"filippo.io/age"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/cold"
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// startHosts is a Nomad with two nodes, each with a plugin of its own as the example says, and cold storage that both have.
+func startHosts(t *testing.T) *stack {
+	s := &stack{t: t}
+	s.Cluster = nomadtest.Start(t, nomadtest.Options{
+		Clients: 2, Drivers: []string{"raw_exec", "exec"},
+		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}",
+		Keep:   []string{"volumes", "nomad/client/csi", "/run/cradle"},
+	})
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir(), "key"), []byte(x.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.CLI(t, "job", "run", "-detach", "-var", "node="+n.Name, s.file(s.example("cradle-csi-host.nomad.hcl")))
+	}
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.healthy()
+	}
+	t.Cleanup(s.stopUsers)
+	return s
+}
+
+// on makes a node the one that is spoken of.
+func (s *stack) on(n *nomadtest.Node) { s.node, s.id = n, "cradle-"+n.Name }
+
+// csi is a cradle-csi that runs beside the server once it is launched, and what it prints.
+func (s *stack) csi(args ...string) (*exec.Cmd, *bytes.Buffer) {
+	s.t.Helper()
+	program, err := programs.Path("cradle-csi")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
+	s.t.Cleanup(cancel)
+	cmd := s.Server().Command(ctx, program, args...)
+	cmd.Env = s.Env()
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	return cmd, &out
+}
+
+func (s *stack) try(args ...string) (string, error) {
+	s.t.Helper()
+	cmd, out := s.csi(args...)
+	if err := s.Server().Launch(cmd); err != nil {
+		s.t.Fatal(err)
+	}
+	err := cmd.Wait()
+	return out.String(), err
+}
+
+// copied waits for a copy of what the volume holds by now: without its snapshot of this hour, and started anew, the plugin makes one at once.
+func (s *stack) copied(id string) {
+	s.t.Helper()
+	since := time.Now().Truncate(time.Second)
+	for _, field := range strings.Fields(s.CLI(s.t, "volume", "snapshot", "list", "-plugin", s.id)) {
+		if strings.HasPrefix(field, id+"@cold-") {
+			s.CLI(s.t, "volume", "snapshot", "delete", s.id, field)
+		}
+	}
+	if err := s.kill("cradle-csi"); err != nil {
+		s.t.Fatal(err)
+	}
+	key, err := cold.ReadKey(filepath.Join(s.Dir(), "key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	folder, err := cold.OpenFolder(filepath.Join(s.Dir(), "cold"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.eventually("a copy of "+id, func() bool {
+		c, err := cold.NewVault(folder, key).Find(s.t.Context(), id)
+		return err == nil && !c.Taken.Before(since)
+	})
+	s.healthy()
+}
+
+// keeps is a job that compares the files of a volume, should it have some, with their sums, and then writes others.
+func keeps(volume string) string {
+	const script = `cd /v
+if test -e sums; then $b sha256sum -c sums; $b rm sums; echo all is whole; fi
+for i in 1 2 3 4 5; do $b dd if=/dev/urandom of=file$i bs=1M count=8 2>/dev/null; done
+$b sha256sum file* >sums.new; $b mv sums.new sums; $b sync; echo all is written
+while :; do $b sleep 1; done`
+	return strings.Replace(use{job: "keeps", volume: volume, script: script}.hcl(), `type = "batch"`, `type = "service"`, 1)
+}
+
+// TestVMSoakHosts does what takes more than one host.
+func TestVMSoakHosts(t *testing.T) {
+	s := startHosts(t)
+	testCopy(s)
+	testDrain(s)
+	testLost(s)
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.empty()
+	}
+}
+
+// testLost loses a host. Its volume comes back on the other one, of the newest copy; and when the host does, what it has of the volume can't be used.
+func testLost(s *stack) {
+	t := s.t
+	one, two := s.Clients()[0], s.Clients()[1]
+	s.on(one)
+	s.volume("ledger", "cradle-node1", s.id)
+	s.Run(t, keeps("ledger"))
+	a := s.UntilRunning(t, "keeps")
+	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
+	s.copied("ledger")
+
+	if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err == nil || !strings.Contains(out, "uses it on node "+one.Name+", which is ready: stop job keeps first") {
+		t.Errorf("restored a volume in use: %v\n%s", err, out)
+	}
+	if err := one.Crash(); err != nil {
+		t.Fatal(err)
+	}
+	s.Until(t, "the loss of "+one.Name, func(st *nomadtest.State) bool { return st.Node(one.Name).Status == api.NodeStatusDown })
+	s.on(two)
+	t.Logf("interrupted %d times", s.betweenKills(5, "lv2", "restore", "ledger", "--to", two.Name))
+	for range 2 { // the second time nothing is left to do
+		if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume ledger is on node "+two.Name+" now\n") {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	b := s.whole()
+	v, _, err := s.API.CSIVolumes().Info("ledger", nil)
+	if err != nil || v.PluginID != s.id || v.Context["cold"] == "" {
+		t.Errorf("Nomad knows %+v, %v", v, err)
+	}
+
+	s.on(one)
+	if err := one.Boot(); err != nil {
+		t.Fatal(err)
+	}
+	s.healthy()
+	s.CLI(t, "volume", "register", s.file(`id = "former"
+name        = "former"
+type        = "csi"
+external_id = "ledger"
+plugin_id   = "`+s.id+`"
+capability {
+  access_mode     = "single-node-writer"
+  attachment_mode = "file-system"
+}
+topology_request {
+  required {
+    topology {
+      segments { "csi.cradlestack.org/host" = "`+one.Name+`" }
+    }
+  }
+}`))
+	s.Run(t, use{job: "former", volume: "former", script: "echo used"}.hcl())
+	s.UntilAlloc(t, "former", "its refusal", func(a *api.AllocationListStub) bool {
+		return a.TaskStates["t"] != nil && slices.ContainsFunc(a.TaskStates["t"].Events, func(e *api.TaskEvent) bool {
+			return strings.Contains(e.DisplayMessage, "it was restored on node "+two.Name)
+		})
+	})
+	s.Stop(t, "former")
+	s.eventually("the end of the claim", func() bool { return s.API.CSIVolumes().Deregister("former", true, nil) == nil })
+	if out, err := s.here("lv2", "discard", "ledger"); err != nil || !strings.Contains(out, "volume ledger: generation 0 is removed; generation 1 is on node "+two.Name) {
+		t.Errorf("discard: %v, %s", err, out)
+	}
+	s.on(two)
+	if out, err := s.here("lv2", "discard", "ledger"); err == nil || !strings.Contains(out, "it is the one that is in use") {
+		t.Errorf("discarded what is in use: %v, %s", err, out)
+	}
+	if now := s.UntilRunning(t, "keeps"); now.ID != b.ID {
+		t.Errorf("allocation %s is followed by %s", b.ID, now.ID)
+	}
+	s.Stop(t, "keeps")
+	s.released("ledger")
+	s.CLI(t, "volume", "delete", "ledger")
+}
+
+// testCopy copies files to a volume of another class on the other host, and from there to a third, while the command is killed at random moments.
+func testCopy(s *stack) {
+	t := s.t
+	one, two := s.Clients()[0], s.Clients()[1]
+	s.on(one)
+	s.volume("pages", `"cradle"`, `"`+s.id+`"`)
+	s.completes(use{job: "fill", volume: "pages", script: `cd /v; $b mkdir -p deep/er; for i in 1 2 3 4; do $b dd if=/dev/urandom of=deep/file$i bs=1M count=8 2>/dev/null; done
+echo x >deep/er/x; $b chmod 4751 deep/er/x; $b chown 1000:1001 deep/er/x; $b ln deep/er/x deep/hard; $b ln -s er/x deep/soft; $b truncate -s 1G sparse; $b sha256sum deep/file* >sums`})
+	look := func(job, volume string) string {
+		return s.completes(use{job: job, volume: volume, script: `cd /v; $b sha256sum -c -s sums; $b readlink deep/soft; $b ls -A . deep; $b stat -c '%a %u %g %h %s %Y' deep/er/x deep/hard sparse; $b du sparse`})
+	}
+	was := look("look1", "pages")
+	copied := func(from, to string, more ...string) {
+		t.Helper()
+		command := append([]string{"copy", from, "--as", to}, more...)
+		kills := s.betweenKills(4, command...)
+		out, err := s.try(command...)
+		if err != nil && !strings.Contains(out, "volume "+to+": it is there, and no copy that was begun") { // it came to its end just before it was killed
+			t.Fatalf("%v\n%s", err, out)
+		}
+		t.Logf("killed %d times; %s", kills, out)
+	}
+	copied("pages", "pages-block", "--to", two.Name, "--class", "lv2")
+	s.on(two)
+	if now := look("look2", "pages-block"); now != was {
+		t.Errorf("copied to a block volume:\n%s\nwant\n%s", now, was)
+	}
+	copied("pages-block", "pages-files", "--class", "nfs", "--size", "100MiB")
+	if now := look("look3", "pages-files"); now != was {
+		t.Errorf("copied to a volume of files:\n%s\nwant\n%s", now, was)
+	}
+	for args, want := range map[string]string{
+		"copy none --as x": "volume none: Nomad knows none in namespace default",
+		"copy pages --as pages-files --to " + two.Name: "volume pages-files: it is there, and no copy that was begun",
+		"copy pages --as x --zone moon":                "--zone moon: in it there is no healthy plugin",
+		"copy pages --as x --to moon":                  "--to moon: Nomad has no such node",
+		"copy pages --as ../x":                         "--as: \"../x\" is no name",
+		"copy pages --as x --class gp":                 "parameter class: \"gp\" is none of nfs, lv2, gfs",
+	} {
+		if out, err := s.try(strings.Fields(args)...); err == nil || !strings.Contains(out, want) {
+			t.Errorf("%s: %v, %s; want %s", args, err, out, want)
+		}
+	}
+	for _, n := range s.Clients() {
+		s.eventually("the end of the parts of killed copies", func() bool {
+			all, err := n.Processes()
+			return err == nil && !slices.ContainsFunc(all, func(p nomadtest.Process) bool {
+				return len(p.Args) > 1 && p.Name() == "cradle-csi" && p.Args[1] == "copy"
+			})
+		})
+	}
+	for _, id := range []string{"pages", "pages-block", "pages-files"} {
+		s.CLI(t, "volume", "delete", id)
+	}
+}
+
+// testDrain drains a node whose volume has one writer, and lets it come back: the job is placed anew without a person.
+func testDrain(s *stack) {
+	t := s.t
+	n := s.Clients()[0]
+	s.on(n)
+	s.volume("ledger", "cradle-node1", s.id)
+	s.Run(t, keeps("ledger"))
+	a := s.UntilRunning(t, "keeps")
+	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
+	var id string
+	s.Until(t, "the node", func(st *nomadtest.State) bool { id = st.Node(n.Name).ID; return true })
+	s.CLI(t, "node", "drain", "-enable", "-yes", "-ignore-system", "-deadline", "1m", id)
+	s.released("ledger")
+	s.CLI(t, "node", "drain", "-disable", "-yes", id)
+	if b := s.whole(); b.ID == a.ID {
+		t.Errorf("allocation %s was never drained", a.ID)
+	}
+	s.Stop(t, "keeps")
+	s.released("ledger")
+	s.CLI(t, "volume", "delete", "ledger")
+}
+
+// betweenKills runs a command that is killed at random moments, until it comes to its end or was killed often enough.
+func (s *stack) betweenKills(enough int, args ...string) (kills int) {
+	s.t.Helper()
+	for kills < enough {
+		cmd, out := s.csi(args...)
+		if err := s.Server().Launch(cmd); err != nil {
+			s.t.Fatal(err)
+		}
+		time.AfterFunc(mathrand.N(time.Second), func() { cmd.Process.Kill() })
+		err := cmd.Wait()
+		if err == nil {
+			return kills
+		}
+		if strings.Contains(out.String(), "cradle-csi: ") {
+			s.t.Fatalf("it was not the kill: %v\n%s", err, out)
+		}
+		kills++
+	}
+	return kills
+}
+
+// whole waits until the job runs on the node and has found all files as they were.
+func (s *stack) whole() *api.AllocationListStub {
+	s.t.Helper()
+	a := s.UntilAlloc(s.t, "keeps", "a place on "+s.node.Name, func(a *api.AllocationListStub) bool {
+		return a.NodeName == s.node.Name && nomadtest.Running(a)
+	})
+	s.UntilLogsHave(s.t, a.ID, "t", "stdout", "all is whole")
+	return a
+}
+
+// here runs cradle-csi on the node, for its plugin.
+func (s *stack) here(args ...string) (string, error) {
+	s.t.Helper()
+	program, err := programs.Path("cradle-csi")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := s.node.Command(s.t.Context(), program, append(args, "--endpoint", s.socket())...)
+	cmd.Env = append(cmd.Env, "NOMAD_ADDR=http://"+s.Server().IP.String()+":4646")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := s.node.Launch(cmd); err != nil {
+		s.t.Fatal(err)
+	}
+	err = cmd.Wait()
+	return out.String(), err
+}
+
+// socket is the plugin's on the node; what former allocations have left serves nobody.
+func (s *stack) socket() string {
+	s.t.Helper()
+	all, _, err := s.API.Jobs().Allocations("cradle-csi-"+s.node.Name, true, nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	i := slices.IndexFunc(all, func(a *api.AllocationListStub) bool { return nomadtest.Running(a) })
+	if i < 0 {
+		s.t.Fatalf("no plugin runs on %s", s.node.Name)
+	}
+	return filepath.Join(s.node.Dir, "nomad/client/csi/plugins", all[i].ID, "csi.sock")
+}
+
+// TestVMSoakLost is the restore drill: what a job has written is copied, the volume is destroyed, and it is restored on the other node by a command that is
+// killed at random moments; there the job has to find every byte. It goes to and fro until 20 restores were interrupted.
+func TestVMSoakLost(t *testing.T) {
+	s := startHosts(t)
+	from, to := s.Clients()[0], s.Clients()[1]
+	s.on(from)
+	s.volume("ledger", "cradle-node1", s.id)
+	s.Run(t, keeps("ledger"))
+	a := s.UntilRunning(t, "keeps")
+	kills, restored := 0, 0
+	for ; kills < 20; restored++ {
+		s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
+		s.copied("ledger")
+		s.Stop(t, "keeps")
+		s.released("ledger")
+		if err := os.RemoveAll(filepath.Join(from.Dir, "volumes/ledger")); err != nil {
+			t.Fatal(err)
+		}
+		kills += s.betweenKills(20-kills, "lv2", "restore", "ledger", "--to", to.Name)
+		if out, err := s.try("lv2", "restore", "ledger", "--to", to.Name); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		s.on(to)
+		s.Run(t, keeps("ledger"))
+		a = s.whole()
+		from, to = to, from
+	}
+	t.Logf("restored %d times, interrupted %d times", restored, kills)
+	s.Stop(t, "keeps")
+	s.released("ledger")
+	s.CLI(t, "volume", "delete", "ledger")
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.empty()
+	}
+}

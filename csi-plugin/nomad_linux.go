@@ -1,0 +1,266 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
+)
+
+// A nomad is Nomad for a command that works on volumes of several nodes.
+type nomad struct {
+	c         *cli
+	client    *api.Client
+	namespace string // of the volumes
+}
+
+func openNomad(c *cli, namespace string) (*nomad, error) {
+	client, err := api.NewClient(api.DefaultConfig())
+	return &nomad{c, client, namespace}, err
+}
+
+func query(ctx context.Context, namespace string) *api.QueryOptions {
+	return (&api.QueryOptions{Namespace: namespace}).WithContext(ctx)
+}
+
+func (n *nomad) write(ctx context.Context) *api.WriteOptions {
+	return (&api.WriteOptions{Namespace: n.namespace}).WithContext(ctx)
+}
+
+// A place is a node with the plugin on it.
+type place struct {
+	node   *api.Node
+	plugin string          // its id
+	alloc  *api.Allocation // the plugin's
+	task   *api.Task
+}
+
+// zone is the one that the plugin says it is in.
+func (p *place) zone() string {
+	return p.node.CSINodePlugins[p.plugin].NodeInfo.AccessibleTopology.Segments[rpc.TopologyZone]
+}
+
+// has is how Nomad is to know a volume that is there.
+func (p *place) has(v *api.CSIVolume) *api.CSIVolume {
+	return &api.CSIVolume{
+		ID: v.ID, Name: v.Name, ExternalID: v.ExternalID, Namespace: v.Namespace, MountOptions: v.MountOptions, Parameters: v.Parameters, Context: v.Context,
+		Capacity: v.Capacity, RequestedCapacityMin: v.RequestedCapacityMin, RequestedCapacityMax: v.RequestedCapacityMax, RequestedCapabilities: v.RequestedCapabilities,
+		PluginID: p.plugin, Topologies: []*api.CSITopology{p.node.CSINodePlugins[p.plugin].NodeInfo.AccessibleTopology},
+	}
+}
+
+// placeAt looks for the node of a name, or any in a zone.
+func (n *nomad) placeAt(ctx context.Context, name, zone string) (*place, error) {
+	all, _, err := n.client.Nodes().List(query(ctx, ""))
+	if err != nil {
+		return nil, err
+	}
+	known := false
+	for _, stub := range all {
+		if name != "" && stub.Name != name && stub.ID != name {
+			continue
+		}
+		known = true
+		if stub.Status != api.NodeStatusReady {
+			continue
+		}
+		p, err := n.place(ctx, stub.ID, "")
+		if err != nil {
+			return nil, err
+		}
+		if p != nil && (zone == "" || p.zone() == zone) {
+			return p, nil
+		}
+	}
+	const list = "there is no healthy plugin that is " + rpc.Name + ", controller and node; \"nomad plugin status\" lists them"
+	switch {
+	case !known:
+		return nil, fmt.Errorf("--to %s: Nomad has no such node; \"nomad node status\" lists them", name)
+	case zone != "":
+		return nil, fmt.Errorf("--zone %s: in it "+list, zone)
+	}
+	return nil, fmt.Errorf("--to %s: on it "+list, name)
+}
+
+// placeOf looks for the node that has a volume.
+func (n *nomad) placeOf(ctx context.Context, v *api.CSIVolume) (*place, error) {
+	plugin, _, err := n.client.CSIPlugins().Info(v.PluginID, query(ctx, ""))
+	if err != nil {
+		return nil, err
+	}
+	for node := range plugin.Controllers {
+		p, err := n.place(ctx, node, v.PluginID)
+		if err != nil || p != nil {
+			return p, err
+		}
+	}
+	return nil, fmt.Errorf("volume %s: its plugin %s is healthy on no node", v.ID, v.PluginID)
+}
+
+// place returns the plugin on a node, the one of an id unless that is ""; nil where there is none that is healthy.
+func (n *nomad) place(ctx context.Context, node, only string) (*place, error) {
+	p := &place{}
+	var err error
+	if p.node, _, err = n.client.Nodes().Info(node, query(ctx, "")); err != nil {
+		return nil, err
+	}
+	for id, info := range p.node.CSIControllerPlugins {
+		if !info.Healthy || p.node.CSINodePlugins[id] == nil || only != "" && id != only {
+			continue
+		}
+		plugin, _, err := n.client.CSIPlugins().Info(id, query(ctx, ""))
+		if err != nil {
+			return nil, err
+		}
+		if plugin.Provider != rpc.Name {
+			continue
+		}
+		if p.alloc, _, err = n.client.Allocations().Info(info.AllocID, query(ctx, api.AllNamespacesNamespace)); err != nil {
+			return nil, err
+		}
+		for _, g := range p.alloc.Job.TaskGroups {
+			for _, t := range g.Tasks {
+				if *g.Name == p.alloc.TaskGroup && t.CSIPluginConfig != nil && t.CSIPluginConfig.ID == id {
+					p.plugin, p.task = id, t
+					return p, nil
+				}
+			}
+		}
+	}
+	return nil, nil
+}
+
+// exec runs a command of cradle-csi in the plugin's task, by the program that the task is.
+func (n *nomad) exec(ctx context.Context, p *place, stdin io.Reader, stdout io.Writer, args ...string) error {
+	program, ok := p.task.Config["command"].(string)
+	if !ok || strings.Contains(program, "${") {
+		program = "cradle-csi"
+	}
+	if stdin == nil {
+		stdin = bytes.NewReader(nil)
+	}
+	code, err := n.client.Allocations().Exec(ctx, p.alloc, p.task.Name, false, append([]string{program}, args...), stdin, stdout, heard{n.c.stderr}, nil, query(ctx, p.alloc.Namespace))
+	if err == nil && code != 0 {
+		err = fmt.Errorf("exit code %d", code)
+	}
+	if err != nil {
+		return fmt.Errorf("cradle-csi %s on node %s: %w", strings.Join(args[:min(len(args), 3)], " "), p.node.Name, err)
+	}
+	return nil
+}
+
+// heard is where a command's messages go.
+type heard struct{ to io.Writer }
+
+// Write is io.Writer's.
+func (h heard) Write(p []byte) (int, error) {
+	if said := bytes.ReplaceAll(p, []byte{alive}, nil); len(said) > 0 {
+		if _, err := h.to.Write(said); err != nil {
+			return 0, err
+		}
+	}
+	return len(p), nil
+}
+
+// registered is what Nomad knows of a volume; nil where it does not.
+func (n *nomad) registered(ctx context.Context, id string) (*api.CSIVolume, error) {
+	v, _, err := n.client.CSIVolumes().Info(id, query(ctx, n.namespace))
+	var response api.UnexpectedResponseError
+	if errors.As(err, &response) && response.StatusCode() == http.StatusNotFound {
+		return nil, nil
+	}
+	return v, err
+}
+
+// stored is what the plugin calls a volume.
+func stored(v *api.CSIVolume, id string) string {
+	if v != nil && v.ExternalID != "" {
+		return v.ExternalID
+	}
+	return id
+}
+
+func (n *nomad) unknown(id string) error {
+	return fmt.Errorf("volume %s: Nomad knows none in namespace %s; \"nomad volume status\" lists them", id, n.namespace)
+}
+
+// unused refuses a volume that somebody may write to at this moment.
+func (n *nomad) unused(ctx context.Context, v *api.CSIVolume) error {
+	if v == nil {
+		return nil
+	}
+	for _, a := range v.Allocations {
+		if hasEnded(a) {
+			continue
+		}
+		node, _, err := n.client.Nodes().Info(a.NodeID, query(ctx, ""))
+		if err != nil {
+			return err
+		}
+		if node.Status != api.NodeStatusDown && node.Status != api.NodeStatusDisconnected {
+			return fmt.Errorf("volume %s: allocation %s uses it on node %s, which is %s: stop job %s first, or drain the node", v.ID, a.ID, node.Name, node.Status, a.JobID)
+		}
+	}
+	return nil
+}
+
+// register makes Nomad place jobs that use a volume where it is now. The plugin of a registered volume can't be changed.
+func (n *nomad) register(ctx context.Context, now, want *api.CSIVolume) error {
+	if now != nil {
+		if now.PluginID == want.PluginID && slices.EqualFunc(now.Topologies, want.Topologies, sameTopology) {
+			return nil
+		}
+		if err := n.client.CSIVolumes().Deregister(now.ID, true, n.write(ctx)); err != nil {
+			return fmt.Errorf("volume %s: take it from plugin %s: %w", now.ID, now.PluginID, err)
+		}
+	}
+	if _, err := n.client.CSIVolumes().Register(want, n.write(ctx)); err != nil {
+		return fmt.Errorf("volume %s: give it to plugin %s: %w", want.ID, want.PluginID, err)
+	}
+	return nil
+}
+
+func sameTopology(a, b *api.CSITopology) bool { return maps.Equal(a.Segments, b.Segments) }
+
+// evaluate has Nomad place the jobs that wait for a volume.
+func (n *nomad) evaluate(ctx context.Context, id string) error {
+	stubs, _, err := n.client.Jobs().List(query(ctx, n.namespace))
+	if err != nil {
+		return err
+	}
+	for _, stub := range stubs {
+		if stub.Stop || stub.Periodic || stub.ParameterizedJob {
+			continue
+		}
+		job, _, err := n.client.Jobs().Info(stub.ID, query(ctx, n.namespace))
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(job.TaskGroups, func(g *api.TaskGroup) bool { return uses(g, id) }) {
+			continue
+		}
+		if _, _, err := n.client.Jobs().ForceEvaluate(stub.ID, n.write(ctx)); err != nil {
+			return fmt.Errorf("job %s: evaluate: %w", stub.ID, err)
+		}
+	}
+	return nil
+}
+
+// uses says whether a group has the volume, or one with its allocations' numbers.
+func uses(g *api.TaskGroup, id string) bool {
+	for _, v := range g.Volumes {
+		if v.Type == "csi" && (v.Source == id || v.PerAlloc && strings.HasPrefix(id, v.Source+"[")) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// An owner says which of the volumes of one name, on several hosts, is the one to be used: a Nomad Variable. Without one no volume of the name
+// was restored elsewhere, and the generation is 0.
+type owner struct {
+	rpc.Owner
+	volume *api.CSIVolume // as it is registered; Nomad may have forgotten it in between
+	index  uint64         // of the Variable, 0 where there is none
+}
+
+// ownerPath is the Variable of a volume. Of a volume's name it may not hold the dot and not all of the length.
+func ownerPath(id string) string {
+	const longest = 100
+	if len(id) > longest {
+		sum := sha256.Sum256([]byte(id))
+		id = "~" + hex.EncodeToString(sum[:])
+	}
+	return "cradle/lv2/" + strings.ReplaceAll(id, ".", "~")
+}
+
+// readOwner reads it; it is the zero value where there is none.
+func readOwner(ctx context.Context, nomad *api.Client, namespace, id string) (o owner, err error) {
+	v, _, err := nomad.Variables().Peek(ownerPath(id), (&api.QueryOptions{Namespace: namespace}).WithContext(ctx))
+	if err != nil || v == nil {
+		return o, err
+	}
+	o.index, o.Node = v.ModifyIndex, v.Items["node"]
+	o.Generation, err = strconv.Atoi(v.Items["generation"])
+	if err == nil {
+		err = json.Unmarshal([]byte(v.Items["volume"]), &o.volume)
+	}
+	if err != nil {
+		return o, fmt.Errorf("variable %s: %w", v.Path, err)
+	}
+	return o, nil
+}
+
+// write replaces what was read; somebody else's that came in between stays, and is an error.
+func (o *owner) write(ctx context.Context, nomad *api.Client, namespace, id string) error {
+	text, err := json.Marshal(o.volume)
+	if err != nil {
+		return err
+	}
+	v := &api.Variable{Path: ownerPath(id), ModifyIndex: o.index, Items: api.VariableItems{
+		"generation": strconv.Itoa(o.Generation), "node": o.Node, "volume": string(text),
+	}}
+	v, _, err = nomad.Variables().CheckedUpdate(v, (&api.WriteOptions{Namespace: namespace}).WithContext(ctx))
+	if errors.As(err, new(api.ErrCASConflict)) {
+		return fmt.Errorf("volume %s: somebody else restores it just now", id)
+	}
+	if err != nil {
+		return fmt.Errorf("variable %s: %w", ownerPath(id), err)
+	}
+	o.index = v.ModifyIndex
+	return nil
+}
+
+// taskAPI is the address at which Nomad answers a task that has an identity; "" for any other process.
+func taskAPI() string {
+	socket := filepath.Join(os.Getenv("NOMAD_SECRETS_DIR"), "api.sock")
+	if _, err := os.Stat(socket); err != nil || os.Getenv("NOMAD_TOKEN") == "" {
+		return ""
+	}
+	return "unix://" + socket
+}
+
+// owners asks Nomad whose a volume is; nil where there is no Nomad to ask.
+func owners(address string) (func(ctx context.Context, id string) (rpc.Owner, error), error) {
+	if address == "" {
+		return nil, nil
+	}
+	config := api.DefaultConfig()
+	config.Address = address
+	nomad, err := api.NewClient(config)
+	if err != nil {
+		return nil, fmt.Errorf("--nomad: %w", err)
+	}
+	return func(ctx context.Context, id string) (rpc.Owner, error) {
+		o, err := readOwner(ctx, nomad, config.Namespace, id)
+		if err != nil {
+			return rpc.Owner{}, fmt.Errorf("%w: Nomad does not say on which host volume %s is: %w", volume.ErrUnavailable, id, err)
+		}
+		return o.Owner, nil
+	}, nil
+}
