@@ -46,7 +46,7 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
 	"csi-plugin":      {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
-	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/cold": {"csi-plugin/volume"},
@@ -112,6 +112,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
+	"csi-plugin/filer":            {"internal/filertest", "test/programs"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

@@ -37,6 +37,9 @@ type Filer struct {
 	volumes []string
 }
 
+// port is none that a filer of this host has, which may be at all addresses.
+const port = "20490"
+
 // A Publication is what cradle-filer publish says.
 type Publication struct{ ID, Address, Export, Options string }
 
@@ -107,7 +110,7 @@ func sweep() error {
 // Run starts the filer, at the same address as before, and returns when it answers.
 func (f *Filer) Run() {
 	f.t.Helper()
-	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", filepath.Join(f.dir, "state"), "--listen", net.JoinHostPort(f.Host, "2049"))
+	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", filepath.Join(f.dir, "state"), "--listen", net.JoinHostPort(f.Host, port))
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)

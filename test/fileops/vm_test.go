@@ -86,14 +86,8 @@ func fileOperations(t *testing.T, how ...string) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	tool := filepath.Join(dir, "fileops")
-	build := exec.Command("go", "build", "-o", tool, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	image := filepath.Join(dir, "image")
-	if err := writeImage(image, tool); err != nil {
+	image, err := buildImage(dir)
+	if err != nil {
 		t.Fatal(err)
 	}
 	for _, k := range kinds(t) {
@@ -126,7 +120,7 @@ func fileOperations(t *testing.T, how ...string) {
 			}
 			if k.host != "" {
 				var seen strings.Builder
-				if err := output(tool, &seen, "list", filepath.Join(k.host, "d")); err != nil || seen.String() != first {
+				if err := output(filepath.Join(dir, "fileops"), &seen, "list", filepath.Join(k.host, "d")); err != nil || seen.String() != first {
 					t.Errorf("this host sees (%v)\n%s\nthe guest\n%s", err, &seen, first)
 				}
 			}
@@ -137,6 +131,18 @@ func fileOperations(t *testing.T, how ...string) {
 			}
 		})
 	}
+}
+
+// buildImage makes an image with this command and, beside it, the command itself: fileops.
+func buildImage(dir string) (image string, err error) {
+	tool := filepath.Join(dir, "fileops")
+	build := exec.Command("go", "build", "-o", tool, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	image = filepath.Join(dir, "image")
+	return image, writeImage(image, tool)
 }
 
 // did is what check said in the end.

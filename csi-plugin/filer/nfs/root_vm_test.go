@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -497,13 +498,18 @@ func TestRootExports(t *testing.T) {
 			t.Errorf("%s: %x, %v", name, reply, err)
 		}
 	}
-	// A large record is taken from who has a handle alone.
+	// Data without a handle are passed over; what is large and no data ends the connection.
 	stranger := w.dial(asRoot)
-	if _, err := stranger.try(newCall(programNFS, 3, procWrite, asRoot, func(e *encoder) {
-		e.opaque(make([]byte, 44))
+	for range 2 {
+		if s, _ := stranger.on(procWrite, make([]byte, 44), func(e *encoder) { e.opaque(make([]byte, maxData)) }); s != errStale {
+			t.Errorf("a stranger's data: %d", s)
+		}
+	}
+	if _, err := stranger.try(newCall(programNFS, 3, procLookup, asRoot, func(e *encoder) {
+		e.opaque(c.root)
 		e.opaque(make([]byte, smallCall))
 	})); !errors.Is(err, errHungUp) {
-		t.Errorf("a stranger's data: %v", err)
+		t.Errorf("a name of %d bytes: %v", smallCall, err)
 	}
 
 	change := func(f func(e *Export)) {
@@ -562,6 +568,11 @@ func TestRootExports(t *testing.T) {
 	}
 	if s, _ := c.read(file, 0, 10); s != errStale {
 		t.Errorf("read of what is not exported any more: %d", s)
+	}
+	for _, n := range []int{10, maxData} {
+		if s, _ := c.write(file, 0, strings.Repeat("x", n), unstable); s != errStale {
+			t.Errorf("write of %d bytes to what is not exported any more: %d", n, s)
+		}
 	}
 }
 
@@ -751,6 +762,42 @@ func TestRootStable(t *testing.T) {
 		if out, err := exec.Command("sh", "-c", `cd "$0/volume" && `+step.has, at).CombinedOutput(); err != nil {
 			t.Errorf("step %d: after a power cut it is not true that %s\n%s%s", i, step.has, out, command(t, "ls", "-laR", at))
 		}
+	}
+}
+
+// Somebody who opens connections without end, and leaves calls unfinished on them, takes them from nobody else, and little memory.
+func TestRootCrowd(t *testing.T) {
+	w := serve(t)
+	w.export.Clients = []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}
+	if err := w.server.Export(w.export); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	unfinished := []byte("\x80\x00\x10\x00 and no more")
+	for range maxConnectionsOfOne + 100 {
+		_, _ = w.dial(asRoot).conn.Write(unfinished) // of those that are too many, some fail
+	}
+	c := w.dial(asRoot)
+	if _, err := c.try(newCall(programNFS, 3, 0, nil, nil)); !errors.Is(err, errHungUp) {
+		t.Errorf("one connection more: %v", err)
+	}
+	runtime.ReadMemStats(&after)
+	if took := after.HeapInuse + after.StackInuse - before.HeapInuse - before.StackInuse; after.HeapInuse > before.HeapInuse && took > maxConnectionsOfOne*64<<10 {
+		t.Errorf("they take %d bytes", took) // those of this side among them
+	}
+	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).Dial("tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	other := &client{t: t, conn: conn, r: bufio.NewReader(conn), user: asRoot}
+	s, root := other.mount(w.export.Path)
+	if s != ok {
+		t.Fatalf("mount from another address: %d", s)
+	}
+	if s, _ := other.on(procGetattr, root, nil); s != ok {
+		t.Errorf("a call from another address: %d", s)
 	}
 }
 

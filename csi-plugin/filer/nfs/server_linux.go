@@ -21,8 +21,8 @@ import (
 // Bounds of what clients together can make the server hold, and of what those of one export can: a hostile client keeps its own volume waiting,
 // not others'. Who has no file handle holds a connection and its buffer.
 const (
-	maxConnections = 16384
-	maxCalls       = 128 // of one connection, at the same time
+	maxConnections, maxConnectionsOfOne = 16384, 2048 // of one address
+	maxCalls                            = 128         // of one connection, at the same time
 
 	maxWorking, maxWorkingInOne = 256, 64             // calls that are being done
 	maxCalling, maxCallingInOne = 512 << 20, 64 << 20 // bytes of calls
@@ -49,15 +49,43 @@ type Server struct {
 	paths map[string]*exported
 	tags  map[tag]*exported
 
-	connections *semaphore.Weighted
+	connections connections
 	limits
+}
+
+// connections are counted by address.
+type connections struct {
+	mu  sync.Mutex
+	all int
+	of  map[netip.Addr]int
+}
+
+// admit counts one more, unless there are too many.
+func (c *connections) admit(client netip.Addr) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all >= maxConnections || c.of[client] >= maxConnectionsOfOne {
+		return false
+	}
+	c.all++
+	c.of[client]++
+	return true
+}
+
+func (c *connections) leave(client netip.Addr) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.all--
+	if c.of[client]--; c.of[client] == 0 {
+		delete(c.of, client)
+	}
 }
 
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
 		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{},
-		connections: semaphore.NewWeighted(maxConnections), limits: newLimits(maxWorking, maxCalling, maxReplies),
+		connections: connections{of: map[netip.Addr]int{}}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
 	return s
@@ -140,16 +168,24 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			wait = min(2*wait, time.Second)
 			continue
 		}
-		if !s.connections.TryAcquire(1) {
-			s.log.Warn("too many connections", "client", conn.RemoteAddr(), "most", maxConnections)
+		client := addressOf(conn)
+		if !s.connections.admit(client) {
+			s.log.Debug("too many connections", "client", client)
 			conn.Close()
 			continue
 		}
 		conversations.Go(func() {
-			defer s.connections.Release(1)
+			defer s.connections.leave(client)
 			s.converse(ctx, conn)
 		})
 	}
+}
+
+func addressOf(conn net.Conn) netip.Addr {
+	if a, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+		return a.AddrPort().Addr().Unmap()
+	}
+	return netip.Addr{}
 }
 
 // A conversation is one connection.
@@ -163,21 +199,21 @@ type conversation struct {
 // converse answers the calls on a connection, several at a time and in no order.
 func (s *Server) converse(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
-	c := &conversation{Server: s, conn: conn}
-	if a, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
-		c.client = a.AddrPort().Addr().Unmap()
-	}
+	c := &conversation{Server: s, conn: conn, client: addressOf(conn)}
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	calls := semaphore.NewWeighted(maxCalls)
 	var g sync.WaitGroup
 	defer func() {
 		g.Wait()
-		c.leave()
+		c.leave(ctx)
 	}()
 	r := bufio.NewReaderSize(conn, smallCall)
 	for {
 		record, release, err := c.read(ctx, r)
+		if err == nil && record == nil {
+			continue
+		}
 		if err != nil {
 			if errors.Is(err, errRecord) {
 				s.log.Warn("a client that does not speak NFS", "client", c.client, "error", err)
@@ -191,28 +227,36 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 		g.Go(func() {
 			defer calls.Release(1)
 			defer release()
-			if err := c.answer(ctx, record); err != nil {
-				conn.Close() // which ends the loop
+			if err := c.answer(ctx, record); err != nil && ctx.Err() == nil {
+				conn.Close() // which ends the loop; at the server's end others still have their replies to send
 			}
 		})
 	}
 }
 
-// leave lets the client have the last replies: a connection that is closed with something unread takes them back.
-func (c *conversation) leave() {
+// leave lets the client have the last replies: a connection that is closed with something unread takes them back, and Linux's client, once it sees that
+// a connection ends, looks no further at what it has received.
+func (c *conversation) leave(ctx context.Context) {
+	if ctx.Err() != nil {
+		time.Sleep(lastReplies)
+	}
 	if tcp, ok := c.conn.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
 		c.conn.SetReadDeadline(time.Now().Add(goodbye))
 		_, _ = io.Copy(io.Discard, c.conn)
 	}
 }
 
-// goodbye is how long a client has to close its end.
-const goodbye = 2 * time.Second
+// How long a client has to take its last replies, and to close its end.
+const (
+	lastReplies = 500 * time.Millisecond
+	goodbye     = 2 * time.Second
+)
 
 // smallCall is the length of the largest call that is no WRITE: two names, handles and users have room in it.
 const smallCall = 16 << 10
 
-// read takes the next call from the connection. One that needs memory of its own has to be a WRITE with a valid handle.
+// read takes the next call from the connection; none where it was answered already. One that needs memory of its own has to be a WRITE with a valid
+// handle.
 func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte, release func(), err error) {
 	c.conn.SetReadDeadline(time.Time{})
 	if ctx.Err() != nil {
@@ -233,9 +277,12 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		if err != nil {
 			return nil, nil, err
 		}
+		if call.program != programNFS || call.version != version3 || call.proc != procWrite {
+			return nil, nil, fmt.Errorf("%w: %d bytes that are no data for a file", errRecord, n)
+		}
 		e := c.exportOf(call)
-		if e == nil || call.proc != procWrite {
-			return nil, nil, fmt.Errorf("%w: %d bytes that are no data for a file here", errRecord, n)
+		if e == nil {
+			return nil, nil, c.passOver(r, n, call)
 		}
 		of = []limits{e.limits, c.limits}
 	}
@@ -259,6 +306,28 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		return nil, nil, err
 	}
 	return record, release, nil
+}
+
+// passOver answers a WRITE without a valid handle, such as of an export that has ended, and keeps nothing of it.
+func (c *conversation) passOver(r *bufio.Reader, n int, call call) error {
+	if _, err := r.Discard(n); err != nil {
+		return err
+	}
+	e := accept(call.xid, acceptSuccess)
+	e.uint32(uint32(errStale))
+	for range nfsProcedures[procWrite].absent {
+		e.uint32(0)
+	}
+	return c.send(e.b)
+}
+
+// send sends a reply.
+func (c *conversation) send(reply []byte) error {
+	c.replied.Lock()
+	defer c.replied.Unlock()
+	c.conn.SetWriteDeadline(time.Now().Add(patience))
+	_, err := c.conn.Write(seal(reply))
+	return err
 }
 
 // large buffers are used again.
@@ -296,10 +365,7 @@ func (c *conversation) answer(ctx context.Context, record []byte) error {
 			return err
 		}
 	}
-	c.replied.Lock()
-	defer c.replied.Unlock()
-	c.conn.SetWriteDeadline(time.Now().Add(patience))
-	_, err = c.conn.Write(seal(reply))
+	err = c.send(reply)
 	if x.buffer != nil {
 		give(x.buffer)
 	}
