@@ -348,8 +348,7 @@ func begin(root *os.Root, of string) error {
 	return root.WriteFile(unfinished, []byte(of), 0o600)
 }
 
-// alone runs do while no other part works on a volume: one whose command was killed may still wait for it, and is ended. of is the volume that is
-// copied.
+// alone runs do once no other part works on a volume: one whose command was killed is ended by Nomad a little later. of is the volume that is copied.
 func alone(root *os.Root, id string, do func(of string) error) error {
 	f, err := root.OpenFile(unfinished, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -364,15 +363,8 @@ func alone(root *os.Root, id string, do func(of string) error) error {
 		if err == nil {
 			break
 		}
-		holder := unix.Flock_t{Type: unix.F_WRLCK}
-		if errors.Is(err, unix.EAGAIN) {
-			err = unix.FcntlFlock(f.Fd(), unix.F_GETLK, &holder)
-		}
-		if err != nil {
+		if !errors.Is(err, unix.EAGAIN) {
 			return fmt.Errorf("volume %s: lock %s: %w", id, unfinished, err)
-		}
-		if holder.Type != unix.F_UNLCK && holder.Pid > 0 {
-			_ = unix.Kill(int(holder.Pid), unix.SIGKILL) // or it has ended by itself
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
