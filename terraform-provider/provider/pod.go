@@ -200,6 +200,14 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 		plan.Status, plan.EnvIndex, plan.Instances = types.StringUnknown(), types.Int64Unknown(), types.ListUnknown(instance)
 	}
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
+	if again := plan; there && state.Status.ValueString() == statusRunning && len(stale) == 0 {
+		// The framework has forgotten what is computed already where a size is only written in another way.
+		again.Status, again.EnvIndex, again.Instances = state.Status, state.EnvIndex, state.Instances
+		same := resp.Plan
+		if d := same.Set(ctx, &again); !d.HasError() && same.Raw.Equal(req.State.Raw) {
+			resp.Plan = same
+		}
+	}
 	for _, a := range []struct {
 		name   string
 		is, to attr.Value
