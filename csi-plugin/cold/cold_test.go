@@ -382,8 +382,8 @@ func TestInterrupted(t *testing.T) {
 		c, sent, err := NewVault(&broken{Store: f, left: 3}, k).Save(t.Context(), vol, snapshot(1), blocks(data), Copy{})
 		total += sent
 		if err == nil {
-			if tries < 5 {
-				t.Errorf("it was done after %d tries", tries)
+			if tries == 1 { // how many it takes depends on how many calls were on their way when the store broke
+				t.Error("it was not interrupted")
 			}
 			d := disk(t, len(data))
 			for tries = 1; ; tries++ {
