@@ -45,15 +45,15 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/vdocker":     {"spec", "internal/dockerhttp", "driver-cradle/wire", "driver-cradle/guest.", "driver-cradle/guest/stdio"},
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
-	"csi-plugin":      {"spec", "csi-plugin"}, // its commands; the backend is chosen by a switch
-	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api"},
+	"csi-plugin":      {"spec", "csi-plugin", "internal/command"}, // its commands; the backend is chosen by a switch
+	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/cold": {"csi-plugin/volume"},
 
-	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer"}, // its commands; it is no part of cradle-csi
-	"csi-plugin/filer/api": {"spec", "csi-plugin/volume"},                                                           // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {},                                                                                      // exports, not volumes
+	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer", "internal/command"}, // its commands; it is no part of cradle-csi
+	"csi-plugin/filer/api": {"spec", "csi-plugin/volume"},                                                                               // what cradle-filer's commands and its server say to each other
+	"csi-plugin/filer/nfs": {},                                                                                                          // exports, not volumes
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},
@@ -63,7 +63,7 @@ var mayImport = map[string][]string{
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
-	"dockerapi":           {"dockerapi/server.", "dockerapi/registry"}, // main.go and its commands
+	"dockerapi":           {"dockerapi/server.", "dockerapi/registry", "internal/command"}, // main.go and its commands
 	"dockerapi/server":    {"spec", "internal/nomadjob", "internal/dockerhttp", "internal/tunnel", "dockerapi/translate", "dockerapi/registry"},
 	"dockerapi/registry":  {"internal/stalled"},
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
@@ -77,10 +77,12 @@ var mayImport = map[string][]string{
 
 	"internal/agents":    {},
 	"internal/cgroup":    {},
-	"internal/filertest": {"test/programs"},
+	"internal/command":   {},
+	"internal/filertest": {"internal/locked", "test/programs"},
 	"internal/golden":    {},
+	"internal/locked":    {},
 	"internal/nomadtest": {"internal/agents", "internal/cgroup", "test/programs"},
-	"internal/nfstest":   {},
+	"internal/nfstest":   {"internal/locked"},
 	"internal/stack":     {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/tunnel":    {"spec"},
 
@@ -92,13 +94,14 @@ var mayImport = map[string][]string{
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
 var testsMayImport = map[string][]string{
-	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/nfstest"},
+	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/locked", "internal/nfstest"},
+	"driver-cradle/guest/stdio":   {"internal/locked"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/golden", "internal/nfstest", "internal/nomadtest", "internal/nomadjob", "test/programs"},
 	"driver-cradle/image":         {"test/dockerd"},
-	"driver-cradle/kcradle":       {"internal/golden"},
+	"driver-cradle/kcradle":       {"internal/golden", "internal/locked"},
 	"driver-cradle/pod":           {"internal/golden"},
-	"driver-cradle/vmm":           {"internal/golden"},
+	"driver-cradle/vmm":           {"internal/golden", "internal/locked"},
 	"internal/nomadjob":           {"internal/golden"},
 	"internal/tunnel":             {"internal/nomadtest", "test/programs"},
 	"dockerapi/server":            {"test/dockerd", "test/programs", "internal/nomadtest"},
@@ -128,7 +131,7 @@ var onlyImporter = map[string][]string{
 	"github.com/Microsoft/hcsshim":           {"driver-cradle/image"},
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"dockerapi/server", "driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
-	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "csi-plugin/filer.", "dockerapi."},
+	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "csi-plugin/filer.", "dockerapi.", "internal/command"},
 	"github.com/container-storage-interface": {"csi-plugin/rpc"},
 	"google.golang.org/grpc":                 {"csi-plugin/rpc"},
 

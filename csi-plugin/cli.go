@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,6 +23,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
+	"github.com/cradlestack/cradlestack/internal/command"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -48,29 +48,11 @@ type cli struct {
 // run executes a command line and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	c := &cli{stdout: stdout, stderr: stderr}
-	cmd := c.command()
-	cmd.SetArgs(args)
-	cmd.SetOut(stdout)
-	cmd.SetErr(stderr)
-	err := cmd.ExecuteContext(ctx)
-	if err == nil {
-		return 0
-	}
-	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(stderr, "cradle-csi: %s\n", strings.TrimRight(line, "\n"))
-	}
-	return 1
+	return command.Run(ctx, c.command(), args, stdout, stderr)
 }
 
 func (c *cli) command() *cobra.Command {
-	root := &cobra.Command{
-		Use:           "cradle-csi",
-		Short:         "keep volumes for Nomad jobs: a CSI plugin",
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Version:       version,
-	}
-	root.SetVersionTemplate("cradle-csi {{.Version}}\n")
+	root := command.Root("cradle-csi", "keep volumes for Nomad jobs: a CSI plugin", version)
 	root.AddCommand(
 		c.serveCommand("controller", "serve the Controller service: make, delete, snapshot, grow volumes", true, false),
 		c.serveCommand("node", "serve the Node service: attach volumes on this host", false, true),
@@ -80,10 +62,6 @@ func (c *cli) command() *cobra.Command {
 		c.coldCommand(),
 		c.lv2Command(),
 		c.copyCommand(),
-		&cobra.Command{
-			Use: "version", Short: "print the version", Args: cobra.NoArgs,
-			Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-csi %s\n", version) },
-		},
 	)
 	return root
 }

@@ -7,11 +7,11 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cradlestack/cradlestack/dockerapi/server"
+	"github.com/cradlestack/cradlestack/internal/command"
 )
 
 // version is set by the linker.
@@ -28,37 +28,12 @@ type cli struct {
 // run executes a command line and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	c := &cli{stdout: stdout, stderr: stderr}
-	cmd := c.command()
-	cmd.SetArgs(args)
-	cmd.SetOut(stdout)
-	cmd.SetErr(stderr)
-	err := cmd.ExecuteContext(ctx)
-	if err == nil {
-		return 0
-	}
-	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(stderr, "cradle-dockerapi: %s\n", strings.TrimRight(line, "\n"))
-	}
-	return 1
+	return command.Run(ctx, c.command(), args, stdout, stderr)
 }
 
 func (c *cli) command() *cobra.Command {
-	root := &cobra.Command{
-		Use:           "cradle-dockerapi",
-		Short:         "docker's Engine API in front of Nomad",
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Version:       version,
-	}
-	root.SetVersionTemplate("cradle-dockerapi {{.Version}}\n")
-	root.AddCommand(
-		c.serveCommand(),
-		c.contextCommand(),
-		&cobra.Command{
-			Use: "version", Short: "print the version", Args: cobra.NoArgs,
-			Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-dockerapi %s\n", version) },
-		},
-	)
+	root := command.Root("cradle-dockerapi", "docker's Engine API in front of Nomad", version)
+	root.AddCommand(c.serveCommand(), c.contextCommand())
 	return root
 }
 

@@ -1,16 +1,6 @@
 // Command cradle-dockerapi is docker's Engine API in front of Nomad: docker and docker compose, unchanged, run their containers as microVM pods.
 package main
 
-import (
-	"context"
-	"os"
-	"os/signal"
-	"syscall"
-)
+import "github.com/cradlestack/cradlestack/internal/command"
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	os.Exit(code)
-}
+func main() { command.Main(run) }

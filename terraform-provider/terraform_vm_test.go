@@ -133,6 +133,29 @@ func (w *workspace) fails(want []string, args ...string) {
 	}
 }
 
+// refuses says that validation tells of a mistake at its line, and returns all that it tells.
+func (w *workspace) refuses(line, want string) string {
+	w.t.Helper()
+	out, code := w.try("validate", "-json")
+	var v struct {
+		Diagnostics []struct {
+			Severity, Detail string
+			Snippet          struct{ Code string }
+		}
+	}
+	if i := strings.Index(out, "{"); i < 0 || json.Unmarshal([]byte(out[i:]), &v) != nil {
+		w.t.Fatal(out)
+	}
+	found := false
+	for _, d := range v.Diagnostics {
+		found = found || d.Severity == "error" && strings.Contains(d.Detail, want) && strings.TrimSpace(d.Snippet.Code) == line
+	}
+	if code == 0 || !found {
+		w.t.Errorf("%s: exit code %d, want %q there:\n%s", line, code, want, out)
+	}
+	return out
+}
+
 // flatten undoes how Terraform breaks and frames its diagnostics.
 func flatten(out string) string {
 	return strings.Join(strings.Fields(strings.NewReplacer("│", " ", "╷", " ", "╵", " ").Replace(out)), " ")
@@ -218,23 +241,7 @@ func TestTerraformValidates(t *testing.T) {
 			name = ""
 		}
 		w.write("resource \"cradle_volume\" \"v\" {\n" + name + c.rest + "\n" + c.line + "\n}\n")
-		out, code := w.try("validate", "-json")
-		var v struct {
-			Diagnostics []struct {
-				Severity, Detail string
-				Snippet          struct{ Code string }
-			}
-		}
-		if i := strings.Index(out, "{"); i < 0 || json.Unmarshal([]byte(out[i:]), &v) != nil {
-			t.Fatal(out)
-		}
-		found := false
-		for _, d := range v.Diagnostics {
-			found = found || d.Severity == "error" && strings.Contains(d.Detail, c.want) && strings.TrimSpace(d.Snippet.Code) == c.line
-		}
-		if code == 0 || !found {
-			t.Errorf("%s: exit code %d, want %q there:\n%s", c.line, code, c.want, out)
-		}
+		w.refuses(c.line, c.want)
 	}
 }
 
@@ -267,23 +274,7 @@ func TestTerraformValidatesPods(t *testing.T) {
 			hcl += "\ncontainer {\nname = \"c\"\nimage = \"busybox\"\n}"
 		}
 		w.write(hcl + "\n}\n")
-		out, code := w.try("validate", "-json")
-		var v struct {
-			Diagnostics []struct {
-				Severity, Detail string
-				Snippet          struct{ Code string }
-			}
-		}
-		if i := strings.Index(out, "{"); i < 0 || json.Unmarshal([]byte(out[i:]), &v) != nil {
-			t.Fatal(out)
-		}
-		found := false
-		for _, d := range v.Diagnostics {
-			found = found || d.Severity == "error" && strings.Contains(d.Detail, c.want) && strings.TrimSpace(d.Snippet.Code) == c.line
-		}
-		if code == 0 || !found {
-			t.Errorf("%s: exit code %d, want %q there:\n%s", c.line, code, c.want, out)
-		}
+		out := w.refuses(c.line, c.want)
 		if strings.Contains(out, "hidden") && c.line != `secret_env = { A = "hidden" }` {
 			t.Errorf("a secret is told:\n%s", out)
 		}

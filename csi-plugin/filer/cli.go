@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/internal/command"
 )
 
 // version is set by the linker.
@@ -31,34 +32,13 @@ type cli struct {
 // run executes a command line and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	c := &cli{stdout: stdout, stderr: stderr}
-	cmd := c.command()
-	cmd.SetArgs(args)
-	cmd.SetOut(stdout)
-	cmd.SetErr(stderr)
-	err := cmd.ExecuteContext(ctx)
-	if err == nil {
-		return 0
-	}
-	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(stderr, "cradle-filer: %s\n", strings.TrimRight(line, "\n"))
-	}
-	return 1
+	return command.Run(ctx, c.command(), args, stdout, stderr)
 }
 
 func (c *cli) command() *cobra.Command {
-	root := &cobra.Command{
-		Use:           "cradle-filer",
-		Short:         "serve file volumes over NFS",
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Version:       version,
-	}
-	root.SetVersionTemplate("cradle-filer {{.Version}}\n")
+	root := command.Root("cradle-filer", "serve file volumes over NFS", version)
 	root.PersistentFlags().StringVar(&c.socket, "socket", api.Socket, "unix socket that the filer is controlled by")
-	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(), c.statusCommand(), &cobra.Command{
-		Use: "version", Short: "print the version", Args: cobra.NoArgs,
-		Run: func(*cobra.Command, []string) { fmt.Fprintf(c.stdout, "cradle-filer %s\n", version) },
-	})
+	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(), c.statusCommand())
 	return root
 }
 
@@ -89,7 +69,7 @@ func (c *cli) publishCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "publish VOLUME", Short: "let clients mount a volume, and say how", Args: cobra.ExactArgs(1),
 		Long: `Let the clients at some addresses mount a volume. What is printed has the path to mount, which holds a secret: whoever knows it and
-is at one of the addresses has the volume. Nomad's volumes are published by cradle-csi; this is for everything else.`,
+is at one of the addresses has the volume. cradle-csi does not do this for Nomad's volumes yet: pods of a job have them as directories of their host.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p.Volume = args[0]
 			if p.ID == "" {

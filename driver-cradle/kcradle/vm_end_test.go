@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // attended waits until some process attends to the pod.
@@ -36,27 +36,10 @@ func attended(t testing.TB, dir string) {
 // up runs a pod in the foreground until it has printed a line.
 func (w *world) up(t testing.TB, dir, line string) *exec.Cmd {
 	t.Helper()
-	out := new(lockedBuffer)
+	out := new(locked.Buffer)
 	cmd := w.start(t, out, "run", dir)
 	within(t, "the pod prints "+line, func() bool { return strings.Contains(out.String(), line) })
 	return cmd
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // A pod that is stopped or killed while it starts, at whatever moment, has ended when that returns, and what is told is the end of that run and

@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // hostileArg makes this test binary, run in QEMU's place, look for ways out instead of testing.
@@ -146,7 +148,7 @@ func confined(t *testing.T, c confinement, file *os.File, v any, args ...string)
 	t.Helper()
 	exe := hostileProgram(t)
 	c.Path, c.Args, c.Mount, c.NoFile = exe, args, t.TempDir(), 100
-	var out syncBuffer
+	var out locked.Buffer
 	ch, err := spawn(&c, []*os.File{file}, nil, &out)
 	if err != nil {
 		t.Fatal(err)
@@ -268,7 +270,7 @@ func TestVMConfinedChildNeedsItsLauncher(t *testing.T) {
 		"after the go-ahead":  (*child).goAhead,
 	} {
 		t.Run(name, func(t *testing.T) {
-			var out syncBuffer
+			var out locked.Buffer
 			c := confinement{Path: "/usr/bin/true", Mount: t.TempDir(), UID: DefaultFirstUID, Leashed: true, NoFile: 100}
 			ch, err := spawn(&c, nil, nil, &out)
 			if err != nil {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
 	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 func takenPort(t *testing.T) uint16 {
@@ -134,7 +135,7 @@ func TestVMHostDiskFull(t *testing.T) {
 	})
 	c := config(t)
 	c.Start = Template
-	var log syncBuffer
+	var log locked.Buffer
 	c.Log = slog.New(slog.NewTextHandler(&log, nil))
 	path := filepath.Join(dir, "scratch.img")
 	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 16<<20)); err != nil {

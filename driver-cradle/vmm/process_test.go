@@ -4,39 +4,21 @@ package vmm
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // launcherName makes this test binary start one machine, say so, and wait.
 const launcherName = "test-launcher"
-
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
-}
 
 // eventually polls for what another process does; the bound is one for a machine that hangs, not for a slow one.
 func eventually(f func() bool) bool {
@@ -79,7 +61,7 @@ func launch() error {
 type launcher struct {
 	*exec.Cmd
 	out    *bufio.Reader
-	stderr syncBuffer
+	stderr locked.Buffer
 }
 
 func startLauncher(t testing.TB, c Config) *launcher {

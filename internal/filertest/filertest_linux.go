@@ -14,12 +14,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cradlestack/cradlestack/internal/locked"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -33,7 +33,7 @@ type Filer struct {
 	filer   string
 	csi     string
 	cmd     *exec.Cmd
-	log     lockedBuffer
+	log     locked.Buffer
 	volumes []string
 }
 
@@ -241,21 +241,4 @@ func (f *Filer) clear() error {
 		return err
 	}
 	return os.RemoveAll(f.dir)
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

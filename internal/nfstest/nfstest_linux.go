@@ -3,7 +3,6 @@
 package nfstest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,10 +12,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // Export is the path that the directory is served at, by all versions of the protocol.
@@ -29,7 +29,7 @@ type Server struct {
 	namespace string
 	work      string
 	cmd       *exec.Cmd
-	log       lockedBuffer
+	log       locked.Buffer
 }
 
 var servers atomic.Int32
@@ -152,21 +152,4 @@ func ip(args string) error {
 		return fmt.Errorf("ip %s: %w: %s", args, err, out)
 	}
 	return nil
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

@@ -89,18 +89,7 @@ func busyboxImage() (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		return nil, err
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil {
-		return nil, err
-	}
-	if len(manifest.Manifests) == 0 {
-		return nil, fmt.Errorf("%s holds no image; run make images", dir)
-	}
-	return index.Image(manifest.Manifests[0].Digest)
+	return programs.OnlyImage(dir)
 }
 
 // sized is busybox with one more layer of that many random bytes.

@@ -83,11 +83,7 @@ func (e *encoder) changed(o *object) {
 }
 
 func getattr(x *exchange) status {
-	handle := x.args.opaque(maxHandle)
-	if x.args.bad {
-		return garbage
-	}
-	o, s := x.object(handle, unix.O_PATH)
+	o, s := x.subject()
 	if s != ok {
 		return s
 	}
@@ -302,11 +298,7 @@ func access(x *exchange) status {
 }
 
 func readlink(x *exchange) status {
-	handle := x.args.opaque(maxHandle)
-	if x.args.bad {
-		return garbage
-	}
-	o, s := x.object(handle, unix.O_PATH)
+	o, s := x.subject()
 	if s != ok {
 		return s
 	}
@@ -326,11 +318,7 @@ func readlink(x *exchange) status {
 }
 
 func fsstat(x *exchange) status {
-	handle := x.args.opaque(maxHandle)
-	if x.args.bad {
-		return garbage
-	}
-	o, s := x.object(handle, unix.O_PATH)
+	o, s := x.subject()
 	if s != ok {
 		return s
 	}
@@ -352,11 +340,7 @@ func fsstat(x *exchange) status {
 }
 
 func fsinfo(x *exchange) status {
-	handle := x.args.opaque(maxHandle)
-	if x.args.bad {
-		return garbage
-	}
-	o, s := x.object(handle, unix.O_PATH)
+	o, s := x.subject()
 	if s != ok {
 		return s
 	}
@@ -377,11 +361,7 @@ func fsinfo(x *exchange) status {
 }
 
 func pathconf(x *exchange) status {
-	handle := x.args.opaque(maxHandle)
-	if x.args.bad {
-		return garbage
-	}
-	o, s := x.object(handle, unix.O_PATH)
+	o, s := x.subject()
 	if s != ok {
 		return s
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of what clients together can make the server hold, and of what those of one export can: a hostile client keeps its own volume waiting,
@@ -555,4 +556,13 @@ func (x *exchange) object(handle []byte, flags int) (object, status) {
 	}
 	o, err := x.export.object(kind, kernel, flags)
 	return o, statusOf(err)
+}
+
+// subject opens what the handle is of that is a call's only argument.
+func (x *exchange) subject() (object, status) {
+	handle := x.args.opaque(maxHandle)
+	if x.args.bad {
+		return object{fd: -1}, garbage
+	}
+	return x.object(handle, unix.O_PATH)
 }

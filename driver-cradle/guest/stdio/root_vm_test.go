@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // TestRootDiskFull: with the disk full, the container goes on, whoever is attached gets everything, and the latest output is kept; the
@@ -40,7 +42,7 @@ func TestRootDiskFull(t *testing.T) {
 	}
 	f.Close()
 
-	var got safeBuffer
+	var got locked.Buffer
 	a := attach(t, o, AttachOptions{Stream: true, Stdout: &got})
 	line := strings.Repeat("x", 999) + "\n"
 	const n = 3000 // more than is kept in memory

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // container is the other end of a run's streams.
@@ -98,24 +100,6 @@ func (f writerFunc) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	return len(p), nil
-}
-
-// safeBuffer is a buffer that a test reads while it grows.
-type safeBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *safeBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *safeBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 func eventually(t testing.TB, what string, ok func() bool) {
@@ -369,7 +353,7 @@ func TestFollow(t *testing.T) {
 	say(t, o, c.stdout, "before\n")
 	const followers, n = 8, 20_000
 	var wg sync.WaitGroup
-	sums := make([]safeBuffer, followers)
+	sums := make([]locked.Buffer, followers)
 	for i := range followers {
 		wg.Go(func() {
 			if err := o.ReadLogs(t.Context(), LogOptions{Tail: -1, Follow: true, Stdout: &sums[i]}); err != nil {
@@ -397,7 +381,7 @@ func TestFollowHoldsUnfinishedLineBack(t *testing.T) {
 	o := open(t, Options{})
 	c := start(t, o)
 	say(t, o, c.stdout, "done\nprompt: ")
-	var got safeBuffer
+	var got locked.Buffer
 	idle := make(chan struct{}, 100)
 	done := make(chan struct{})
 	go func() {
@@ -422,7 +406,7 @@ func TestFollowHoldsUnfinishedLineBack(t *testing.T) {
 func TestFollowOverRestarts(t *testing.T) {
 	o := open(t, Options{})
 	final, done := make(chan struct{}), make(chan struct{})
-	var got safeBuffer
+	var got locked.Buffer
 	go func() {
 		defer close(done)
 		if err := o.ReadLogs(t.Context(), LogOptions{Tail: -1, Follow: true, Stdout: &got, Restarts: final}); err != nil {
@@ -460,7 +444,7 @@ func TestSlowFollower(t *testing.T) {
 	say(t, o, c.stdout, "first\n")
 	stuck, free := make(chan struct{}), make(chan struct{})
 	done := make(chan struct{})
-	var got safeBuffer
+	var got locked.Buffer
 	go func() {
 		defer close(done)
 		var once sync.Once
@@ -588,7 +572,7 @@ func TestAttachLogsAndStream(t *testing.T) {
 		c.stderr.Close()
 	}()
 	within(t, half, "half")
-	var got safeBuffer
+	var got locked.Buffer
 	a := attach(t, o, AttachOptions{Logs: true, Stream: true, Stdout: &got})
 	within(t, a.done, "attach")
 	var want strings.Builder
@@ -602,7 +586,7 @@ func TestAttachLogsAndStream(t *testing.T) {
 
 func TestAttachBeforeStartAndToOneRun(t *testing.T) {
 	o := open(t, Options{OpenStdin: true, StdinOnce: true})
-	var out, errs safeBuffer
+	var out, errs locked.Buffer
 	a := attach(t, o, AttachOptions{Stream: true, Stdin: io.NopCloser(strings.NewReader("typed before the start")), Stdout: &out, Stderr: &errs})
 	c := start(t, o)
 	in, err := io.ReadAll(c.stdin) // ends: StdinOnce
@@ -722,7 +706,7 @@ func TestTranscript(t *testing.T) {
 
 func TestUnlogged(t *testing.T) {
 	o := Unlogged(Options{OpenStdin: true})
-	var out, errs safeBuffer
+	var out, errs locked.Buffer
 	a := attach(t, o, AttachOptions{Stream: true, Stdin: io.NopCloser(strings.NewReader("input")), Stdout: &out, Stderr: &errs})
 	c := start(t, o)
 	if in, err := io.ReadAll(c.stdin); string(in) != "input" || err != nil {
@@ -921,7 +905,7 @@ func TestAttachSince(t *testing.T) {
 	begin := time.Now()
 	c = start(t, o)
 	say(t, o, c.stdout, "now")
-	var out safeBuffer
+	var out locked.Buffer
 	a := attach(t, o, AttachOptions{Logs: true, Stream: true, Since: begin, Stdout: &out})
 	say(t, o, c.stdout, "later")
 	c.exit(t)
