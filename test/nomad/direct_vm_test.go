@@ -30,8 +30,8 @@ type storehouse struct {
 	used  map[string]bool // volumes that there are
 }
 
-// TestVMDirectAttachment: what the CSI plugin leaves to guests, pods attach; snapshots, growth and usage go through the guest.
-func TestVMDirectAttachment(t *testing.T) {
+// startStorehouse starts the node with both plugins. agent is more of its configuration.
+func startStorehouse(t *testing.T, agent string) *storehouse {
 	s := &storehouse{t: t, used: map[string]bool{}}
 	var err error
 	if s.root, err = programs.Root(); err != nil {
@@ -40,19 +40,29 @@ func TestVMDirectAttachment(t *testing.T) {
 	if s.image, err = programs.Image("busybox"); err != nil {
 		t.Fatal(err)
 	}
-	o := nomadtest.Options{Drivers: []string{"raw_exec"}, Keep: []string{"volumes", "nomad/client/csi", "/run/cradle"}}
+	o := nomadtest.Options{Drivers: []string{"raw_exec"}, Agent: agent, Keep: []string{"volumes", "nomad/client/csi", "/run/cradle"}}
 	if err := o.Cradle(""); err != nil {
 		t.Fatal(err)
 	}
 	s.Cluster = nomadtest.Start(t, o)
 	s.node = s.Clients()[0]
-	defer s.clear()
+	t.Cleanup(s.clear)
 	s.Run(t, s.example("cradle-csi.nomad.hcl"))
+	s.healthy()
+	return s
+}
+
+func (s *storehouse) healthy() {
+	s.t.Helper()
 	s.eventually("a healthy plugin", func() bool {
 		p, _, err := s.API.CSIPlugins().Info("cradle", nil)
 		return err == nil && p.ControllersHealthy == 1 && p.NodesHealthy == 1
 	})
+}
 
+// TestVMDirectAttachment: what the CSI plugin leaves to guests, pods attach; snapshots, growth and usage go through the guest.
+func TestVMDirectAttachment(t *testing.T) {
+	s := startStorehouse(t, "")
 	s.volume("guest")
 	if out := s.completes("first", "guest", false, "/v", "echo kept >/v/file; grep -o ' /v ext4' /proc/mounts"); out != " /v ext4\n" {
 		t.Errorf("the first pod says %q", out)
@@ -178,20 +188,32 @@ func (s *storehouse) frozen(times int) {
 
 func (s *storehouse) kill(name string) {
 	s.t.Helper()
+	if !s.killed(name) {
+		s.t.Fatalf("there is no %s", name)
+	}
+}
+
+// killed kills a program of the node as kill -9 does; false is that there is none, which may just be starting again.
+func (s *storehouse) killed(name string) bool {
+	s.t.Helper()
 	all, err := s.node.Processes()
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	for _, p := range all {
-		if p.Name() != name {
+		if !strings.HasPrefix(p.Name(), name) {
 			continue
 		}
-		if process, err := os.FindProcess(p.PID); err != nil || process.Kill() != nil {
+		process, err := os.FindProcess(p.PID)
+		if err == nil {
+			err = process.Kill()
+		}
+		if err != nil {
 			s.t.Fatalf("kill %s: %v", name, err)
 		}
-		return
+		return true
 	}
-	s.t.Fatalf("there is no %s", name)
+	return false
 }
 
 // example is a file of examples/nomad/volumes for this node's paths.
