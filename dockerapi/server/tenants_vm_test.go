@@ -39,7 +39,7 @@ const cloudRegistry = "127.0.0.1:5000" // on the node
 
 func openCloud(t *testing.T) *cloud {
 	t.Helper()
-	o := nomadtest.Options{ACL: true, Keep: []string{"cradle"}}
+	o := nomadtest.Options{ACL: true, Keep: []string{"cradle", "volumes", "nomad/client/csi", "/run/cradle"}}
 	if err := o.Cradle(""); err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +65,7 @@ func openCloud(t *testing.T) *cloud {
 }
 
 // full are the capabilities that docs/dockerapi.md asks for.
-const full = `capabilities = ["submit-job", "read-job", "list-jobs", "alloc-exec", "alloc-lifecycle"]
+const full = `capabilities = ["submit-job", "read-job", "list-jobs", "alloc-exec", "alloc-lifecycle", "csi-list-volume", "csi-read-volume", "csi-write-volume", "csi-mount-volume"]
 variables {
   path "docker/*" { capabilities = ["write", "read", "list", "destroy"] }
   path "nomad/jobs/docker-*" { capabilities = ["write", "read", "list", "destroy"] }
@@ -77,7 +77,7 @@ func (c *cloud) client(name, namespace, rules string) {
 	if _, err := c.nomad.API.Namespaces().Register(&api.Namespace{Name: namespace}, nil); err != nil {
 		c.t.Fatal(err)
 	}
-	policy := &api.ACLPolicy{Name: name, Rules: fmt.Sprintf("namespace %q {\n%s\n}", namespace, rules)}
+	policy := &api.ACLPolicy{Name: name, Rules: fmt.Sprintf("namespace %q {\n%s\n}\nplugin { policy = \"read\" }", namespace, rules)}
 	if _, err := c.nomad.API.ACLPolicies().Upsert(policy, nil); err != nil {
 		c.t.Fatal(err)
 	}
@@ -149,6 +149,7 @@ func busybox(t *testing.T) v1.Image {
 // rights, are told which they lack.
 func TestVMTenants(t *testing.T) {
 	c := openCloud(t)
+	c.nomad.RunVolumes(t)
 	c.client("alice", "team-a", full)
 	c.client("bob", "team-b", full)
 	for name, rules := range lacking {
@@ -158,8 +159,10 @@ func TestVMTenants(t *testing.T) {
 	alice, bob := c.as("alice"), c.as("bob")
 	must(t, alice, "POST", "/images/load", string(savedImage(t, "app-of-alice:1", busybox(t))), "")
 	image := must(t, alice, "GET", "/images/app-of-alice:1/json", "", "Id")
-	config := `{"Image": "app-of-alice:1", "Cmd": ["sleep", "1000"], "Labels": {"secret": "label-of-alice"}, "Env": ["SECRET=env-of-alice"]}`
-	web := must(t, alice, "POST", "/containers/create?name=web-of-alice", config, "Id")
+	const like = `{"Image": "app-of-alice:1", "Cmd": ["sleep", "1000"], "Labels": {"secret": "label-of-alice"}, "Env": ["SECRET=env-of-alice"]%s}`
+	must(t, alice, "POST", "/volumes/create", `{"Name": "data-of-alice", "DriverOpts": {"size": "64M"}, "Labels": {"secret": "volume-of-alice"}}`, "")
+	config := fmt.Sprintf(like, "")
+	web := must(t, alice, "POST", "/containers/create?name=web-of-alice", fmt.Sprintf(like, `, "HostConfig": {"Binds": ["data-of-alice:/data"]}`), "Id")
 	idle := must(t, alice, "POST", "/containers/create?name=idle-of-alice", config, "Id")
 	must(t, alice, "POST", "/containers/"+web+"/start", "", "")
 	exec := must(t, alice, "POST", "/containers/"+web+"/exec", `{"Cmd": ["true"]}`, "Id")
@@ -170,6 +173,7 @@ func TestVMTenants(t *testing.T) {
 		"/containers/":   {web, web[:12], "web-of-alice", idle, "idle-of-alice"},
 		"/exec/":         {exec},
 		"/networks/":     {network, network[:12], "net-of-alice"},
+		"/volumes/":      {"data-of-alice"},
 		"/images/":       {"app-of-alice:1", "app-of-alice", image, image[7:19]},
 		"/distribution/": {cloudRegistry + "/team-a/docker.io/library/app-of-alice:1"},
 	}
@@ -189,7 +193,7 @@ func TestVMTenants(t *testing.T) {
 
 	state := func() string {
 		return must(t, alice, "GET", "/containers/"+web+"/json", "", "") + must(t, alice, "GET", "/containers/"+idle+"/json", "", "") + must(t, alice, "GET", "/images/json", "", "") +
-			must(t, alice, "GET", "/exec/"+exec+"/json", "", "") + must(t, alice, "GET", "/networks/"+network, "", "")
+			must(t, alice, "GET", "/exec/"+exec+"/json", "", "") + must(t, alice, "GET", "/networks/"+network, "", "") + must(t, alice, "GET", "/volumes/data-of-alice", "", "")
 	}
 	before := state()
 	asked := 0
@@ -246,6 +250,15 @@ func TestVMTenants(t *testing.T) {
 			t.Errorf("bob starts a container with %s: %d %s", host, status, body)
 		}
 	}
+	// A volume of the same name is another one.
+	if status, body, _ := bob("GET", "/volumes/data-of-alice", ""); status != http.StatusNotFound {
+		t.Errorf("bob has asked for what is alice's: %d %s", status, body)
+	}
+	must(t, bob, "POST", "/volumes/create", `{"Name": "data-of-alice", "DriverOpts": {"size": "64M"}}`, "")
+	if body := must(t, bob, "GET", "/volumes/data-of-alice", "", ""); strings.Contains(body, "volume-of-alice") {
+		t.Errorf("bob's volume has alice's labels: %s", body)
+	}
+	must(t, bob, "DELETE", "/volumes/data-of-alice", "", "")
 	for _, method := range []string{"connect", "disconnect"} {
 		if status, body, _ := bob("POST", "/networks/net-of-bob/"+method, `{"Container": "`+web+`"}`); status < 400 {
 			t.Errorf("bob: %s alice's container: %d %s", method, status, body)
@@ -267,6 +280,8 @@ func TestVMTenants(t *testing.T) {
 	must(t, alice, "DELETE", "/containers/"+web+"?force=1", "", "")
 	must(t, alice, "DELETE", "/containers/"+idle, "", "")
 	must(t, alice, "DELETE", "/networks/"+network, "", "")
+	must(t, alice, "DELETE", "/volumes/data-of-alice", "", "")
+	must(t, bob, "POST", `/volumes/prune?filters={"all":["true"]}`, "", "")
 }
 
 // lacking are those whose policy is not enough, with what they then try.

@@ -224,6 +224,9 @@ func (c *Cluster) Settle(ctx context.Context) error {
 	if err := agents.Retry(ctx, "list jobs", func() (err error) { jobs, _, err = c.API.Jobs().List(q); return err }); err != nil {
 		return err
 	}
+	if err := c.watch.reopen(ctx); err != nil {
+		return err
+	}
 	// Purging forgets allocations before they have ended.
 	if err := c.deregister(ctx, jobs, false); err != nil {
 		return err

@@ -77,7 +77,10 @@ type watch struct {
 
 	mu      sync.Mutex
 	state   State
+	listed  uint64        // the index at which all allocations were known
 	changed chan struct{} // closed, and replaced, when state has changed
+	opened  int           // how many times the stream was opened, and all that was before is known
+	stop    func()        // ends the stream that is open
 }
 
 var errClosed = errors.New("the cluster has been closed")
@@ -85,7 +88,7 @@ var errClosed = errors.New("the cluster has been closed")
 func newWatch(client *api.Client, log func(string, ...any)) *watch {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	w := &watch{
-		api: client, log: log, cancel: cancel, ended: make(chan struct{}), changed: make(chan struct{}),
+		api: client, log: log, cancel: cancel, ended: make(chan struct{}), changed: make(chan struct{}), stop: func() {},
 		state: State{Allocs: map[string]*api.AllocationListStub{}, Nodes: map[string]*api.NodeListStub{}, Deployments: map[string]*api.Deployment{}, Evals: map[string]*api.Evaluation{}},
 	}
 	go func() {
@@ -110,6 +113,9 @@ func (w *watch) close() {
 func (w *watch) follow(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	w.mu.Lock()
+	w.stop = cancel
+	w.mu.Unlock()
 	q := func() *api.QueryOptions {
 		return (&api.QueryOptions{Namespace: api.AllNamespacesNamespace}).WithContext(ctx)
 	}
@@ -139,6 +145,11 @@ func (w *watch) follow(ctx context.Context) error {
 	if err := w.list(q()); err != nil {
 		return err
 	}
+	w.change(func(*State) {
+		if ctx.Err() == nil {
+			w.opened++
+		}
+	})
 	for batch := range events {
 		if batch.Err != nil {
 			return batch.Err
@@ -147,7 +158,7 @@ func (w *watch) follow(ctx context.Context) error {
 		gone := false
 		w.change(func(s *State) {
 			for _, e := range batch.Events {
-				err = errors.Join(err, s.apply(&e))
+				err = errors.Join(err, s.apply(&e, w.listed))
 				gone = gone || e.Topic == api.TopicJob && e.Type == "JobDeregistered"
 			}
 		})
@@ -176,8 +187,30 @@ func (w *watch) list(q *api.QueryOptions) error {
 			newer(s.Allocs, a.ID, a, func(a *api.AllocationListStub) uint64 { return a.ModifyIndex })
 		}
 		maps.DeleteFunc(s.Allocs, func(id string, a *api.AllocationListStub) bool { return !there[id] && a.ModifyIndex <= meta.LastIndex })
+		w.listed = max(w.listed, meta.LastIndex)
 	})
 	return nil
+}
+
+// reopen opens the stream anew, and returns when all is known: one for all namespaces has those that were there when it was opened.
+func (w *watch) reopen(ctx context.Context) error {
+	w.mu.Lock()
+	before := w.opened
+	w.stop()
+	w.mu.Unlock()
+	for {
+		w.mu.Lock()
+		now, changed := w.opened, w.changed
+		w.mu.Unlock()
+		if now > before {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("open Nomad's event stream: %w", context.Cause(ctx))
+		}
+	}
 }
 
 // newer puts an object into a map unless what is there is newer.
@@ -187,11 +220,12 @@ func newer[T any](m map[string]T, id string, object T, index func(T) uint64) {
 	}
 }
 
-func (s *State) apply(e *api.Event) error {
+// apply takes an event. One of an allocation that is not newer than a list of all tells nothing new, and there may be no such allocation any more.
+func (s *State) apply(e *api.Event, listed uint64) error {
 	switch e.Topic {
 	case api.TopicAllocation:
 		a, err := e.Allocation()
-		if err != nil || a == nil {
+		if err != nil || a == nil || a.ModifyIndex <= listed {
 			return err
 		}
 		newer(s.Allocs, a.ID, a.Stub(), func(a *api.AllocationListStub) uint64 { return a.ModifyIndex })
@@ -330,7 +364,7 @@ func (c *Cluster) Describe() string {
 			fmt.Fprintf(&b, "deployment of %s: %s: %s\n", d.JobID, d.Status, d.StatusDescription)
 		}
 		for _, a := range s.Allocs {
-			fmt.Fprintf(&b, "allocation %s of %s on %s: %s, wanted %s %s\n", a.ID, a.JobID, a.NodeName, a.ClientStatus, a.DesiredStatus, a.DesiredDescription)
+			fmt.Fprintf(&b, "allocation %s of %s on %s: %s, wanted %s\n", a.ID, a.JobID, a.NodeName, a.ClientStatus, a.DesiredStatus)
 			for _, name := range slices.Sorted(maps.Keys(a.TaskStates)) {
 				for _, e := range a.TaskStates[name].Events[max(0, len(a.TaskStates[name].Events)-6):] {
 					fmt.Fprintf(&b, "  %s: %s: %s\n", name, e.Type, e.DisplayMessage)
