@@ -105,7 +105,7 @@ func (s *stream) say(text string) {
 
 // One container with a terminal: several clients attached, an exec whose terminal is resized, paused, its limits changed, looked at.
 func TestVMTerminals(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.run("run", "-dit", "--name", "term", "--memory", "128m", "busybox", "sh", "-c", "while read line; do echo you said $line; done")
 	one, two := h.hijack("/containers/term/attach?stream=1&stdin=1&stdout=1", ""), h.hijack("/containers/term/attach?stream=1&stdin=1&stdout=1", "")
 	one.say("first\n")
@@ -168,7 +168,7 @@ func TestVMTerminals(t *testing.T) {
 
 // Restart policies are followed as docker follows them, and what memory runs out for is told.
 func TestVMEndings(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	ends := h.run("run", "-d", "--restart", "always", "--name", "always", "busybox", "sh", "-c", "echo again; sleep 1")
 	h.run("run", "-d", "--name", "hungry", "--memory", "64m", "busybox", "sh", "-c", "tail /dev/zero")
 	h.run("run", "-d", "--name", "policy", "busybox", "sleep", "1000")
@@ -220,7 +220,7 @@ func TestVMForgotten(t *testing.T) {
 
 // Of those who want one name at once, on two servers, one gets it.
 func TestVMOneName(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	other := h.second()
 	const each = 5
 	var work sync.WaitGroup
@@ -260,7 +260,7 @@ func (h *host) goroutines() int {
 
 // Clients that drop their connections, or read nothing, harm nobody and leave nothing behind.
 func TestVMRudeClients(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.run("run", "-d", "--name", "chatty", "busybox", "sh", "-c", "while :; do seq 1000; sleep 0.1; done")
 	h.want("ok", "exec", "chatty", "echo", "ok")
 	before := h.goroutines()
@@ -293,9 +293,10 @@ func TestVMRudeClients(t *testing.T) {
 	h.run("rm", "-f", "chatty")
 }
 
-// While Nomad is away the server says so, and goes on by itself when it is back: who waited for a container still waits.
+// What Nomad lacks is told. While it is away the server says so, and goes on by itself when it is back: who waited for a container still waits.
 func TestVMNomadAway(t *testing.T) {
 	h := openHost(t)
+	h.wantError(1, "Nomad has no CSI plugin cradle", "volume", "create", "early")
 	h.run("run", "-d", "--name", "works", "busybox", "sh", "-c", "while ! test -e /end; do sleep 0.2; done; exit 3")
 	waiting := h.send("POST", "/containers/works/wait", "")
 	defer waiting.Body.Close()

@@ -116,7 +116,7 @@ const (
 
 // Images come in by load, pull and push, and a node pulls them by their digest with its task's identity.
 func TestVMNodePulls(t *testing.T) {
-	h := openHost(t, "--images", t.TempDir(), "--registry-listen", plainRegistry, "--insecure-registry", otherRegistry)
+	h := openBeside(t, "--images", t.TempDir(), "--registry-listen", plainRegistry, "--insecure-registry", otherRegistry)
 	node := h.c.Server()
 	l, err := node.Listen("tcp", otherRegistry)
 	if err != nil {
@@ -130,7 +130,7 @@ func TestVMNodePulls(t *testing.T) {
 	tell(t, node, otherRegistry+"/team/app:1", saying(t, "pulled"), authn.Anonymous)
 	h.run("pull", otherRegistry+"/team/app:1")
 	h.run("login", "-u", "anybody", "-p", "anything", plainRegistry)
-	tell(t, node, plainRegistry+"/default/docker.io/library/pushed:1", saying(t, "pushed"), h.loginOf(plainRegistry))
+	tell(t, node, plainRegistry+"/"+h.space+"/docker.io/library/pushed:1", saying(t, "pushed"), h.loginOf(plainRegistry))
 
 	h.want("loaded", "run", "--rm", "loaded:1")
 	h.want("pulled", "run", "--rm", otherRegistry+"/team/app:1")
@@ -215,7 +215,7 @@ func TestVMNodePullsWithTLS(t *testing.T) {
 
 // What containers are made from stays as long as they do, and is told as dockerd tells it.
 func TestVMImagesInUse(t *testing.T) {
-	h := openHost(t, "--images", t.TempDir(), "--registry-listen", plainRegistry)
+	h := openBeside(t, "--images", t.TempDir(), "--registry-listen", "127.0.0.1:5002")
 	id := map[string]string{}
 	for _, name := range []string{"running", "idle", "spare"} {
 		h.run("load", "-i", archive(t, name+":1", saying(t, name)))
@@ -257,7 +257,7 @@ func TestVMImagesInUse(t *testing.T) {
 
 // What a container has changed becomes an image's layer: while it runs, after it, and before.
 func TestVMCommit(t *testing.T) {
-	h := openHost(t, "--images", t.TempDir(), "--registry-listen", plainRegistry)
+	h := openBeside(t, "--images", t.TempDir(), "--registry-listen", "127.0.0.1:5003")
 	h.run("load", "-i", archive(t, "base:1", saying(t, "base")))
 	h.run("run", "-d", "--name", "made", "-e", "A=1", "-v", "/volume", "base:1", "sh", "-c",
 		"mkdir -p /made/dir; echo new >/made/file; ln /made/file /made/hard; ln -s file /made/soft; chmod 700 /made/dir; rm /says; echo no >/volume/file; chown 5:6 /made/hard; sleep 1000")

@@ -13,7 +13,7 @@ import (
 
 // What is published is shown as it is, in every form, and answers on the node.
 func TestVMPorts(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	const page = "mkdir /www; echo a page >/www/index.html; echo here | nc -ul -p 5353 & exec httpd -f -p 80 -h /www"
 	serve := func(args ...string) {
 		h.t.Helper()
@@ -43,7 +43,7 @@ func TestVMPorts(t *testing.T) {
 
 // Containers of a network find each other by their names there, and nobody else does.
 func TestVMNetworks(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.run("network", "create", "--label", "tier=back", "shop")
 	h.run("network", "create", "other")
 	t.Cleanup(func() { h.run("network", "prune", "-f") })
@@ -130,6 +130,7 @@ func TestVMNodes(t *testing.T) {
 	if err := o.Cradle(""); err != nil {
 		t.Fatal(err)
 	}
+	t.Parallel()
 	h := openHostOn(t, nomadtest.Start(t, o))
 	t.Run("network", func(t *testing.T) { testNetworkNode(h.in(t)) })
 	t.Run("lost", func(t *testing.T) { testNodeLost(h.in(t)) })

@@ -20,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/nomad/api"
+
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/dockerd"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -41,11 +43,14 @@ var cluster struct {
 	err error
 }
 
+// closeCluster ends it. What tests that ran beside each other have left behind is an error.
 func closeCluster() error {
 	if cluster.Cluster == nil {
 		return nil
 	}
-	return cluster.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
+	defer cancel()
+	return errors.Join(cluster.Settle(ctx), cluster.Close())
 }
 
 // A host is a server, and what makes the docker CLI use it.
@@ -54,13 +59,21 @@ type host struct {
 	c      *nomadtest.Cluster
 	socket string
 	config string   // docker's, empty
+	space  string   // Nomad's namespace
 	more   []string // of serve's options
 	cmd    *exec.Cmd
 	log    *bytes.Buffer
 }
 
-// openCluster is the cluster, for this test.
+// openCluster is the cluster, for this test alone.
 func openCluster(t *testing.T) *nomadtest.Cluster {
+	t.Helper()
+	c := startCluster(t)
+	c.Begin(t)
+	return c
+}
+
+func startCluster(t *testing.T) *nomadtest.Cluster {
 	t.Helper()
 	if _, err := exec.LookPath("docker"); err != nil {
 		t.Fatal("the docker CLI is missing: apt-get install docker-cli")
@@ -79,7 +92,6 @@ func openCluster(t *testing.T) *nomadtest.Cluster {
 	if cluster.err != nil {
 		t.Fatal(cluster.err)
 	}
-	cluster.Begin(t)
 	return cluster.Cluster
 }
 
@@ -95,10 +107,30 @@ func (h *host) in(t *testing.T) *host {
 	return &part
 }
 
+// openBeside is openHost for a test that runs beside others, when those that need the cluster for themselves have ended: in a namespace of its own. Ports of the node
+// are to be no other test's.
+func openBeside(t *testing.T, more ...string) *host {
+	t.Helper()
+	t.Parallel()
+	c := startCluster(t)
+	name := strings.ToLower(t.Name())
+	if _, err := c.API.Namespaces().Register(&api.Namespace{Name: name}, nil); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(c.Describe())
+		}
+	})
+	h := openHostOn(t, c, append(more, "--namespace", name)...)
+	h.space = name
+	return h
+}
+
 // openHostOn starts a server with more of serve's options.
 func openHostOn(t *testing.T, c *nomadtest.Cluster, more ...string) *host {
 	t.Helper()
-	h := &host{t: t, more: more, c: c, config: t.TempDir(), socket: filepath.Join(c.Dir(), fmt.Sprintf("%d.sock", time.Now().UnixNano()%1e9))}
+	h := &host{t: t, space: api.DefaultNamespace, more: more, c: c, config: t.TempDir(), socket: filepath.Join(c.Dir(), fmt.Sprintf("%d.sock", time.Now().UnixNano()%1e9))}
 	h.serve()
 	t.Cleanup(h.close)
 	return h
@@ -202,7 +234,7 @@ func (h *host) wantError(code int, want string, args ...string) {
 }
 
 func TestVMRun(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.want("hello", "run", "--rm", "busybox", "echo", "hello")
 	h.want("", "ps", "-aq")
 	h.wantError(3, "", "run", "--rm", "busybox", "sh", "-c", "exit 3")
@@ -216,7 +248,7 @@ func TestVMRun(t *testing.T) {
 }
 
 func TestVMLife(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	id := h.run("run", "-d", "--name", "web", "-l", "tier=front", "busybox", "sh", "-c", "echo out; echo err >&2; trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done")
 	if len(id) != 64 {
 		t.Fatalf("run -d prints %q", id)
@@ -250,7 +282,7 @@ func TestVMLife(t *testing.T) {
 
 // A container's files are there before its first run and after its last one, and come and go by docker cp.
 func TestVMCopy(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("content\n"), 0o600); err != nil {
@@ -280,7 +312,7 @@ func TestVMCopy(t *testing.T) {
 // The server is killed while docker run waits for a container, and while another one with --rm has just begun. The next one goes on: how the one ended is
 // known, and the other is gone when it has ended.
 func TestVMServerKilled(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.run("run", "-d", "--name", "kept", "busybox", "sh", "-c", "sleep 3; echo done; exit 4")
 	cmd := h.command(t.Context(), "run", "--rm", "--name", "gone", "busybox", "sleep", "2")
 	if err := cmd.Start(); err != nil {
@@ -310,7 +342,7 @@ func (h *host) until(what string, ok func() bool) {
 
 // Policies to start again are followed inside of the pod.
 func TestVMRestartPolicy(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	h.run("run", "-d", "--restart", "on-failure:2", "--name", "tries", "busybox", "sh", "-c", "echo try; exit 5")
 	h.want("5", "wait", "tries")
 	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "tries") == "exited" })
@@ -408,7 +440,7 @@ func eventsOf(t *testing.T, docker func(ctx context.Context, args ...string) *ex
 // What docker events tells through one server of what is done through another is what dockerd tells; and it is told later, by a server that was
 // started after that, as well, but for what pods told that are gone.
 func TestVMEvents(t *testing.T) {
-	h := openHost(t)
+	h := openBeside(t)
 	other := h.second()
 	begin := time.Now()
 	told := eventsOf(t, func(ctx context.Context, args ...string) *exec.Cmd {
