@@ -108,15 +108,21 @@ type Settings struct {
 	CapAdd      []string          `json:"capAdd,omitempty"` // NET_ADMIN, or ALL
 	CapDrop     []string          `json:"capDrop,omitempty"`
 	NoNewPrivs  bool              `json:"noNewPrivileges,omitempty"`
-	Ulimits     []Ulimit          `json:"ulimits,omitempty"`
-	Sysctls     map[string]string `json:"sysctls,omitempty"`
-	Tmpfs       map[string]string `json:"tmpfs,omitempty"`   // path → mount options, as docker's --tmpfs
-	ShmSize     Bytes             `json:"shmSize,omitempty"` // of /dev/shm; default 64 MiB
-	Devices     []string          `json:"devices,omitempty"` // of the guest: /dev/net/tun, /dev/fuse, all
-	Resources   Limits            `json:"resources,omitzero"`
-	Mounts      []Mount           `json:"mounts,omitempty"`
-	Lifecycle   Lifecycle         `json:"lifecycle,omitzero"`
-	Logs        Logs              `json:"logs,omitzero"`
+	// MaskedPaths are hidden from the container, and ReadonlyPaths write-protected; nil: docker's lists of what is in /proc and /sys, or none with Privileged.
+	MaskedPaths   *[]string `json:"maskedPaths,omitempty"`
+	ReadonlyPaths *[]string `json:"readonlyPaths,omitempty"`
+	// WritableCgroups lets the container have cgroups of its own below /sys/fs/cgroup.
+	WritableCgroups bool `json:"writableCgroups,omitempty"`
+
+	Ulimits   []Ulimit          `json:"ulimits,omitempty"`
+	Sysctls   map[string]string `json:"sysctls,omitempty"`
+	Tmpfs     map[string]string `json:"tmpfs,omitempty"`   // path → mount options, as docker's --tmpfs
+	ShmSize   Bytes             `json:"shmSize,omitempty"` // of /dev/shm; default 64 MiB
+	Devices   []string          `json:"devices,omitempty"` // of the guest: /dev/net/tun, /dev/fuse, all
+	Resources Limits            `json:"resources,omitzero"`
+	Mounts    []Mount           `json:"mounts,omitempty"`
+	Lifecycle Lifecycle         `json:"lifecycle,omitzero"`
+	Logs      Logs              `json:"logs,omitzero"`
 }
 
 // Resources of a pod's VM.
@@ -144,6 +150,7 @@ type Boot struct {
 type Network struct {
 	Mode    string    `json:"mode,omitempty"`  // user (default), netns, none
 	Netns   string    `json:"netns,omitempty"` // path of the network namespace whose interface the guest takes over
+	MAC     string    `json:"mac,omitempty"`   // link-layer address of eth0: 02:00:00:12:34:56; default: the namespace's, or chosen
 	Publish []Publish `json:"publish,omitempty"`
 	// Upstreams are TCP ports of services at the network namespace's 127.0.0.1 that containers reach at theirs (netns mode only): a service mesh's
 	// proxy beside the pod listens there for each upstream of it.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"path"
 	"slices"
@@ -255,6 +256,8 @@ func (s *Settings) validate(v *validator, field string, volumes map[string]Volum
 	}
 	v.capabilities(join(field, "capAdd"), s.CapAdd)
 	v.capabilities(join(field, "capDrop"), s.CapDrop)
+	v.systemPaths(join(field, "maskedPaths"), s.MaskedPaths)
+	v.systemPaths(join(field, "readonlyPaths"), s.ReadonlyPaths)
 	v.ulimits(join(field, "ulimits"), s.Ulimits)
 	for name, value := range s.Sysctls {
 		at := entry(join(field, "sysctls"), name)
@@ -388,6 +391,18 @@ func (v *validator) capabilities(field string, all []string) {
 	}
 }
 
+func (v *validator) systemPaths(field string, all *[]string) {
+	if all == nil {
+		return
+	}
+	for i, p := range *all {
+		v.text(index(field, i), p)
+		if p == "/" || !clean(p) {
+			v.reject(index(field, i), "%q is no path of a container; write one such as /proc/keys", p)
+		}
+	}
+}
+
 // pod checks what Launch and Pod both say of the VM.
 func (v *validator) pod(r Resources, b Boot, n Network, s Scratch) {
 	if r.Memory != 0 && r.Memory < MinMemory {
@@ -438,6 +453,13 @@ func (n *Network) validate(v *validator) {
 			v.reject(join(at, "hostPort"), "%d is taken by network.publish[%d]; choose another", p.HostPort, other)
 		}
 		seen[place] = i
+	}
+	if n.MAC != "" {
+		if mac, err := net.ParseMAC(n.MAC); err != nil || len(mac) != 6 || mac[0]&1 != 0 || slices.Max(mac) == 0 {
+			v.reject("network.mac", "%q is no address of an interface; write one such as 02:00:00:12:34:56", n.MAC)
+		} else if n.Mode == "none" {
+			v.reject("network.mac", `is not possible in mode "none"; leave it out`)
+		}
 	}
 	if len(n.Upstreams) > 0 && n.Mode != "netns" {
 		v.reject("network.upstreams", `are services of a network namespace, in mode "netns" alone; leave them out`)

@@ -47,7 +47,7 @@ func TestJobsOfNomadjob(t *testing.T) {
 			if err := encoded.DecodeDriverConfig(&c); err != nil {
 				t.Fatal(err)
 			}
-			c.DiskID, c.Copied, c.NotCopied = "", nil, nil // tests of their own
+			c.DiskID, c.Copied, c.NotCopied, c.Subpaths = "", nil, nil, nil // tests of their own
 			nomads := aTask(task)
 			nomads.Resources.Ports = nil
 			if len(job.TaskGroups[0].Networks) > 0 {

@@ -243,6 +243,7 @@ func (b *builder) network() {
 			*own.into = own.list
 		}
 	}
+	n.MAC = b.config.MACAddress
 	for i, e := range b.config.ExtraHosts {
 		name, address, ok := strings.Cut(e, ":")
 		if !ok || name == "" || address == "" {
@@ -418,12 +419,18 @@ func (b *builder) newContainer(at, name string, cfg *containerConfig) *spec.PodC
 	c.Settings = spec.Settings{
 		Labels: cfg.Labels, GroupAdd: cfg.GroupAdd, TTY: cfg.TTY, OpenStdin: cfg.Interactive, StdinOnce: cfg.StdinOnce, Init: cfg.Init, ReadOnly: cfg.ReadonlyRootfs,
 		Privileged: cfg.Privileged, CapAdd: capabilities(cfg.CapAdd), CapDrop: capabilities(cfg.CapDrop), NoNewPrivs: cfg.NoNewPrivileges,
-		Sysctls: cfg.Sysctl, ShmSize: b.size(at+"shm_size", cfg.ShmSize), Devices: cfg.Devices,
+		WritableCgroups: cfg.WritableCgroups, Sysctls: cfg.Sysctl, ShmSize: b.size(at+"shm_size", cfg.ShmSize), Devices: cfg.Devices,
 		Resources: spec.Limits{
 			CPUs: b.fraction(at+"cpus", cfg.CPUs), Pids: b.integer(at+"pids_limit", cfg.PidsLimit, -1, math.MaxInt64),
 			CPUShares: uint64(b.integer(at+"cpu_shares", cfg.CPUShares, 0, math.MaxInt64)), OOMScoreAdj: int(b.integer(at+"oom_score_adj", cfg.OOMScoreAdj, -1000, 1000)),
 		},
 		Logs: spec.Logs{MaxSize: b.size(at+"log_size", cfg.LogSize)},
+	}
+	if cfg.MaskedPaths != nil {
+		c.MaskedPaths = &cfg.MaskedPaths
+	}
+	if cfg.ReadonlyPaths != nil {
+		c.ReadonlyPaths = &cfg.ReadonlyPaths
 	}
 	for i, t := range cfg.Tmpfs {
 		target, options, _ := strings.Cut(t, ":")
@@ -530,7 +537,8 @@ func (b *builder) taskMounts(c *spec.PodContainer) {
 		}
 		if direct != nil {
 			b.attach(c, m, target, direct)
-			c.Mounts[len(c.Mounts)-1].NoCopy = slices.Contains(b.config.NotCopied, target)
+			made := &c.Mounts[len(c.Mounts)-1]
+			made.NoCopy, made.Subpath = slices.Contains(b.config.NotCopied, target), b.config.Subpaths[target]
 			continue
 		}
 		kind, err := b.host.examine(m.HostPath)
@@ -545,9 +553,11 @@ func (b *builder) taskMounts(c *spec.PodContainer) {
 		name := b.unusedName(nameOf(strings.TrimPrefix(target, "/")))
 		fill := slices.Contains(b.config.Copied, target)
 		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: name, Directory: &spec.DirectoryVolume{Path: m.HostPath, ReadOnly: m.Readonly, Fill: fill}})
-		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly, NoCopy: !fill})
+		c.Mounts = append(c.Mounts, spec.Mount{Volume: name, Path: target, ReadOnly: m.Readonly, NoCopy: !fill, Subpath: b.config.Subpaths[target]})
 	}
-	for key, targets := range map[string][]string{"volume_copy": b.config.Copied, "volume_no_copy": b.config.NotCopied} {
+	for key, targets := range map[string][]string{
+		"volume_copy": b.config.Copied, "volume_no_copy": b.config.NotCopied, "volume_subpath": slices.Sorted(maps.Keys(b.config.Subpaths)),
+	} {
 		for _, target := range targets {
 			if !slices.ContainsFunc(b.task.Mounts, func(m *drivers.MountConfig) bool { return path.Join("/", m.TaskPath) == target }) {
 				b.wrong(key, "%s is no destination of a volume_mount", target)
@@ -567,7 +577,7 @@ func (b *builder) blockMount(at string, c *spec.PodContainer, m *drivers.MountCo
 		return
 	}
 	block := &spec.BlockVolume{Path: m.HostPath, FSType: found, ReadOnly: m.Readonly}
-	b.put(c, spec.Volume{Block: block}, spec.Mount{Path: target, Raw: strings.HasPrefix(target, "/dev/"), ReadOnly: m.Readonly})
+	b.put(c, spec.Volume{Block: block}, spec.Mount{Path: target, Raw: strings.HasPrefix(target, "/dev/"), ReadOnly: m.Readonly, Subpath: b.config.Subpaths[target]})
 }
 
 // put gives the volume a name, and the container the mount of it. A raw device is at the path where that is below /dev, else at /dev/volumes/NAME.
@@ -793,11 +803,11 @@ func translate(p *spec.Pod, err error) error {
 var (
 	containerFields = map[string]string{
 		"workingDir": "work_dir", "stopSignal": "stop_signal", "groupAdd": "group_add", "readOnly": "readonly_rootfs", "capAdd": "cap_add",
-		"capDrop": "cap_drop", "ulimits": "ulimit", "sysctls": "sysctl", "shmSize": "shm_size", "mounts": "mount",
+		"capDrop": "cap_drop", "ulimits": "ulimit", "sysctls": "sysctl", "maskedPaths": "masked_paths", "readonlyPaths": "readonly_paths", "shmSize": "shm_size", "mounts": "mount",
 	}
 	podFields = map[string]string{
 		"scratch.size": "disk", "resources.memory": "resources.memory", "resources.cpus": "resources.cpu",
 		"network.dns": "dns_servers", "network.dnsSearch": "dns_search_domains", "network.dnsOptions": "dns_options", "network.extraHosts": "extra_hosts",
-		"network.upstreams": "upstreams", "containers": "container",
+		"network.upstreams": "upstreams", "network.mac": "mac_address", "containers": "container",
 	}
 )

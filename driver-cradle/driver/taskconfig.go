@@ -23,6 +23,9 @@ var containerKeys = []key{
 	{name: "cap_add", kind: texts, doc: "Capabilities beyond docker's default set: net_admin, or all."},
 	{name: "cap_drop", kind: texts, doc: "Capabilities taken away."},
 	{name: "no_new_privileges", kind: boolean, def: "false", doc: "Programs gain nothing by being setuid."},
+	{name: "masked_paths", kind: texts, def: "docker's", doc: "What is hidden from it: [\"/proc/keys\"], or [] for nothing."},
+	{name: "readonly_paths", kind: texts, def: "docker's", doc: "What it can't write to: [\"/proc/sys\"], or [] for nothing."},
+	{name: "writable_cgroups", kind: boolean, def: "false", doc: "It may have cgroups of its own below /sys/fs/cgroup."},
 	{name: "readonly_rootfs", kind: boolean, def: "false", doc: "The image is read-only; what is mounted is not."},
 	{name: "tmpfs", kind: texts, doc: "Where to mount a file system in memory: /run, or /run:size=64m,mode=1777."},
 	{name: "shm_size", kind: text, def: "64MiB", doc: "Size of /dev/shm."},
@@ -78,6 +81,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "ports", kind: texts, doc: "Labels of the group's ports. In a group without network namespace (mode host) these are forwarded to the pod."},
 	{name: "host_ips", kind: freeText, doc: "Addresses of the host at which forwarded ports are there, by the ports' labels, in place of the one that Nomad has chosen: http = \"127.0.0.1\"."},
 	{name: "upstreams", kind: texts, doc: "TCP ports at 127.0.0.1 where other tasks of the group serve the pod's containers at theirs: [5432]. Those of connect blocks need not be named."},
+	{name: "mac_address", kind: text, def: "the group network's, or chosen", doc: "Link-layer address of the pod's interface: 02:00:00:12:34:56."},
 	{name: "extra_hosts", kind: texts, doc: "Lines of /etc/hosts: name:address."},
 	{name: "dns_servers", kind: texts, def: "the group network's, else the host's", doc: "Resolvers."},
 	{name: "dns_search_domains", kind: texts, def: "the group network's, else the host's", doc: "Domains that names are completed with."},
@@ -90,6 +94,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "disk_action", kind: text, def: "use", doc: "Instead of running an image: list writes a line of JSON for each kept disk that the namespace has on the node to the task's output; remove removes the disk that disk_id names, if there is one, for good."},
 	{name: "volume_copy", kind: texts, def: "those of direct attachments", doc: "Destinations of volume_mounts whose volume gets what the image has there while it is empty, as docker's volumes do: [\"/data\"]."},
 	{name: "volume_no_copy", kind: texts, doc: "Destinations of direct attachments that do not."},
+	{name: "volume_subpath", kind: freeText, doc: "By the destination of a volume_mount, the directory or file of the volume that is mounted there in place of all of it: { \"/data\" = \"site/pages\" }. Links in it don't lead out of the volume."},
 	{name: "variant", kind: text, def: "the boot package's", doc: "Boot package that is needed: default, stock. The plugin has one; another is refused."},
 	{name: "image_pull_timeout", kind: text, def: "the plugin's", doc: "Longest time for pulling all images of the task."},
 	{name: "force_pull", kind: boolean, def: "false", doc: "Ask the registry what the image's tag means now, though it is in the cache."},
@@ -127,6 +132,9 @@ type containerConfig struct {
 	CapAdd          []string           `codec:"cap_add"`
 	CapDrop         []string           `codec:"cap_drop"`
 	NoNewPrivileges bool               `codec:"no_new_privileges"`
+	MaskedPaths     []string           `codec:"masked_paths"`
+	ReadonlyPaths   []string           `codec:"readonly_paths"`
+	WritableCgroups bool               `codec:"writable_cgroups"`
 	ReadonlyRootfs  bool               `codec:"readonly_rootfs"`
 	Tmpfs           []string           `codec:"tmpfs"`
 	ShmSize         string             `codec:"shm_size"`
@@ -160,6 +168,7 @@ type taskConfig struct {
 	Ports       []string          `codec:"ports"`
 	HostIPs     map[string]string `codec:"host_ips"`
 	Upstreams   []string          `codec:"upstreams"`
+	MACAddress  string            `codec:"mac_address"`
 	ExtraHosts  []string          `codec:"extra_hosts"`
 	DNSServers  []string          `codec:"dns_servers"`
 	DNSSearch   []string          `codec:"dns_search_domains"`
@@ -168,6 +177,7 @@ type taskConfig struct {
 	EnvFile     string            `codec:"env_file"`
 	Copied      []string          `codec:"volume_copy"`
 	NotCopied   []string          `codec:"volume_no_copy"`
+	Subpaths    map[string]string `codec:"volume_subpath"`
 	VCPUs       string            `codec:"vcpus"`
 	Disk        string            `codec:"disk"`
 	DiskID      string            `codec:"disk_id"`

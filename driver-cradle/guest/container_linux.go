@@ -42,7 +42,9 @@ type Container struct {
 	state    State
 	attempts int // starts that came to something, be it an error
 	exits    int
-	command  *command // the running one
+	exitCode int       // of the newest exit
+	console  [2]uint16 // rows and columns of its terminal at the next start; zero: as the launch has it
+	command  *command  // the running one
 	execs    map[string]*Exec
 	health   *Health
 }
@@ -114,8 +116,14 @@ func (p *Pod) logSize(l spec.Logs) int64 {
 	return size
 }
 
-// Spec of the container. It is not to be changed.
-func (c *Container) Spec() spec.Container { return *c.spec }
+// Spec of the container, with the lifecycle that it has by now. It is not to be changed.
+func (c *Container) Spec() spec.Container {
+	c.pod.crew.mu.Lock()
+	defer c.pod.crew.mu.Unlock()
+	s := *c.spec
+	s.Lifecycle = c.unit.rule
+	return s
+}
 
 // Created is when the container first came to be on its scratch disk.
 func (c *Container) Created() time.Time { return c.created }
@@ -274,6 +282,7 @@ func (c *Container) finished(code int) outcome {
 		s.ExitCode, s.OOMKilled, s.FinishedAt = code, oom, now
 		c.command = nil
 		c.exits++
+		c.exitCode = code
 		c.unit.running = false
 	})
 	c.saveRecord()
@@ -554,12 +563,18 @@ func (c *Container) Awaiting(condition string) func(context.Context) (exitCode i
 	return func(ctx context.Context) (exitCode int, errmsg string, err error) {
 		err = c.await(ctx, func() (bool, error) {
 			exitCode, errmsg = c.state.ExitCode, c.state.Error
+			u := c.unit
+			// Whether that is its end for good is known: who waits asks next whether it runs again.
+			exited := c.exits > exits && (!u.active || u.restarting || c.command != nil)
+			if exited {
+				exitCode = c.exitCode
+			}
 			switch condition {
 			case "", WaitNotRunning:
-				return c.exits > exits || c.command == nil && !c.unit.restarting, nil
+				return exited || c.exits == exits && c.command == nil && !u.restarting, nil
 			case WaitNextExit:
 				// The end of a pod in which it does not start again is the last exit there will be.
-				return c.exits > exits || !c.unit.active && c.pod.crew.stopping, nil
+				return exited || !u.active && c.pod.crew.stopping, nil
 			case WaitRemoved:
 				return !c.unit.active, nil
 			}
@@ -567,6 +582,22 @@ func (c *Container) Awaiting(condition string) func(context.Context) (exitCode i
 		})
 		return exitCode, errmsg, err
 	}
+}
+
+// SetConsole sets the size that the container's terminal has from its next start on.
+func (c *Container) SetConsole(h, w uint16) {
+	c.pod.crew.mu.Lock()
+	defer c.pod.crew.mu.Unlock()
+	c.console = [2]uint16{h, w}
+}
+
+// SetRestart changes when the container starts again. MaxStarts counts all of its starts since somebody asked for one.
+func (c *Container) SetRestart(onSuccess, onFailure bool, maxStarts int) {
+	c.pod.crew.mu.Lock()
+	defer c.pod.crew.mu.Unlock()
+	rule := &c.unit.rule
+	rule.RestartOnSuccess, rule.RestartOnFailure, rule.MaxStarts = onSuccess, onFailure, maxStarts
+	c.pod.crew.change()
 }
 
 // Resize sets the size of the container's terminal.

@@ -59,7 +59,7 @@ func (p *Pod) takeStage(r stageRequest) (*stage, error) {
 	switch {
 	case r.first != nil:
 		kind = stageEnters
-	case r.config.Privileged:
+	case r.config.Privileged, r.config.Shield != nil:
 		kind = stagePrivileged
 	}
 	if r.first == nil && r.cgroup == containerCgroup(0) {

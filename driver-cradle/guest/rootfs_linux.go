@@ -44,7 +44,7 @@ func (c *Container) assemble() error {
 	}
 	// Before anything covers it: what the image has where volumes go.
 	for _, p := range points {
-		if p.volume == nil || !p.volume.copies() || p.mount.NoCopy || p.mount.ReadOnly || p.mount.Subpath != "" || p.volume.readOnly() {
+		if p.volume == nil || !p.volume.copies() || p.mount.NoCopy || p.mount.ReadOnly || p.volume.readOnly() {
 			continue
 		}
 		if err := c.fill(p); err != nil {
@@ -257,15 +257,25 @@ func (c *Container) makeWorkingDir() error {
 
 // fill copies the image's content into an empty volume.
 func (c *Container) fill(p point) error {
-	if p.volume.file {
-		return nil
+	file, err := p.volume.isFile(p.mount)
+	if err != nil || file {
+		return err
+	}
+	into := p.volume.path
+	if p.mount.Subpath != "" {
+		f, err := p.volume.part(p.mount)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		into = fdPath(f)
 	}
 	source, err := securejoin.SecureJoin(c.rootfs, p.path)
 	if err != nil {
 		return err
 	}
 	defer c.pod.filled()
-	return fillVolume(p.volume.path, source, p.volume.shared(), c.pod.filling(p.mount.Volume, 0))
+	return fillVolume(into, source, p.volume.shared(), c.pod.filling(p.mount.Volume, 0))
 }
 
 // layersSize is about how many bytes the image's content has.
@@ -395,11 +405,34 @@ func (c *Container) stageConfig() (stageConfig, error) {
 			readOnly = true
 		}
 	}
-	size := c.pod.Launch().ConsoleSize
+	c.pod.crew.mu.Lock()
+	size := c.console
+	c.pod.crew.mu.Unlock()
+	if size == [2]uint16{} {
+		size = c.pod.Launch().ConsoleSize
+	}
 	return stageConfig{
 		Rootfs: c.rootfs, Hostname: host, Domainname: s.Domainname, ReadOnly: readOnly, Init: s.Init, ShmSize: int64(shm), Sysctls: s.Sysctls,
 		Devices: s.Devices, Nodes: c.nodes, Mounts: c.late,
 		Args: slices.Concat(s.Entrypoint, s.Command), Env: containerEnv(s.Env, host, s.TTY), Cwd: s.WorkingDir, User: s.User, Groups: s.GroupAdd,
-		TTY: s.TTY, Rows: size[0], Cols: size[1], Caps: caps, Privileged: s.Privileged, NoNewPrivs: s.NoNewPrivs, Limits: limits, OOMScore: s.Resources.OOMScoreAdj,
+		TTY: s.TTY, Rows: size[0], Cols: size[1], Caps: caps, Privileged: s.Privileged, Shield: ownShield(s), NoNewPrivs: s.NoNewPrivs, Limits: limits, OOMScore: s.Resources.OOMScoreAdj,
 	}, nil
+}
+
+// ownShield is that of a container that asks for another one than docker's default; nil for the others.
+func ownShield(s *spec.Container) *shield {
+	if s.MaskedPaths == nil && s.ReadonlyPaths == nil && !s.WritableCgroups {
+		return nil
+	}
+	own := &shield{WritableSys: s.Privileged, WritableCgroups: s.WritableCgroups}
+	if !s.Privileged {
+		own.Masked, own.ReadOnly = maskedPaths, append(slices.Clone(readOnlyPaths), procSys)
+	}
+	if s.MaskedPaths != nil {
+		own.Masked = *s.MaskedPaths
+	}
+	if s.ReadonlyPaths != nil {
+		own.ReadOnly = *s.ReadonlyPaths
+	}
+	return own
 }

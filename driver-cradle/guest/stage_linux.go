@@ -40,9 +40,18 @@ type stageConfig struct {
 	Rows, Cols uint16   `json:",omitempty"`
 	Caps       capSet
 	Privileged bool     `json:",omitempty"`
+	Shield     *shield  `json:",omitempty"` // another one than the stage has made
 	NoNewPrivs bool     `json:",omitempty"`
 	Limits     []rlimit `json:",omitempty"`
 	OOMScore   int      `json:",omitempty"`
+}
+
+// A shield is what of /proc and /sys is hidden from a container, and write-protected.
+type shield struct {
+	Masked          []string `json:",omitempty"`
+	ReadOnly        []string `json:",omitempty"`
+	WritableSys     bool     `json:",omitempty"`
+	WritableCgroups bool     `json:",omitempty"`
 }
 
 // A lateMount is one below /dev, /proc or /sys: it comes after those.
@@ -229,12 +238,7 @@ func makeSystem(privileged bool) error {
 	if err := makeDevices(inside + "/dev"); err != nil || privileged {
 		return err
 	}
-	for _, path := range []string{"/sys/fs/cgroup", "/sys"} {
-		if err := mount("", inside+path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|lockedMount, ""); err != nil {
-			return err
-		}
-	}
-	return mask(inside)
+	return defaultShield.raise(inside)
 }
 
 // buildInside puts that into Rootfs with what the config adds, and makes Rootfs the root.
@@ -429,8 +433,12 @@ var (
 		"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats",
 		"/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
 	}
-	readOnlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger"} // and /proc/sys, after the sysctls
+	readOnlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger"} // and procSys, after the sysctls
+
+	defaultShield = shield{Masked: maskedPaths, ReadOnly: readOnlyPaths}
 )
+
+const procSys = "/proc/sys"
 
 // finishInside does what needs the container's own view: it is the root now.
 func finishInside(c *stageConfig, slave *os.File) error {
@@ -452,8 +460,13 @@ func finishInside(c *stageConfig, slave *os.File) error {
 			return fmt.Errorf("sysctl %s: %w", name, err)
 		}
 	}
-	if !c.Privileged {
-		if err := bind("/proc/sys", "/proc/sys", unix.MOUNT_ATTR_RDONLY); err != nil {
+	switch {
+	case c.Shield != nil:
+		if err := c.Shield.raise(""); err != nil {
+			return err
+		}
+	case !c.Privileged:
+		if err := bind(procSys, procSys, unix.MOUNT_ATTR_RDONLY); err != nil {
 			return err
 		}
 	}
@@ -481,9 +494,17 @@ func bindConsole(slave *os.File) error {
 	return bind(slave.Name(), "/dev/console", 0)
 }
 
-// mask hides and write-protects parts of the /proc and /sys below root.
-func mask(root string) error {
-	for _, p := range maskedPaths {
+// raise hides and write-protects what is below root.
+func (s *shield) raise(root string) error {
+	for _, path := range []string{"/sys/fs/cgroup", "/sys"} {
+		if s.WritableSys || s.WritableCgroups && path != "/sys" {
+			continue
+		}
+		if err := mount("", root+path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|lockedMount, ""); err != nil {
+			return err
+		}
+	}
+	for _, p := range s.Masked {
 		st, err := os.Stat(root + p)
 		if err != nil {
 			continue
@@ -497,7 +518,7 @@ func mask(root string) error {
 			return err
 		}
 	}
-	for _, p := range readOnlyPaths {
+	for _, p := range s.ReadOnly {
 		if !exists(root + p) {
 			continue
 		}

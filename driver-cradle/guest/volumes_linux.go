@@ -234,9 +234,9 @@ func (p *Pod) mountDirectory(v *volume) error {
 func bindVolume(v *volume, m spec.Mount, at mountPoint) error {
 	source := v.path
 	if m.Subpath != "" {
-		f, err := openBeneath(v.path, filepath.Join(".", m.Subpath))
+		f, err := v.part(m)
 		if err != nil {
-			return fmt.Errorf("subpath %s of volume %s: %w", m.Subpath, m.Volume, err)
+			return err
 		}
 		defer f.Close()
 		source = fdPath(f)
@@ -253,13 +253,28 @@ func (v *volume) isFile(m spec.Mount) (bool, error) {
 	if m.Subpath == "" {
 		return v.file, nil
 	}
-	f, err := openBeneath(v.path, filepath.Join(".", m.Subpath))
+	f, err := v.part(m)
 	if err != nil {
-		return false, fmt.Errorf("subpath %s of volume %s: %w", m.Subpath, m.Volume, err)
+		return false, err
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	return err == nil && !st.IsDir(), err
+}
+
+// part opens the part of a volume that a mount names, with docker's words for one that is not there or not inside (moby daemon/internal/safepath/errors.go).
+func (v *volume) part(m spec.Mount) (*os.File, error) {
+	f, err := openBeneath(v.path, filepath.Join(".", m.Subpath))
+	switch {
+	case errors.Is(err, unix.EXDEV):
+		err = fmt.Errorf("path concatenation escapes the base directory: %w", err)
+	case err != nil:
+		err = fmt.Errorf("cannot access path %w", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("subpath %s of volume %s: %w", m.Subpath, m.Volume, err)
+	}
+	return f, nil
 }
 
 // disk gives the LUN that the host attached a disk at.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -32,10 +33,11 @@ type Link struct {
 }
 
 // Take makes a tap in the network namespace at path and connects it with the pod's interface there. The guest gets to the namespace's
-// services at 127.0.0.1 whose ports are upstreams. Release removes what is left when the tap is gone.
-func Take(ctx context.Context, path string, upstreams []uint16) (l *Link, err error) {
+// services at 127.0.0.1 whose ports are upstreams. The interface gets the link-layer address mac, where that is not "". Release removes what is left when the tap
+// is gone.
+func Take(ctx context.Context, path, mac string, upstreams []uint16) (l *Link, err error) {
 	err = inNamespace(path, func() error {
-		l, err = take(upstreams)
+		l, err = take(mac, upstreams)
 		return err
 	})
 	if err == nil && ctx.Err() != nil {
@@ -105,7 +107,7 @@ func probe() (unshared, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("interface eth0: %w", err)
 	}
-	l, err := take(nil)
+	l, err := take("", nil)
 	if err != nil {
 		return nil, err
 	}
@@ -147,13 +149,18 @@ func inNamespace(path string, f func() error) error {
 	return <-done
 }
 
-func take(upstreams []uint16) (*Link, error) {
+func take(mac string, upstreams []uint16) (*Link, error) {
 	link, err := podInterface()
 	if err != nil {
 		return nil, err
 	}
 	if err := removeStale(link); err != nil {
 		return nil, err
+	}
+	if mac != "" {
+		if link, err = readdress(link, mac); err != nil {
+			return nil, err
+		}
 	}
 	l := new(Link)
 	if l.Interface, err = describe(link); err != nil {
@@ -170,6 +177,21 @@ func take(upstreams []uint16) (*Link, error) {
 		return nil, errors.Join(err, disconnect(link), l.Tap.Close())
 	}
 	return l, nil
+}
+
+// readdress gives an interface another link-layer address.
+func readdress(link netlink.Link, mac string) (netlink.Link, error) {
+	address, err := net.ParseMAC(mac)
+	if err == nil {
+		err = netlink.LinkSetHardwareAddr(link, address)
+	}
+	if err == nil {
+		link, err = netlink.LinkByIndex(link.Attrs().Index)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("give the interface the address %s: %w", mac, err)
+	}
+	return link, nil
 }
 
 // podInterface is the namespace's interface towards the network: eth0, else the one with a default route, else the first that is up.

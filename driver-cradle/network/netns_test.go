@@ -110,7 +110,7 @@ func (l *lab) in(ns string, f func() error) {
 // take takes the pod's namespace over.
 func (l *lab) take(upstreams ...uint16) (*os.File, wire.Interface) {
 	l.t.Helper()
-	link, err := Take(l.t.Context(), l.pod, upstreams)
+	link, err := Take(l.t.Context(), l.pod, "", upstreams)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -271,7 +271,7 @@ func TestRootTake(t *testing.T) {
 			}
 		}
 	}
-	if _, err := Take(t.Context(), l.pod, nil); !errors.Is(err, ErrInUse) {
+	if _, err := Take(t.Context(), l.pod, "", nil); !errors.Is(err, ErrInUse) {
 		t.Errorf("taking a namespace over twice: %v", err)
 	}
 	if err := Release(l.pod); err != nil {
@@ -315,6 +315,29 @@ func TestRootTake(t *testing.T) {
 	}
 	if q := l.run("tc", "-n", ns, "qdisc", "show"); strings.Contains(q, "clsact") {
 		t.Errorf("qdisc left: %s", q)
+	}
+}
+
+// The interface has the link-layer address that is asked for, and the guest with it.
+func TestRootTakeAddress(t *testing.T) {
+	const mac = "02:32:1c:23:00:04"
+	l := newLab(t)
+	link, err := Take(t.Context(), l.pod, mac, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if link.Interface.MAC != mac {
+		t.Errorf("the guest is told the address %s", link.Interface.MAC)
+	}
+	defer l.plug(link.Tap, link.Interface)()
+	for _, address := range []string{"10.88.0.5", "fd88::5"} {
+		l.ip(l.host, "neigh flush dev br0")
+		if !l.answers(address) {
+			t.Errorf("no answer from the guest at %s", address)
+		}
+	}
+	if neighbors := l.ip(l.host, "neigh show dev br0"); !strings.Contains(neighbors, mac) {
+		t.Errorf("it is not known by %s:\n%s", mac, neighbors)
 	}
 }
 
@@ -460,13 +483,13 @@ func TestRootUnshared(t *testing.T) {
 	ns := strings.TrimPrefix(l.pod, "/run/netns/")
 	l.run("tc", "-n", ns, "qdisc", "add", "dev", "lo", "ingress") // of another kind than is needed, and there is room for one
 	before := l.settings()
-	if _, err := Take(t.Context(), l.pod, []uint16{1}); err == nil || !strings.Contains(err.Error(), "upstreams are out of reach") {
+	if _, err := Take(t.Context(), l.pod, "", []uint16{1}); err == nil || !strings.Contains(err.Error(), "upstreams are out of reach") {
 		t.Errorf("upstreams: %v", err)
 	}
 	if after := l.settings(); after != before {
 		t.Errorf("a Take that failed has changed the namespace:\n%s\n%s", before, after)
 	}
-	link, err := Take(t.Context(), l.pod, nil)
+	link, err := Take(t.Context(), l.pod, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -569,7 +592,7 @@ func TestRootTakeRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{file, "/proc/self/ns/mnt", "/nonexistent", l.guest} {
-		link, err := Take(t.Context(), path, nil)
+		link, err := Take(t.Context(), path, "", nil)
 		if err == nil {
 			link.Tap.Close()
 			t.Errorf("Take(%s) succeeds", path)
@@ -581,7 +604,7 @@ func TestRootTakeRefuses(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := Take(ctx, l.pod, nil); !errors.Is(err, context.Canceled) {
+	if _, err := Take(ctx, l.pod, "", nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("Take after the context's end: %v", err)
 	}
 	if links := l.ip(l.pod, "-o link"); strings.Contains(links, tapName) {

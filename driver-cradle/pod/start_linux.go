@@ -351,7 +351,7 @@ func connect(ctx context.Context, launch *spec.Launch, log *slog.Logger, c *vmm.
 	case "none":
 		c.Net.Mode = vmm.NetNone
 	case "netns":
-		l, err := network.Take(ctx, n.Netns, n.Upstreams)
+		l, err := network.Take(ctx, n.Netns, n.MAC, n.Upstreams)
 		if err != nil {
 			return err
 		}
@@ -362,6 +362,9 @@ func connect(ctx context.Context, launch *spec.Launch, log *slog.Logger, c *vmm.
 		w.Interfaces = []wire.Interface{l.Interface}
 	default:
 		i := userInterface(launch.ID)
+		if n.MAC != "" {
+			i.MAC = n.MAC
+		}
 		c.Net = vmm.Net{Mode: vmm.NetUser, Publish: n.Publish, MAC: i.MAC}
 		w.Interfaces = []wire.Interface{i}
 	}

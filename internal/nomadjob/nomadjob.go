@@ -304,6 +304,7 @@ type config struct {
 	Domainname string              `json:"domainname,omitempty"`
 	Ports      []string            `json:"ports,omitempty"`
 	HostIPs    []map[string]string `json:"host_ips,omitempty"`
+	MAC        string              `json:"mac_address,omitempty"`
 	ExtraHosts []string            `json:"extra_hosts,omitempty"`
 	DNS        []string            `json:"dns_servers,omitempty"`
 	DNSSearch  []string            `json:"dns_search_domains,omitempty"`
@@ -311,6 +312,7 @@ type config struct {
 	Variant    string              `json:"variant,omitempty"`
 	Copied     []string            `json:"volume_copy,omitempty"`
 	NotCopied  []string            `json:"volume_no_copy,omitempty"`
+	Subpaths   []map[string]string `json:"volume_subpath,omitempty"`
 	Containers []containers        `json:"container,omitempty"`
 
 	container
@@ -335,6 +337,9 @@ type container struct {
 	CapAdd      []string            `json:"cap_add,omitempty"`
 	CapDrop     []string            `json:"cap_drop,omitempty"`
 	NoNewPrivs  bool                `json:"no_new_privileges,omitempty"`
+	Masked      *[]string           `json:"masked_paths,omitempty"`
+	Protected   *[]string           `json:"readonly_paths,omitempty"`
+	Cgroups     bool                `json:"writable_cgroups,omitempty"`
 	ReadOnly    bool                `json:"readonly_rootfs,omitempty"`
 	Tmpfs       []string            `json:"tmpfs,omitempty"`
 	ShmSize     string              `json:"shm_size,omitempty"`
@@ -397,6 +402,7 @@ type builder struct {
 	volumes      map[string]*api.VolumeRequest
 	volumeMounts []*api.VolumeMount
 	copied, not  []string // destinations of volumes that get the image's content when they are empty, and of those that don't
+	subpaths     map[string]string
 	errs         []error
 }
 
@@ -408,7 +414,7 @@ func (b *builder) config() map[string]any {
 	p, n := b.pod, &b.pod.Network
 	c := config{
 		ID: b.options.PodID, Bare: b.options.Bare, DiskID: b.options.DiskID, VCPUs: p.Resources.CPUs, Hostname: p.Hostname,
-		DNS: n.DNS, DNSSearch: n.DNSSearch, DNSOptions: n.DNSOptions, Disk: size(p.Scratch.Size), Variant: b.options.Variant,
+		MAC: n.MAC, DNS: n.DNS, DNSSearch: n.DNSSearch, DNSOptions: n.DNSOptions, Disk: size(p.Scratch.Size), Variant: b.options.Variant,
 	}
 	if p.Boot != (spec.Boot{}) {
 		b.wrong("boot", "is the client's to say in its plugin's configuration")
@@ -479,7 +485,7 @@ func (b *builder) config() map[string]any {
 		made.Memory, made.StopSignal = size(from.Resources.Memory), from.StopSignal
 		c.Containers = append(c.Containers, containers{from.Name: made})
 	}
-	c.Copied, c.NotCopied = b.copied, b.not
+	c.Copied, c.NotCopied, c.Subpaths = b.copied, b.not, block(b.subpaths)
 	return asMap(c)
 }
 
@@ -519,7 +525,7 @@ func (b *builder) container(at string, p *spec.PodContainer) container {
 	c := container{
 		Image: p.Image, Entrypoint: p.Entrypoint, Args: p.Command, User: p.User, WorkDir: p.WorkingDir, GroupAdd: p.GroupAdd,
 		TTY: p.TTY, Interactive: p.OpenStdin, StdinOnce: p.StdinOnce, Init: p.Init, Labels: block(p.Labels), Privileged: p.Privileged,
-		CapAdd: p.CapAdd, CapDrop: p.CapDrop, NoNewPrivs: p.NoNewPrivs, ReadOnly: p.ReadOnly, Tmpfs: sorted(p.Tmpfs, ":"), ShmSize: size(p.ShmSize),
+		CapAdd: p.CapAdd, CapDrop: p.CapDrop, NoNewPrivs: p.NoNewPrivs, Masked: p.MaskedPaths, Protected: p.ReadonlyPaths, Cgroups: p.WritableCgroups, ReadOnly: p.ReadOnly, Tmpfs: sorted(p.Tmpfs, ":"), ShmSize: size(p.ShmSize),
 		Sysctl: block(p.Sysctls), Devices: p.Devices, Pids: p.Resources.Pids, CPUShares: p.Resources.CPUShares, CPUs: p.Resources.CPUs,
 		OOMScoreAdj: p.Resources.OOMScoreAdj, LogSize: size(p.Logs.MaxSize),
 	}
@@ -564,9 +570,6 @@ func (b *builder) mount(at string, m spec.Mount, c *container, own bool) {
 			b.wrong(at, "volumes of a class are the first container's: mount them there")
 			return
 		}
-		if m.Subpath != "" {
-			b.wrong(at+".subpath", "is not possible in a volume of class %s", v.Class)
-		}
 		b.claim(v)
 		target := m.Path
 		if m.Raw {
@@ -575,6 +578,12 @@ func (b *builder) mount(at string, m spec.Mount, c *container, own bool) {
 			b.not = append(b.not, target)
 		} else {
 			b.copied = append(b.copied, target)
+		}
+		if m.Subpath != "" {
+			if b.subpaths == nil {
+				b.subpaths = map[string]string{}
+			}
+			b.subpaths[target] = m.Subpath
 		}
 		b.volumeMounts = append(b.volumeMounts, &api.VolumeMount{Volume: ptr(v.Name), Destination: ptr(target), ReadOnly: ptr(m.ReadOnly), PropagationMode: ptr("private")})
 	case v.Scratch != nil:
@@ -825,7 +834,7 @@ func (r *reader) duration(s string) spec.Duration {
 func (r *reader) pod(name string, c *config) *spec.Pod {
 	r.p = &spec.Pod{
 		Name: name, Hostname: c.Hostname, Resources: spec.Resources{CPUs: c.VCPUs}, Scratch: spec.Scratch{Size: r.size(c.Disk)},
-		Network: spec.Network{DNS: c.DNS, DNSSearch: c.DNSSearch, DNSOptions: c.DNSOptions},
+		Network: spec.Network{MAC: c.MAC, DNS: c.DNS, DNSSearch: c.DNSSearch, DNSOptions: c.DNSOptions},
 	}
 	if res := r.task.Resources; res != nil && res.MemoryMB != nil {
 		r.p.Resources.Memory = spec.Bytes(*res.MemoryMB) << 20
@@ -859,6 +868,9 @@ func (r *reader) pod(name string, c *config) *spec.Pod {
 			mount.Path, mount.Raw = "", true
 		}
 		mount.NoCopy = slices.Contains(c.NotCopied, mount.Path)
+		for _, parts := range c.Subpaths {
+			mount.Subpath = parts[mount.Path]
+		}
 		own.Mounts = append(own.Mounts, mount)
 	}
 	r.p.Containers = []spec.PodContainer{own}
@@ -915,7 +927,7 @@ func (r *reader) container(name string, c *container) spec.PodContainer {
 	p := spec.PodContainer{Name: name, Image: c.Image, Entrypoint: c.Entrypoint, Command: c.Args, User: c.User, WorkingDir: c.WorkDir}
 	p.Settings = spec.Settings{
 		GroupAdd: c.GroupAdd, TTY: c.TTY, OpenStdin: c.Interactive, StdinOnce: c.StdinOnce, Init: c.Init, ReadOnly: c.ReadOnly, Privileged: c.Privileged,
-		CapAdd: c.CapAdd, CapDrop: c.CapDrop, NoNewPrivs: c.NoNewPrivs, Devices: c.Devices, ShmSize: r.size(c.ShmSize),
+		CapAdd: c.CapAdd, CapDrop: c.CapDrop, NoNewPrivs: c.NoNewPrivs, MaskedPaths: c.Masked, ReadonlyPaths: c.Protected, WritableCgroups: c.Cgroups, Devices: c.Devices, ShmSize: r.size(c.ShmSize),
 		Resources: spec.Limits{CPUs: c.CPUs, CPUShares: c.CPUShares, Pids: c.Pids, OOMScoreAdj: c.OOMScoreAdj}, Logs: spec.Logs{MaxSize: r.size(c.LogSize)},
 	}
 	for _, m := range c.Labels {

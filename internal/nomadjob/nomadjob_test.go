@@ -50,6 +50,7 @@ var examples = map[string]example{
 			Name: "web", Hostname: "web", Resources: spec.Resources{Memory: 300 << 20, CPUs: 2}, Scratch: spec.Scratch{Size: 20 << 30},
 			Network: spec.Network{
 				Publish:    []spec.Publish{{HostPort: 8080, Port: 80}, {Port: 53, Protocol: "udp"}, {HostIP: "127.0.0.1", HostPort: 8443, Port: 443}},
+				MAC:        "02:00:00:12:34:56",
 				DNS:        []string{"192.0.2.53"},
 				DNSSearch:  []string{"example.org"},
 				DNSOptions: []string{"ndots:2"},
@@ -62,11 +63,11 @@ var examples = map[string]example{
 				Settings: spec.Settings{
 					Domainname: "example.org", Labels: map[string]string{"team": "shop", "com.example/${x}": "%{y}"}, GroupAdd: []string{"audio", "1000"},
 					StopTimeout: ptr(spec.Duration(3 * time.Second)), TTY: true, OpenStdin: true, StdinOnce: true, Init: true, ReadOnly: true, Privileged: true,
-					CapAdd: []string{"NET_ADMIN"}, CapDrop: []string{"ALL"}, NoNewPrivs: true, Ulimits: []spec.Ulimit{{Name: "core"}, {Name: "nofile", Soft: 1024, Hard: -1}},
+					CapAdd: []string{"NET_ADMIN"}, CapDrop: []string{"ALL"}, NoNewPrivs: true, MaskedPaths: &[]string{}, ReadonlyPaths: list("/proc/sys"), WritableCgroups: true, Ulimits: []spec.Ulimit{{Name: "core"}, {Name: "nofile", Soft: 1024, Hard: -1}},
 					Sysctls: map[string]string{"net.core.somaxconn": "1024"}, Tmpfs: map[string]string{"/run": "", "/cache": "size=64m,mode=1777"}, ShmSize: 128 << 20,
 					Devices: []string{"/dev/fuse"}, Resources: spec.Limits{CPUs: 1.5, CPUShares: 512, Pids: 100, OOMScoreAdj: -5},
 					Mounts: []spec.Mount{
-						{Volume: "files", Path: "/files", ReadOnly: true},
+						{Volume: "files", Path: "/files", ReadOnly: true, Subpath: "a/b"},
 						{Volume: "cache", Path: "/var/cache"},
 						{Volume: "cache", Path: "/var/cache2", Subpath: "two", ReadOnly: true, NoCopy: true},
 						{Volume: "host", Path: "/host", ReadOnly: true},

@@ -162,8 +162,17 @@ func hostConfig(c *guest.Container, l *spec.Launch) *container.HostConfig {
 	if s.NoNewPrivs {
 		out.SecurityOpt = []string{"no-new-privileges"}
 	}
+	if s.WritableCgroups {
+		out.SecurityOpt = append(out.SecurityOpt, "writable-cgroups=true")
+	}
 	if !s.Privileged {
 		out.MaskedPaths, out.ReadonlyPaths = maskedPaths, readonlyPaths
+	}
+	if s.MaskedPaths != nil {
+		out.MaskedPaths = *s.MaskedPaths
+	}
+	if s.ReadonlyPaths != nil {
+		out.ReadonlyPaths = *s.ReadonlyPaths
 	}
 	for _, d := range l.Network.DNS {
 		if ip, err := netip.ParseAddr(d); err == nil {

@@ -23,7 +23,15 @@ func done(w http.ResponseWriter, err error) error {
 	return err
 }
 
+// start takes the size of the container's terminal as well, h and w: docker's API has it in the container's configuration.
 func (a *api) start(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
+	if dockerhttp.Parameter(r, "h") != "" {
+		rows, columns, err := size(r)
+		if err != nil {
+			return err
+		}
+		c.SetConsole(rows, columns)
+	}
 	return done(w, c.Start(r.Context()))
 }
 
@@ -155,7 +163,7 @@ func (a *api) resize(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	return nil
 }
 
-// update changes limits until the pod ends. The launch.json on the host is the record of what holds from then on.
+// update changes limits and when the container starts again, until the pod ends. The launch.json on the host is the record of what holds from then on.
 func (a *api) update(w http.ResponseWriter, r *http.Request, c *guest.Container) error {
 	var u container.UpdateConfig
 	if err := dockerhttp.Decode(w, r, &u); err != nil {
@@ -164,6 +172,17 @@ func (a *api) update(w http.ResponseWriter, r *http.Request, c *guest.Container)
 	settings, err := cgroupSettings(u)
 	if err != nil {
 		return err
+	}
+	if p := u.RestartPolicy; p.Name != "" {
+		if err := container.ValidateRestartPolicy(p); err != nil {
+			return dockerhttp.Invalid("%v", err)
+		}
+		maxStarts := 0
+		if p.MaximumRetryCount > 0 {
+			maxStarts = p.MaximumRetryCount + 1
+		}
+		always := p.IsAlways() || p.IsUnlessStopped()
+		c.SetRestart(always, always || p.IsOnFailure(), maxStarts)
 	}
 	for _, s := range settings {
 		if err := os.WriteFile(filepath.Join(c.Cgroup(), s[0]), []byte(s[1]), 0); err != nil {
@@ -185,8 +204,6 @@ func cgroupSettings(u container.UpdateConfig) (out [][2]string, err error) {
 		return strconv.FormatInt(n, 10)
 	}
 	switch {
-	case u.RestartPolicy.Name != "":
-		return nil, dockerhttp.NewError(http.StatusNotImplemented, "a pod's restart rules are those of its launch.json: change them there and run the pod again")
 	case u.BlkioWeight != 0 || u.CpusetCpus != "" || u.CpusetMems != "" || u.CPURealtimePeriod != 0 || u.CPURealtimeRuntime != 0:
 		return nil, dockerhttp.NewError(http.StatusNotImplemented, "inside a pod only memory, CPU time, CPU shares and the number of processes can be changed")
 	case u.NanoCPUs != 0 && (u.CPUPeriod != 0 || u.CPUQuota != 0):

@@ -60,7 +60,6 @@ func TestUpdateSettings(t *testing.T) {
 		{container.UpdateConfig{Resources: container.Resources{Memory: 1}}, "400"},
 		{container.UpdateConfig{Resources: container.Resources{NanoCPUs: 1e9, CPUQuota: 1000}}, "400"},
 		{container.UpdateConfig{Resources: container.Resources{CpusetCpus: "0"}}, "501"},
-		{container.UpdateConfig{RestartPolicy: container.RestartPolicy{Name: "always"}}, "501"},
 	} {
 		settings, err := cgroupSettings(tt.u)
 		var got []string
