@@ -145,6 +145,11 @@ func TestVMTerminals(t *testing.T) {
 		t.Errorf("resize of a container: %d", status)
 	}
 	h.want("44 99", "exec", "term", "sh", "-c", "stty size </proc/1/fd/0")
+	h.ask("POST", "/containers/create?name=sized", `{"Image": "busybox", "Tty": true, "Cmd": ["stty", "size"], "HostConfig": {"ConsoleSize": [20, 70]}}`, nil)
+	h.run("start", "sized")
+	h.want("0", "wait", "sized")
+	h.want("20 70", "logs", "sized")
+	h.run("rm", "sized")
 
 	h.run("pause", "term")
 	h.want("paused true true", "inspect", "-f", "{{.State.Status}} {{.State.Running}} {{.State.Paused}}", "term")
@@ -171,7 +176,8 @@ func TestVMEndings(t *testing.T) {
 	h := openBeside(t)
 	ends := h.run("run", "-d", "--restart", "always", "--name", "always", "busybox", "sh", "-c", "echo again; sleep 1")
 	h.run("run", "-d", "--name", "hungry", "--memory", "64m", "busybox", "sh", "-c", "tail /dev/zero")
-	h.run("run", "-d", "--name", "policy", "busybox", "sleep", "1000")
+	h.run("run", "-d", "--name", "policy", "--restart", "on-failure:1", "busybox", "sh", "-c", "while ! test -e /go; do sleep 0.1; done; exit 3")
+	h.run("run", "-d", "--name", "trap", "busybox", "sh", "-c", "trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done")
 	h.want("137", "wait", "hungry")
 	h.want("exited 137 true", "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}", "hungry")
 	h.until("two more runs", func() bool {
@@ -181,11 +187,21 @@ func TestVMEndings(t *testing.T) {
 	h.run("stop", "-t", "1", "always")
 	h.want("exited", "inspect", "-f", "{{.State.Status}}", "always")
 	h.want("", "ps", "-q", "--filter", "id="+ends)
-	h.wantError(1, "restart policy of a container that runs can't be changed", "update", "--restart", "always", "policy")
-	h.run("kill", "policy")
-	h.run("update", "--restart", "on-failure:1", "policy")
-	h.want("on-failure 1", "inspect", "-f", "{{.HostConfig.RestartPolicy.Name}} {{.HostConfig.RestartPolicy.MaximumRetryCount}}", "policy")
-	h.run("rm", "always", "hungry", "policy")
+	h.run("update", "--restart", "on-failure:2", "policy")
+	h.run("exec", "policy", "touch", "/go")
+	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "policy") == "exited" })
+	h.want("3 2 on-failure 2", "inspect", "-f", "{{.State.ExitCode}} {{.RestartCount}} {{.HostConfig.RestartPolicy.Name}} {{.HostConfig.RestartPolicy.MaximumRetryCount}}", "policy")
+	// docker restart is an end for who waits for one.
+	h.until("the trap", func() bool { out, _ := h.try("", "logs", "trap"); return out == "ready\n" })
+	waiting := h.send("POST", "/containers/trap/wait", "")
+	defer waiting.Body.Close()
+	h.run("restart", "trap")
+	var end struct{ StatusCode int }
+	if err := json.NewDecoder(waiting.Body).Decode(&end); err != nil || end.StatusCode != 5 {
+		t.Errorf("who waits for a container that is restarted is told of %+v, %v", end, err)
+	}
+	h.want("true", "inspect", "-f", "{{.State.Running}}", "trap")
+	h.run("rm", "-f", "always", "hungry", "policy", "trap")
 }
 
 // Nomad forgets a stopped container's job and allocations. The container is there all the same, with everything of it.

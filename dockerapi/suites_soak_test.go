@@ -19,6 +19,9 @@ import (
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+
 	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -29,6 +32,7 @@ type suite struct {
 	name   string              // for tools/build.sh, and of its list in testdata/suites
 	env    []string            // of its programs
 	images map[string][]string // that it wants: names by the example image that they get
+	late   string              // nginx that begins some seconds after its container
 }
 
 // A suiteTest is a line of a list.
@@ -247,8 +251,26 @@ func (s *suite) host(t *testing.T) *host {
 		for _, name := range names[1:] {
 			h.run("tag", names[0], name)
 		}
+		if from == "nginx" && s.late != "" {
+			h.run("load", "-q", "-i", archive(t, s.late, late(t, img)))
+		}
 	}
 	return h
+}
+
+// late is an image whose command begins some seconds later.
+func late(t *testing.T, img v1.Image) v1.Image {
+	t.Helper()
+	c, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = c.DeepCopy()
+	c.Config.Entrypoint = append([]string{"sh", "-c", `sleep 5; exec "$0" "$@"`}, c.Config.Entrypoint...)
+	if img, err = mutate.ConfigFile(img, c); err != nil {
+		t.Fatal(err)
+	}
+	return img
 }
 
 // The tests of moby's list that take little time.
@@ -264,7 +286,9 @@ var testcontainers = suite{
 		"busybox": {"alpine:latest", "bash:5.2.26"},
 		"nginx":   {"nginx:latest", "nginx:alpine", "nginx:mainline"},
 		"redis":   {"redis:latest"},
+		"mariadb": {"mysql:8.0.36"},
 	},
+	late: "menedev/delayed-nginx:1.15.2",
 }
 
 func TestVMSoakMoby(t *testing.T) { moby.soak(t) }

@@ -3,8 +3,10 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/hashicorp/nomad/api"
@@ -49,6 +51,38 @@ func TestVMVolumes(t *testing.T) {
 	h.run("run", "-d", "--name", "from", "--volumes-from", "three:ro", "--entrypoint", "/bin/sh", "-v", "tools:/bin", "busybox", "-c", "sleep 1000")
 	h.want("told", "exec", "from", "cat", "/shared/file")
 	h.wantError(1, "", "exec", "from", "touch", "/shared/other")
+
+	// Parts of volumes, a shared one and a disk; nothing that is outside of them.
+	for volume, container := range map[string]string{"shared": "three", "data": "one"} {
+		h.run("exec", container, "sh", "-c", "cd /"+volume+"; mkdir site; echo page >site/index; ln -s / out")
+		if container == "one" {
+			h.run("stop", "one") // one container has it at a time
+		}
+		for subpath, want := range map[string]string{"site": "page\n", "out": "path concatenation escapes the base directory", "none": "cannot access path"} {
+			h.ask("POST", "/containers/create?name=part", `{"Image": "busybox", "Cmd": ["cat", "/site/index"], "HostConfig": {"Mounts": [
+				{"Type": "volume", "Source": "`+volume+`", "Target": "/site", "VolumeOptions": {"Subpath": "`+subpath+`"}}]}}`, nil)
+			if out, err := h.try("", "start", "-a", "part"); !strings.Contains(fmt.Sprint(out, err), want) {
+				t.Errorf("%s of volume %s: %q, %v; want %s", subpath, volume, out, err, want)
+			}
+			h.run("rm", "part")
+		}
+	}
+	h.run("start", "one")
+
+	// One without a name is there as long as its container.
+	h.run("create", "--name", "nameless", "-v", "/data", "busybox", "true")
+	nameless := h.run("inspect", "-f", "{{range .Mounts}}{{.Name}}{{end}}", "nameless")
+	h.want("local local "+nameless, "volume", "inspect", "-f", "{{.Driver}} {{.Scope}} {{.Name}}", nameless)
+	h.want(nameless, "volume", "ls", "-q", "--filter", "driver=local")
+	h.wantError(1, "volume is in use", "volume", "rm", nameless)
+	h.wantError(125, "give it a name there", "run", "-v", nameless+":/data", "busybox", "true")
+	h.run("rm", "-v", "nameless")
+	h.wantError(1, "no such volume", "volume", "inspect", nameless)
+	// One whose name nobody has chosen goes with docker volume prune, others stay.
+	chosen := h.run("volume", "create", "-d", "nfs")
+	if out := h.run("volume", "prune", "-f"); !strings.HasPrefix(out, "Deleted Volumes:\n"+chosen+"\n\n") {
+		t.Errorf("docker volume prune says %q, and not that it has removed %s alone", out, chosen)
+	}
 
 	// Another namespace has volumes of its own.
 	if _, err := h.c.API.Namespaces().Register(&api.Namespace{Name: "other"}, nil); err != nil {

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/moby/moby/api/types/container"
@@ -190,6 +191,9 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 			return err
 		}
 	}
+	if err := t.findLinked(ctx, request.HostConfig); err != nil {
+		return err
+	}
 	c, err := translate.Create(&request, id, image, rules)
 	if err != nil {
 		return err
@@ -226,6 +230,22 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	t.emitContainer(rec, events.ActionCreate, nil)
 	return dockerhttp.Answer(w, http.StatusCreated, container.CreateResponse{ID: id, Warnings: append([]string{}, c.Warnings...)})
+}
+
+// findLinked finds the containers that --link names: what there is not is said before that links are refused.
+func (t *tenant) findLinked(ctx context.Context, h *container.HostConfig) error {
+	if h == nil {
+		return nil
+	}
+	for _, link := range h.Links {
+		name, _, _ := strings.Cut(link, ":")
+		if _, err := t.find(ctx, name); isNotFound(err) {
+			return dockerhttp.Invalid("could not get container for %s: %v", name, err)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (s *Server) startContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
@@ -286,7 +306,7 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 		return err
 	}
 	t.awaitEnd(c, p)
-	t.emitKill(c, stopSignal(c.Config, q.Get("signal")), time.Now())
+	t.emitKill(c, stopSignal(c.Config, q.Get("signal")))
 	if err := p.call(ctx, http.MethodPost, inside("/stop"), q, nil, nil); err != nil && !t.over(c) {
 		return err
 	}
@@ -353,7 +373,7 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	ctx := context.WithoutCancel(r.Context())
 	p, err := t.running(c)
 	if err == nil {
-		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")), time.Now())
+		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
 		err = p.call(ctx, http.MethodPost, inside("/restart"), r.URL.Query(), nil, nil)
 	} else {
 		if err = t.start(ctx, c.ID); isNotModified(err) {
@@ -380,12 +400,16 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	}
 	ctx := context.WithoutCancel(r.Context())
 	t.awaitEnd(c, p)
-	at := time.Now()
+	signal := unix.SIGKILL
+	if text := dockerhttp.Parameter(r, "signal"); text != "" {
+		signal = signalOf(text, 0)
+	}
+	if signal != 0 { // else the pod refuses it
+		t.emitKill(c, signal)
+	}
 	if err := p.call(ctx, http.MethodPost, inside("/kill"), r.URL.Query(), nil, nil); err != nil {
 		return err
 	}
-	signal := signalOf(dockerhttp.Parameter(r, "signal"), unix.SIGKILL)
-	t.emitKill(c, signal, at)
 	if signal == unix.SIGKILL {
 		ctx, cancel := context.WithTimeout(ctx, killWait)
 		defer cancel()
@@ -408,6 +432,14 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	default:
 		return dockerhttp.Invalid("invalid condition: %q", condition)
 	}
+	ctx := r.Context()
+	// Its pod may start it again, by its policy or for docker restart: then the run goes on.
+	var exited io.ReadCloser
+	if p, err := t.running(c); err == nil && condition != container.WaitConditionRemoved {
+		if exited, err = p.nextExit(ctx); err != nil && ctx.Err() != nil {
+			return nil //nolint:nilerr // the client has gone
+		}
+	}
 	number := c.Run
 	if idle := c.Run == 0 || c.ended(); idle && condition == container.WaitConditionNextExit || c.Run == 0 && condition == container.WaitConditionRemoved {
 		number++
@@ -417,8 +449,15 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	if err := http.NewResponseController(w).Flush(); err != nil {
 		return nil //nolint:nilerr // the client has gone
 	}
-	ctx := r.Context()
 	var answer container.WaitResponse
+	if exited != nil {
+		defer exited.Close()
+		var end dockerhttp.Waited
+		if decodeOne(exited, &end) == nil && end.State != nil && end.State.Running {
+			_ = json.NewEncoder(w).Encode(end.WaitResponse)
+			return nil
+		}
+	}
 	last, err := t.awaitRun(ctx, c.ID, number)
 	if err == nil && condition == container.WaitConditionRemoved {
 		err = t.watch.until(ctx, func() (bool, error) {
@@ -446,6 +485,23 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	}
 	_ = json.NewEncoder(w).Encode(answer)
 	return nil
+}
+
+// nextExit asks the pod to tell of the container's next exit, and whether it starts it again. When it returns, that can't be missed.
+func (p *pod) nextExit(ctx context.Context) (io.ReadCloser, error) {
+	request, err := p.request(ctx, http.MethodPost, inside("/wait"), url.Values{"condition": {string(container.WaitConditionNextExit)}}, nil)
+	if err != nil {
+		return nil, err
+	}
+	answer, _, err := p.send(ctx, request)
+	if err != nil {
+		return nil, err
+	}
+	if answer.StatusCode != http.StatusOK {
+		defer answer.Body.Close()
+		return nil, refusal(answer)
+	}
+	return answer.Body, nil
 }
 
 // awaitRun is endOfRun, for a run that may not have begun.
@@ -623,12 +679,7 @@ func (s *Server) updateContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	ctx := r.Context()
 	if p, err := t.running(c); err == nil {
-		if u.RestartPolicy.Name != "" && u.RestartPolicy.Name != c.Host.RestartPolicy.Name {
-			return dockerhttp.Errorf(http.StatusConflict, "the restart policy of a container that runs can't be changed: stop it first")
-		}
-		live := u
-		live.RestartPolicy = container.RestartPolicy{}
-		if err := p.call(ctx, http.MethodPost, inside("/update"), nil, live, nil); err != nil {
+		if err := p.call(ctx, http.MethodPost, inside("/update"), nil, u, nil); err != nil {
 			return err
 		}
 	}

@@ -388,16 +388,14 @@ func (n *netRecord) event(action events.Action, more map[string]string) event {
 	return event{Message: events.Message{Type: events.NetworkEventType, Action: action, Actor: events.Actor{ID: n.ID, Attributes: all}}}
 }
 
-// emitKill tells of a signal that was sent at a time, by its number as docker does.
-func (t *tenant) emitKill(r *record, signal unix.Signal, at time.Time) {
-	kill := containerEvent(r, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(signal))})
-	kill.TimeNano = at.UnixNano()
-	t.emit(kill)
+// emitKill tells of a signal that is about to be sent, by its number as docker does: whoever hears first of the end that it brings tells of that.
+func (t *tenant) emitKill(r *record, signal unix.Signal) {
+	t.emitContainer(r, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(signal))})
 }
 
 // signalOf reads a signal's name or number; otherwise is what is meant where nothing is said.
 func signalOf(text string, otherwise unix.Signal) unix.Signal {
-	if n, err := strconv.Atoi(text); err == nil {
+	if n, err := strconv.Atoi(text); err == nil && n > 0 && n <= sigRTMax {
 		return unix.Signal(n)
 	}
 	name := strings.ToUpper(text)
@@ -407,8 +405,21 @@ func signalOf(text string, otherwise unix.Signal) unix.Signal {
 	if n := unix.SignalNum(name); n != 0 {
 		return n
 	}
+	for prefix, from := range map[string]int{"SIGRTMIN": sigRTMin, "SIGRTMAX": sigRTMax} {
+		if rest, ok := strings.CutPrefix(name, prefix); ok {
+			if n, err := strconv.Atoi(or(rest, "0")); err == nil && from+n >= sigRTMin && from+n <= sigRTMax {
+				return unix.Signal(from + n)
+			}
+		}
+	}
 	return otherwise
 }
+
+// Real-time signals as libc and docker count them (moby/sys/signal).
+const (
+	sigRTMin = 34
+	sigRTMax = 64
+)
 
 // stopSignal is the one that a container is stopped with.
 func stopSignal(c *container.Config, asked string) unix.Signal {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/events"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
@@ -278,5 +279,15 @@ func TestEventsRoute(t *testing.T) {
 	}
 	if got := next(some); got != "2" {
 		t.Errorf("of event 2 alone is told %s", got)
+	}
+}
+
+func TestSignals(t *testing.T) {
+	for text, want := range map[string]unix.Signal{
+		"": 1, "KILL": 9, "sigterm": 15, "28": 28, "RTMIN": 34, "SIGRTMIN+3": 37, "rtmax-1": 63, "0": 1, "65": 1, "RTMIN-1": 1, "RTMAX+1": 1, "ODD": 1,
+	} {
+		if got := signalOf(text, 1); got != want {
+			t.Errorf("%q is %d, want %d", text, got, want)
+		}
 	}
 }

@@ -353,6 +353,9 @@ func (s *Server) connectNetwork(w http.ResponseWriter, r *http.Request, t *tenan
 	if e == nil {
 		e = &network.EndpointSettings{}
 	}
+	if len(e.MacAddress) > 0 {
+		return dockerhttp.Invalid("the container has one interface for all of its networks, which is there already: docker create and run take --mac-address")
+	}
 	e.NetworkID = n.ID
 	return t.rewire(w, r, request.Container, n, events.ActionConnect, func(c *record) error {
 		switch {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
-	"time"
 
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/events"
@@ -69,12 +68,11 @@ func (t *tenant) killNow(ctx context.Context, r *record) error {
 		return nil //nolint:nilerr // it does not run
 	}
 	t.awaitEnd(r, p)
-	at := time.Now()
+	t.emitKill(r, unix.SIGKILL)
 	if err := p.call(ctx, http.MethodPost, inside("/kill"), nil, nil, nil); err != nil {
 		t.server.Log.Debug("kill a container before its removal", "container", r.ID, "error", err)
 		return nil // what does not answer, or has not begun, is Nomad's to end
 	}
-	t.emitKill(r, unix.SIGKILL, at)
 	ctx, cancel := context.WithTimeout(ctx, killWait)
 	defer cancel()
 	if err := t.watch.until(ctx, func() (bool, error) { return t.watch.state(r).phase != phaseRunning, nil }); err != nil && ctx.Err() == nil {

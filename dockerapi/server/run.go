@@ -472,7 +472,11 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 		t.awaitEnd(r, p)
 	}
 	defer t.starting.begin(r.ID)()
-	err := p.call(ctx, http.MethodPost, inside("/start"), nil, nil, nil)
+	var console url.Values
+	if size := r.Host.ConsoleSize; r.Config.Tty && size != [2]uint{} {
+		console = url.Values{"h": {strconv.FormatUint(uint64(size[0]), 10)}, "w": {strconv.FormatUint(uint64(size[1]), 10)}}
+	}
+	err := p.call(ctx, http.MethodPost, inside("/start"), console, nil, nil)
 	var docker dockerhttp.Error
 	if errors.As(err, &docker) && (docker.Status == http.StatusNotModified || docker.Status == http.StatusConflict) {
 		t.emitStart(r)

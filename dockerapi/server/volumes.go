@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -75,13 +77,37 @@ type volumeRecord struct {
 type namedVolume struct {
 	volumeRecord
 	capacity int64
+	users    []string // containers that have it, where all volumes are asked for
 }
 
 func (v *namedVolume) docker() volume.Volume {
+	scope := "global"
+	if v.Class == onDisk {
+		scope = "local"
+	}
 	return volume.Volume{
-		Name: v.Name, Driver: v.Class, Mountpoint: volumeSource(v.Name), CreatedAt: v.Created.UTC().Format(time.RFC3339), Scope: "global",
+		Name: v.Name, Driver: v.Class, Mountpoint: volumeSource(v.Name), CreatedAt: v.Created.UTC().Format(time.RFC3339), Scope: scope,
 		Labels: v.Labels, Options: v.Options,
 	}
+}
+
+const (
+	// onDisk is the driver of volumes without a name, which lie on their container's disk and go with it.
+	onDisk = "local"
+	// anonymousLabel is docker's, of volumes whose name nobody has chosen (moby daemon/volume/service).
+	anonymousLabel = "com.docker.volume.anonymous"
+)
+
+// anonymousOf are a container's volumes without a name, by those that docker inspect shows.
+func anonymousOf(c *record) (all []*namedVolume) {
+	for _, m := range mountPoints(c) {
+		if m.Type == mount.TypeVolume && m.Driver == onDisk {
+			all = append(all, &namedVolume{
+				volumeRecord: volumeRecord{Name: m.Name, Created: c.Created, Class: onDisk, Labels: map[string]string{anonymousLabel: ""}}, users: []string{c.ID},
+			})
+		}
+	}
+	return all
 }
 
 // volumeSource is where docker says that a volume is. Nobody finds it there: its node has it.
@@ -98,7 +124,7 @@ func (t *tenant) volume(ctx context.Context, name string) (*namedVolume, error) 
 	}
 	v, _, err := t.nomad.CSIVolumes().Info(name, t.query(ctx))
 	if isStatus(err, http.StatusNotFound) || err == nil && v.PluginID != t.server.VolumePlugin {
-		return nil, noVolume(name)
+		return t.anonymous(ctx, name)
 	}
 	if err != nil {
 		return nil, err
@@ -117,8 +143,31 @@ func (t *tenant) volume(ctx context.Context, name string) (*namedVolume, error) 
 	return n, nil
 }
 
+// anonymous finds a volume without a name, by the one that docker inspect shows.
+func (t *tenant) anonymous(ctx context.Context, name string) (*namedVolume, error) {
+	if len(name) != hex.EncodedLen(sha256.Size) {
+		return nil, noVolume(name)
+	}
+	containers, err := t.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range containers {
+		for _, v := range anonymousOf(c) {
+			if v.Name == name {
+				return v, nil
+			}
+		}
+	}
+	return nil, noVolume(name)
+}
+
 // volumes are all of the namespace.
 func (t *tenant) volumes(ctx context.Context) ([]*namedVolume, error) {
+	containers, err := t.list(ctx)
+	if err != nil {
+		return nil, err
+	}
 	all, _, err := t.nomad.CSIVolumes().List(t.query(ctx))
 	if err != nil {
 		return nil, err
@@ -141,6 +190,12 @@ func (t *tenant) volumes(ctx context.Context) ([]*namedVolume, error) {
 		return nil, err
 	}
 	found = slices.DeleteFunc(found, func(v *namedVolume) bool { return v == nil })
+	for _, v := range found {
+		v.users = usersOf(containers, v.Name)
+	}
+	for _, c := range containers {
+		found = append(found, anonymousOf(c)...)
+	}
 	slices.SortFunc(found, func(a, b *namedVolume) int { return strings.Compare(a.Name, b.Name) })
 	return found, nil
 }
@@ -148,13 +203,17 @@ func (t *tenant) volumes(ctx context.Context) ([]*namedVolume, error) {
 // createVolume makes a volume, or finds one of the same name, as docker does. zone is where it is made if its options do not say.
 func (t *tenant) createVolume(ctx context.Context, r *volume.CreateRequest, zone string) (*namedVolume, error) {
 	if r.Name == "" {
-		r.Name = newID()
+		r.Name, r.Labels = newID(), union(maps.Clone(r.Labels))
+		r.Labels[anonymousLabel] = ""
 	}
 	wanted, err := translate.CreateVolume(r, t.server.VolumeDriver)
 	if err != nil {
 		return nil, err
 	}
 	there, err := t.volume(ctx, r.Name)
+	if err == nil && there.Class == onDisk {
+		return nil, dockerhttp.Errorf(http.StatusConflict, "volume %s is on the disk of container %s: give it a name there (-v NAME:…), so that others can have it", r.Name, there.users[0][:12])
+	}
 	if err == nil && r.Driver != "" && r.Driver != "local" && r.Driver != there.Class {
 		return nil, dockerhttp.Errorf(http.StatusConflict, "create %s: conflict: volume name must be unique: it exists with driver %s", r.Name, there.Class)
 	}
@@ -207,30 +266,30 @@ func (t *tenant) notMade(ctx context.Context, path, name string, why error) erro
 	return dockerhttp.Errorf(http.StatusInternalServerError, "create %s: %s", name, strings.TrimSpace(text))
 }
 
-// usersOf are the containers that have a volume, by its name.
-func (t *tenant) usersOf(ctx context.Context) (map[string][]string, error) {
-	all, err := t.list(ctx)
-	if err != nil {
-		return nil, err
-	}
-	users := map[string][]string{}
-	for _, c := range all {
-		for _, name := range c.Volumes {
-			users[name] = append(users[name], c.ID)
+// usersOf are the containers that have a volume with a name.
+func usersOf(containers []*record, name string) (ids []string) {
+	for _, c := range containers {
+		if slices.Contains(c.Volumes, name) {
+			ids = append(ids, c.ID)
 		}
 	}
-	return users, nil
+	return ids
 }
 
 func (t *tenant) removeVolume(ctx context.Context, name string) error {
-	if _, err := t.volume(ctx, name); err != nil {
-		return err
-	}
-	users, err := t.usersOf(ctx)
+	v, err := t.volume(ctx, name)
 	if err != nil {
 		return err
 	}
-	if ids := users[name]; len(ids) > 0 {
+	ids := v.users
+	if v.Class != onDisk {
+		containers, err := t.list(ctx)
+		if err != nil {
+			return err
+		}
+		ids = usersOf(containers, name)
+	}
+	if len(ids) > 0 {
 		return dockerhttp.Errorf(http.StatusConflict, "remove %s: volume is in use - [%s]", name, strings.Join(ids, ", "))
 	}
 	return t.deleteVolume(ctx, name)
@@ -416,15 +475,9 @@ func (s *Server) listVolumes(w http.ResponseWriter, r *http.Request, t *tenant) 
 	if err != nil {
 		return err
 	}
-	users := map[string][]string{}
-	if dangling != nil {
-		if users, err = t.usersOf(r.Context()); err != nil {
-			return err
-		}
-	}
 	answer := volume.ListResponse{Volumes: []volume.Volume{}, Warnings: []string{}}
 	for _, v := range all {
-		if dangling != nil && *dangling != (len(users[v.Name]) == 0) ||
+		if dangling != nil && *dangling != (len(v.users) == 0) ||
 			!f.Any("driver", func(d string) bool { return d == v.Class }) || !f.Labels("label", v.Labels, false) ||
 			!f.Any("name", func(n string) bool { return strings.Contains(v.Name, n) }) {
 			continue
@@ -434,7 +487,7 @@ func (s *Server) listVolumes(w http.ResponseWriter, r *http.Request, t *tenant) 
 	return dockerhttp.Answer(w, http.StatusOK, answer)
 }
 
-// pruneVolumes removes volumes that no container has. Those without a name, which docker means where nothing else is said, go with their containers.
+// pruneVolumes removes volumes that no container has; those whose name nobody has chosen, where nothing else is said.
 func (s *Server) pruneVolumes(w http.ResponseWriter, r *http.Request, t *tenant) error {
 	f, err := dockerhttp.ParseFilters(r, "all", "label", "label!")
 	if err != nil {
@@ -445,27 +498,23 @@ func (s *Server) pruneVolumes(w http.ResponseWriter, r *http.Request, t *tenant)
 		return err
 	}
 	report := volume.PruneReport{VolumesDeleted: []string{}}
-	if named != nil && *named || versions.Version(r) < 42 { // before, docker pruned all
-		all, err := t.volumes(r.Context())
-		if err != nil {
+	every := named != nil && *named || versions.Version(r) < 42 // before, docker pruned all
+	all, err := t.volumes(r.Context())
+	if err != nil {
+		return err
+	}
+	for _, v := range all {
+		_, anonymous := v.Labels[anonymousLabel]
+		if len(v.users) > 0 || !every && !anonymous || !f.Labels("label", v.Labels, false) || !f.Labels("label!", v.Labels, true) {
+			continue
+		}
+		if err := t.deleteVolume(r.Context(), v.Name); isConflict409(err) {
+			continue // a job that is not docker's has it
+		} else if err != nil {
 			return err
 		}
-		users, err := t.usersOf(r.Context())
-		if err != nil {
-			return err
-		}
-		for _, v := range all {
-			if len(users[v.Name]) > 0 || !f.Labels("label", v.Labels, false) || !f.Labels("label!", v.Labels, true) {
-				continue
-			}
-			if err := t.deleteVolume(r.Context(), v.Name); isConflict409(err) {
-				continue // a job that is not docker's has it
-			} else if err != nil {
-				return err
-			}
-			report.VolumesDeleted = append(report.VolumesDeleted, v.Name)
-			report.SpaceReclaimed += uint64(v.capacity)
-		}
+		report.VolumesDeleted = append(report.VolumesDeleted, v.Name)
+		report.SpaceReclaimed += uint64(v.capacity)
 	}
 	t.emitPrune(events.VolumeEventType, report.SpaceReclaimed)
 	return dockerhttp.Answer(w, http.StatusOK, report)
@@ -482,14 +531,10 @@ func (t *tenant) volumeUsage(ctx context.Context) (*volume.DiskUsage, error) {
 	if err != nil {
 		return nil, err
 	}
-	users, err := t.usersOf(ctx)
-	if err != nil {
-		return nil, err
-	}
 	u := &volume.DiskUsage{TotalCount: int64(len(all)), Items: []volume.Volume{}}
 	for _, v := range all {
 		one := v.docker()
-		one.UsageData = &volume.UsageData{RefCount: int64(len(users[v.Name])), Size: v.capacity}
+		one.UsageData = &volume.UsageData{RefCount: int64(len(v.users)), Size: v.capacity}
 		u.Items = append(u.Items, one)
 		u.TotalSize += v.capacity
 		if one.UsageData.RefCount > 0 {

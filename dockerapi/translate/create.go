@@ -362,8 +362,6 @@ func (b *builder) refuse() error {
 		return dockerhttp.Invalid("unknown or invalid runtime name: %s", h.Runtime)
 	case h.Isolation != "" && !h.Isolation.IsDefault():
 		return dockerhttp.Invalid("invalid isolation %q: it is a microVM's always", h.Isolation)
-	case h.MaskedPaths != nil || h.ReadonlyPaths != nil:
-		return refused("--security-opt systempaths", "use --privileged, which gives the container all of its microVM")
 	case h.Umask != nil:
 		return refused("Umask", "not supported yet")
 	case b.config.NetworkDisabled:
@@ -505,6 +503,7 @@ func (b *builder) privileges() error {
 	own.Privileged, own.ReadOnly = h.Privileged, h.ReadonlyRootfs
 	own.CapAdd, own.CapDrop = capabilities(h.CapAdd), capabilities(h.CapDrop)
 	own.GroupAdd, own.Sysctls = h.GroupAdd, h.Sysctls
+	b.systemPaths()
 	for _, o := range h.SecurityOpt {
 		name, value, ok := strings.Cut(o, "=")
 		if !ok {
@@ -517,6 +516,14 @@ func (b *builder) privileges() error {
 				return dockerhttp.Invalid("invalid --security-opt 2: %q", o)
 			}
 			own.NoNewPrivs = on
+		case name == "writable-cgroups":
+			switch value {
+			case "", "true":
+				own.WritableCgroups = true
+			case "false":
+			default:
+				return dockerhttp.Invalid("invalid --security-opt 2: %q", o)
+			}
 		case (name == "seccomp" || name == "apparmor") && value == "unconfined", name == "label" && value == "disable", name == "seccomp" && value == "builtin":
 			// It is so: what confines the container is its microVM.
 		default:
@@ -531,6 +538,30 @@ func (b *builder) privileges() error {
 		own.Devices = append(own.Devices, inside)
 	}
 	return nil
+}
+
+// Docker's paths that a container sees nothing of, or can't write to (moby daemon/pkg/oci/defaults.go).
+var (
+	maskedPaths = []string{
+		"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats",
+		"/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+	}
+	readonlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
+)
+
+// systemPaths gives the pod the lists of docker run --security-opt systempaths=unconfined and its like; the defaults are the guest's own.
+func (b *builder) systemPaths() {
+	h, own := &b.host, b.own
+	if h.MaskedPaths != nil {
+		own.MaskedPaths = &h.MaskedPaths
+	} else if !h.Privileged {
+		h.MaskedPaths = maskedPaths
+	}
+	if h.ReadonlyPaths != nil {
+		own.ReadonlyPaths = &h.ReadonlyPaths
+	} else if !h.Privileged {
+		h.ReadonlyPaths = readonlyPaths
+	}
 }
 
 func capabilities(names []string) []string {
@@ -666,6 +697,12 @@ func (b *builder) endpoints() error {
 		}
 		if e == nil {
 			e = &network.EndpointSettings{}
+		}
+		if mac := e.MacAddress.String(); mac != "" {
+			if own := &b.pod.Network.MAC; *own != "" && *own != mac {
+				return dockerhttp.Invalid("a container has one interface for all of its networks, and one address of it: %s or %s", *own, mac)
+			}
+			b.pod.Network.MAC = mac
 		}
 		all[name] = e
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/http"
 	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -149,14 +150,20 @@ func (b *builder) mount(m mount.Mount) error {
 		if o := m.VolumeOptions; o != nil {
 			made.NoCopy, made.Subpath = o.NoCopy, o.Subpath
 		}
+		if made.Subpath != "" {
+			if !filepath.IsLocal(made.Subpath) {
+				return dockerhttp.Invalid("invalid mount config for type \"volume\": subpath must be a relative path within the volume")
+			}
+			if made.Subpath = path.Clean(made.Subpath); made.Subpath == "." {
+				made.Subpath = ""
+			}
+		}
 		switch {
 		case m.Source == "":
 			made.Volume = AnonymousVolume(made.Path)
 			b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: made.Volume, Scratch: &spec.ScratchVolume{}})
 		case !VolumeRule.MatchString(m.Source):
 			return dockerhttp.Invalid("create %s: %q includes invalid characters for a local volume name, only \"[a-zA-Z0-9][a-zA-Z0-9_.-]\" are allowed. If you intended to pass a host directory, use absolute path", m.Source, m.Source)
-		case made.Subpath != "":
-			return refused("volume-subpath", "not supported yet")
 		default:
 			made.Volume = m.Source
 			b.named(m)

@@ -64,8 +64,6 @@ func Endpoint(name string, e *network.EndpointSettings) error {
 		return refused("--ip", "the node chooses the address: use the container's name, or --network-alias")
 	}
 	switch {
-	case len(e.MacAddress) > 0:
-		return refused("--mac-address", "the node chooses the address")
 	case len(e.Links) > 0:
 		return refused("--link", "containers of a network find each other by name: use --network-alias for another one")
 	case len(e.DriverOpts) > 0:
