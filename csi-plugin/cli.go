@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/cold"
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
@@ -41,6 +43,8 @@ type cli struct {
 	nodeID   string
 	zone     string
 	metrics  string
+	filer    string
+	networks []string
 	verbose  bool
 	cold     coldFlags
 }
@@ -78,6 +82,8 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
 	f.StringVar(&c.nomad, "nomad", taskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
 	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
+	f.StringVar(&c.filer, "filer", "", "socket of the cradle-filer that serves file volumes to guests: "+api.Socket)
+	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
 		c.cold.add(f)
@@ -170,6 +176,18 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 			return err
 		}
 	}
+	var filer *api.Client
+	if c.filer != "" {
+		filer = &api.Client{Socket: c.filer}
+	}
+	var networks []netip.Prefix
+	for _, text := range c.networks {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return fmt.Errorf("--filer-network %s: it is no network such as 10.1.0.0/16", text)
+		}
+		networks = append(networks, p.Masked())
+	}
 	vault, err := c.cold.open()
 	if err != nil {
 		return err
@@ -207,7 +225,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	registry := prometheus.NewRegistry()
 	s := rpc.New(rpc.Config{
 		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: vault != nil, Owner: owner,
-		Version: version, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
+		Version: version, Filer: filer, Networks: networks, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)
 	if c.metrics != "" {

@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/nomad/api"
 	"github.com/spf13/cobra"
 
+	filer "github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/spec"
@@ -21,6 +22,7 @@ import (
 type doctor struct {
 	c     *cli
 	look  bool
+	filer string
 	found int
 }
 
@@ -38,6 +40,7 @@ Each thing is told on a line of its own. Nothing that is in use is touched.`,
 	}
 	f := cmd.Flags()
 	c.backendFlags(f)
+	f.StringVar(&d.filer, "filer", filer.Socket, "socket of the cradle-filer that serves volumes to guests")
 	f.BoolVar(&d.look, "look", false, "only say what there is to repair")
 	f.StringVar(&nomad, "nomad", "", "address of Nomad's API to compare with; its other settings are in NOMAD_TOKEN and so on")
 	f.StringVar(&plugin, "plugin", "cradle", "the plugin's id in Nomad")
@@ -66,7 +69,7 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 	if r, ok := b.(volume.Repairer); ok {
 		errs = append(errs, r.Repair(ctx, d.look, d.report))
 	}
-	errs = append(errs, b.Ready(ctx), d.records())
+	errs = append(errs, b.Ready(ctx), d.records(ctx))
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -77,7 +80,7 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 }
 
 // records removes those of direct attachments whose target is no mount any more.
-func (d *doctor) records() error {
+func (d *doctor) records(ctx context.Context) error {
 	entries, err := os.ReadDir(spec.DirectDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -104,10 +107,16 @@ func (d *doctor) records() error {
 		} else {
 			d.report(fmt.Sprintf("volume %s: the record of an attachment at %s, which has ended", r.Volume.Name, r.Target))
 		}
-		if !d.look {
-			if err := os.Remove(path); err != nil {
+		if d.look {
+			continue
+		}
+		if r != nil && r.Volume.NFS != nil {
+			if err := (filer.Client{Socket: d.filer}).Unpublish(ctx, strings.TrimSuffix(e.Name(), ".json")); err != nil {
 				return err
 			}
+		}
+		if err := os.Remove(path); err != nil {
+			return err
 		}
 	}
 	return nil

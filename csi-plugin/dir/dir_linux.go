@@ -245,7 +245,7 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 	}
 	defer lock.Close()
 	return b.create(p, r, mount.Minimum(r.FS), func(rec *record, h string, size int64) error {
-		if r.Direct {
+		if r.Direct && r.Block() {
 			rec.Content = volume.Guest
 		}
 		if size == 0 {
@@ -308,8 +308,8 @@ func (b *Backend) check(r *volume.Request) (*pool, error) {
 		return nil, volume.Invalid("parameter compression", "backend dir has none; leave it out, or use zfs")
 	case r.BlockSize != 0:
 		return nil, volume.Invalid("parameter volblocksize", "is for zfs; leave it out")
-	case r.Direct && !r.Block():
-		return nil, volume.Invalid("parameter attach", "backend dir has no server that a guest could mount a %s volume from; use attach=host, or class lv2", r.Class)
+	case r.Served() && r.Class != volume.NFS:
+		return nil, volume.Invalid("parameter attach", "backend dir has no server that a guest could mount a %s volume from; use attach=host, or class nfs", r.Class)
 	case r.Size < 0 || r.Limit < 0 || r.Limit > 0 && r.Limit < r.Size:
 		return nil, fmt.Errorf("volume %s: %w: at least %d and at most %d bytes", r.Name, volume.ErrRange, r.Size, r.Limit)
 	}
@@ -543,7 +543,7 @@ func (f *found) stage(ctx context.Context, use volume.Use, lock *os.File) (volum
 	switch {
 	case use.As != volume.AsFiles && !f.Block():
 		return volume.Source{}, volume.Invalid("volume", "class %s is of file volumes, which have no block device", f.Class)
-	case use.As == volume.AsGuest && !f.Direct, use.As != volume.AsGuest && f.Direct:
+	case f.Block() && (use.As == volume.AsGuest) != f.Direct:
 		return volume.Source{}, volume.Invalid("volume", "attach=direct is what guests attach themselves, and nothing else is")
 	case f.size == 0:
 		return volume.Source{Directory: f.path(dataDir)}, nil

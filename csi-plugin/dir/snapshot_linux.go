@@ -206,7 +206,7 @@ func (b *Backend) Clone(ctx context.Context, r volume.Request, hold volume.Hold)
 		return volume.Volume{}, err
 	}
 	return b.create(p, r, from.size, func(rec *record, h string, size int64) error {
-		if rec.Content = from.Content; r.Direct {
+		if rec.Content = from.Content; r.Direct && r.Block() {
 			rec.Content = volume.Guest
 		}
 		if _, err := from.copyTo(ctx, p, h, hold); err != nil || size == from.size {

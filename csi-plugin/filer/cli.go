@@ -69,7 +69,7 @@ func (c *cli) publishCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "publish VOLUME", Short: "let clients mount a volume, and say how", Args: cobra.ExactArgs(1),
 		Long: `Let the clients at some addresses mount a volume. What is printed has the path to mount, which holds a secret: whoever knows it and
-is at one of the addresses has the volume. cradle-csi does not do this for Nomad's volumes yet: pods of a job have them as directories of their host.`,
+is at one of the addresses has the volume. Nomad's volumes with attach=direct are published by cradle-csi.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p.Volume = args[0]
 			if p.ID == "" {

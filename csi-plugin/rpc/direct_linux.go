@@ -1,14 +1,11 @@
 package rpc
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -22,30 +19,16 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/unixhttp"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
 // publishDirect leaves a record for whoever runs the pod, and on the target a mount that fails everybody else.
 func (s *node) publishDirect(ctx context.Context, v volume.Volume, target string, w wish) error {
-	source, err := s.config.Backend.Stage(ctx, v.ID, volume.Use{As: volume.AsGuest})
-	if err != nil {
-		return err
-	}
-	d := spec.DirectAttachment{
-		Version: spec.DirectVersion, Target: target, Volume: source.Guest, Raw: w.block, Limits: v.Limits,
-		Control: filepath.Join(s.config.DirectDir, spec.DirectSocket(target)),
-	}
-	if b := d.Volume.Block; b != nil {
-		b.ReadOnly, b.Options = w.readOnly, strings.Join(w.flags, ",")
-	}
-	if n := d.Volume.NFS; n != nil {
-		n.ReadOnly = w.readOnly
-	}
-	if err := d.Validate(); err != nil {
-		return fmt.Errorf("volume %s: its record: %w", v.ID, err)
-	}
-	if err := s.only(v.ID, target); err != nil {
-		return err
+	if v.Block() {
+		if err := s.only(v.ID, target); err != nil {
+			return err
+		}
 	}
 	mounted, err := mount.Is(target)
 	if err != nil {
@@ -57,6 +40,23 @@ func (s *node) publishDirect(ctx context.Context, v volume.Volume, target string
 			return status.Errorf(codes.AlreadyExists, "%s: something else is mounted there", target)
 		}
 		return published(target, former.Volume.Name == v.ID, readOnly(former), w.readOnly)
+	}
+	d := spec.DirectAttachment{
+		Version: spec.DirectVersion, Target: target, Raw: w.block, Limits: v.Limits,
+		Control: filepath.Join(s.config.DirectDir, spec.DirectSocket(target)),
+	}
+	if v.Block() {
+		source, err := s.config.Backend.Stage(ctx, v.ID, volume.Use{As: volume.AsGuest})
+		if err != nil {
+			return err
+		}
+		d.Volume = source.Guest
+		d.Volume.Block.ReadOnly, d.Volume.Block.Options = w.readOnly, strings.Join(w.flags, ",")
+	} else if d.Volume, err = s.serve(ctx, v, target, w); err != nil {
+		return err
+	}
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("volume %s: its record: %w", v.ID, err)
 	}
 	if err := s.write(d); err != nil {
 		return err
@@ -177,60 +177,25 @@ func (s *Server) guestResize(ctx context.Context, target string, size int64) err
 	return err
 }
 
-// maxAnswer bounds what is read of a pod's answer.
-const maxAnswer = 64 << 10
-
 // guest calls the DirectControl API of the pod that has the volume at target.
 func (s *Server) guest(ctx context.Context, method, target, path string, in, out any) error {
-	socket := filepath.Join(s.config.DirectDir, spec.DirectSocket(target))
-	transport := &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}
-	var body io.Reader
-	if in != nil {
-		data, err := json.Marshal(in)
-		if err != nil {
-			return err
-		}
-		body = bytes.NewReader(data)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://pod"+path, body)
-	if err != nil {
-		return err
-	}
-	resp, err := transport.RoundTrip(req)
-	if errors.Is(err, fs.ErrNotExist) {
+	err := unixhttp.Call(ctx, filepath.Join(s.config.DirectDir, spec.DirectSocket(target)), method, path, in, out)
+	var refusal *unixhttp.Refusal
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return errNoGuest
-	}
-	if errors.Is(err, unix.ECONNREFUSED) { // the socket is there as long as the pod
+	case errors.Is(err, unix.ECONNREFUSED): // the socket is there as long as the pod
 		return fmt.Errorf("guest at %s: who answers for its pod is starting again: try again", target)
-	}
-	if err != nil {
-		return fmt.Errorf("guest at %s: %w", target, err)
-	}
-	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return fmt.Errorf("guest at %s: %w", target, err)
-	}
-	if resp.StatusCode == http.StatusNotFound {
+	case errors.As(err, &refusal) && refusal.Code == http.StatusNotFound:
 		return errNoGuest
-	}
-	if resp.StatusCode >= 300 {
+	case errors.As(err, &refusal):
 		var e spec.DirectError
-		if json.Unmarshal(data, &e) != nil || e.Message == "" {
-			e.Message = resp.Status
+		if json.Unmarshal(refusal.Body, &e) != nil || e.Message == "" {
+			e.Message = refusal.Error()
 		}
 		return fmt.Errorf("guest at %s: %s", target, e.Message)
-	}
-	if out == nil {
-		return nil
-	}
-	if err := json.Unmarshal(data, out); err != nil {
-		return fmt.Errorf("guest at %s: its answer: %w", target, err)
+	case err != nil:
+		return fmt.Errorf("guest at %s: %w", target, err)
 	}
 	return nil
 }

@@ -99,6 +99,9 @@ func (s *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	defer unlock()
+	if v.Served() { // by the filer, which stages it as soon as somebody is to see it
+		return &csi.NodeStageVolumeResponse{}, nil
+	}
 	source, err := s.config.Backend.Stage(ctx, v.ID, use(v, w, false))
 	if err != nil {
 		return nil, err
@@ -259,6 +262,9 @@ func (s *node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	if err := mount.Detach(target); err != nil {
 		return nil, err
 	}
+	if err := s.unserve(ctx, req.GetVolumeId(), target); err != nil {
+		return nil, err
+	}
 	if err := s.forget(target); err != nil {
 		return nil, err
 	}
@@ -284,6 +290,8 @@ func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	switch {
 	case fi.Mode().Type() == fs.ModeDevice:
 		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{bytes(v.Size, 0, 0)}}, nil
+	case v.Served():
+		stats, err = s.filerStats(ctx, v.ID)
 	case v.Direct:
 		if stats, err = s.guestStats(ctx, path); errors.Is(err, errNoGuest) {
 			return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{bytes(v.Size, 0, 0)}}, nil
@@ -354,6 +362,8 @@ func (s *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 	at, err := mount.At(path)
 	switch {
 	case err != nil || at == nil:
+	case v.Served():
+		err = s.filerGrow(ctx, v.ID)
 	case v.Direct:
 		err = s.guestResize(ctx, path, v.Size)
 	case at.FSType == "ext4" || at.FSType == "xfs":

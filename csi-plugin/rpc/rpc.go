@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -47,7 +49,9 @@ type Config struct {
 	// Owner says which of the block volumes of a name on several hosts is the one to be used. Where it is nil, that is the one here.
 	Owner func(ctx context.Context, id string) (Owner, error)
 
-	DirectDir string // where records of directly attached volumes are: spec.DirectDir
+	Filer     *api.Client    // that serves file volumes to guests; nil for none
+	Networks  []netip.Prefix // of pods, besides this host's own addresses and bridges
+	DirectDir string         // where records of directly attached volumes are: spec.DirectDir
 	Log       *slog.Logger
 	Metrics   prometheus.Registerer // nil for none
 }

@@ -21,7 +21,7 @@ type Parameters struct {
 	Class       string        `json:"class"`
 	Pool        string        `json:"pool,omitempty"`
 	FS          string        `json:"fs,omitempty"`     // ext4, xfs; of a request, "" leaves it to the backend; of a volume, it is the storage's own
-	Direct      bool          `json:"direct,omitempty"` // the guest attaches it itself
+	Direct      bool          `json:"direct,omitempty"` // the guest attaches it itself: a block volume as a disk, a file volume from the filer
 	Compression string        `json:"compression,omitempty"`
 	BlockSize   spec.Bytes    `json:"volblocksize,omitempty"`
 	Limits      spec.IOLimits `json:"limits,omitzero"`
@@ -44,8 +44,8 @@ func ParseParameters(m map[string]string) (Parameters, error) {
 			return p, Invalid("parameter "+name, "%q %s", abbreviate(m[name]), problem)
 		}
 	}
-	if p.Limits != (spec.IOLimits{}) && !p.Direct {
-		return p, Invalid("parameter iops, bandwidth", "are kept by the guest's machine: set attach=direct, or leave them out")
+	if p.Limits != (spec.IOLimits{}) && !(p.Direct && p.Block()) {
+		return p, Invalid("parameter iops, bandwidth", "are kept by the guest's machine, of its disks: set attach=direct and class=lv2, or leave them out")
 	}
 	if p.Cold != (Retention{}) && !p.Block() {
 		return p, Invalid("parameter cold", "is for block volumes; set class=lv2, or leave it out")
@@ -111,6 +111,9 @@ func oneOf(into *string, value string, allowed ...string) string {
 	}
 	return ""
 }
+
+// Served says whether guests have the volume from the filer.
+func (p Parameters) Served() bool { return p.Direct && !p.Block() }
 
 // Map is the reverse of ParseParameters, without what has its default.
 func (p Parameters) Map() map[string]string {

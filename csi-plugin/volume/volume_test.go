@@ -57,7 +57,7 @@ func TestParseParametersErrors(t *testing.T) {
 		{"bandwidth", "-1", `parameter bandwidth: "-1" is no number of bytes`},
 		{"cold", "on", `parameter cold: "on" will not do`},
 		{"cold", "daily=7", `parameter cold: is for block volumes; set class=lv2`},
-		{"iops", "5", `parameter iops, bandwidth: are kept by the guest's machine: set attach=direct`},
+		{"iops", "5", `parameter iops, bandwidth: are kept by the guest's machine, of its disks: set attach=direct`},
 	} {
 		_, err := ParseParameters(map[string]string{c.name: c.value})
 		if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.want) {

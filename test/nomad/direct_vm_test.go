@@ -40,7 +40,7 @@ func startStorehouse(t *testing.T, agent string) *storehouse {
 	if s.image, err = programs.Image("busybox"); err != nil {
 		t.Fatal(err)
 	}
-	o := nomadtest.Options{Drivers: []string{"raw_exec"}, Agent: agent, Keep: []string{"volumes", "nomad/client/csi", "/run/cradle"}}
+	o := nomadtest.Options{Drivers: []string{"raw_exec"}, Agent: agent, Keep: []string{"volumes", "filer", "nomad/client/csi", "/run/cradle"}}
 	if err := o.Cradle(""); err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +223,7 @@ func (s *storehouse) example(name string) string {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(s.root, "bin/cradle-csi"),
+	return strings.NewReplacer("/usr/local/bin/", filepath.Join(s.root, "bin")+"/", "/var/lib/cradle/filer", filepath.Join(s.node.Dir, "filer"),
 		"/var/lib/cradle/volumes", filepath.Join(s.node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(s.node.Dir, "nomad")).Replace(string(text))
 }
 
@@ -316,7 +316,7 @@ func (s *storehouse) clear() {
 		s.t.Error(err)
 	}
 	for _, j := range jobs {
-		if j.ID != "cradle-csi" && j.Status != "dead" {
+		if j.ID != "cradle-csi" && j.ID != "cradle-filer" && j.Status != "dead" {
 			s.Stop(s.t, j.ID)
 		}
 	}

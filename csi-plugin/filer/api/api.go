@@ -10,12 +10,10 @@
 package api
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -23,6 +21,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/unixhttp"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -129,46 +128,21 @@ func (c Client) Status(ctx context.Context) (s Status, err error) {
 	return s, c.call(ctx, http.MethodGet, "/status", nil, &s)
 }
 
-// maxAnswer bounds what is read of an answer.
-const maxAnswer = 16 << 20
-
 func (c Client) call(ctx context.Context, method, path string, in, out any) error {
-	var body io.Reader
-	if in != nil {
-		data, err := json.Marshal(in)
-		if err != nil {
-			return err
-		}
-		body = bytes.NewReader(data)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://filer"+path, body)
-	if err != nil {
-		return err
-	}
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", c.Socket)
-	}}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return fmt.Errorf("%w: no filer answers at %s: %w; start cradle-filer", volume.ErrUnavailable, c.Socket, err)
-	}
-	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return fmt.Errorf("filer at %s: %w", c.Socket, err)
-	}
-	if resp.StatusCode >= 300 {
+	err := unixhttp.Call(ctx, c.Socket, method, path, in, out)
+	var refusal *unixhttp.Refusal
+	var unreached *net.OpError
+	switch {
+	case errors.As(err, &refusal):
 		var e Error
-		if json.Unmarshal(data, &e) != nil || e.Message == "" {
-			e.Message = resp.Status
+		if json.Unmarshal(refusal.Body, &e) != nil || e.Message == "" {
+			e.Message = refusal.Error()
 		}
 		return &remoteError{e.Message, kinds[e.Kind].is}
-	}
-	if out == nil {
-		return nil
-	}
-	if err := json.Unmarshal(data, out); err != nil {
-		return fmt.Errorf("filer at %s: its answer: %w", c.Socket, err)
+	case errors.As(err, &unreached) && unreached.Op == "dial":
+		return fmt.Errorf("%w: no filer answers at %s: %w; start cradle-filer", volume.ErrUnavailable, c.Socket, err)
+	case err != nil:
+		return fmt.Errorf("filer at %s: %w", c.Socket, err)
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ job "cradle-csi" {
 
       config {
         command = "/usr/local/bin/cradle-csi"
-        args    = ["monolith", "--pool", "/var/lib/cradle/volumes", "--node-id", "${node.unique.name}", "--zone", "${node.datacenter}"]
+        args    = ["monolith", "--pool", "/var/lib/cradle/volumes", "--filer", "/run/cradle/filer/api.sock", "--node-id", "${node.unique.name}", "--zone", "${node.datacenter}"]
       }
 
       csi_plugin {

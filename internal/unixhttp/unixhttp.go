@@ -1,0 +1,61 @@
+// Package unixhttp asks servers at unix sockets, in JSON. It imports nothing of the product.
+package unixhttp
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+)
+
+// A Refusal is an answer that is an error.
+type Refusal struct {
+	Code int    // of HTTP
+	Body []byte // as the server has sent it
+}
+
+func (r *Refusal) Error() string { return fmt.Sprintf("%d %s", r.Code, http.StatusText(r.Code)) }
+
+// maxAnswer bounds what is read of an answer.
+const maxAnswer = 16 << 20
+
+// Call asks once: in is what is sent and out what the answer is read into, nil for nothing. Errors wrap what connecting to the socket said, or a Refusal.
+func Call(ctx context.Context, socket, method, path string, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		data, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(data)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://unix"+path, body)
+	if err != nil {
+		return err
+	}
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode >= 300 {
+		return &Refusal{resp.StatusCode, data}
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(data, out); err != nil {
+		return fmt.Errorf("its answer: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,126 @@
+//go:build vm
+
+package nomad
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// shared is a job with the volume of that name. One without a network of its own has QEMU's.
+func (s *storehouse) shared(name, kind, network, access string, readOnly bool, script string) string {
+	return fmt.Sprintf(`
+job %q {
+  type = %q
+  group "g" {
+    %s
+    volume "v" {
+      type            = "csi"
+      source          = "shared"
+      attachment_mode = "file-system"
+      access_mode     = %q
+      read_only       = %t
+    }
+    task "main" {
+      driver = "cradle"
+      volume_mount {
+        volume      = "v"
+        destination = "/v"
+      }
+      config {
+        image   = "oci:%s"
+        command = "sh"
+        args    = ["-c", %q]
+      }
+      kill_timeout = "1s"
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+  }
+}`, name, kind, network, access, readOnly, s.image, script)
+}
+
+// TestVMFiler: two pods, in Nomad's bridge and in QEMU's network, have one volume from the filer, which is killed meanwhile and restarted by Nomad. The
+// volume grows and is copied under them; a third pod may only read. What each has written the others and this host see.
+func TestVMFiler(t *testing.T) {
+	s := startStorehouse(t, "")
+	s.Run(t, s.example("cradle-filer.nomad.hcl"))
+	s.eventually("a filer", func() bool {
+		_, err := os.Stat(s.node.Path("/run/cradle/filer/api.sock"))
+		return err == nil
+	})
+	// xfs, as some hosts take the capability to grow a mounted ext4 even from root.
+	xfs := []string{"mount_options {}", "mount_options {\n  fs_type = \"xfs\"\n}"}
+	s.volume("shared", append(xfs, `"64MiB"`, `"320MiB"`)...)
+
+	const writes = "n=0; while :; do n=$((n+1)); echo $n >>/v/%[1]s && sync /v/%[1]s || { echo failed; exit 1; }; echo $n; sleep 0.1; done"
+	const anyone, bridge = "multi-node-multi-writer", "network {\n mode = \"bridge\"\n}"
+	lines := map[string]string{} // of a job → its allocation
+	for name, network := range map[string]string{"bridged": bridge, "plain": ""} {
+		job := s.Run(t, s.shared(name, "service", network, anyone, false, fmt.Sprintf(writes, name)))
+		lines[name] = s.UntilRunning(t, job).ID
+	}
+	last := func(name string) int {
+		text := s.Logs(t, lines[name], "main", "stdout")
+		said := strings.Fields(text[:strings.LastIndexByte(text, '\n')+1])
+		if len(said) == 0 {
+			return 0
+		}
+		n, err := strconv.Atoi(said[len(said)-1])
+		if err != nil || n != len(said) {
+			t.Fatalf("%s says %q after %d lines", name, said[len(said)-1], len(said))
+		}
+		return n
+	}
+	goOn := func(after string) {
+		t.Helper()
+		for name := range lines {
+			from := last(name)
+			s.eventually(fmt.Sprintf("%s going on after %s", name, after), func() bool { return last(name) >= from+3 })
+		}
+	}
+	goOn("its start")
+
+	s.kill("cradle-filer")
+	goOn("the filer's end")
+
+	s.volume("shared", append(xfs, `"64MiB"`, `"448MiB"`)...)
+	s.CLI(t, "volume", "snapshot", "create", "shared", "running")
+	goOn("growth and a snapshot")
+	read := s.UntilEnded(t, s.Run(t, s.shared("reader", "batch", "", "multi-node-reader-only", true,
+		"grep -o ' /v nfs r[ow]' /proc/mounts; head -n 1 /v/bridged; head -n 1 /v/plain; touch /v/x 2>/dev/null || echo refused; df -P -m /v | tail -n 1 | while read dev size rest; do test $size -gt 350 && echo large; done")))
+	if out := s.Logs(t, read.ID, "main", "stdout"); out != " /v nfs ro\n1\n1\nrefused\nlarge\n" {
+		t.Errorf("the reader says %q", out)
+	}
+
+	target := filepath.Join(s.node.Dir, "volumes", "shared", "snapshots", "running")
+	if _, err := os.Stat(target); err != nil {
+		t.Errorf("the snapshot: %v", err)
+	}
+	files := s.node.Path("/run/cradle/filer/publications")
+	s.eventually("the end of the reader's publication", func() bool {
+		entries, err := os.ReadDir(files)
+		return err == nil && len(entries) == 2
+	})
+	for name := range lines {
+		s.Stop(t, name)
+	}
+	s.released("shared")
+	if entries, err := os.ReadDir(files); err != nil || len(entries) != 0 {
+		t.Errorf("without pods these publications are left: %v, %v", entries, err)
+	}
+	said := map[string]int{"bridged": last("bridged"), "plain": last("plain")}
+	back := s.UntilEnded(t, s.Run(t, s.shared("after", "batch", "", anyone, false, "wc -l </v/bridged; wc -l </v/plain")))
+	var bridged, plain int
+	if _, err := fmt.Sscan(s.Logs(t, back.ID, "main", "stdout"), &bridged, &plain); err != nil || bridged < said["bridged"] || plain < said["plain"] {
+		t.Errorf("%d and %d lines are in the volume, %v; %v were acknowledged", bridged, plain, err, said)
+	}
+	s.released("shared")
+	s.CLI(t, "volume", "snapshot", "delete", "cradle", "shared@running")
+}
