@@ -203,13 +203,13 @@ func TestVMContainers(t *testing.T) {
 // What is hidden from a container, and write-protected, is its own to choose.
 func TestVMShield(t *testing.T) {
 	var p podSpec
-	p.Containers = []spec.Container{settings(sh("c", "cat /proc/version; test -w /proc/sys/kernel/pid_max && echo writable; mkdir /sys/fs/cgroup/own && echo own; test -w /sys/kernel || echo not; echo x > /proc/uptime"), func(c *spec.Container) {
+	p.Containers = []spec.Container{settings(sh("c", "cat /proc/version; cat /proc/sys/kernel/pid_max > /proc/sys/kernel/pid_max && echo writable; mkdir /sys/fs/cgroup/own && echo own; grep -o ' /sys sysfs ro' /proc/mounts; echo x > /proc/uptime"), func(c *spec.Container) {
 		c.MaskedPaths, c.ReadonlyPaths, c.WritableCgroups = &[]string{"/proc/version"}, &[]string{"/proc/uptime"}, true
 	})}
 	m := boots(t, p)
 	m.ends()
 	stdout, stderr := m.logs("c")
-	if stdout != "writable\nown\nnot\n" || stderr != "sh: can't create /proc/uptime: Read-only file system\n" {
+	if stdout != "writable\nown\n /sys sysfs ro\n" || stderr != "sh: can't create /proc/uptime: Read-only file system\n" {
 		t.Errorf("%q, %q", stdout, stderr)
 	}
 }
