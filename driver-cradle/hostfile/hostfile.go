@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -39,4 +41,11 @@ func Replace(path string, data []byte) error {
 		os.Remove(f.Name())
 	}
 	return err
+}
+
+// Unlock gives back a lock of flock(2) and closes its file. To close it is not enough where this process starts others at the same time: until such a child
+// has become its program, it has the file as well.
+func Unlock(f *os.File) error {
+	err := unix.Flock(int(f.Fd()), unix.LOCK_UN)
+	return errors.Join(err, f.Close())
 }

@@ -199,7 +199,7 @@ func (d *Dir) Attendant() (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer f.Close()
+	defer hostfile.Unlock(f)
 	switch err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); {
 	case err == nil:
 		return 0, nil

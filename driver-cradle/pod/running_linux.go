@@ -83,7 +83,7 @@ func (d *Dir) TakeUp(ctx context.Context, o TakeUpOptions) (_ *Running, err erro
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			hostfile.Unlock(lock)
 		}
 	}()
 	info, _ := d.Machine() // there is none where the pod has not run
@@ -444,7 +444,7 @@ func (r *Running) Detach() error {
 // watch waits for the pod's end and brings everything home.
 func (r *Running) watch() {
 	defer close(r.done)
-	defer r.lock.Close()
+	defer hostfile.Unlock(r.lock)
 	status, err := r.awaitEnd()
 	close(r.over)
 	if errors.Is(err, errDetached) {

@@ -80,7 +80,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			hostfile.Unlock(lock)
 		}
 	}()
 	ctx, done := d.stoppable(ctx)

@@ -106,7 +106,7 @@ const killLimit = 30 * time.Second
 func (d *Dir) Kill(ctx context.Context) (*Report, error) {
 	lock, err := d.attend()
 	if err == nil {
-		defer lock.Close()
+		defer hostfile.Unlock(lock)
 		return d.killUnattended()
 	}
 	var attended *RunningError

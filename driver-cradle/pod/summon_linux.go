@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -242,7 +243,7 @@ func (d *Dir) Remove() error {
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer hostfile.Unlock(lock)
 	if err := d.awaitDying(context.Background()); err != nil {
 		return err
 	}

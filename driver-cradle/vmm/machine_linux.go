@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/wire"
 )
 
@@ -123,7 +124,7 @@ func (m *Machine) Close() error {
 	}
 	m.monitor.close()
 	m.console.close()
-	return errors.Join(m.root.Close(), m.lock.Close())
+	return errors.Join(m.root.Close(), hostfile.Unlock(m.lock))
 }
 
 // watch waits for QEMU's end and finds out about the reason.

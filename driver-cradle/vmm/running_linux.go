@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"time"
+
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 )
 
 // Running returns the process id of the machine of a run directory, ErrNotRunning where none lives. It does not take the machine up.
@@ -65,7 +67,7 @@ func EndIncomplete(runDir string) error {
 	if err != nil {
 		return err
 	}
-	lock.Close()
+	hostfile.Unlock(lock)
 	if err := Kill(runDir); !errors.Is(err, ErrNotRunning) {
 		return err
 	}
@@ -87,7 +89,7 @@ func (s *state) bury(dir string) error {
 		m.endDaemon()
 		m.sweep()
 	}
-	return errors.Join(m.root.Close(), m.lock.Close())
+	return errors.Join(m.root.Close(), hostfile.Unlock(m.lock))
 }
 
 // ReadInfo tells how the machine of a run directory was started, whoever attends to it.

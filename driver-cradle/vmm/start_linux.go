@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -44,7 +45,7 @@ func newMachine(c *Config, info Info) (_ *Machine, err error) {
 		return nil, fmt.Errorf("start machine: %w", err)
 	}
 	if err := m.clear(); err != nil {
-		return nil, errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), m.lock.Close())
+		return nil, errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), hostfile.Unlock(m.lock))
 	}
 	return m, nil
 }
@@ -241,7 +242,7 @@ func (m *Machine) launch(c *Config, q *qemu, r role, places []place) (err error)
 		if !started {
 			m.sweep()
 			m.template.release()
-			err = errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), m.lock.Close())
+			err = errors.Join(fmt.Errorf("start machine: %w", err), m.root.Close(), hostfile.Unlock(m.lock))
 		}
 	}()
 	khz, err := tscKHz()

@@ -47,7 +47,7 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, m.root.Close(), m.lock.Close())
+			err = errors.Join(err, m.root.Close(), hostfile.Unlock(m.lock))
 		}
 	}()
 	s, err := readState(dir) // again: the process that had the machine may have ended it just now
@@ -146,7 +146,7 @@ func sweepUnstarted(dir string) error {
 	if _, err := readState(dir); errors.Is(err, ErrNotRunning) {
 		removeRun(root)
 	}
-	return lock.Close()
+	return hostfile.Unlock(lock)
 }
 
 // endDaemon ends a virtiofs daemon that outlived its machine.
@@ -165,7 +165,7 @@ func (m *Machine) open() (err error) {
 		return err
 	}
 	if m.root, err = os.Open(m.dir); err != nil {
-		return errors.Join(err, m.lock.Close())
+		return errors.Join(err, hostfile.Unlock(m.lock))
 	}
 	return nil
 }

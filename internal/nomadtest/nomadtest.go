@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -113,6 +114,7 @@ func Start(t testing.TB, o Options) *Cluster {
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(c.Report())
+			c.keepLogs(t)
 		}
 		if err := c.Close(); err != nil {
 			t.Error(err)
@@ -248,6 +250,24 @@ func (c *Cluster) Report() string {
 		}
 	}
 	return b.String()
+}
+
+// keepLogs copies the agents' whole logs to where `go test -artifacts` keeps them.
+func (c *Cluster) keepLogs(t testing.TB) {
+	for _, n := range c.Nodes {
+		for _, name := range []string{agents.Consul, agents.Server, agents.Client} {
+			b, err := os.ReadFile(n.config.Log(name))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err == nil {
+				err = os.WriteFile(filepath.Join(t.ArtifactDir(), n.Name+"-"+name+".log"), b, 0o644)
+			}
+			if err != nil {
+				t.Log(err)
+			}
+		}
+	}
 }
 
 // reported are the bytes of a log that a failed test shows.

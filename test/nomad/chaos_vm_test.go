@@ -3,9 +3,12 @@
 package nomad
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -61,8 +64,9 @@ func chaos(t *testing.T, jobs, kills int) {
 		t.Fatal(err)
 	}
 	// What Nomad and CNI's plugins themselves leave where the client is killed in the middle of setting up an allocation's network or empty folders, or
-	// of taking them down; and the process for a task's logs that a client has started and was killed before it could note that.
-	o := nomadtest.Options{Tolerate: regexp.MustCompile(`^(firewall rule |file (/var/lib/cni/results|/run/cni/nomad|/run/netns)/|mount nsfs at /run/netns/|network interface veth|process \d+ of \d+: \S+/nomad logmon$|` +
+	// of taking them down; cgroups of a task whose removal Nomad tries again later, unless it is killed before; and the process for a task's logs that a
+	// client has started and was killed before it could note that.
+	o := nomadtest.Options{Tolerate: regexp.MustCompile(`^(cgroup /\w+//nomad/[0-9a-f-]{36}\.t$|firewall rule |file (/var/lib/cni/results|/run/cni/nomad|/run/netns)/|mount nsfs at /run/netns/|network interface veth|process \d+ of \d+: \S+/nomad logmon$|` +
 		`file nomad/alloc/[0-9a-f-]{36}(/(alloc|t)(/(data|logs|tmp|local|private|secrets))?)?$)`)}
 	if err := o.Cradle(`    gc {
       orphan_delay = "20s"
@@ -126,7 +130,9 @@ func chaos(t *testing.T, jobs, kills int) {
 
 	// Every job has come to rest, with one pod each that answers.
 	var alive []*api.AllocationListStub
-	c.Until(t, "one running allocation of each job", func(s *nomadtest.State) bool {
+	ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
+	defer cancel()
+	err = c.Wait(ctx, "one running allocation of each job", func(s *nomadtest.State) bool {
 		alive = alive[:0]
 		for i := range jobs {
 			before := len(alive)
@@ -145,6 +151,10 @@ func chaos(t *testing.T, jobs, kills int) {
 		}
 		return true
 	})
+	if err != nil {
+		tellGoroutines(t, n)
+		t.Fatal(err)
+	}
 	for _, a := range alive {
 		i := strings.TrimPrefix(a.JobID, "churn-")
 		var got string
@@ -182,6 +192,39 @@ func chaos(t *testing.T, jobs, kills int) {
 		for _, p := range all {
 			t.Logf("%d of %d: %s", p.PID, p.Parent, strings.Join(p.Args, " ")[:min(200, len(strings.Join(p.Args, " ")))])
 		}
+	}
+}
+
+// tellGoroutines ends plugins and client such that they say what each goroutine waits for: the client in its log, plugins here, as those that an earlier
+// client started have nobody who reads it.
+func tellGoroutines(t *testing.T, n *nomadtest.Node) {
+	client := n.ClientPID()
+	if client != 0 {
+		unix.Kill(client, unix.SIGSTOP) // it reads what its own plugins say
+	}
+	all, err := n.Processes()
+	if err != nil {
+		t.Error(err)
+	}
+	for _, p := range all {
+		if !isPlugin(n, p) {
+			continue
+		}
+		pipe, err := os.Open(fmt.Sprintf("/proc/%d/fd/2", p.PID))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		unix.Kill(p.PID, unix.SIGQUIT)
+		pipe.SetReadDeadline(time.Now().Add(5 * time.Second)) // what it has started may hold its end
+		b, err := io.ReadAll(pipe)
+		pipe.Close()
+		t.Logf("%d: %v\n%s", p.PID, err, b)
+	}
+	if client != 0 {
+		unix.Kill(client, unix.SIGQUIT)
+		unix.Kill(client, unix.SIGCONT)
+		time.Sleep(3 * time.Second)
 	}
 }
 
