@@ -125,6 +125,12 @@ func (n *Node) ClientPID() int {
 	return 0
 }
 
+// ClientLog is what the node's Nomad clients have logged, all of them.
+func (n *Node) ClientLog() (string, error) {
+	b, err := os.ReadFile(n.config.Log(agents.Client))
+	return string(b), err
+}
+
 // KillClient kills the node's Nomad client as kill -9 does: pods go on, and so do plugins. StartAgents takes all up again, but for
 // allocations with a network of their own that are younger than a minute: so long Nomad 1.11 has it in memory only, and fails them.
 func (n *Node) KillClient() error { return n.end(agents.Client, unix.SIGKILL) }
