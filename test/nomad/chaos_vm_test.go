@@ -64,11 +64,14 @@ func chaos(t *testing.T, jobs, kills int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What Nomad and CNI's plugins themselves leave where the client is killed in the middle of setting up an allocation's network or empty folders, or
-	// of taking them down; cgroups of a task whose removal Nomad tries again later, unless it is killed before; and the process for a task's logs that a
-	// client has started and was killed before it could note that.
-	o := nomadtest.Options{Tolerate: regexp.MustCompile(`^(cgroup /\w+//nomad/[0-9a-f-]{36}\.t$|firewall rule |file (/var/lib/cni/results|/run/cni/nomad|/run/netns)/|mount nsfs at /run/netns/|network interface veth|process \d+ of \d+: \S+/nomad logmon$|` +
-		`file nomad/alloc/[0-9a-f-]{36}(/(alloc|t)(/(data|logs|tmp|local|private|secrets))?)?$)`)}
+	// What Nomad and CNI's plugins themselves leave where the client is killed in the middle of setting up an allocation's network or of taking it down; folders
+	// of an allocation whose removal was interrupted, or which the client forgets as the driver ends while it takes the allocation up ("error running alloc");
+	// cgroups of a task whose removal Nomad tries again later, unless it is killed before; and the process for a task's logs that a client has started and
+	// was killed before it could note that.
+	const alloc = `nomad/alloc/[0-9a-f-]{36}`
+	o := nomadtest.Options{Tolerate: regexp.MustCompile(`^(firewall rule |file (/var/lib/cni/results|/run/cni/nomad|/run/netns)/|mount nsfs at /run/netns/|network interface veth|` +
+		`file ` + alloc + `(/(alloc|t)(/(data|logs|tmp|local|private|secrets)(/\.?t\.\w+\.\w+)?)?)?$|mount tmpfs at \S+/` + alloc + `/t/(private|secrets)$|` +
+		`cgroup /\w+//nomad/[0-9a-f-]{36}\.t$|process \d+ of \d+: \S+/nomad logmon$)`)}
 	if err := o.Cradle(`    gc {
       orphan_delay = "20s"
     }`); err != nil {
