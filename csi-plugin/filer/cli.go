@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -37,7 +39,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 func (c *cli) command() *cobra.Command {
 	root := command.Root("cradle-filer", "serve file volumes over NFS", version)
-	root.PersistentFlags().StringVar(&c.socket, "socket", api.Socket, "unix socket that the filer is controlled by")
+	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("CRADLE_FILER_SOCKET"), api.Socket), "unix socket that the filer is controlled by ($CRADLE_FILER_SOCKET)")
 	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(), c.statusCommand())
 	return root
 }

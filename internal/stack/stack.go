@@ -418,8 +418,8 @@ func (s *Stack) env() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	text := fmt.Sprintf("export NOMAD_ADDR=%s\nexport NOMAD_TOKEN=%s\nexport CONSUL_HTTP_ADDR=%s\nexport NOMAD_VAR_images=oci:%s\nexport PATH=%s:$PATH\n",
-		config.NomadAddr(), token, config.ConsulAddr(), filepath.Join(cache, "cradlestack", "images"), strings.Join(path, ":"))
+	text := fmt.Sprintf("export NOMAD_ADDR=%s\nexport NOMAD_TOKEN=%s\nexport CONSUL_HTTP_ADDR=%s\nexport CRADLE_FILER_SOCKET=%s\nexport NOMAD_VAR_images=oci:%s\nexport PATH=%s:$PATH\n",
+		config.NomadAddr(), token, config.ConsulAddr(), s.filerSocket(), filepath.Join(cache, "cradlestack", "images"), strings.Join(path, ":"))
 	if s.record.Docker != "" {
 		text += "export DOCKER_CONTEXT=" + dockerContext + "\n"
 	}
@@ -476,7 +476,7 @@ func (s *Stack) down(ctx context.Context) error {
 	if err := s.sweep(); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
-	errs = append(errs, s.removeContext(ctx))
+	errs = append(errs, os.RemoveAll(s.runDir()), s.removeContext(ctx))
 	s.record.Processes, s.record.Bridge = map[string]process{}, ""
 	return errors.Join(append(errs, s.save())...)
 }

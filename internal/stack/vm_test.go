@@ -140,6 +140,15 @@ job "page" {
 		t.Error(err)
 	}
 
+	filer := func() {
+		t.Helper()
+		text, err := command("", "bash", "-ec", env+"exec cradle-filer status")
+		if want := fmt.Sprintf(":%d", s.nfsPort()); err != nil || !strings.Contains(text, want) {
+			t.Errorf("the filer says %q, %v, and should serve at %s", text, err, want)
+		}
+	}
+	filer()
+
 	// Again: nothing happens. With another configuration: the client starts again, pods go on.
 	before := s.record.Processes
 	if s = up(t, dir); !maps.Equal(s.record.Processes, before) {
@@ -174,6 +183,7 @@ job "page" {
 	// What was running runs again.
 	s = up(t, dir)
 	page()
+	filer()
 	if got := docker("--context", dockerContext, "cp", "kept:/data/file", "-"); !strings.Contains(got, "here") {
 		t.Errorf("the volume has %q", got)
 	}
