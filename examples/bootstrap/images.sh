@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# images.sh OUT [consul|nomad|cradle-csi|cradle-dockerapi…]: make the signed images of a host's services in the folder OUT.
+# images.sh OUT [consul|nomad|cradle-csi|cradle-filer|cradle-dockerapi…]: make the signed images of a host's services in the folder OUT.
 #
 # Signs with the key of `bali id`. Takes our own programs and the boot package from ../../bin (make bootstrap-images makes
 # them), consul and nomad from PATH or builds them (tools/build.sh), and the rest from this host's Debian packages. Same
@@ -10,7 +10,7 @@ bin=$(cd "$here/../.." && pwd)/bin
 PATH=$bin:$PATH:/usr/sbin:/sbin
 out=$(mkdir -p "${1:?usage: images.sh OUT [NAME…]}" && cd "$1" && pwd)
 shift
-[ $# -gt 0 ] || set -- consul nomad cradle-csi cradle-dockerapi
+[ $# -gt 0 ] || set -- consul nomad cradle-csi cradle-filer cradle-dockerapi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 die() { echo "images.sh: $*" >&2; exit 1; }
@@ -32,6 +32,8 @@ cradle-csi() {
   for program in mkfs.ext4 resize2fs; do add e2fsprogs "$program"; done
   for program in mkfs.xfs xfs_growfs; do add xfsprogs "$program"; done
 }
+
+cradle-filer() { own cradle-filer; }
 
 cradle-dockerapi() { own cradle-dockerapi; }
 
@@ -72,8 +74,8 @@ for name; do
   echo 'root:x:0:0:root:/:/bin/false' >"$root/etc/passwd"
   echo 'root:x:0:' >"$root/etc/group"
   case $name in
-    consul | nomad | cradle-csi | cradle-dockerapi) "$name" ;;
-    *) die "$name is no service: consul, nomad, cradle-csi, cradle-dockerapi" ;;
+    consul | nomad | cradle-csi | cradle-filer | cradle-dockerapi) "$name" ;;
+    *) die "$name is no service: consul, nomad, cradle-csi, cradle-filer, cradle-dockerapi" ;;
   esac
   # notify: it tells systemd when it is ready
   cat >"$root/.bali/image.json" <<JSON

@@ -3,8 +3,8 @@
 . ./lib.sh
 
 healthy_plugin() { api plugin/csi/cradle | grep '"NodesHealthy":1'; }
-# machine: the process of the only pod's
-machine() { pidof qemu-system-x86_64; }
+# machine: the process of the only pod's; others of QEMU come and go, as it is asked for its version
+machine() { pgrep -of 'qemu-system-x86_64 -name'; }
 
 if [ ! -e /var/lib/second ]; then
   host 10.0.2.15 10.0.2.2
@@ -52,6 +52,12 @@ if [ ! -e /var/lib/second ]; then
       }'
   wait_for 900 "a pod has written to the volume" said keeper written
   wait_for 120 "the host sees what the pod has written" sh -c "grep -h kept /var/lib/nomad/client/csi/monolith/cradle/per-alloc/*/data/*/file"
+
+  # the filer serves what the plugin keeps
+  filer() { bali run -q --cache /var/cache/bali -v /run/cradle:/run/cradle /var/lib/bali/cradle-filer/current -- "$@"; }
+  filer status
+  ss -ltn | grep -q ':2049 ' || fail "nothing listens for NFS"
+  ok "the filer serves"
 
   # docker's client, with the registry of the server that the driver pulls from
   export DOCKER_HOST=unix:///run/cradle/docker.sock
@@ -128,6 +134,7 @@ else
   wait_for 300 "after a reboot the node is ready, with a healthy driver" ready 1
   wait_for 120 "consul is back" systemctl is-active consul
   wait_for 120 "the service from the cache is back" systemctl is-active hello
+  wait_for 300 "cradle-filer is back" systemctl is-active cradle-filer
   wait_for 300 "cradle-dockerapi is back" systemctl is-active cradle-dockerapi
   wait_for 300 "cradle-csi is back, from the cache" healthy_plugin
   ok "after the reboot all is there"

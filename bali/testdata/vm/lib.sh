@@ -1,7 +1,7 @@
 # lib.sh: what the machines' scripts share. Every step says "ok: …" or the script ends with the reason.
 set -eu
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/job BALI_TRUST=/etc/bali/trust SUFFIX=tar.zst
-mkfifo log
+[ -p log ] || mkfifo log # also at the second boot
 cat log &
 exec >log 2>&1 # a console is a terminal, where bali shows its progress
 trap '[ $? = 0 ] || journalctl --no-pager -n 150' EXIT
