@@ -52,7 +52,7 @@ bin/nomad version`, root, home, p.dir))
 	}
 	dir := nomad.Server().Dir
 	nomad.Run(t, strings.NewReplacer(`description = "URL or path of cradle-csi.tar.gz"`, fmt.Sprintf("default = %q", p.dir+"/images/cradle-csi.tar.zst"),
-		"/var/lib/nomad", filepath.Join(dir, "nomad"), "/var/lib/cradle", filepath.Join(dir, "cradle")).Replace(string(text)))
+		"/var/lib/nomad", filepath.Join(dir, "nomad"), "/var/lib/cradle", filepath.Join(dir, "cradle"), "/run/cradle", p.dir).Replace(string(text)))
 	for deadline := time.Now().Add(nomadtest.Patience); ; time.Sleep(time.Second) {
 		if plugin, _, err := nomad.API.CSIPlugins().Info("cradle", nil); err == nil && plugin.ControllersHealthy == 1 && plugin.NodesHealthy == 1 {
 			break

@@ -1,7 +1,7 @@
 #!/bin/sh
 # bootstrap.sh ROLES SOURCE KEYS ADDRESS [JOIN…]: make this bare host a member of the stack.
 #
-#   ROLES    of server, client, filer and dockerapi, with commas between them; all is the four of them, for a first host
+#   ROLES    of server, client and dockerapi, with commas between them; all is the three of them, for a first host
 #   SOURCE   URL or folder (a USB stick) with the images (images.sh)
 #   KEYS     folder with this node's keys (keys.sh); it can go away afterwards
 #   ADDRESS  this node's own address
@@ -20,9 +20,9 @@ cache=/var/cache/bali
 suffix=${SUFFIX:-tar.gz}
 join="$*"
 [ -n "$join" ] || join=$address
-[ "$roles" != all ] || roles=server,client,filer,dockerapi
+[ "$roles" != all ] || roles=server,client,dockerapi
 for role in $(echo "$roles" | tr , ' '); do
-  case $role in server|client|filer|dockerapi) ;; *) echo "bootstrap.sh: $role is no role: server, client, filer, dockerapi or all" >&2; exit 2 ;; esac
+  case $role in server|client|dockerapi) ;; *) echo "bootstrap.sh: $role is no role: server, client, dockerapi or all" >&2; exit 2 ;; esac
 done
 is() { case ,$roles, in *,$1,*) ;; *) return 1 ;; esac; }
 case $source in *://*) ;; *) source=$(cd "$source" && pwd) ;; esac
@@ -83,15 +83,14 @@ put nomad --host --after consul.service --state nomad --state cradle --state cni
   -e SSL_CERT_DIR=/run/credentials/nomad.service -- \
   agent -config=/etc/nomad -config=/run/credentials/nomad.service/secrets.hcl
 
-# cradle-csi is a job of Nomad's; a client has its image beforehand, and later without SOURCE
-if is client; then bali run -q --cache "$cache" "$source/cradle-csi.$suffix" -- version; fi
-
 # the sockets of the next two
 echo 'd /run/cradle 0755 root root' >/etc/tmpfiles.d/cradlestack.conf
 systemd-tmpfiles --create /etc/tmpfiles.d/cradlestack.conf
 
-if is filer; then
+# A client serves its file volumes to its pods. cradle-csi, which makes them, is a job of Nomad's; a client has its image beforehand, and later without SOURCE.
+if is client; then
   put cradle-filer --state cradle -v /run/cradle:/run/cradle --check 'test -S /run/cradle/filer/api.sock' -- serve --address "$address"
+  bali run -q --cache "$cache" "$source/cradle-csi.$suffix" -- version
 fi
 
 if is dockerapi; then

@@ -27,8 +27,8 @@ job "cradle-csi" {
       config {
         command = "/bin/bali"
         args = [
-          "run", "--cache", "/var/cache/bali", "-v", "/var/lib/nomad:/var/lib/nomad", "-v", "/var/lib/cradle:/var/lib/cradle", var.image, "--",
-          "monolith", "--pool", "/var/lib/cradle/volumes", "--node-id", "${node.unique.name}", "--zone", "${node.datacenter}",
+          "run", "--cache", "/var/cache/bali", "-v", "/var/lib/nomad:/var/lib/nomad", "-v", "/var/lib/cradle:/var/lib/cradle", "-v", "/run/cradle:/run/cradle", var.image, "--",
+          "monolith", "--pool", "/var/lib/cradle/volumes", "--filer", "/run/cradle/filer/api.sock", "--node-id", "${node.unique.name}", "--zone", "${node.datacenter}",
         ]
       }
 
