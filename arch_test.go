@@ -55,6 +55,8 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/api": {"spec", "csi-plugin/volume", "internal/unixhttp"},                                                          // of cradle-csi as well, which calls the filer
 	"csi-plugin/filer/nfs": {},                                                                                                          // exports, not volumes
 
+	"csi-plugin/filer/webdav": {}, // directories, not volumes
+
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},
 	"csi-plugin/volume": {"spec"},

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -78,6 +79,9 @@ func (o *object) stat() error { return unix.Fstat(o.fd, &o.st) }
 func (o object) kind() uint32 { return o.st.Mode & unix.S_IFMT }
 
 func (o object) isRoot() bool { return o.st.Ino == o.export.ino && o.st.Dev == o.export.dev }
+
+// hides says whether a name in a directory is none of the volume's.
+func (o object) hides(name string) bool { return o.isRoot() && slices.Contains(o.export.Hidden, name) }
 
 // object opens what the kernel calls so. Flags other than O_PATH open what is not a regular file or directory only to be refused by the caller,
 // who looks at its kind: devices don't open, the mount is nodev, and a FIFO does not wait.

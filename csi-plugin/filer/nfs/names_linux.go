@@ -54,9 +54,12 @@ func (x *exchange) place(handle []byte, name string) (object, status) {
 	if s != ok {
 		return o, s
 	}
-	if x.export.ReadOnly {
+	switch {
+	case x.export.ReadOnly:
 		s = errROFS
-	} else {
+	case o.hides(name):
+		s = errAcces
+	default:
 		s = checkNew(name)
 	}
 	if s != ok {
@@ -77,6 +80,9 @@ func lookup(x *exchange) status {
 	defer dir.close()
 	if s := checkName(name); s != ok {
 		return s
+	}
+	if dir.hides(name) {
+		return errNoEnt
 	}
 	o, err := x.child(dir, name)
 	if err != nil {
@@ -470,7 +476,7 @@ func (l *listing) fill() (full bool, err error) {
 			if name == ".." && l.dir.isRoot() {
 				ino = l.dir.st.Ino
 			}
-			if !l.add(ino, binary.NativeEndian.Uint64(b[8:]), name) {
+			if !l.dir.hides(name) && !l.add(ino, binary.NativeEndian.Uint64(b[8:]), name) {
 				return true, nil
 			}
 			b = b[length:]

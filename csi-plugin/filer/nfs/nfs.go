@@ -34,6 +34,7 @@ type Export struct {
 	Volume   string         // clients that see the same volume by several exports can tell by the file system's id
 	ReadOnly bool           // nothing is changed through it
 	Clients  []netip.Prefix // whose calls are answered; others learn nothing
+	Hidden   []string       // names in the root, of files that help to serve it otherwise: they are neither shown nor changed
 }
 
 // MaxPath is the length of the longest path that can be mounted (RFC 1813 §5.1.1, MNTPATHLEN).
