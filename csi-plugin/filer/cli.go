@@ -38,9 +38,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 func (c *cli) command() *cobra.Command {
-	root := command.Root("cradle-filer", "serve file volumes over NFS", version)
+	root := command.Root("cradle-filer", "serve file volumes over NFS and WebDAV", version)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("CRADLE_FILER_SOCKET"), api.Socket), "unix socket that the filer is controlled by ($CRADLE_FILER_SOCKET)")
-	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(), c.statusCommand())
+	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(),
+		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand())
 	return root
 }
 
@@ -173,7 +174,10 @@ func (c *cli) statusCommand() *cobra.Command {
 			return c.print(s, func(w io.Writer) {
 				fmt.Fprintf(w, "serving\tsince %s, for %s\n", s.Since.UTC().Format(time.RFC3339), time.Since(s.Since).Round(time.Second))
 				fmt.Fprintf(w, "address\t%s\n", s.Address)
-				fmt.Fprintf(w, "volumes\t%d, published %d times\n", s.Volumes, s.Publications)
+				if s.WebDAV != "" {
+					fmt.Fprintf(w, "webdav\t%s\n", s.WebDAV)
+				}
+				fmt.Fprintf(w, "volumes\t%d, published %d times, granted %d times\n", s.Volumes, s.Publications, s.Grants)
 				fmt.Fprintf(w, "version\t%s\n", s.Version)
 			})
 		},

@@ -18,12 +18,13 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// A filer serves the volumes of a backend that are published. What is published is in dir, which is gone after a reboot as the clients' mounts are:
+// A filer serves the volumes of a backend that are published or granted. What is published is in dir, which is gone after a reboot as the clients' mounts are:
 //
 //	publications/ID.json   a publication
 //	volumes/ID             the volume's files: a mount of their own
@@ -31,6 +32,9 @@ type filer struct {
 	backend volume.Backend
 	engine  nfs.Engine
 	dir     string
+	state   string         // with grants/ID.json, which outlast reboots
+	webdav  *webdav.Server // nil where that is not served
+	urls    urls
 	address string
 	log     *slog.Logger
 	since   time.Time
@@ -90,15 +94,49 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 
 // serve makes the volume's files appear, and exports them.
 func (f *filer) serve(ctx context.Context, p api.Publication) error {
-	source, err := f.backend.Stage(ctx, p.Volume, volume.Use{As: volume.AsFiles})
+	root, err := f.place(ctx, p.Volume)
 	if err != nil {
 		return err
 	}
-	root := f.root(p.Volume)
-	if err := mount.Place(ctx, source.Device, source.Directory, source.FSType, root, mount.Options{}); err != nil {
+	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden})
+}
+
+// place makes the volume's files appear.
+func (f *filer) place(ctx context.Context, id string) (root string, err error) {
+	source, err := f.backend.Stage(ctx, id, volume.Use{As: volume.AsFiles})
+	if err != nil {
+		return "", err
+	}
+	root = f.root(id)
+	return root, mount.Place(ctx, source.Device, source.Directory, source.FSType, root, mount.Options{})
+}
+
+// release undoes that where one publication or grant at most is for the volume: the one that ends.
+func (f *filer) release(ctx context.Context, id string) error {
+	users := 0
+	publications, err := f.all()
+	for _, p := range publications {
+		if p.Volume == id {
+			users++
+		}
+	}
+	grants, gerr := f.allGrants()
+	for _, g := range grants {
+		if g.Volume == id {
+			users++
+		}
+	}
+	if err := errors.Join(err, gerr); err != nil || users > 1 {
 		return err
 	}
-	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients})
+	root := f.root(id)
+	if err := mount.Unmount(root); err != nil {
+		return err
+	}
+	if err := os.Remove(root); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return f.backend.Unstage(ctx, id)
 }
 
 // unpublish ends a publication.
@@ -126,21 +164,8 @@ func (f *filer) end(ctx context.Context, p api.Publication) error {
 	if err := f.engine.Unexport(p.Export); err != nil {
 		return err
 	}
-	all, err := f.all()
-	if err != nil {
+	if err := f.release(ctx, p.Volume); err != nil {
 		return err
-	}
-	if !slices.ContainsFunc(all, func(o api.Publication) bool { return o.Volume == p.Volume && o.ID != p.ID }) {
-		root := f.root(p.Volume)
-		if err := mount.Unmount(root); err != nil {
-			return err
-		}
-		if err := os.Remove(root); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if err := f.backend.Unstage(ctx, p.Volume); err != nil {
-			return err
-		}
 	}
 	return os.Remove(f.record(p.ID))
 }
@@ -154,6 +179,13 @@ func (f *filer) restore(ctx context.Context) error {
 	for _, p := range all {
 		if err := f.serve(ctx, p); err != nil {
 			errs = append(errs, fmt.Errorf("publication %s: %w", p.ID, err))
+		}
+	}
+	grants, err := f.allGrants()
+	errs = append(errs, err)
+	for _, g := range grants {
+		if err := f.admit(ctx, g); err != nil {
+			errs = append(errs, fmt.Errorf("grant %s: %w", g.ID, err))
 		}
 	}
 	return errors.Join(errs...)
@@ -218,7 +250,13 @@ func (f *filer) status() (api.Status, error) {
 	for _, p := range all {
 		volumes[p.Volume] = true
 	}
-	return api.Status{Version: version, Since: f.since, Address: f.address, Volumes: len(volumes), Publications: len(all)}, err
+	grants, gerr := f.grants()
+	for _, g := range grants {
+		volumes[g.Volume] = true
+	}
+	return api.Status{
+		Version: version, Since: f.since, Address: f.address, Volumes: len(volumes), Publications: len(all), Grants: len(grants), WebDAV: f.urls.webdav,
+	}, errors.Join(err, gerr)
 }
 
 // mounted is where a published volume's files are.

@@ -34,13 +34,14 @@ type server struct {
 	address string
 	state   string
 	verbose bool
+	gateways
 }
 
 func (c *cli) serveCommand() *cobra.Command {
 	s := &server{cli: c}
 	cmd := &cobra.Command{
 		Use: "serve", Short: "serve the file volumes of this host", Args: cobra.NoArgs,
-		Long: `Serve the file volumes that cradle-csi keeps on this host, as far as they are published. It can be killed and started again at any time: clients
+		Long: `Serve the file volumes that cradle-csi keeps on this host, as far as they are published (NFS) or granted (WebDAV). It can be killed and started again at any time: clients
 wait meanwhile, and go on with the files that they have open.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
@@ -48,7 +49,8 @@ wait meanwhile, and go on with the files that they have open.`,
 	f.StringArrayVar(&s.pools, "pool", []string{"/var/lib/cradle/volumes"}, "the directory that the volumes are in, or NAME=DIRECTORY, as cradle-csi has it; more than once")
 	f.StringVar(&s.listen, "listen", ":2049", "address to serve NFS on")
 	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
-	f.StringVar(&s.state, "state", "/var/lib/cradle/filer", "directory for the key of file handles: with another key, clients lose the files that they have open")
+	f.StringVar(&s.state, "state", "/var/lib/cradle/filer", "directory for grants, WebDAV's locks, and the key of file handles: with another key, clients lose the files that they have open")
+	s.gateways.flags(f)
 	f.BoolVar(&s.verbose, "verbose", false, "log more")
 	return cmd
 }
@@ -89,12 +91,19 @@ func (s *server) run(ctx context.Context) error {
 	}
 	engine := nfs.New(key, log)
 	defer engine.Close()
-	f := &filer{backend: b, engine: engine, dir: filepath.Dir(s.socket), address: address, log: log, since: time.Now()}
+	f := &filer{backend: b, engine: engine, dir: filepath.Dir(s.socket), state: s.state, address: address, log: log, since: time.Now()}
+	g, ctx := errgroup.WithContext(ctx)
+	closeGateways, err := s.gateways.serve(ctx, g, f)
+	if err != nil {
+		control.Close()
+		l.Close()
+		return err
+	}
+	defer closeGateways()
 	if err := f.restore(ctx); err != nil {
 		log.Warn("what was published before", "error", err)
 	}
 	log.Info("serving", "listen", l.Addr(), "address", address, "socket", s.socket, "version", version)
-	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return engine.Serve(ctx, l) })
 	g.Go(func() error { return serveControl(ctx, control, f.handler()) })
 	return g.Wait()
@@ -244,6 +253,18 @@ func (f *filer) handler() http.Handler {
 		return struct{}{}, f.unpublish(r.Context(), r.PathValue("id"))
 	})
 	handle("GET /publications", func(*http.Request) (any, error) { return f.publications() })
+	handle("PUT /grants/{id}", func(r *http.Request) (any, error) {
+		var g api.Grant
+		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&g); err != nil {
+			return nil, volume.Invalid("grant", "%v", err)
+		}
+		g.ID = r.PathValue("id")
+		return f.grant(r.Context(), g)
+	})
+	handle("DELETE /grants/{id}", func(r *http.Request) (any, error) {
+		return struct{}{}, f.revoke(r.Context(), r.PathValue("id"))
+	})
+	handle("GET /grants", func(*http.Request) (any, error) { return f.grants() })
 	handle("GET /volumes/{id}/stats", func(r *http.Request) (any, error) { return f.stats(r.PathValue("id")) })
 	handle("POST /volumes/{id}/grow", func(r *http.Request) (any, error) {
 		return struct{}{}, f.grow(r.Context(), r.PathValue("id"))

@@ -5,9 +5,15 @@ package filertest
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -37,8 +43,11 @@ type Filer struct {
 	volumes []string
 }
 
-// port is none that a filer of this host has, which may be at all addresses.
-const port = "20490"
+// Ports are none that a filer of this host has, which may be at all addresses.
+const (
+	port       = "20490"
+	webdavPort = "20491"
+)
 
 // A Publication is what cradle-filer publish says.
 type Publication struct{ ID, Address, Export, Options string }
@@ -68,6 +77,9 @@ func Start(t testing.TB) *Filer {
 	}
 	t.Cleanup(f.end)
 	if err := f.address(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.certify(); err != nil {
 		t.Fatal(err)
 	}
 	f.Run()
@@ -107,10 +119,38 @@ func sweep() error {
 	return nil
 }
 
+// CA is a PEM file with the certificate that the filer shows.
+func (f *Filer) CA() string { return filepath.Join(f.dir, "tls.crt") }
+
+func (f *Filer) key() string { return filepath.Join(f.dir, "tls.key") }
+
+// certify makes a certificate for the filer's address.
+func (f *Filer) certify() error {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return err
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "filertest"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.ParseIP(f.Host)},
+	}
+	cert, err := x509.CreateCertificate(rand.Reader, c, c, public, private)
+	if err != nil {
+		return err
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.WriteFile(f.CA(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}), 0o600),
+		os.WriteFile(f.key(), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o600))
+}
+
 // Run starts the filer, at the same address as before, and returns when it answers.
 func (f *Filer) Run() {
 	f.t.Helper()
-	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", filepath.Join(f.dir, "state"), "--listen", net.JoinHostPort(f.Host, port))
+	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", filepath.Join(f.dir, "state"), "--listen", net.JoinHostPort(f.Host, port),
+		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--tls-cert", f.CA(), "--tls-key", f.key())
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)
@@ -186,6 +226,23 @@ func (f *Filer) Publish(volume string, flags ...string) Publication {
 	return p
 }
 
+// A Grant is what cradle-filer grant says.
+type Grant struct{ ID, Secret, WebDAV, S3 string }
+
+// Grant lets somebody use a volume.
+func (f *Filer) Grant(volume string, flags ...string) Grant {
+	f.t.Helper()
+	out, err := f.Command(append([]string{"grant", volume, "-o", "json"}, flags...)...)
+	var g Grant
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &g)
+	}
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return g
+}
+
 // Command runs cradle-filer against the filer.
 func (f *Filer) Command(args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
@@ -223,6 +280,15 @@ func (f *Filer) clear() error {
 		errs = append(errs, err)
 		for _, p := range all {
 			_, err := f.Command("unpublish", p.ID)
+			errs = append(errs, err)
+		}
+		var grants []Grant
+		if out, err = f.Command("grants", "-o", "json"); err == nil {
+			err = json.Unmarshal([]byte(out), &grants)
+		}
+		errs = append(errs, err)
+		for _, g := range grants {
+			_, err := f.Command("revoke", g.ID)
 			errs = append(errs, err)
 		}
 		f.cmd.Process.Signal(syscall.SIGTERM)

@@ -4,6 +4,9 @@
 //	PUT    /publications/{id}       Publication → Publication, with all that a client needs; again: the same
 //	DELETE /publications/{id}       its clients see nothing any more; one that is not there is no error
 //	GET    /publications            []Publication
+//	PUT    /grants/{id}             Grant → Grant, with its secret; again: the same
+//	DELETE /grants/{id}             nobody gets in by it any more; one that is not there is no error
+//	GET    /grants                  []Grant, without secrets
 //	GET    /volumes/{id}/stats      spec.VolumeStats of a published volume
 //	POST   /volumes/{id}/grow       its file system fills the volume, which has become larger
 //	GET    /status                  Status
@@ -53,6 +56,8 @@ type Status struct {
 	Address      string    `json:"address"`
 	Volumes      int       `json:"volumes"`
 	Publications int       `json:"publications"`
+	Grants       int       `json:"grants"`
+	WebDAV       string    `json:"webdav,omitempty"` // URL, where that is served
 }
 
 // An Error is the body of an answer that is one.

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
+)
+
+// Gateways are the protocols that grants are for.
+type gateways struct {
+	webdav    string
+	cert, key string
+	perSecond float64
+}
+
+func (w *gateways) flags(f *pflag.FlagSet) {
+	f.StringVar(&w.webdav, "webdav", "", "address to serve WebDAV on, such as :8443 (default: it is not served)")
+	f.StringVar(&w.cert, "tls-cert", "", "PEM file with the certificate for WebDAV and those that it is signed by; it is read again when it has changed")
+	f.StringVar(&w.key, "tls-key", "", "PEM file with the certificate's key")
+	f.Float64Var(&w.perSecond, "rate", 200, "WebDAV requests that each grant's users have done in a second; more have to wait (0: as many as they like)")
+}
+
+// urls are where the gateways are reached.
+type urls struct{ webdav string }
+
+func (u urls) complete(g api.Grant) api.Grant {
+	if u.webdav != "" {
+		g.WebDAV = u.webdav + url.PathEscape(g.Volume) + "/"
+	}
+	return g
+}
+
+// serve serves the gateways until ctx ends. closeAll ends the grants' use of volumes.
+func (w *gateways) serve(ctx context.Context, g *errgroup.Group, f *filer) (closeAll func(), err error) {
+	if w.webdav == "" {
+		return func() {}, nil
+	}
+	l, at, err := w.listen("--webdav", w.webdav, f.address)
+	if err != nil {
+		return nil, err
+	}
+	f.webdav = webdav.New(filepath.Join(f.state, "webdav"), w.perSecond, f.log)
+	f.urls.webdav = at
+	f.log.Info("serving WebDAV", "listen", l.Addr(), "url", at)
+	g.Go(func() error { return f.webdav.Serve(ctx, l) })
+	return f.webdav.Close, nil
+}
+
+// listen opens a gateway's port, with TLS where a certificate is given. Secrets do not travel in clear text but on this host.
+func (w *gateways) listen(flag, address, filer string) (l net.Listener, at string, err error) {
+	if (w.cert == "") != (w.key == "") {
+		return nil, "", errors.New("--tls-cert and --tls-key go together")
+	}
+	if l, err = net.Listen("tcp", address); err != nil {
+		return nil, "", fmt.Errorf("%s: %w", flag, err)
+	}
+	a := l.Addr().(*net.TCPAddr).AddrPort()
+	host, _, err := net.SplitHostPort(filer)
+	if err != nil {
+		return nil, "", errors.Join(err, l.Close())
+	}
+	if !a.Addr().IsUnspecified() {
+		host = a.Addr().String()
+	}
+	authority := net.JoinHostPort(host, fmt.Sprint(a.Port()))
+	if w.cert == "" {
+		if !a.Addr().IsLoopback() {
+			return nil, "", errors.Join(fmt.Errorf("%s %s: secrets would travel in clear text; give --tls-cert and --tls-key, or an address of 127.0.0.0/8", flag, address), l.Close())
+		}
+		return l, "http://" + authority + "/", nil
+	}
+	pair := &keyPair{cert: w.cert, key: w.key}
+	if _, err := pair.get(nil); err != nil {
+		return nil, "", errors.Join(err, l.Close())
+	}
+	return tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: pair.get, NextProtos: []string{"http/1.1"}}), "https://" + authority + "/", nil
+}
+
+// A keyPair is read again when its files have changed.
+type keyPair struct {
+	cert, key string
+
+	mu      sync.Mutex
+	changed [2]time.Time
+	pair    *tls.Certificate
+}
+
+func (k *keyPair) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var changed [2]time.Time
+	for i, path := range []string{k.cert, k.key} {
+		fi, err := os.Stat(path)
+		if err != nil {
+			return k.former(err)
+		}
+		changed[i] = fi.ModTime()
+	}
+	if k.pair == nil || changed != k.changed {
+		pair, err := tls.LoadX509KeyPair(k.cert, k.key)
+		if err != nil {
+			return k.former(fmt.Errorf("certificate %s with key %s: %w", k.cert, k.key, err))
+		}
+		k.pair, k.changed = &pair, changed
+	}
+	return k.pair, nil
+}
+
+// former is the pair that was read before: one that is just being replaced, or was replaced by nonsense, ends no service.
+func (k *keyPair) former(err error) (*tls.Certificate, error) {
+	if k.pair != nil {
+		return k.pair, nil
+	}
+	return nil, err
+}

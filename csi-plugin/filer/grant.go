@@ -1,0 +1,100 @@
+package main
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+)
+
+func (c *cli) grantCommand() *cobra.Command {
+	var g api.Grant
+	var user string
+	cmd := &cobra.Command{
+		Use: "grant VOLUME", Short: "let somebody use a volume over WebDAV, and say how", Args: cobra.ExactArgs(1),
+		Long: `Let whoever knows a secret use a volume over WebDAV. The secret is made here and printed; a grant of the same name has the same one until it is revoked.
+Grants outlast reboots.`,
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			g.Volume = args[0]
+			if g.ID == "" {
+				g.ID = strings.ToLower(rand.Text()[:16])
+			}
+			if g.UID, g.GID, err = parseUser(user); err != nil {
+				return err
+			}
+			if g, err = c.filer().Grant(cmd.Context(), g); err != nil {
+				return err
+			}
+			return c.print(g, func(w io.Writer) {
+				fmt.Fprintf(w, "user\t%s\nsecret\t%s\n", g.ID, g.Secret)
+				if g.WebDAV != "" {
+					fmt.Fprintf(w, "webdav\t%s\n", g.WebDAV)
+				}
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&g.ID, "id", "", "name of the grant, with which its user logs in (default a new one)")
+	f.BoolVar(&g.ReadOnly, "read-only", false, "nothing can be changed by it")
+	f.StringVar(&user, "user", "0:0", "UID[:GID] of whom belongs what is made: that of the containers which use the volume")
+	c.formatFlag(cmd)
+	return cmd
+}
+
+// parseUser reads UID or UID:GID; a group that is not said has the user's number.
+func parseUser(text string) (uid, gid int, err error) {
+	user, group, said := strings.Cut(text, ":")
+	if !said {
+		group = user
+	}
+	u, uerr := strconv.ParseUint(user, 10, 32)
+	g, gerr := strconv.ParseUint(group, 10, 32)
+	if uerr != nil || gerr != nil || u == math.MaxUint32 || g == math.MaxUint32 {
+		return 0, 0, fmt.Errorf("--user %s: it is not UID:GID, two numbers; the names are the containers' own", text)
+	}
+	return int(u), int(g), nil
+}
+
+func (c *cli) revokeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "revoke GRANT…", Short: "end grants: nobody gets in by them any more", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var errs []error
+			for _, id := range args {
+				errs = append(errs, c.filer().Revoke(cmd.Context(), id))
+			}
+			return errors.Join(errs...)
+		},
+	}
+}
+
+func (c *cli) grantsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "grants", Short: "list who may use what over WebDAV", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := c.filer().Grants(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return c.print(all, func(w io.Writer) {
+				fmt.Fprintln(w, "GRANT\tVOLUME\tACCESS\tUSER")
+				for _, g := range all {
+					access := "read-write"
+					if g.ReadOnly {
+						access = "read-only"
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%d:%d\n", g.ID, g.Volume, access, g.UID, g.GID)
+				}
+			})
+		},
+	}
+	c.formatFlag(cmd)
+	return cmd
+}
