@@ -352,13 +352,7 @@ func (b *builder) ownContainer() {
 			c.Env = append(c.Env, name+"="+b.task.Env[name])
 		}
 	}
-	if b.config.EnvFile != "" {
-		more, err := b.host.readEnv(b.task.TaskDir().Dir, b.config.EnvFile)
-		if err != nil {
-			b.wrong("env_file", "%v", err)
-		}
-		c.Env = append(c.Env, more...)
-	}
+	c.Env = append(c.Env, b.envFile("", cfg)...)
 	if b.task.User != "" {
 		if c.User != "" && c.User != b.task.User {
 			b.wrong("user", "is %q, and the task's own user is %q: write it once", c.User, b.task.User)
@@ -375,6 +369,18 @@ func (b *builder) ownContainer() {
 	b.taskMounts(c)
 	b.ownMounts("", c, cfg)
 	b.pod.Containers = append(b.pod.Containers, *c)
+}
+
+// envFile is what a file of the task has for a container's environment.
+func (b *builder) envFile(at string, cfg *containerConfig) []string {
+	if cfg.EnvFile == "" {
+		return nil
+	}
+	env, err := b.host.readEnv(b.task.TaskDir().Dir, cfg.EnvFile)
+	if err != nil {
+		b.wrong(at+"env_file", "%v", err)
+	}
+	return env
 }
 
 // container is a further one.
@@ -395,6 +401,7 @@ func (b *builder) container(name string, cfg *containerConfig) {
 	for _, name := range slices.Sorted(maps.Keys(cfg.Env)) {
 		c.Env = append(c.Env, name+"="+cfg.Env[name])
 	}
+	c.Env = append(c.Env, b.envFile(at, cfg)...)
 	c.StopSignal = cfg.StopSignal
 	c.Lifecycle.Critical = cfg.Lifecycle != nil && enabled(cfg.Lifecycle.Critical, false)
 	c.Resources.Memory = b.size(at+"memory", cfg.Memory)

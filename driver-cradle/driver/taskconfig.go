@@ -107,6 +107,7 @@ var taskKeys = slices.Concat([]key{
 		{name: "image", kind: text, must: true, doc: "As the task's."},
 	}, containerKeys, []key{
 		{name: "env", kind: freeText, doc: "Environment, beside the task's NOMAD_ variables."},
+		{name: "env_file", kind: text, doc: "More of it, from a file of the task, as the task's env_file has it."},
 		{name: "memory", kind: text, def: "the pod's", doc: "Most memory of this container: 64MiB."},
 		{name: "stop_signal", kind: text, def: "the image's", doc: "What it is asked to end with. The task's kill_signal is for its own container."},
 	})},
@@ -153,6 +154,7 @@ type containerConfig struct {
 
 	// Of container blocks only.
 	Env        map[string]string `codec:"env"`
+	EnvFile    string            `codec:"env_file"` // of the task's own as well
 	Memory     string            `codec:"memory"`
 	StopSignal string            `codec:"stop_signal"`
 }
@@ -174,7 +176,6 @@ type taskConfig struct {
 	DNSSearch   []string          `codec:"dns_search_domains"`
 	DNSOptions  []string          `codec:"dns_options"`
 	NamesFile   string            `codec:"names_file"`
-	EnvFile     string            `codec:"env_file"`
 	Copied      []string          `codec:"volume_copy"`
 	NotCopied   []string          `codec:"volume_no_copy"`
 	Subpaths    map[string]string `codec:"volume_subpath"`

@@ -29,9 +29,10 @@ const (
 	Driver = "cradle"
 	// group is the name of a job's only group.
 	group = "pod"
-	// EnvItem is the item with the environment of a pod's first container, as a JSON list, of the variable at EnvPath.
-	EnvItem = "env"
-	envFile = "secrets/env.json"
+	// envItem begins the names of the items with the containers' environments, each a JSON list, of the variable at EnvPath; of further containers their
+	// place follows. envFile begins the names of the files where a node writes them.
+	envItem = "env"
+	envFile = "secrets/env"
 	// networksItem is its item with the services of the networks that the pod is on, and namesFile where the node writes who has which name there.
 	networksItem = "networks"
 	namesFile    = "local/names/hosts"
@@ -105,7 +106,20 @@ type Network struct {
 // its text. The job's own identity may read it, and nobody else's.
 func EnvPath(jobID string) string { return "nomad/jobs/" + jobID }
 
-// EnvItems is the variable's content for a pod on networks, nil where it is on none and the pod's first container has no environment of its own. What
+// envName is a container's item, by its place in the pod.
+func envName(i int) string {
+	if i == 0 {
+		return envItem
+	}
+	return envItem + strconv.Itoa(i)
+}
+
+func envPath(i int) string { return envFile + strings.TrimPrefix(envName(i), envItem) + ".json" }
+
+// IsEnv says whether an item of the variable is an environment.
+func IsEnv(item string) bool { return strings.HasPrefix(item, envItem) }
+
+// EnvItems is the variable's content for a pod on networks, nil where it is on none and none of its containers has an environment of its own. What
 // it says of networks holds for a pod that runs as soon as the variable is written.
 func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
 	var items api.VariableItems
@@ -116,17 +130,19 @@ func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
 		}
 		items = api.VariableItems{networksItem: strings.Join(services, " ")}
 	}
-	if len(p.Containers) == 0 || len(p.Containers[0].Env) == 0 {
-		return items, nil
+	for i := range p.Containers {
+		if len(p.Containers[i].Env) == 0 {
+			continue
+		}
+		text, err := json.Marshal(p.Containers[i].Env)
+		if err != nil {
+			return nil, err
+		}
+		if items == nil {
+			items = api.VariableItems{}
+		}
+		items[envName(i)] = string(text)
 	}
-	text, err := json.Marshal(p.Containers[0].Env)
-	if err != nil {
-		return nil, err
-	}
-	if items == nil {
-		items = api.VariableItems{}
-	}
-	items[EnvItem] = string(text)
 	return items, nil
 }
 
@@ -134,7 +150,7 @@ func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
 func ReadsEnv(j *api.Job) bool {
 	for _, g := range j.TaskGroups {
 		for _, t := range g.Tasks {
-			if slices.ContainsFunc(t.Templates, func(t *api.Template) bool { return deref(t.DestPath) == envFile }) {
+			if slices.ContainsFunc(t.Templates, func(t *api.Template) bool { return strings.HasPrefix(deref(t.DestPath), envFile) }) {
 				return true
 			}
 		}
@@ -166,11 +182,13 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	if own.StopSignal != "" {
 		task.KillSignal = own.StopSignal
 	}
-	if len(own.Env) > 0 {
-		task.Templates = []*api.Template{{
-			EmbeddedTmpl: ptr(fmt.Sprintf(`{{ with nomadVar %q }}{{ .%s }}{{ end }}`, EnvPath(o.ID), EnvItem)),
-			DestPath:     ptr(envFile), ChangeMode: ptr("noop"), Perms: ptr("0600"), ErrMissingKey: ptr(true),
-		}}
+	for i := range p.Containers {
+		if len(p.Containers[i].Env) > 0 {
+			task.Templates = append(task.Templates, &api.Template{
+				EmbeddedTmpl: ptr(fmt.Sprintf(`{{ with nomadVar %q }}{{ .%s }}{{ end }}`, EnvPath(o.ID), envName(i))),
+				DestPath:     ptr(envPath(i)), ChangeMode: ptr("noop"), Perms: ptr("0600"), ErrMissingKey: ptr(true),
+			})
+		}
 	}
 	if o.Networks != nil {
 		task.Templates = append(task.Templates, &api.Template{
@@ -298,7 +316,6 @@ type config struct {
 	DiskID     string              `json:"disk_id,omitempty"`
 	Disk       string              `json:"disk,omitempty"`
 	VCPUs      int                 `json:"vcpus,omitempty"`
-	EnvFile    string              `json:"env_file,omitempty"`
 	NamesFile  string              `json:"names_file,omitempty"`
 	Hostname   string              `json:"hostname,omitempty"`
 	Domainname string              `json:"domainname,omitempty"`
@@ -324,6 +341,7 @@ type containers map[string]container
 type container struct {
 	Image       string              `json:"image"`
 	Entrypoint  *[]string           `json:"entrypoint,omitempty"`
+	Command     string              `json:"command,omitempty"` // read, not written: a word in front of Args
 	Args        *[]string           `json:"args,omitempty"`
 	User        string              `json:"user,omitempty"`
 	GroupAdd    []string            `json:"group_add,omitempty"`
@@ -354,8 +372,9 @@ type container struct {
 	Health      *healthcheck        `json:"healthcheck,omitempty"`
 	Mounts      []mount             `json:"mount,omitempty"`
 	Lifecycle   *lifecycle          `json:"lifecycle,omitempty"`
+	EnvFile     string              `json:"env_file,omitempty"`
 
-	// Of container blocks alone.
+	// Of container blocks alone. Job writes no Env: it is in the variable.
 	Env        []map[string]string `json:"env,omitempty"`
 	Memory     string              `json:"memory,omitempty"`
 	StopSignal string              `json:"stop_signal,omitempty"`
@@ -458,11 +477,11 @@ func (b *builder) config() map[string]any {
 		from := &p.Containers[i]
 		at := fmt.Sprintf("containers[%d]", i)
 		made := b.container(at, from)
+		if len(from.Env) > 0 {
+			made.EnvFile = envPath(i)
+		}
 		if i == 0 {
 			c.container, c.Domainname = made, from.Domainname
-			if len(from.Env) > 0 {
-				c.EnvFile = envFile
-			}
 			if l := made.Lifecycle; from.Lifecycle.Critical {
 				l.Critical = nil // the driver's default
 				if reflect.ValueOf(*l).IsZero() {
@@ -470,17 +489,6 @@ func (b *builder) config() map[string]any {
 				}
 			}
 			continue
-		}
-		for _, e := range from.Env {
-			name, value, ok := strings.Cut(e, "=")
-			if !ok {
-				b.wrong(at+".env", "%s: only the first container can do without a variable of its image", name)
-				continue
-			}
-			if made.Env == nil {
-				made.Env = []map[string]string{{}}
-			}
-			made.Env[0][name] = value
 		}
 		made.Memory, made.StopSignal = size(from.Resources.Memory), from.StopSignal
 		c.Containers = append(c.Containers, containers{from.Name: made})
@@ -642,18 +650,28 @@ func nodePorts(publish []spec.Publish) []nodePort {
 func Published(p *spec.Pod, given []api.PortMapping) []spec.Publish {
 	var out []spec.Publish
 	for _, n := range nodePorts(p.Network.Publish) {
-		for _, g := range given {
-			if g.Label != n.label {
-				continue
-			}
-			for _, i := range n.of {
-				one := p.Network.Publish[i]
-				one.HostPort = uint16(g.Value)
-				out = append(out, one)
-			}
+		at := slices.IndexFunc(given, func(g api.PortMapping) bool { return g.Label == n.label })
+		if at < 0 { // of a job that somebody has written, it has a name of its own
+			at = slices.IndexFunc(given, func(g api.PortMapping) bool { return !ownLabel(g.Label) && g.To == int(n.Port) })
+		}
+		if at < 0 {
+			continue
+		}
+		for _, i := range n.of {
+			one := p.Network.Publish[i]
+			one.HostPort = uint16(given[at].Value)
+			out = append(out, one)
 		}
 	}
 	return out
+}
+
+// ownLabel says whether a label is one of nodePorts.
+func ownLabel(label string) bool {
+	number, ok := strings.CutPrefix(label, "port")
+	number, _, _ = strings.Cut(number, "_")
+	_, err := strconv.Atoi(number)
+	return ok && err == nil
 }
 
 func portNumber(label string) int {
@@ -739,6 +757,7 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 	if err := json.Unmarshal(data, &raw); err != nil {
 		return nil, nil, err
 	}
+	unfold(raw)
 	if data, err = json.Marshal(walk(raw, unescape)); err != nil {
 		return nil, nil, err
 	}
@@ -749,7 +768,7 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 	r := reader{group: g, task: task}
 	r.options = Options{
 		ID: deref(j.ID), Namespace: deref(j.Namespace), PodID: c.ID, DiskID: c.DiskID, Bare: c.Bare, Meta: Meta(j), Variant: c.Variant,
-		Replace: g.Disconnect != nil && deref(g.Disconnect.Replace),
+		Replace: g.Disconnect == nil || g.Disconnect.Replace == nil || *g.Disconnect.Replace, // Nomad's default
 	}
 	if c.NamesFile != "" {
 		r.options.Networks = []Network{}
@@ -782,8 +801,12 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 		}
 	}
 	p := r.pod(deref(j.Name), &c)
-	if text, ok := env[EnvItem]; ok && len(p.Containers) > 0 {
-		if err := json.Unmarshal([]byte(text), &p.Containers[0].Env); err != nil {
+	for i := range p.Containers {
+		text, ok := env[envName(i)]
+		if !ok || !slices.ContainsFunc(task.Templates, func(t *api.Template) bool { return deref(t.DestPath) == envPath(i) }) {
+			continue
+		}
+		if err := json.Unmarshal([]byte(text), &p.Containers[i].Env); err != nil {
 			return nil, nil, fmt.Errorf("job %s: its environment: %w", deref(j.ID), err)
 		}
 	}
@@ -794,6 +817,33 @@ func Pod(j *api.Job, env api.VariableItems) (*spec.Pod, *Options, error) {
 		return nil, nil, fmt.Errorf("job %s: %w", deref(j.ID), err)
 	}
 	return p, &r.options, nil
+}
+
+// unfold gives blocks of a configuration that comes from a job's file the form that asMap has for them: the file's parser makes a list of each block.
+func unfold(c map[string]any) {
+	for _, name := range []string{"healthcheck", "lifecycle"} {
+		if all, ok := c[name].([]any); ok && len(all) == 1 {
+			c[name] = all[0]
+		}
+	}
+	for _, name := range []string{"labels", "sysctl", "ulimit", "env", "host_ips"} {
+		if m, ok := c[name].(map[string]any); ok {
+			c[name] = []any{m}
+		}
+	}
+	blocks, _ := c["container"].([]any)
+	for _, b := range blocks {
+		named, _ := b.(map[string]any)
+		for name, one := range named {
+			if all, ok := one.([]any); ok && len(all) == 1 {
+				one = all[0]
+			}
+			named[name] = one
+			if inner, ok := one.(map[string]any); ok {
+				unfold(inner)
+			}
+		}
+	}
 }
 
 func deref[T any](p *T) (v T) {
@@ -907,13 +957,19 @@ func (r *reader) network(c *config) {
 		r.errs = append(r.errs, fmt.Errorf("network mode %s is none of bridge, host, none", n.Mode))
 	}
 	ports := slices.Concat(n.ReservedPorts, n.DynamicPorts)
-	slices.SortFunc(ports, func(a, b api.Port) int { return cmp.Compare(portNumber(a.Label), portNumber(b.Label)) })
+	slices.SortStableFunc(ports, func(a, b api.Port) int { return cmp.Compare(portNumber(a.Label), portNumber(b.Label)) })
 	for _, p := range ports {
+		if p.To == 0 {
+			p.To = p.Value // Nomad's default
+		}
 		made := spec.Publish{HostPort: uint16(p.Value), Port: uint16(p.To)}
 		for _, m := range c.HostIPs {
 			made.HostIP = m[p.Label]
 		}
-		_, protocols, _ := strings.Cut(p.Label, "_")
+		protocols := ""
+		if ownLabel(p.Label) {
+			_, protocols, _ = strings.Cut(p.Label, "_")
+		}
 		for _, protocol := range strings.Split(protocols, "_") {
 			if made.Protocol = protocol; protocol == "tcp" {
 				made.Protocol = ""
@@ -925,6 +981,9 @@ func (r *reader) network(c *config) {
 
 func (r *reader) container(name string, c *container) spec.PodContainer {
 	p := spec.PodContainer{Name: name, Image: c.Image, Entrypoint: c.Entrypoint, Command: c.Args, User: c.User, WorkingDir: c.WorkDir}
+	if c.Command != "" {
+		p.Command = ptr(append([]string{c.Command}, deref(c.Args)...))
+	}
 	p.Settings = spec.Settings{
 		GroupAdd: c.GroupAdd, TTY: c.TTY, OpenStdin: c.Interactive, StdinOnce: c.StdinOnce, Init: c.Init, ReadOnly: c.ReadOnly, Privileged: c.Privileged,
 		CapAdd: c.CapAdd, CapDrop: c.CapDrop, NoNewPrivs: c.NoNewPrivs, MaskedPaths: c.Masked, ReadonlyPaths: c.Protected, WritableCgroups: c.Cgroups, Devices: c.Devices, ShmSize: r.size(c.ShmSize),
@@ -980,7 +1039,7 @@ func (r *reader) mount(p *spec.PodContainer, m mount) {
 	made := spec.Mount{Volume: m.Source, Path: m.Target, ReadOnly: m.ReadOnly, Subpath: m.Subpath, NoCopy: m.NoCopy}
 	v := spec.Volume{Name: m.Source}
 	switch m.Type {
-	case "volume":
+	case "volume", "": // the driver's default
 		v.Scratch = &spec.ScratchVolume{}
 	case "bind":
 		v.Name = strings.Trim(strings.ReplaceAll(path.Clean(m.Target), "/", "-"), "-")

@@ -197,7 +197,7 @@ func checkRoundTrip(t testing.TB, p *spec.Pod, o Options) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ReadsEnv(&back) != (len(p.Containers[0].Env) > 0) {
+	if ReadsEnv(&back) != slices.ContainsFunc(p.Containers, func(c spec.PodContainer) bool { return len(c.Env) > 0 }) {
 		t.Errorf("reads an environment: %t", ReadsEnv(&back))
 	}
 	got, options, err := Pod(&back, env)
@@ -250,9 +250,6 @@ func TestRefused(t *testing.T) {
 			o.Service = &Service{Count: 1, Endpoints: []Endpoint{{Name: "a", Port: 80}, {Name: "b", Port: 81}}}
 		},
 		"containers: there is none; a pod has at least one": func(p *spec.Pod, _ *Options) { p.Containers = nil },
-		"containers[1].env: X: only the first container can": func(p *spec.Pod, _ *Options) {
-			p.Containers = append(p.Containers, spec.PodContainer{Name: "b", Image: image, Env: []string{"X"}})
-		},
 	} {
 		p := spec.Pod{Name: "p", Containers: []spec.PodContainer{critical(spec.PodContainer{Name: "main", Image: image})}}
 		o := Options{ID: "p"}
@@ -320,8 +317,87 @@ func TestPublished(t *testing.T) {
 	got := Published(p, []api.PortMapping{
 		{Label: "port0", Value: 23000, To: 80}, {Label: "port1_tcp_udp", Value: 53, To: 53}, {Label: "port3_udp", Value: 23001, To: 80}, {Label: "foreign", Value: 1, To: 1},
 	})
+	if by := Published(&spec.Pod{Network: spec.Network{Publish: []spec.Publish{{Port: 80}}}}, []api.PortMapping{{Label: "port_http", Value: 23002, To: 80}}); !slices.Equal(by, []spec.Publish{{HostPort: 23002, Port: 80}}) {
+		t.Errorf("by a label of somebody's own: %v", by)
+	}
 	want := []spec.Publish{{HostPort: 23000, Port: 80}, {HostPort: 53, Port: 53}, {HostPort: 53, Port: 53, Protocol: "udp"}, {HostPort: 23001, Port: 80, Protocol: "udp"}}
 	if !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// What a job says that a pod can't is named; what Job makes has nothing of it.
+func TestBeyond(t *testing.T) {
+	for name, x := range examples {
+		job, err := Job(&x.pod, x.options)
+		if err != nil {
+			t.Fatal(err)
+		}
+		job.Canonicalize()
+		if got := Beyond(job); len(got) > 0 {
+			t.Errorf("%s says %v", name, got)
+		}
+	}
+	for want, edit := range map[string]func(*api.Job, *api.TaskGroup, *api.Task){
+		"priority":    func(j *api.Job, _ *api.TaskGroup, _ *api.Task) { j.Priority = ptr(70) },
+		"datacenters": func(j *api.Job, _ *api.TaskGroup, _ *api.Task) { j.Datacenters = []string{"dc1"} },
+		"node_pool":   func(j *api.Job, _ *api.TaskGroup, _ *api.Task) { j.NodePool = ptr("gpu") },
+		"spread":      func(j *api.Job, _ *api.TaskGroup, _ *api.Task) { j.Spreads = []*api.Spread{{Attribute: "a"}} },
+		"group.constraint": func(_ *api.Job, g *api.TaskGroup, _ *api.Task) {
+			g.Constraints = []*api.Constraint{{LTarget: "${attr.nomad.service_discovery}"}, {}}
+		},
+		"group.network.dns": func(_ *api.Job, g *api.TaskGroup, _ *api.Task) {
+			g.Networks = []*api.NetworkResource{{DNS: &api.DNSConfig{}}}
+		},
+		"group.volume": func(_ *api.Job, g *api.TaskGroup, _ *api.Task) {
+			g.Volumes = map[string]*api.VolumeRequest{"v": {Type: "host"}}
+		},
+		"group.service": func(_ *api.Job, g *api.TaskGroup, _ *api.Task) {
+			g.Services = []*api.Service{{Meta: map[string]string{"a": "b"}}}
+		},
+		"task.env": func(_ *api.Job, _ *api.TaskGroup, t *api.Task) { t.Env = map[string]string{"A": "1"} },
+		"task.template": func(_ *api.Job, _ *api.TaskGroup, t *api.Task) {
+			t.Templates = []*api.Template{{DestPath: ptr("local/x")}}
+		},
+		"task.resources":     func(_ *api.Job, _ *api.TaskGroup, t *api.Task) { t.Resources.MemoryMaxMB = ptr(512) },
+		"task.config.unread": func(_ *api.Job, _ *api.TaskGroup, t *api.Task) { t.Config["unread"] = true },
+	} {
+		x := examples["minimal"]
+		job, err := Job(&x.pod, x.options)
+		if err != nil {
+			t.Fatal(err)
+		}
+		job.Canonicalize()
+		edit(job, job.TaskGroups[0], job.TaskGroups[0].Tasks[0])
+		if got := Beyond(job); !slices.Equal(got, []string{want}) {
+			t.Errorf("it says %v, want %s", got, want)
+		}
+	}
+}
+
+// A job that somebody has written is read as the driver does: blocks of its file are lists.
+func TestWrittenByHand(t *testing.T) {
+	task := &api.Task{Name: "web", Driver: Driver, Config: map[string]any{
+		"image": "busybox", "command": "sh", "args": []any{"-c", "true"}, "labels": []any{map[string]any{"a": "b"}},
+		"healthcheck": []any{map[string]any{"test": []any{"CMD", "true"}}}, "mount": []any{map[string]any{"source": "s", "target": "/s"}},
+		"container": []any{map[string]any{"beside": []any{map[string]any{
+			"image": "busybox", "command": "sleep", "env": []any{map[string]any{"A": "1"}}, "lifecycle": []any{map[string]any{"after": []any{map[string]any{"container": "web"}}}},
+		}}}},
+	}}
+	job := api.NewServiceJob("web", "web", "global", 50).AddTaskGroup(api.NewTaskGroup("g", 1).AddTask(task))
+	job.Canonicalize()
+	p, _, err := Pod(job, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []spec.PodContainer{
+		critical(spec.PodContainer{
+			Name: "web", Image: "busybox", Command: list("sh", "-c", "true"), Healthcheck: &spec.Healthcheck{Test: []string{"CMD", "true"}},
+			Settings: spec.Settings{Labels: map[string]string{"a": "b"}, StopTimeout: ptr(spec.Duration(0)), Mounts: []spec.Mount{{Volume: "s", Path: "/s"}}},
+		}),
+		{Name: "beside", Image: "busybox", Command: list("sleep"), Env: []string{"A=1"}, Settings: spec.Settings{Lifecycle: spec.Lifecycle{After: []spec.After{{Container: "web"}}}}},
+	}
+	if !reflect.DeepEqual(p.Containers, want) {
+		t.Errorf("it is\n%s\nwant\n%s", text(t, p.Containers), text(t, want))
 	}
 }
