@@ -30,20 +30,20 @@ variable "password" {
 
 # Files, for as many pods as want them.
 resource "cradle_volume" "pages" {
-  name = "pages"
+  name = "shop-pages"
   size = "64MiB"
 }
 
 # A disk that the database's machine has for itself.
 resource "cradle_volume" "data" {
-  name      = "data"
+  name      = "shop-data"
   class     = "lv2"
   size      = "1GiB"
   snapshots = "hourly=24,daily=7"
 }
 
 resource "cradle_pod" "web" {
-  name   = "web"
+  name   = "shop-web"
   memory = "128MiB"
 
   container {
@@ -62,7 +62,7 @@ resource "cradle_pod" "web" {
   }
 
   service {
-    name = "web"
+    name = "shop-web"
     port = 80
     check = {
       type = "http"
@@ -73,7 +73,7 @@ resource "cradle_pod" "web" {
 
 # Writes the page, and keeps it as it should be.
 resource "cradle_pod" "writer" {
-  name   = "writer"
+  name   = "shop-writer"
   memory = "64MiB"
 
   container {
@@ -93,8 +93,9 @@ resource "cradle_pod" "writer" {
 }
 
 resource "cradle_pod" "database" {
-  name   = "database"
-  memory = "512MiB"
+  name    = "shop-database"
+  memory  = "512MiB"
+  network = "bridge" # its port can be connected to when the database listens, and not before
 
   container {
     name               = "mariadb"
@@ -113,7 +114,7 @@ resource "cradle_pod" "database" {
   }
 
   service {
-    name  = "database"
+    name  = "shop-database"
     port  = 3306
     check = {}
   }
