@@ -71,7 +71,7 @@ var mayImport = map[string][]string{
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
 
 	"terraform-provider":          {"terraform-provider/provider"},
-	"terraform-provider/provider": {"spec", "internal/nomadjob", "csi-plugin/volume"}, // the plugin's own reading of its parameters
+	"terraform-provider/provider": {"spec", "internal/nomadjob", "internal/tunnel", "csi-plugin/volume"}, // the plugin's own reading of its parameters
 
 	"internal/dockerhttp": {}, // of the guest's API as well: docker's types and nothing else
 	"internal/nomadjob":   {"spec"},
@@ -113,8 +113,7 @@ var testsMayImport = map[string][]string{
 	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
-	"terraform-provider":          {"internal/nomadtest", "test/programs"},
-	"terraform-provider/provider": {"internal/golden"},
+	"terraform-provider":          {"internal/golden", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw: print the path of that program; moby|testcontainers: of a folder that
+# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs: print the path of that program; moby|testcontainers: of a folder that
 # has programs beside it.
 #
 # The one on PATH where it has the version that tools/NAME/go.mod names (or newer, with the same major version), else one
@@ -23,6 +23,7 @@ case $name in
   buildkitd) module=github.com/moby/buildkit package=$module/cmd/buildkitd flags+=(-ldflags "-s -w") ;;
   csi-sanity) module=github.com/kubernetes-csi/csi-test/v5 package=$module/cmd/csi-sanity ;;
   versitygw) module=github.com/versity/versitygw package=$module/cmd/versitygw flags+=(-ldflags "-s -w") ;;
+  tfplugindocs) module=github.com/hashicorp/terraform-plugin-docs package=$module/cmd/tfplugindocs flags+=(-ldflags "-s -w") ;;
   # Tests of docker's makers: PACKAGE.test for each of those packages, and source, the folder with what they read.
   moby)
     module=github.com/docker/docker source=integration tests=(container network system volume)
@@ -30,7 +31,7 @@ case $name in
     flags+=(-ldflags '-s -w' -gcflags "$module/...=-lang=go1.24")
     ;;
   testcontainers) module=github.com/testcontainers/testcontainers-go source=. tests=(.) flags+=(-ldflags '-s -w') ;;
-  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|moby|testcontainers" ;;
+  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs|moby|testcontainers" ;;
 esac
 want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$name/go.mod" | grep -m1 '^v')
 

@@ -65,10 +65,8 @@ func (m *podModel) check() (diags diag.Diagnostics) {
 	for i := range m.Containers {
 		c, at := &m.Containers[i], containers.AtListIndex(i)
 		if i > 0 {
-			for name, said := range map[string]bool{"secret_env": !c.Secrets.IsNull(), "secret_env_version": !c.SecretsAt.IsNull(), "stop_timeout": !c.StopTimeout.IsNull()} {
-				if said {
-					diags.AddAttributeError(at.AtName(name), "Of the first container alone", name+" of a further container has no place in a job: leave it out, or let that container be the first.")
-				}
+			if !c.StopTimeout.IsNull() {
+				diags.AddAttributeError(at.AtName("stop_timeout"), "Of the first container alone", "stop_timeout of a further container has no place in a job: leave it out, or let that container be the first.")
 			}
 		} else if !c.Memory.IsNull() {
 			diags.AddAttributeError(at.AtName("memory"), "Of further containers", "What the first container may use is the pod's: set the pod's memory.")
@@ -179,10 +177,11 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	if req.Plan.Raw.IsNull() || r.cluster == nil {
 		return
 	}
-	var plan, state podModel
+	var plan, state, config podModel
 	there := !req.State.Raw.IsNull()
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &plan)...)
 	if there {
+		resp.Diagnostics.Append(req.Config.Get(ctx, &config)...)
 		resp.Diagnostics.Append(req.State.Get(ctx, &state)...)
 	}
 	if resp.Diagnostics.HasError() {
@@ -191,18 +190,20 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	if plan.Namespace.IsUnknown() {
 		plan.Namespace = types.StringValue(r.namespace)
 	}
+	if there {
+		plan.inOrder(&state, &config)
+	}
 	if !plan.Name.IsUnknown() {
 		plan.ID = types.StringValue(objectID(plan.Namespace.ValueString(), plan.Name.ValueString()))
 	}
 	stale, diags := req.Private.GetKey(ctx, staleKey)
 	resp.Diagnostics.Append(diags...)
-	if there && (state.Status.ValueString() == statusStopped || state.Status.ValueString() == statusFailed || len(stale) > 0) {
-		plan.Status, plan.EnvIndex, plan.Instances = types.StringUnknown(), types.Int64Unknown(), types.ListUnknown(instance)
-	}
+	plan.Status, plan.EnvIndex, plan.Instances = types.StringUnknown(), types.Int64Unknown(), types.ListUnknown(instance)
+	again := plan
+	again.Status, again.EnvIndex, again.Instances = state.Status, state.EnvIndex, state.Instances
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
-	if again := plan; there && state.Status.ValueString() == statusRunning && len(stale) == 0 {
-		// The framework has forgotten what is computed already where a size is only written in another way.
-		again.Status, again.EnvIndex, again.Instances = state.Status, state.EnvIndex, state.Instances
+	if there && state.Status.ValueString() != statusStopped && state.Status.ValueString() != statusFailed && len(stale) == 0 {
+		// Where a size is only written in another way, or a list in another order, nothing will change.
 		same := resp.Plan
 		if d := same.Set(ctx, &again); !d.HasError() && same.Raw.Equal(req.State.Raw) {
 			resp.Plan = same
@@ -231,9 +232,9 @@ func (w *wish) object() string { return objectID(w.options.Namespace, w.options.
 
 // wish reads a plan, and the secrets, which are in the configuration alone.
 func (m *podModel) wish(config *podModel) (*wish, error) {
-	var secrets map[string]string
-	if len(config.Containers) > 0 {
-		secrets = pairs(config.Containers[0].Secrets)
+	var secrets []map[string]string
+	for i := range config.Containers {
+		secrets = append(secrets, pairs(config.Containers[i].Secrets))
 	}
 	w := &wish{}
 	w.pod, w.options = m.pod(secrets)
@@ -266,7 +267,7 @@ func (c *cluster) store(ctx context.Context, w *wish) error {
 	}
 	items := api.VariableItems{}
 	if is != nil {
-		maps.Copy(items, is.Items)
+		items = others(is.Items)
 	}
 	maps.Copy(items, w.items)
 	if is == nil || !maps.Equal(is.Items, items) {
@@ -284,13 +285,19 @@ func (c *cluster) forget(ctx context.Context, namespace, job string) error {
 	if err != nil || is == nil {
 		return err
 	}
-	delete(is.Items, nomadjob.EnvItem)
-	if len(is.Items) == 0 {
+	if is.Items = others(is.Items); len(is.Items) == 0 {
 		_, err = c.nomad.Variables().Delete(is.Path, c.write(ctx, namespace))
 	} else {
 		_, _, err = c.nomad.Variables().Update(is, c.write(ctx, namespace))
 	}
 	return err
+}
+
+// others are what a variable has beside environments.
+func others(items api.VariableItems) api.VariableItems {
+	some := maps.Clone(items)
+	maps.DeleteFunc(some, func(name, _ string) bool { return nomadjob.IsEnv(name) })
+	return some
 }
 
 // variable is that of a job, nil where there is none.
@@ -336,7 +343,7 @@ func (c *cluster) pod(ctx context.Context, namespace, name string) (*foundPod, e
 	if f.options.Service == nil {
 		return nil, fmt.Errorf("job %s runs its pod once, and is none that Nomad keeps running (type service)", name)
 	}
-	f.stale = v != nil && v.Items[nomadjob.EnvItem] != "" && f.options.EnvIndex != v.ModifyIndex
+	f.stale = v != nil && len(others(v.Items)) < len(v.Items) && f.options.EnvIndex != v.ModifyIndex
 	return f, nil
 }
 
@@ -378,7 +385,7 @@ func (w *wish) is(f *foundPod) bool {
 		return false
 	}
 	b, err := nomadjob.Job(f.pod, *f.options)
-	return err == nil && reflect.DeepEqual(a, b) && slices.Equal(w.pod.Containers[0].Env, f.pod.Containers[0].Env)
+	return err == nil && reflect.DeepEqual(a, b) && slices.EqualFunc(w.pod.Containers, f.pod.Containers, func(a, b spec.PodContainer) bool { return slices.Equal(a.Env, b.Env) })
 }
 
 // register makes Nomad run what is wished, waits as the model says, and reads what has come of it. The model's status is unknown where nothing was registered.
@@ -432,6 +439,8 @@ func deref[T any](p *T) (v T) {
 // view reads into a model what there is of a pod.
 func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel) (diags diag.Diagnostics) {
 	m.read(f.pod, f.options)
+	beyond := append([]string{}, nomadjob.Beyond(f.job)...)
+	m.Beyond = nowList(m.Beyond, &beyond)
 	all, _, err := c.nomad.Jobs().Allocations(f.options.ID, false, c.query(ctx, f.options.Namespace))
 	if err != nil {
 		diags.Append(failed("The pod can't be read", m.ID.ValueString(), err))

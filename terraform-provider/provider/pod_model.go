@@ -40,6 +40,7 @@ type podModel struct {
 	WaitTimeout durationValue     `tfsdk:"wait_timeout"`
 	Status      types.String      `tfsdk:"status"`
 	EnvIndex    types.Int64       `tfsdk:"env_index"`
+	Beyond      types.List        `tfsdk:"beyond"`
 	Instances   types.List        `tfsdk:"instances"`
 }
 
@@ -162,7 +163,7 @@ const (
 	sharedClass    = "nfs"
 )
 
-// secretsMeta is the name of what a job keeps of Terraform's: the names of the secrets in its environment, a JSON list.
+// secretsMeta is the name of what a job keeps of Terraform's: the names of the secrets in its containers' environments, as a JSON object by the containers' names.
 const secretsMeta = "terraform_secrets"
 
 func strs(l types.List) []string {
@@ -197,8 +198,8 @@ func pairs(m types.Map) map[string]string {
 
 func (v quantity[U]) duration() time.Duration { return time.Duration(v.number()) }
 
-// pod is what a plan asks for. secrets are the values of the first container's, which no plan keeps.
-func (m *podModel) pod(secrets map[string]string) (*spec.Pod, nomadjob.Options) {
+// pod is what a plan asks for. secrets are those of its containers, which no plan keeps.
+func (m *podModel) pod(secrets []map[string]string) (*spec.Pod, nomadjob.Options) {
 	p := &spec.Pod{
 		Name: m.Name.ValueString(), Hostname: m.Hostname.ValueString(), Resources: spec.Resources{Memory: spec.Bytes(m.Memory.number()), CPUs: int(m.CPUs.ValueInt64())},
 		Scratch: spec.Scratch{Size: spec.Bytes(m.Disk.number())},
@@ -236,22 +237,23 @@ func (m *podModel) pod(secrets map[string]string) (*spec.Pod, nomadjob.Options) 
 		}
 		o.Service.Endpoints = append(o.Service.Endpoints, e)
 	}
+	names := map[string][]string{}
 	for i := range m.Containers {
 		one := m.Containers[i].container(p)
-		if i == 0 {
-			one.Env = environment(pairs(m.Containers[i].Env), secrets)
+		if hidden := at(secrets, i); len(hidden) > 0 {
+			one.Env, names[one.Name] = environment(pairs(m.Containers[i].Env), hidden), slices.Sorted(maps.Keys(hidden))
 		}
 		if m.Containers[i].Critical.IsNull() {
 			one.Lifecycle.Critical = i == 0
 		}
 		p.Containers = append(p.Containers, one)
 	}
-	if len(secrets) > 0 {
-		names, err := json.Marshal(slices.Sorted(maps.Keys(secrets)))
+	if len(names) > 0 {
+		text, err := json.Marshal(names)
 		if err != nil {
 			panic(err) // texts
 		}
-		o.Meta = map[string]string{secretsMeta: string(names)}
+		o.Meta = map[string]string{secretsMeta: string(text)}
 	}
 	return p, o
 }
@@ -423,13 +425,13 @@ func (m *podModel) read(p *spec.Pod, o *nomadjob.Options) {
 		w := at(ports, i)
 		m.Ports = append(m.Ports, portModel{types.Int64Value(int64(one.Port)), nowNumber(w.HostPort, int64(one.HostPort)), nowText(w.HostIP, one.HostIP), types.StringValue(protocol)})
 	}
-	var secrets []string
+	var secrets map[string][]string
 	_ = json.Unmarshal([]byte(o.Meta[secretsMeta]), &secrets) // of somebody else's: there are none
 	containers := m.Containers
 	m.Containers = []containerModel{}
 	for i := range p.Containers {
 		w := at(containers, i)
-		w.read(&p.Containers[i], p, i == 0, secrets)
+		w.read(&p.Containers[i], p, i == 0, secrets[p.Containers[i].Name])
 		m.Containers = append(m.Containers, w)
 	}
 }
@@ -485,7 +487,7 @@ func (m *containerModel) read(c *spec.PodContainer, p *spec.Pod, own bool, secre
 	m.Entrypoint, m.Command = nowList(m.Entrypoint, c.Entrypoint), nowList(m.Command, c.Command)
 	env := map[string]string{}
 	for _, e := range c.Env {
-		if name, value, ok := strings.Cut(e, "="); ok && (!own || !slices.Contains(secrets, name)) {
+		if name, value, ok := strings.Cut(e, "="); ok && !slices.Contains(secrets, name) {
 			env[name] = value
 		}
 	}

@@ -72,6 +72,16 @@ func timeOf(otherwise, description string) schema.StringAttribute {
 	return a
 }
 
+// none is the plan modifier of what is an empty list once a plan is applied.
+type none struct{}
+
+func (none) Description(context.Context) string               { return "Nothing is left of it." }
+func (n none) MarkdownDescription(ctx context.Context) string { return n.Description(ctx) }
+
+func (none) PlanModifyList(_ context.Context, _ planmodifier.ListRequest, resp *planmodifier.ListResponse) {
+	resp.PlanValue = types.ListValueMust(types.StringType, []attr.Value{})
+}
+
 func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *resource.SchemaResponse) {
 	kept := []planmodifier.String{stringplanmodifier.UseStateForUnknown()}
 	restart, rollout := nomadjob.DefaultRestart, nomadjob.DefaultUpdate
@@ -118,10 +128,11 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 					map[string]attr.Value{"max_parallel": types.Int64Value(int64(rollout.MaxParallel)), "min_healthy": newDuration(rollout.MinHealthy), "deadline": newDuration(rollout.Deadline), "auto_revert": types.BoolValue(false)},
 				)),
 			},
-			"wait_for":     textOf(waitHealthy, "Until when an apply waits: `healthy`: all pods are well as `rollout` says, by the checks of their `service`s where there are some; `running`: they have started; `none`.", oneOf(waitNone, waitRunning, waitHealthy)...),
+			"wait_for":     textOf(waitHealthy, "Until when an apply waits: `healthy`: all pods are well as `rollout` says, by the checks of their `service`s where there are some, and by the `healthcheck`s of their containers; `running`: they have started; `none`.", oneOf(waitNone, waitRunning, waitHealthy)...),
 			"wait_timeout": timeOf("10m", "How long. Default: `10m`."),
 			"status":       schema.StringAttribute{Computed: true, MarkdownDescription: "`running`, `pending`, `failed` or `stopped`."},
 			"env_index":    schema.Int64Attribute{Computed: true, MarkdownDescription: "Of which version of Nomad's variable the pods have their environment."},
+			"beyond":       schema.ListAttribute{ElementType: types.StringType, Computed: true, PlanModifiers: []planmodifier.List{none{}}, MarkdownDescription: "What the job says that no attribute can, by the names that it has in a job's file: an apply takes it away."},
 			"instances": schema.ListNestedAttribute{
 				Computed: true, MarkdownDescription: "What runs.",
 				NestedObject: schema.NestedAttributeObject{Attributes: map[string]schema.Attribute{
@@ -187,7 +198,7 @@ func containerBlock() schema.NestedBlockObject {
 			"env":        named("Environment. Nothing secret: it is in Terraform's state, though not in the job's text."),
 			"secret_env": schema.MapAttribute{
 				ElementType: types.StringType, Optional: true, WriteOnly: true, Sensitive: true,
-				MarkdownDescription: "More of the environment, which is in no plan and no state: a Nomad variable that the job alone reads. For the first container. Terraform does not see a change of it: change `secret_env_version` with it.",
+				MarkdownDescription: "More of the environment, which is in no plan and no state: a Nomad variable that the job alone reads. Terraform does not see a change of it: change `secret_env_version` with it.",
 			},
 			"secret_env_version": text("Another text here brings the values of `secret_env` to the pods."),
 			"user":               text("Name or id, with `:group`. Default: the image's."),
@@ -202,7 +213,7 @@ func containerBlock() schema.NestedBlockObject {
 			"labels":             named("Docker's labels, such as those of an ingress."),
 			"memory":             bytesOf(0, "Most memory of a further container. Default: the pod's."),
 			"healthcheck": schema.SingleNestedAttribute{
-				Optional: true, MarkdownDescription: "Docker's health check, for `after` of other containers and for docker's API. Default: the image's.",
+				Optional: true, MarkdownDescription: "Docker's health check, for `after` of other containers, for docker's API, and for `wait_for`. Default: the image's, which `wait_for` does not heed.",
 				Attributes: map[string]schema.Attribute{
 					"test":         schema.ListAttribute{ElementType: types.StringType, Required: true, MarkdownDescription: "`[\"CMD\", program, argument…]`, `[\"CMD-SHELL\", line]`, or `[\"NONE\"]`."},
 					"interval":     timeOf("", "Default: `30s`."),

@@ -91,7 +91,7 @@ var models = map[string]*podModel{
 }
 
 // back is what a job tells of what made it, after it was Nomad's.
-func back(t *testing.T, m *podModel, secrets map[string]string) (*spec.Pod, *nomadjob.Options, []byte) {
+func back(t *testing.T, m *podModel, secrets ...map[string]string) (*spec.Pod, *nomadjob.Options, []byte) {
 	t.Helper()
 	p, o := m.pod(secrets)
 	job, err := nomadjob.Job(p, o)
@@ -121,7 +121,7 @@ func back(t *testing.T, m *podModel, secrets map[string]string) (*spec.Pod, *nom
 func TestPodReadsBack(t *testing.T) {
 	for name, m := range models {
 		t.Run(name, func(t *testing.T) {
-			p, o, job := back(t, m, nil)
+			p, o, job := back(t, m)
 			read := *m
 			read.Containers = append([]containerModel(nil), m.Containers...)
 			read.read(p, o)
@@ -130,7 +130,7 @@ func TestPodReadsBack(t *testing.T) {
 			}
 			imported := &podModel{WaitFor: m.WaitFor, WaitTimeout: m.WaitTimeout}
 			imported.read(p, o)
-			if _, _, again := back(t, imported, nil); string(again) != string(job) {
+			if _, _, again := back(t, imported); string(again) != string(job) {
 				t.Errorf("imported it makes\n%s\nwant\n%s", again, job)
 			}
 		})
@@ -139,8 +139,11 @@ func TestPodReadsBack(t *testing.T) {
 
 // Secrets are told by their names alone.
 func TestSecretsAreNotRead(t *testing.T) {
-	m := planned(func(m *podModel) { m.Containers[0].Env = mapOf(map[string]string{"OPEN": "1"}) })
-	p, o, job := back(t, m, map[string]string{"PASSWORD": "hidden"})
+	m := planned(func(m *podModel) {
+		m.Containers[0].Env = mapOf(map[string]string{"OPEN": "1"})
+		m.Containers = append(m.Containers, plannedContainer("beside", nil))
+	})
+	p, o, job := back(t, m, map[string]string{"PASSWORD": "hidden"}, map[string]string{"KEY": "hidden"})
 	if got := p.Containers[0].Env; len(got) != 2 {
 		t.Errorf("the environment is %v", got)
 	}
@@ -149,12 +152,15 @@ func TestSecretsAreNotRead(t *testing.T) {
 	if got := pairs(imported.Containers[0].Env); !reflect.DeepEqual(got, map[string]string{"OPEN": "1"}) || !imported.Containers[0].Secrets.IsNull() {
 		t.Errorf("the environment is read as %v", got)
 	}
+	if got := p.Containers[1].Env; !reflect.DeepEqual(got, []string{"KEY=hidden"}) || !imported.Containers[1].Env.IsNull() {
+		t.Errorf("the environment of the container beside is %v, read as %v", got, imported.Containers[1].Env)
+	}
 	if s := string(job); len(s) == 0 || reflect.DeepEqual(o.Meta, map[string]string{}) || strings.Contains(s, "hidden") {
 		t.Errorf("the job is %s", s)
 	}
 	w := wish{pod: p, options: *o}
 	w.keep(&nomadjob.Options{PodID: "kept", Meta: map[string]string{"docker_id": "x", secretsMeta: "former"}})
-	if want := map[string]string{"docker_id": "x", secretsMeta: `["PASSWORD"]`}; w.options.PodID != "kept" || !reflect.DeepEqual(w.options.Meta, want) {
+	if want := map[string]string{"docker_id": "x", secretsMeta: `{"beside":["KEY"],"main":["PASSWORD"]}`}; w.options.PodID != "kept" || !reflect.DeepEqual(w.options.Meta, want) {
 		t.Errorf("what others keep in a job becomes %+v", w.options)
 	}
 }

@@ -1,17 +1,22 @@
 package provider
 
 import (
+	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/hashicorp/nomad/api"
 	"github.com/hashicorp/terraform-plugin-framework/diag"
+
+	"github.com/cradlestack/cradlestack/internal/tunnel"
 )
 
 const (
@@ -22,6 +27,8 @@ const (
 	shownLogBytes = 2 << 10
 	shownLogLines = 10
 	logsTimeout   = 15 * time.Second
+	// checkRetry is the time until a pod is asked again how its containers' health checks fare.
+	checkRetry = time.Second
 )
 
 // wait returns when the pods of a job are as far as the model says, or will not come that far.
@@ -101,7 +108,7 @@ func unplaceable(m *api.AllocationMetric) string {
 }
 
 // up waits until all pods of the job's version run, and are well where that is asked for. why is what has become of one that has failed.
-func (c *cluster) up(ctx context.Context, w *wish, healthy bool) (why string, err error) {
+func (c *cluster) up(ctx context.Context, w *wish, well bool) (why string, err error) {
 	job, _, err := c.nomad.Jobs().Info(w.options.ID, c.query(ctx, w.options.Namespace))
 	if err != nil {
 		return "", err
@@ -113,7 +120,7 @@ func (c *cluster) up(ctx context.Context, w *wish, healthy bool) (why string, er
 			return "", err
 		}
 		deployed := false
-		if healthy {
+		if well {
 			d, _, err := c.nomad.Jobs().LatestDeployment(w.options.ID, c.query(ctx, w.options.Namespace))
 			if err != nil {
 				return "", err
@@ -133,16 +140,104 @@ func (c *cluster) up(ctx context.Context, w *wish, healthy bool) (why string, er
 			case a.DeploymentStatus != nil && a.DeploymentStatus.Healthy != nil && !*a.DeploymentStatus.Healthy:
 				return "it is not well.\n" + c.end(ctx, w, a), nil
 			case a.ClientStatus == api.AllocClientStatusRunning && a.DesiredStatus == api.AllocDesiredStatusRun:
-				if !healthy || deployed || a.DeploymentStatus != nil && a.DeploymentStatus.Healthy != nil {
+				if !well || deployed || a.DeploymentStatus != nil && a.DeploymentStatus.Healthy != nil {
 					good++
 				}
 			}
 		}
-		if good >= w.options.Service.Count && others == 0 {
+		q.WaitIndex = meta.LastIndex
+		if good < w.options.Service.Count || others > 0 {
+			continue
+		}
+		if !well {
 			return "", nil
 		}
-		q.WaitIndex = meta.LastIndex
+		why, done, err := c.checked(ctx, w, all)
+		if err != nil || done || why != "" {
+			return why, err
+		}
+		q.WaitIndex = 0 // Nomad hears nothing of it
+		select {
+		case <-time.After(checkRetry):
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
 	}
+}
+
+// checked asks the pods that run how their containers' health checks fare, where the configuration has some: done when all are healthy, why when one is not.
+func (c *cluster) checked(ctx context.Context, w *wish, all []*api.AllocationListStub) (why string, done bool, err error) {
+	done = true
+	for _, container := range w.pod.Containers {
+		if h := container.Healthcheck; h == nil || len(h.Test) == 0 || h.Test[0] == "NONE" {
+			continue
+		}
+		for _, a := range all {
+			if a.ClientStatus != api.AllocClientStatusRunning || a.DesiredStatus != api.AllocDesiredStatusRun {
+				continue
+			}
+			state, err := c.health(ctx, w, a.ID, container.Name)
+			if errors.Is(err, tunnel.ErrDenied) {
+				return "", false, fmt.Errorf("the health of its container %s: %w", container.Name, err)
+			}
+			if err != nil { // it begins or ends, which the next look at its allocation tells
+				done = false
+				continue
+			}
+			if state.Status == unhealthy {
+				said := ""
+				if n := len(state.Log); n > 0 {
+					said = "\nIts check says: " + strings.TrimSpace(state.Log[n-1].Output)
+				}
+				return "container " + container.Name + " is unhealthy." + said + "\n" + c.end(ctx, w, a), false, nil
+			}
+			done = done && state.Status == healthy
+		}
+	}
+	return "", done, nil
+}
+
+// What docker's API says of a container's health (moby api/swagger.yaml, Health).
+const (
+	healthy   = "healthy"
+	unhealthy = "unhealthy"
+)
+
+type health struct {
+	Status string
+	Log    []struct{ Output string }
+}
+
+// health asks a pod for that of one of its containers, by docker's API that each pod has.
+func (c *cluster) health(ctx context.Context, w *wish, alloc, container string) (health, error) {
+	ctx, cancel := context.WithTimeout(ctx, logsTimeout)
+	defer cancel()
+	config := *c.config
+	config.Namespace = w.options.Namespace
+	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: &config, Alloc: alloc, Task: w.pod.Containers[0].Name})
+	if err != nil {
+		return health{}, err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://pod/containers/"+container+"/json", nil)
+	if err != nil {
+		return health{}, err
+	}
+	if err := req.Write(conn); err != nil {
+		return health{}, err
+	}
+	answer, err := http.ReadResponse(bufio.NewReader(conn), req)
+	if err != nil {
+		return health{}, err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return health{}, fmt.Errorf("the pod answers %s", answer.Status)
+	}
+	var inspected struct{ State struct{ Health health } }
+	err = json.NewDecoder(answer.Body).Decode(&inspected)
+	return inspected.State.Health, err
 }
 
 // ended waits until no pod of a job is left.

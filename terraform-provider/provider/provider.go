@@ -40,6 +40,7 @@ type cradle struct {
 // A cluster is what a configured provider hands to its resources and data sources.
 type cluster struct {
 	nomad        *api.Client
+	config       *api.Config // the client's
 	namespace    string
 	volumePlugin string
 }
@@ -122,7 +123,7 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 		return
 	}
 	resp.Diagnostics.Append(greet(ctx, nomad, settings)...)
-	known := &cluster{nomad: nomad, namespace: settings.Namespace, volumePlugin: plugin}
+	known := &cluster{nomad: nomad, config: settings, namespace: settings.Namespace, volumePlugin: plugin}
 	if known.namespace == "" {
 		known.namespace = api.DefaultNamespace
 	}

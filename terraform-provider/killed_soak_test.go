@@ -1,0 +1,149 @@
+//go:build vm && soak
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+)
+
+// Whoever is killed in the middle of an apply, or of a destruction, has lost nothing and left nothing: the next one finishes it.
+func TestSoakTerraformKilled(t *testing.T) { killed(t, 15) }
+
+// killed makes and removes n volumes and n pods.
+func killed(t *testing.T, n int) {
+	c := openNomad(t)
+	w := openWorkspace(t, c)
+	w.write(fmt.Sprintf(`
+provider "cradle" {}
+resource "cradle_volume" "many" {
+  count = %[1]d
+  name  = "many-${count.index}"
+  size  = "16MiB"
+}
+resource "cradle_pod" "many" {
+  count    = %[1]d
+  name     = "many-${count.index}"
+  replicas = 0
+  container {
+    name  = "main"
+    image = "oci:/nowhere"
+    env   = { NUMBER = count.index }
+  }
+}
+`, n))
+	// made are volumes, jobs, and variables of these.
+	made := func() (n int) {
+		t.Helper()
+		all, _, err := c.API.CSIVolumes().List(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		jobs, _, err := c.API.Jobs().List(&api.QueryOptions{Prefix: "many-"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept, _, err := c.API.Variables().PrefixList("nomad/jobs/many-", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(all) + len(jobs) + len(kept)
+	}
+	whole := 3 * n
+	// kill runs terraform until there are so many more or fewer, and kills it with its provider, or that alone. It says whether terraform was still at it.
+	kill := func(step int, alone bool, args ...string) bool {
+		t.Helper()
+		before := made()
+		var out bytes.Buffer
+		cmd := w.start(&out, append(args, "-auto-approve", "-no-color", "-lock=false", "-parallelism=20")...)
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		for end := time.Now().Add(nomadtest.Patience); ; {
+			if n := made() - before; n >= step || -n >= step {
+				break
+			}
+			select {
+			case <-ended: // what earlier ones had made, it has taken up
+				return false
+			case <-time.After(5 * time.Millisecond):
+			}
+			if time.Now().After(end) {
+				t.Fatalf("terraform %s: nothing of it within %v", args[0], nomadtest.Patience)
+			}
+		}
+		victim := -cmd.Process.Pid
+		if alone {
+			victim = providerOf(t, cmd.Process.Pid)
+		}
+		err := syscall.Kill(victim, syscall.SIGKILL)
+		if err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+		failed := <-ended != nil
+		t.Logf("terraform %s was killed when %d of %d were there", args[0], made(), whole)
+		return err == nil && failed
+	}
+	if !kill(1, false, "apply") {
+		t.Error("no apply was killed")
+	}
+	kill(n/2, false, "apply")
+	kill(1, true, "apply")
+	w.run("apply", "-auto-approve", "-no-color", "-lock=false", "-parallelism=20")
+	w.unchanged("-lock=false")
+	if n := made(); n != whole {
+		t.Errorf("there are %d, want %d", n, whole)
+	}
+	if !kill(1, false, "destroy") {
+		t.Error("no destruction was killed")
+	}
+	kill(1, true, "destroy")
+	w.run("destroy", "-auto-approve", "-no-color", "-lock=false", "-parallelism=20")
+	if n := made(); n != 0 {
+		t.Errorf("%d are left", n)
+	}
+	if entries, err := os.ReadDir(filepath.Join(c.Server().Dir, "volumes")); err != nil || len(entries) != 1 || entries[0].Name() != ".lock" {
+		t.Errorf("left in the pool: %v, %v", entries, err)
+	}
+}
+
+// providerOf is the provider that a terraform has started, by its process group; noProcess when that has ended.
+func providerOf(t *testing.T, group int) int {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range all {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			continue // it has ended
+		}
+		pid, rest, _ := strings.Cut(string(text), " ")
+		i := strings.LastIndex(rest, ")")
+		var state string
+		var parent, in int
+		if _, err := fmt.Sscan(rest[i+1:], &state, &parent, &in); err == nil && in == group && strings.HasPrefix(rest, "(terraform-provi") {
+			n, err := strconv.Atoi(pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	return noProcess
+}
+
+// noProcess is nobody's number.
+const noProcess = 1 << 30
