@@ -45,7 +45,7 @@ func (c *Cluster) RunVolumes(t testing.TB) {
 	dir := c.Server().Dir
 	c.Run(t, strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
 		"/var/lib/cradle/volumes", filepath.Join(dir, "volumes"), "/var/lib/nomad", filepath.Join(dir, "nomad")).Replace(string(text)))
-	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	ctx, cancel := patient(t)
 	defer cancel()
 	if err := agents.Retry(ctx, "a healthy plugin of volumes", func() error {
 		p, _, err := c.API.CSIPlugins().Info("cradle", (&api.QueryOptions{}).WithContext(ctx))
@@ -92,7 +92,7 @@ func (c *Cluster) CLI(t testing.TB, args ...string) string {
 // TryCLI runs Nomad's command line with some standard input.
 func (c *Cluster) TryCLI(t testing.TB, stdin string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	ctx, cancel := patient(t)
 	defer cancel()
 	cmd := c.Server().Command(ctx, c.nomad, args...)
 	cmd.Env = c.Env()
@@ -115,7 +115,7 @@ func (c *Cluster) TryCLI(t testing.TB, stdin string, args ...string) (stdout, st
 // UntilAnswers waits until the server can ask an allocation's client, which may have just been started again.
 func (c *Cluster) UntilAnswers(t testing.TB, alloc string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	ctx, cancel := patient(t)
 	defer cancel()
 	err := agents.Retry(ctx, "an answer from the client", func() error {
 		_, _, err := c.API.AllocFS().List(&api.Allocation{ID: alloc}, "/", (&api.QueryOptions{}).WithContext(ctx))
@@ -146,7 +146,7 @@ func (c *Cluster) UntilLogsHave(t testing.TB, alloc, task, kind, text string) st
 
 func (c *Cluster) logs(t testing.TB, alloc, task, kind string, follow bool, enough func(string) bool) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	ctx, cancel := patient(t)
 	defer cancel()
 	a, _, err := c.API.Allocations().Info(alloc, nil)
 	if err != nil {

@@ -28,6 +28,11 @@ import (
 // Patience bounds every wait. What takes longer hangs.
 const Patience = 3 * time.Minute
 
+// patient is the context of a wait. What cleans up after a test, whose own context has ended by then, waits as well.
+func patient(t testing.TB) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(t.Context()), Patience)
+}
+
 // Options say which agents there are and what they are told beyond what they all need.
 type Options struct {
 	Clients int  // nodes beside the server; 0: one node is server and client

@@ -287,7 +287,7 @@ func (c *Cluster) Wait(ctx context.Context, what string, f func(*State) bool) er
 // Until is Wait for tests.
 func (c *Cluster) Until(t testing.TB, what string, f func(*State) bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	ctx, cancel := patient(t)
 	defer cancel()
 	if err := c.Wait(ctx, what, f); err != nil {
 		t.Fatal(err)
