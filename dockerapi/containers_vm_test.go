@@ -189,7 +189,9 @@ func TestVMEndings(t *testing.T) {
 	h.want("", "ps", "-q", "--filter", "id="+ends)
 	h.run("update", "--restart", "on-failure:2", "policy")
 	h.try("", "exec", "policy", "touch", "/go") // the container may end before the command has told its end
-	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}} {{.RestartCount}}", "policy") == "exited 2" })
+	h.until("the last try", func() bool {
+		return h.run("inspect", "-f", "{{.State.Status}} {{.RestartCount}}", "policy") == "exited 2"
+	})
 	h.want("3 2 on-failure 2", "inspect", "-f", "{{.State.ExitCode}} {{.RestartCount}} {{.HostConfig.RestartPolicy.Name}} {{.HostConfig.RestartPolicy.MaximumRetryCount}}", "policy")
 	// docker restart is an end for who waits for one.
 	h.until("the trap", func() bool { out, _ := h.try("", "logs", "trap"); return out == "ready\n" })
