@@ -40,6 +40,7 @@ func TestMain(m *testing.M) {
 var cluster struct {
 	sync.Once
 	*nomadtest.Cluster
+	end func() error
 	err error
 }
 
@@ -48,9 +49,11 @@ func closeCluster() error {
 	if cluster.Cluster == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
-	defer cancel()
-	return errors.Join(cluster.Settle(ctx), cluster.Close())
+	var err error
+	if cluster.end != nil {
+		err = cluster.end()
+	}
+	return errors.Join(err, cluster.Close())
 }
 
 // A host is a server, and what makes the docker CLI use it.
@@ -87,7 +90,10 @@ func startCluster(t *testing.T) *nomadtest.Cluster {
 		if _, cluster.err = programs.Image("busybox"); cluster.err != nil {
 			return
 		}
-		cluster.Cluster, cluster.err = nomadtest.Open(context.Background(), o)
+		if cluster.Cluster, cluster.err = nomadtest.Open(context.Background(), o); cluster.err != nil {
+			return
+		}
+		cluster.end, cluster.err = cluster.Mark()
 	})
 	if cluster.err != nil {
 		t.Fatal(cluster.err)

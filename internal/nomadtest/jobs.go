@@ -180,29 +180,41 @@ func (c *Cluster) logs(t testing.TB, alloc, task, kind string, follow bool, enou
 // Begin takes down what is there; when the test has ended, so have all jobs, and what is left of them fails it. Start does it for its test.
 func (c *Cluster) Begin(t testing.TB) {
 	t.Helper()
-	before := make([]inventory, len(c.Nodes))
-	for i, n := range c.Nodes {
-		var err error
-		if before[i], err = n.inventory(); err != nil {
-			t.Fatal(err)
-		}
+	end, err := c.Mark()
+	if err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		if t.Failed() { // while there is something to be seen
 			t.Log(c.Describe())
 		}
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Mark takes down what is there. end ends all jobs and, once Nomad has had the time to clear away, tells what is left of them. To close the cluster at
+// once would stop Nomad in the middle of that.
+func (c *Cluster) Mark() (end func() error, err error) {
+	before := make([]inventory, len(c.Nodes))
+	for i, n := range c.Nodes {
+		if before[i], err = n.inventory(); err != nil {
+			return nil, err
+		}
+	}
+	return func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), Patience)
 		defer cancel()
 		if err := c.Settle(ctx); err != nil {
-			t.Errorf("end of jobs: %v", err)
-			return
+			return fmt.Errorf("end of jobs: %w", err)
 		}
+		var errs []error
 		for i, n := range c.Nodes {
-			if err := n.remains(before[i]); err != nil {
-				t.Error(err)
-			}
+			errs = append(errs, n.remains(before[i]))
 		}
-	})
+		return errors.Join(errs...)
+	}, nil
 }
 
 // Settle ends every job, starts agents that are down, and lets Nomad collect its garbage.

@@ -25,11 +25,11 @@ func (b *bench) nomad(ctx context.Context, crowd, many int) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), nomadtest.Patience)
-		defer cancel()
-		err = errors.Join(err, c.Settle(settle), c.Close())
-	}()
+	end, err := c.Mark()
+	if err != nil {
+		return errors.Join(err, c.Close())
+	}
+	defer func() { err = errors.Join(err, end(), c.Close()) }()
 	jobs := 0
 	echo := func(ctx context.Context) (time.Duration, error) {
 		jobs++
