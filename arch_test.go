@@ -33,10 +33,10 @@ var mayImport = map[string][]string{
 	"driver-cradle":                   {"driver-cradle/driver", "driver-cradle/vmm"}, // main.go: vmm.Confine, plugins.Serve and nothing else
 	"driver-cradle/driver":            {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
 	"driver-cradle/kcradle":           {"spec", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "driver-cradle/pod"},
-	"driver-cradle/pod":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network"},
+	"driver-cradle/pod":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "driver-cradle/network", "internal/durable"},
 	"driver-cradle/vmm":               {"spec", "driver-cradle/hostfile", "driver-cradle/wire", "driver-cradle/boot"},
 	"driver-cradle/boot":              {"spec", "driver-cradle/hostfile", "driver-cradle/wire"},
-	"driver-cradle/image":             {"spec", "driver-cradle/wire", "internal/stalled"},
+	"driver-cradle/image":             {"spec", "driver-cradle/wire", "internal/stalled", "internal/durable"},
 	"driver-cradle/network":           {"spec", "driver-cradle/wire"},
 	"driver-cradle/hostfile":          {"spec"},
 	"driver-cradle/wire":              {"spec"},
@@ -49,13 +49,13 @@ var mayImport = map[string][]string{
 	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/unixhttp"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
-	"csi-plugin/cold": {"csi-plugin/volume"},
+	"csi-plugin/cold": {"csi-plugin/volume", "internal/durable"},
 
-	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer", "internal/command"}, // its commands; it is no part of cradle-csi
-	"csi-plugin/filer/api": {"spec", "csi-plugin/volume", "internal/unixhttp"},                                                          // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {},                                                                                                          // exports, not volumes
+	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
+	"csi-plugin/filer/api": {"spec", "csi-plugin/volume", "internal/unixhttp"},                                                                              // of cradle-csi as well, which calls the filer
+	"csi-plugin/filer/nfs": {},                                                                                                                              // exports, not volumes
 
-	"csi-plugin/filer/webdav": {}, // directories, not volumes
+	"csi-plugin/filer/webdav": {"internal/durable"}, // directories, not volumes
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},
@@ -80,6 +80,7 @@ var mayImport = map[string][]string{
 	"internal/agents":    {},
 	"internal/cgroup":    {},
 	"internal/command":   {},
+	"internal/durable":   {},
 	"internal/filertest": {"internal/locked", "test/programs"},
 	"internal/golden":    {},
 	"internal/locked":    {},

@@ -65,24 +65,7 @@ func TestSoakTerraformExample(t *testing.T) {
 func TestSoakTerraformMany(t *testing.T) {
 	c := openNomad(t)
 	w := openWorkspace(t, c)
-	w.apply(`
-provider "cradle" {}
-resource "cradle_volume" "many" {
-  count = 100
-  name  = "many-${count.index}"
-  size  = "16MiB"
-}
-resource "cradle_pod" "many" {
-  count    = 100
-  name     = "many-${count.index}"
-  replicas = 0
-  container {
-    name  = "main"
-    image = "oci:/nowhere"
-    env   = { NUMBER = count.index }
-  }
-}
-`)
+	w.apply(many(100))
 	for range 3 {
 		begin := time.Now()
 		w.unchanged("-parallelism=20")

@@ -20,30 +20,11 @@ import (
 )
 
 // Whoever is killed in the middle of an apply, or of a destruction, has lost nothing and left nothing: the next one finishes it.
-func TestSoakTerraformKilled(t *testing.T) { killed(t, 15) }
-
-// killed makes and removes n volumes and n pods.
-func killed(t *testing.T, n int) {
+func TestSoakTerraformKilled(t *testing.T) {
+	const n = 15 // volumes, and as many pods
 	c := openNomad(t)
 	w := openWorkspace(t, c)
-	w.write(fmt.Sprintf(`
-provider "cradle" {}
-resource "cradle_volume" "many" {
-  count = %[1]d
-  name  = "many-${count.index}"
-  size  = "16MiB"
-}
-resource "cradle_pod" "many" {
-  count    = %[1]d
-  name     = "many-${count.index}"
-  replicas = 0
-  container {
-    name  = "main"
-    image = "oci:/nowhere"
-    env   = { NUMBER = count.index }
-  }
-}
-`, n))
+	w.write(many(n))
 	// made are volumes, jobs, and variables of these.
 	made := func() (n int) {
 		t.Helper()
@@ -147,3 +128,25 @@ func providerOf(t *testing.T, group int) int {
 
 // noProcess is nobody's number.
 const noProcess = 1 << 30
+
+// many are n volumes and n pods.
+func many(n int) string {
+	return fmt.Sprintf(`
+provider "cradle" {}
+resource "cradle_volume" "many" {
+  count = %[1]d
+  name  = "many-${count.index}"
+  size  = "16MiB"
+}
+resource "cradle_pod" "many" {
+  count    = %[1]d
+  name     = "many-${count.index}"
+  replicas = 0
+  container {
+    name  = "main"
+    image = "oci:/nowhere"
+    env   = { NUMBER = count.index }
+  }
+}
+`, n)
+}

@@ -8,6 +8,8 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+
+	"github.com/cradlestack/cradlestack/internal/durable"
 )
 
 // A Folder is a Store in a directory of this host, which may be another's by NFS.
@@ -45,7 +47,7 @@ func (f *Folder) Put(ctx context.Context, name string, data []byte) error {
 	if err := os.Rename(part.Name(), to); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return durable.SyncDir(dir)
 }
 
 // makeDir makes a directory and those above it that are missing, as durably as what will be in it.
@@ -60,15 +62,7 @@ func makeDir(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return syncDir(above)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return durable.SyncDir(above)
 }
 
 // Get is Store's.

@@ -142,17 +142,20 @@ func (c *cli) publicationsCommand() *cobra.Command {
 			return c.print(all, func(w io.Writer) {
 				fmt.Fprintln(w, "PUBLICATION\tVOLUME\tACCESS\tCLIENTS")
 				for _, p := range all {
-					access := "read-write"
-					if p.ReadOnly {
-						access = "read-only"
-					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.ID, p.Volume, access, join(p.Clients))
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.ID, p.Volume, access(p.ReadOnly), join(p.Clients))
 				}
 			})
 		},
 	}
 	c.formatFlag(cmd)
 	return cmd
+}
+
+func access(readOnly bool) string {
+	if readOnly {
+		return "read-only"
+	}
+	return "read-write"
 }
 
 func join(clients []netip.Prefix) string {

@@ -1,17 +1,14 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -45,7 +42,9 @@ type filer struct {
 // options for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
 const options = "vers=3,hard,timeo=100,retrans=3"
 
-func (f *filer) record(id string) string { return filepath.Join(f.dir, "publications", id+".json") }
+func (f *filer) published() records[api.Publication] {
+	return records[api.Publication]{filepath.Join(f.dir, "publications"), "publication"}
+}
 
 func (f *filer) root(volume string) string { return filepath.Join(f.dir, "volumes", volume) }
 
@@ -59,7 +58,7 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	former, err := f.read(p.ID)
+	former, err := f.published().read(p.ID)
 	switch {
 	case err == nil && former.Volume != p.Volume:
 		return p, fmt.Errorf("publication %s %w: it is of volume %s", p.ID, volume.ErrExists, former.Volume)
@@ -71,15 +70,11 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 		return p, err
 	}
 	p.Address, p.Options = f.address, options
-	v, err := f.backend.Get(ctx, p.Volume)
-	if err == nil && v.Block() {
-		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
-	}
-	if err != nil {
+	if err := f.hasFiles(ctx, p.Volume); err != nil {
 		return p, err
 	}
 	// The record comes first: what it is about can then be undone, whatever happens.
-	if err := f.write(p); err != nil {
+	if err := f.published().write(p.ID, p); err != nil {
 		return p, err
 	}
 	if err := f.serve(ctx, p); err != nil {
@@ -101,6 +96,15 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden})
 }
 
+// hasFiles refuses what can't be served.
+func (f *filer) hasFiles(ctx context.Context, id string) error {
+	v, err := f.backend.Get(ctx, id)
+	if err == nil && v.Block() {
+		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
+	}
+	return err
+}
+
 // place makes the volume's files appear.
 func (f *filer) place(ctx context.Context, id string) (root string, err error) {
 	source, err := f.backend.Stage(ctx, id, volume.Use{As: volume.AsFiles})
@@ -114,13 +118,13 @@ func (f *filer) place(ctx context.Context, id string) (root string, err error) {
 // release undoes that where one publication or grant at most is for the volume: the one that ends.
 func (f *filer) release(ctx context.Context, id string) error {
 	users := 0
-	publications, err := f.all()
+	publications, err := f.published().all()
 	for _, p := range publications {
 		if p.Volume == id {
 			users++
 		}
 	}
-	grants, gerr := f.allGrants()
+	grants, gerr := f.granted().all()
 	for _, g := range grants {
 		if g.Volume == id {
 			users++
@@ -146,7 +150,7 @@ func (f *filer) unpublish(ctx context.Context, id string) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	p, err := f.read(id)
+	p, err := f.published().read(id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -167,21 +171,21 @@ func (f *filer) end(ctx context.Context, p api.Publication) error {
 	if err := f.release(ctx, p.Volume); err != nil {
 		return err
 	}
-	return os.Remove(f.record(p.ID))
+	return f.published().remove(p.ID)
 }
 
 // restore serves again what was published before this process began.
 func (f *filer) restore(ctx context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	all, err := f.all()
+	all, err := f.published().all()
 	errs := []error{err}
 	for _, p := range all {
 		if err := f.serve(ctx, p); err != nil {
 			errs = append(errs, fmt.Errorf("publication %s: %w", p.ID, err))
 		}
 	}
-	grants, err := f.allGrants()
+	grants, err := f.granted().all()
 	errs = append(errs, err)
 	for _, g := range grants {
 		if err := f.admit(ctx, g); err != nil {
@@ -191,57 +195,10 @@ func (f *filer) restore(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-func (f *filer) read(id string) (p api.Publication, err error) {
-	data, err := os.ReadFile(f.record(id))
-	if err == nil {
-		err = json.Unmarshal(data, &p)
-	}
-	if err != nil {
-		err = fmt.Errorf("publication %s: %w", id, err)
-	}
-	return p, err
-}
-
-func (f *filer) write(p api.Publication) error {
-	data, err := json.MarshalIndent(p, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(f.record(p.ID)), 0o700); err != nil {
-		return err
-	}
-	return writeFile(f.record(p.ID), append(data, '\n'))
-}
-
-// all are the publications by id.
-func (f *filer) all() (all []api.Publication, err error) {
-	entries, err := os.ReadDir(filepath.Join(f.dir, "publications"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	for _, e := range entries {
-		id, isRecord := strings.CutSuffix(e.Name(), ".json")
-		if !isRecord || !volume.ValidName(id) {
-			continue
-		}
-		p, err := f.read(id)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, p)
-	}
-	slices.SortFunc(all, func(a, b api.Publication) int { return cmp.Compare(a.ID, b.ID) })
-	return all, nil
-}
-
 func (f *filer) publications() ([]api.Publication, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	all, err := f.all()
-	if all == nil {
-		all = []api.Publication{}
-	}
-	return all, err
+	return f.published().all()
 }
 
 func (f *filer) status() (api.Status, error) {

@@ -86,11 +86,7 @@ func (c *cli) grantsCommand() *cobra.Command {
 			return c.print(all, func(w io.Writer) {
 				fmt.Fprintln(w, "GRANT\tVOLUME\tACCESS\tUSER")
 				for _, g := range all {
-					access := "read-write"
-					if g.ReadOnly {
-						access = "read-only"
-					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%d:%d\n", g.ID, g.Volume, access, g.UID, g.GID)
+					fmt.Fprintf(w, "%s\t%s\t%s\t%d:%d\n", g.ID, g.Volume, access(g.ReadOnly), g.UID, g.GID)
 				}
 			})
 		},

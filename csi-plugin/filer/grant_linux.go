@@ -1,24 +1,22 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
-func (f *filer) grantFile(id string) string { return filepath.Join(f.state, "grants", id+".json") }
+// granted are the grants, with their secrets.
+func (f *filer) granted() records[api.Grant] {
+	return records[api.Grant]{filepath.Join(f.state, "grants"), "grant"}
+}
 
 // grant lets somebody use a volume.
 func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
@@ -30,7 +28,7 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	former, err := f.readGrant(g.ID)
+	former, err := f.granted().read(g.ID)
 	switch {
 	case err == nil && former.Volume != g.Volume:
 		return g, fmt.Errorf("grant %s %w: it is of volume %s", g.ID, volume.ErrExists, former.Volume)
@@ -42,15 +40,11 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 		return g, err
 	}
 	g.WebDAV, g.S3 = "", ""
-	v, err := f.backend.Get(ctx, g.Volume)
-	if err == nil && v.Block() {
-		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
-	}
-	if err != nil {
+	if err := f.hasFiles(ctx, g.Volume); err != nil {
 		return g, err
 	}
 	// The record comes first: what it is about can then be undone, whatever happens.
-	if err := f.writeGrant(g); err != nil {
+	if err := f.granted().write(g.ID, g); err != nil {
 		return g, err
 	}
 	if err := f.admit(ctx, g); err != nil {
@@ -82,7 +76,7 @@ func (f *filer) revoke(ctx context.Context, id string) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	g, err := f.readGrant(id)
+	g, err := f.granted().read(id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -103,56 +97,13 @@ func (f *filer) endGrant(ctx context.Context, g api.Grant) error {
 	if err := f.release(ctx, g.Volume); err != nil {
 		return err
 	}
-	return os.Remove(f.grantFile(g.ID))
-}
-
-func (f *filer) readGrant(id string) (g api.Grant, err error) {
-	data, err := os.ReadFile(f.grantFile(id))
-	if err == nil {
-		err = json.Unmarshal(data, &g)
-	}
-	if err != nil {
-		err = fmt.Errorf("grant %s: %w", id, err)
-	}
-	return g, err
-}
-
-func (f *filer) writeGrant(g api.Grant) error {
-	data, err := json.MarshalIndent(g, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(f.grantFile(g.ID)), 0o700); err != nil {
-		return err
-	}
-	return writeFile(f.grantFile(g.ID), append(data, '\n'))
-}
-
-// allGrants are the grants by id, with their secrets.
-func (f *filer) allGrants() (all []api.Grant, err error) {
-	entries, err := os.ReadDir(filepath.Join(f.state, "grants"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	for _, e := range entries {
-		id, isRecord := strings.CutSuffix(e.Name(), ".json")
-		if !isRecord || !volume.ValidName(id) {
-			continue
-		}
-		g, err := f.readGrant(id)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, g)
-	}
-	slices.SortFunc(all, func(a, b api.Grant) int { return cmp.Compare(a.ID, b.ID) })
-	return all, nil
+	return f.granted().remove(g.ID)
 }
 
 func (f *filer) grants() ([]api.Grant, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	all, err := f.allGrants()
+	all, err := f.granted().all()
 	shown := []api.Grant{}
 	for _, g := range all {
 		g.Secret = ""

@@ -24,6 +24,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/durable"
 )
 
 // A server is the command's flags.
@@ -134,34 +135,13 @@ func readKey(state string) (key [nfs.KeySize]byte, err error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		data = make([]byte, nfs.KeySize)
 		rand.Read(data)
-		err = writeFile(path, data)
+		err = durable.WriteFile(path, data)
 	}
 	if err == nil && len(data) != nfs.KeySize {
 		err = fmt.Errorf("%s: it has %d bytes, a key has %d; restore it, or remove it and have clients mount again", path, len(data), nfs.KeySize)
 	}
 	copy(key[:], data)
 	return key, err
-}
-
-// writeFile writes a file in one step that outlasts a power cut.
-func writeFile(path string, data []byte) error {
-	temporary := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
-	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(temporary, path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // listenControl makes the socket. One that nobody serves any more is replaced.

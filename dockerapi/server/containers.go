@@ -489,19 +489,7 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 
 // nextExit asks the pod to tell of the container's next exit, and whether it starts it again. When it returns, that can't be missed.
 func (p *pod) nextExit(ctx context.Context) (io.ReadCloser, error) {
-	request, err := p.request(ctx, http.MethodPost, inside("/wait"), url.Values{"condition": {string(container.WaitConditionNextExit)}}, nil)
-	if err != nil {
-		return nil, err
-	}
-	answer, _, err := p.send(ctx, request)
-	if err != nil {
-		return nil, err
-	}
-	if answer.StatusCode != http.StatusOK {
-		defer answer.Body.Close()
-		return nil, refusal(answer)
-	}
-	return answer.Body, nil
+	return p.stream(ctx, http.MethodPost, inside("/wait"), url.Values{"condition": {string(container.WaitConditionNextExit)}})
 }
 
 // awaitRun is endOfRun, for a run that may not have begun.

@@ -162,7 +162,12 @@ func (p *pod) call(ctx context.Context, method, path string, q url.Values, in, o
 
 // read asks for what may be long, or never end.
 func (p *pod) read(ctx context.Context, path string, q url.Values) (io.ReadCloser, error) {
-	r, err := p.request(ctx, http.MethodGet, path, q, nil)
+	return p.stream(ctx, http.MethodGet, path, q)
+}
+
+// stream is a request without a body, and its answer as it comes.
+func (p *pod) stream(ctx context.Context, method, path string, q url.Values) (io.ReadCloser, error) {
+	r, err := p.request(ctx, method, path, q, nil)
 	if err != nil {
 		return nil, err
 	}

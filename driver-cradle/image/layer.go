@@ -20,6 +20,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/durable"
 )
 
 const (
@@ -186,7 +188,7 @@ func (j *job) convert(ctx context.Context) error {
 	if made, err := identify(path); err == nil {
 		noteChecked(strings.TrimSuffix(path, ".ext4"), made)
 	}
-	return syncDir(filepath.Dir(path))
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // sync makes the file durable and read-only and returns its digest.

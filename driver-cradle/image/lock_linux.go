@@ -83,16 +83,6 @@ func flock(f *os.File, how int) error {
 	}
 }
 
-// syncDir makes the names in a directory durable.
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
-}
-
 // freeSpace is what an unprivileged writer could still write to the file system of path, and its whole size.
 func freeSpace(path string) (free, total int64, err error) {
 	var st unix.Statfs_t

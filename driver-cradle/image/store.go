@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/durable"
 )
 
 // A Store is one cache directory. Any number of processes use it at once, each of them may be killed at any line: files
@@ -408,5 +410,5 @@ func writeJSON(tmpDir, path string, v any) error {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return durable.SyncDir(filepath.Dir(path))
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/internal/durable"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -83,7 +84,7 @@ func RemoveDisk(path string) error {
 	if err := os.Rename(path, dying); err != nil {
 		return err
 	}
-	return errors.Join(os.RemoveAll(dying), syncDir(filepath.Dir(path)))
+	return errors.Join(os.RemoveAll(dying), durable.SyncDir(filepath.Dir(path)))
 }
 
 // TidyDisks removes from a directory of disks what was killed while it made or removed one. Nobody may be doing either.
@@ -173,7 +174,7 @@ func makeDisk(ctx context.Context, path string, l *spec.Launch, now time.Time) (
 	if err := os.Rename(growing, path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // keep makes the pod directory's scratch disk that of the disk at path, and sees to it that its layers stay in the cache as long as it.
@@ -189,12 +190,4 @@ func keep(ctx context.Context, podDir, path string, launch *spec.Launch, images 
 		}
 	}
 	return os.Symlink(filepath.Join(path, scratchFile), filepath.Join(podDir, scratchFile))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -244,15 +244,22 @@ func (s *storehouse) job(name, volume string, block bool, at, script, kind strin
 	if block {
 		attachment = "block-device"
 	}
+	claim := fmt.Sprintf(`
+      source          = %q
+      attachment_mode = %q
+      access_mode     = "single-node-writer"`, volume, attachment)
+	return s.pod(strings.ReplaceAll(name, " ", "-"), kind, "", claim, at, script)
+}
+
+// pod is a job with a volume as claim says.
+func (s *storehouse) pod(name, kind, network, claim, at, script string) string {
 	return fmt.Sprintf(`
 job %q {
   type = %q
   group "g" {
+    %s
     volume "v" {
-      type            = "csi"
-      source          = %q
-      attachment_mode = %q
-      access_mode     = "single-node-writer"
+      type            = "csi"%s
     }
     task "main" {
       driver = "cradle"
@@ -272,7 +279,7 @@ job %q {
       }
     }
   }
-}`, strings.ReplaceAll(name, " ", "-"), kind, volume, attachment, at, s.image, script)
+}`, name, kind, network, claim, at, s.image, script)
 }
 
 // completes runs a pod to its end and returns its output.

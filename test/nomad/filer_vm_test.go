@@ -13,37 +13,12 @@ import (
 
 // shared is a job with the volume of that name. One without a network of its own has QEMU's.
 func (s *storehouse) shared(name, kind, network, access string, readOnly bool, script string) string {
-	return fmt.Sprintf(`
-job %q {
-  type = %q
-  group "g" {
-    %s
-    volume "v" {
-      type            = "csi"
+	claim := fmt.Sprintf(`
       source          = "shared"
       attachment_mode = "file-system"
       access_mode     = %q
-      read_only       = %t
-    }
-    task "main" {
-      driver = "cradle"
-      volume_mount {
-        volume      = "v"
-        destination = "/v"
-      }
-      config {
-        image   = "oci:%s"
-        command = "sh"
-        args    = ["-c", %q]
-      }
-      kill_timeout = "1s"
-      resources {
-        cpu    = 100
-        memory = 64
-      }
-    }
-  }
-}`, name, kind, network, access, readOnly, s.image, script)
+      read_only       = %t`, access, readOnly)
+	return s.pod(name, kind, network, claim, "/v", script)
 }
 
 // TestVMFiler: two pods, in Nomad's bridge and in QEMU's network, have one volume from the filer, which is killed meanwhile and restarted by Nomad. The

@@ -12,12 +12,13 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/cradlestack/cradlestack/internal/durable"
 )
 
 // A lock is one of RFC 4918 §6. It is of a resource, or of all below it as well.
@@ -82,7 +83,7 @@ func (l *locks) change(f func(all []*lock) []*lock) error {
 	} else {
 		data, err := json.Marshal(changed)
 		if err == nil {
-			err = writeFile(l.file, data)
+			err = durable.WriteFile(l.file, data)
 		}
 		if err != nil {
 			return err
@@ -90,27 +91,6 @@ func (l *locks) change(f func(all []*lock) []*lock) error {
 	}
 	l.all = changed
 	return nil
-}
-
-// writeFile writes a file in one step that outlasts a power cut.
-func writeFile(path string, data []byte) error {
-	part := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
-	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(part, path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // expire forgets, in memory, what has expired. The file follows with the next change.

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/durable"
+)
+
+// Records are kept in a directory, as ID.json each.
+type records[T any] struct{ dir, kind string }
+
+func (r records[T]) file(id string) string { return filepath.Join(r.dir, id+".json") }
+
+func (r records[T]) read(id string) (record T, err error) {
+	data, err := os.ReadFile(r.file(id))
+	if err == nil {
+		err = json.Unmarshal(data, &record)
+	}
+	if err != nil {
+		err = fmt.Errorf("%s %s: %w", r.kind, id, err)
+	}
+	return record, err
+}
+
+func (r records[T]) write(id string, record T) error {
+	data, err := json.MarshalIndent(record, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+		return err
+	}
+	return durable.WriteFile(r.file(id), append(data, '\n'))
+}
+
+func (r records[T]) remove(id string) error { return os.Remove(r.file(id)) }
+
+// all are the records by id.
+func (r records[T]) all() ([]T, error) {
+	entries, err := os.ReadDir(r.dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var ids []string
+	for _, e := range entries {
+		if id, isRecord := strings.CutSuffix(e.Name(), ".json"); isRecord && volume.ValidName(id) {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	all := []T{}
+	for _, id := range ids {
+		record, err := r.read(id)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, record)
+	}
+	return all, nil
+}
