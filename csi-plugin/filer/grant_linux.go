@@ -39,7 +39,7 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	default:
 		return g, err
 	}
-	g.WebDAV, g.S3 = "", ""
+	g.WebDAV = ""
 	if err := f.hasFiles(ctx, g.Volume); err != nil {
 		return g, err
 	}

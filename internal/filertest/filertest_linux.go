@@ -227,7 +227,7 @@ func (f *Filer) Publish(volume string, flags ...string) Publication {
 }
 
 // A Grant is what cradle-filer grant says.
-type Grant struct{ ID, Secret, WebDAV, S3 string }
+type Grant struct{ ID, Secret, WebDAV string }
 
 // Grant lets somebody use a volume.
 func (f *Filer) Grant(volume string, flags ...string) Grant {

@@ -6,18 +6,17 @@ import (
 	"net/url"
 )
 
-// A Grant lets whoever knows its secret use a volume over WebDAV and S3, from wherever the filer is reached. It outlasts reboots.
+// A Grant lets whoever knows its secret use a volume over WebDAV, from wherever the filer is reached. It outlasts reboots.
 type Grant struct {
-	ID       string `json:"id"` // the user of WebDAV, the access key of S3
+	ID       string `json:"id"` // the user
 	Volume   string `json:"volume"`
 	ReadOnly bool   `json:"readOnly,omitempty"`
 	UID      int    `json:"uid"` // whom belongs what is made
 	GID      int    `json:"gid"`
 
 	// What the filer adds.
-	Secret string `json:"secret,omitempty"` // WebDAV's password, S3's secret key; lists have none
+	Secret string `json:"secret,omitempty"` // the password; lists have none
 	WebDAV string `json:"webdav,omitempty"` // URL of the volume
-	S3     string `json:"s3,omitempty"`     // URL of the server; the bucket has the volume's name
 }
 
 // Grant lets somebody use a volume, and says how.
