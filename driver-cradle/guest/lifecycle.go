@@ -34,7 +34,7 @@ type unit struct {
 	begun      bool // has run at least once
 	running    bool
 	healthy    bool
-	restarting bool // waiting for its delay
+	restarting bool // waiting for its delay, or about to run again
 	halt       bool // stopped by hand: does not start again by itself
 	again      bool // starts again at once, whatever the rule says
 	released   bool // is not held any more
@@ -164,7 +164,7 @@ func (c *crew) sleep(u *unit, delay time.Duration) {
 		break
 	}
 	c.mu.Lock()
-	u.restarting, u.again = false, false
+	u.again = false
 	c.mu.Unlock()
 }
 
@@ -256,7 +256,7 @@ func (c *crew) stop() {
 
 // up says that the unit's command runs.
 func (c *crew) up(u *unit) {
-	u.running, u.begun = true, true
+	u.running, u.begun, u.restarting, u.again = true, true, false, false
 	c.change()
 }
 
