@@ -351,7 +351,9 @@ func TestVMRestartPolicy(t *testing.T) {
 	h := openBeside(t)
 	h.run("run", "-d", "--restart", "on-failure:2", "--name", "tries", "busybox", "sh", "-c", "echo try; exit 5")
 	h.want("5", "wait", "tries")
-	h.until("the last try", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "tries") == "exited" })
+	h.until("the last try", func() bool {
+		return h.run("inspect", "-f", "{{.State.Status}} {{.RestartCount}}", "tries") == "exited 2"
+	})
 	h.want("try\ntry\ntry", "logs", "tries")
 	h.want("5 2", "inspect", "-f", "{{.State.ExitCode}} {{.RestartCount}}", "tries")
 }
