@@ -355,7 +355,8 @@ func removeShared() error {
 			os.Remove(dir + "/nomad/lock")
 		}
 	}
-	remove("/run/cni/nomad", "/run/cni", "/var/lib/cni/networks/nomad", "/var/lib/cni/networks", "/var/lib/cni/results", "/var/lib/cni")
+	// /var/lib/cni itself stays: what another mount namespace has mounted there would go with it.
+	remove("/run/cni/nomad", "/run/cni", "/var/lib/cni/networks/nomad", "/var/lib/cni/networks", "/var/lib/cni/results")
 	if names, err := os.ReadDir(netnsDir); err == nil && len(names) == 0 {
 		_ = unix.Unmount(netnsDir, 0) // it need not be one
 	}
