@@ -279,19 +279,27 @@ func onlyOurs(path string, fi fs.FileInfo) error {
 	return nil
 }
 
-// parseTrusted reads IDENTITY [COMMENT] or a line of OpenSSH's.
+// parseTrusted reads IDENTITY [COMMENT] or a line of OpenSSH's, and no second
+// line, which would be another identity in the trust file.
 func parseTrusted(l string) (trusted, error) {
-	key, comment, _ := strings.Cut(l, " ")
-	if strings.HasPrefix(l, "ssh-") {
-		blob, rest, _ := strings.Cut(strings.TrimSpace(comment), " ")
-		key, comment = key+" "+blob, rest
+	if strings.Contains(l, "\n") {
+		return trusted{}, errors.New("it has more than one line: add one identity at a time")
 	}
-	id, err := seal.ParseIdentity(key)
-	return trusted{id, id.String(), strings.TrimSpace(comment)}, err
+	words, n := strings.Fields(l), 1
+	if strings.HasPrefix(l, "ssh-") {
+		n = 2
+	}
+	n = min(n, len(words))
+	id, err := seal.ParseIdentity(strings.Join(words[:n], " "))
+	return trusted{id, id.String(), strings.Join(words[n:], " ")}, err
 }
 
 func (c *cli) trust() *cobra.Command {
-	cmd := &cobra.Command{Use: "trust", Short: "say whose images may run here"}
+	cmd := &cobra.Command{
+		Use: "trust", Short: "say whose images may run here",
+		Args: cobra.NoArgs, // a command that doesn't exist must not look like one that has worked
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
 	var comment string
 	add := &cobra.Command{
 		Use:   "add IDENTITY|KEY.pub",
@@ -304,7 +312,7 @@ func (c *cli) trust() *cobra.Command {
 			}
 			t, err := parseTrusted(line)
 			if err != nil {
-				return err
+				return fmt.Errorf("trust add: %w", err)
 			}
 			if comment != "" {
 				t.Comment = strings.Join(strings.Fields(comment), " ")
@@ -333,7 +341,7 @@ func (c *cli) trust() *cobra.Command {
 				return c.json(append([]trusted{}, list...))
 			}
 			for _, t := range list {
-				fmt.Fprintln(c.stdout, strings.TrimSpace(t.Text+" "+t.Comment))
+				fmt.Fprintln(c.stdout, message(strings.TrimSpace(t.Text+" "+t.Comment)))
 			}
 			return nil
 		},
@@ -345,9 +353,10 @@ func (c *cli) trust() *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			return c.editTrust(func(list []trusted) ([]trusted, error) {
+				id, err := seal.ParseIdentity(args[0])
 				var left []trusted
 				for _, t := range list {
-					if t.Text != args[0] && t.Comment != args[0] {
+					if (err != nil || t.Identity != id) && t.Comment != args[0] {
 						left = append(left, t)
 					}
 				}

@@ -45,7 +45,7 @@ func (c *cli) verify() *cobra.Command {
 			}
 			fmt.Fprintf(c.stdout, "good signature by %s", s.Identity)
 			if comment != "" {
-				fmt.Fprintf(c.stdout, " (%s)", comment)
+				fmt.Fprintf(c.stdout, " (%s)", message(comment))
 			}
 			fmt.Fprintf(c.stdout, "\n%s\n", s.Digest())
 			return nil
