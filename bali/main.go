@@ -8,12 +8,38 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends what doesn't listen to the first
-	err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
-	stop()
-	os.Exit(report(os.Stderr, err))
+	ctx, cancel := context.WithCancelCause(context.Background())
+	ending := []os.Signal{syscall.SIGTERM}
+	if !signal.Ignored(os.Interrupt) {
+		ending = append(ending, os.Interrupt)
+	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, ending...)
+	go func() {
+		s := <-signals
+		signal.Reset(ending...) // a second signal ends what doesn't listen to the first
+		cancel(ended{s})
+	}()
+	code := report(os.Stderr, run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	if by, ok := context.Cause(ctx).(ended); ok && code != 0 {
+		by.die()
+	}
+	os.Exit(code)
+}
+
+// ended is the cause of what a signal ended.
+type ended struct{ os.Signal }
+
+func (e ended) Error() string { return e.String() + " signal received" }
+
+// die ends the process by its signal: to systemd a service that is stopped while
+// bali still fetches it has not failed, and to a shell it is an interrupt.
+func (e ended) die() {
+	if s, ok := e.Signal.(syscall.Signal); ok && syscall.Kill(os.Getpid(), s) == nil {
+		time.Sleep(time.Second) // it comes at any moment
+	}
 }

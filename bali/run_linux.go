@@ -46,9 +46,9 @@ command could not be started, 127 if it is not in the image.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			switch n := cmd.ArgsLenAtDash(); {
 			case len(args) == 0 || n == 0:
-				return errors.New("run needs an image: bali run FILE|URL")
+				return &refusal{errors.New("run needs an image: bali run FILE|URL")}
 			case n < 0 && len(args) > 1 || n > 1:
-				return fmt.Errorf("unexpected %q: the command comes after --", args[1])
+				return &refusal{fmt.Errorf("unexpected %q: the command comes after --", args[1])}
 			}
 			return nil
 		},
@@ -60,6 +60,8 @@ command could not be started, 127 if it is not in the image.`,
 			return nil
 		},
 	}
+	// its 1 would pass for the service's
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &refusal{err} })
 	f := cmd.Flags()
 	f.StringArrayVarP(&r.identities, "identity", "i", nil, "accept this identity and no other")
 	f.BoolVar(&r.insecure, "insecure", false, "run an image that nobody, or anybody, signed")
