@@ -75,6 +75,10 @@ the environment, makes every file equally old.`,
 		if help, _ := cmd.Flags().GetBool("help"); help {
 			return cmd.Help()
 		}
+		if b.from != "" && slices.Contains(docker, "-q") { // no docker that it could be for
+			c.quiet = true
+			docker = slices.DeleteFunc(docker, func(a string) bool { return a == "-q" })
+		}
 		if len(docker) == 0 {
 			return errors.New("build needs a file to write: bali build OUT.tar.gz …")
 		}
@@ -199,17 +203,30 @@ func beside(out, what string) string {
 	return filepath.Join(filepath.Dir(out), "."+filepath.Base(out)+"."+what)
 }
 
-// writeImage writes beside the target and moves it there when it is whole.
+// writeImage writes beside the target and moves it there when it is whole. What
+// a link leads to takes the place of no link, and a pipe or device, like
+// /dev/null, is written to.
 func (c *cli) writeImage(ctx context.Context, b *building, out string, root *gather.Rootfs, o gather.Options, signer ssh.Signer) (s *seal.Signature, n int64, err error) {
 	if out == "-" {
 		return c.packTo(ctx, c.stdout, b.zstd, root, o, signer)
+	}
+	zstd := b.zstd || strings.HasSuffix(out, ".zst") || strings.HasSuffix(out, ".tzst")
+	if fi, err := os.Stat(out); err == nil && !fi.Mode().IsRegular() {
+		f, err := os.OpenFile(out, os.O_WRONLY, 0)
+		if err != nil {
+			return nil, 0, err
+		}
+		s, n, err = c.packTo(ctx, f, zstd, root, o, signer)
+		return s, n, errors.Join(err, f.Close())
+	}
+	if real, err := filepath.EvalSymlinks(out); err == nil {
+		out = real
 	}
 	partial := beside(out, "partial")
 	f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, 0, err
 	}
-	zstd := b.zstd || strings.HasSuffix(out, ".zst") || strings.HasSuffix(out, ".tzst")
 	s, n, err = c.packTo(ctx, f, zstd, root, o, signer)
 	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
 		err = os.Rename(partial, out)
