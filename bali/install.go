@@ -95,7 +95,12 @@ func (c *cli) upgrade() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "upgrade NAME [FILE|URL]",
 		Short: "switch an installed service to a new image, and back if it is not healthy",
-		Args:  cobra.RangeArgs(1, 2),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if cmd.ArgsLenAtDash() >= 0 {
+				return errors.New("upgrade keeps the command and the flags: for others, bali install it again")
+			}
+			return cobra.RangeArgs(1, 2)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.installed(at, args[0])
 			if err != nil {
@@ -173,7 +178,7 @@ func (c *cli) recover() *cobra.Command {
 
 // installed reads how a service was installed.
 func (c *cli) installed(at places, name string) (*installed, error) {
-	if !unitName.MatchString(name) || strings.HasPrefix(name, ".") {
+	if !isName(name) {
 		return nil, fmt.Errorf("%q is no name of a service", name)
 	}
 	current, err := os.Readlink(filepath.Join(at.dir, name, "current"))

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -203,12 +204,26 @@ func rightPlatform(i *seal.Image) error {
 	return nil
 }
 
-var unitName = regexp.MustCompile(`^[A-Za-z0-9:_.-]{1,200}$`)
+// What systemd would pass over, with a word in the journal, is refused here.
+var (
+	unitName   = regexp.MustCompile(`^[A-Za-z0-9:_.][A-Za-z0-9:_.-]*$`)
+	wholeName  = regexp.MustCompile(`^[A-Za-z0-9:_.@\\-]+\.(service|socket|target|mount|automount|path|timer|device|slice|swap)$`)
+	memorySize = regexp.MustCompile(`^([0-9]+(\.[0-9]+)?[KMGT]?|[0-9]+%|infinity)$`)
+)
+
+// isName: a service's, and that of its folder.
+func isName(s string) bool {
+	return unitName.MatchString(s) && s[0] != '.' && len(s) <= 200
+}
 
 func (o *unitOptions) check() error {
 	switch {
-	case !unitName.MatchString(o.Name) || strings.HasPrefix(o.Name, "."):
-		return fmt.Errorf("--name %q: want letters, digits and :_.-", o.Name)
+	case !isName(o.Name):
+		return fmt.Errorf("--name %q: want letters, digits and :_.-, at most 200", o.Name)
+	case o.Bali != "" && !path.IsAbs(o.Bali):
+		return fmt.Errorf("--bali %s: want an absolute path", o.Bali)
+	case o.MemoryMax != "" && !memorySize.MatchString(o.MemoryMax):
+		return fmt.Errorf("--memory-max %q: want a size like 512M or 8G", o.MemoryMax)
 	case !slices.Contains([]string{"", "notify", "exec", "oneshot"}, o.Type):
 		return fmt.Errorf("--type %s: there are notify, exec and oneshot", o.Type)
 	}
@@ -218,19 +233,19 @@ func (o *unitOptions) check() error {
 		}
 	}
 	for _, s := range o.After {
-		if strings.ContainsAny(s, " \t") {
-			return fmt.Errorf("--after %q: want the name of one unit; repeat it for more", s)
+		if !wholeName.MatchString(s) {
+			return fmt.Errorf("--after %q: want the whole name of one unit, like consul.service; repeat it for more", s)
 		}
 	}
 	for _, s := range o.State {
-		if strings.ContainsAny(s, " \t") || path.IsAbs(s) || path.Clean(s) != s || strings.HasPrefix(s, "..") {
+		if strings.ContainsAny(s, " \t") || path.IsAbs(s) || path.Clean(s) != s || s == "." || strings.HasPrefix(s, "..") {
 			return fmt.Errorf("--state %s: want a name below /var/lib", s)
 		}
 	}
 	for _, cr := range o.Credentials {
 		name, file, ok := strings.Cut(cr, ":")
 		file = strings.TrimPrefix(file, "encrypted:")
-		if !ok || !unitName.MatchString(name) || !path.IsAbs(file) {
+		if !ok || !isName(name) || !path.IsAbs(file) {
 			return fmt.Errorf("--credential %s: want NAME:/absolute/file", cr)
 		}
 	}
@@ -248,8 +263,11 @@ func (o *unitOptions) render(image *seal.Image, where string, before ...string) 
 	section := func(name string) { fmt.Fprintf(&b, "\n[%s]\n", name) }
 	set := func(key string, value ...string) {
 		for _, v := range value {
-			if strings.ContainsAny(v, "\n\r\x00") {
+			switch {
+			case strings.ContainsAny(v, "\n\r\x00") || strings.HasSuffix(v, `\`):
 				broken = fmt.Errorf("%s=%q doesn't fit into a unit: it has a line break", key, v)
+			case !utf8.ValidString(v):
+				broken = fmt.Errorf("%s=%q doesn't fit into a unit: it is not UTF-8", key, v)
 			}
 			fmt.Fprintf(&b, "%s=%s\n", key, v)
 		}
