@@ -74,8 +74,12 @@ if [ ! -e /var/lib/second ]; then
   [ "$(readlink /var/lib/bali/consul/current)" = "$before" ] || fail "the link is not back"
   [ "$(systemctl show -p MainPID --value nomad)" = "$other" ] || fail "nomad was restarted"
   systemctl is-active -q consul || fail "consul is down"
-  pod=$(machine)
-  [ -n "$pod" ] || fail "the pod has no machine"
+  pod=$(machine) || {
+    ps -ef
+    api job/keeper/allocations
+    journalctl --no-pager -u nomad | grep -v docker | grep -E 'Task event|cradle' | tail -n 100
+    fail "the pod has no machine"
+  }
   ok "a broken image is rolled back"
   # a good one stays, and can be taken back by hand
   bali upgrade consul http://127.0.0.1:8000/consul2.tar.gz
