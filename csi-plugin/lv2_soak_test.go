@@ -4,10 +4,8 @@ package main
 
 import (
 	"bytes"
-	"context"
 	mathrand "math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,105 +14,9 @@ import (
 
 	"github.com/hashicorp/nomad/api"
 
-	"filippo.io/age"
-
-	"github.com/cradlestack/cradlestack/csi-plugin/cold"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
-
-// startHosts is a Nomad with two nodes, each with a plugin of its own as the example says, and cold storage that both have.
-func startHosts(t *testing.T) *stack {
-	s := &stack{t: t}
-	s.Cluster = nomadtest.Start(t, nomadtest.Options{
-		Clients: 2, Drivers: []string{"raw_exec", "exec"},
-		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}",
-		Keep:   []string{"volumes", "nomad/client/csi", "/run/cradle"},
-	})
-	x, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(s.Dir(), "key"), []byte(x.String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, n := range s.Clients() {
-		s.on(n)
-		s.CLI(t, "job", "run", "-detach", "-var", "node="+n.Name, s.file(s.example("cradle-csi-host.nomad.hcl")))
-	}
-	for _, n := range s.Clients() {
-		s.on(n)
-		s.healthy()
-	}
-	t.Cleanup(s.stopUsers)
-	return s
-}
-
-// on makes a node the one that is spoken of.
-func (s *stack) on(n *nomadtest.Node) { s.node, s.id = n, "cradle-"+n.Name }
-
-// csi is a cradle-csi that runs beside the server once it is launched, and what it prints.
-func (s *stack) csi(args ...string) (*exec.Cmd, *bytes.Buffer) {
-	s.t.Helper()
-	program, err := programs.Path("cradle-csi")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
-	s.t.Cleanup(cancel)
-	cmd := s.Server().Command(ctx, program, args...)
-	cmd.Env = s.Env()
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	return cmd, &out
-}
-
-func (s *stack) try(args ...string) (string, error) {
-	s.t.Helper()
-	cmd, out := s.csi(args...)
-	if err := s.Server().Launch(cmd); err != nil {
-		s.t.Fatal(err)
-	}
-	err := cmd.Wait()
-	return out.String(), err
-}
-
-// copied waits for a copy of what the volume holds by now: without its snapshot of this hour, and started anew, the plugin makes one at once.
-func (s *stack) copied(id string) {
-	s.t.Helper()
-	since := time.Now().Truncate(time.Second)
-	for _, field := range strings.Fields(s.CLI(s.t, "volume", "snapshot", "list", "-plugin", s.id)) {
-		if strings.HasPrefix(field, id+"@cold-") {
-			s.CLI(s.t, "volume", "snapshot", "delete", s.id, field)
-		}
-	}
-	if err := s.kill("cradle-csi"); err != nil {
-		s.t.Fatal(err)
-	}
-	key, err := cold.ReadKey(filepath.Join(s.Dir(), "key"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	folder, err := cold.OpenFolder(filepath.Join(s.Dir(), "cold"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	s.eventually("a copy of "+id, func() bool {
-		c, err := cold.NewVault(folder, key).Find(s.t.Context(), id)
-		return err == nil && !c.Taken.Before(since)
-	})
-	s.healthy()
-}
-
-// keeps is a job that compares the files of a volume, should it have some, with their sums, and then writes others.
-func keeps(volume string) string {
-	const script = `cd /v
-if test -e sums; then $b sha256sum -c sums; $b rm sums; echo all is whole; fi
-for i in 1 2 3 4 5; do $b dd if=/dev/urandom of=file$i bs=1M count=8 2>/dev/null; done
-$b sha256sum file* >sums.new; $b mv sums.new sums; $b sync; echo all is written
-while :; do $b sleep 1; done`
-	return strings.Replace(use{job: "keeps", volume: volume, script: script}.hcl(), `type = "batch"`, `type = "service"`, 1)
-}
 
 // TestVMSoakHosts does what takes more than one host.
 func TestVMSoakHosts(t *testing.T) {
@@ -300,16 +202,6 @@ func (s *stack) betweenKills(enough int, args ...string) (kills int) {
 		kills++
 	}
 	return kills
-}
-
-// whole waits until the job runs on the node and has found all files as they were.
-func (s *stack) whole() *api.AllocationListStub {
-	s.t.Helper()
-	a := s.UntilAlloc(s.t, "keeps", "a place on "+s.node.Name, func(a *api.AllocationListStub) bool {
-		return a.NodeName == s.node.Name && nomadtest.Running(a)
-	})
-	s.UntilLogsHave(s.t, a.ID, "t", "stdout", "all is whole")
-	return a
 }
 
 // here runs cradle-csi on the node, for its plugin.

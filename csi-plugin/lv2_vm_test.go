@@ -1,0 +1,163 @@
+//go:build vm
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"filippo.io/age"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/cold"
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// startHosts is a Nomad with two nodes, each with a plugin of its own as the example says, and cold storage that both have.
+func startHosts(t *testing.T) *stack {
+	s := &stack{t: t}
+	s.Cluster = nomadtest.Start(t, nomadtest.Options{
+		Clients: 2, Drivers: []string{"raw_exec", "exec"},
+		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}",
+		Keep:   []string{"volumes", "nomad/client/csi", "/run/cradle"},
+	})
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir(), "key"), []byte(x.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.CLI(t, "job", "run", "-detach", "-var", "node="+n.Name, s.file(s.example("cradle-csi-host.nomad.hcl")))
+	}
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.healthy()
+	}
+	t.Cleanup(s.stopUsers)
+	return s
+}
+
+// on makes a node the one that is spoken of.
+func (s *stack) on(n *nomadtest.Node) { s.node, s.id = n, "cradle-"+n.Name }
+
+// csi is a cradle-csi that runs beside the server once it is launched, and what it prints.
+func (s *stack) csi(args ...string) (*exec.Cmd, *bytes.Buffer) {
+	s.t.Helper()
+	program, err := programs.Path("cradle-csi")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
+	s.t.Cleanup(cancel)
+	cmd := s.Server().Command(ctx, program, args...)
+	cmd.Env = s.Env()
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	return cmd, &out
+}
+
+func (s *stack) try(args ...string) (string, error) {
+	s.t.Helper()
+	cmd, out := s.csi(args...)
+	if err := s.Server().Launch(cmd); err != nil {
+		s.t.Fatal(err)
+	}
+	err := cmd.Wait()
+	return out.String(), err
+}
+
+// copied waits for a copy of what the volume holds by now: without its snapshot of this hour, and started anew, the plugin makes one at once.
+func (s *stack) copied(id string) {
+	s.t.Helper()
+	since := time.Now().Truncate(time.Second)
+	for _, field := range strings.Fields(s.CLI(s.t, "volume", "snapshot", "list", "-plugin", s.id)) {
+		if strings.HasPrefix(field, id+"@cold-") {
+			s.CLI(s.t, "volume", "snapshot", "delete", s.id, field)
+		}
+	}
+	if err := s.kill("cradle-csi"); err != nil {
+		s.t.Fatal(err)
+	}
+	key, err := cold.ReadKey(filepath.Join(s.Dir(), "key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	folder, err := cold.OpenFolder(filepath.Join(s.Dir(), "cold"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.eventually("a copy of "+id, func() bool {
+		c, err := cold.NewVault(folder, key).Find(s.t.Context(), id)
+		return err == nil && !c.Taken.Before(since)
+	})
+	s.healthy()
+}
+
+// keeps is a job that compares the files of a volume, should it have some, with their sums, and then writes others.
+func keeps(volume string) string {
+	const script = `cd /v
+if test -e sums; then $b sha256sum -c sums; $b rm sums; echo all is whole; fi
+for i in 1 2 3 4 5; do $b dd if=/dev/urandom of=file$i bs=1M count=8 2>/dev/null; done
+$b sha256sum file* >sums.new; $b mv sums.new sums; $b sync; echo all is written
+while :; do $b sleep 1; done`
+	return strings.Replace(use{job: "keeps", volume: volume, script: script}.hcl(), `type = "batch"`, `type = "service"`, 1)
+}
+
+// whole waits until the job runs on the node and has found all files as they were.
+func (s *stack) whole() *api.AllocationListStub {
+	s.t.Helper()
+	a := s.UntilAlloc(s.t, "keeps", "a place on "+s.node.Name, func(a *api.AllocationListStub) bool {
+		return a.NodeName == s.node.Name && nomadtest.Running(a)
+	})
+	s.UntilLogsHave(s.t, a.ID, "t", "stdout", "all is whole")
+	return a
+}
+
+// TestRootNomadHosts is the short form of what lv2_soak_test.go does with two hosts: a volume that was destroyed comes back on the other one, and its files are copied to one of another
+// class on the first.
+func TestRootNomadHosts(t *testing.T) {
+	s := startHosts(t)
+	one, two := s.Clients()[0], s.Clients()[1]
+	s.on(one)
+	s.volume("ledger", "cradle-node1", s.id)
+	s.Run(t, keeps("ledger"))
+	a := s.UntilRunning(t, "keeps")
+	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
+	s.copied("ledger")
+	s.Stop(t, "keeps")
+	s.released("ledger")
+	if err := os.RemoveAll(filepath.Join(one.Dir, "volumes/ledger")); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume ledger is on node "+two.Name+" now\n") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s.on(two)
+	s.Run(t, keeps("ledger"))
+	b := s.whole()
+	s.UntilLogsHave(t, b.ID, "t", "stdout", "all is written")
+	s.Stop(t, "keeps")
+	s.released("ledger")
+	if out, err := s.try("copy", "ledger", "--as", "pages", "--class", "nfs", "--to", one.Name); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s.CLI(t, "volume", "delete", "ledger")
+	s.empty()
+	s.on(one)
+	if out := s.completes(use{job: "look", volume: "pages", script: "cd /v; $b sha256sum -c -s sums; echo all is whole"}); out != "all is whole" {
+		t.Errorf("the copy: %s", out)
+	}
+	s.CLI(t, "volume", "delete", "pages")
+	s.empty()
+}
