@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/nomad/api"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
@@ -67,6 +68,53 @@ func TestVMMachineLost(t *testing.T) {
 	starts(3)
 	h.run("stop", "kept")
 	h.want("exited", "inspect", "-f", "{{.State.Status}}", "kept")
+}
+
+// A node's containers end when it is drained, as make down does it. When it takes pods again, those run that have a policy; the others have ended, and what they have written can be looked at.
+func TestVMDrained(t *testing.T) {
+	h := openHost(t)
+	nodes, _, err := h.c.API.Nodes().List(nil)
+	if err != nil || len(nodes) != 1 {
+		t.Fatalf("%d nodes, %v", len(nodes), err)
+	}
+	drain := func(o *api.DrainOptions) {
+		t.Helper()
+		if _, err := h.c.API.Nodes().UpdateDrainOpts(nodes[0].ID, o, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eligible := &api.DrainOptions{MarkEligible: true}
+	t.Cleanup(func() { drain(eligible) })
+	command := []string{"busybox", "sh", "-c", "echo start >>/log; sync; trap 'exit 3' TERM; while :; do sleep 0.1; done"}
+	h.run(append([]string{"run", "-d", "--name", "plain"}, command...)...)
+	h.run(append([]string{"run", "-d", "--name", "kept", "--restart", "always"}, command...)...)
+	status := func(name string) string { return h.run("inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", name) }
+	starts := func(name string, n int) {
+		t.Helper()
+		h.until(fmt.Sprintf("start %d of %s", n, name), func() bool {
+			file := filepath.Join(t.TempDir(), "log")
+			if _, err := h.try("", "cp", name+":/log", file); err != nil {
+				return false
+			}
+			text, err := os.ReadFile(file)
+			return err == nil && string(text) == strings.Repeat("start\n", n)
+		})
+	}
+	starts("plain", 1)
+	starts("kept", 1)
+	drain(&api.DrainOptions{DrainSpec: &api.DrainSpec{Deadline: -1, IgnoreSystemJobs: true}})
+	h.until("the end of plain", func() bool { return status("plain") == "exited 3" })
+	h.until("kept to wait", func() bool { return strings.HasPrefix(status("kept"), "restarting") })
+	drain(eligible)
+	h.until("kept to run", func() bool { return status("kept") == "running 0" })
+	starts("kept", 2)
+	starts("plain", 1)
+	if got := status("plain"); got != "exited 3" {
+		t.Errorf("plain is %s", got)
+	}
+	h.run("start", "plain")
+	starts("plain", 2)
+	h.run("stop", "kept")
 }
 
 // testNodeLost: a node is lost. What has a policy to start again is on another one then, with a fresh disk, and docker ps tells the truth about the others, which

@@ -41,6 +41,7 @@ type fate struct {
 	id    string
 	run   int
 	phase phase
+	anew  bool // Nomad runs it once more
 }
 
 // A startSet has the containers that are just being started: their ends are told after their starts.
@@ -582,6 +583,10 @@ func (t *tenant) endNoted(id string, e *ending) {
 // noteEnd writes a run's end into the record, once; a container that is to be removed at its end goes.
 func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
 	t.starting.wait(ctx, id)
+	calledOff := last.Lost == "" && t.watch.calledOff(id, last.Number)
+	if calledOff {
+		last.Lost = lostNode
+	}
 	noted, again := false, false
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
 		if noted = r.Run == last.Number && !r.ended(); !noted {
@@ -604,6 +609,11 @@ func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
 	}
 	if noted {
 		t.emitEnd(r, r.Last)
+		if calledOff { // what comes next is the policy's to say
+			if err := t.stopJob(ctx, r.jobID()); err != nil {
+				t.server.Log.Error("end the job of a container that Nomad has ended", "container", id, "error", err)
+			}
+		}
 		if again {
 			t.startAgain(r)
 		}
@@ -656,7 +666,7 @@ func (t *tenant) settle() {
 			}
 		case j.run > 0 && !t.isPlacing(rest):
 			if p := t.watch.stateOf(id, j.run, j.try).phase; p == phaseEnded || p == phaseAway {
-				ended[fate{rest, j.run, p}] = true
+				ended[fate{rest, j.run, p, j.anew()}] = true
 			}
 		}
 	}
@@ -704,8 +714,14 @@ func (t *tenant) settleOne(it fate) error {
 	if isNotFound(err) {
 		return nil
 	}
-	if err != nil || r.Run != it.run || r.ended() {
+	if err != nil || r.Run != it.run {
 		return err
+	}
+	if r.ended() {
+		if !it.anew || r.Want == wantRunning { // its next run takes the job's place
+			return nil
+		}
+		return t.stopJob(ctx, r.jobID())
 	}
 	s := t.watch.state(r)
 	switch {

@@ -42,7 +42,7 @@ type jobState struct {
 	try     int
 	index   uint64 // JobModifyIndex: what was created later belongs to this try of the run
 	stopped bool
-	alloc   *api.AllocationListStub // the newest of this run
+	alloc   *api.AllocationListStub // of this run
 	eval    *api.Evaluation         // the newest
 	allocs  map[string]*api.AllocationListStub
 }
@@ -124,6 +124,32 @@ func (w *watch) stateOf(jobID string, run, try int) podState {
 		}
 	}
 	return s
+}
+
+// calledOff says whether Nomad itself has ended a run, as that of a node that is drained: nobody has stopped its job.
+func (w *watch) calledOff(id string, run int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	j := w.jobs[jobPrefix+id]
+	if j == nil || j.run != run || j.stopped {
+		return false
+	}
+	for _, a := range j.allocs {
+		if a.CreateIndex > j.index && a.DesiredStatus != api.AllocDesiredStatusRun {
+			return true
+		}
+	}
+	return false
+}
+
+// anew says whether Nomad runs a container once more whose newest run it has ended; the mutex is held.
+func (j *jobState) anew() bool {
+	for _, a := range j.allocs {
+		if a.CreateIndex > j.index && a != j.alloc && hasBegun(j.alloc) && !isOver(a) {
+			return true
+		}
+	}
+	return false
 }
 
 // knows says whether Nomad has a container's newest run.
@@ -269,14 +295,24 @@ func (w *watch) job(id string, meta map[string]string, index uint64, stopped boo
 	j.choose()
 }
 
-// choose finds the newest allocation of the run.
+// choose finds the allocation of the run: the first that has begun. Where Nomad makes another one after it, as of a node that was drained, that is none of docker's.
+// Of those that have not begun it is the newest.
 func (j *jobState) choose() {
 	j.alloc = nil
 	for _, a := range j.allocs {
-		if a.CreateIndex > j.index && (j.alloc == nil || a.CreateIndex > j.alloc.CreateIndex) {
+		if a.CreateIndex <= j.index {
+			continue
+		}
+		if old := j.alloc; old == nil || hasBegun(a) && !hasBegun(old) || hasBegun(a) == hasBegun(old) && hasBegun(a) == (a.CreateIndex < old.CreateIndex) {
 			j.alloc = a
 		}
 	}
+}
+
+// hasBegun says whether an allocation's container has run.
+func hasBegun(a *api.AllocationListStub) bool {
+	task := a.TaskStates[translate.Own]
+	return task != nil && !task.StartedAt.IsZero()
 }
 
 func (w *watch) take(a *api.AllocationListStub) {

@@ -184,6 +184,16 @@ job "page" {
 	s = up(t, dir)
 	page()
 	filer()
+	// But docker's container has no policy to do so.
+	err = agents.Retry(deadline(t), "the container", func() error {
+		if got := docker("--context", dockerContext, "inspect", "-f", "{{.State.Status}}", "kept"); got != "exited" {
+			return fmt.Errorf("it is %s", got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
 	if got := docker("--context", dockerContext, "cp", "kept:/data/file", "-"); !strings.Contains(got, "here") {
 		t.Errorf("the volume has %q", got)
 	}
