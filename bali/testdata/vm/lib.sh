@@ -43,6 +43,9 @@ host() {
   # an emulated processor of a busy host unpacks nomad for minutes
   mkdir -p /etc/systemd/system/service.d
   printf '[Service]\nTimeoutStartSec=30min\n' >/etc/systemd/system/service.d/emulated.conf
+  # and may not answer for longer than agents wait for each other
+  sed -i 's/enabled = true/&\n  heartbeat_grace = "10m"\n  raft_multiplier = 5/' bootstrap/nomad/server.hcl
+  printf 'gossip_lan {\n  probe_interval = "10s"\n  probe_timeout = "5s"\n  suspicion_mult = 10\n}\n' >>bootstrap/consul/common.hcl
   systemctl daemon-reload
   systemctl enable -q --now systemd-networkd.service
   wait_for 120 "the network is up" ip route get "$2"
