@@ -36,7 +36,13 @@ func suite() volumetest.Suite {
 
 func TestMain(m *testing.M) { suite().Main(m) }
 
-func TestZFS(t *testing.T) { suite().Run(t) }
+func TestZFS(t *testing.T) {
+	s := suite()
+	if testing.Short() { // what differs with xfs is mount's own, which dir tests on this host
+		s.FS = s.FS[:1]
+	}
+	s.Run(t)
+}
 
 // rest lists what is below the pool's dataset.
 func rest(t *testing.T, storage string) []string {

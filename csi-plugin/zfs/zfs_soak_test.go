@@ -10,6 +10,11 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
 )
 
+// TestVMSoakZFS runs the suite whole, but for the kills: with xfs as well.
+func TestVMSoakZFS(t *testing.T) {
+	inLab(t, "zpool create -f -O mountpoint=none tank /dev/vda1\n./zfs.test -test.v -test.run 'TestZFS$' -test.skip 'TestZFS/Killed'\n")
+}
+
 // TestVMSoakZFSKilled kills every call at every step, in a machine that has ZFS, and has families of clones go in every order. A step is some fifty
 // programs, which take that machine a third of a second each at best: each call has a machine of its own, so that one can be run alone.
 func TestVMSoakZFSKilled(t *testing.T) {
