@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -232,7 +233,7 @@ func TestRootSwap(t *testing.T) {
 }
 
 // TestRootSources runs an image from servers that take a certificate or a key:
-// https, and a real S3. Without these nothing runs.
+// https, a real SSH server, and a real S3. Without these nothing runs.
 func TestRootSources(t *testing.T) {
 	p := newPlace(t)
 	one := p.build("one.tar.gz", "one")
@@ -248,11 +249,30 @@ func TestRootSources(t *testing.T) {
 		t.Errorf("https: %s", out)
 	}
 
+	ssh := p.sshServer()
+	image := "sftp://root@" + ssh + p.dir + "/one.tar.gz"
+	p.sh("ssh-keyscan -t ed25519 -p " + ssh[strings.LastIndex(ssh, ":")+1:] + " 127.0.0.1 >known; ssh-keygen -q -t ed25519 -N '' -f stranger; touch nobody; mv one.tar.gz home/below; cp home/below one.tar.gz")
+	t.Setenv("SSH_AUTH_SOCK", "")
+	p.refused("the key of "+ssh+" is not known here", "run", "--known-hosts", "nobody", "--ssh-key", "login", image)
+	p.refused(ssh+" accepts none of 1 keys", "run", "--known-hosts", "known", "--ssh-key", "stranger", image)
+	p.refused("no key to log in with", "run", "--known-hosts", "known", image)
+	p.refused("file does not exist", "run", "--known-hosts", "known", "--ssh-key", "login", image+"x")
+	for _, where := range []string{image, "scp" + strings.TrimPrefix(image, "sftp"), "sftp://root@" + ssh + "/~/below"} {
+		if out := p.ok("run", "--known-hosts", "known", "--ssh-key", "login", where); out != "RAN\none\n" {
+			t.Errorf("%s: %s", where, out)
+		}
+	}
+	// the agent has the key, the host's is where ssh keeps it
+	script := "ssh-add -q login && rm login && exec bali run --cache $PWD/cache " + image
+	if out := p.sh("mkdir -p .ssh && cp known .ssh/known_hosts && HOME=$PWD exec ssh-agent sh -euc '" + script + "'"); out != "RAN\none\n" {
+		t.Errorf("with the agent: %s", out)
+	}
+
 	url, stop := s3server.Start(t, "bucket")
 	t.Setenv("AWS_ENDPOINT_URL_S3", url)
 	t.Setenv("AWS_REGION", "us-east-1")
 	t.Setenv("AWS_ACCESS_KEY_ID", s3server.AccessKey)
-	const image = "s3://bucket/images/one.tar.gz"
+	image = "s3://bucket/images/one.tar.gz"
 	p.refused("access denied", "run", image)
 	t.Setenv("AWS_SECRET_ACCESS_KEY", s3server.SecretKey)
 	p.refused("run "+image+": The specified key does not exist", "run", image)
@@ -276,6 +296,51 @@ func TestRootSources(t *testing.T) {
 	if out := p.ok(cached...); !strings.HasSuffix(out, "RAN\none\n") || !strings.Contains(out, "starting from the cache") {
 		t.Errorf("from the cache: %s", out)
 	}
+}
+
+// sshServer starts a real one on this machine, which lets root in with the key
+// login, and gives its address. It has two host keys.
+func (p *place) sshServer() string {
+	p.t.Helper()
+	for tool, pkg := range map[string]string{"dropbear": "dropbear-bin", "/usr/lib/sftp-server": "openssh-sftp-server"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			p.t.Fatalf("%v: apt-get install %s", err, pkg)
+		}
+	}
+	p.sh(`mkdir -m 700 home home/.ssh && ssh-keygen -q -t ed25519 -N '' -f login && cp login.pub home/.ssh/authorized_keys
+for t in rsa ed25519; do dropbearkey -t $t -f hostkey.$t; done`)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	p.t.Cleanup(func() { l.Close(); serving.Wait() })
+	serving.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer c.Close()
+				f, err := c.(*net.TCPConn).File()
+				if err != nil {
+					p.t.Error(err)
+					return
+				}
+				defer f.Close()
+				// as inetd starts it, where root's home is a folder of the test
+				cmd := exec.CommandContext(p.t.Context(), "unshare", "-m", "sh", "-euc", `mount --bind home "$(getent passwd 0 | cut -d: -f6)"; exec dropbear -i -s -r hostkey.rsa -r hostkey.ed25519`)
+				cmd.Dir, cmd.Env, cmd.Stdin, cmd.Stdout = p.dir, p.env(), f, f
+				var log bytes.Buffer
+				cmd.Stderr = &log
+				if err := cmd.Run(); log.Len() > 0 { // a client that goes is an error to it
+					p.t.Logf("dropbear: %v: %s", err, &log)
+				}
+			})
+		}
+	})
+	return l.Addr().String()
 }
 
 func whole(b []byte) func(http.ResponseWriter, *http.Request) {

@@ -50,6 +50,8 @@ packages=(
   btrfs-progs
   # other programs that read bali's images, and what gives files their fs-verity digest
   busybox-static fsverity libarchive-tools openssh-client python3
+  # a server that has them, started by the test alone
+  dropbear-bin openssh-sftp-server
 )
 command -v docker >/dev/null || packages+=("$(apt-cache pkgnames docker-cli | grep -x docker-cli || echo docker.io)") # Debian 12 has the client in docker.io
 # Debian 13 has taken these out of docker.io and qemu-system-common.
