@@ -159,7 +159,10 @@ func (c *cli) buildTo(ctx context.Context, b *building, out string, docker []str
 	case b.from != "" && len(docker) > 0:
 		return fmt.Errorf("--from takes no docker arguments: %q", docker)
 	case b.from != "":
+		bar := c.bar(-1, "gather")
+		o.Progress = bar
 		root, err = gather.Open(ctx, b.from, o)
+		bar.Close()
 	default:
 		root, err = c.dockerBuild(ctx, b, out, docker, o)
 	}

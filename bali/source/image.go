@@ -264,6 +264,9 @@ func (r *Rootfs) inode(h *tar.Header, p string, content io.Reader) (*inode, erro
 	if i.offset, err = r.spool.Seek(0, io.SeekCurrent); err != nil {
 		return nil, err
 	}
+	if r.opt.Progress != nil {
+		content = io.TeeReader(content, r.opt.Progress)
+	}
 	_, err = io.Copy(r.spool, content)
 	return i, err
 }

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -40,6 +41,8 @@ type Options struct {
 	MaxSize int64
 	// Warn is told what is left out.
 	Warn func(format string, args ...any)
+	// Progress, if not nil, is given what is read of an image's files.
+	Progress io.Writer
 	// Transport reaches registries; nil is the default one.
 	Transport []remote.Option
 }
