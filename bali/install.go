@@ -533,10 +533,10 @@ func (s *installed) healthy(ctx context.Context) error {
 			return nil
 		}
 		if !checked && !since.IsZero() {
-			out, err := exec.CommandContext(ctx, "sh", "-c", s.Check).CombinedOutput()
-			checked = err == nil
-			if err != nil {
-				last = fmt.Errorf("check %q: %w: %s", s.Check, err, strings.TrimSpace(string(out)))
+			if err := s.check(ctx); err != nil {
+				last = err
+			} else {
+				checked = true
 			}
 		}
 		select {
@@ -544,6 +544,20 @@ func (s *installed) healthy(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// check runs --check. What it has started ends with the context as well: a
+// command that hangs must not keep a broken image.
+func (s *installed) check(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, "sh", "-c", s.Check)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second // for one that has left the group
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("check %q: %w: %s", s.Check, err, strings.TrimSpace(string(out)))
+	}
+	return nil
 }
 
 // isBali: the service's process is still bali run.
