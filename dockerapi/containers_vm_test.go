@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
@@ -204,6 +206,43 @@ func TestVMEndings(t *testing.T) {
 	}
 	h.want("true", "inspect", "-f", "{{.State.Running}}", "trap")
 	h.run("rm", "-f", "always", "hungry", "policy", "trap")
+}
+
+// Who asks for a container's log or its files in the moment of its end gets them, from its pod or from the next one that has its disk.
+func TestVMAskedAtTheEnd(t *testing.T) {
+	h := openBeside(t)
+	h.run("run", "-d", "--name", "ends", "busybox", "sh", "-c", "echo kept >/file; sync; echo said; exec sleep 10000")
+	h.until("its words", func() bool { out, _ := h.try("", "logs", "ends"); return out == "said\n" })
+	for i := range 3 {
+		killed := make(chan struct{})
+		var all errgroup.Group
+		for _, ask := range [][]string{{"logs", "ends"}, {"logs", "--tail", "1", "ends"}, {"cp", "ends:/file", "-"}, {"diff", "ends"}} {
+			all.Go(func() error {
+				for ended := false; ; {
+					// An answer that has begun goes with its pod; a request is never refused.
+					if _, err := h.try("", ask...); err != nil && (ended || strings.Contains(err.Error(), "Error response from daemon")) {
+						return err
+					}
+					if ended {
+						return nil
+					}
+					select {
+					case <-killed:
+						ended = true
+					default:
+					}
+				}
+			})
+		}
+		h.run("kill", "ends")
+		close(killed)
+		if err := all.Wait(); err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+		h.want(strings.TrimSpace(strings.Repeat("said\n", i+1)), "logs", "ends")
+		h.run("start", "ends")
+		h.until("it to say so again", func() bool { out, _ := h.try("", "logs", "ends"); return out == strings.Repeat("said\n", i+2) })
+	}
 }
 
 // Nomad forgets a stopped container's job and allocations. The container is there all the same, with everything of it.

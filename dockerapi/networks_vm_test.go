@@ -64,7 +64,11 @@ func TestVMNetworks(t *testing.T) {
 	serve("db", "shop", "--network-alias", "database", "-p", "8092:80")
 	serve("cache1", "shop", "--network-alias", "cache")
 	serve("cache2", "shop", "--network-alias", "cache")
-	h.run("run", "-d", "--name", "client", "--network", "shop", "busybox", "sleep", "10000")
+	const mac = "02:32:1c:23:00:04"
+	h.run("run", "-d", "--name", "client", "--network", "shop", "--mac-address", mac, "busybox", "sleep", "10000")
+	h.want(mac, "exec", "client", "cat", "/sys/class/net/eth0/address")
+	h.want(mac, "inspect", "-f", "{{.NetworkSettings.Networks.shop.MacAddress}}", "client")
+	h.want(mac, "run", "--rm", "--mac-address", mac, "busybox", "cat", "/sys/class/net/eth0/address")
 	h.run("run", "-d", "--name", "outsider", "--network", "other", "busybox", "sleep", "10000")
 	reach := func(from, name string) string {
 		out, err := h.try("", "exec", from, "wget", "-qO-", "http://"+name+"/")

@@ -138,7 +138,7 @@ func (t *tenant) disk(ctx context.Context, r *record) (*pod, func(), error) {
 	return t.attend(ctx, r)
 }
 
-// passDisk gives a request to a pod that has the container's file system. A pod that has just ended is not asked in vain: the next one has its disk.
+// passDisk gives a request to a pod that has the container's file system. A pod that ends, or has just ended, is not asked in vain: the next one has its disk.
 func (t *tenant) passDisk(w http.ResponseWriter, req *http.Request, c *record, path string) error {
 	for again := false; ; again = true {
 		p, done, err := t.disk(req.Context(), c)
@@ -147,16 +147,28 @@ func (t *tenant) passDisk(w http.ResponseWriter, req *http.Request, c *record, p
 		}
 		err = p.pass(w, req, path)
 		done()
-		if again || !errors.Is(err, tunnel.ErrNotRunning) {
+		if again || !unanswered(err, req) {
 			return err
 		}
-		if err := t.untilEnded(req.Context(), c); err != nil {
+		ctx, cancel := context.WithTimeout(req.Context(), podTimeout)
+		ended := t.untilEnded(ctx, c)
+		cancel()
+		if ended != nil { // its pod goes on
 			return err
 		}
 		if c, err = t.get(req.Context(), c.ID); err != nil {
 			return err
 		}
 	}
+}
+
+// unanswered says whether a pod has not answered a request that can be made again.
+func unanswered(err error, req *http.Request) bool {
+	var refused dockerhttp.Error
+	if err == nil || errors.As(err, &refused) {
+		return false
+	}
+	return errors.Is(err, tunnel.ErrNotRunning) || req.Method == http.MethodGet || req.Method == http.MethodHead
 }
 
 func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tenant) error {

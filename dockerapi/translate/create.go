@@ -526,6 +526,8 @@ func (b *builder) privileges() error {
 			}
 		case (name == "seccomp" || name == "apparmor") && value == "unconfined", name == "label" && value == "disable", name == "seccomp" && value == "builtin":
 			// It is so: what confines the container is its microVM.
+		case name != "seccomp" && name != "apparmor" && name != "label":
+			return dockerhttp.Invalid("invalid --security-opt 2: %q", o)
 		default:
 			return refused("--security-opt "+o, "the guest's kernel has neither AppArmor nor SELinux, and seccomp profiles can't be chosen; the microVM is what confines the container")
 		}

@@ -108,6 +108,7 @@ func TestRefused(t *testing.T) {
 		`{"Image": "x", "HostConfig": {"SecurityOpt": ["apparmor=docker-default"]}}`:                                                           "neither AppArmor nor SELinux",
 		`{"Image": "x", "HostConfig": {"Devices": [{"PathOnHost": "/dev/sda", "PathInContainer": "/dev/sda"}]}}`:                               "devices of the node can't be given",
 		`{"Image": "x", "HostConfig": {"DeviceRequests": [{"Count": -1}]}}`:                                                                    "--gpus is not possible",
+		`{"Image": "x", "HostConfig": {"SecurityOpt": ["writeable-cgroups=true"]}}`:                                                            `invalid --security-opt 2: "writeable-cgroups=true"`,
 		`{"Image": "x", "HostConfig": {"SecurityOpt": ["writable-cgroups=1"]}}`:                                                                `invalid --security-opt 2: "writable-cgroups=1"`,
 		`{"Image": "x", "HostConfig": {"MaskedPaths": ["proc"]}}`:                                                                              `"proc" is no path of a container`,
 		`{"Image": "x", "HostConfig": {"Mounts": [{"Type": "volume", "Source": "v1", "Target": "/a", "VolumeOptions": {"Subpath": "../x"}}]}}`: "subpath must be a relative path within the volume",
