@@ -200,7 +200,7 @@ func (v *validator) process(field, user, dir, signal string, h *Healthcheck, res
 			v.reject(join(field, "workingDir"), "%q is not absolute; write a path from /, without ..", dir)
 		}
 	}
-	if signal != "" && !knownSignal(signal) {
+	if signal != "" && !KnownSignal(signal) {
 		v.reject(join(field, "stopSignal"), "%q is no signal; write a name such as SIGTERM, or a number from 1 to 64", signal)
 	}
 	if h != nil {
@@ -790,8 +790,8 @@ var signalNames = []string{
 	"WINCH", "XCPU", "XFSZ",
 }
 
-// knownSignal takes what docker does: a number, or a name with or without SIG in any case; RTMIN+n, RTMAX-n.
-func knownSignal(s string) bool {
+// KnownSignal says whether docker knows a signal of that name: a number, or a name with or without SIG in any case; RTMIN+n, RTMAX-n.
+func KnownSignal(s string) bool {
 	if n, err := strconv.Atoi(s); err == nil {
 		return n >= 1 && n <= 64
 	}

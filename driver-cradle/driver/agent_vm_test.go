@@ -94,8 +94,12 @@ func startAgents(ctx context.Context, o nomadtest.Options) (*nomadtest.Cluster, 
 	if err := credentials(shared.dir); err != nil {
 		return nil, err
 	}
-	if err := os.Setenv("PATH", shared.dir+":"+os.Getenv("PATH")); err != nil {
-		return nil, err
+	for name, value := range map[string]string{
+		"PATH": shared.dir + ":" + os.Getenv("PATH"), "DOCKER_HOST": "unix://" + shared.dir + "/docker.sock", // where no daemon is
+	} {
+		if err := os.Setenv(name, value); err != nil {
+			return nil, err
+		}
 	}
 	o.Plugins = map[string]nomadtest.Plugin{"nomad-driver-cradle": {Path: plugin, Config: fmt.Sprintf(pluginBlock+registryKeys, shared.boot, shared.dir)}}
 	o.Drivers = append(o.Drivers, Name)
@@ -180,7 +184,7 @@ type nomadAlloc = api.AllocationListStub
 
 func TestVMAgentLife(t *testing.T) {
 	c := openAgents(t)
-	job := c.Run(t, jobOf("life", `trap 'echo got hup' HUP; trap 'echo got int; exit 0' INT; echo up; echo oops >&2; while :; do sleep 0.1; done`,
+	job := c.Run(t, jobOf("life", `trap 'echo got hup' HUP; trap 'echo got 37' 37; trap 'echo got int; exit 0' INT; echo up; echo oops >&2; while :; do sleep 0.1; done`,
 		"", "kill_signal = \"SIGINT\"\nkill_timeout = \"20s\"\nuser = \"nobody\"\nenv {\n  COLOUR = \"red\"\n}\naction \"greet\" {\n  command = \"echo\"\n  args    = [\"hello from an action\"]\n}\n"))
 	a := c.UntilRunning(t, job)
 	c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
@@ -201,14 +205,19 @@ func TestVMAgentLife(t *testing.T) {
 	onTerminal(t, c, a.ID)
 	c.CLI(t, "alloc", "signal", "-s", "SIGHUP", a.ID)
 	c.UntilLogsHave(t, a.ID, "main", "stdout", "got hup\n")
+	c.CLI(t, "alloc", "signal", "-s", "SIGRTMIN+3", a.ID)
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "got hup\ngot 37\n")
+	if _, stderr, code := c.TryCLI(t, "", "alloc", "signal", "-s", "SIGNOPE", a.ID); code == 0 || !strings.Contains(stderr, `"SIGNOPE" is no signal`) {
+		t.Errorf("a signal that there is not: %d, %s", code, stderr)
+	}
 	if got := c.CLI(t, "alloc", "fs", a.ID, "main"); !strings.Contains(got, "local/") {
 		t.Errorf("alloc fs: %q", got)
 	}
 	c.CLI(t, "alloc", "restart", a.ID)
 	logs := func() string { return c.Logs(t, a.ID, "main", "stdout") }
-	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot int\nup\n" })
+	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot 37\ngot int\nup\n" })
 	c.Stop(t, job)
-	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot int\nup\ngot int\n" })
+	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot 37\ngot int\nup\ngot int\n" })
 }
 
 // onTerminal runs a command on a terminal whose size changes.
@@ -290,6 +299,49 @@ func TestVMAgentFailures(t *testing.T) {
 			eventually(t, func() string { return events(t, c, a.ID) }, func(s string) bool { return strings.Contains(s, test.want) })
 		})
 	}
+}
+
+// A task whose logs Nomad does not want runs as any other.
+func TestVMAgentWithoutLogs(t *testing.T) {
+	c := openAgents(t)
+	job := c.Run(t, jobOf("silent", "echo nobody hears it; echo nor this >&2; exec sleep 1000", "", "logs {\n  disabled = true\n}\n"))
+	a := c.UntilRunning(t, job)
+	killPlugin(t, c.Clients()[0])
+	eventually(t, func() string { // the plugin is back in a moment
+		out, stderr, _ := c.TryCLI(t, "", "alloc", "exec", a.ID, "echo", "here")
+		return out + stderr
+	}, func(s string) bool { return s == "here\n" })
+	c.Stop(t, job)
+}
+
+// What keeps a pod from starting may go by itself: the restart policy is on that as well.
+func TestVMAgentStartIsTriedAgain(t *testing.T) {
+	c := openAgents(t)
+	const port = "18099"
+	l, err := c.Clients()[0].Listen("tcp", ":"+port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	job := c.Run(t, jobOf("blocked", "echo up; exec sleep 1000", `ports = ["taken"]`, "", `
+    network {
+      port "taken" {
+        static = `+port+`
+      }
+    }
+    restart {
+      attempts = 1000
+      interval = "1h"
+      delay    = "1s"
+      mode     = "delay"
+    }`))
+	a := c.UntilAlloc(t, job, "tried again", func(a *nomadAlloc) bool { return a.TaskStates["main"] != nil && a.TaskStates["main"].Restarts > 0 })
+	if got := events(t, c, a.ID); !strings.Contains(got, port) {
+		t.Errorf("Nomad tells\n%s", got)
+	}
+	l.Close()
+	c.UntilLogsHave(t, c.UntilRunning(t, job).ID, "main", "stdout", "up\n")
+	c.Stop(t, job)
 }
 
 // Templates, the directories of a task, and what changes in them while it runs: with a signal, silently, and with a restart.

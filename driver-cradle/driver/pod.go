@@ -7,6 +7,7 @@ import (
 	"math"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -144,6 +145,9 @@ func (b *builder) resources() {
 		if b.host.cores.count > 0 {
 			b.pod.Resources.CPUs = min(int(n), b.host.cores.count)
 		}
+	}
+	if r.NomadResources.Memory.MemoryMaxMB < 0 {
+		b.wrong("resources.memory_max", "a microVM has a size, and can't be without a limit: name the most that the task may use")
 	}
 	memory := max(r.NomadResources.Memory.MemoryMB, r.NomadResources.Memory.MemoryMaxMB)
 	b.pod.Resources.Memory = spec.Bytes(memory) << 20
@@ -673,6 +677,9 @@ func (b *builder) mount(at string, c *spec.PodContainer, m mountConfig) {
 	if m.Transport != "" && m.Type != "bind" || m.Options != "" && m.Type != "tmpfs" {
 		b.wrong(at, "transport is of type bind alone, options of type tmpfs alone")
 	}
+	if m.Type == "tmpfs" && (m.Source != "" || m.Subpath != "" || m.NoCopy) {
+		b.wrong(at, "source, subpath and no_copy are of volumes: a tmpfs begins empty")
+	}
 	mount := spec.Mount{Path: target, Subpath: m.Subpath, ReadOnly: m.Readonly, NoCopy: m.NoCopy}
 	switch m.Type {
 	case "", "volume":
@@ -701,6 +708,9 @@ func (b *builder) mount(at string, c *spec.PodContainer, m mountConfig) {
 		mount.Volume, mount.NoCopy = b.unusedName(nameOf(strings.TrimPrefix(target, "/"))), true
 		b.pod.Volumes = append(b.pod.Volumes, spec.Volume{Name: mount.Volume, Directory: &spec.DirectoryVolume{Path: source, ReadOnly: m.Readonly, Transport: m.Transport}})
 	case "tmpfs":
+		if _, twice := c.Tmpfs[target]; twice {
+			b.wrong(at+".target", "%s is there twice", target)
+		}
 		options := m.Options
 		if m.Readonly {
 			options = strings.TrimPrefix(options+",ro", ",")
@@ -779,41 +789,92 @@ func translate(p *spec.Pod, err error) error {
 	if !errors.As(err, &e) {
 		return err
 	}
-	field := e.Field
-	if rest, ok := strings.CutPrefix(field, "containers["); ok {
-		number, rest, _ := strings.Cut(rest, "]")
-		field = strings.TrimPrefix(rest, ".")
-		name, rest := field, ""
-		if i := strings.IndexAny(field, ".["); i >= 0 {
-			name, rest = field[:i], field[i:]
+	message := podField.ReplaceAllStringFunc(e.Message, func(field string) string { return keyOf(p, field) })
+	return fmt.Errorf("%s: %s", keyOf(p, e.Field), message)
+}
+
+// podField is a field of a container in a message.
+var podField = regexp.MustCompile(`containers\[\d+\]\.\w+\[[^\]]*\](\.\w+)*`)
+
+// keyOf is what the configuration calls a field of the pod. Mounts are called by where they are: which keys they come from, and in what order, spec does not know.
+func keyOf(p *spec.Pod, field string) string {
+	if i, rest, ok := element(field, "containers"); ok && i < len(p.Containers) {
+		key := containerKeyOf(&p.Containers[i], rest)
+		switch {
+		case i == 0 && rest == "resources.memory":
+			return rest // Nomad's
+		case i > 0:
+			return fmt.Sprintf("container %q: %s", p.Containers[i].Name, key)
 		}
-		if k, ok := containerFields[name]; ok {
-			name = k
-		}
-		field = name + rest
-		if i, err := strconv.Atoi(number); err == nil && i > 0 && i < len(p.Containers) {
-			field = fmt.Sprintf("container %q: %s", p.Containers[i].Name, field)
-		}
-	} else {
-		name, rest := field, ""
-		if i := strings.IndexByte(field, '['); i >= 0 {
-			name, rest = field[:i], field[i:]
-		}
-		if k, ok := podFields[name]; ok {
-			field = k + rest
+		return key
+	}
+	if i, rest, ok := element(field, "volumes"); ok && i < len(p.Volumes) {
+		for _, c := range p.Containers {
+			for _, m := range c.Mounts {
+				if m.Volume == p.Volumes[i].Name {
+					return mountKeyOf(&m, rest)
+				}
+			}
 		}
 	}
-	return fmt.Errorf("%s: %s", field, e.Message)
+	return renamed(podFields, field)
+}
+
+func containerKeyOf(c *spec.PodContainer, field string) string {
+	if i, rest, ok := element(field, "mounts"); ok && i < len(c.Mounts) {
+		return mountKeyOf(&c.Mounts[i], rest)
+	}
+	if i, _, ok := element(field, "ulimits"); ok && i < len(c.Ulimits) {
+		return "ulimit." + c.Ulimits[i].Name
+	}
+	return renamed(containerFields, field)
+}
+
+func mountKeyOf(m *spec.Mount, field string) string {
+	at := m.Path
+	if at == "" {
+		at = rawDevices + m.Volume
+	}
+	if field == "" || field == "path" {
+		return "mount " + at
+	}
+	return "mount " + at + ": " + renamed(mountFields, field)
+}
+
+// element takes a field of an element of a list apart: mounts[3].path is number 3 of mounts, and path.
+func element(field, list string) (i int, rest string, ok bool) {
+	rest, ok = strings.CutPrefix(field, list+"[")
+	if !ok {
+		return 0, "", false
+	}
+	number, rest, _ := strings.Cut(rest, "]")
+	i, err := strconv.Atoi(number)
+	return i, strings.TrimPrefix(rest, "."), err == nil
+}
+
+// renamed is the key of a field, with its number or name in a list or map.
+func renamed(keys map[string]string, field string) string {
+	name, rest := field, ""
+	if i := strings.IndexByte(field, '['); i >= 0 {
+		name, rest = field[:i], field[i:]
+	}
+	if key, ok := keys[name]; ok {
+		return key + rest
+	}
+	return field
 }
 
 // What spec calls the keys of the configuration.
 var (
 	containerFields = map[string]string{
 		"workingDir": "work_dir", "stopSignal": "stop_signal", "groupAdd": "group_add", "readOnly": "readonly_rootfs", "capAdd": "cap_add",
-		"capDrop": "cap_drop", "ulimits": "ulimit", "sysctls": "sysctl", "maskedPaths": "masked_paths", "readonlyPaths": "readonly_paths", "shmSize": "shm_size", "mounts": "mount",
+		"capDrop": "cap_drop", "sysctls": "sysctl", "maskedPaths": "masked_paths", "readonlyPaths": "readonly_paths", "shmSize": "shm_size",
+		"resources.memory": "memory", "resources.cpus": "cpus", "resources.cpuShares": "cpu_shares",
+		"healthcheck.startPeriod": "healthcheck.start_period", "healthcheck.startInterval": "healthcheck.start_interval",
 	}
-	podFields = map[string]string{
-		"scratch.size": "disk", "resources.memory": "resources.memory", "resources.cpus": "resources.cpu",
+	mountFields = map[string]string{"volume": "source", "directory.path": "source", "directory.transport": "transport"}
+	podFields   = map[string]string{
+		"scratch.size": "disk", "resources.cpus": "resources.cpu",
 		"network.dns": "dns_servers", "network.dnsSearch": "dns_search_domains", "network.dnsOptions": "dns_options", "network.extraHosts": "extra_hosts",
 		"network.upstreams": "upstreams", "network.mac": "mac_address", "containers": "container",
 	}

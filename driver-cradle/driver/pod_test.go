@@ -173,6 +173,19 @@ func TestUpstreams(t *testing.T) {
 	}
 }
 
+// Nomad's word for a task without a limit is -1.
+func TestMemoryWithoutLimit(t *testing.T) {
+	task, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n}\n}\n}\n}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nomads := aTask(task)
+	nomads.Resources.NomadResources.Memory.MemoryMaxMB = -1
+	if _, err := podOf(nomads, c, aHost()); err == nil || !strings.Contains(err.Error(), "resources.memory_max: a microVM has a size") {
+		t.Errorf("memory_max = -1: %v", err)
+	}
+}
+
 // Every key of the schema is decoded into something.
 func TestSchemaIsDecoded(t *testing.T) {
 	for _, keys := range []struct {

@@ -257,7 +257,7 @@ func (d *Driver) start(ctx context.Context, t *drivers.TaskConfig, cfg *taskConf
 	})
 	looking.Wait()
 	if err != nil {
-		return err
+		return recoverable(err) // a port or a volume may be in use that is free in a moment, a machine die that lives the next time
 	}
 	if strays != nil { // the log may be out of order
 		d.log.Error("end the processes that read a task's output in vain", "task", t.ID, "error", strays)

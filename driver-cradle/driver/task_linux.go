@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/nomad/plugins/drivers"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // A task is one that this process attends to, running or ended, until Nomad has it destroyed.
@@ -238,7 +239,7 @@ func (d *Driver) StopTask(taskID string, timeout time.Duration, signal string) e
 	if err != nil {
 		return err
 	}
-	if signal != "" && !isSignal(signal) {
+	if signal != "" && !spec.KnownSignal(signal) {
 		d.log.Warn("kill_signal is no signal, the image's stop signal is used", "task", taskID, "kill_signal", signal)
 		signal = ""
 	}
@@ -261,7 +262,7 @@ func (d *Driver) SignalTask(taskID, signal string) error {
 	if err != nil {
 		return err
 	}
-	if !isSignal(signal) {
+	if !spec.KnownSignal(signal) {
 		return fmt.Errorf("%q is no signal: name one such as SIGHUP", signal)
 	}
 	return r.Signal(ctx, t.own(), signal)

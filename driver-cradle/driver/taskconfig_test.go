@@ -169,6 +169,18 @@ func TestWrongValues(t *testing.T) {
 		"container \"a b\" {\n image = \"x\"\n}":                `container "a b": name: "a b" is no container's name`,
 		"container \"c\" {\n image = \"x\"\n memory = \"x\"\n}": `container "c": memory: `,
 		"container \"c\" {\n image = \"x\"\n work_dir = \"not absolute\"\n}": `container "c": work_dir: `,
+		"container \"c\" {\n image = \"x\"\n memory = \"1MiB\"\n}":           `container "c": memory: 1MiB is too small`,
+		"container \"c\" {\n image = \"x\"\n cpu_shares = 1\n}":              `container "c": cpu_shares: 1 is out of range`,
+		`cpus = 65`:                                         `cpus: 65 is no number of processors`,
+		`healthcheck { start_interval = "1ns" }`:            `healthcheck.start_interval: 1ns is too short`,
+		`ulimit { nofile = "2:1" }`:                         `ulimit.nofile: 2 is above the hard limit 1`,
+		`ulimit { files = 1 }`:                              `ulimit.files: "files" is no limit`,
+		`volumes = ["v:/x", "w:/x"]`:                        `mount /x: /x is the place of mount /x as well`,
+		"volumes = [\"v:/x\"]\ntmpfs = [\"/x\"]":            `tmpfs["/x"]: /x is the place of mount /x as well`,
+		"mount {\n target = \"/x\"\n subpath = \"../y\"\n}": `mount /x: subpath: "../y" is no path inside the volume`,
+		"mount {\n target = \"/x\"\n type = \"bind\"\n source = \"/srv/x\"\n transport = \"nfs\"\n}": `mount /x: transport: "nfs" is none of`,
+		"mount {\n target = \"/x\"\n type = \"tmpfs\"\n source = \"v\"\n}":                           `mount[0]: source, subpath and no_copy are of volumes`,
+		"tmpfs = [\"/x\"]\nmount {\n target = \"/x\"\n type = \"tmpfs\"\n}":                          `mount[0].target: /x is there twice`,
 	} {
 		task, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n"+config+"\n}\n}\n}\n}")
 		if err == nil {
