@@ -35,6 +35,7 @@ const (
 	open         = "10.77.0.1:5000" // to everybody
 	byConfig     = "10.77.0.1:5001" // docker's configuration
 	byHelper     = "10.77.0.1:5002" // a credential helper that it names
+	byFirst      = "10.77.0.1:5011" // a credential helper that is asked before docker's configuration
 	byTask       = "10.77.0.1:5003" // an auth block
 	selfSigned   = "10.77.0.1:5004" // everybody, with a certificate that nobody knows, and the plugin is told so
 	untrusted    = "10.77.0.1:5005" // the same, and it is not
@@ -45,17 +46,18 @@ const (
 	slow         = "10.77.0.1:5010" // to everybody; a layer comes byte by byte until the test lets the rest come
 	mirrored     = "registry.example.org"
 	registryKeys = `
-insecure_registries = ["` + open + `", "` + byConfig + `", "` + byHelper + `", "` + byTask + `", "` + selfSigned + `", "` + silent + `", "` + overloaded + `", "` + nobody + `", "` + slow + `"]
+insecure_registries = ["` + open + `", "` + byConfig + `", "` + byHelper + `", "` + byFirst + `", "` + byTask + `", "` + selfSigned + `", "` + silent + `", "` + overloaded + `", "` + nobody + `", "` + slow + `"]
 registry "` + mirrored + `" {
   mirrors = ["http://` + nobody + `", "http://` + open + `/mirror"]
 }
 auth {
   config = "%s/docker.json"
+  helper = "driver-first"
 }
 `
 )
 
-// credentials writes what the plugin is told of registries, and the helper, into dir.
+// credentials writes what the plugin is told of registries, and the helpers, into dir.
 func credentials(dir string) error {
 	config := fmt.Sprintf(`{"auths": {%q: {"auth": %q}}, "credHelpers": {%q: "driver-test"}}`, byConfig, base64.StdEncoding.EncodeToString([]byte("config:secret")), byHelper)
 	helper := `#!/bin/sh
@@ -64,7 +66,19 @@ func credentials(dir string) error {
 	if err := os.WriteFile(filepath.Join(dir, "docker.json"), []byte(config), 0o600); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "docker-credential-driver-test"), []byte(helper), 0o755)
+	if err := os.WriteFile(filepath.Join(dir, "docker-credential-driver-test"), []byte(helper), 0o755); err != nil {
+		return err
+	}
+	first := `#!/bin/sh
+[ "$1" = get ] || exit 1
+if [ "$(cat)" = ` + byFirst + ` ]; then
+	echo '{"ServerURL": "` + byFirst + `", "Username": "first", "Secret": "secret"}'
+else
+	echo 'credentials not found in native keychain'
+	exit 1
+fi
+`
+	return os.WriteFile(filepath.Join(dir, "docker-credential-driver-first"), []byte(first), 0o755)
 }
 
 // serveRegistries opens the registry's doors in a node.
@@ -84,7 +98,7 @@ func serveRegistries(t *testing.T, n *nomadtest.Node) {
 	certificate := httptest.NewTLSServer(nil)
 	certificate.Close()
 	for address, handler := range map[string]http.Handler{
-		open: images, byConfig: asks("config"), byHelper: asks("helper"), byTask: asks("task"), selfSigned: images, untrusted: images, unnamed: images,
+		open: images, byConfig: asks("config"), byHelper: asks("helper"), byFirst: asks("first"), byTask: asks("task"), selfSigned: images, untrusted: images, unnamed: images,
 		silent:     http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }),
 		overloaded: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "too much", http.StatusServiceUnavailable) }),
 	} {
@@ -169,6 +183,10 @@ func TestVMAgentRegistries(t *testing.T) {
 	n := c.Clients()[0]
 	serveRegistries(t, n)
 	image := busybox(t)
+	digest, err := image.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, repository := range []string{"busybox", "mirror/busybox", "task/busybox"} {
 		push(t, n, image, open+"/"+repository+":latest")
 	}
@@ -178,6 +196,9 @@ func TestVMAgentRegistries(t *testing.T) {
 			"open":             {open + "/busybox", ""},
 			"config":           {byConfig + "/busybox", ""},
 			"helper":           {byHelper + "/busybox", ""},
+			"helper-first":     {byFirst + "/busybox", ""},
+			"digest":           {open + "/busybox@" + digest.String(), ""},
+			"archive":          {"docker-archive:" + shared.images + "/busybox-docker.tar", ""},
 			"auth":             {byTask + "/busybox", taskAuth},
 			"auth-for-server":  {byTask + "/mirror/busybox:latest", strings.Replace(taskAuth, "}", "  server_address = \""+byTask+"\"\n}", 1)},
 			"insecure":         {selfSigned + "/busybox", ""},
@@ -202,6 +223,7 @@ func TestVMAgentRegistries(t *testing.T) {
 			"silence":      {silent + "/busybox", "image_pull_timeout = \"2s\"", "the images were not there within 2s (image_pull_timeout)"},
 			"error":        {overloaded + "/busybox", "image_pull_timeout = \"20s\"", overloaded + " answers 503 Service Unavailable"},
 			"refused":      {nobody + "/busybox", "", "connection refused"},
+			"daemon":       {"docker-daemon:busybox", "", "start it, or set DOCKER_HOST"},
 			"unknown":      {mirrored + "/nothing", "", mirrored},
 		} {
 			t.Run(name, func(t *testing.T) {

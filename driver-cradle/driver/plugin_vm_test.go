@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
+	"github.com/cradlestack/cradlestack/driver-cradle/pod"
 )
 
 // What a client that can't run pods says of itself.
@@ -274,6 +275,31 @@ func TestVMQEMUUser(t *testing.T) {
 			t.Errorf("it runs with %s %d, %v", strings.TrimSpace(id), n, err)
 		}
 	}
+}
+
+// Scratch disks have the size that the operator names where the task names none, and ended pods stay for looking at them until the plugin starts anew.
+func TestVMDefaultDiskAndContainerGC(t *testing.T) {
+	c := newClient(t, func(c *config) { c.DefaultDisk, c.GC = "64MiB", &gcConfig{Container: new(bool)} })
+	task := c.task("df -m / | awk 'END {print ($2 < 64)}'", nil)
+	c.start(task)
+	c.wait(task)
+	c.logs(task, "stdout", "1\n")
+	if err := c.harness.DestroyTask(task.ID, false); err != nil {
+		t.Fatal(err)
+	}
+	dir := (&state{dir: c.state}).dirOf(task.ID, task.Name)
+	if _, err := pod.Open(filepath.Join(dir, podDir), nil); err != nil {
+		t.Errorf("the pod of a task that is gone: %v", err)
+	}
+	c.close()
+	c.open(t)
+	if _, _, err := c.driver.open(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() string {
+		_, err := os.Stat(dir)
+		return fmt.Sprint(err)
+	}, func(s string) bool { return strings.Contains(s, "no such file") })
 }
 
 // A cache that is full is a reason, and leaves nothing half done.
