@@ -35,15 +35,28 @@ import (
 
 func TestMain(m *testing.M) {
 	vmm.Confine()
+	if dir := os.Getenv(noCgroups); dir != "" {
+		p, err := boot.Open(filepath.Join(dir, "boot"))
+		if err == nil {
+			err = setUp(dir, p)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(m.Run())
+	}
 	boottest.Main(m, "github.com/cradlestack/cradlestack/driver-cradle/guest/cradle-init", setUp, closeAgents)
 }
+
+// noCgroups is the variable by which withoutCgroups tells the folder of all tests.
+const noCgroups = "DRIVER_TEST_WITHOUT_CGROUPS"
 
 // withoutCgroups executes the present test again where Nomad's library finds no cgroups at the place it looks for them. Its conformance test of exec
 // wants to see in a task's /proc/self/cgroup that the host has put the task into a cgroup; a microVM has a kernel of its own, which knows nothing
 // of the host's. It says whether this is that execution.
 func withoutCgroups(t *testing.T) bool {
-	const marker = "DRIVER_TEST_WITHOUT_CGROUPS"
-	if os.Getenv(marker) != "" {
+	if os.Getenv(noCgroups) != "" {
 		if cgroupslib.GetMode() != cgroupslib.OFF {
 			t.Fatal("Nomad's library still sees cgroups")
 		}
@@ -75,7 +88,7 @@ func withoutCgroups(t *testing.T) bool {
 			return
 		}
 		cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
-		cmd.Env = append(os.Environ(), marker+"=1")
+		cmd.Env = append(os.Environ(), noCgroups+"="+shared.dir)
 		out, err := cmd.CombinedOutput()
 		done <- result{out, err}
 	}()
