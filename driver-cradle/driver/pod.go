@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"net/netip"
 	"path"
 	"path/filepath"
 	"regexp"
@@ -234,6 +235,8 @@ func (b *builder) network() {
 	for _, label := range slices.Sorted(maps.Keys(b.config.HostIPs)) {
 		if n.Mode != "user" || !slices.Contains(b.config.Ports, label) {
 			b.wrong("host_ips."+label, "is no port that is forwarded to the pod")
+		} else if _, err := netip.ParseAddr(b.config.HostIPs[label]); err != nil {
+			b.wrong("host_ips."+label, "%q is no IP address: write one of the host's", b.config.HostIPs[label])
 		}
 	}
 	if dns := b.task.DNS; dns != nil {

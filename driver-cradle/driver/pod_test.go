@@ -3,6 +3,7 @@ package driver
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -170,6 +171,42 @@ func TestUpstreams(t *testing.T) {
 	c.Upstreams = []string{"http"}
 	if _, err := podOf(nomads, c, aHost()); err == nil || !strings.Contains(err.Error(), `"http" is no port`) {
 		t.Errorf("an upstream that is no port: %v", err)
+	}
+}
+
+// Ports of the host are forwarded at the address that Nomad has chosen, or at another one.
+func TestForwardedPorts(t *testing.T) {
+	for config, want := range map[string]string{
+		`ports = ["http"]`: "10.0.0.1:8080",
+		`ports = []`:       "",
+		"ports = [\"http\"]\nhost_ips = { http = \"127.0.0.1\" }": "127.0.0.1:8080",
+		"ports = [\"http\"]\nhost_ips = { http = \"here\" }":      `host_ips.http: "here" is no IP address`,
+		"ports = [\"http\"]\nhost_ips = { http = \"::1\" }":       `ports[0]: http is on an IPv6 address of the host`,
+		"ports = [\"http\"]\nhost_ips = { ssh = \"127.0.0.1\" }":  `host_ips.ssh: is no port that is forwarded`,
+		`hostname = "h"`: `network: the group's ports are in network mode host`,
+	} {
+		task, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n"+config+"\n}\n}\n}\n}")
+		if err != nil {
+			t.Fatal(err)
+		}
+		nomads := aTask(task)
+		*nomads.Resources.Ports = structs.AllocatedPorts{{Label: "http", Value: 8080, To: 80, HostIP: "10.0.0.1"}}
+		p, err := podOf(nomads, c, aHost())
+		if err != nil {
+			if want == "" || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v; want %s", config, err, want)
+			}
+			continue
+		}
+		var got []string
+		for _, f := range p.Network.Publish {
+			if f.Protocol == "tcp" && f.Port == 80 {
+				got = append(got, fmt.Sprintf("%s:%d", f.HostIP, f.HostPort))
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%s: forwarded %v; want %s", config, got, want)
+		}
 	}
 }
 

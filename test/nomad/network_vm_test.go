@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/nomad/api"
+
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
@@ -33,7 +35,7 @@ const dualNetwork = `{
   ]
 }`
 
-// TestVMNetworks runs a server in Nomad's bridge and in a network of CNI plugins, both of which have IPv6.
+// TestVMNetworks runs a server in Nomad's bridge and in a network of CNI plugins, both of which have IPv6; and a group whose tasks start one after another.
 func TestVMNetworks(t *testing.T) {
 	image, err := programs.Image("busybox")
 	if err != nil {
@@ -133,4 +135,69 @@ job %q {
 			t.Errorf("job %s: at ::1: exit code %d, %q, %s", job, code, out, stderr)
 		}
 	}
+	// One pod after the other has a group's network.
+	job := c.Run(t, fmt.Sprintf(steps, image))
+	a := c.UntilAlloc(t, job, "begun", func(a *api.AllocationListStub) bool {
+		return a.TaskStates["main"] != nil && a.TaskStates["main"].State == "running"
+	})
+	c.UntilLogsHave(t, a.ID, "main", "stdout", "the same\n")
+	c.Stop(t, job)
+	c.UntilLogsHave(t, a.ID, "after", "stdout", "still the same\n")
 }
+
+// steps is a group whose tasks have its network in turn: one before the main task, and one after it.
+const steps = `
+job "steps" {
+  group "g" {
+    network {
+      mode = "bridge"
+    }
+    restart {
+      attempts = 0
+      mode     = "fail"
+    }
+    task "before" {
+      driver = "cradle"
+      lifecycle {
+        hook = "prestart"
+      }
+      config {
+        image   = "oci:%[1]s"
+        command = "sh"
+        args    = ["-c", "ip -o -4 addr show eth0 >/alloc/before"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+    task "main" {
+      driver       = "cradle"
+      kill_timeout = "1s"
+      config {
+        image   = "oci:%[1]s"
+        command = "sh"
+        args    = ["-c", "ip -o -4 addr show eth0 | cmp - /alloc/before && echo the same; exec sleep 100000"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+    task "after" {
+      driver = "cradle"
+      lifecycle {
+        hook = "poststop"
+      }
+      config {
+        image   = "oci:%[1]s"
+        command = "sh"
+        args    = ["-c", "ip -o -4 addr show eth0 | cmp - /alloc/before && echo still the same"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+}`
