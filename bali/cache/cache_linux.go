@@ -151,7 +151,13 @@ func (s *Store) Remember(source string, e *Entry) error {
 	}
 	defer lock.Close()
 	tmp := filepath.Join(s.dir, fmt.Sprintf("tmp-%d", os.Getpid()))
-	if err := os.WriteFile(tmp, []byte(e.key), 0o600); err != nil {
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(e.key)
+	// synced, or an empty one could be there after a power cut
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(tmp, name)
