@@ -84,6 +84,9 @@ func (c *cli) runImage(ctx context.Context, r *running, where string, command []
 	if err != nil {
 		return err
 	}
+	if err := checkEnv(r.env); err != nil {
+		return err
+	}
 	cfg := launch.Config{User: r.user, Workdir: r.workdir}
 	for _, v := range r.volumes {
 		volume, err := launch.ParseVolume(v)

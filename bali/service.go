@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -227,6 +229,9 @@ func (o *unitOptions) check() error {
 	case !slices.Contains([]string{"", "notify", "exec", "oneshot"}, o.Type):
 		return fmt.Errorf("--type %s: there are notify, exec and oneshot", o.Type)
 	}
+	if err := checkEnv(o.Env); err != nil {
+		return err
+	}
 	for _, v := range o.Volumes {
 		if _, err := launch.ParseVolume(v); err != nil {
 			return err
@@ -247,6 +252,16 @@ func (o *unitOptions) check() error {
 		file = strings.TrimPrefix(file, "encrypted:")
 		if !ok || !isName(name) || !path.IsAbs(file) {
 			return fmt.Errorf("--credential %s: want NAME:/absolute/file", cr)
+		}
+	}
+	return nil
+}
+
+// checkEnv refuses variables without a name.
+func checkEnv(env []string) error {
+	for _, e := range env {
+		if e == "" || e[0] == '=' {
+			return fmt.Errorf("--env %q: want NAME[=VALUE]", e)
 		}
 	}
 	return nil
@@ -288,6 +303,18 @@ func (o *unitOptions) render(image *seal.Image, where string, before ...string) 
 	command, err := o.command(where)
 	if err != nil {
 		return "", err
+	}
+	uid, gid, err := o.owner(image)
+	if err != nil {
+		return "", err
+	}
+	if uid != "" {
+		set("User", uid)
+		if gid != "" {
+			set("Group", gid)
+		}
+		set("UnsetEnvironment", "USER LOGNAME HOME SHELL") // those of the host's user with that number
+		command = "!" + command                            // as root, who becomes the user by himself
 	}
 	set("ExecStartPre", before...)
 	set("ExecStart", command)
@@ -338,6 +365,22 @@ func (o *unitOptions) kind(image *seal.Image) string {
 		return label
 	}
 	return "exec"
+}
+
+// owner is whose systemd makes the folders of --state and the credentials, where
+// that isn't root. It doesn't know the image's names.
+func (o *unitOptions) owner(image *seal.Image) (uid, gid string, err error) {
+	user := cmp.Or(o.User, image.User)
+	uid, gid, _ = strings.Cut(user, ":")
+	if len(o.State)+len(o.Credentials) == 0 || uid == "" || uid == "root" || uid == "0" {
+		return "", "", nil
+	}
+	for _, id := range []string{uid, cmp.Or(gid, "0")} {
+		if _, err := strconv.ParseUint(id, 10, 32); err != nil {
+			return "", "", fmt.Errorf("the service is %q of its image, whom systemd doesn't know: for --state and --credential say --user UID:GID", user)
+		}
+	}
+	return uid, gid, nil
 }
 
 // signalName is a signal as images write it. systemd tells those that exist.

@@ -35,24 +35,39 @@ const emulated = "no_timer_check mitigations=off"
 // userNet is a network with nobody else in it.
 const userNet = "user,id=n0,restrict=on"
 
-// machines makes the folder job, which every machine gets, and returns where
-// their Debian is. The images are compressed with zstd, as most of a machine's
-// time goes into unpacking; TestVMSoakSystemd has some with gzip, too.
-func (p *place) machines() string {
+// debian makes the folder job, which every machine gets, and returns where their
+// Debian is.
+func (p *place) debian() string {
 	p.t.Helper()
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		p.t.Fatalf("%v: apt-get install qemu-system-x86", err)
 	}
+	base := lastLine(p.sh("cd " + p.root() + " && bali/testdata/vm/base.sh"))
+	p.sh(fmt.Sprintf(`mkdir -p job/web
+cp -r %[1]s/bali/testdata/vm/*.sh job/
+CGO_ENABLED=0 go build -C %[1]s -o "$PWD/job/bali" ./bali
+bali id >job/identity`, p.root()))
+	return base
+}
+
+// root is the folder of the repository.
+func (p *place) root() string {
+	p.t.Helper()
 	root, err := filepath.Abs("..")
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	base := lastLine(p.sh(root + "/bali/testdata/vm/base.sh"))
-	p.sh(fmt.Sprintf(`mkdir job
-cp -r %[1]s/bali/testdata/vm/*.sh %[1]s/examples/bootstrap job/
-CGO_ENABLED=0 go build -C %[1]s -o "$PWD/job/bali" ./bali
-SUFFIX=tar.zst %[1]s/examples/bootstrap/images.sh job/web
-bali id >job/identity`, root))
+	return root
+}
+
+// machines is debian with what makes nodes of them. The images are compressed
+// with zstd, as most of a machine's time goes into unpacking; TestVMSoakSystemd
+// has some with gzip, too.
+func (p *place) machines() string {
+	p.t.Helper()
+	base := p.debian()
+	p.sh(fmt.Sprintf(`cp -r %[1]s/examples/bootstrap job/
+SUFFIX=tar.zst %[1]s/examples/bootstrap/images.sh job/web`, p.root()))
 	return base
 }
 
@@ -72,7 +87,7 @@ type machine struct {
 // alone, as NAME=CONTENT.
 func (p *place) machine(base, name, script string, files ...string) *machine {
 	p.t.Helper()
-	p.sh(fmt.Sprintf("mkdir -p %[1]s/keys && cp -r keys/%[1]s %[1]s/keys/ && ln -s %[2]s %[1]s/run.sh", name, script))
+	p.sh(fmt.Sprintf("mkdir -p %[1]s/keys keys/%[1]s && cp -r keys/%[1]s %[1]s/keys/ && ln -s %[2]s %[1]s/run.sh", name, script))
 	for _, f := range files {
 		file, content, _ := strings.Cut(f, "=")
 		if err := os.WriteFile(filepath.Join(p.dir, name, file), []byte(content+"\n"), 0o644); err != nil {
