@@ -159,12 +159,18 @@ func push(t *testing.T, n *nomadtest.Node, image v1.Image, reference string) {
 // withEnv is an image with another environment variable.
 func withEnv(t *testing.T, image v1.Image, env string) v1.Image {
 	t.Helper()
+	return configured(t, image, func(c *v1.Config) { c.Env = append(c.Env, env) })
+}
+
+// configured is an image with another configuration.
+func configured(t *testing.T, image v1.Image, edit func(*v1.Config)) v1.Image {
+	t.Helper()
 	config, err := image.ConfigFile()
 	if err != nil {
 		t.Fatal(err)
 	}
 	config = config.DeepCopy()
-	config.Config.Env = append(config.Config.Env, env)
+	edit(&config.Config)
 	image, err = mutate.ConfigFile(image, config)
 	if err != nil {
 		t.Fatal(err)
@@ -269,6 +275,31 @@ func TestVMAgentRegistries(t *testing.T) {
 	if got := run("forced", "force_pull = true"); got != "second\n" {
 		t.Errorf("the image pulled again says %q", got)
 	}
+}
+
+// Without a kill_signal a task gets its image's stop signal; so do further containers, unless they name another one.
+func TestVMAgentStopSignals(t *testing.T) {
+	c := openAgents(t)
+	n := c.Clients()[0]
+	serve(t, n, open, registry.New(registry.Logger(log.New(io.Discard, "", 0))), nil)
+	push(t, n, configured(t, busybox(t), func(c *v1.Config) { c.StopSignal = "SIGRTMIN+3" }), open+"/stops:latest")
+	script := func(signal string) string {
+		return "trap 'echo asked to end; exit 0' " + signal + "; echo up; while :; do sleep 0.1; done"
+	}
+	container := func(name, more, signal string) string {
+		return fmt.Sprintf("container %q {\n  image = %q\n  command = \"sh\"\n  args = [\"-c\", %q]\n  %s\n}\n", name, open+"/stops", script(signal), more)
+	}
+	job := c.Run(t, imageJob("stops", open+"/stops", script("37"), container("other", "", "37")+container("own", `stop_signal = "SIGUSR1"`, "USR1"), "kill_timeout = \"20s\""))
+	a := c.UntilRunning(t, job)
+	says := func(what string) {
+		t.Helper()
+		c.UntilLogs(t, a.ID, "main", "stdout", func(s string) bool {
+			return strings.Contains("\n"+s, "\n"+what) && strings.Contains(s, "other: "+what) && strings.Contains(s, "own: "+what)
+		})
+	}
+	says("up\n")
+	c.Stop(t, job)
+	says("asked to end\n")
 }
 
 // batch makes a job one that ends.

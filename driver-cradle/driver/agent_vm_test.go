@@ -190,6 +190,7 @@ func TestVMAgentLife(t *testing.T) {
 	c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
 	c.UntilLogsHave(t, a.ID, "main", "stderr", "oops\n")
 
+	inCgroup(t, c.Clients()[0], a.ID)
 	if got := c.CLI(t, "alloc", "exec", a.ID, "sh", "-c", "id -un; echo $COLOUR $NOMAD_TASK_NAME"); got != "nobody\nred main\n" {
 		t.Errorf("exec: %q", got)
 	}
@@ -218,6 +219,28 @@ func TestVMAgentLife(t *testing.T) {
 	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot 37\ngot int\nup\n" })
 	c.Stop(t, job)
 	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot 37\ngot int\nup\ngot int\n" })
+}
+
+// inCgroup checks that the node's machine is in the cgroup that Nomad has made for the allocation's task.
+func inCgroup(t *testing.T, n *nomadtest.Node, alloc string) {
+	t.Helper()
+	all, err := n.Processes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	machines := 0
+	for _, p := range all {
+		if !strings.HasPrefix(p.Name(), "qemu-system") || p.State == 'Z' {
+			continue
+		}
+		machines++
+		if groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID)); err != nil || !strings.Contains(string(groups), "/"+alloc+".main") {
+			t.Errorf("the machine is in %s %v", groups, err)
+		}
+	}
+	if machines != 1 {
+		t.Errorf("%d machines run", machines)
+	}
 }
 
 // onTerminal runs a command on a terminal whose size changes.
