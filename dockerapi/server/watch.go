@@ -131,15 +131,7 @@ func (w *watch) calledOff(id string, run int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	j := w.jobs[jobPrefix+id]
-	if j == nil || j.run != run || j.stopped {
-		return false
-	}
-	for _, a := range j.allocs {
-		if a.CreateIndex > j.index && a.DesiredStatus != api.AllocDesiredStatusRun {
-			return true
-		}
-	}
-	return false
+	return j != nil && j.run == run && !j.stopped && j.alloc != nil && j.alloc.DesiredStatus != api.AllocDesiredStatusRun
 }
 
 // anew says whether Nomad runs a container once more whose newest run it has ended; the mutex is held.

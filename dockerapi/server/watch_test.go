@@ -1,0 +1,70 @@
+package server
+
+import (
+	"testing"
+	"time"
+
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+)
+
+// A run is one allocation, whatever Nomad makes after it.
+func TestRunIsOneAllocation(t *testing.T) {
+	alloc := func(id string, index uint64, desired, client, task string) *api.AllocationListStub {
+		a := &api.AllocationListStub{ID: id, JobID: jobPrefix + "x", CreateIndex: index, DesiredStatus: desired, ClientStatus: client}
+		if task != "" {
+			a.TaskStates = map[string]*api.TaskState{translate.Own: {State: task, StartedAt: time.Unix(1, 0)}}
+		}
+		return a
+	}
+	earlier := alloc("earlier", 9, api.AllocDesiredStatusRun, api.AllocClientStatusComplete, "dead")
+	for name, c := range map[string]struct {
+		allocs          []*api.AllocationListStub
+		stopped         bool
+		is              string
+		phase           phase
+		calledOff, anew bool
+	}{
+		"none":    {is: "", phase: phasePending},
+		"pending": {allocs: []*api.AllocationListStub{alloc("a", 11, api.AllocDesiredStatusRun, api.AllocClientStatusPending, "")}, is: "a", phase: phasePending},
+		"running": {allocs: []*api.AllocationListStub{alloc("a", 11, api.AllocDesiredStatusRun, api.AllocClientStatusRunning, "running")}, is: "a", phase: phaseRunning},
+		"drained": {
+			allocs: []*api.AllocationListStub{alloc("a", 11, api.AllocDesiredStatusStop, api.AllocClientStatusComplete, "dead")},
+			is:     "a", phase: phaseEnded, calledOff: true,
+		},
+		"drained, and placed again": {
+			allocs: []*api.AllocationListStub{
+				alloc("a", 11, api.AllocDesiredStatusStop, api.AllocClientStatusComplete, "dead"),
+				alloc("b", 12, api.AllocDesiredStatusRun, api.AllocClientStatusRunning, "running"),
+			},
+			is: "a", phase: phaseEnded, calledOff: true, anew: true,
+		},
+		"drained before it began": {
+			allocs: []*api.AllocationListStub{
+				alloc("a", 11, api.AllocDesiredStatusStop, api.AllocClientStatusComplete, ""),
+				alloc("b", 12, api.AllocDesiredStatusRun, api.AllocClientStatusRunning, "running"),
+			},
+			is: "b", phase: phaseRunning,
+		},
+		"stopped by docker": {
+			allocs: []*api.AllocationListStub{alloc("a", 11, api.AllocDesiredStatusStop, api.AllocClientStatusComplete, "dead")}, stopped: true,
+			is: "a", phase: phaseEnded,
+		},
+	} {
+		w := newWatch()
+		j := &jobState{run: 2, index: 10, stopped: c.stopped, allocs: map[string]*api.AllocationListStub{}}
+		w.jobs[jobPrefix+"x"] = j
+		for _, a := range append(c.allocs, earlier) {
+			w.take(a)
+		}
+		id := ""
+		if j.alloc != nil {
+			id = j.alloc.ID
+		}
+		s := w.stateOf(jobPrefix+"x", 2, anyTry)
+		if id != c.is || s.phase != c.phase || w.calledOff("x", 2) != c.calledOff || j.anew() != c.anew {
+			t.Errorf("%s: allocation %q, phase %d, called off %t, anew %t", name, id, s.phase, w.calledOff("x", 2), j.anew())
+		}
+	}
+}
