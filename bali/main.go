@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/signal"
 	"syscall"
@@ -12,6 +13,18 @@ import (
 )
 
 func main() {
+	ctx := untilSignal()
+	code := report(os.Stderr, run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	var by ended
+	if errors.As(context.Cause(ctx), &by) && code != 0 {
+		by.die()
+	}
+	os.Exit(code)
+}
+
+// untilSignal ends with the first signal; a second one ends what doesn't listen
+// to that.
+func untilSignal() context.Context {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	ending := []os.Signal{syscall.SIGTERM}
 	if !signal.Ignored(os.Interrupt) {
@@ -21,14 +34,10 @@ func main() {
 	signal.Notify(signals, ending...)
 	go func() {
 		s := <-signals
-		signal.Reset(ending...) // a second signal ends what doesn't listen to the first
+		signal.Reset(ending...)
 		cancel(ended{s})
 	}()
-	code := report(os.Stderr, run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
-	if by, ok := context.Cause(ctx).(ended); ok && code != 0 {
-		by.die()
-	}
-	os.Exit(code)
+	return ctx
 }
 
 // ended is the cause of what a signal ended.
