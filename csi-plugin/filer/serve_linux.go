@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -101,14 +102,43 @@ func (s *server) run(ctx context.Context) error {
 		return err
 	}
 	defer closeGateways()
+	if err := loadReplies(engine, f.dir); err != nil {
+		log.Warn("what was answered before", "error", err)
+	}
 	if err := f.restore(ctx); err != nil {
 		log.Warn("what was published before", "error", err)
 	}
 	log.Info("serving", "listen", l.Addr(), "address", address, "socket", s.socket, "version", version)
 	g.Go(func() error { return engine.Serve(ctx, l) })
 	g.Go(func() error { return serveControl(ctx, control, f.handler()) })
-	return g.Wait()
+	return errors.Join(g.Wait(), saveReplies(engine, f.dir))
 }
+
+// saveReplies lets the next process know what was answered: a client that did not hear it asks again.
+func saveReplies(engine *nfs.Server, dir string) error {
+	var b bytes.Buffer
+	if err := engine.Save(&b); err != nil {
+		return err
+	}
+	return writeFile(filepath.Join(dir, repliesFile), b.Bytes())
+}
+
+func loadReplies(engine *nfs.Server, dir string) error {
+	path := filepath.Join(dir, repliesFile)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = os.Remove(path) // after the next end, what is in it is old
+	}
+	if err == nil {
+		err = engine.Load(bytes.NewReader(data))
+	}
+	return err
+}
+
+const repliesFile = "replies"
 
 func (s *server) open() (*dir.Backend, error) {
 	var pools []dir.Pool

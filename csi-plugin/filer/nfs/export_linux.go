@@ -22,6 +22,7 @@ type exported struct {
 	fsid uint64
 	gone bool
 	limits
+	replied *replies
 }
 
 func openExport(e Export, key []byte) (*exported, error) {

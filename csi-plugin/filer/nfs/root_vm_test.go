@@ -19,6 +19,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -33,6 +34,7 @@ type world struct {
 	above  string
 	export Export
 	image  string // of the file system that root is on
+	before func(*Server)
 }
 
 func command(t testing.TB, name string, args ...string) string {
@@ -99,6 +101,9 @@ func serve(t *testing.T) *world {
 func (w *world) start() (stop func()) {
 	w.t.Helper()
 	w.server = New(testKey, slog.New(slog.NewTextHandler(w.t.Output(), nil)))
+	if w.before != nil {
+		w.before(w.server)
+	}
 	if err := w.server.Export(w.export); err != nil {
 		w.t.Fatal(err)
 	}
@@ -156,6 +161,9 @@ func (w *world) client(u *user) *client {
 	return c
 }
 
+// numbers of calls.
+var numbers atomic.Uint32
+
 var errHungUp = errors.New("the server hangs up")
 
 // try sends a record and returns what is after the reply's head.
@@ -177,7 +185,9 @@ func (c *client) try(record []byte) (reply []byte, err error) {
 // call makes a call that the server accepts.
 func (c *client) call(program, proc uint32, args func(e *encoder)) (status, *decoder) {
 	c.t.Helper()
-	reply, err := c.try(newCall(program, 3, proc, c.user, args))
+	record := newCall(program, 3, proc, c.user, args)
+	binary.BigEndian.PutUint32(record, numbers.Add(1))
+	reply, err := c.try(record)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -857,5 +867,107 @@ func TestRootList(t *testing.T) {
 	}
 	if s, _ := c.on(procReaddir, c.root, func(e *encoder) { e.uint64(0); e.uint64(0); e.uint32(100) }); s != errTooSmall {
 		t.Errorf("a list of 100 bytes: %d", s)
+	}
+}
+
+// A call that comes again is not done again, and has the same reply, also from the next process; any other call is.
+func TestRootRepeated(t *testing.T) {
+	w := serve(t)
+	c, other := w.client(asRoot), w.client(asRoot)
+	record := func(number uint32, proc uint32, name string, rest func(e *encoder)) []byte {
+		r := newCall(programNFS, 3, proc, asRoot, func(e *encoder) {
+			e.opaque(c.root)
+			e.opaque([]byte(name))
+			if rest != nil {
+				rest(e)
+			}
+		})
+		binary.BigEndian.PutUint32(r, 1<<31+number)
+		return r
+	}
+	reply := func(c *client, record []byte) []byte {
+		t.Helper()
+		got, err := c.try(record)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	statusOf := func(reply []byte) status { return status(binary.BigEndian.Uint32(reply[16:])) }
+	calls := [][]byte{
+		record(1, procMkdir, "d", attributes(0o755)), record(2, procCreate, "f", func(e *encoder) { e.uint32(guarded); attributes(0o644)(e) }),
+		record(3, procRename, "f", func(e *encoder) { e.opaque(c.root); e.opaque([]byte("g")) }), record(4, procRemove, "g", nil), record(5, procRmdir, "d", nil),
+	}
+	var replies [][]byte
+	for i, call := range calls {
+		first := reply(c, call)
+		if s := statusOf(first); s != ok {
+			t.Errorf("call %d: %d", i, s)
+		}
+		replies = append(replies, first)
+		for _, c := range []*client{c, other} {
+			if again := reply(c, call); !bytes.Equal(again, first) {
+				t.Errorf("call %d is answered by %x, and then by %x", i, first, again)
+			}
+		}
+	}
+	if s := statusOf(reply(c, record(6, procRmdir, "d", nil))); s != errNoEnt {
+		t.Errorf("another call of the same: %d", s)
+	}
+
+	var saved bytes.Buffer
+	if err := w.server.Save(&saved); err != nil {
+		t.Fatal(err)
+	}
+	w.before = func(s *Server) {
+		if err := s.Load(&saved); err != nil {
+			t.Error(err)
+		}
+	}
+	w.start()
+	next := w.client(asRoot)
+	for i, call := range calls {
+		if again := reply(next, call); !bytes.Equal(again, replies[i]) {
+			t.Errorf("call %d is answered by %x in the next process, not %x", i, again, replies[i])
+		}
+	}
+	for i := range maxReplied {
+		reply(next, record(uint32(100+i), procRmdir, "d", nil))
+	}
+	if s := statusOf(reply(next, calls[4])); s != errNoEnt {
+		t.Errorf("a call that has not come again for long: %d", s)
+	}
+	if n := len(w.server.replied[w.export.Path].of); n != maxReplied {
+		t.Errorf("%d replies are kept", n)
+	}
+	if err := w.server.Unexport(w.export.Path); err != nil || len(w.server.replied) > 0 {
+		t.Errorf("after the export's end %d are left, %v", len(w.server.replied), err)
+	}
+}
+
+// Of a call that comes again while it is being done, both wait for its end.
+func TestRootRepeatedAtWork(t *testing.T) {
+	w := serve(t)
+	c, other := w.client(asRoot), w.client(asRoot)
+	record := newCall(programNFS, 3, procMkdir, asRoot, func(e *encoder) {
+		e.opaque(c.root)
+		e.opaque([]byte("d"))
+		attributes(0o755)(e)
+	})
+	x := w.server.paths[w.export.Path]
+	x.Lock()
+	answers := make(chan []byte)
+	for _, c := range []*client{c, other} {
+		go func() {
+			reply, err := c.try(record)
+			if err != nil {
+				t.Error(err)
+			}
+			answers <- reply
+		}()
+	}
+	x.Unlock()
+	if a, b := <-answers, <-answers; !bytes.Equal(a, b) || len(a) < 20 || binary.BigEndian.Uint32(a[16:]) != uint32(ok) {
+		t.Errorf("they are answered by %x and %x", a, b)
 	}
 }

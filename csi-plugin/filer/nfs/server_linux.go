@@ -2,6 +2,7 @@ package nfs
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -50,6 +51,8 @@ type Server struct {
 	paths map[string]*exported
 	tags  map[tag]*exported
 
+	replied map[string]*replies // by the export's path
+
 	connections connections
 	limits
 }
@@ -85,7 +88,7 @@ func (c *connections) leave(client netip.Addr) {
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
-		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{},
+		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{},
 		connections: connections{of: map[netip.Addr]int{}}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
@@ -108,6 +111,10 @@ func (s *Server) Export(e Export) error {
 	s.mu.Lock()
 	former := s.paths[e.Path]
 	s.paths[e.Path], s.tags[x.tag] = x, x
+	if x.replied = s.replied[e.Path]; x.replied == nil {
+		x.replied = newReplies()
+		s.replied[e.Path] = x.replied
+	}
 	s.mu.Unlock()
 	return former.end()
 }
@@ -119,6 +126,7 @@ func (s *Server) Unexport(path string) error {
 	if x != nil {
 		delete(s.paths, path)
 		delete(s.tags, x.tag)
+		delete(s.replied, path)
 	}
 	s.mu.Unlock()
 	return x.end()
@@ -205,10 +213,7 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 	defer stop()
 	calls := semaphore.NewWeighted(maxCalls)
 	var g sync.WaitGroup
-	defer func() {
-		g.Wait()
-		c.leave(ctx)
-	}()
+	defer g.Wait()
 	r := bufio.NewReaderSize(conn, smallCall)
 	for {
 		record, release, err := c.read(ctx, r)
@@ -234,24 +239,6 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 		})
 	}
 }
-
-// leave lets the client have the last replies: a connection that is closed with something unread takes them back, and Linux's client, once it sees that
-// a connection ends, looks no further at what it has received.
-func (c *conversation) leave(ctx context.Context) {
-	if ctx.Err() != nil {
-		time.Sleep(lastReplies)
-	}
-	if tcp, ok := c.conn.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
-		c.conn.SetReadDeadline(time.Now().Add(goodbye))
-		_, _ = io.Copy(io.Discard, c.conn)
-	}
-}
-
-// How long a client has to take its last replies, and to close its end.
-const (
-	lastReplies = 500 * time.Millisecond
-	goodbye     = 2 * time.Second
-)
 
 // smallCall is the length of the largest call that is no WRITE: two names, handles and users have room in it.
 const smallCall = 16 << 10
@@ -355,22 +342,56 @@ func (c *conversation) answer(ctx context.Context, record []byte) error {
 	if err != nil {
 		return err
 	}
-	x := &exchange{conversation: c, call: call}
-	if reply == nil {
-		release, err := x.reserve(ctx)
-		if err != nil {
-			return err
-		}
-		defer release()
-		if reply, err = x.work(ctx); err != nil {
-			return err
-		}
+	x := &exchange{conversation: c, call: call, release: func() {}}
+	defer func() { x.release() }()
+	if reply == nil && call.once() {
+		reply, err = x.onlyOnce(ctx, identify(c.client, record))
+	} else if reply == nil {
+		reply, err = x.done(ctx)
+	}
+	if err != nil {
+		return err
 	}
 	err = c.send(reply)
 	if x.buffer != nil {
 		give(x.buffer)
 	}
 	return err
+}
+
+// onlyOnce is done for a call that may be the repetition of one.
+func (x *exchange) onlyOnce(ctx context.Context, id callID) (reply []byte, err error) {
+	e := x.exportOf(x.call)
+	if e == nil {
+		return x.done(ctx)
+	}
+	of, isNew := e.replied.begin(id)
+	if !isNew {
+		select {
+		case <-of.done:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		if of.reply == nil {
+			return nil, errRepeated
+		}
+		return bytes.Clone(of.reply), nil
+	}
+	defer func() { e.replied.end(id, of, reply) }()
+	return x.done(ctx)
+}
+
+// errRepeated is a call that was being done, and then was not: its client asks again once more.
+var errRepeated = errors.New("a repeated call that was not done")
+
+// done does the call, once there is room for the reply.
+func (x *exchange) done(ctx context.Context) ([]byte, error) {
+	release, err := x.reserve(ctx)
+	if err != nil {
+		return nil, err
+	}
+	x.release = release
+	return x.work(ctx)
 }
 
 // reserve waits until there is memory for the reply.
@@ -458,10 +479,11 @@ const (
 type exchange struct {
 	*conversation
 	call
-	out    encoder
-	of     *limits
-	export *exported // that is being worked in
-	buffer []byte    // that the reply is in, where it is a large one
+	out     encoder
+	of      *limits
+	release func()    // what was reserved for the reply
+	export  *exported // that is being worked in
+	buffer  []byte    // that the reply is in, where it is a large one
 }
 
 // reply does the call.
@@ -511,7 +533,8 @@ func (x *exchange) reply() []byte {
 // A procedure writes its whole reply, or returns why there is none.
 type procedure struct {
 	run    func(x *exchange) status
-	absent int // attributes that a reply without success could have
+	absent int  // attributes that a reply without success could have
+	once   bool // done again, it would do or answer something else
 }
 
 // enter finds the export that a handle is of, and begins to work in it.
