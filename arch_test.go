@@ -46,14 +46,14 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
 	"csi-plugin":      {"spec", "csi-plugin", "internal/command"}, // its commands; the backend is chosen by a switch
-	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/unixhttp"},
+	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/cold": {"csi-plugin/volume", "internal/durable"},
 
-	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
-	"csi-plugin/filer/api": {"spec", "csi-plugin/volume", "internal/unixhttp"},                                                                              // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {},                                                                                                                              // exports, not volumes
+	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
+	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                              // of cradle-csi as well, which calls the filer
+	"csi-plugin/filer/nfs": {},                                                                                                                                                 // exports, not volumes
 
 	"csi-plugin/filer/webdav": {"internal/durable"}, // directories, not volumes
 
@@ -88,7 +88,7 @@ var mayImport = map[string][]string{
 	"internal/nfstest":   {"internal/locked"},
 	"internal/stack":     {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/tunnel":    {"spec"},
-	"internal/unixhttp":  {},
+	"internal/jsonhttp":  {},
 
 	"docs":            {},
 	"examples/images": {},

@@ -80,7 +80,7 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringVar(&c.endpoint, "endpoint", defaultEndpoint(), "unix socket to serve on ($CSI_ENDPOINT, which Nomad sets)")
 	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name")
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
-	f.StringVar(&c.nomad, "nomad", taskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
+	f.StringVar(&c.nomad, "nomad", command.TaskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
 	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
 	f.StringVar(&c.filer, "filer", "", "socket of the cradle-filer that serves file volumes to guests: "+api.Socket)
 	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")

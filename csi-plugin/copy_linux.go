@@ -321,7 +321,7 @@ func (c *cli) copyList(ctx context.Context, b volume.Backend, id string, n creat
 			if of != n.Of {
 				return fmt.Errorf("volume %s: a copy of volume %s was begun; choose another name with --as", id, of)
 			}
-			all, err := tree.List(ctx, root, without...)
+			all, err := tree.List(ctx, root, ".", without...)
 			if err != nil {
 				return err
 			}
@@ -382,7 +382,7 @@ func (c *cli) copySend(ctx context.Context, b volume.Backend, id string, stdin i
 	}
 	return files(ctx, b, id, true, func(root *os.Root) error {
 		out := bufio.NewWriterSize(c.stdout, 64<<10)
-		return errors.Join(tree.Send(ctx, root, theirs, out, without...), out.Flush())
+		return errors.Join(tree.Send(ctx, root, ".", theirs, out, without...), out.Flush())
 	})
 }
 

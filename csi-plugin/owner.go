@@ -7,8 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -71,15 +69,6 @@ func (o *owner) write(ctx context.Context, nomad *api.Client, namespace, id stri
 	}
 	o.index = v.ModifyIndex
 	return nil
-}
-
-// taskAPI is the address at which Nomad answers a task that has an identity; "" for any other process.
-func taskAPI() string {
-	socket := filepath.Join(os.Getenv("NOMAD_SECRETS_DIR"), "api.sock")
-	if _, err := os.Stat(socket); err != nil || os.Getenv("NOMAD_TOKEN") == "" {
-		return ""
-	}
-	return "unix://" + socket
 }
 
 // owners asks Nomad whose a volume is; nil where there is no Nomad to ask.

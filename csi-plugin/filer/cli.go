@@ -27,8 +27,10 @@ var version = "development"
 type cli struct {
 	stdout, stderr io.Writer
 
-	socket string
-	output string
+	socket    string
+	url       string
+	namespace string
+	output    string
 }
 
 // run executes a command line and returns the exit code.
@@ -41,11 +43,17 @@ func (c *cli) command() *cobra.Command {
 	root := command.Root("cradle-filer", "serve file volumes over NFS and WebDAV", version)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("CRADLE_FILER_SOCKET"), api.Socket), "unix socket that the filer is controlled by ($CRADLE_FILER_SOCKET)")
 	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(),
-		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand())
+		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand(),
+		c.snapshotCommand(), c.snapshotsCommand(), c.rollbackCommand(), c.diffCommand())
 	return root
 }
 
 func (c *cli) filer() api.Client { return api.Client{Socket: c.socket} }
+
+// volumes is the filer for what users do: root by its socket, others by its API.
+func (c *cli) volumes() api.Client {
+	return api.Client{Socket: c.socket, URL: c.url, Token: os.Getenv("NOMAD_TOKEN"), Namespace: c.namespace}
+}
 
 func (c *cli) formatFlag(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&c.output, "output", "o", "", "json: for machines")

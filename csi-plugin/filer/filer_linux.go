@@ -29,14 +29,16 @@ type filer struct {
 	backend volume.Backend
 	engine  nfs.Engine
 	dir     string
-	state   string         // with grants/ID.json, which outlast reboots
+	state   string         // with what outlasts a reboot, such as grants/ID.json
 	webdav  *webdav.Server // nil where that is not served
 	urls    urls
+	audit   *audit
 	address string
 	log     *slog.Logger
 	since   time.Time
 
-	mu sync.Mutex // one change at a time
+	mu      sync.Mutex      // one change at a time
+	entered map[string]bool // volumes whose files this process itself works with
 }
 
 // options for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
@@ -93,7 +95,7 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 	if err != nil {
 		return err
 	}
-	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden})
+	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden, Snapshots: f.seen(p.Volume)})
 }
 
 // hasFiles refuses what can't be served.
@@ -115,8 +117,8 @@ func (f *filer) place(ctx context.Context, id string) (root string, err error) {
 	return root, mount.Place(ctx, source.Device, source.Directory, source.FSType, root, mount.Options{})
 }
 
-// release undoes that where one publication or grant at most is for the volume: the one that ends.
-func (f *filer) release(ctx context.Context, id string) error {
+// release undoes that, unless somebody has the volume besides those publications and grants that are just ending.
+func (f *filer) release(ctx context.Context, id string, ending int) error {
 	users := 0
 	publications, err := f.published().all()
 	for _, p := range publications {
@@ -130,7 +132,7 @@ func (f *filer) release(ctx context.Context, id string) error {
 			users++
 		}
 	}
-	if err := errors.Join(err, gerr); err != nil || users > 1 {
+	if err := errors.Join(err, gerr); err != nil || users > ending || f.entered[id] {
 		return err
 	}
 	root := f.root(id)
@@ -168,7 +170,7 @@ func (f *filer) end(ctx context.Context, p api.Publication) error {
 	if err := f.engine.Unexport(p.Export); err != nil {
 		return err
 	}
-	if err := f.release(ctx, p.Volume); err != nil {
+	if err := f.release(ctx, p.Volume, 1); err != nil {
 		return err
 	}
 	return f.published().remove(p.ID)

@@ -4,10 +4,15 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +20,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/filertest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
@@ -209,5 +217,245 @@ func TestRootFiler(t *testing.T) {
 		if _, err := f.Command("unpublish", id); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestVMSnapshots: a pod looks into a snapshot, and goes on with the files that it has open when the volume is rolled back under it.
+func TestVMSnapshots(t *testing.T) {
+	f := filertest.Start(t)
+	host := f.Volume("v", 64<<20, nil)
+	publication := f.Publish("v")
+	publication.Options += ",actimeo=1"
+	p := start(t, `cd /v; echo first >file; mkdir d; echo a >d/a; exec 4<file; cd d; touch ../ready
+		until [ -e ../taken ]; do sleep 0.2; done; cd ..
+		echo second >file; rm -r d; echo new >new; ls -A | tr '\n' ' '; ls .snapshots; cat .snapshots/s/file .snapshots/s/d/a
+		(cd .snapshots/s/d/../../..; ls -A | tr '\n' ' '); diff -q file .snapshots/s/file
+		touch .snapshots/s/x 2>/dev/null || echo read-only; mkdir .snapshots/x 2>/dev/null || echo read-only; rmdir .snapshots 2>/dev/null || echo stays
+		touch changed
+		while [ -e changed ]; do sleep 0.2; done; cat file d/a; cat <&4; ls -A | tr '\n' ' '; ls .snapshots | wc -l; echo third >file; cat .snapshots/s/file file`,
+		"--mount", publication.Mount("/v"))
+	wait := func(name string) {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+			if _, err := os.Stat(filepath.Join(host, name)); err == nil {
+				return
+			} else if time.Now().After(end) {
+				t.Fatalf("the pod makes no %s", name)
+			}
+		}
+	}
+	must := func(args ...string) string {
+		t.Helper()
+		out, err := f.Command(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	wait("ready")
+	must("snapshot", "v", "s")
+	if err := os.WriteFile(filepath.Join(host, "taken"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	wait("changed")
+	must("rollback", "v", "s")
+	p.says(`file new ready taken s
+first
+a
+file new ready taken Files file and .snapshots/s/file differ
+read-only
+read-only
+stays
+first
+a
+first
+d file ready 2
+first
+third
+`)
+	must("unpublish", publication.ID)
+	for _, s := range snapshotsOf(t, f, "v") {
+		removeSnapshot(t, f, "v", s.Name)
+	}
+}
+
+// snapshotsOf lists a volume's snapshots.
+func snapshotsOf(t *testing.T, f *filertest.Filer, id string) (all []api.Snapshot) {
+	t.Helper()
+	out, err := f.Command("snapshots", id, "-o", "json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &all)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// removeSnapshot removes one as cradle-csi does.
+func removeSnapshot(t *testing.T, f *filertest.Filer, id, name string) {
+	t.Helper()
+	b, err := dir.Open([]dir.Pool{{Name: "default", Path: f.Pool}})
+	if err == nil {
+		err = errors.Join(b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: id, Name: name}), b.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRootSnapshots: what a volume was can be listed, compared, and made again, whole or in part, published or not, also where the filer was killed meanwhile. Who has
+// done what is told.
+func TestRootSnapshots(t *testing.T) {
+	f := filertest.Start(t)
+	refused := func(want string, args ...string) {
+		t.Helper()
+		if out, err := f.Command(args...); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: %s, %v; want %s", args, out, err, want)
+		}
+	}
+	must := func(args ...string) string {
+		t.Helper()
+		out, err := f.Command(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	for name, size := range map[string]int64{"image": 64 << 20, "directory": 0} {
+		t.Run(name, func(t *testing.T) {
+			host := f.Volume(name, size, nil)
+			put := func(path, text string) {
+				t.Helper()
+				path = filepath.Join(host, path)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o640)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			holds := func(want map[string]string) {
+				t.Helper()
+				got := map[string]string{}
+				err := filepath.WalkDir(host, func(path string, e fs.DirEntry, err error) error {
+					if err != nil || e.IsDir() {
+						return err
+					}
+					text, err := os.ReadFile(path)
+					got[strings.TrimPrefix(path, host+"/")] = string(text)
+					return err
+				})
+				if err != nil || !maps.Equal(got, want) {
+					t.Errorf("the volume has %v, %v; want %v", got, err, want)
+				}
+			}
+			number := func(path string) uint64 {
+				t.Helper()
+				var st unix.Stat_t
+				if err := unix.Stat(filepath.Join(host, path), &st); err != nil {
+					t.Fatal(err)
+				}
+				return st.Ino
+			}
+			first, second := name+"-first", name+"-second"
+			put("a/file", "first")
+			put("a/gone", "first")
+			put("b", "first")
+			kept := number("a/file")
+			if out := must("snapshot", name, first); out != first+"\n" {
+				t.Errorf("snapshot says %q", out)
+			}
+			put("a/file", "second")
+			put("b", "second")
+			put("c/new", "second")
+			if err := os.Remove(filepath.Join(host, "a/gone")); err != nil {
+				t.Fatal(err)
+			}
+			must("snapshot", name, second)
+			if out := strings.Join(strings.Fields(must("diff", name, first, second)), " "); out != "changed a/file removed a/gone changed b added c added c/new" {
+				t.Errorf("the difference is %q", out)
+			}
+			if out := must("diff", name, second); out != "" {
+				t.Errorf("since the newest snapshot there is changed: %q", out)
+			}
+			put("b", "third")
+			if out := strings.Fields(must("diff", name, second)); !slices.Equal(out, []string{"changed", "b"}) {
+				t.Errorf("the difference is %q", out)
+			}
+
+			must("rollback", name, first, "/a/")
+			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "third", "c/new": "second"})
+			must("rollback", name, second, "a/file")
+			holds(map[string]string{"a/file": "second", "a/gone": "first", "b": "third", "c/new": "second"})
+			f.Publish(name, "--id", name)
+			out := must("rollback", name, first)
+			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "first"})
+			if number("a/file") != kept {
+				t.Error("a file that is in both is another one")
+			}
+			_, undo, found := strings.Cut(out, "cradle-filer rollback "+name+" ")
+			if !found {
+				t.Fatalf("rollback says %q", out)
+			}
+			must("rollback", name, strings.TrimSpace(undo))
+			holds(map[string]string{"a/file": "second", "a/gone": "first", "b": "third", "c/new": "second"})
+
+			refused("not found", "rollback", name, "none")
+			refused("not found in snapshot", "rollback", name, first, "c")
+			refused("snapshots stay as they are", "rollback", name, first, ".snapshots/"+second)
+			if err := os.RemoveAll(filepath.Join(host, "a")); err != nil {
+				t.Fatal(err)
+			}
+			refused("roll that back", "rollback", name, first, "a/file")
+			must("rollback", name, first, "../a/../../a")
+			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "third", "c/new": "second"})
+
+			// A filer that was killed in the middle has left this.
+			f.Signal(syscall.SIGKILL)
+			pending := filepath.Join(f.State(), "rollbacks", name+".json")
+			text := fmt.Sprintf(`{"volume": %q, "snapshot": %q, "path": ".", "undo": "killed"}`, name, first)
+			if err := os.WriteFile(pending, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			f.Run()
+			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "first"})
+			if _, err := os.Stat(pending); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("what was pending still is: %v", err)
+			}
+
+			taken := map[string]int{}
+			for _, s := range snapshotsOf(t, f, name) {
+				what, _, _ := strings.Cut(s.Name, "-2")
+				if taken[what]++; s.Automatic != (what != first && what != second) {
+					t.Errorf("snapshot %s goes with its volume: %t", s.Name, s.Automatic)
+				}
+			}
+			if want := map[string]int{first: 1, second: 1, "before-rollback": 5, "killed": 1}; !maps.Equal(taken, want) {
+				t.Errorf("there are these snapshots: %v, not %v", taken, want)
+			}
+			removeSnapshot(t, f, name, first)
+			removeSnapshot(t, f, name, second)
+		})
+	}
+	refused("volume none: not found", "snapshots", "none")
+	refused("volume none: not found", "snapshot", "none", "s")
+	refused("snapshot name: ", "snapshot", "image", "a@b")
+
+	text, err := os.ReadFile(filepath.Join(f.State(), "audit.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]int{}
+	for line := range strings.Lines(string(text)) {
+		var e event
+		if err := json.Unmarshal([]byte(line), &e); err != nil || e.Time.IsZero() {
+			t.Fatalf("audit.log has the line %q, %v", line, err)
+		}
+		told[fmt.Sprint(e.What, " by ", e.Who, " ", e.Error == "", " ", e.Undo != "")]++
+	}
+	want := map[string]int{
+		"snapshot by root true false": 4, "snapshot by root false false": 2, "rollback by root true true": 10, "rollback by root false false": 8,
+		"rollback completed after an interruption by cradle-filer true true": 2,
+	}
+	if !maps.Equal(told, want) {
+		t.Errorf("audit.log tells %v, not %v", told, want)
 	}
 }

@@ -94,7 +94,7 @@ func (f *filer) endGrant(ctx context.Context, g api.Grant) error {
 	if f.webdav != nil {
 		f.webdav.Forbid(g.ID)
 	}
-	if err := f.release(ctx, g.Volume); err != nil {
+	if err := f.release(ctx, g.Volume, 1); err != nil {
 		return err
 	}
 	return f.granted().remove(g.ID)

@@ -35,6 +35,7 @@ type server struct {
 	listen  string
 	address string
 	state   string
+	users   usersAPI
 	verbose bool
 	gateways
 }
@@ -51,8 +52,9 @@ wait meanwhile, and go on with the files that they have open.`,
 	f.StringArrayVar(&s.pools, "pool", []string{"/var/lib/cradle/volumes"}, "the directory that the volumes are in, or NAME=DIRECTORY, as cradle-csi has it; more than once")
 	f.StringVar(&s.listen, "listen", ":2049", "address to serve NFS on")
 	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
-	f.StringVar(&s.state, "state", "/var/lib/cradle/filer", "directory for grants, WebDAV's locks, and the key of file handles: with another key, clients lose the files that they have open")
+	f.StringVar(&s.state, "state", "/var/lib/cradle/filer", "directory for grants, WebDAV's locks, the audit log, and the key of file handles: with another key, clients lose the files that they have open")
 	s.gateways.flags(f)
+	s.users.flags(f)
 	f.BoolVar(&s.verbose, "verbose", false, "log more")
 	return cmd
 }
@@ -93,7 +95,16 @@ func (s *server) run(ctx context.Context) error {
 	}
 	engine := nfs.New(key, log)
 	defer engine.Close()
-	f := &filer{backend: b, engine: engine, dir: filepath.Dir(s.socket), state: s.state, address: address, log: log, since: time.Now()}
+	f := &filer{
+		backend: b, engine: engine, dir: filepath.Dir(s.socket), state: s.state, audit: newAudit(s.state, log), address: address, log: log, since: time.Now(),
+		entered: map[string]bool{},
+	}
+	users, err := s.users.listen()
+	if err != nil {
+		control.Close()
+		l.Close()
+		return err
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	closeGateways, err := s.gateways.serve(ctx, g, f)
 	if err != nil {
@@ -105,12 +116,18 @@ func (s *server) run(ctx context.Context) error {
 	if err := loadReplies(engine, f.dir); err != nil {
 		log.Warn("what was answered before", "error", err)
 	}
+	if err := f.complete(ctx); err != nil {
+		log.Warn("what was being done before", "error", err)
+	}
 	if err := f.restore(ctx); err != nil {
 		log.Warn("what was published before", "error", err)
 	}
 	log.Info("serving", "listen", l.Addr(), "address", address, "socket", s.socket, "version", version)
 	g.Go(func() error { return engine.Serve(ctx, l) })
-	g.Go(func() error { return serveControl(ctx, control, f.handler()) })
+	g.Go(func() error { return serveHTTP(ctx, control, f.handler()) })
+	if users != nil {
+		g.Go(func() error { return serveHTTP(ctx, users, f.usersHandler(s.users.nomad)) })
+	}
 	return errors.Join(g.Wait(), saveReplies(engine, f.dir))
 }
 
@@ -120,7 +137,7 @@ func saveReplies(engine *nfs.Server, dir string) error {
 	if err := engine.Save(&b); err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(dir, repliesFile), b.Bytes())
+	return durable.WriteFile(filepath.Join(dir, repliesFile), b.Bytes())
 }
 
 func loadReplies(engine *nfs.Server, dir string) error {
@@ -222,8 +239,8 @@ func reachable(asked string, listens netip.AddrPort) (string, error) {
 	return "", errors.New("this host has no address that pods could reach; say one with --address")
 }
 
-// serveControl answers on the socket until ctx ends.
-func serveControl(ctx context.Context, l net.Listener, h http.Handler) error {
+// serveHTTP answers until ctx ends.
+func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second}
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
@@ -238,19 +255,7 @@ const maxRequest = 1 << 20
 
 func (f *filer) handler() http.Handler {
 	mux := http.NewServeMux()
-	handle := func(pattern string, answer func(r *http.Request) (any, error)) {
-		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			out, err := answer(r)
-			code := http.StatusOK
-			if err != nil {
-				f.log.Warn("request", "method", r.Method, "path", r.URL.Path, "error", err)
-				out, code = api.Explain(err)
-			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(code)
-			_ = json.NewEncoder(w).Encode(out) // the caller has gone
-		})
-	}
+	handle := f.handle(mux)
 	handle("PUT /publications/{id}", func(r *http.Request) (any, error) {
 		var p api.Publication
 		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&p); err != nil {
@@ -280,5 +285,23 @@ func (f *filer) handler() http.Handler {
 		return struct{}{}, f.grow(r.Context(), r.PathValue("id"))
 	})
 	handle("GET /status", func(*http.Request) (any, error) { return f.status() })
+	f.handleSnapshots(mux, func(r *http.Request, id string, _ bool) (caller, error) { return caller{who: "root", volume: id}, nil })
 	return mux
+}
+
+// handle adds to what is answered, in JSON.
+func (f *filer) handle(mux *http.ServeMux) func(pattern string, answer func(r *http.Request) (any, error)) {
+	return func(pattern string, answer func(r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			out, err := answer(r)
+			code := http.StatusOK
+			if err != nil {
+				f.log.Warn("request", "method", r.Method, "path", r.URL.Path, "error", err)
+				out, code = api.Explain(err)
+			}
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(code)
+			_ = json.NewEncoder(w).Encode(out) // the caller has gone
+		})
+	}
 }

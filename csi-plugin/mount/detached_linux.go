@@ -43,3 +43,17 @@ func Detached(device, fsType string, readOnly bool) (*os.Root, error) {
 	}
 	return root, err
 }
+
+// Still is Detached for a directory: through what is returned nothing is written.
+func Still(directory string) (*os.Root, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, directory, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("open %s as a mount: %w", directory, err)
+	}
+	defer unix.Close(fd)
+	attributes := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NOATIME, Attr_clr: unix.MOUNT_ATTR__ATIME}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attributes); err != nil {
+		return nil, fmt.Errorf("open %s read-only: %w", directory, err)
+	}
+	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", fd))
+}

@@ -19,7 +19,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
-	"github.com/cradlestack/cradlestack/internal/unixhttp"
+	"github.com/cradlestack/cradlestack/internal/jsonhttp"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -179,8 +179,8 @@ func (s *Server) guestResize(ctx context.Context, target string, size int64) err
 
 // guest calls the DirectControl API of the pod that has the volume at target.
 func (s *Server) guest(ctx context.Context, method, target, path string, in, out any) error {
-	err := unixhttp.Call(ctx, filepath.Join(s.config.DirectDir, spec.DirectSocket(target)), method, path, in, out)
-	var refusal *unixhttp.Refusal
+	err := jsonhttp.Call(ctx, filepath.Join(s.config.DirectDir, spec.DirectSocket(target)), method, path, in, out)
+	var refusal *jsonhttp.Refusal
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return errNoGuest

@@ -1,4 +1,4 @@
-// Package tree tells in what two directories on different hosts differ, and makes one like the other: names, content, holes, owners, modes,
+// Package tree tells in what two directories, on different hosts or not, differ, and makes one like the other: names, content, holes, owners, modes,
 // times, extended attributes, hard links, special files. What it says of a directory it has read from its files, so that two that are
 // the same to it are the same. It imports nothing of ours.
 package tree
@@ -18,6 +18,19 @@ type Entry struct {
 	Size       int64
 	Chunks     [][32]byte // of a file: the SHA-256 of each chunk, zero where it is a hole or all zeros
 }
+
+// A Difference is one path's.
+type Difference struct {
+	What string `json:"what"`
+	Path string `json:"path"`
+}
+
+// What has become of a path.
+const (
+	Added   = "added"
+	Changed = "changed"
+	Removed = "removed"
+)
 
 // chunk is what content is compared and sent in.
 const chunk = 1 << 20

@@ -2,6 +2,7 @@ package tree
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/gob"
@@ -20,10 +21,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// List reads a directory, but for what is to be left out. The order is one in which all can be made.
-func List(ctx context.Context, root *os.Root, without ...string) ([]Entry, error) {
+// List reads a part of a directory, "." for all of it, but for what is to be left out. The order is one in which all can be made.
+func List(ctx context.Context, root *os.Root, part string, without ...string) ([]Entry, error) {
 	l := lister{ctx: ctx, root: root, without: without, seen: map[inode]string{}}
-	err := l.list(".")
+	err := l.list(part)
 	return l.all, err
 }
 
@@ -89,7 +90,7 @@ func (l *lister) directory(e Entry) error {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		if err := l.list(path.Join(e.Path, name)); err != nil {
+		if err := l.list(path.Join(e.Path, name)); err != nil && !errors.Is(err, fs.ErrNotExist) { // it has gone meanwhile
 			return err
 		}
 	}
@@ -146,9 +147,9 @@ func content(ctx context.Context, f *os.File, size int64, each func(i int64, dat
 	return nil
 }
 
-// Send writes what makes a directory that is listed as theirs like this one.
-func Send(ctx context.Context, root *os.Root, theirs []Entry, w io.Writer, without ...string) error {
-	ours, err := List(ctx, root, without...)
+// Send writes what makes a part of a directory that is listed as theirs like the same of this one.
+func Send(ctx context.Context, root *os.Root, part string, theirs []Entry, w io.Writer, without ...string) error {
+	ours, err := List(ctx, root, part, without...)
 	if err != nil {
 		return err
 	}
@@ -190,6 +191,28 @@ func Send(ctx context.Context, root *os.Root, theirs []Entry, w io.Writer, witho
 		}
 	}
 	return out.Encode(message{End: true})
+}
+
+// Compare tells in what one list differs from another that is older.
+func Compare(older, newer []Entry) (all []Difference) {
+	was := map[string]Entry{}
+	for _, e := range older {
+		was[e.Path] = e
+	}
+	for _, e := range newer {
+		switch o, there := was[e.Path]; {
+		case !there:
+			all = append(all, Difference{Added, e.Path})
+		case !same(o, e):
+			all = append(all, Difference{Changed, e.Path})
+		}
+		delete(was, e.Path)
+	}
+	for path := range was {
+		all = append(all, Difference{Removed, path})
+	}
+	slices.SortFunc(all, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
+	return all
 }
 
 func same(a, b Entry) bool {

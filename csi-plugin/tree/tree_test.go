@@ -25,7 +25,7 @@ func open(t *testing.T, dir string) *os.Root {
 
 func list(t *testing.T, root *os.Root) []Entry {
 	t.Helper()
-	all, err := List(t.Context(), root, "lost+found")
+	all, err := List(t.Context(), root, ".", "lost+found")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +36,7 @@ func list(t *testing.T, root *os.Root) []Entry {
 func pass(t *testing.T, from, to *os.Root) Changes {
 	t.Helper()
 	var wire bytes.Buffer
-	if err := Send(t.Context(), from, list(t, to), &wire, "lost+found"); err != nil {
+	if err := Send(t.Context(), from, ".", list(t, to), &wire, "lost+found"); err != nil {
 		t.Fatal(err)
 	}
 	c, err := Receive(t.Context(), to, &wire)
@@ -146,7 +146,7 @@ func TestBrokenOff(t *testing.T) {
 	fill(t, a)
 	from := open(t, a)
 	var wire bytes.Buffer
-	must(t, Send(t.Context(), from, nil, &wire, "lost+found"))
+	must(t, Send(t.Context(), from, ".", nil, &wire, "lost+found"))
 	for n := 0; n < wire.Len(); n += 1 + wire.Len()/12 {
 		b := t.TempDir()
 		to := open(t, b)
@@ -158,5 +158,43 @@ func TestBrokenOff(t *testing.T) {
 			t.Errorf("after %d bytes there is %+v\nwant %+v", n, got, want)
 		}
 		must(t, os.Chmod(filepath.Join(b, "d/e"), 0o700))
+	}
+}
+
+// A part of a directory becomes like the same of another; what is beside it stays. Lists tell what that is.
+func TestPart(t *testing.T) {
+	a, b := t.TempDir(), t.TempDir()
+	for _, dir := range []string{a, b} {
+		must(t, os.Mkdir(filepath.Join(dir, "d"), 0o755), os.WriteFile(filepath.Join(dir, "d/same"), []byte("same"), 0o600), os.WriteFile(filepath.Join(dir, "beside"), []byte(dir), 0o600))
+		must(t, os.Chtimes(filepath.Join(dir, "d/same"), time.Unix(1, 0), time.Unix(1, 0)))
+	}
+	must(t, os.WriteFile(filepath.Join(a, "d/changed"), []byte("then"), 0o600), os.WriteFile(filepath.Join(b, "d/changed"), []byte("now"), 0o600))
+	must(t, os.WriteFile(filepath.Join(a, "d/removed"), nil, 0o600), os.WriteFile(filepath.Join(b, "d/added"), nil, 0o600))
+	from, to := open(t, a), open(t, b)
+	part := func(root *os.Root, part string) []Entry {
+		t.Helper()
+		all, err := List(t.Context(), root, part)
+		must(t, err)
+		return all
+	}
+	want := []Difference{{Added, "d/added"}, {Changed, "d/changed"}, {Removed, "d/removed"}}
+	if got := Compare(part(from, "d"), part(to, "d")); !reflect.DeepEqual(got, want) {
+		t.Errorf("the differences are %v, not %v", got, want)
+	}
+	for _, p := range []string{"d/removed", "d"} {
+		theirs, err := List(t.Context(), to, p)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		var wire bytes.Buffer
+		must(t, Send(t.Context(), from, p, theirs, &wire))
+		_, err = Receive(t.Context(), to, &wire)
+		must(t, err)
+		if got := Compare(part(from, p), part(to, p)); len(got) > 0 {
+			t.Errorf("%s: there are differences: %v", p, got)
+		}
+	}
+	if text, err := os.ReadFile(filepath.Join(b, "beside")); err != nil || string(text) != b {
+		t.Errorf("what is beside it is %q, %v", text, err)
 	}
 }

@@ -72,6 +72,13 @@ type SnapshotRequest struct {
 // for the time of copying. An error of release says that it had not held still all the time. Without a guest it is nil.
 type Hold func(ctx context.Context) (release func() error, err error)
 
+// A Browser shows what is in snapshots of file volumes.
+type Browser interface {
+	// Browse opens the root directory of a snapshot's files. Nothing can be changed through it. The snapshot can be deleted meanwhile: what is opened
+	// shows the same until it is closed, or nothing any more. ErrNotFound is a snapshot that is not there, or that was taken before anything was written.
+	Browse(ctx context.Context, id SnapshotID) (*os.Root, error)
+}
+
 // A Cloner makes volumes of others.
 type Cloner interface {
 	// Clone is Create for a request with an origin: the volume's first content is that of a snapshot or of another volume, which

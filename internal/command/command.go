@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -45,4 +46,13 @@ func Run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr
 		fmt.Fprintf(stderr, "%s: %s\n", root.Name(), strings.TrimRight(line, "\n"))
 	}
 	return 1
+}
+
+// TaskAPI is the address at which Nomad answers a task that has an identity; "" for any other process.
+func TaskAPI() string {
+	socket := filepath.Join(os.Getenv("NOMAD_SECRETS_DIR"), "api.sock")
+	if _, err := os.Stat(socket); err != nil || os.Getenv("NOMAD_TOKEN") == "" {
+		return ""
+	}
+	return "unix://" + socket
 }

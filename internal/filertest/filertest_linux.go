@@ -149,7 +149,7 @@ func (f *Filer) certify() error {
 // Run starts the filer, at the same address as before, and returns when it answers.
 func (f *Filer) Run() {
 	f.t.Helper()
-	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", filepath.Join(f.dir, "state"), "--listen", net.JoinHostPort(f.Host, port),
+	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
 		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--tls-cert", f.CA(), "--tls-key", f.key())
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.cmd.Start(); err != nil {
@@ -182,6 +182,9 @@ func (f *Filer) PID() int { return f.cmd.Process.Pid }
 
 // Log is what it has said.
 func (f *Filer) Log() string { return f.log.String() }
+
+// State is its state directory.
+func (f *Filer) State() string { return filepath.Join(f.dir, "state") }
 
 func (f *Filer) socket() string { return filepath.Join(f.dir, "run", "api.sock") }
 

@@ -1,5 +1,5 @@
-// Package api is what cradle-filer answers on its unix socket, and the client of it. Whoever may open the socket decides who sees which volume: it is
-// root's. It knows volumes, and no protocol that they are served by.
+// Package api is what cradle-filer answers on its unix socket and to Nomad's users, and the client of it. Whoever may open the socket decides who sees which
+// volume: it is root's. It knows volumes, and no protocol that they are served by.
 //
 //	PUT    /publications/{id}       Publication → Publication, with all that a client needs; again: the same
 //	DELETE /publications/{id}       its clients see nothing any more; one that is not there is no error
@@ -10,6 +10,14 @@
 //	GET    /volumes/{id}/stats      spec.VolumeStats of a published volume
 //	POST   /volumes/{id}/grow       its file system fills the volume, which has become larger
 //	GET    /status                  Status
+//
+// To Nomad's users it answers what is about their volumes' snapshots alone. They show a token in the header X-Nomad-Token; {id} is Nomad's, of the
+// parameter namespace.
+//
+//	GET    /volumes/{id}/snapshots          []Snapshot, by time
+//	PUT    /volumes/{id}/snapshots/{name}   takes one → Snapshot; again: the same
+//	POST   /volumes/{id}/rollback           Rollback → RolledBack
+//	GET    /volumes/{id}/diff?from=&to=     []tree.Difference of a snapshot to another, or to the volume
 package api
 
 import (
@@ -21,10 +29,12 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strings"
 	"time"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
-	"github.com/cradlestack/cradlestack/internal/unixhttp"
+	"github.com/cradlestack/cradlestack/internal/jsonhttp"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -60,6 +70,29 @@ type Status struct {
 	WebDAV       string    `json:"webdav,omitempty"` // URL, where that is served
 }
 
+// A Snapshot is a volume's state at one time.
+type Snapshot struct {
+	Name      string    `json:"name"`
+	Created   time.Time `json:"created"`
+	Automatic bool      `json:"automatic,omitempty"` // it goes with its volume
+}
+
+// A Rollback makes a volume what it was.
+type Rollback struct {
+	Snapshot string `json:"snapshot"`
+	Path     string `json:"path,omitempty"` // in the volume: with all below, that alone
+}
+
+// RolledBack is what it took.
+type RolledBack struct {
+	Undo    string `json:"undo"`    // the snapshot of what was before
+	Entries int    `json:"entries"` // files and directories that were made, changed or removed
+	Bytes   int64  `json:"bytes"`   // that were written
+}
+
+// ErrDenied is what Nomad does not let the caller do.
+var ErrDenied = errors.New("permission denied")
+
 // An Error is the body of an answer that is one.
 type Error struct {
 	Message string `json:"message"`
@@ -78,6 +111,7 @@ var kinds = map[string]struct {
 	"invalid":     {volume.ErrInvalid, http.StatusBadRequest},
 	"foreign":     {volume.ErrForeign, http.StatusConflict},
 	"unavailable": {volume.ErrUnavailable, http.StatusServiceUnavailable},
+	"denied":      {ErrDenied, http.StatusForbidden},
 }
 
 // Explain is the body and the HTTP code of an error.
@@ -99,8 +133,13 @@ type remoteError struct {
 func (e *remoteError) Error() string { return e.message }
 func (e *remoteError) Unwrap() error { return e.is }
 
-// A Client calls a filer.
-type Client struct{ Socket string }
+// A Client calls a filer, at its socket or as one of Nomad's users.
+type Client struct {
+	Socket string
+
+	URL              string // "" for the socket
+	Token, Namespace string // Nomad's
+}
 
 // Publish lets clients see a volume, and says how.
 func (c Client) Publish(ctx context.Context, p Publication) (Publication, error) {
@@ -128,14 +167,42 @@ func (c Client) Grow(ctx context.Context, volume string) error {
 	return c.call(ctx, http.MethodPost, "/volumes/"+url.PathEscape(volume)+"/grow", nil, nil)
 }
 
+// Snapshots are a volume's, by time.
+func (c Client) Snapshots(ctx context.Context, volume string) (all []Snapshot, err error) {
+	return all, c.call(ctx, http.MethodGet, "/volumes/"+url.PathEscape(volume)+"/snapshots", nil, &all)
+}
+
+// Snapshot takes one.
+func (c Client) Snapshot(ctx context.Context, volume, name string) (s Snapshot, err error) {
+	return s, c.call(ctx, http.MethodPut, "/volumes/"+url.PathEscape(volume)+"/snapshots/"+url.PathEscape(name), nil, &s)
+}
+
+// Rollback makes a volume, or a path in it, what it was when a snapshot was taken.
+func (c Client) Rollback(ctx context.Context, volume string, r Rollback) (done RolledBack, err error) {
+	return done, c.call(ctx, http.MethodPost, "/volumes/"+url.PathEscape(volume)+"/rollback", r, &done)
+}
+
+// Diff tells what has changed since a snapshot, until another or ("") until now.
+func (c Client) Diff(ctx context.Context, volume, from, to string) (all []tree.Difference, err error) {
+	q := url.Values{"from": {from}, "to": {to}}
+	return all, c.call(ctx, http.MethodGet, "/volumes/"+url.PathEscape(volume)+"/diff?"+q.Encode(), nil, &all)
+}
+
 // Status is how the filer does.
 func (c Client) Status(ctx context.Context) (s Status, err error) {
 	return s, c.call(ctx, http.MethodGet, "/status", nil, &s)
 }
 
 func (c Client) call(ctx context.Context, method, path string, in, out any) error {
-	err := unixhttp.Call(ctx, c.Socket, method, path, in, out)
-	var refusal *unixhttp.Refusal
+	at := c.Socket
+	var err error
+	if c.URL == "" {
+		err = jsonhttp.Call(ctx, c.Socket, method, path, in, out)
+	} else {
+		at = c.URL
+		err = c.ask(ctx, method, path, in, out)
+	}
+	var refusal *jsonhttp.Refusal
 	var unreached *net.OpError
 	switch {
 	case errors.As(err, &refusal):
@@ -145,9 +212,24 @@ func (c Client) call(ctx context.Context, method, path string, in, out any) erro
 		}
 		return &remoteError{e.Message, kinds[e.Kind].is}
 	case errors.As(err, &unreached) && unreached.Op == "dial":
-		return fmt.Errorf("%w: no filer answers at %s: %w; start cradle-filer", volume.ErrUnavailable, c.Socket, err)
+		return fmt.Errorf("%w: no filer answers at %s: %w; start cradle-filer", volume.ErrUnavailable, at, err)
 	case err != nil:
-		return fmt.Errorf("filer at %s: %w", c.Socket, err)
+		return fmt.Errorf("filer at %s: %w", at, err)
 	}
 	return nil
 }
+
+// ask asks as one of Nomad's users.
+func (c Client) ask(ctx context.Context, method, path string, in, out any) error {
+	u, err := url.Parse(strings.TrimSuffix(c.URL, "/") + path)
+	if err != nil {
+		return err
+	}
+	q := u.Query()
+	q.Set("namespace", c.Namespace)
+	u.RawQuery = q.Encode()
+	return jsonhttp.Do(ctx, http.DefaultTransport, method, u.String(), http.Header{TokenHeader: {c.Token}}, in, out)
+}
+
+// TokenHeader is where a caller shows its token, as to Nomad.
+const TokenHeader = "X-Nomad-Token"

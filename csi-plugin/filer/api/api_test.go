@@ -35,7 +35,7 @@ func TestErrors(t *testing.T) {
 	c := Client{Socket: socket}
 	sentinels := 0
 	for _, is := range []error{
-		volume.ErrNotFound, volume.ErrExists, volume.ErrInUse, volume.ErrNoSpace, volume.ErrInvalid, volume.ErrForeign, volume.ErrUnavailable,
+		volume.ErrNotFound, volume.ErrExists, volume.ErrInUse, volume.ErrNoSpace, volume.ErrInvalid, volume.ErrForeign, volume.ErrUnavailable, ErrDenied,
 	} {
 		refuse = fmt.Errorf("volume v: %w: so it is", is)
 		err := c.Unpublish(t.Context(), "p")

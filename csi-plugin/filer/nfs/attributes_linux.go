@@ -59,7 +59,7 @@ func (e *encoder) fattr(o *object) {
 	e.uint32(unix.Major(st.Rdev))
 	e.uint32(unix.Minor(st.Rdev))
 	e.uint64(o.export.fsid)
-	e.uint64(st.Ino)
+	e.uint64(o.number(st.Ino))
 	for _, t := range []unix.Timespec{st.Atim, st.Mtim, st.Ctim} {
 		e.uint32(uint32(t.Sec))
 		e.uint32(uint32(t.Nsec))
@@ -209,7 +209,7 @@ func setattr(x *exchange) status {
 		return s
 	}
 	defer o.close()
-	if x.export.ReadOnly {
+	if x.export.ReadOnly || o.tree == nil {
 		return errROFS
 	}
 	if guarded && (uint32(o.st.Ctim.Sec) != sec || uint32(o.st.Ctim.Nsec) != nsec) {

@@ -29,7 +29,7 @@ func mnt(x *exchange) status {
 		x.log.Warn("refused a mount", "client", x.client, "volume", e.Volume, "reason", "it is not for this client")
 		return errAcces
 	}
-	o := object{export: e, fd: int(e.root.Fd())}
+	o := object{export: e, tree: &e.tree, fd: int(e.root.Fd())}
 	handle, err := o.handle()
 	if err != nil {
 		return statusOf(err)

@@ -55,8 +55,10 @@ func (x *exchange) place(handle []byte, name string) (object, status) {
 		return o, s
 	}
 	switch {
-	case x.export.ReadOnly:
+	case x.export.ReadOnly || o.tree == nil:
 		s = errROFS
+	case o.leadsOn(name) && name == SnapshotsDir:
+		s = errExist
 	case o.hides(name):
 		s = errAcces
 	default:
@@ -102,6 +104,12 @@ func lookup(x *exchange) status {
 
 // child is object.child, as the user.
 func (x *exchange) child(dir object, name string) (o object, err error) {
+	if dir.leadsOn(name) { // to what is no user's
+		if err := dir.may(x.user, unix.X_OK); err != nil {
+			return object{fd: -1}, err
+		}
+		return dir.child(name)
+	}
 	err = x.user.as(func() (err error) {
 		o, err = dir.child(name)
 		return err
@@ -159,7 +167,7 @@ func create(x *exchange) status {
 		if err != nil {
 			return err
 		}
-		if o, err = x.export.adopt(fd); err != nil {
+		if o, err = dir.tree.adopt(x.export, fd); err != nil {
 			return err
 		}
 		rest := a
@@ -424,15 +432,21 @@ func (x *exchange) list(handle []byte, cookie uint64, names, count uint32, plus 
 	if err := dir.may(x.user, unix.R_OK); err != nil {
 		return statusOf(err)
 	}
-	if _, err := unix.Seek(dir.fd, int64(cookie), unix.SEEK_SET); err != nil {
-		return statusOf(err)
+	if dir.tree != nil {
+		if _, err := unix.Seek(dir.fd, int64(cookie), unix.SEEK_SET); err != nil {
+			return statusOf(err)
+		}
 	}
 	start := len(x.out.b)
 	x.out.uint32(uint32(ok))
 	x.out.attributes(&dir)
 	x.out.uint64(0)
 	l := listing{exchange: x, dir: dir, plus: plus, names: int(min(names, maxList)), end: start + int(min(count, maxList)) - endOfList}
-	full, err := l.fill()
+	fill := l.fill
+	if dir.tree == nil {
+		fill = func() (bool, error) { return l.fillSnapshots(cookie) }
+	}
+	full, err := fill()
 	switch {
 	case err != nil:
 		return statusOf(err)
@@ -488,7 +502,7 @@ func (l *listing) fill() (full bool, err error) {
 func (l *listing) add(ino, cookie uint64, name string) bool {
 	before := len(l.out.b)
 	l.out.bool(true)
-	l.out.uint64(ino)
+	l.out.uint64(l.dir.number(ino))
 	l.out.opaque([]byte(name))
 	l.out.uint64(cookie)
 	l.names -= len(l.out.b) - before
@@ -505,7 +519,10 @@ func (l *listing) add(ino, cookie uint64, name string) bool {
 
 // about writes attributes and handle of an entry, which both may be absent.
 func (l *listing) about(name string) {
-	o, err := l.child(l.dir, name)
+	o, err := object{}, error(unix.ENOENT)
+	if !l.dir.leadsOn(name) { // a client that wants to know more of a snapshot than its name asks for it: it has to be opened
+		o, err = l.child(l.dir, name)
+	}
 	if err != nil {
 		l.out.bool(false)
 		l.out.bool(false)

@@ -11,8 +11,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
+	"time"
 )
 
 // An Engine serves exports.
@@ -25,6 +27,9 @@ type Engine interface {
 
 	// Unexport ends what is served at path: from its return on no call changes anything there. One that is not there is no error.
 	Unexport(path string) error
+
+	// Hold calls do while no call is at work in a volume's exports: clients ask again, by themselves, until it is done.
+	Hold(volume string, do func() error) error
 }
 
 // An Export is a directory as some clients may see it.
@@ -35,6 +40,25 @@ type Export struct {
 	ReadOnly bool           // nothing is changed through it
 	Clients  []netip.Prefix // whose calls are answered; others learn nothing
 	Hidden   []string       // names in the root, of files that help to serve it otherwise: they are neither shown nor changed
+
+	Snapshots *Snapshots // nil for none
+}
+
+// SnapshotsDir is where clients see the snapshots: a directory that each directory Root has and none lists.
+const SnapshotsDir = ".snapshots"
+
+// Snapshots are former states of what is exported. They may be other ones at any time.
+type Snapshots struct {
+	List func() ([]Snapshot, error)
+
+	// Open opens the root directory of one, through a mount that nothing can be written through. It is closed when nobody looks at it any more.
+	Open func(name string) (*os.File, error)
+}
+
+// A Snapshot has a name, by which clients see it. One that is taken at another time is another one.
+type Snapshot struct {
+	Name  string
+	Taken time.Time
 }
 
 // MaxPath is the length of the longest path that can be mounted (RFC 1813 §5.1.1, MNTPATHLEN).

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -106,41 +107,54 @@ func TestReadLength(t *testing.T) {
 // A handle that differs in any bit from one that was made, or is of another export, opens nothing.
 func TestForgedHandles(t *testing.T) {
 	s, other := newSealer(testKey[:], "/v/secret"), newSealer(testKey[:], "/v/other")
-	kernel := []byte{1, 2, 3, 4, 5, 6, 7, 8}
-	handle, fits := s.seal(1, kernel)
-	if !fits || len(handle) > maxHandle {
-		t.Fatalf("%x, %t", handle, fits)
-	}
-	if kind, got, genuine := s.open(handle); !genuine || kind != 1 || !bytes.Equal(got, kernel) {
-		t.Errorf("opened: %d, %x, %t", kind, got, genuine)
-	}
-	for i := range len(handle) * 8 {
-		forged := bytes.Clone(handle)
-		forged[i/8] ^= 1 << (i % 8)
-		if _, well := tagOf(forged); !well && i >= 8 {
-			t.Errorf("bit %d: the export can't be told", i)
+	for _, r := range []reference{{kind: 1, kernel: []byte{1, 2, 3, 4, 5, 6, 7, 8}}, {snapshotID{9}, 1, []byte{1, 2, 3, 4, 5, 6, 7, 8}}, {snapshot: listID, kernel: []byte{}}} {
+		handle, fits := s.seal(r)
+		if !fits || len(handle) > maxHandle {
+			t.Fatalf("%x, %t", handle, fits)
 		}
-		if _, _, genuine := s.open(forged); genuine {
-			t.Errorf("bit %d is not authenticated", i)
+		if got, genuine := s.open(handle); !genuine || !reflect.DeepEqual(got, r) {
+			t.Errorf("opened: %v, %t, not %v", got, genuine, r)
 		}
-	}
-	if _, _, genuine := other.open(handle); genuine || other.tag == s.tag {
-		t.Error("a handle of one export opens something in another")
+		for i := range len(handle) * 8 {
+			forged := bytes.Clone(handle)
+			forged[i/8] ^= 1 << (i % 8)
+			_, well := tagOf(forged)
+			if !well && i >= 8 {
+				t.Errorf("bit %d: the export can't be told", i)
+			}
+			if !well {
+				continue
+			}
+			if _, genuine := s.open(forged); genuine {
+				t.Errorf("bit %d is not authenticated", i)
+			}
+		}
+		if _, genuine := other.open(handle); genuine || other.tag == s.tag {
+			t.Error("a handle of one export opens something in another")
+		}
 	}
 	if again := newSealer(testKey[:], "/v/secret"); !bytes.Equal(again.key, s.key) || again.tag != s.tag {
 		t.Error("after a restart handles are others")
 	}
-	for _, n := range []int{0, 1, kernelAt + macSize - 1, maxHandle + 1} {
-		if _, well := tagOf(append([]byte{handleVersion}, make([]byte, n)...)[:n]); well {
-			t.Errorf("%d bytes are a handle", n)
+	for version, lengths := range map[byte][]int{0: {40}, ofVolume: {0, 1, afterTag + macSize - 1, maxHandle + 1}, ofSnapshot: {afterTag + macSize, afterTag + macSize + 7, maxHandle + 1}, 3: {40}} {
+		for _, n := range lengths {
+			if _, well := tagOf(append([]byte{version}, make([]byte, n)...)[:n]); well {
+				t.Errorf("%d bytes of version %d are a handle", n, version)
+			}
 		}
 	}
-	if _, fits := s.seal(1, make([]byte, maxKernel)); !fits {
-		t.Errorf("%d bytes do not fit", maxKernel)
+	for _, r := range []reference{{kind: 1, kernel: make([]byte, 38)}, {snapshotID{9}, 1, make([]byte, 30)}} {
+		if _, fits := s.seal(r); !fits {
+			t.Errorf("%v does not fit", r)
+		}
+		r.kernel = append(r.kernel, 0)
+		if _, fits := s.seal(r); fits {
+			t.Errorf("%v fits", r)
+		}
 	}
-	for kind, n := range map[int32]int{1: maxKernel + 1, 256: 8, -1: 8} {
-		if _, fits := s.seal(kind, make([]byte, n)); fits {
-			t.Errorf("type %d with %d bytes fits", kind, n)
+	for _, kind := range []int32{256, -1} {
+		if _, fits := s.seal(reference{kind: kind, kernel: make([]byte, 8)}); fits {
+			t.Errorf("type %d fits", kind)
 		}
 	}
 }

@@ -17,10 +17,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -431,7 +433,7 @@ func TestRootHandles(t *testing.T) {
 	}
 	guessed := newSealer(make([]byte, KeySize), w.export.Path)
 	copy(guessed.tag[:], file[tagAt:])
-	forged, _ := guessed.seal(secret.Type(), secret.Bytes())
+	forged, _ := guessed.seal(reference{kind: secret.Type(), kernel: secret.Bytes()})
 	for name, handle := range map[string][]byte{"a forged handle": forged, "none": {}, "the kernel's": secret.Bytes(), "one that is cut": file[:len(file)-1], "one of zeros": make([]byte, 64)} {
 		if s, text := c.read(handle, 0, 100); s != errBadHandle && s != errStale {
 			t.Errorf("%s: %d, %q", name, s, text)
@@ -969,5 +971,302 @@ func TestRootRepeatedAtWork(t *testing.T) {
 	x.Unlock()
 	if a, b := <-answers, <-answers; !bytes.Equal(a, b) || len(a) < 20 || binary.BigEndian.Uint32(a[16:]) != uint32(ok) {
 		t.Errorf("they are answered by %x and %x", a, b)
+	}
+}
+
+// Snapshots are seen in a directory of the root that no list has. They are read-only, have other inode numbers than the volume's files, lead nowhere else, and
+// outlast a restart.
+func TestRootSnapshots(t *testing.T) {
+	w := serve(t)
+	var mu sync.Mutex
+	var all []Snapshot
+	var opened int
+	take := func(name string, taken int64) {
+		t.Helper()
+		at := filepath.Join(w.above, "taken", name)
+		for _, args := range [][]string{{"mkdir", "-p", at}, {"cp", "-a", w.root + "/.", at}, {"mount", "--bind", at, at}, {"mount", "-o", "remount,bind,ro", at}} {
+			command(t, args[0], args[1:]...)
+		}
+		t.Cleanup(func() { command(t, "umount", "--lazy", at) })
+		mu.Lock()
+		defer mu.Unlock()
+		all = append(all, Snapshot{name, time.Unix(taken, 0)})
+	}
+	w.export.Snapshots = &Snapshots{
+		List: func() ([]Snapshot, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(all), nil
+		},
+		Open: func(name string) (*os.File, error) {
+			opened++
+			return os.Open(filepath.Join(w.above, "taken", name))
+		},
+	}
+	if err := w.server.Export(w.export); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(w.root, "file"), []byte("then"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(w.root, "dir"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c := w.client(asRoot)
+	find := func(names ...string) []byte {
+		t.Helper()
+		at := c.root
+		for _, name := range names {
+			var s status
+			if s, at = c.lookup(at, name); s != ok {
+				t.Fatalf("lookup of %s in %v: %d", name, names, s)
+			}
+		}
+		return at
+	}
+	about := func(handle []byte) []byte {
+		t.Helper()
+		s, d := c.on(procGetattr, handle, nil)
+		if s != ok {
+			t.Fatalf("attributes: %d", s)
+		}
+		return bytes.Clone(d.take(fattrSize))
+	}
+	list := find(SnapshotsDir)
+	before := about(list)
+	take("first", 1000)
+	if bytes.Equal(about(list), before) {
+		t.Error("a new snapshot changes nothing about their directory")
+	}
+	if err := os.WriteFile(filepath.Join(w.root, "file"), []byte("now"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	take("second", 2000)
+
+	names := func(proc uint32, dir []byte) (names []string) {
+		t.Helper()
+		var cookie uint64
+		for eof := false; !eof; {
+			s, d := c.on(proc, dir, func(e *encoder) {
+				e.uint64(cookie)
+				e.uint64(0)
+				if proc == procReaddirplus {
+					e.uint32(4096)
+				}
+				e.uint32(200) // about one name
+			})
+			if s != ok {
+				t.Fatalf("list: %d", s)
+			}
+			if d.uint32() == 1 {
+				d.take(fattrSize)
+			}
+			d.uint64()
+			for d.uint32() == 1 {
+				d.uint64()
+				names = append(names, string(d.opaque(255)))
+				cookie = d.uint64()
+				if proc == procReaddirplus {
+					if d.uint32() == 1 {
+						d.take(fattrSize)
+					}
+					if d.uint32() == 1 {
+						d.opaque(maxHandle)
+					}
+				}
+			}
+			if eof = d.uint32() == 1; d.bad {
+				t.Fatal("the list can't be read")
+			}
+		}
+		slices.Sort(names)
+		return names
+	}
+	for _, proc := range []uint32{procReaddir, procReaddirplus} {
+		if got := names(proc, list); !slices.Equal(got, []string{".", "..", "first", "second"}) {
+			t.Errorf("the snapshots are %v", got)
+		}
+		if proc == procReaddir && slices.Contains(names(proc, c.root), SnapshotsDir) {
+			t.Error("the root lists them")
+		}
+	}
+	if opened != 0 {
+		t.Errorf("to list them opens %d", opened)
+	}
+	file := find(SnapshotsDir, "first", "file")
+	if s, text := c.read(file, 0, 10); s != ok || text != "then" {
+		t.Errorf("the first has %q, %d", text, s)
+	}
+	if s, text := c.read(find(SnapshotsDir, "second", "file"), 0, 10); s != ok || text != "now" || opened != 2 {
+		t.Errorf("the second has %q, %d, after %d were opened", text, s, opened)
+	}
+	number := func(handle []byte) uint64 { return binary.BigEndian.Uint64(about(handle)[fattrSize-32:]) }
+	seen := map[uint64]bool{}
+	for _, path := range [][]string{{"file"}, {}, {SnapshotsDir}, {SnapshotsDir, "first"}, {SnapshotsDir, "first", "file"}, {SnapshotsDir, "second"}, {SnapshotsDir, "second", "file"}} {
+		if n := number(find(path...)); seen[n] {
+			t.Errorf("%v has the number of another", path)
+		} else {
+			seen[n] = true
+		}
+	}
+	for _, path := range [][]string{{SnapshotsDir, ".."}, {SnapshotsDir, "first", "..", ".."}, {SnapshotsDir, "first", "dir", "..", "..", ".", "second", "..", ".."}} {
+		if !bytes.Equal(find(path...), c.root) {
+			t.Errorf("%v is not the root", path)
+		}
+	}
+	for _, path := range [][]string{{SnapshotsDir, "first"}, {SnapshotsDir, "first", "dir"}, {"dir"}} {
+		if s, _ := c.lookup(find(path...), SnapshotsDir); s != errNoEnt {
+			t.Errorf("snapshots below %v: %d", path, s)
+		}
+	}
+	for _, name := range []string{"third", "../secret", "taken"} {
+		if s, _ := c.lookup(list, name); s == ok {
+			t.Errorf("%s is found among the snapshots", name)
+		}
+	}
+
+	// Nothing can be changed there, nor the name be taken away.
+	first, dir := find(SnapshotsDir, "first"), find(SnapshotsDir, "first", "dir")
+	for what, got := range map[string]status{
+		"write":           statusFrom(c.write(file, 0, "x", fileSync)),
+		"create":          statusFrom(c.create(dir, "x", unchecked, attributes(0o644))),
+		"create beside":   statusFrom(c.create(list, "x", unchecked, attributes(0o644))),
+		"mkdir":           statusFrom(c.in(procMkdir, first, "x", attributes(0o755))),
+		"mkdir beside":    statusFrom(c.in(procMkdir, list, "x", attributes(0o755))),
+		"remove":          statusFrom(c.in(procRemove, first, "file", nil)),
+		"rmdir":           statusFrom(c.in(procRmdir, list, "first", nil)),
+		"rename":          statusFrom(c.in(procRename, first, "file", func(e *encoder) { e.opaque(first); e.opaque([]byte("x")) })),
+		"chmod":           statusFrom(c.on(procSetattr, file, func(e *encoder) { attributes(0o777)(e); e.uint32(0) })),
+		"chmod of a dir":  statusFrom(c.on(procSetattr, dir, func(e *encoder) { attributes(0o777)(e); e.uint32(0) })),
+		"chmod of theirs": statusFrom(c.on(procSetattr, list, func(e *encoder) { attributes(0o777)(e); e.uint32(0) })),
+		"truncate": statusFrom(c.on(procSetattr, file, func(e *encoder) {
+			for range 3 {
+				e.uint32(0)
+			}
+			e.bool(true)
+			for range 5 {
+				e.uint32(0)
+			}
+		})),
+	} {
+		if got != errROFS {
+			t.Errorf("%s: %d", what, got)
+		}
+	}
+	for what, got := range map[string]status{
+		"mkdir":  statusFrom(c.in(procMkdir, c.root, SnapshotsDir, attributes(0o755))),
+		"create": statusFrom(c.create(c.root, SnapshotsDir, guarded, attributes(0o644))),
+		"rmdir":  statusFrom(c.in(procRmdir, c.root, SnapshotsDir, nil)),
+	} {
+		if got != errExist {
+			t.Errorf("%s of their directory: %d", what, got)
+		}
+	}
+	for what, handle := range map[string][]byte{"a name": find("dir"), "another snapshot": dir} {
+		if s, _ := c.on(procLink, file, func(e *encoder) { e.opaque(handle); e.opaque([]byte("x")) }); s != errXDev && s != errROFS {
+			t.Errorf("a link to %s: %d", what, s)
+		}
+	}
+	if s, _ := c.on(procCommit, list, func(e *encoder) { e.uint64(0); e.uint32(0) }); s != errIsDir {
+		t.Errorf("commit of their directory: %d", s)
+	}
+	for _, proc := range []uint32{18, 19, 20} { // FSSTAT, FSINFO, PATHCONF
+		if s, _ := c.on(proc, list, nil); s != ok {
+			t.Errorf("procedure %d on their directory: %d", proc, s)
+		}
+	}
+
+	// Users have in a snapshot the rights that its files say.
+	u := w.client(asUser)
+	if s, _ := u.read(file, 0, 10); s != errAcces {
+		t.Errorf("another user reads a file of root's: %d", s)
+	}
+	if s, got := u.lookup(u.root, SnapshotsDir); s != ok || !bytes.Equal(got, list) {
+		t.Errorf("another user looks for snapshots: %d", s)
+	}
+
+	// One that is idle is closed, and opened again by a handle; one that is gone or another one is stale.
+	x := w.server.paths[w.export.Path]
+	x.RLock()
+	if err := x.forgetSnapshots(time.Now().Add(time.Hour)); err != nil || len(x.snapshots) != 2 {
+		t.Errorf("under a call %d snapshots are left open, %v", len(x.snapshots), err)
+	}
+	x.RUnlock()
+	if err := x.forgetSnapshots(time.Now().Add(-time.Hour)); err != nil || len(x.snapshots) != 2 {
+		t.Errorf("of those in use %d are left open, %v", len(x.snapshots), err)
+	}
+	if err := x.forgetSnapshots(time.Now().Add(time.Hour)); err != nil || len(x.snapshots) != 0 {
+		t.Errorf("of idle snapshots %d are left open, %v", len(x.snapshots), err)
+	}
+	if s, text := c.read(file, 0, 10); s != ok || text != "then" {
+		t.Errorf("after that the file has %q, %d", text, s)
+	}
+	if err := w.server.Export(w.export); err != nil { // as after a restart
+		t.Fatal(err)
+	}
+	if s, text := c.read(file, 0, 10); s != ok || text != "then" || opened != 4 {
+		t.Errorf("after a restart the file has %q, %d; %d were opened", text, s, opened)
+	}
+	mu.Lock()
+	all[0].Taken = all[0].Taken.Add(time.Second)
+	mu.Unlock()
+	if err := w.server.Export(w.export); err != nil {
+		t.Fatal(err)
+	}
+	if s, _ := c.read(file, 0, 10); s != errStale {
+		t.Errorf("a file of a snapshot that was taken anew: %d", s)
+	}
+	if bytes.Equal(find(SnapshotsDir, "first", "file"), file) {
+		t.Error("it has the same handle")
+	}
+}
+
+// statusFrom is the first of a call's results.
+func statusFrom(s status, _ any) status { return s }
+
+// While a volume is held no call is at work in it, and clients are told to ask again; other volumes go on.
+func TestRootHold(t *testing.T) {
+	w := serve(t)
+	c := w.client(asRoot)
+	other := w.export
+	other.Path, other.Volume = "/other/0123456789", "other"
+	if err := w.server.Export(other); err != nil {
+		t.Fatal(err)
+	}
+	s, handle := c.mount(other.Path)
+	if s != ok {
+		t.Fatalf("mount: %d", s)
+	}
+	x := w.server.paths[w.export.Path]
+	x.RLock() // a call
+	begun, done := make(chan struct{}), make(chan error)
+	go func() {
+		done <- w.server.Hold("volume", func() error {
+			close(begun)
+			for _, proc := range []uint32{procGetattr, procAccess} {
+				if s, _ := c.on(proc, c.root, func(e *encoder) { e.uint32(0) }); s != errJukebox {
+					t.Errorf("procedure %d while the volume is held: %d", proc, s)
+				}
+			}
+			if s, _ := c.on(procGetattr, handle, nil); s != ok {
+				t.Errorf("another volume: %d", s)
+			}
+			return errHungUp
+		})
+	}()
+	for !w.server.holds("volume") {
+		runtime.Gosched()
+	}
+	select {
+	case <-begun:
+		t.Error("the volume is held under a call")
+	default:
+	}
+	x.RUnlock()
+	if err := <-done; err != errHungUp {
+		t.Errorf("held: %v", err)
+	}
+	if s, _ := c.on(procGetattr, c.root, nil); s != ok {
+		t.Errorf("afterwards: %d", s)
 	}
 }

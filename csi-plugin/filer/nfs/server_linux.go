@@ -50,6 +50,7 @@ type Server struct {
 	mu    sync.RWMutex
 	paths map[string]*exported
 	tags  map[tag]*exported
+	held  map[string]int // volumes → calls of Hold
 
 	replied map[string]*replies // by the export's path
 
@@ -88,7 +89,7 @@ func (c *connections) leave(client netip.Addr) {
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
-		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{},
+		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{},
 		connections: connections{of: map[netip.Addr]int{}}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
@@ -153,7 +154,43 @@ func (x *exported) end() error {
 	x.Lock()
 	defer x.Unlock()
 	x.gone = true
-	return x.root.Close()
+	errs := []error{x.root.Close()}
+	for _, t := range x.snapshots {
+		errs = append(errs, t.root.Close())
+	}
+	clear(x.snapshots)
+	return errors.Join(errs...)
+}
+
+// Hold is Engine's.
+func (s *Server) Hold(volume string, do func() error) error {
+	s.mu.Lock()
+	s.held[volume]++
+	var all []*exported
+	for _, x := range s.paths {
+		if x.Volume == volume {
+			all = append(all, x)
+		}
+	}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.held[volume]--; s.held[volume] == 0 {
+			delete(s.held, volume)
+		}
+	}()
+	for _, x := range all { // calls that have begun
+		x.Lock()
+		x.Unlock()
+	}
+	return do()
+}
+
+func (s *Server) holds(volume string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.held[volume] > 0
 }
 
 // Serve is Engine's.
@@ -162,6 +199,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer stop()
 	var conversations sync.WaitGroup
 	defer conversations.Wait()
+	conversations.Go(func() { s.forgetSnapshots(ctx) })
 	for wait := time.Millisecond; ; {
 		conn, err := l.Accept()
 		switch {
@@ -377,7 +415,13 @@ func (x *exchange) onlyOnce(ctx context.Context, id callID) (reply []byte, err e
 		}
 		return bytes.Clone(of.reply), nil
 	}
-	defer func() { e.replied.end(id, of, reply) }()
+	defer func() {
+		if x.later {
+			e.replied.end(id, of, nil)
+		} else {
+			e.replied.end(id, of, reply)
+		}
+	}()
 	return x.done(ctx)
 }
 
@@ -446,7 +490,7 @@ func (s *Server) exportOf(c call) *exported {
 	if e == nil {
 		return nil
 	}
-	if _, _, well := e.sealer.open(handle); !well {
+	if _, well := e.sealer.open(handle); !well {
 		return nil
 	}
 	return e
@@ -482,6 +526,7 @@ type exchange struct {
 	out     encoder
 	of      *limits
 	release func()    // what was reserved for the reply
+	later   bool      // the client is to ask again
 	export  *exported // that is being worked in
 	buffer  []byte    // that the reply is in, where it is a large one
 }
@@ -521,6 +566,7 @@ func (x *exchange) reply() []byte {
 	case garbage:
 		return accept(x.xid, acceptGarbage).b
 	default:
+		x.later = s == errJukebox
 		x.out.b = x.out.b[:start]
 		x.out.uint32(uint32(s))
 		for range p.absent {
@@ -538,30 +584,33 @@ type procedure struct {
 }
 
 // enter finds the export that a handle is of, and begins to work in it.
-func (x *exchange) enter(handle []byte) (kind int32, kernel []byte, s status) {
+func (x *exchange) enter(handle []byte) (r reference, s status) {
 	t, well := tagOf(handle)
 	if !well {
-		return 0, nil, errBadHandle
+		return r, errBadHandle
 	}
 	if x.export == nil {
 		x.mu.RLock()
 		e := x.tags[t]
 		x.mu.RUnlock()
 		if e == nil {
-			return 0, nil, errStale
+			return r, errStale
 		}
 		e.RLock()
 		x.export = e
 		if e.gone || !e.admits(x.client) {
-			return 0, nil, errStale
+			return r, errStale
+		}
+		if x.holds(e.Volume) {
+			return r, errJukebox
 		}
 	} else if x.export.tag != t {
-		return 0, nil, errXDev
+		return r, errXDev
 	}
-	if kind, kernel, well = x.export.sealer.open(handle); !well {
-		return 0, nil, errBadHandle
+	if r, well = x.export.sealer.open(handle); !well {
+		return r, errBadHandle
 	}
-	return kind, kernel, ok
+	return r, ok
 }
 
 func (x *exchange) leave() {
@@ -573,11 +622,11 @@ func (x *exchange) leave() {
 
 // object opens what a handle is of.
 func (x *exchange) object(handle []byte, flags int) (object, status) {
-	kind, kernel, s := x.enter(handle)
+	r, s := x.enter(handle)
 	if s != ok {
 		return object{fd: -1}, s
 	}
-	o, err := x.export.object(kind, kernel, flags)
+	o, err := x.export.object(r, flags)
 	return o, statusOf(err)
 }
 

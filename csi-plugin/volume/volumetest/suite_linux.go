@@ -163,6 +163,7 @@ func (s Suite) Run(t *testing.T) {
 		{"Expand", testExpand},
 		{"Snapshot", testSnapshot},
 		{"SnapshotInUse", testSnapshotInUse},
+		{"Browse", testBrowse},
 		{"Clone", testClone},
 		{"Transfer", testTransfer},
 		{"Parallel", testParallel},
@@ -573,6 +574,56 @@ func testSnapshotInUse(b *bench) {
 	}
 	if _, err = s.Snapshot(b.ctx(), moved); raw != nil && err == nil {
 		b.Error("a copy of what did not hold still passes as a snapshot")
+	}
+}
+
+// What is in a snapshot can be seen, and stays while it is looked at; nothing can be changed by that.
+func testBrowse(b *bench) {
+	s, ok := b.Backend.(volume.Browser)
+	if !ok {
+		return
+	}
+	t := b.Backend.(volume.Snapshotter)
+	id := volume.SnapshotID{Volume: "v", Name: "s"}
+	_, err := s.Browse(b.ctx(), id)
+	b.wants(err, volume.ErrNotFound, "what is not there is shown")
+	for _, class := range b.suite.Classes {
+		sizes := []int64{size, 0}
+		if (volume.Parameters{Class: class}).Block() {
+			sizes = sizes[:1]
+		}
+		for _, size := range sizes {
+			b.create(volume.Request{Name: "v", Size: size, Parameters: volume.Parameters{Class: class}})
+			b.put("v", "then")
+			_, err := t.Snapshot(b.ctx(), volume.SnapshotRequest{ID: id})
+			b.must(err)
+			b.put("v", "now")
+			root, err := s.Browse(b.ctx(), id)
+			if (volume.Parameters{Class: class}).Block() {
+				b.wants(err, volume.ErrInvalid, "files of a block volume are shown")
+			} else {
+				b.must(err)
+				b.with("v", func(string) {})
+				again, err := s.Browse(b.ctx(), id)
+				b.must(err)
+				b.must(again.Close())
+				if text, err := root.ReadFile("file"); err != nil || string(text) != "then" {
+					b.Errorf("class %s: the snapshot has %q, %v", class, text, err)
+				}
+				for what, err := range map[string]error{
+					"write": root.WriteFile("file", []byte("x"), 0o600), "create": root.WriteFile("new", nil, 0o600), "remove": root.Remove("file"), "chmod": root.Chmod("file", 0o777),
+				} {
+					if !errors.Is(err, unix.EROFS) {
+						b.Errorf("class %s: %s in a snapshot: %v", class, what, err)
+					}
+				}
+				b.must(t.DeleteSnapshot(b.ctx(), id))
+				b.must(root.Close())
+				b.holds("v", "now")
+			}
+			b.must(t.DeleteSnapshot(b.ctx(), id))
+			b.must(b.Delete(b.ctx(), "v"))
+		}
 	}
 }
 

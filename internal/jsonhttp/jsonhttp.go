@@ -1,5 +1,5 @@
-// Package unixhttp asks servers at unix sockets, in JSON. It imports nothing of the product.
-package unixhttp
+// Package jsonhttp asks servers in JSON, at unix sockets or elsewhere. It imports nothing of the product.
+package jsonhttp
 
 import (
 	"bytes"
@@ -19,11 +19,20 @@ type Refusal struct {
 
 func (r *Refusal) Error() string { return fmt.Sprintf("%d %s", r.Code, http.StatusText(r.Code)) }
 
-// maxAnswer bounds what is read of an answer.
-const maxAnswer = 16 << 20
-
-// Call asks once: in is what is sent and out what the answer is read into, nil for nothing. Errors wrap what connecting to the socket said, or a Refusal.
+// Call asks the server at a unix socket: in is what is sent and out what the answer is read into, nil for nothing. Errors wrap what connecting said, or a
+// Refusal.
 func Call(ctx context.Context, socket, method, path string, in, out any) error {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}
+	return Do(ctx, transport, method, "http://unix"+path, nil, in, out)
+}
+
+// maxAnswer bounds what is read of an answer.
+const maxAnswer = 64 << 20
+
+// Do is Call for the server of a URL.
+func Do(ctx context.Context, transport http.RoundTripper, method, url string, header http.Header, in, out any) error {
 	var body io.Reader
 	if in != nil {
 		data, err := json.Marshal(in)
@@ -32,13 +41,13 @@ func Call(ctx context.Context, socket, method, path string, in, out any) error {
 		}
 		body = bytes.NewReader(data)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://unix"+path, body)
+	req, err := http.NewRequestWithContext(ctx, method, url, body)
 	if err != nil {
 		return err
 	}
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}
+	if header != nil {
+		req.Header = header
+	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		return err

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	nomadapi "github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// A caller is who has sent a request about a volume.
+type caller struct {
+	who       string
+	namespace string // Nomad's; "" for root
+	volume    string // as the backend calls it
+}
+
+// A nomad says who may do what with which volume.
+type nomad struct {
+	client *nomadapi.Client
+	plugin string // id of the plugin whose volumes these are
+}
+
+func openNomad(address, plugin string) (*nomad, error) {
+	config := nomadapi.DefaultConfig()
+	config.Address = address
+	config.SecretID = "" // callers show their own
+	client, err := nomadapi.NewClient(config)
+	if err != nil {
+		return nil, fmt.Errorf("--nomad: %w", err)
+	}
+	return &nomad{client, plugin}, nil
+}
+
+// admit asks Nomad with the caller's token whether it may read or change a volume: it has to have csi-read-volume or csi-write-volume in the namespace.
+func (n *nomad) admit(r *http.Request, id string, change bool) (caller, error) {
+	token := r.Header.Get(api.TokenHeader)
+	if token == "" {
+		token = "00000000-0000-0000-0000-000000000000" // no token would be this process's
+	}
+	namespace := r.URL.Query().Get("namespace")
+	if namespace == "" {
+		namespace = nomadapi.DefaultNamespace
+	}
+	c := caller{namespace: namespace, who: n.who(r.Context(), token)}
+	q := (&nomadapi.QueryOptions{Namespace: namespace, AuthToken: token}).WithContext(r.Context())
+	v, _, err := n.client.CSIVolumes().Info(id, q)
+	if err != nil {
+		return c, translated(err, fmt.Sprintf("volume %s of namespace %s", id, namespace), "csi-read-volume")
+	}
+	if v.PluginID != n.plugin {
+		return c, fmt.Errorf("volume %s of namespace %s: %w here: it is plugin %s's", id, namespace, volume.ErrNotFound, v.PluginID)
+	}
+	c.volume = v.ExternalID
+	if change {
+		// Snapshots of no volume: nothing is done, once the right to it has been checked.
+		w := (&nomadapi.WriteOptions{Namespace: namespace, AuthToken: token}).WithContext(r.Context())
+		if _, err := n.client.Raw().Write("/v1/volumes/snapshot", nomadapi.CSISnapshotCreateRequest{Snapshots: []*nomadapi.CSISnapshot{}}, nil, w); err != nil {
+			return c, translated(err, fmt.Sprintf("volume %s of namespace %s", id, namespace), "csi-write-volume")
+		}
+	}
+	return c, nil
+}
+
+// who names the owner of a token for the audit log.
+func (n *nomad) who(ctx context.Context, token string) string {
+	t, _, err := n.client.ACLTokens().Self((&nomadapi.QueryOptions{AuthToken: token}).WithContext(ctx))
+	switch {
+	case err != nil && strings.Contains(err.Error(), "ACL support disabled"):
+		return "anybody (Nomad has no ACLs)"
+	case err != nil:
+		return "a token without a name"
+	}
+	return strings.TrimSpace(t.Name + " " + t.AccessorID)
+}
+
+// translated gives Nomad's answer its meaning.
+func translated(err error, what, capability string) error {
+	var unexpected nomadapi.UnexpectedResponseError
+	if errors.As(err, &unexpected) && unexpected.HasStatusCode() {
+		switch unexpected.StatusCode() {
+		case http.StatusForbidden, http.StatusUnauthorized:
+			return fmt.Errorf("%s: %w: the token needs the capability %s", what, api.ErrDenied, capability)
+		case http.StatusNotFound:
+			return fmt.Errorf("%s: %w", what, volume.ErrNotFound)
+		}
+	}
+	return fmt.Errorf("%s: %w: Nomad: %w", what, volume.ErrUnavailable, err)
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	nomadapi "github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// nomadFor answers as Nomad does: reader may read the volumes of the namespace tenant, writer change them.
+func nomadFor(t *testing.T) *httptest.Server {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		token := r.Header.Get(api.TokenHeader)
+		known := token == "reader" || token == "writer"
+		switch {
+		case r.URL.Path == "/v1/acl/token/self" && known:
+			_ = json.NewEncoder(w).Encode(nomadapi.ACLToken{Name: "the " + token, AccessorID: "0-1"})
+		case !known || r.URL.Query().Get("namespace") != "tenant":
+			http.Error(w, "Permission denied", http.StatusForbidden)
+		case r.Method == http.MethodGet && r.URL.Path == "/v1/volume/csi/data":
+			_ = json.NewEncoder(w).Encode(nomadapi.CSIVolume{ID: "data", ExternalID: "v", PluginID: "cradle"})
+		case r.Method == http.MethodGet && r.URL.Path == "/v1/volume/csi/foreign":
+			_ = json.NewEncoder(w).Encode(nomadapi.CSIVolume{ID: "foreign", ExternalID: "v", PluginID: "another"})
+		case r.Method == http.MethodPut && r.URL.Path == "/v1/volumes/snapshot":
+			var asked nomadapi.CSISnapshotCreateRequest
+			if err := json.NewDecoder(r.Body).Decode(&asked); err != nil || len(asked.Snapshots) > 0 {
+				t.Errorf("Nomad is asked to take snapshots: %+v, %v", asked, err)
+			}
+			if token != "writer" {
+				http.Error(w, "Permission denied", http.StatusForbidden)
+				return
+			}
+			_, _ = w.Write([]byte("{}"))
+		default:
+			http.Error(w, "volume not found", http.StatusNotFound)
+		}
+	}))
+	t.Cleanup(s.Close)
+	return s
+}
+
+// Nomad's users see and change the snapshots of volumes for which their tokens have the right in the volume's namespace, and of no other; what they have done, or were
+// not let do, is told.
+func TestUsers(t *testing.T) {
+	state, pool := t.TempDir(), t.TempDir()
+	b, err := dir.Open([]dir.Pool{{Name: "default", Path: pool}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.Close() })
+	if _, err := b.Create(t.Context(), volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}}); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("NOMAD_TOKEN", "writer") // this process's is not the callers'
+	n, err := openNomad(nomadFor(t).URL, "cradle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	f := &filer{backend: b, state: state, audit: newAudit(state, log), log: log, entered: map[string]bool{}}
+	s := httptest.NewServer(f.usersHandler(n))
+	t.Cleanup(s.Close)
+	as := func(token, namespace string) api.Client {
+		return api.Client{URL: s.URL + "/", Token: token, Namespace: namespace}
+	}
+
+	if taken, err := as("writer", "tenant").Snapshot(t.Context(), "data", "s"); err != nil || taken.Name != "s" || taken.Automatic {
+		t.Errorf("who may takes %+v, %v", taken, err)
+	}
+	if all, err := as("reader", "tenant").Snapshots(t.Context(), "data"); err != nil || len(all) != 1 || all[0].Name != "s" {
+		t.Errorf("who may read sees %+v, %v", all, err)
+	}
+	for name, c := range map[string]struct {
+		token, namespace, volume string
+		want                     error
+		change                   bool
+	}{
+		"changes with the right to read": {"reader", "tenant", "data", api.ErrDenied, true},
+		"another namespace":              {"writer", "default", "data", api.ErrDenied, false},
+		"no token":                       {"", "tenant", "data", api.ErrDenied, false},
+		"an unknown token":               {"guess", "tenant", "data", api.ErrDenied, true},
+		"no such volume":                 {"writer", "tenant", "none", volume.ErrNotFound, true},
+		"the volume's own name":          {"writer", "tenant", "v", volume.ErrNotFound, true},
+		"another plugin's":               {"writer", "tenant", "foreign", volume.ErrNotFound, true},
+		"a path":                         {"writer", "tenant", "../volumes", volume.ErrNotFound, true},
+	} {
+		client := as(c.token, c.namespace)
+		_, list := client.Snapshots(t.Context(), c.volume)
+		_, diff := client.Diff(t.Context(), c.volume, "s", "")
+		_, take := client.Snapshot(t.Context(), c.volume, "t")
+		_, roll := client.Rollback(t.Context(), c.volume, api.Rollback{Snapshot: "s"})
+		for what, err := range map[string]error{"snapshot": take, "rollback": roll} {
+			if !errors.Is(err, c.want) {
+				t.Errorf("%s: %s: %v", name, what, err)
+			}
+		}
+		for what, err := range map[string]error{"list": list, "diff": diff} {
+			if c.token != "reader" && !errors.Is(err, c.want) {
+				t.Errorf("%s: %s: %v", name, what, err)
+			}
+		}
+	}
+	all, err := b.Snapshots(t.Context(), "")
+	if err != nil || len(all) != 1 {
+		t.Errorf("there are the snapshots %v, %v", all, err)
+	}
+	for _, request := range []string{"GET /status", "GET /publications", "PUT /publications/x", "GET /volumes/data/stats"} {
+		method, path, _ := strings.Cut(request, " ")
+		req, err := http.NewRequestWithContext(t.Context(), method, s.URL+path+"?namespace=tenant", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set(api.TokenHeader, "writer")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusNotFound {
+			t.Errorf("users get an answer to %s: %s", request, resp.Status)
+		}
+	}
+
+	text, err := os.ReadFile(filepath.Join(state, "audit.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	var first event
+	if err := json.Unmarshal([]byte(lines[0]), &first); err != nil || len(lines) != 17 {
+		t.Fatalf("audit.log has %d lines, the first %q, %v", len(lines), lines[0], err)
+	}
+	if first.What != "snapshot" || first.Who != "the writer 0-1" || first.Namespace != "tenant" || first.Volume != "data" || first.Snapshot != "s" || first.Error != "" {
+		t.Errorf("audit.log tells %+v", first)
+	}
+	for _, line := range lines[1:] {
+		if !strings.Contains(line, `"error":"volume `) {
+			t.Errorf("audit.log tells of what was not let do: %s", line)
+		}
+	}
+}
+
+// Tokens are sent over a network only where nobody can read them, and users are asked for them only where Nomad can tell what they allow.
+func TestUsersListen(t *testing.T) {
+	for want, u := range map[string]usersAPI{
+		"give its address with --nomad":      {address: "127.0.0.1:0"},
+		"give a certificate with --api-cert": {address: "0.0.0.0:0", nomadAt: "http://127.0.0.1:4646"},
+		"--api-cert: open none.pem":          {address: "0.0.0.0:0", nomadAt: "http://127.0.0.1:4646", cert: "none.pem", key: "none.pem"},
+	} {
+		if l, err := u.listen(); l != nil || err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v, not %q", u, err, want)
+		}
+	}
+	if l, err := (&usersAPI{}).listen(); l != nil || err != nil {
+		t.Errorf("without --api: %v", err)
+	}
+	l, err := (&usersAPI{address: "127.0.0.1:0", nomadAt: "http://127.0.0.1:4646"}).listen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
+
+// The audit log is put aside when it has become large; what can't be written there is told in the log.
+func TestAudit(t *testing.T) {
+	state := t.TempDir()
+	var told strings.Builder
+	a := newAudit(state, slog.New(slog.NewTextHandler(&told, nil)))
+	if err := os.WriteFile(a.path, make([]byte, maxAudit+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a.write(event{What: "snapshot", Who: "me", Volume: "v"}, errors.New("why"))
+	text, err := os.ReadFile(a.path)
+	if err != nil || strings.Count(string(text), "\n") != 1 || !strings.Contains(string(text), `"error":"why"`) {
+		t.Errorf("audit.log has %d bytes, %.200q, %v", len(text), text, err)
+	}
+	if fi, err := os.Stat(a.path + ".old"); err != nil || fi.Size() != maxAudit+1 {
+		t.Errorf("the former one: %v", err)
+	}
+	a.path = filepath.Join(state, "none", "audit.log")
+	a.write(event{What: "rollback", Who: "me", Volume: "v"}, nil)
+	if !strings.Contains(told.String(), "rollback") {
+		t.Errorf("what could not be written is told so: %s", &told)
+	}
+}

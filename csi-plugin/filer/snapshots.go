@@ -1,0 +1,114 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/spec"
+)
+
+// userFlags are of the commands that Nomad's users have as well as root.
+func (c *cli) userFlags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&c.url, "api", os.Getenv("CRADLE_FILER_API"), "URL of the filer's API ($CRADLE_FILER_API), which takes $NOMAD_TOKEN (default: the socket, which is root's)")
+	f.StringVar(&c.namespace, "namespace", cmp.Or(os.Getenv("NOMAD_NAMESPACE"), "default"), "Nomad's namespace of the volume ($NOMAD_NAMESPACE), with --api")
+	c.formatFlag(cmd)
+}
+
+func (c *cli) snapshotCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "snapshot VOLUME [NAME]", Short: "keep what a volume is now", Args: cobra.RangeArgs(1, 2),
+		Long: `Keep what a volume is now. It is seen in the directory .snapshots/NAME of the volume, and among Nomad's snapshots as VOLUME@NAME. Nomad removes it: nomad
+volume snapshot delete.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name := "at-" + time.Now().UTC().Format("20060102T150405.000Z")
+			if len(args) > 1 {
+				name = args[1]
+			}
+			s, err := c.volumes().Snapshot(cmd.Context(), args[0], name)
+			if err != nil {
+				return err
+			}
+			return c.print(s, func(w io.Writer) { fmt.Fprintln(w, s.Name) })
+		},
+	}
+	c.userFlags(cmd)
+	return cmd
+}
+
+func (c *cli) snapshotsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "snapshots VOLUME", Short: "list a volume's snapshots", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			all, err := c.volumes().Snapshots(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return c.print(all, func(w io.Writer) {
+				fmt.Fprintln(w, "SNAPSHOT\tTAKEN\tGOES WITH THE VOLUME")
+				for _, s := range all {
+					goes := "no"
+					if s.Automatic {
+						goes = "yes"
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, s.Created.UTC().Format(time.RFC3339), goes)
+				}
+			})
+		},
+	}
+	c.userFlags(cmd)
+	return cmd
+}
+
+func (c *cli) rollbackCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "rollback VOLUME SNAPSHOT [PATH]", Short: "make a volume, or a path in it, what it was", Args: cobra.RangeArgs(2, 3),
+		Long: `Make a volume, or a path in it with all below, what it was when a snapshot was taken. Pods that have it go on: they wait meanwhile, and then see what was.
+What is there now is kept in another snapshot before, whose name is printed: rolling back to that undoes it.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r := api.Rollback{Snapshot: args[1]}
+			if len(args) > 2 {
+				r.Path = args[2]
+			}
+			done, err := c.volumes().Rollback(cmd.Context(), args[0], r)
+			if err != nil {
+				return err
+			}
+			return c.print(done, func(w io.Writer) {
+				fmt.Fprintf(w, "changed\t%d files and directories, %s were written\n", done.Entries, spec.Bytes(done.Bytes))
+				fmt.Fprintf(w, "undo\tcradle-filer rollback %s %s\n", args[0], done.Undo)
+			})
+		},
+	}
+	c.userFlags(cmd)
+	return cmd
+}
+
+func (c *cli) diffCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "diff VOLUME SNAPSHOT [SNAPSHOT]", Short: "tell what has changed since a snapshot, until another or until now", Args: cobra.RangeArgs(2, 3),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			to := ""
+			if len(args) > 2 {
+				to = args[2]
+			}
+			all, err := c.volumes().Diff(cmd.Context(), args[0], args[1], to)
+			if err != nil {
+				return err
+			}
+			return c.print(all, func(w io.Writer) {
+				for _, d := range all {
+					fmt.Fprintf(w, "%s\t%s\n", d.What, d.Path)
+				}
+			})
+		},
+	}
+	c.userFlags(cmd)
+	return cmd
+}

@@ -1,0 +1,276 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// snapshotting is what a backend has to be for its volumes' snapshots to be seen and taken here.
+type snapshotting interface {
+	volume.Snapshotter
+	volume.Browser
+}
+
+// snapshotter is the backend, for a volume of files.
+func (f *filer) snapshotter(ctx context.Context, id string) (snapshotting, error) {
+	v, err := f.backend.Get(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	b, ok := f.backend.(snapshotting)
+	if !ok || v.Block() {
+		return nil, volume.Invalid("volume "+id, "its snapshots have no files that could be shown")
+	}
+	return b, nil
+}
+
+// seen are a volume's snapshots as NFS shows them.
+func (f *filer) seen(id string) *nfs.Snapshots {
+	b, ok := f.backend.(snapshotting)
+	if !ok {
+		return nil
+	}
+	return &nfs.Snapshots{
+		List: func() ([]nfs.Snapshot, error) {
+			all, err := b.Snapshots(context.Background(), id)
+			if err != nil {
+				f.log.Warn("list snapshots", "volume", id, "error", err)
+			}
+			var seen []nfs.Snapshot
+			for _, s := range all {
+				seen = append(seen, nfs.Snapshot{Name: s.ID.Name, Taken: s.Created})
+			}
+			return seen, err
+		},
+		Open: func(name string) (*os.File, error) {
+			root, err := b.Browse(context.Background(), volume.SnapshotID{Volume: id, Name: name})
+			if err != nil {
+				f.log.Warn("show a snapshot", "volume", id, "snapshot", name, "error", err)
+				return nil, err
+			}
+			d, err := root.Open(".")
+			return d, errors.Join(err, root.Close())
+		},
+	}
+}
+
+func (f *filer) snapshots(ctx context.Context, id string) ([]api.Snapshot, error) {
+	b, err := f.snapshotter(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	all, err := b.Snapshots(ctx, id)
+	out := []api.Snapshot{}
+	for _, s := range all {
+		out = append(out, shown(s))
+	}
+	slices.SortFunc(out, func(a, b api.Snapshot) int { return a.Created.Compare(b.Created) })
+	return out, err
+}
+
+func shown(s volume.Snapshot) api.Snapshot {
+	return api.Snapshot{Name: s.ID.Name, Created: s.Created, Automatic: s.Automatic}
+}
+
+func (f *filer) snapshot(ctx context.Context, id, name string) (api.Snapshot, error) {
+	b, err := f.snapshotter(ctx, id)
+	if err != nil {
+		return api.Snapshot{}, err
+	}
+	s, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: id, Name: name}})
+	return shown(s), err
+}
+
+// A pending rollback is a file in the state directory, from its beginning to its end: one that was interrupted is completed when the filer starts again.
+type pending struct {
+	Volume   string `json:"volume"`
+	Snapshot string `json:"snapshot"`
+	Path     string `json:"path"`
+	Undo     string `json:"undo"`
+}
+
+func (f *filer) rollbacks() records[pending] {
+	return records[pending]{filepath.Join(f.state, "rollbacks"), "rollback of volume"}
+}
+
+// rollback makes a volume, or a path in it, what it was when a snapshot was taken. Files that are in both stay the same files, as clients have them open.
+func (f *filer) rollback(ctx context.Context, id string, r api.Rollback) (api.RolledBack, error) {
+	part := strings.TrimPrefix(path.Clean("/"+r.Path), "/")
+	if part == "" {
+		part = "."
+	}
+	if first, _, _ := strings.Cut(part, "/"); first == nfs.SnapshotsDir {
+		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", nfs.SnapshotsDir)
+	}
+	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: "before-rollback-" + time.Now().UTC().Format("20060102T150405.000Z")}
+	return f.makeAsItWas(ctx, p)
+}
+
+func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack, err error) {
+	b, err := f.snapshotter(ctx, p.Volume)
+	if err != nil {
+		return done, err
+	}
+	from, err := b.Browse(ctx, volume.SnapshotID{Volume: p.Volume, Name: p.Snapshot})
+	if err != nil {
+		return done, err
+	}
+	defer from.Close()
+	if _, err := from.Lstat(p.Path); err != nil {
+		return done, fmt.Errorf("path %s: %w in snapshot %s of volume %s", p.Path, volume.ErrNotFound, p.Snapshot, p.Volume)
+	}
+	to, leave, err := f.enter(ctx, p.Volume)
+	if err != nil {
+		return done, err
+	}
+	defer func() { err = errors.Join(err, leave()) }()
+	if _, err := to.Lstat(path.Dir(p.Path)); err != nil {
+		return done, fmt.Errorf("path %s: there is no %s in volume %s now; roll that back", p.Path, path.Dir(p.Path), p.Volume)
+	}
+	if err := f.rollbacks().write(p.Volume, p); err != nil {
+		return done, err
+	}
+	err = f.engine.Hold(p.Volume, func() error {
+		if _, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: p.Volume, Name: p.Undo}, Automatic: true}); err != nil {
+			return err
+		}
+		done.Undo = p.Undo
+		changes, err := pass(ctx, from, to, p.Path)
+		done.Entries, done.Bytes = changes.Entries, changes.Bytes
+		return err
+	})
+	if err == nil || ctx.Err() == nil {
+		err = errors.Join(err, f.rollbacks().remove(p.Volume))
+	}
+	return done, err
+}
+
+// pass makes a part of one directory like that of another.
+func pass(ctx context.Context, from, to *os.Root, part string) (changes tree.Changes, err error) {
+	theirs, err := tree.List(ctx, to, part, notOurs...)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return changes, err
+	}
+	r, w := io.Pipe()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		err := tree.Send(ctx, from, part, theirs, w, notOurs...)
+		w.CloseWithError(err)
+		return err
+	})
+	g.Go(func() error {
+		var err error
+		changes, err = tree.Receive(ctx, to, r)
+		r.CloseWithError(err)
+		return err
+	})
+	err = g.Wait()
+	return changes, errors.Join(err, mount.SyncRoot(to))
+}
+
+// notOurs is what a file system has for itself.
+var notOurs = []string{"lost+found"}
+
+// complete completes the rollbacks that a former process had begun.
+func (f *filer) complete(ctx context.Context) error {
+	all, err := f.rollbacks().all()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, p := range all {
+		done, err := f.makeAsItWas(ctx, p)
+		f.audit.write(event{What: "rollback completed after an interruption", Who: "cradle-filer", Volume: p.Volume, Snapshot: p.Snapshot, Path: p.Path, Undo: done.Undo}, err)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("rollback of volume %s that was interrupted: %w", p.Volume, err))
+		}
+		if ctx.Err() == nil {
+			if err := f.rollbacks().remove(p.Volume); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// enter opens a volume's files for this process. They stay where they are mounted until leave is called. Only one at a time may.
+func (f *filer) enter(ctx context.Context, id string) (root *os.Root, leave func() error, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.entered[id] {
+		return nil, nil, fmt.Errorf("volume %s: %w: it is being rolled back, or compared; try again", id, volume.ErrInUse)
+	}
+	at, err := f.place(ctx, id)
+	if err == nil {
+		root, err = os.OpenRoot(at)
+	}
+	f.entered[id] = true
+	leave = func() error {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.entered, id)
+		var err error
+		if root != nil {
+			err = root.Close()
+		}
+		return errors.Join(err, f.release(context.WithoutCancel(ctx), id, 0))
+	}
+	if err != nil {
+		f.mu.Unlock()
+		err = errors.Join(err, leave())
+		f.mu.Lock()
+	}
+	return root, leave, err
+}
+
+func (f *filer) diff(ctx context.Context, id, from, to string) (all []tree.Difference, err error) {
+	b, err := f.snapshotter(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	list := func(name string) (entries []tree.Entry, err error) {
+		var root *os.Root
+		if name == "" {
+			var leave func() error
+			if root, leave, err = f.enter(ctx, id); err != nil {
+				return nil, err
+			}
+			defer func() { err = errors.Join(err, leave()) }()
+		} else {
+			if root, err = b.Browse(ctx, volume.SnapshotID{Volume: id, Name: name}); err != nil {
+				return nil, err
+			}
+			defer root.Close()
+		}
+		return tree.List(ctx, root, ".", notOurs...)
+	}
+	older, err := list(from)
+	if err != nil {
+		return nil, err
+	}
+	newer, err := list(to)
+	if err != nil {
+		return nil, err
+	}
+	if all = tree.Compare(older, newer); all == nil {
+		all = []tree.Difference{}
+	}
+	return all, nil
+}

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+
+	"github.com/spf13/pflag"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/command"
+)
+
+// A usersAPI is where Nomad's users reach the filer.
+type usersAPI struct {
+	address, cert, key string
+	nomadAt, plugin    string
+	nomad              *nomad
+}
+
+func (u *usersAPI) flags(f *pflag.FlagSet) {
+	f.StringVar(&u.address, "api", "", "address to answer Nomad's users on, about their volumes' snapshots: 0.0.0.0:2050 (default: only root is answered, on the socket)")
+	f.StringVar(&u.cert, "api-cert", "", "PEM file of the certificate for that; without one it has to be a loopback address, as tokens are sent there")
+	f.StringVar(&u.key, "api-key", "", "PEM file of its key")
+	f.StringVar(&u.nomadAt, "nomad", command.TaskAPI(), "address of Nomad's API, which says what a user's token allows (default: the task API, where the task has an identity)")
+	f.StringVar(&u.plugin, "plugin", "cradle", "the id in Nomad of the plugin whose volumes these are")
+}
+
+// listen is nil where users are not answered.
+func (u *usersAPI) listen() (net.Listener, error) {
+	if u.address == "" {
+		return nil, nil
+	}
+	if u.nomadAt == "" {
+		return nil, errors.New("--api: Nomad is to say what a user may do; give its address with --nomad")
+	}
+	var err error
+	if u.nomad, err = openNomad(u.nomadAt, u.plugin); err != nil {
+		return nil, err
+	}
+	var pair tls.Certificate
+	if u.cert != "" {
+		if pair, err = tls.LoadX509KeyPair(u.cert, u.key); err != nil {
+			return nil, fmt.Errorf("--api-cert: %w", err)
+		}
+	}
+	l, err := net.Listen("tcp", u.address)
+	if err != nil {
+		return nil, fmt.Errorf("--api: %w", err)
+	}
+	switch {
+	case u.cert != "":
+		return tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}), nil
+	case !l.Addr().(*net.TCPAddr).IP.IsLoopback():
+		return nil, errors.Join(fmt.Errorf("--api %s: tokens that are sent there could be read on the way; give a certificate with --api-cert and --api-key", u.address), l.Close())
+	}
+	return l, nil
+}
+
+func (f *filer) usersHandler(n *nomad) http.Handler {
+	mux := http.NewServeMux()
+	f.handleSnapshots(mux, n.admit)
+	return mux
+}
+
+// handleSnapshots answers what is about volumes' snapshots, to those whom admit lets.
+func (f *filer) handleSnapshots(mux *http.ServeMux, admit func(r *http.Request, id string, change bool) (caller, error)) {
+	handle := f.handle(mux)
+	handle("GET /volumes/{id}/snapshots", func(r *http.Request) (any, error) {
+		c, err := admit(r, r.PathValue("id"), false)
+		if err != nil {
+			return nil, err
+		}
+		return f.snapshots(r.Context(), c.volume)
+	})
+	handle("GET /volumes/{id}/diff", func(r *http.Request) (any, error) {
+		c, err := admit(r, r.PathValue("id"), false)
+		if err != nil {
+			return nil, err
+		}
+		return f.diff(r.Context(), c.volume, r.URL.Query().Get("from"), r.URL.Query().Get("to"))
+	})
+	// change does what is told in the audit log, whatever becomes of the caller meanwhile.
+	change := func(r *http.Request, e event, do func(ctx context.Context, id string, e *event) (any, error)) (out any, err error) {
+		id := r.PathValue("id")
+		c, err := admit(r, id, true)
+		e.Who, e.Namespace, e.Volume = c.who, c.namespace, id
+		if err == nil {
+			out, err = do(context.WithoutCancel(r.Context()), c.volume, &e)
+		}
+		f.audit.write(e, err)
+		return out, err
+	}
+	handle("PUT /volumes/{id}/snapshots/{name}", func(r *http.Request) (any, error) {
+		name := r.PathValue("name")
+		return change(r, event{What: "snapshot", Snapshot: name}, func(ctx context.Context, id string, _ *event) (any, error) {
+			return f.snapshot(ctx, id, name)
+		})
+	})
+	handle("POST /volumes/{id}/rollback", func(r *http.Request) (any, error) {
+		return change(r, event{What: "rollback"}, func(ctx context.Context, id string, e *event) (any, error) {
+			var asked api.Rollback
+			if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&asked); err != nil {
+				return nil, volume.Invalid("rollback", "%v", err)
+			}
+			done, err := f.rollback(ctx, id, asked)
+			e.Snapshot, e.Path, e.Undo = asked.Snapshot, asked.Path, done.Undo
+			return done, err
+		})
+	})
+}
