@@ -32,6 +32,8 @@ mkdir bin trusted
 cp trust trusted/trust
 cat >bin/nomad <<END
 #!/bin/sh
+# as systemd has it on a host; a node of these tests has private mounts
+[ "\$1" != agent ] || mount --make-rshared /
 exec %[3]s/bali run -q --trust %[3]s/trust --cache %[3]s/cache -v %[3]s/cache:/var/cache/bali -v %[3]s/trusted:/etc/bali:ro -v /tmp:/tmp -v /var/lib/cni:/var/lib/cni %[3]s/images/nomad.tar.zst -- "\$@"
 END
 chmod 755 bin/nomad
@@ -96,8 +98,12 @@ job "pod" {
 }`, p.dir))
 	nomad.UntilLogsHave(t, nomad.UntilRunning(t, pod).ID, "pod", "stdout", "written\n")
 	// the plugin's mount is there for the host: both images handed it on
-	if kept := p.sh("cat " + dir + "/nomad/client/csi/monolith/cradle/per-alloc/*/data/*/file"); kept != "kept\n" {
+	const published = "/nomad/client/csi/monolith/cradle/per-alloc/*/data/*/file"
+	if kept := p.sh("cat " + nomad.Server().Path(dir) + published); kept != "kept\n" {
 		t.Errorf("the volume on the host: %q", kept)
+	}
+	if below, err := filepath.Glob(dir + published); err != nil || len(below) != 0 { // where the node's mounts are not seen
+		t.Errorf("below the mount: %v, %v", below, err)
 	}
 	nomad.Stop(t, pod)
 	// Nomad takes it from the node after the pod's end

@@ -25,6 +25,27 @@ func Is(path string) (bool, error) {
 	return mounted, err
 }
 
+// Unseen says whether what is mounted in a directory stays in this process's mount namespace while its parent has another: a sandbox whose directories
+// are not shared with the host. Pods would write below the mount.
+func Unseen(dir string) (bool, error) {
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return false, err
+	}
+	// Of a parent outside of the process's PID namespace, as a container's, nothing is known.
+	if outside, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", os.Getppid())); err != nil || outside == own {
+		return false, nil
+	}
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		return false, err
+	}
+	on, err := under(dir)
+	if err != nil {
+		return false, err
+	}
+	return !strings.Contains(on.Optional, "shared:"), nil
+}
+
 // At returns what is mounted at path, the uppermost; nil where nothing is.
 func At(path string) (*mountinfo.Info, error) {
 	path, err := resolve(path)
@@ -210,22 +231,13 @@ func isOn(device string) (func(*mountinfo.Info) bool, error) {
 
 // UsesOf says where a directory is bound to. It is given by its path on this host.
 func UsesOf(dir string) ([]string, error) {
-	all, err := mountinfo.GetMounts(nil)
+	dir, err := filepath.EvalSymlinks(dir)
 	if err != nil {
 		return nil, err
 	}
-	dir, err = filepath.EvalSymlinks(dir)
+	on, err := under(dir)
 	if err != nil {
 		return nil, err
-	}
-	var on *mountinfo.Info // that dir lies on
-	for _, m := range all {
-		if (dir == m.Mountpoint || strings.HasPrefix(dir, strings.TrimSuffix(m.Mountpoint, "/")+"/")) && (on == nil || len(m.Mountpoint) >= len(on.Mountpoint)) {
-			on = m
-		}
-	}
-	if on == nil {
-		return nil, fmt.Errorf("%s is on none of this host's mounts", dir)
 	}
 	rest, err := filepath.Rel(on.Mountpoint, dir)
 	if err != nil {
@@ -235,6 +247,23 @@ func UsesOf(dir string) ([]string, error) {
 	return where(func(m *mountinfo.Info) bool {
 		return m.Major == on.Major && m.Minor == on.Minor && (m.Root == root || strings.HasPrefix(m.Root, root+"/"))
 	})
+}
+
+// under is the mount that a directory lies on.
+func under(dir string) (on *mountinfo.Info, err error) {
+	all, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range all {
+		if (dir == m.Mountpoint || strings.HasPrefix(dir, strings.TrimSuffix(m.Mountpoint, "/")+"/")) && (on == nil || len(m.Mountpoint) >= len(on.Mountpoint)) {
+			on = m
+		}
+	}
+	if on == nil {
+		return nil, fmt.Errorf("%s is on none of this host's mounts", dir)
+	}
+	return on, nil
 }
 
 func where(matches func(*mountinfo.Info) bool) ([]string, error) {

@@ -174,6 +174,11 @@ func (s *node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolume
 	if err := os.MkdirAll(filepath.Dir(target), 0o750); err != nil {
 		return nil, err
 	}
+	if unseen, err := mount.Unseen(filepath.Dir(target)); err != nil {
+		return nil, err
+	} else if unseen {
+		return nil, failed("target path %s: what is mounted there is seen in the plugin's mount namespace alone; share the directory with the host (of bali run: -v), and have it on a shared mount there: mount --make-rshared /", target)
+	}
 	w.readOnly = w.readOnly || req.GetReadonly()
 	switch {
 	case v.Direct:

@@ -298,6 +298,9 @@ func OwnMounts() {
 		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 	}
 	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, "") // as hosts have it
+	}
+	if err == nil {
 		err = syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), done+"=1"))
 	}
 	fmt.Fprintf(os.Stderr, "own mounts: %v\n", err)
