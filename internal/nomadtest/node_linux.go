@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -33,8 +34,8 @@ type Node struct {
 	cluster *Cluster
 	number  int
 	config  agents.Config
-	init    *exec.Cmd
-	gone    chan struct{} // closed when init has been waited for
+	pid     atomic.Int64  // of the first process; whoever waits for the node asks while it crashes and boots
+	gone    chan struct{} // closed when that has been waited for
 
 	mu     sync.Mutex
 	agents map[string]*agent // by program
@@ -59,20 +60,21 @@ func (n *Node) boot() (err error) {
 	if err := makeCgroup(n.leaf()); err != nil {
 		return err
 	}
-	n.init = self(initName, n.Name, n.Dir, n.cgroup(), n.leaf())
-	n.init.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
-	out, err := n.init.StdoutPipe()
+	cmd := self(initName, n.Name, n.Dir, n.cgroup(), n.leaf())
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
+	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return err
 	}
-	if err := n.init.Start(); err != nil {
+	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("first process of %s: %w", n.Name, err)
 	}
+	n.pid.Store(int64(cmd.Process.Pid))
 	n.gone = make(chan struct{})
 	line, err := bufio.NewReader(out).ReadString('\n')
 	go func() {
 		defer close(n.gone)
-		n.init.Wait()
+		cmd.Wait()
 	}()
 	if err != nil || line != "up\n" {
 		return fmt.Errorf("first process of %s does not come up: %q, %w", n.Name, line, err)
@@ -91,8 +93,8 @@ func (n *Node) boot() (err error) {
 // ClusterDir is a directory that all nodes have.
 func (n *Node) ClusterDir() string { return n.cluster.dir }
 
-// PID is the host's number of the node's first process.
-func (n *Node) PID() int { return n.init.Process.Pid }
+// PID is the host's number of the node's first process; of one that has crashed, it was.
+func (n *Node) PID() int { return int(n.pid.Load()) }
 
 // Path is where the host finds a path of the node: mounts are the node's own.
 func (n *Node) Path(path string) string {
@@ -305,7 +307,7 @@ func (n *Node) settled() error {
 
 // shutDown ends the agents and says what remains.
 func (n *Node) shutDown() error {
-	if n.init == nil || n.first == nil { // it has not come up
+	if n.first == nil { // it has not come up
 		return nil
 	}
 	select {
