@@ -32,9 +32,12 @@ func Unseen(dir string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	// Of a parent outside of the process's PID namespace, as a container's, nothing is known.
-	if outside, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", os.Getppid())); err != nil || outside == own {
+	outside, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", os.Getppid()))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) { // a parent outside of the PID namespace, as a container's, or one that has ended; or a container with few capabilities
 		return false, nil
+	}
+	if err != nil || outside == own {
+		return false, err
 	}
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {
 		return false, err
