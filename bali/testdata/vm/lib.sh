@@ -77,6 +77,8 @@ job "$1" {
       driver = "cradle"
       config {
         image   = "oci:/var/lib/cradle/images/busybox"
+        # an emulated processor converts it for minutes beside two others
+        image_pull_timeout = "20m"
         command = "sh"
         args    = ["-c", "ip addr | grep 172.26. && $2"]
       }
