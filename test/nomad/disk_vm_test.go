@@ -68,7 +68,10 @@ func keptDiskKilled(t *testing.T, rounds int) {
 		t.Fatal(err)
 	}
 	o := nomadtest.Options{Client: "gc_max_allocs = 1000"}
-	if err := o.Cradle(""); err != nil {
+	// A pod whose start Nomad has given up as the driver died is ended after that.
+	if err := o.Cradle(`    gc {
+      orphan_delay = "20s"
+    }`); err != nil {
 		t.Fatal(err)
 	}
 	c := nomadtest.Start(t, o)
