@@ -280,7 +280,7 @@ func (o *unitOptions) render(image *seal.Image, where string, before ...string) 
 		for _, v := range value {
 			switch {
 			case strings.ContainsAny(v, "\n\r\x00") || strings.HasSuffix(v, `\`):
-				broken = fmt.Errorf("%s=%q doesn't fit into a unit: it has a line break", key, v)
+				broken = fmt.Errorf("%s=%q doesn't fit into a unit: it has a line break, or a backslash at its end", key, v)
 			case !utf8.ValidString(v):
 				broken = fmt.Errorf("%s=%q doesn't fit into a unit: it is not UTF-8", key, v)
 			}

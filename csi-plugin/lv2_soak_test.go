@@ -5,7 +5,6 @@ package main
 import (
 	"bytes"
 	mathrand "math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -241,19 +240,10 @@ func (s *stack) socket() string {
 func TestVMSoakLost(t *testing.T) {
 	s := startHosts(t)
 	from, to := s.Clients()[0], s.Clients()[1]
-	s.on(from)
-	s.volume("ledger", "cradle-node1", s.id)
-	s.Run(t, keeps("ledger"))
-	a := s.UntilRunning(t, "keeps")
+	a := s.ledger(from)
 	kills, restored := 0, 0
 	for ; kills < 20; restored++ {
-		s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
-		s.copied("ledger")
-		s.Stop(t, "keeps")
-		s.released("ledger")
-		if err := os.RemoveAll(filepath.Join(from.Dir, "volumes/ledger")); err != nil {
-			t.Fatal(err)
-		}
+		s.destroyed(a)
 		kills += s.betweenKills(20-kills, "lv2", "restore", "ledger", "--to", to.Name)
 		if out, err := s.try("lv2", "restore", "ledger", "--to", to.Name); err != nil {
 			t.Fatalf("%v\n%s", err, out)

@@ -124,22 +124,33 @@ func (s *stack) whole() *api.AllocationListStub {
 	return a
 }
 
+// ledger is the allocation of a job that keeps files in a new volume of that name on a node.
+func (s *stack) ledger(n *nomadtest.Node) *api.AllocationListStub {
+	s.t.Helper()
+	s.on(n)
+	s.volume("ledger", "cradle-node1", s.id)
+	s.Run(s.t, keeps("ledger"))
+	return s.UntilRunning(s.t, "keeps")
+}
+
+// destroyed ends that job once its files are written and copied, and takes the volume away without anybody's knowledge.
+func (s *stack) destroyed(a *api.AllocationListStub) {
+	s.t.Helper()
+	s.UntilLogsHave(s.t, a.ID, "t", "stdout", "all is written")
+	s.copied("ledger")
+	s.Stop(s.t, "keeps")
+	s.released("ledger")
+	if err := os.RemoveAll(filepath.Join(s.node.Dir, "volumes/ledger")); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 // TestRootNomadHosts is the short form of what lv2_soak_test.go does with two hosts: a volume that was destroyed comes back on the other one, and its files are copied to one of another
 // class on the first.
 func TestRootNomadHosts(t *testing.T) {
 	s := startHosts(t)
 	one, two := s.Clients()[0], s.Clients()[1]
-	s.on(one)
-	s.volume("ledger", "cradle-node1", s.id)
-	s.Run(t, keeps("ledger"))
-	a := s.UntilRunning(t, "keeps")
-	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
-	s.copied("ledger")
-	s.Stop(t, "keeps")
-	s.released("ledger")
-	if err := os.RemoveAll(filepath.Join(one.Dir, "volumes/ledger")); err != nil {
-		t.Fatal(err)
-	}
+	s.destroyed(s.ledger(one))
 	if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume ledger is on node "+two.Name+" now\n") {
 		t.Fatalf("%v\n%s", err, out)
 	}

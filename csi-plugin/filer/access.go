@@ -15,7 +15,7 @@ import (
 
 // A caller is who has sent a request about a volume.
 type caller struct {
-	who       string
+	who       string // for the audit log, if something is to be changed
 	namespace string // Nomad's; "" for root
 	volume    string // as the backend calls it
 }
@@ -47,7 +47,10 @@ func (n *nomad) admit(r *http.Request, id string, change bool) (caller, error) {
 	if namespace == "" {
 		namespace = nomadapi.DefaultNamespace
 	}
-	c := caller{namespace: namespace, who: n.who(r.Context(), token)}
+	c := caller{namespace: namespace}
+	if change {
+		c.who = n.who(r.Context(), token)
+	}
 	q := (&nomadapi.QueryOptions{Namespace: namespace, AuthToken: token}).WithContext(r.Context())
 	v, _, err := n.client.CSIVolumes().Info(id, q)
 	if err != nil {

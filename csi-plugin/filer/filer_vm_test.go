@@ -244,21 +244,13 @@ func TestVMSnapshots(t *testing.T) {
 			}
 		}
 	}
-	must := func(args ...string) string {
-		t.Helper()
-		out, err := f.Command(args...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
 	wait("ready")
-	must("snapshot", "v", "s")
+	f.Must("snapshot", "v", "s")
 	if err := os.WriteFile(filepath.Join(host, "taken"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	wait("changed")
-	must("rollback", "v", "s")
+	f.Must("rollback", "v", "s")
 	p.says(`file new ready taken s
 first
 a
@@ -273,7 +265,7 @@ d file ready 2
 first
 third
 `)
-	must("unpublish", publication.ID)
+	f.Must("unpublish", publication.ID)
 	for _, s := range snapshotsOf(t, f, "v") {
 		removeSnapshot(t, f, "v", s.Name)
 	}
@@ -282,11 +274,7 @@ third
 // snapshotsOf lists a volume's snapshots.
 func snapshotsOf(t *testing.T, f *filertest.Filer, id string) (all []api.Snapshot) {
 	t.Helper()
-	out, err := f.Command("snapshots", id, "-o", "json")
-	if err == nil {
-		err = json.Unmarshal([]byte(out), &all)
-	}
-	if err != nil {
+	if err := json.Unmarshal([]byte(f.Must("snapshots", id, "-o", "json")), &all); err != nil {
 		t.Fatal(err)
 	}
 	return all
@@ -313,14 +301,6 @@ func TestRootSnapshots(t *testing.T) {
 		if out, err := f.Command(args...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %s, %v; want %s", args, out, err, want)
 		}
-	}
-	must := func(args ...string) string {
-		t.Helper()
-		out, err := f.Command(args...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
 	}
 	for name, size := range map[string]int64{"image": 64 << 20, "directory": 0} {
 		t.Run(name, func(t *testing.T) {
@@ -360,7 +340,7 @@ func TestRootSnapshots(t *testing.T) {
 			put("a/gone", "first")
 			put("b", "first")
 			kept := number("a/file")
-			if out := must("snapshot", name, first); out != first+"\n" {
+			if out := f.Must("snapshot", name, first); out != first+"\n" {
 				t.Errorf("snapshot says %q", out)
 			}
 			put("a/file", "second")
@@ -369,24 +349,24 @@ func TestRootSnapshots(t *testing.T) {
 			if err := os.Remove(filepath.Join(host, "a/gone")); err != nil {
 				t.Fatal(err)
 			}
-			must("snapshot", name, second)
-			if out := strings.Join(strings.Fields(must("diff", name, first, second)), " "); out != "changed a/file removed a/gone changed b added c added c/new" {
+			f.Must("snapshot", name, second)
+			if out := strings.Join(strings.Fields(f.Must("diff", name, first, second)), " "); out != "changed a/file removed a/gone changed b added c added c/new" {
 				t.Errorf("the difference is %q", out)
 			}
-			if out := must("diff", name, second); out != "" {
+			if out := f.Must("diff", name, second); out != "" {
 				t.Errorf("since the newest snapshot there is changed: %q", out)
 			}
 			put("b", "third")
-			if out := strings.Fields(must("diff", name, second)); !slices.Equal(out, []string{"changed", "b"}) {
+			if out := strings.Fields(f.Must("diff", name, second)); !slices.Equal(out, []string{"changed", "b"}) {
 				t.Errorf("the difference is %q", out)
 			}
 
-			must("rollback", name, first, "/a/")
+			f.Must("rollback", name, first, "/a/")
 			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "third", "c/new": "second"})
-			must("rollback", name, second, "a/file")
+			f.Must("rollback", name, second, "a/file")
 			holds(map[string]string{"a/file": "second", "a/gone": "first", "b": "third", "c/new": "second"})
 			f.Publish(name, "--id", name)
-			out := must("rollback", name, first)
+			out := f.Must("rollback", name, first)
 			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "first"})
 			if number("a/file") != kept {
 				t.Error("a file that is in both is another one")
@@ -395,7 +375,7 @@ func TestRootSnapshots(t *testing.T) {
 			if !found {
 				t.Fatalf("rollback says %q", out)
 			}
-			must("rollback", name, strings.TrimSpace(undo))
+			f.Must("rollback", name, strings.TrimSpace(undo))
 			holds(map[string]string{"a/file": "second", "a/gone": "first", "b": "third", "c/new": "second"})
 
 			refused("not found", "rollback", name, "none")
@@ -405,7 +385,7 @@ func TestRootSnapshots(t *testing.T) {
 				t.Fatal(err)
 			}
 			refused("roll that back", "rollback", name, first, "a/file")
-			must("rollback", name, first, "../a/../../a")
+			f.Must("rollback", name, first, "../a/../../a")
 			holds(map[string]string{"a/file": "first", "a/gone": "first", "b": "third", "c/new": "second"})
 
 			// A filer that was killed in the middle has left this.

@@ -82,16 +82,22 @@ func (s *server) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	defer control.Close()
 	l, err := net.Listen("tcp", s.listen)
 	if err != nil {
-		control.Close()
 		return fmt.Errorf("--listen: %w", err)
 	}
+	defer l.Close()
 	address, err := reachable(s.address, l.Addr().(*net.TCPAddr).AddrPort())
 	if err != nil {
-		control.Close()
-		l.Close()
 		return err
+	}
+	users, err := s.users.listen()
+	if err != nil {
+		return err
+	}
+	if users != nil {
+		defer users.Close()
 	}
 	engine := nfs.New(key, log)
 	defer engine.Close()
@@ -99,17 +105,9 @@ func (s *server) run(ctx context.Context) error {
 		backend: b, engine: engine, dir: filepath.Dir(s.socket), state: s.state, audit: newAudit(s.state, log), address: address, log: log, since: time.Now(),
 		entered: map[string]bool{},
 	}
-	users, err := s.users.listen()
-	if err != nil {
-		control.Close()
-		l.Close()
-		return err
-	}
 	g, ctx := errgroup.WithContext(ctx)
 	closeGateways, err := s.gateways.serve(ctx, g, f)
 	if err != nil {
-		control.Close()
-		l.Close()
 		return err
 	}
 	defer closeGateways()

@@ -21,13 +21,16 @@ func (c *cli) userFlags(cmd *cobra.Command) {
 	c.formatFlag(cmd)
 }
 
+// stamp is the time in names of snapshots that nobody has named.
+func stamp() string { return time.Now().UTC().Format("20060102T150405.000Z") }
+
 func (c *cli) snapshotCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "snapshot VOLUME [NAME]", Short: "keep what a volume is now", Args: cobra.RangeArgs(1, 2),
 		Long: `Keep what a volume is now. It is seen in the directory .snapshots/NAME of the volume, and among Nomad's snapshots as VOLUME@NAME. Nomad removes it: nomad
 volume snapshot delete.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			name := "at-" + time.Now().UTC().Format("20060102T150405.000Z")
+			name := "at-" + stamp()
 			if len(args) > 1 {
 				name = args[1]
 			}

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -119,7 +118,7 @@ func (f *filer) rollback(ctx context.Context, id string, r api.Rollback) (api.Ro
 	if first, _, _ := strings.Cut(part, "/"); first == nfs.SnapshotsDir {
 		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", nfs.SnapshotsDir)
 	}
-	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: "before-rollback-" + time.Now().UTC().Format("20060102T150405.000Z")}
+	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: "before-rollback-" + stamp()}
 	return f.makeAsItWas(ctx, p)
 }
 

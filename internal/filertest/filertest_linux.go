@@ -257,6 +257,16 @@ func (f *Filer) Command(args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
+// Must is Command, for what has to succeed.
+func (f *Filer) Must(args ...string) string {
+	f.t.Helper()
+	out, err := f.Command(args...)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return out
+}
+
 // end removes all of it, and tells what would not go.
 func (f *Filer) end() {
 	if f.t.Failed() {

@@ -12,21 +12,12 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/internal/filertest"
-	"github.com/cradlestack/cradlestack/test/programs"
 )
 
 // TestVMFilerRestarts: the filer ends and begins again all the time, and random operations on it give the same answers and bytes as ever. It ends as
 // a service is stopped: a killed one may have done what it has not answered, and version 3 of NFS can't tell that from what was never asked.
 func TestVMFilerRestarts(t *testing.T) {
-	kcradle, err := programs.Path("kcradle")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	image, err := buildImage(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	kcradle, dir, image := prepare(t)
 	filer := filertest.Start(t)
 	filer.Volume("files", 64<<20, nil)
 	pod := filepath.Join(dir, "pod")

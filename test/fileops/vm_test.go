@@ -77,7 +77,9 @@ func kinds(t *testing.T) []kind {
 // Files on every kind of volume are what they are on a local file system, to the guest, after a restart of the pod, and to this host where it has them.
 func TestVMFileOperations(t *testing.T) { fileOperations(t, "-ops", "160") }
 
-func fileOperations(t *testing.T, how ...string) {
+// prepare is the path of kcradle, and a folder with this program and the image that has it.
+func prepare(t *testing.T) (kcradle, dir, image string) {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("tests of virtual machines need root")
 	}
@@ -85,11 +87,15 @@ func fileOperations(t *testing.T, how ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	image, err := buildImage(dir)
-	if err != nil {
+	dir = t.TempDir()
+	if image, err = buildImage(dir); err != nil {
 		t.Fatal(err)
 	}
+	return kcradle, dir, image
+}
+
+func fileOperations(t *testing.T, how ...string) {
+	kcradle, dir, image := prepare(t)
 	for _, k := range kinds(t) {
 		t.Run(k.name, func(t *testing.T) {
 			pod := filepath.Join(t.TempDir(), "pod")
