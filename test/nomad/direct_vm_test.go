@@ -88,7 +88,7 @@ func TestVMDirectAttachment(t *testing.T) {
 // underAWriter does what an operator does to a volume in use.
 func (s *storehouse) underAWriter() {
 	t := s.t
-	job := s.Run(t, s.job("writer", "guest", false, "/v", "cat /v/file; while :; do date >/v/now; sync; sleep 0.1; done", "service"))
+	job := s.Run(t, s.job("writer", "guest", false, "/v", "date >/v/now; cat /v/file; while :; do date >/v/next; mv /v/next /v/now; sync; sleep 0.1; done", "service"))
 	a := s.UntilRunning(t, job)
 	s.UntilLogsHave(t, a.ID, "main", "stdout", "kept\n")
 	target := filepath.Join(s.node.Dir, "nomad/client/csi/monolith/cradle/per-alloc", a.ID, "guest/rw-file-system-single-node-writer")
