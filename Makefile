@@ -27,6 +27,7 @@ build: ## compile the programs into bin/ (needs no root)
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/ $(COMMANDS)
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-csi ./csi-plugin
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-filer ./csi-plugin/filer
+	@cd tools/versitygw && GOFLAGS='-mod=readonly -buildvcs=false' CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $(CURDIR)/bin/cradle-s3 ./cradle-s3
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-X main.version=$(VERSION)' -o bin/cradle-dockerapi ./dockerapi
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X main.version=$(VERSION)' -o bin/terraform-provider-cradle ./terraform-provider
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X $(MODULE)/driver-cradle/driver.Version=$(VERSION)' -o bin/nomad-driver-cradle ./driver-cradle

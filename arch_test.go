@@ -56,6 +56,7 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/nfs": {},                                                                                                                                                 // exports, not volumes
 
 	"csi-plugin/filer/webdav": {"internal/durable"}, // directories, not volumes
+	"csi-plugin/filer/s3":     {},                   // so is this
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},
@@ -119,6 +120,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
 	"csi-plugin/filer":            {"internal/filertest", "test/programs"},
+	"csi-plugin/filer/s3":         {"test/programs"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

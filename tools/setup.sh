@@ -45,7 +45,7 @@ packages=(
   # more clients and servers, and docker to compare with
   docker.io git nfs-common nfs-ganesha nfs-ganesha-vfs rpcbind iputils-ping procps
   # clients of the filer
-  libnfs-utils litmus cadaver davfs2 rclone
+  libnfs-utils litmus cadaver davfs2 rclone s3cmd
   # file systems that volumes are kept on
   btrfs-progs
   # other programs that read bali's images, and what gives files their fs-verity digest

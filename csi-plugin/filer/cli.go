@@ -40,7 +40,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 func (c *cli) command() *cobra.Command {
-	root := command.Root("cradle-filer", "serve file volumes over NFS and WebDAV", version)
+	root := command.Root("cradle-filer", "serve file volumes over NFS, WebDAV and S3", version)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("CRADLE_FILER_SOCKET"), api.Socket), "unix socket that the filer is controlled by ($CRADLE_FILER_SOCKET)")
 	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(),
 		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand(),
@@ -187,6 +187,9 @@ func (c *cli) statusCommand() *cobra.Command {
 				fmt.Fprintf(w, "address\t%s\n", s.Address)
 				if s.WebDAV != "" {
 					fmt.Fprintf(w, "webdav\t%s\n", s.WebDAV)
+				}
+				if s.S3 != "" {
+					fmt.Fprintf(w, "s3\t%s\n", s.S3)
 				}
 				fmt.Fprintf(w, "volumes\t%d, published %d times, granted %d times\n", s.Volumes, s.Publications, s.Grants)
 				fmt.Fprintf(w, "version\t%s\n", s.Version)

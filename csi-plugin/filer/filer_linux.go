@@ -15,6 +15,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/s3"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -31,6 +32,7 @@ type filer struct {
 	dir     string
 	state   string         // with what outlasts a reboot, such as grants/ID.json
 	webdav  *webdav.Server // nil where that is not served
+	s3      *s3.Server     // so is this
 	urls    urls
 	audit   *audit
 	address string
@@ -214,7 +216,7 @@ func (f *filer) status() (api.Status, error) {
 		volumes[g.Volume] = true
 	}
 	return api.Status{
-		Version: version, Since: f.since, Address: f.address, Volumes: len(volumes), Publications: len(all), Grants: len(grants), WebDAV: f.urls.webdav,
+		Version: version, Since: f.since, Address: f.address, Volumes: len(volumes), Publications: len(all), Grants: len(grants), WebDAV: f.urls.webdav, S3: f.urls.s3,
 	}, errors.Join(err, gerr)
 }
 

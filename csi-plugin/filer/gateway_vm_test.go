@@ -4,7 +4,10 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +15,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
 
 	"github.com/cradlestack/cradlestack/internal/filertest"
 )
@@ -37,9 +43,9 @@ func nfsURL(p filertest.Publication, name string) string {
 // TestRootGateways: what is written by one protocol is read by another at once, grants outlast the process, and nobody has another's volume.
 func TestRootGateways(t *testing.T) {
 	f := filertest.Start(t)
-	host := f.Volume("v", 64<<20, nil)
-	f.Volume("w", 0, nil)
-	p, g, other := f.Publish("v"), f.Grant("v", "--id", "mine", "--user", "1000:1001"), f.Grant("w")
+	host := f.Volume("vol", 64<<20, nil)
+	f.Volume("www", 0, nil)
+	p, g, other := f.Publish("vol"), f.Grant("vol", "--id", "mine", "--user", "1000:1001"), f.Grant("www")
 	dir := t.TempDir()
 	local := func(name string) string { return filepath.Join(dir, name) }
 	if err := os.WriteFile(local("one"), []byte(strings.Repeat("one ", 50_000)), 0o644); err != nil {
@@ -88,17 +94,58 @@ func TestRootGateways(t *testing.T) {
 	if out, err := client(t, "nfs-cp", nfsURL(p, ".sgwtmp"), local("hidden")); err == nil {
 		t.Errorf("what is not shown can be read: %s", out)
 	}
+	if err := os.Remove(filepath.Join(host, ".sgwtmp")); err != nil { // where S3 has a directory
+		t.Fatal(err)
+	}
 	if out := ok(client(t, "stat", "--format", "%u:%g %a", filepath.Join(host, "from-webdav"))); out != "1000:1001 644\n" {
 		t.Errorf("from WebDAV it is %s", out)
+	}
+
+	// And S3, which has a process for each grant that uses it.
+	objects := func(g filertest.Grant) *minio.Client {
+		pem, err := os.ReadFile(f.CA())
+		if err != nil {
+			t.Fatal(err)
+		}
+		roots := x509.NewCertPool()
+		roots.AppendCertsFromPEM(pem)
+		c, err := minio.New(strings.Trim(strings.TrimPrefix(g.S3, "https://"), "/"), &minio.Options{
+			Creds: credentials.NewStaticV4(g.ID, g.Secret, ""), Secure: true, Region: "us-east-1",
+			Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	ok("", objects(g).FGetObject(t.Context(), "vol", "from-nfs", local("five"), minio.GetObjectOptions{}))
+	same(local("five"))
+	_, err := objects(g).FPutObject(t.Context(), "vol", "from-s3", local("one"), minio.PutObjectOptions{})
+	ok("", err)
+	ok(curl(g, "--output", local("two"), g.WebDAV+"from-s3"))
+	same(local("two"))
+	ok(client(t, "nfs-cp", nfsURL(p, "from-s3"), local("six")))
+	same(local("six"))
+	if err := objects(other).FGetObject(t.Context(), "vol", "from-nfs", local("seven"), minio.GetObjectOptions{}); err == nil {
+		t.Error("another's bucket can be read")
+	}
+	if processes(t, f) == 0 {
+		t.Error("S3 is served by no process")
+	}
+	if _, err := os.Stat(filepath.Join(host, ".sgwtmp")); err != nil {
+		t.Errorf("what helps S3 is elsewhere: %v", err)
+	}
+	if out := ok(client(t, "nfs-ls", nfsURL(p, ""))); strings.Contains(out, "sgwtmp") {
+		t.Errorf("what helps S3 is seen by NFS:\n%s", out)
 	}
 
 	refused("404", "", second(curl(other, g.WebDAV+"from-nfs")))
 	refused("401", "", second(curl(filertest.Grant{ID: "mine", Secret: other.Secret}, g.WebDAV+"from-nfs")))
 	for want, args := range map[string][]string{
-		"grant mine exists, and is another: it is of volume v": {"grant", "w", "--id", "mine"},
+		"grant mine exists, and is another: it is of volume vol": {"grant", "www", "--id", "mine"},
 		"volume x: not found":       {"grant", "x"},
-		"it is not UID:GID":         {"grant", "v", "--user", "root"},
-		`"../x" is no name; letter`: {"grant", "v", "--id", "../x"},
+		"it is not UID:GID":         {"grant", "vol", "--user", "root"},
+		`"../x" is no name; letter`: {"grant", "vol", "--id", "../x"},
 	} {
 		out, err := f.Command(args...)
 		refused(want, out, err)
@@ -114,11 +161,17 @@ func TestRootGateways(t *testing.T) {
 	}
 	for _, s := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		f.Signal(s)
+		for end := time.Now().Add(time.Minute); processes(t, f) > 0; time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("after %v there are processes that serve S3", s)
+			}
+		}
 		f.Run()
+		ok("", objects(g).FGetObject(t.Context(), "vol", "from-nfs", local("five"), minio.GetObjectOptions{}))
 		if now := ok(f.Command("grants", "-o", "json")); now != list {
 			t.Errorf("after %v there are %s", s, now)
 		}
-		if again := f.Grant("v", "--id", "mine", "--user", "1000:1001"); again != g {
+		if again := f.Grant("vol", "--id", "mine", "--user", "1000:1001"); again != g {
 			t.Errorf("granted again it is %+v", again)
 		}
 		ok(curl(g, "--output", local("two"), g.WebDAV+"from-nfs"))
@@ -132,10 +185,29 @@ func TestRootGateways(t *testing.T) {
 	refused("401", "", second(curl(g, g.WebDAV+"from-nfs")))
 	ok(client(t, "nfs-cp", nfsURL(p, "from-nfs"), local("four")))
 	ok(f.Command("unpublish", p.ID))
-	again := f.Grant("v", "--read-only")
+	again := f.Grant("vol", "--read-only")
 	ok(curl(again, "--output", local("two"), again.WebDAV+"from-nfs"))
 	same(local("two"))
 	refused("403", "", second(curl(again, "--upload-file", local("one"), again.WebDAV+"new")))
+}
+
+// processes are how many serve S3 for the filer.
+func processes(t *testing.T, f *filertest.Filer) (n int) {
+	t.Helper()
+	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range commands {
+		command, err := os.ReadFile(path)
+		if err != nil || !strings.Contains(string(command), "cradle-s3") {
+			continue // it has ended
+		}
+		if table, err := os.ReadFile(filepath.Join(filepath.Dir(path), "mountinfo")); err == nil && strings.Contains(string(table), filepath.Base(filepath.Dir(f.Pool))) {
+			n++
+		}
+	}
+	return n
 }
 
 // second is a client's error with what it has said.

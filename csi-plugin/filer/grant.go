@@ -18,8 +18,8 @@ func (c *cli) grantCommand() *cobra.Command {
 	var g api.Grant
 	var user string
 	cmd := &cobra.Command{
-		Use: "grant VOLUME", Short: "let somebody use a volume over WebDAV, and say how", Args: cobra.ExactArgs(1),
-		Long: `Let whoever knows a secret use a volume over WebDAV. The secret is made here and printed; a grant of the same name has the same one until it is revoked.
+		Use: "grant VOLUME", Short: "let somebody use a volume over WebDAV and S3, and say how", Args: cobra.ExactArgs(1),
+		Long: `Let whoever knows a secret use a volume over WebDAV and S3. The secret is made here and printed; a grant of the same name has the same one until it is revoked.
 Grants outlast reboots.`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			g.Volume = args[0]
@@ -36,6 +36,9 @@ Grants outlast reboots.`,
 				fmt.Fprintf(w, "user\t%s\nsecret\t%s\n", g.ID, g.Secret)
 				if g.WebDAV != "" {
 					fmt.Fprintf(w, "webdav\t%s\n", g.WebDAV)
+				}
+				if g.S3 != "" {
+					fmt.Fprintf(w, "s3\t%s, bucket %s; the access key is the user\n", g.S3, g.Volume)
 				}
 			})
 		},
@@ -77,7 +80,7 @@ func (c *cli) revokeCommand() *cobra.Command {
 
 func (c *cli) grantsCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "grants", Short: "list who may use what over WebDAV", Args: cobra.NoArgs,
+		Use: "grants", Short: "list who may use what over WebDAV and S3", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			all, err := c.filer().Grants(cmd.Context())
 			if err != nil {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/s3"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
@@ -23,8 +24,8 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	if err := volume.CheckName("grant", g.ID); err != nil {
 		return g, err
 	}
-	if f.webdav == nil {
-		return g, volume.Invalid("grant "+g.ID, "there is nothing to use it with; let the filer serve WebDAV by --webdav")
+	if f.webdav == nil && f.s3 == nil {
+		return g, volume.Invalid("grant "+g.ID, "there is nothing to use it with; let the filer serve WebDAV by --webdav, or S3 by --s3")
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -39,7 +40,7 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	default:
 		return g, err
 	}
-	g.WebDAV = ""
+	g.WebDAV, g.S3 = "", ""
 	if err := f.hasFiles(ctx, g.Volume); err != nil {
 		return g, err
 	}
@@ -59,14 +60,17 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 
 // admit lets a grant's user in.
 func (f *filer) admit(ctx context.Context, g api.Grant) error {
-	if f.webdav == nil {
+	if f.webdav == nil && f.s3 == nil {
 		return nil
 	}
 	root, err := f.place(ctx, g.Volume)
-	if err != nil {
-		return err
+	if err == nil && f.webdav != nil {
+		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID})
 	}
-	return f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID})
+	if err == nil && f.s3 != nil && s3.CheckBucket(g.Volume) == nil {
+		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID})
+	}
+	return err
 }
 
 // revoke ends a grant.
@@ -93,6 +97,9 @@ func (f *filer) revoke(ctx context.Context, id string) error {
 func (f *filer) endGrant(ctx context.Context, g api.Grant) error {
 	if f.webdav != nil {
 		f.webdav.Forbid(g.ID)
+	}
+	if f.s3 != nil {
+		f.s3.Forbid(g.ID)
 	}
 	if err := f.release(ctx, g.Volume, 1); err != nil {
 		return err

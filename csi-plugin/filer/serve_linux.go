@@ -44,7 +44,7 @@ func (c *cli) serveCommand() *cobra.Command {
 	s := &server{cli: c}
 	cmd := &cobra.Command{
 		Use: "serve", Short: "serve the file volumes of this host", Args: cobra.NoArgs,
-		Long: `Serve the file volumes that cradle-csi keeps on this host, as far as they are published (NFS) or granted (WebDAV). It can be killed and started again at any time: clients
+		Long: `Serve the file volumes that cradle-csi keeps on this host, as far as they are published (NFS) or granted (WebDAV, S3). It can be killed and started again at any time: clients
 wait meanwhile, and go on with the files that they have open.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}

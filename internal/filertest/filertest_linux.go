@@ -47,6 +47,7 @@ type Filer struct {
 const (
 	port       = "20490"
 	webdavPort = "20491"
+	s3Port     = "20492"
 )
 
 // A Publication is what cradle-filer publish says.
@@ -150,7 +151,7 @@ func (f *Filer) certify() error {
 func (f *Filer) Run() {
 	f.t.Helper()
 	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
-		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--tls-cert", f.CA(), "--tls-key", f.key())
+		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--s3", net.JoinHostPort(f.Host, s3Port), "--tls-cert", f.CA(), "--tls-key", f.key())
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)
@@ -230,7 +231,7 @@ func (f *Filer) Publish(volume string, flags ...string) Publication {
 }
 
 // A Grant is what cradle-filer grant says.
-type Grant struct{ ID, Secret, WebDAV string }
+type Grant struct{ ID, Secret, WebDAV, S3 string }
 
 // Grant lets somebody use a volume.
 func (f *Filer) Grant(volume string, flags ...string) Grant {

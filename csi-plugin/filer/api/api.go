@@ -68,6 +68,7 @@ type Status struct {
 	Publications int       `json:"publications"`
 	Grants       int       `json:"grants"`
 	WebDAV       string    `json:"webdav,omitempty"` // URL, where that is served
+	S3           string    `json:"s3,omitempty"`     // URL, where that is served
 }
 
 // A Snapshot is a volume's state at one time.

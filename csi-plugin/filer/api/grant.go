@@ -6,7 +6,7 @@ import (
 	"net/url"
 )
 
-// A Grant lets whoever knows its secret use a volume over WebDAV, from wherever the filer is reached. It outlasts reboots.
+// A Grant lets whoever knows its secret use a volume over WebDAV and S3, from wherever the filer is reached. It outlasts reboots.
 type Grant struct {
 	ID       string `json:"id"` // the user
 	Volume   string `json:"volume"`
@@ -17,6 +17,7 @@ type Grant struct {
 	// What the filer adds.
 	Secret string `json:"secret,omitempty"` // the password; lists have none
 	WebDAV string `json:"webdav,omitempty"` // URL of the volume
+	S3     string `json:"s3,omitempty"`     // URL of the service, where the volume's name can be that of a bucket
 }
 
 // Grant lets somebody use a volume, and says how.

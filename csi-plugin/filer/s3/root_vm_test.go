@@ -1,0 +1,363 @@
+//go:build vm
+
+package s3
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
+	"github.com/minio/minio-go/v7/pkg/tags"
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// A world is a directory that is served as bucket "bucket" by key "key" with secret "secret", with something beside it that nobody may see.
+type world struct {
+	t      *testing.T
+	server *Server
+	host   string
+	root   string
+}
+
+func serve(t *testing.T) *world {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Fatal("this needs root")
+	}
+	program, err := programs.Path("cradle-s3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "s3-") // for unix sockets, t.TempDir's paths are too long
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	w := &world{t: t, root: filepath.Join(dir, "root")}
+	if err := errors.Join(os.Mkdir(w.root, 0o755), os.WriteFile(filepath.Join(dir, "secret"), []byte("classified"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if w.server, err = New(program, filepath.Join(dir, "run"), 0, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))); err != nil {
+		t.Fatal(err)
+	}
+	h := httptest.NewServer(w.server)
+	t.Cleanup(func() {
+		h.Close()
+		w.server.Close()
+		if left := children(w.root); left != "" {
+			t.Errorf("processes are left: %s", left)
+		}
+	})
+	w.host = strings.TrimPrefix(h.URL, "http://")
+	w.allow(Grant{Key: "key", Secret: "secret"})
+	return w
+}
+
+// children are the processes that have a directory mounted.
+func children(dir string) (found string) {
+	tables, _ := filepath.Glob("/proc/[0-9]*/mountinfo")
+	for _, table := range tables {
+		data, err := os.ReadFile(table)
+		if err == nil && strings.Contains(string(data), " "+dir+" ") {
+			found += " " + table
+		}
+	}
+	return found
+}
+
+func (w *world) allow(g Grant) {
+	w.t.Helper()
+	g.Volume, g.Root = "bucket", w.root
+	if err := w.server.Allow(g); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *world) client(key, secret string) *minio.Client {
+	w.t.Helper()
+	c, err := minio.New(w.host, &minio.Options{Creds: credentials.NewStaticV4(key, secret, ""), Region: "us-east-1"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
+}
+
+func (w *world) put(c *minio.Client, name, content string) minio.UploadInfo {
+	w.t.Helper()
+	info, err := c.PutObject(w.t.Context(), "bucket", name, strings.NewReader(content), int64(len(content)), minio.PutObjectOptions{})
+	if err != nil {
+		w.t.Errorf("put %s: %v", name, err)
+	}
+	return info
+}
+
+func get(ctx context.Context, c *minio.Client, name string) (string, error) {
+	o, err := c.GetObject(ctx, "bucket", name, minio.GetObjectOptions{})
+	if err != nil {
+		return "", err
+	}
+	defer o.Close()
+	data, err := io.ReadAll(o)
+	return string(data), err
+}
+
+func (w *world) want(c *minio.Client, name, want string) {
+	w.t.Helper()
+	if got, err := get(w.t.Context(), c, name); err != nil || got != want {
+		w.t.Errorf("%s has %d bytes, not %d, %v", name, len(got), len(want), err)
+	}
+}
+
+func (w *world) write(name, content string) {
+	w.t.Helper()
+	if err := os.WriteFile(filepath.Join(w.root, name), []byte(content), 0o644); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *world) read(name string) string {
+	w.t.Helper()
+	data, err := os.ReadFile(filepath.Join(w.root, name))
+	if err != nil {
+		w.t.Error(err)
+	}
+	return string(data)
+}
+
+func TestRootObjects(t *testing.T) {
+	w := serve(t)
+	w.allow(Grant{Key: "key", Secret: "secret", UID: 1234, GID: 2345})
+	c := w.client("key", "secret")
+	ctx := t.Context()
+	info := w.put(c, "dir/ü &%", "content")
+	if w.read("dir/ü &%") != "content" {
+		t.Error("the file is another")
+	}
+	for name, mode := range map[string]uint32{"dir": unix.S_IFDIR | 0o755, "dir/ü &%": unix.S_IFREG | 0o644} {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(w.root, name), &st); err != nil || st.Uid != 1234 || st.Gid != 2345 || st.Mode != mode {
+			t.Errorf("%s is %d:%d %o, %v", name, st.Uid, st.Gid, st.Mode, err)
+		}
+	}
+	// What was not written over S3 has a tag, which is another one with other content; and so has what was, and was changed since.
+	w.write("beside", "one")
+	stat := func(name string) string {
+		t.Helper()
+		o, err := c.StatObject(ctx, "bucket", name, minio.StatObjectOptions{})
+		if err != nil || o.ETag == "" {
+			t.Errorf("%s: %+v, %v", name, o, err)
+		}
+		return o.ETag
+	}
+	tag := stat("beside")
+	if again := stat("beside"); again != tag {
+		t.Errorf("it was %s and is %s", tag, again)
+	}
+	w.write("beside", "other")
+	if stat("beside") == tag {
+		t.Error("another content has the same tag")
+	}
+	if tag = stat("dir/ü &%"); tag != info.ETag {
+		t.Errorf("put as %s it is %s", info.ETag, tag)
+	}
+	w.write("dir/ü &%", "changed in place")
+	if stat("dir/ü &%") == tag {
+		t.Error("what was changed in place has the former tag")
+	}
+	w.want(c, "dir/ü &%", "changed in place")
+	listed := map[string]string{}
+	for o := range c.ListObjects(ctx, "bucket", minio.ListObjectsOptions{Recursive: true}) {
+		listed[o.Key] = o.ETag
+	}
+	if len(listed) != 2 || strings.Trim(listed["beside"], `"`) != stat("beside") {
+		t.Errorf("listed: %v", listed)
+	}
+	// In parts, larger than is kept in memory anywhere.
+	large := strings.Repeat("0123456789abcdef", 12<<20/16)
+	if _, err := c.PutObject(ctx, "bucket", "large", strings.NewReader(large), int64(len(large)), minio.PutObjectOptions{PartSize: 5 << 20}); err != nil {
+		t.Error(err)
+	}
+	if w.read("large") != large {
+		t.Error("what came in parts is another file")
+	}
+	w.want(c, "large", large)
+	// A condition, a copy, tags and metadata of the user's.
+	never := minio.PutObjectOptions{}
+	never.SetMatchETagExcept("*")
+	if _, err := c.PutObject(ctx, "bucket", "beside", strings.NewReader("x"), 1, never); minio.ToErrorResponse(err).Code != minio.PreconditionFailed {
+		t.Errorf("what is there was written anew: %v", err)
+	}
+	if _, err := c.CopyObject(ctx, minio.CopyDestOptions{Bucket: "bucket", Object: "copy/of", UserMetadata: map[string]string{"Colour": "red"}, ReplaceMetadata: true},
+		minio.CopySrcOptions{Bucket: "bucket", Object: "beside"}); err != nil {
+		t.Error(err)
+	}
+	w.want(c, "copy/of", "other")
+	label, err := tags.NewTags(map[string]string{"size": "small"}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.PutObjectTagging(ctx, "bucket", "copy/of", label, minio.PutObjectTaggingOptions{}); err != nil {
+		t.Error(err)
+	}
+	if got, err := c.GetObjectTagging(ctx, "bucket", "copy/of", minio.GetObjectTaggingOptions{}); err != nil || got.ToMap()["size"] != "small" {
+		t.Errorf("the tags are %v, %v", got, err)
+	}
+	if o, err := c.StatObject(ctx, "bucket", "copy/of", minio.StatObjectOptions{}); err != nil || o.UserMetadata["Colour"] != "red" {
+		t.Errorf("the metadata is %v, %v", o.UserMetadata, err)
+	}
+	presigned, err := c.PresignedGetObject(ctx, "bucket", "beside", time.Hour, url.Values{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.Get(presigned.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if err != nil || string(data) != "other" {
+		t.Errorf("by a presigned URL it is %q, %v", data, err)
+	}
+	for name := range listed {
+		if err := c.RemoveObject(ctx, "bucket", name, minio.RemoveObjectOptions{}); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(w.root, "beside")); err == nil {
+		t.Error("what was removed is there")
+	}
+}
+
+// TestRootConfined: nobody reads another's files, and nothing leads out of the directory.
+func TestRootConfined(t *testing.T) {
+	w := serve(t)
+	other := w.root + "-other"
+	if err := errors.Join(os.Mkdir(other, 0o755), os.Symlink("/etc/passwd", filepath.Join(w.root, "absolute")), os.Symlink("../secret", filepath.Join(w.root, "up")),
+		os.Symlink("/proc/1/environ", filepath.Join(w.root, "proc")), os.Symlink("/", filepath.Join(w.root, "slash"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.server.Allow(Grant{Key: "other", Secret: "other", Volume: "other", Root: other}); err != nil {
+		t.Fatal(err)
+	}
+	w.write("file", "content")
+	c := w.client("key", "secret")
+	for _, name := range []string{"absolute", "up", "../secret", "slash/etc/passwd", "slash/volumes/bucket/../../etc/passwd"} {
+		if got, err := get(t.Context(), c, name); err == nil {
+			t.Errorf("%s is %.40q", name, got)
+		}
+	}
+	for _, who := range []*minio.Client{w.client("other", "other"), w.client("key", "wrong"), w.client("nobody", "secret"), w.client("", "")} {
+		if got, err := get(t.Context(), who, "file"); err == nil {
+			t.Errorf("somebody else reads %q", got)
+		}
+	}
+	if err := c.MakeBucket(t.Context(), "new", minio.MakeBucketOptions{}); err == nil {
+		t.Error("a bucket was made")
+	}
+	if err := c.RemoveBucket(t.Context(), "bucket"); err == nil {
+		t.Error("the bucket was removed")
+	}
+	w.allow(Grant{Key: "reader", Secret: "secret", ReadOnly: true})
+	r := w.client("reader", "secret")
+	w.want(r, "file", "content")
+	if _, err := r.PutObject(t.Context(), "bucket", "new", strings.NewReader("x"), 1, minio.PutObjectOptions{}); err == nil {
+		t.Error("who may only read has written")
+	}
+	if err := r.RemoveObject(t.Context(), "bucket", "file", minio.RemoveObjectOptions{}); err == nil {
+		t.Error("who may only read has removed")
+	}
+	w.server.Forbid("key")
+	if _, err := get(t.Context(), c, "file"); err == nil {
+		t.Error("a grant that has ended is one")
+	}
+}
+
+// TestRootKilled: the process may die at any time; the next request finds another one.
+func TestRootKilled(t *testing.T) {
+	w := serve(t)
+	c := w.client("key", "secret")
+	for range 3 {
+		w.put(c, "file", "content")
+		if children(w.root) == "" {
+			t.Error("no process has the directory")
+		}
+		g := w.server.grants["key"]
+		g.mu.Lock()
+		pid := g.child.cmd.Process.Pid
+		g.mu.Unlock()
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		w.want(c, "file", "content")
+	}
+}
+
+func TestRootClients(t *testing.T) {
+	w := serve(t)
+	dir := t.TempDir()
+	content := bytes.Repeat([]byte("0123456789abcdef"), 12<<20/16)
+	for name, data := range map[string][]byte{"large": content, "small ü": []byte("small"), "empty": nil} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(name string, args ...string) string {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, name, args...)
+		cmd.Env = append(os.Environ(), "AWS_CA_BUNDLE=") // which rclone does not take
+		out, err := cmd.CombinedOutput()
+		if errors.Is(err, exec.ErrNotFound) {
+			t.Fatalf("%v; run make setup", err)
+		}
+		if err != nil {
+			t.Errorf("%s %v: %v\n%s", name, args, err, out)
+		}
+		return string(out)
+	}
+	config := filepath.Join(t.TempDir(), "rclone.conf")
+	if err := os.WriteFile(config, []byte("[s]\ntype = s3\nprovider = Other\nendpoint = http://"+w.host+"\naccess_key_id = key\nsecret_access_key = secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rclone := func(args ...string) string {
+		return run("rclone", append([]string{"--config", config, "--retries", "1", "--s3-chunk-size", "5M", "--s3-upload-cutoff", "5M"}, args...)...)
+	}
+	rclone("copy", dir, "s:bucket/rclone")
+	rclone("check", "--download", dir, "s:bucket/rclone")
+	if out := rclone("lsf", "s:bucket/rclone"); out != "empty\nlarge\nsmall ü\n" {
+		t.Errorf("rclone lsf: %s", out)
+	}
+	s3cmd := func(args ...string) string {
+		return run("s3cmd", append([]string{"--config=/dev/null", "--no-ssl", "--host=" + w.host, "--host-bucket=" + w.host, "--access_key=key", "--secret_key=secret", "--multipart-chunk-size-mb=5"}, args...)...)
+	}
+	s3cmd("put", filepath.Join(dir, "large"), "s3://bucket/s3cmd/large")
+	got := filepath.Join(t.TempDir(), "got")
+	s3cmd("get", "s3://bucket/s3cmd/large", got)
+	if data, err := os.ReadFile(got); err != nil || !bytes.Equal(data, content) {
+		t.Errorf("s3cmd got %d bytes, %v", len(data), err)
+	}
+	if out := s3cmd("ls", "s3://bucket/"); !strings.Contains(out, "s3://bucket/rclone/") {
+		t.Errorf("s3cmd ls: %s", out)
+	}
+	s3cmd("del", "--recursive", "--force", "s3://bucket/s3cmd/")
+	rclone("purge", "s:bucket/rclone")
+	if entries, err := os.ReadDir(w.root); err != nil || len(entries) > 1 {
+		t.Errorf("at the end there are %v, %v", entries, err)
+	}
+}

@@ -1,0 +1,424 @@
+package s3
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+)
+
+const (
+	maxConnections = 1000
+	startTime      = time.Minute
+	idleTime       = 10 * time.Minute // after which a process is ended that nobody uses
+)
+
+// A Server serves volumes to those who have grants.
+type Server struct {
+	program string
+	dir     string
+	rate    rate.Limit
+	log     *slog.Logger
+
+	mu     sync.Mutex
+	grants map[string]*granted // by access key
+}
+
+// New makes a server that runs program, cradle-s3, with its sockets in dir, and does as many requests a second of each grant as perSecond says, of 0 all.
+func New(program, dir string, perSecond float64, log *slog.Logger) (*Server, error) {
+	if err := unix.Access(program, unix.X_OK); err != nil {
+		return nil, fmt.Errorf("%s: %w; it is built with cradle-filer", program, err)
+	}
+	if err := os.RemoveAll(dir); err != nil { // what a process that was killed has left
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, err
+	}
+	limit := rate.Limit(perSecond)
+	if perSecond <= 0 {
+		limit = rate.Inf
+	}
+	return &Server{program: program, dir: dir, rate: limit, log: log, grants: map[string]*granted{}}, nil
+}
+
+// A grant at work.
+type granted struct {
+	Grant
+	server *Server
+	limit  *rate.Limiter
+	root   *os.File
+	proxy  *httputil.ReverseProxy
+	ctx    context.Context
+	end    context.CancelFunc
+
+	working sync.WaitGroup
+
+	mu    sync.Mutex
+	child *child // nil if there is none
+	busy  int
+	idle  *time.Timer
+}
+
+// Allow lets a user in, or changes the grant of that user.
+func (s *Server) Allow(g Grant) error {
+	if err := CheckBucket(g.Volume); err != nil {
+		return fmt.Errorf("volume %s over S3: %w", g.Volume, err)
+	}
+	s.Forbid(g.Key)
+	root, err := os.Open(g.Root)
+	if err != nil {
+		return err
+	}
+	w := &granted{Grant: g, server: s, limit: rate.NewLimiter(s.rate, max(1, int(min(2*s.rate, 10_000)))), root: root}
+	w.ctx, w.end = context.WithCancel(context.Background())
+	w.proxy = &httputil.ReverseProxy{
+		// The signature is of host, path and headers as the client has sent them.
+		Rewrite:        func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "s3", r.In.Host },
+		Transport:      &http.Transport{DisableCompression: true, DisableKeepAlives: true, DialContext: w.dial},
+		ModifyResponse: w.persist,
+		ErrorHandler:   w.failed,
+		ErrorLog:       slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.grants[g.Key] = w
+	return nil
+}
+
+// Forbid ends a grant: from its return on nothing is done for it. One that is not there is no error.
+func (s *Server) Forbid(key string) {
+	s.mu.Lock()
+	w := s.grants[key]
+	delete(s.grants, key)
+	s.mu.Unlock()
+	if w == nil {
+		return
+	}
+	w.end()
+	w.mu.Lock()
+	w.stop()
+	w.mu.Unlock()
+	w.working.Wait()
+	w.mu.Lock()
+	w.stop()
+	w.mu.Unlock()
+	w.root.Close()
+}
+
+// Close ends all grants.
+func (s *Server) Close() {
+	s.mu.Lock()
+	var keys []string
+	for key := range s.grants {
+		keys = append(keys, key)
+	}
+	s.mu.Unlock()
+	for _, key := range keys {
+		s.Forbid(key)
+	}
+}
+
+// Serve answers clients on l until ctx ends, then those whose requests had begun.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	h := &http.Server{Handler: s, ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if h.Shutdown(patience) != nil {
+			h.Close()
+		}
+	})
+	err := h.Serve(netutil.LimitListener(l, maxConnections))
+	if !stop() {
+		<-ended
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// ServeHTTP answers a request.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	g := s.grants[accessKey(r)]
+	if g != nil {
+		g.working.Add(1)
+	}
+	s.mu.Unlock()
+	if g == nil {
+		s.log.Debug("denied", "client", r.RemoteAddr)
+		refuse(w, http.StatusForbidden, "AccessDenied", "the request is signed by no key that has a grant")
+		return
+	}
+	defer g.working.Done()
+	// Buckets are made and removed with their volumes.
+	bucket, key, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+	if bare := bucket != "" && key == "" && !subresource(r); bare && (r.Method == http.MethodPut || r.Method == http.MethodDelete) {
+		if r.Method == http.MethodPut && bucket == g.Volume {
+			refuse(w, http.StatusConflict, "BucketAlreadyOwnedByYou", "the bucket is there")
+		} else {
+			refuse(w, http.StatusForbidden, "AccessDenied", "buckets are made and removed with their volumes")
+		}
+		return
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(g.ctx, cancel)()
+	if g.limit.Wait(ctx) != nil {
+		return // the client has gone, or the grant
+	}
+	defer g.use()()
+	g.proxy.ServeHTTP(w, r.WithContext(ctx))
+}
+
+// subresource says whether a request is for something about a bucket rather than for the bucket.
+func subresource(r *http.Request) bool {
+	for name := range r.URL.Query() {
+		if !strings.HasPrefix(name, "X-Amz-") && name != "x-id" {
+			return true
+		}
+	}
+	return false
+}
+
+func refuse(w http.ResponseWriter, code int, name, message string) {
+	var text bytes.Buffer
+	_ = xml.EscapeText(&text, []byte(message)) // a buffer takes all
+	w.Header().Set("Content-Type", "application/xml")
+	w.WriteHeader(code)
+	fmt.Fprintf(w, "%s<Error><Code>%s</Code><Message>%s</Message></Error>", xml.Header, name, &text)
+}
+
+// failed answers a request that could not be forwarded. Clients try again.
+func (g *granted) failed(w http.ResponseWriter, r *http.Request, err error) {
+	if g.ctx.Err() != nil {
+		refuse(w, http.StatusForbidden, "AccessDenied", "the grant has been revoked")
+		return
+	}
+	g.server.log.Warn("request over S3", "grant", g.Key, "method", r.Method, "path", r.URL.Path, "error", err)
+	refuse(w, http.StatusServiceUnavailable, "ServiceUnavailable", "try again")
+}
+
+// persist puts what a request has changed on stable storage before it is answered.
+func (g *granted) persist(r *http.Response) error {
+	if r.Request.Method != http.MethodGet && r.Request.Method != http.MethodHead && r.StatusCode < 300 {
+		return unix.Syncfs(int(g.root.Fd()))
+	}
+	return nil
+}
+
+// use keeps the process from being idle until what it returns is called.
+func (g *granted) use() (done func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.busy++
+	if g.idle != nil {
+		g.idle.Stop()
+	}
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.busy--; g.busy == 0 {
+			g.idle = time.AfterFunc(idleTime, func() {
+				g.mu.Lock()
+				defer g.mu.Unlock()
+				if g.busy == 0 {
+					g.stop()
+				}
+			})
+		}
+	}
+}
+
+// dial connects to the grant's process, which it starts where there is none.
+func (g *granted) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.ctx.Err() != nil {
+		return nil, g.ctx.Err()
+	}
+	if g.child != nil && g.child.ended() {
+		g.server.log.Warn("cradle-s3 has ended", "grant", g.Key, "state", g.child.cmd.ProcessState)
+		g.stop()
+	}
+	if g.child == nil {
+		c, err := g.start()
+		if err != nil {
+			return nil, err
+		}
+		g.child = c
+	}
+	return g.child.connect(ctx)
+}
+
+// stop ends the process, if there is one. Its lock is held.
+func (g *granted) stop() {
+	if g.idle != nil {
+		g.idle.Stop()
+	}
+	if g.child != nil {
+		g.child.stop()
+		g.child = nil
+	}
+}
+
+// A child is a process of cradle-s3.
+type child struct {
+	cmd   *exec.Cmd
+	leash *os.File // it ends when this is closed, by whatever
+	run   string
+	done  chan struct{}
+}
+
+// configuration is cradle-s3's.
+type configuration struct {
+	Root     string `json:"root"`
+	Bucket   string `json:"bucket"`
+	Run      string `json:"run"`
+	Mount    string `json:"mount"`
+	Key      string `json:"key"`
+	Secret   string `json:"secret"`
+	ReadOnly bool   `json:"readOnly"`
+	UID      int    `json:"uid"`
+	GID      int    `json:"gid"`
+}
+
+func (g *granted) start() (_ *child, err error) {
+	base := filepath.Join(g.server.dir, g.Key)
+	c := &child{run: filepath.Join(base, "run"), done: make(chan struct{})}
+	mount := filepath.Join(base, "root")
+	if err := os.RemoveAll(base); err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{c.run, mount} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Chown(c.run, g.UID, g.GID); err != nil {
+		return nil, err
+	}
+	data, err := json.Marshal(configuration{g.Root, g.Volume, c.run, mount, g.Key, g.Secret, g.ReadOnly, g.UID, g.GID})
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate("cradle-s3", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	config := os.NewFile(uintptr(fd), "configuration")
+	defer config.Close()
+	if _, err := config.Write(data); err != nil {
+		return nil, err
+	}
+	theirs, leash, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	c.leash = leash
+	output := &lines{log: g.server.log, grant: g.Key}
+	c.cmd = exec.Command(g.server.program, "start")
+	c.cmd.ExtraFiles = []*os.File{config, theirs}
+	c.cmd.Env = []string{}
+	c.cmd.Stdout, c.cmd.Stderr = output, output
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS}
+	if err := c.cmd.Start(); err != nil {
+		leash.Close()
+		return nil, fmt.Errorf("start %s: %w", g.server.program, err)
+	}
+	go func() {
+		defer close(c.done)
+		c.cmd.Wait()
+	}()
+	ctx, cancel := context.WithTimeout(g.ctx, startTime)
+	defer cancel()
+	for {
+		conn, err := c.connect(ctx)
+		if err == nil {
+			conn.Close()
+			return c, nil
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+			continue
+		case <-c.done:
+			err = fmt.Errorf("cradle-s3 has ended: %v: %s", c.cmd.ProcessState, output.last())
+		case <-ctx.Done():
+			err = fmt.Errorf("cradle-s3 does not begin: %w", err)
+		}
+		c.stop()
+		return nil, err
+	}
+}
+
+func (c *child) connect(ctx context.Context) (net.Conn, error) {
+	return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(c.run, "s3.sock"))
+}
+
+func (c *child) ended() bool {
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func (c *child) stop() {
+	c.cmd.Process.Kill()
+	<-c.done
+	c.leash.Close()
+	os.RemoveAll(filepath.Dir(c.run))
+}
+
+// lines logs what a process says, line by line.
+type lines struct {
+	log   *slog.Logger
+	grant string
+
+	mu   sync.Mutex
+	rest string
+	said string
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.rest += string(p)
+	for {
+		line, rest, whole := strings.Cut(l.rest, "\n")
+		if !whole && len(l.rest) < 4096 {
+			return len(p), nil
+		}
+		l.rest, l.said = rest, line
+		l.log.Debug("cradle-s3", "grant", l.grant, "says", line)
+	}
+}
+
+func (l *lines) last() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.said
+}
