@@ -237,7 +237,7 @@ func (d *Dir) settled(ctx context.Context, orFilling bool) (*wire.Filling, error
 		if err == nil {
 			return nil, conn.Close()
 		}
-		if !noListener(err) {
+		if !noListener(err) && !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil { // the limit may come while it is dialed
 			return nil, err
 		}
 		pid, err := d.Attendant()
