@@ -58,6 +58,17 @@ func (c *cli) execCommand() *cobra.Command {
 }
 
 func (c *cli) exec(ctx context.Context, d *pod.Dir, container string, e *execConfig, detach bool) error {
+	err := c.execIn(ctx, d, container, e, detach)
+	if err == nil || errors.As(err, new(exitError)) || errors.As(err, new(*pod.GuestError)) {
+		return err
+	}
+	if serr := d.AwaitSettled(ctx); errors.Is(serr, pod.ErrNotRunning) {
+		return serr // it has ended just now
+	}
+	return err
+}
+
+func (c *cli) execIn(ctx context.Context, d *pod.Dir, container string, e *execConfig, detach bool) error {
 	if e.Tty && e.AttachStdin && !isTerminal(c.stdin) {
 		return errors.New("exec -it: standard input is no terminal: leave -t out")
 	}
