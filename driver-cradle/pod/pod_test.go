@@ -70,6 +70,11 @@ func TestAttendant(t *testing.T) {
 	if _, err := d.Start(soon, StartOptions{}); !errors.As(err, &running) || running.PID != os.Getpid() || !errors.Is(err, ErrRunning) {
 		t.Errorf("a second Start: %v", err)
 	}
+	over, cancel := context.WithDeadline(t.Context(), time.Now())
+	defer cancel()
+	if err := d.AwaitSettled(over); !errors.Is(err, ErrUnsettled) {
+		t.Errorf("AwaitSettled of a start whose time is over: %v", err)
+	}
 	if err := d.Remove(); !errors.Is(err, ErrRunning) {
 		t.Errorf("Remove: %v", err)
 	}
@@ -530,7 +535,7 @@ func TestMakeFilesystemHoldsLock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		if _, err := os.Stat(filepath.Join(bin, "begun")); err == nil {
 			break
 		}
