@@ -92,7 +92,7 @@ func (l *lab) ping(address string, more ...string) bool {
 
 // answers gives address some time to answer: neighbours that were asked for in vain are not asked again at once.
 func (l *lab) answers(address string, more ...string) bool {
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); {
 		if l.ping(address, more...) {
 			return true
 		}
@@ -390,7 +390,7 @@ func (l *lab) exchange(network, server, client, listen, call string) error {
 		return fail(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	go io.WriteString(c, large)
 	got := make([]byte, len(large))
 	if _, err := io.ReadFull(c, got); err != nil {
@@ -406,7 +406,7 @@ func (l *lab) exchange(network, server, client, listen, call string) error {
 }
 
 func (l *lab) dial(network, client, address string) (c net.Conn, err error) {
-	ctx, cancel := context.WithTimeout(l.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(l.t.Context(), time.Minute)
 	defer cancel()
 	err = inNamespace(client, func() (err error) { c, err = new(net.Dialer).DialContext(ctx, network, address); return err })
 	return c, err
