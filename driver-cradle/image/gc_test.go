@@ -298,7 +298,7 @@ func TestKilled(t *testing.T) {
 	}
 	select {
 	case <-reached:
-	case <-time.After(30 * time.Second):
+	case <-time.After(5 * time.Minute):
 		t.Error("the process did not come to its layer")
 	}
 
@@ -325,7 +325,7 @@ func TestKilled(t *testing.T) {
 	case <-waiting:
 	case err := <-done:
 		t.Errorf("the second Pull did not wait: %v", err)
-	case <-time.After(30 * time.Second):
+	case <-time.After(5 * time.Minute):
 		t.Error("the second Pull neither waits nor ends")
 	}
 	block.Store(false)
@@ -338,7 +338,7 @@ func TestKilled(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(5 * time.Minute):
 		t.Fatal("the second Pull does not end")
 	}
 	if _, err := Open(root); err != nil {

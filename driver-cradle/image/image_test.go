@@ -217,7 +217,7 @@ func assertClean(t testing.TB, s *Store) {
 
 func pull(t testing.TB, s *Store, ref string, o PullOptions) *Image {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	img, err := s.Pull(ctx, ref, o)
 	if err != nil {

@@ -537,7 +537,7 @@ func TestPullErrors(t *testing.T) {
 		{"UPPER/case", nil, "no valid reference"},
 		{r.host + "/x@sha256:12", nil, "no valid reference"},
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		_, err := s.Pull(ctx, tt.ref, PullOptions{})
 		cancel()
 		assertError(t, err, tt.kind, tt.ref, tt.want)

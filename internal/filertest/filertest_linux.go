@@ -156,7 +156,7 @@ func (f *Filer) Run() {
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(f.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(f.t.Context(), 5*time.Minute)
 	defer cancel()
 	for exec.CommandContext(ctx, f.filer, "status", "--socket", f.socket()).Run() != nil {
 		if ctx.Err() != nil {

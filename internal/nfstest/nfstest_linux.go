@@ -89,7 +89,7 @@ LOG { Default_Log_Level = WARN; }
 		return nil, err
 	}
 	s.cmd = cmd
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	for {
 		conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(s.Host, "2049"))

@@ -26,7 +26,7 @@ import (
 )
 
 // startTimeout bounds the wait for dockerd's first answer.
-const startTimeout = time.Minute
+const startTimeout = 5 * time.Minute
 
 // daemons counts those of this process.
 var daemons atomic.Int64
