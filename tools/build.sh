@@ -64,7 +64,7 @@ if [ "${#tests[@]}" = 0 ]; then
   go build "${flags[@]}" -o "$out/$binary.part" "$package" >&2
 else
   for test in "${tests[@]}"; do go test -c -vet=off "${flags[@]}" -o "$out/${test//\//-}.test" "$(realpath -ms "/$module/$source/$test" | cut -c2-)" >&2; done
-  ln -s "$(go list -m -f '{{.Dir}}' "$module")/$source" "$out/$binary.part"
+  ln -sfn "$(go list -m -f '{{.Dir}}' "$module")/$source" "$out/$binary.part"
 fi
 mv -T "$out/$binary.part" "$out/$binary"
 echo "$out/$binary"

@@ -82,8 +82,8 @@ echo "setup: installing ${missing[*]}" >&2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 apt() {
-  # No package starts a daemon: the tests start dockerd by hand, on their own folders.
-  "${run[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 "$@" </dev/null >>"$log" 2>&1 || { tail -n 20 "$log" >&2; die "apt-get $* (see above)"; }
+  # No package starts a daemon: the tests start dockerd by hand, on their own folders. Somebody else's installation is waited for.
+  "${run[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@" </dev/null >>"$log" 2>&1 || { tail -n 20 "$log" >&2; die "apt-get $* (see above)"; }
 }
 apt update
 for i in "${!missing[@]}"; do
@@ -96,6 +96,8 @@ if [ ! -e "$policy" ]; then
   "${run[@]}" chmod 0755 "$policy"
   trap 'rm -f "$log"; "${run[@]}" rm -f "$policy"' EXIT
 fi
+# An installation that was cut short is completed first: apt wants that.
+[ -z "$(dpkg --audit)" ] || "${run[@]}" env DEBIAN_FRONTEND=noninteractive dpkg --configure -a </dev/null >>"$log" 2>&1 || true
 apt install -y --no-install-recommends "${missing[@]}"
 # Whether docker's client and virtiofsd came along is known only now.
 [ -n "${SETUP_AGAIN:-}" ] || SETUP_AGAIN=1 "$0" "$@"
