@@ -301,7 +301,7 @@ func TestVMRunsConfined(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		uid := userOf(0, c.RunDir)
+		uid := userOf(firstUID, c.RunDir)
 		for _, want := range []string{
 			"Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "CapBnd:\t0000000000000000",
 			fmt.Sprintf("Uid:\t%d\t%d\t%d\t%d", uid, uid, uid, uid), "Groups:\t \n",

@@ -150,6 +150,10 @@ func TestVMHostDiskFull(t *testing.T) {
 			t.Fatalf("writing 16 MiB to a host's 4: %v", err)
 		}
 	}
+	// QEMU tells it beside the guest's answer, and it is on record last.
+	if !eventually(func() bool { info, err := ReadInfo(c.RunDir); return err == nil && len(info.DiskErrors) > 0 }) {
+		t.Error("it is not on record")
+	}
 	errs := m.Info().DiskErrors
 	if len(errs) != 1 || errs[0].LUN != 1 || errs[0].Key != "scratch" || !errs[0].NoSpace || errs[0].Mount != dir || errs[0].Operation != "write" {
 		t.Errorf("%+v", errs)

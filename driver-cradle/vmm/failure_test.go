@@ -263,13 +263,14 @@ func TestVMKillOfOneThatHangs(t *testing.T) {
 
 // An agent that says nothing, cold and from a template: the guest's part of the port is never opened.
 func TestVMAgentThatHangs(t *testing.T) {
+	t.Parallel() // it waits
 	c := config(t)
-	c.HelloTimeout = 8 * time.Second
+	c.HelloTimeout = 20 * time.Second // long enough for the word
 	c.Package = hangingPackage(t)
 	ctx, cancel := testContext()
 	defer cancel()
 	_, err := Start(ctx, c)
-	if err == nil || !strings.Contains(err.Error(), "did not answer within 8s") || !strings.Contains(err.Error(), "agent: hanging") {
+	if err == nil || !strings.Contains(err.Error(), "did not answer within 20s") || !strings.Contains(err.Error(), "agent: hanging") {
 		t.Errorf("Start: %v", err)
 	}
 	clean(t, c.RunDir)

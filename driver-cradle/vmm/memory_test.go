@@ -255,8 +255,8 @@ func TestVMMemoryIsAMachinesOwn(t *testing.T) {
 	}
 	shares := []bind{{"rw", t.TempDir(), false}}
 	for name, c := range map[string]confinement{
-		"as QEMU":                         {UID: userOf(0, one.dir)},
-		"as QEMU with shares and network": {UID: userOf(0, one.dir), Shares: shares, Caps: shareCaps, Network: true},
+		"as QEMU":                         {UID: userOf(firstUID, one.dir)},
+		"as QEMU with shares and network": {UID: userOf(firstUID, one.dir), Shares: shares, Caps: shareCaps, Network: true},
 		"as virtiofsd, which is root":     {Shares: shares, Caps: virtiofsCaps},
 		"as the old virtiofsd":            {Shares: shares, Caps: virtiofsCaps, AllProc: true},
 	} {

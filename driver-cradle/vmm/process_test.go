@@ -22,7 +22,7 @@ const launcherName = "test-launcher"
 
 // eventually polls for what another process does; the bound is one for a machine that hangs, not for a slow one.
 func eventually(f func() bool) bool {
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if f() {
 			return true
 		}
@@ -99,7 +99,7 @@ func (l *launcher) ready(t testing.TB) (pid int, took time.Duration) {
 	return pid, time.Duration(us) * time.Microsecond
 }
 
-// qemus are the processes of this test's machines: those whose command line or environment belongs to dir.
+// qemus are the processes of the machines that have this run directory, and its user.
 func qemus(t testing.TB, dir string) (pids []string) {
 	t.Helper()
 	procs, err := filepath.Glob("/proc/[0-9]*")
@@ -107,7 +107,7 @@ func qemus(t testing.TB, dir string) (pids []string) {
 		t.Fatal(err)
 	}
 	for _, p := range procs {
-		uid := fmt.Sprintf("Uid:\t%d\t", userOf(0, dir))
+		uid := fmt.Sprintf("Uid:\t%d\t", userOf(firstUID, dir))
 		status, err := os.ReadFile(p + "/status")
 		if err == nil && strings.Contains(string(status), uid) && !strings.Contains(string(status), "State:\tZ") {
 			pids = append(pids, filepath.Base(p))

@@ -11,7 +11,10 @@ import (
 )
 
 // The distribution's kernel needs other machine options and brings its drivers as modules; to this package it is just another package.
-func TestVMStockKernel(t *testing.T) { stockKernel(t, Cold) }
+func TestVMStockKernel(t *testing.T) {
+	t.Parallel() // beside those that wait
+	stockKernel(t, Cold)
+}
 
 func stockKernel(t *testing.T, how string) {
 	t.Helper()

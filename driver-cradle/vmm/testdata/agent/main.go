@@ -6,8 +6,10 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -47,7 +49,7 @@ func run() error {
 	}
 	var port *wire.Port
 	var err error
-	for range 500 {
+	for range 6000 {
 		if port, err = wire.OpenPort(); err == nil {
 			break
 		}
@@ -111,7 +113,8 @@ func handler() http.Handler {
 		},
 		"time":  func(*http.Request) (any, error) { return time.Now(), nil },
 		"keep":  func(r *http.Request) (any, error) { kept = append(kept, r.FormValue("text")); return nil, nil },
-		"dirty": func(r *http.Request) (any, error) { return nil, dirty(r.FormValue("mib")) },
+		"dirty": func(r *http.Request) (any, error) { return nil, dirty(r.FormValue("mib"), r.FormValue("keep") != "") },
+		"free":  func(*http.Request) (any, error) { return nil, free(dirtied) },
 		"9p": func(r *http.Request) (any, error) {
 			return nil, mountAll(wire.ShareTag, "9p", "trans=virtio,version=9p2000.L,msize=131072")
 		},
@@ -186,11 +189,12 @@ func disks() (map[string]int64, error) {
 }
 
 func openDisk(lun string, flags int) (f *os.File, err error) {
-	for range 300 {
+	for range 6000 {
 		names, _ := filepath.Glob(scsi(lun) + "/block/*")
 		if len(names) == 1 {
-			if f, err = os.OpenFile("/dev/"+filepath.Base(names[0]), flags, 0); err == nil {
-				return f, nil
+			f, err = os.OpenFile("/dev/"+filepath.Base(names[0]), flags, 0)
+			if err == nil || errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) { // else it is not there yet
+				return f, err
 			}
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -244,8 +248,11 @@ func fillDisk(lun, mib string) error {
 // kept stays in the agent's memory.
 var kept []string
 
-// dirty changes as much memory as it is told to and keeps it.
-func dirty(mib string) error {
+// dirtied is what dirty has kept.
+var dirtied []byte
+
+// dirty changes as much memory as it is told to, and keeps it where it is to.
+func dirty(mib string, keep bool) error {
 	n, err := strconv.Atoi(mib)
 	if err != nil {
 		return err
@@ -258,6 +265,14 @@ func dirty(mib string) error {
 		sum := sha256.Sum256(binary.NativeEndian.AppendUint64(nil, uint64(i)))
 		copy(b[i:], sum[:])
 	}
+	if keep {
+		dirtied = b
+		return nil
+	}
+	return free(b)
+}
+
+func free(b []byte) error {
 	if err := unix.Munmap(b); err != nil {
 		return err
 	}
