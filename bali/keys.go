@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -207,65 +208,69 @@ func (c *cli) trustPath() (string, error) {
 	return filepath.Join(dir, "bali", "trust"), nil
 }
 
-// trusted is one line of the trust file.
+// trusted is an identity in the trust file, with the number of its line.
 type trusted struct {
 	Identity seal.Identity `json:"-"`
 	Text     string        `json:"identity"`
 	Comment  string        `json:"comment,omitempty"`
+	line     int
 }
+
+func (t trusted) String() string { return strings.TrimSpace(t.Text + " " + t.Comment) }
 
 const maxTrust = 1 << 20
 
 // trustList reads the trust file; path is its place, "" where there is none to be had.
 func (c *cli) trustList() (path string, list []trusted, err error) {
 	if path, err = c.trustPath(); err == nil {
-		list, err = readTrust(path)
+		_, list, err = readTrust(path)
 	}
 	return path, list, err
 }
 
-// readTrust reads the trust file; none is an empty one. One that others may
-// write to is no basis for trust.
-func readTrust(path string) ([]trusted, error) {
+// readTrust reads the trust file, and the identities in its lines; none is an
+// empty one. One that others may write to is no basis for trust.
+func readTrust(path string) (lines []string, list []trusted, err error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil, nil, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer f.Close()
 	fi, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := onlyOurs(path, fi); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if dir, err := os.Stat(filepath.Dir(path)); err != nil {
-		return nil, err
+		return nil, nil, err
 	} else if dir.Mode()&fs.ModeSticky == 0 {
 		if err := onlyOurs(filepath.Dir(path), dir); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	if fi.Size() > maxTrust {
-		return nil, fmt.Errorf("%s: %d bytes are no list of identities", path, fi.Size())
+		return nil, nil, fmt.Errorf("%s: %d bytes are no list of identities", path, fi.Size())
 	}
-	var out []trusted
-	lines := bufio.NewScanner(f)
-	for n := 1; lines.Scan(); n++ {
-		l := strings.TrimSpace(lines.Text())
+	scanner := bufio.NewScanner(f)
+	for scanner.Scan() {
+		lines = append(lines, scanner.Text())
+		l := strings.TrimSpace(scanner.Text())
 		if l == "" || l[0] == '#' {
 			continue
 		}
 		t, err := parseTrusted(l)
 		if err != nil {
-			return nil, fmt.Errorf("%s line %d: %w", path, n, err)
+			return nil, nil, fmt.Errorf("%s line %d: %w", path, len(lines), err)
 		}
-		out = append(out, t)
+		t.line = len(lines)
+		list = append(list, t)
 	}
-	return out, lines.Err()
+	return lines, list, scanner.Err()
 }
 
 // onlyOurs refuses what somebody else than this user and root can change.
@@ -291,7 +296,7 @@ func parseTrusted(l string) (trusted, error) {
 	}
 	n = min(n, len(words))
 	id, err := seal.ParseIdentity(strings.Join(words[:n], " "))
-	return trusted{id, id.String(), strings.Join(words[n:], " ")}, err
+	return trusted{Identity: id, Text: id.String(), Comment: strings.Join(words[n:], " ")}, err
 }
 
 func (c *cli) trust() *cobra.Command {
@@ -317,13 +322,16 @@ func (c *cli) trust() *cobra.Command {
 			if comment != "" {
 				t.Comment = strings.Join(strings.Fields(comment), " ")
 			}
-			return c.editTrust(func(list []trusted) ([]trusted, error) {
+			return c.editTrust(func(lines []string, list []trusted) ([]string, error) {
 				for _, l := range list {
 					if l.Identity == t.Identity {
-						return list, nil
+						return lines, nil
 					}
 				}
-				return append(list, t), nil
+				if len(lines) == 0 {
+					lines = []string{"# identities whose images bali runs here: bali trust add|ls|rm"}
+				}
+				return append(lines, t.String()), nil
 			})
 		},
 	}
@@ -341,7 +349,7 @@ func (c *cli) trust() *cobra.Command {
 				return c.json(append([]trusted{}, list...))
 			}
 			for _, t := range list {
-				fmt.Fprintln(c.stdout, message(strings.TrimSpace(t.Text+" "+t.Comment)))
+				fmt.Fprintln(c.stdout, message(t.String()))
 			}
 			return nil
 		},
@@ -352,18 +360,18 @@ func (c *cli) trust() *cobra.Command {
 		Short: "trust an identity no longer",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			return c.editTrust(func(list []trusted) ([]trusted, error) {
+			return c.editTrust(func(lines []string, list []trusted) ([]string, error) {
 				id, err := seal.ParseIdentity(args[0])
-				var left []trusted
-				for _, t := range list {
-					if (err != nil || t.Identity != id) && t.Comment != args[0] {
-						left = append(left, t)
+				left := len(lines)
+				for _, t := range slices.Backward(list) { // so that the numbers of those before it stay right
+					if err == nil && t.Identity == id || t.Comment != "" && t.Comment == args[0] {
+						lines = slices.Delete(lines, t.line-1, t.line)
 					}
 				}
-				if len(left) == len(list) {
+				if len(lines) == left {
 					return nil, fmt.Errorf("%s is not trusted: see bali trust ls", args[0])
 				}
-				return left, nil
+				return lines, nil
 			})
 		},
 	}
@@ -371,24 +379,24 @@ func (c *cli) trust() *cobra.Command {
 	return cmd
 }
 
-// editTrust rewrites the trust file in one step.
-func (c *cli) editTrust(edit func([]trusted) ([]trusted, error)) error {
-	path, list, err := c.trustList()
+// editTrust rewrites the trust file in one step. Lines that edit leaves alone, as
+// people's own comments, stay as they are.
+func (c *cli) editTrust(edit func(lines []string, list []trusted) ([]string, error)) error {
+	path, err := c.trustPath()
 	if err != nil {
 		return err
 	}
-	if list, err = edit(list); err != nil {
+	lines, list, err := readTrust(path)
+	if err != nil {
 		return err
 	}
-	var b strings.Builder
-	b.WriteString("# identities whose images bali runs here: bali trust add|ls|rm\n")
-	for _, t := range list {
-		b.WriteString(strings.TrimSpace(t.Text+" "+t.Comment) + "\n")
+	if lines, err = edit(lines, list); err != nil {
+		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	return writeFile(path, []byte(b.String()), 0o644)
+	return writeFile(path, []byte(strings.Join(append(lines, ""), "\n")), 0o644)
 }
 
 // writeFile replaces a file in one step.

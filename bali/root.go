@@ -170,7 +170,7 @@ func (r *reading) flags(cmd *cobra.Command) {
 
 func (r *reading) fetchFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.IntVar(&r.fetch.Retries, "retries", 5, "attempts in a row without progress before giving up; -1 for none")
+	f.IntVar(&r.fetch.Retries, "retries", 5, "new attempts in a row without progress before giving up; 0 for none")
 	f.DurationVar(&r.fetch.Idle, "idle", 0, "how long a transfer may stand still (default 30s)")
 	f.StringVar(&r.fetch.SSHKey, "ssh-key", "", "private key `FILE` for sftp and scp besides the agent's")
 	f.StringVar(&r.fetch.KnownHosts, "known-hosts", "", "`FILE` instead of ~/.ssh/known_hosts")

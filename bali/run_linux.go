@@ -202,7 +202,7 @@ func (c *cli) cacheEntry(ctx context.Context, r *running, store *cache.Store, na
 	}
 	o := r.fetch
 	if known != nil && err != nil {
-		o.Retries = -1
+		o.Retries = 0
 	}
 	e, err := c.addTo(ctx, store, src, r, o, p)
 	switch {
@@ -267,7 +267,8 @@ func (r *running) configure(cfg *launch.Config, i *seal.Image, caller, command [
 }
 
 // environment is the caller's, then the image's, then the command line's. A
-// name without value keeps the caller's.
+// name without value keeps the caller's, and takes the image's away if the caller
+// has none, as docker run does.
 func environment(caller, image, flags []string) []string {
 	values := make(map[string]string)
 	set := func(list []string) {

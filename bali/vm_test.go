@@ -239,7 +239,7 @@ func TestRootSources(t *testing.T) {
 	one := p.build("one.tar.gz", "one")
 	server := httptest.NewTLSServer(http.FileServer(http.Dir(p.dir)))
 	defer server.Close()
-	p.refused("certificate", "run", "--retries", "-1", server.URL+"/one.tar.gz")
+	p.refused("certificate", "run", "--retries", "0", server.URL+"/one.tar.gz")
 	authority := filepath.Join(p.dir, "ca.pem")
 	if err := os.WriteFile(authority, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600); err != nil {
 		t.Fatal(err)
@@ -285,14 +285,14 @@ func TestRootSources(t *testing.T) {
 	if _, err := client.PutObject(t.Context(), "bucket", "images/one.tar.gz", bytes.NewReader(one), int64(len(one)), "", "", minio.PutObjectOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	cached := []string{"run", "--cache", filepath.Join(p.dir, "cache"), "--retries", "-1", image}
+	cached := []string{"run", "--cache", filepath.Join(p.dir, "cache"), "--retries", "0", image}
 	for _, args := range [][]string{{"run", image}, cached, cached} {
 		if out := p.ok(args...); out != "RAN\none\n" {
 			t.Errorf("%v: %s", args, out)
 		}
 	}
 	stop()
-	p.refused("connection refused", "run", "--retries", "-1", image)
+	p.refused("connection refused", "run", "--retries", "0", image)
 	if out := p.ok(cached...); !strings.HasSuffix(out, "RAN\none\n") || !strings.Contains(out, "starting from the cache") {
 		t.Errorf("from the cache: %s", out)
 	}

@@ -34,10 +34,10 @@ type Part struct {
 	Size int64
 }
 
-// Options say how patient to be. Zero values are defaults.
+// Options say how patient to be.
 type Options struct {
-	// Retries is how often in a row a transfer may fail without one byte of
-	// progress; 0 is 5, negative is never again.
+	// Retries is how often a transfer that failed is taken up again without one
+	// byte of progress; 0 is never.
 	Retries int
 	// Idle is how long a transfer may stand still; 0 is 30 s.
 	Idle time.Duration
@@ -143,9 +143,6 @@ type Reader struct {
 
 // Open starts reading. Close must follow.
 func Open(ctx context.Context, s Source, o Options) (*Reader, error) {
-	if o.Retries == 0 {
-		o.Retries = 5
-	}
 	if o.Idle == 0 {
 		o.Idle = 30 * time.Second
 	}
