@@ -137,12 +137,14 @@ func killCgroup(name string) error {
 	}
 	dir := filepath.Join(root, name)
 	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0); errors.Is(err, fs.ErrNotExist) {
-			return nil
-		} else if err != nil {
-			return err
+		err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
+		var events []byte
+		if err == nil {
+			events, err = os.ReadFile(filepath.Join(dir, "cgroup.events"))
 		}
-		events, err := os.ReadFile(filepath.Join(dir, "cgroup.events"))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) { // who else sweeps has removed it
+			return nil
+		}
 		if err != nil {
 			return err
 		}

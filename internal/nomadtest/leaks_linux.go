@@ -23,7 +23,7 @@ import (
 )
 
 // settleTime is what the kernel and Nomad get for clearing away.
-const settleTime = 30 * time.Second
+const settleTime = 2 * time.Minute
 
 // An inventory is everything on a node that could be left behind, each thing described by a line.
 type inventory map[string]bool
@@ -120,6 +120,29 @@ func (n *Node) Processes() ([]Process, error) {
 				all = append(all, p)
 				others[i] = Process{}
 				again = true
+			}
+		}
+	}
+	return all, nil
+}
+
+// OpenLogs are the files of allocations that Nomad's processes for tasks' logs have open.
+func (n *Node) OpenLogs() (all []string, err error) {
+	list, err := n.Processes()
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range list {
+		if len(p.Args) < 2 || p.Args[1] != "logmon" {
+			continue
+		}
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.PID))
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range files {
+			if to, err := os.Readlink(f); err == nil && strings.Contains(to, "/nomad/alloc/") {
+				all = append(all, to)
 			}
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/nomad/api"
+
+	"github.com/cradlestack/cradlestack/internal/agents"
 )
 
 // A State is what Nomad has told of itself, by ids. It is valid during the call that gets it. Allocations come without their job: JobVersion and
@@ -315,7 +318,7 @@ func (c *Cluster) UntilRunning(t testing.TB, job string) *api.AllocationListStub
 	return c.UntilAlloc(t, job, "running", Running)
 }
 
-// UntilEnded waits until a job's newest allocation has ended.
+// UntilEnded waits until a job's newest allocation has ended and its logs are whole.
 func (c *Cluster) UntilEnded(t testing.TB, job string) (a *api.AllocationListStub) {
 	t.Helper()
 	c.Until(t, "the end of job "+job, func(s *State) bool {
@@ -326,7 +329,35 @@ func (c *Cluster) UntilEnded(t testing.TB, job string) (a *api.AllocationListStu
 		a = all[0]
 		return Ended(a)
 	})
+	c.UntilWritten(t, a)
 	return a
+}
+
+// UntilWritten waits until all that an ended allocation has said is in its logs: Nomad calls tasks ended while its own processes for their logs may still
+// have something to write.
+func (c *Cluster) UntilWritten(t testing.TB, a *api.AllocationListStub) {
+	t.Helper()
+	ctx, cancel := patient(t)
+	defer cancel()
+	for _, n := range c.Nodes {
+		if n.Name != a.NodeName {
+			continue
+		}
+		if err := agents.Retry(ctx, "logs of allocation "+a.ID, func() error {
+			open, err := n.OpenLogs()
+			if errors.Is(err, fs.ErrNotExist) { // the node is down
+				return nil
+			}
+			for _, file := range open {
+				if strings.Contains(file, a.ID) {
+					err = errors.Join(err, fmt.Errorf("%s is open", file))
+				}
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // Running says whether an allocation and each of its tasks run.
