@@ -197,6 +197,24 @@ func TestVMAgentRegistries(t *testing.T) {
 		push(t, n, image, open+"/"+repository+":latest")
 	}
 	const taskAuth = "auth {\n  username = \"task\"\n  password = \"secret\"\n}\n"
+	refusals := map[string]failure{}
+	for name, test := range map[string]struct{ image, config, want string }{
+		"nobody":       {byTask + "/task/busybox", "", "not authorized by " + byTask},
+		"advice":       {byTask + "/task/busybox", "", "auth {}"},
+		"another":      {byTask + "/task/busybox", strings.Replace(taskAuth, "secret", "wrong", 1), "not authorized by " + byTask},
+		"other-server": {byTask + "/task/busybox", strings.Replace(taskAuth, "}", "  server_address = \"elsewhere.example.org\"\n}", 1), "not authorized by " + byTask},
+		"missing":      {open + "/nothing:7", "", "pull " + open + "/nothing:7: no such image at " + open},
+		"certificate":  {untrusted + "/busybox", "", "the certificate of " + untrusted + " is not good: x509: "},
+		"no TLS":       {unnamed + "/busybox", "", unnamed + " has no TLS: name it as an insecure registry"},
+		"silence":      {silent + "/busybox", "image_pull_timeout = \"2s\"", "the images were not there within 2s (image_pull_timeout)"},
+		"error":        {overloaded + "/busybox", "image_pull_timeout = \"1m\"", overloaded + " answers 503 Service Unavailable"},
+		"refused":      {nobody + "/busybox", "", "connection refused"},
+		"daemon":       {"docker-daemon:busybox", "", "start it, or set DOCKER_HOST"},
+		"unknown":      {mirrored + "/nothing", "", mirrored},
+	} {
+		refusals[name] = failure{batch(imageJob("no-"+strings.ReplaceAll(name, " ", "-"), test.image, "", test.config, "", once)), test.want}
+	}
+	refused := fail(t, c, refusals)
 	t.Run("all", func(t *testing.T) { // ends before the registries do
 		for name, test := range map[string]struct{ image, config string }{
 			"open":             {open + "/busybox", ""},
@@ -218,26 +236,8 @@ func TestVMAgentRegistries(t *testing.T) {
 				}
 			})
 		}
-		for name, test := range map[string]struct{ image, config, want string }{
-			"nobody":       {byTask + "/task/busybox", "", "not authorized by " + byTask},
-			"advice":       {byTask + "/task/busybox", "", "auth {}"},
-			"another":      {byTask + "/task/busybox", strings.Replace(taskAuth, "secret", "wrong", 1), "not authorized by " + byTask},
-			"other-server": {byTask + "/task/busybox", strings.Replace(taskAuth, "}", "  server_address = \"elsewhere.example.org\"\n}", 1), "not authorized by " + byTask},
-			"missing":      {open + "/nothing:7", "", "pull " + open + "/nothing:7: no such image at " + open},
-			"certificate":  {untrusted + "/busybox", "", "the certificate of " + untrusted + " is not good: x509: "},
-			"no TLS":       {unnamed + "/busybox", "", unnamed + " has no TLS: name it as an insecure registry"},
-			"silence":      {silent + "/busybox", "image_pull_timeout = \"2s\"", "the images were not there within 2s (image_pull_timeout)"},
-			"error":        {overloaded + "/busybox", "image_pull_timeout = \"20s\"", overloaded + " answers 503 Service Unavailable"},
-			"refused":      {nobody + "/busybox", "", "connection refused"},
-			"daemon":       {"docker-daemon:busybox", "", "start it, or set DOCKER_HOST"},
-			"unknown":      {mirrored + "/nothing", "", mirrored},
-		} {
-			t.Run(name, func(t *testing.T) {
-				t.Parallel()
-				failsWith(t, c, batch(imageJob("no-"+strings.ReplaceAll(name, " ", "-"), test.image, "", test.config, "", once)), test.want)
-			})
-		}
 	})
+	refused()
 
 	// The restart policy is on pulls as on all else: once the image is there, the task runs.
 	job := c.Run(t, imageJob("later", open+"/later", "echo here; sleep 1000", "", "", `

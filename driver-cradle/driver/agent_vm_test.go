@@ -33,7 +33,7 @@ func openAgents(t *testing.T) *nomadtest.Cluster {
 			return
 		}
 		agents.Cluster, agents.err = startAgents(t.Context(), nomadtest.Options{
-			Client: fmt.Sprintf("gc_max_allocs = 1000\nhost_volume \"tests\" {\n  path = %q\n}", hostVolume()),
+			Client: fmt.Sprintf("gc_max_allocs = 1000\nmax_kill_timeout = \"3m\"\nhost_volume \"tests\" {\n  path = %q\n}", hostVolume()),
 		})
 	})
 	if agents.err != nil {
@@ -78,7 +78,7 @@ volumes {
 
 var buildPlugin = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(shared.dir, "nomad-driver-cradle")
-	build := exec.Command("go", "build", "-o", path, "..")
+	build := exec.Command("go", "build", "-trimpath", "-o", path, "..") // as make build does: all but the linking is there
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
@@ -143,11 +143,10 @@ EOS
 func eventually(t *testing.T, ask func() string, ok func(string) bool) {
 	t.Helper()
 	var got string
-	for range 600 {
+	for begin := time.Now(); time.Since(begin) < nomadtest.Patience; time.Sleep(100 * time.Millisecond) {
 		if got = ask(); ok(got) {
 			return
 		}
-		time.Sleep(100 * time.Millisecond)
 	}
 	t.Errorf("it stays at\n%s", got)
 }
@@ -168,12 +167,26 @@ func events(t *testing.T, c *nomadtest.Cluster, alloc string) string {
 	return b.String()
 }
 
-// failsWith runs a job whose allocation is to fail, and Nomad is to tell why.
-func failsWith(t *testing.T, c *nomadtest.Cluster, job, want string) {
+// A failure is a job whose allocation is to fail, and what Nomad is to tell of that.
+type failure struct{ job, want string }
+
+// fail runs jobs, all at a time; what it returns checks them.
+func fail(t *testing.T, c *nomadtest.Cluster, all map[string]failure) (check func()) {
 	t.Helper()
-	a := c.UntilEnded(t, c.Run(t, job))
-	if got := events(t, c, a.ID); a.ClientStatus != "failed" || !strings.Contains(got, want) {
-		t.Errorf("it is %s\n%s", a.ClientStatus, got)
+	jobs := map[string]string{}
+	for name, f := range all {
+		jobs[name] = c.Run(t, f.job)
+	}
+	return func() {
+		for name, f := range all {
+			t.Run(name, func(t *testing.T) {
+				a := c.UntilEnded(t, jobs[name])
+				if a.ClientStatus != api.AllocClientStatusFailed {
+					t.Errorf("the allocation is %s", a.ClientStatus)
+				}
+				eventually(t, func() string { return events(t, c, a.ID) }, func(s string) bool { return strings.Contains(s, f.want) })
+			})
+		}
 	}
 }
 
@@ -185,7 +198,7 @@ type nomadAlloc = api.AllocationListStub
 func TestVMAgentLife(t *testing.T) {
 	c := openAgents(t)
 	job := c.Run(t, jobOf("life", `trap 'echo got hup' HUP; trap 'echo got 37' 37; trap 'echo got int; exit 0' INT; echo up; echo oops >&2; while :; do sleep 0.1; done`,
-		"", "kill_signal = \"SIGINT\"\nkill_timeout = \"20s\"\nuser = \"nobody\"\nenv {\n  COLOUR = \"red\"\n}\naction \"greet\" {\n  command = \"echo\"\n  args    = [\"hello from an action\"]\n}\n"))
+		"", "kill_signal = \"SIGINT\"\nkill_timeout = \"3m\"\nuser = \"nobody\"\nenv {\n  COLOUR = \"red\"\n}\naction \"greet\" {\n  command = \"echo\"\n  args    = [\"hello from an action\"]\n}\n"))
 	a := c.UntilRunning(t, job)
 	c.UntilLogsHave(t, a.ID, "main", "stdout", "up\n")
 	c.UntilLogsHave(t, a.ID, "main", "stderr", "oops\n")
@@ -300,28 +313,19 @@ func TestVMAgentKillTimeout(t *testing.T) {
 
 func TestVMAgentFailures(t *testing.T) {
 	c := openAgents(t)
-	for _, test := range []struct{ name, job, want string }{
-		{"exit", jobOf("exit", "exit 9", "", "", once), "Exit Code: 9"},
-		{"oom", jobOf("oom", "tail /dev/zero", "", "", once), "oom_killed:true"},
-		{"command", strings.Replace(jobOf("command", "", "", "", once), `"sh"`, `"nothere"`, 1), "executable file not found"},
-		{"image", strings.Replace(jobOf("image", "", "", "", once), "busybox", "missing", 1), "missing"},
-		{"key", jobOf("key", "", "hostnam = \"x\"", "", once), "hostnam"},
-		{"value", jobOf("value", "", "hostname = \"not a name\"", "", once), "hostname: "},
-		{"host path", jobOf("path", "", "volumes = [\"/etc:/host\"]", "", once), "/etc is not below one of the paths that this client's operator allows"},
-		{"missing path", jobOf("missing", "", "volumes = [\"local/nope:/host\"]", "", once), "does not exist"},
-		{"user", jobOf("user", "", "", "user = \"nosuchuser\"", once), "nosuchuser"},
-		{"host network", jobOf("net", "", "", "", once+"network {\n  mode = \"host\"\n  port \"http\" {}\n}\n"), "microVM"},
-		{"snp", jobOf("snp", "", "variant = \"snp\"", "", once), "snp is not supported yet"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			a := c.UntilEnded(t, c.Run(t, test.job))
-			if a.ClientStatus != api.AllocClientStatusFailed {
-				t.Errorf("the allocation is %s", a.ClientStatus)
-			}
-			eventually(t, func() string { return events(t, c, a.ID) }, func(s string) bool { return strings.Contains(s, test.want) })
-		})
-	}
+	fail(t, c, map[string]failure{
+		"exit":         {jobOf("exit", "exit 9", "", "", once), "Exit Code: 9"},
+		"oom":          {jobOf("oom", "tail /dev/zero", "", "", once), "oom_killed:true"},
+		"command":      {strings.Replace(jobOf("command", "", "", "", once), `"sh"`, `"nothere"`, 1), "executable file not found"},
+		"image":        {strings.Replace(jobOf("image", "", "", "", once), "busybox", "missing", 1), "missing"},
+		"key":          {jobOf("key", "", "hostnam = \"x\"", "", once), "hostnam"},
+		"value":        {jobOf("value", "", "hostname = \"not a name\"", "", once), "hostname: "},
+		"host path":    {jobOf("path", "", "volumes = [\"/etc:/host\"]", "", once), "/etc is not below one of the paths that this client's operator allows"},
+		"missing path": {jobOf("missing", "", "volumes = [\"local/nope:/host\"]", "", once), "does not exist"},
+		"user":         {jobOf("user", "", "", "user = \"nosuchuser\"", once), "nosuchuser"},
+		"host network": {jobOf("net", "", "", "", once+"network {\n  mode = \"host\"\n  port \"http\" {}\n}\n"), "microVM"},
+		"snp":          {jobOf("snp", "", "variant = \"snp\"", "", once), "snp is not supported yet"},
+	})()
 }
 
 // A task whose logs Nomad does not want runs as any other.
@@ -330,10 +334,7 @@ func TestVMAgentWithoutLogs(t *testing.T) {
 	job := c.Run(t, jobOf("silent", "echo nobody hears it; echo nor this >&2; exec sleep 1000", "", "logs {\n  disabled = true\n}\n"))
 	a := c.UntilRunning(t, job)
 	killPlugin(t, c.Clients()[0])
-	eventually(t, func() string { // the plugin is back in a moment
-		out, stderr, _ := c.TryCLI(t, "", "alloc", "exec", a.ID, "echo", "here")
-		return out + stderr
-	}, func(s string) bool { return s == "here\n" })
+	execIsBack(t, c, a.ID)
 	c.Stop(t, job)
 }
 
@@ -412,8 +413,9 @@ func TestVMAgentTemplates(t *testing.T) {
 	}
 	put("blue", "large", "square")
 	c.UntilLogsHave(t, a.ID, "main", "stdout", begun+"hup\ncolour blue\n"+"colour blue\nsize large\nshape square\nkey\n/alloc/data\nyes\n")
-	if info, _, err := c.API.Allocations().Info(a.ID, nil); err != nil || info.TaskStates["main"].Restarts != 1 {
-		t.Errorf("the task was restarted %d times: %v", info.TaskStates["main"].Restarts, err)
+	a = c.UntilAlloc(t, job, "restarted", func(a *nomadAlloc) bool { return a.TaskStates["main"].Restarts > 0 })
+	if n := a.TaskStates["main"].Restarts; n != 1 {
+		t.Errorf("the task was restarted %d times", n)
 	}
 }
 
@@ -440,9 +442,7 @@ func TestVMAgentRestarts(t *testing.T) {
 	killPlugin(t, node)
 	plugins++
 	more("the plugin was killed")
-	if got := c.CLI(t, "alloc", "exec", a.ID, "echo", "still here"); got != "still here\n" {
-		t.Errorf("exec after the plugin's restart: %q", got)
-	}
+	execIsBack(t, c, a.ID)
 	if err := node.StopAgents(); err != nil { // which ends the plugin
 		t.Fatal(err)
 	}
@@ -469,6 +469,15 @@ func startAgain(t *testing.T, c *nomadtest.Cluster, n *nomadtest.Node, alloc str
 		t.Fatal(err)
 	}
 	c.UntilAnswers(t, alloc)
+}
+
+// execIsBack waits until a command runs in a task again: its plugin was killed and is back in a moment, and so is the client's handle of the task.
+func execIsBack(t *testing.T, c *nomadtest.Cluster, alloc string) {
+	t.Helper()
+	eventually(t, func() string {
+		out, stderr, _ := c.TryCLI(t, "", "alloc", "exec", alloc, "echo", "still here")
+		return out + stderr
+	}, func(s string) bool { return s == "still here\n" })
 }
 
 func killPlugin(t *testing.T, n *nomadtest.Node) {

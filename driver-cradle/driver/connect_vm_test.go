@@ -54,8 +54,9 @@ job "mesh" {
         command = "/bin/sh"
         args    = ["-c", <<EOS
           until curl --silent --max-time 10 http://127.0.0.1:8080/; do sleep 1; done
-          curl --silent --max-time 10 http://$(hostname -I | cut -d' ' -f1):8080/ || echo "at the pod's address: $?"
-          curl --silent --fail --max-time 10 --output /dev/null http://$(ip route | awk '/^default/ {print $3}'):8500/v1/status/leader && echo consul answers
+          curl --silent --max-time 60 http://$(hostname -I | cut -d' ' -f1):8080/ || echo "at the pod's address: $?"
+          until curl --silent --fail --max-time 10 --output /dev/null http://$(ip route | awk '/^default/ {print $3}'):8500/v1/status/leader; do sleep 1; done
+          echo consul answers
           exec sleep 100000
         EOS
         ]

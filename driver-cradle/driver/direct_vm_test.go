@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/nomad/plugins/drivers"
 	"golang.org/x/sys/unix"
@@ -132,13 +131,16 @@ func TestVMDirect(t *testing.T) {
 	throttled(t, c, task, files, 500, 8<<20)
 
 	first := files.total()
-	files.want(204, "POST", "/freeze", `{"timeout": "1m"}`)
-	files.want(204, "POST", "/freeze", `{"timeout": "30s"}`)
+	files.want(204, "POST", "/freeze", `{"timeout": "10m"}`)
+	files.want(204, "POST", "/freeze", `{"timeout": "5m"}`)
 	files.want(409, "POST", "/resize", `{"size": "64MiB"}`) // frozen
 	files.want(204, "POST", "/thaw", "")
 	files.want(409, "POST", "/thaw", "")
 	files.want(204, "POST", "/freeze", `{"timeout": "500ms"}`)
-	time.Sleep(1500 * time.Millisecond)
+	eventually(t, func() string { // what is frozen is not resized
+		code, _ := files.call("POST", "/resize", `{"size": "64MiB"}`)
+		return fmt.Sprint(code)
+	}, func(s string) bool { return s == "204" })
 	files.want(409, "POST", "/thaw", "")
 	files.size(128 << 20)
 	for range 2 {
@@ -176,7 +178,7 @@ func TestVMDirect(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, func() string { return fmt.Sprint(files.total() > 160<<20) }, func(s string) bool { return s == "true" })
-	files.want(204, "POST", "/freeze", `{"timeout": "1m"}`)
+	files.want(204, "POST", "/freeze", `{"timeout": "5m"}`)
 	files.want(204, "POST", "/thaw", "")
 
 	if err := c.harness.DestroyTask(task.ID, true); err != nil {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
 // What a client that can't run pods says of itself.
@@ -48,7 +49,7 @@ func TestVMFingerprint(t *testing.T) {
 				t.Setenv("PATH", test.path)
 			}
 			c := newClient(t, test.edit)
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
 			defer cancel()
 			ch, err := c.harness.Fingerprint(ctx)
 			if err != nil {
@@ -76,7 +77,7 @@ func TestVMFingerprint(t *testing.T) {
 
 // A pod that Nomad does not recover is ended after a while; one that it does recover is not. What is no pod yet goes at once.
 func TestVMOrphans(t *testing.T) {
-	c := newClient(t, func(c *config) { c.GC = &gcConfig{OrphanDelay: "3s"} })
+	c := newClient(t, func(c *config) { c.GC = &gcConfig{OrphanDelay: "10s"} })
 	forgotten, known := c.task("sleep 1000", nil), c.task("sleep 1000", nil)
 	c.start(forgotten)
 	handle := c.start(known)
@@ -108,7 +109,7 @@ func TestVMOrphans(t *testing.T) {
 
 // A client that is killed before it could note a task's start either starts it again, or has no use for it: the same plugin process has it, and ends it.
 func TestVMForgotten(t *testing.T) {
-	c := newClient(t, func(c *config) { c.GC = &gcConfig{OrphanDelay: "3s"} })
+	c := newClient(t, func(c *config) { c.GC = &gcConfig{OrphanDelay: "10s"} })
 	if _, err := c.harness.Fingerprint(t.Context()); err != nil { // there is a client
 		t.Fatal(err)
 	}

@@ -30,6 +30,7 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/boot"
 	"github.com/cradlestack/cradlestack/driver-cradle/boot/boottest"
 	"github.com/cradlestack/cradlestack/driver-cradle/vmm"
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -244,7 +245,7 @@ func (c *client) start(t *drivers.TaskConfig) *drivers.TaskHandle {
 // wait waits for a task's end.
 func (c *client) wait(t *drivers.TaskConfig) *drivers.ExitResult {
 	c.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
 	defer cancel()
 	ch, err := c.harness.WaitTask(ctx, t.ID)
 	if err != nil {
@@ -262,12 +263,12 @@ func (c *client) wait(t *drivers.TaskConfig) *drivers.ExitResult {
 	return nil
 }
 
-// logs is what Nomad has got of a task's output, once it is as expected or half a minute later.
+// logs is what Nomad has got of a task's output, once it is as expected or nothing more is waited for.
 func (c *client) logs(t *drivers.TaskConfig, stream, want string) {
 	c.Helper()
 	path := filepath.Join(t.TaskDir().LogDir, t.Name+"."+stream+".0")
 	var got []byte
-	for range 300 {
+	for begin := time.Now(); time.Since(begin) < nomadtest.Patience; {
 		got, _ = os.ReadFile(path)
 		if string(got) == want {
 			return
@@ -365,9 +366,19 @@ func TestVMDNS(t *testing.T) {
 // The plugin is ended and started again while the task writes; nothing of its output is missing or there twice. Meanwhile the machine holds Nomad's pipes.
 func TestVMRecover(t *testing.T) {
 	c := newClient(t, nil)
-	task := c.task("for i in 1 2 3 4 5 6; do echo $i; sleep 1; done; exit 3", nil)
+	task := c.task("i=0; until [ -e /enough ]; do i=$((i+1)); echo $i; sleep 0.1; done; exit 3", nil)
+	path := filepath.Join(task.TaskDir().LogDir, task.Name+".stdout.0")
+	lines := func() int {
+		out, _ := os.ReadFile(path)
+		return strings.Count(string(out), "\n")
+	}
+	more := func() {
+		t.Helper()
+		want := lines() + 10
+		eventually(t, func() string { return fmt.Sprintf("%d lines of %d", lines(), want) }, func(string) bool { return lines() >= want })
+	}
 	h := c.start(task)
-	time.Sleep(2 * time.Second)
+	more()
 	c.close()
 	for _, path := range []string{task.StdoutPath, task.StderrPath} {
 		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
@@ -384,10 +395,18 @@ func TestVMRecover(t *testing.T) {
 	if err := c.harness.RecoverTask(h); err != nil {
 		t.Fatal(err)
 	}
+	more()
+	if r, err := c.harness.ExecTask(task.ID, []string{"touch", "/enough"}, nomadtest.Patience); err != nil || !r.ExitResult.Successful() {
+		t.Fatalf("touch: %+v, %v", r, err)
+	}
 	if r := c.wait(task); r.ExitCode != 3 || r.Err != nil {
 		t.Errorf("result %+v", r)
 	}
-	c.logs(task, "stdout", "1\n2\n3\n4\n5\n6\n")
+	out, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gapless(t, string(out), 0)
 }
 
 func TestVMStop(t *testing.T) {
@@ -408,7 +427,7 @@ func TestVMStats(t *testing.T) {
 	c := newClient(t, nil)
 	task := c.task("head -c 20000000 /dev/zero >/dev/shm/file; while :; do :; done", nil)
 	c.start(task)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
 	defer cancel()
 	ch, err := c.harness.TaskStats(ctx, task.ID, time.Second)
 	if err != nil {
