@@ -189,11 +189,10 @@ func TestHalfClose(t *testing.T) {
 	}
 	a.served.Wait()
 	a.Close()
-	for range 100 {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if runtime.NumGoroutine() <= before {
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	all := make([]byte, 1<<20)
 	t.Errorf("%d goroutines were there, %d are\n%s", before, runtime.NumGoroutine(), all[:runtime.Stack(all, true)])
