@@ -1,8 +1,10 @@
 package stack
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"net"
 	"net/netip"
@@ -23,13 +25,30 @@ import (
 
 const forwarding = "/proc/sys/net/ipv4/ip_forward"
 
+// lockHost keeps other stacks from coming up and from being swept until done is called: none is to choose what another has chosen and does not use yet, or
+// to remove what all share while another begins to use it.
+func lockHost(ctx context.Context) (done func(), err error) {
+	dir, err := os.Open(unified()) // every stack has its cgroup there
+	if err != nil {
+		return nil, err
+	}
+	if err := agents.Retry(ctx, "another stack that comes up or goes down on this host", func() error {
+		return unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}); err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return func() { dir.Close() }, nil
+}
+
 // settleIn chooses ports, bridge and addresses that nobody else on the host has. The ports are for good: Nomad and Consul remember them.
 func (s *Stack) settleIn() error {
+	from, first := 10000, 0
+	if s.dir != DefaultDir { // others come and go while one is down, and don't begin with what that one has had
+		sum := crc32.ChecksumIEEE([]byte(s.dir))
+		from, first = 20000+int(sum%40)*100, int(sum%bridges)
+	}
 	if s.record.Offset == 0 {
-		from := 10000
-		if s.dir != DefaultDir {
-			from = 20000 // others come and go while the first one is down
-		}
 		for try := from; try < 45000 && s.record.Offset == 0; try += 100 {
 			if portsFree(agents.DefaultPorts(try), order...) == nil {
 				s.record.Offset = try
@@ -40,7 +59,7 @@ func (s *Stack) settleIn() error {
 		}
 	}
 	s.record.Bridge = ""
-	for i := 0; s.record.Bridge == ""; i++ {
+	for i := first; s.record.Bridge == ""; i++ {
 		s.record.Bridge = "cradle" + strconv.Itoa(i)
 		_, err := netlink.LinkByName(s.record.Bridge)
 		if errors.As(err, &netlink.LinkNotFoundError{}) {
@@ -67,6 +86,9 @@ func (s *Stack) settleIn() error {
 	return s.save()
 }
 
+// bridges are how many stacks of a host can have addresses.
+const bridges = 16
+
 // freeSubnet is one of 4096 addresses that no route of the host's leads to. Stacks that are down have none: the bridge's number keeps them apart.
 func freeSubnet(bridge string) (string, error) {
 	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
@@ -77,8 +99,8 @@ func freeSubnet(bridge string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for i := range 16 {
-		subnet := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 27, byte((number + i) % 16 * 16), 0}), 20)
+	for i := range bridges {
+		subnet := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 27, byte((number + i) % bridges * 16), 0}), 20)
 		taken := slices.ContainsFunc(routes, func(r netlink.Route) bool {
 			if r.Dst == nil || r.Dst.IP.IsUnspecified() {
 				return false
@@ -104,11 +126,7 @@ func (s *Stack) portsFree(c agents.Config, name string) error {
 
 func portsFree(p agents.Ports, names ...string) error {
 	for _, name := range names {
-		ports := map[string][]int{
-			agents.Consul: {p.ConsulHTTP, p.ConsulDNS, p.ConsulRPC, p.ConsulSerf, p.ConsulGRPC}, agents.Server: {p.HTTP, p.RPC, p.Serf}, agents.Client: {p.ClientHTTP},
-			dockerAPI: {p.Registry},
-		}[name]
-		for _, port := range ports {
+		for _, port := range portsOf(p, name) {
 			// All addresses: a program that listens on them all takes the loopback interface's, too.
 			l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 			if err != nil {
@@ -118,6 +136,25 @@ func portsFree(p agents.Ports, names ...string) error {
 		}
 	}
 	return nil
+}
+
+// portsOf are the ports of one of a stack's processes.
+func portsOf(p agents.Ports, name string) []int {
+	return map[string][]int{
+		agents.Consul: {p.ConsulHTTP, p.ConsulDNS, p.ConsulRPC, p.ConsulSerf, p.ConsulGRPC}, agents.Server: {p.HTTP, p.RPC, p.Serf}, agents.Client: {p.ClientHTTP},
+		dockerAPI: {p.Registry},
+	}[name]
+}
+
+// ports are all of the stack's, as Nomad reads them.
+func (s *Stack) ports() string {
+	all := []string{strconv.Itoa(s.nfsPort())}
+	for _, name := range order {
+		for _, port := range portsOf(agents.DefaultPorts(s.record.Offset), name) {
+			all = append(all, strconv.Itoa(port))
+		}
+	}
+	return strings.Join(all, ",")
 }
 
 // allocs are the allocations whose directories are there.
@@ -161,7 +198,12 @@ func (s *Stack) mounts() ([]string, error) {
 const netnsDir = "/run/netns"
 
 // sweep removes what agents leave on the host by design, and what they could not clear up.
-func (s *Stack) sweep() error {
+func (s *Stack) sweep(ctx context.Context) error {
+	done, err := lockHost(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	ids, err := s.allocs()
 	if err != nil {
 		return err
@@ -249,14 +291,8 @@ func (s *Stack) removeNetwork() error {
 		return fmt.Errorf("remove bridge %s: %w", s.record.Bridge, err)
 	}
 	for _, table := range []string{"filter", "nat"} {
-		rules, err := command("", "iptables-save", "-t", table)
-		if err != nil {
+		if err := clearTable(table, s.record.Bridge); err != nil {
 			return err
-		}
-		if edit := unneeded(table, rules, s.record.Bridge); edit != "" {
-			if _, err := command(edit, "iptables-restore", "--noflush"); err != nil {
-				return err
-			}
 		}
 	}
 	if s.record.Forwarded {
@@ -268,6 +304,23 @@ func (s *Stack) removeNetwork() error {
 		return err
 	}
 	return os.WriteFile(forwarding, []byte("0"), 0)
+}
+
+// clearTable removes what is not needed without a bridge. Others, as Nomad's plugins, change the table at any moment: what they have changed is looked at again.
+func clearTable(table, bridge string) error {
+	for try := 0; ; try++ {
+		rules, err := command("", "iptables-save", "-t", table)
+		if err != nil {
+			return err
+		}
+		edit := unneeded(table, rules, bridge)
+		if edit == "" {
+			return nil
+		}
+		if _, err = command(edit, "iptables-restore", "--wait", "--noflush"); err == nil || try == 10 {
+			return err
+		}
+	}
 }
 
 var ruleChain = regexp.MustCompile(`^-A (\S+)`)

@@ -32,9 +32,9 @@ import (
 const DefaultDir = "/var/lib/cradlestack"
 
 const (
-	readyLimit = 2 * time.Minute  // for agents that come up
-	drainLimit = 5 * time.Minute  // for jobs that end
-	endLimit   = 30 * time.Second // for agents that end
+	readyLimit = 5 * time.Minute // for agents that come up
+	drainLimit = 5 * time.Minute // for jobs that end
+	endLimit   = time.Minute     // for agents that end
 )
 
 // A Stack is one node, up or not.
@@ -143,7 +143,9 @@ func (s *Stack) config() (agents.Config, error) {
     }`, s.dir, pkg)},
 			"raw_exec": {Config: "    enabled = true"}, // of the volumes' plugin
 		},
-		MoreAgent: "telemetry {\n  publish_allocation_metrics = true\n}\n", // or Nomad does not ask how much tasks use
+		// Nomad's own choices of ports for jobs are to be none of the stack's, which pods would take over.
+		MoreClient: fmt.Sprintf("  reserved {\n    reserved_ports = %q\n  }\n", s.ports()),
+		MoreAgent:  "telemetry {\n  publish_allocation_metrics = true\n}\n", // or Nomad does not ask how much tasks use
 	}, nil
 }
 
@@ -165,6 +167,11 @@ func (s *Stack) up(ctx context.Context) error {
 	if err := s.findTools(); err != nil { // which may build them first
 		return err
 	}
+	done, err := lockHost(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	ctx, cancel := context.WithTimeout(ctx, readyLimit)
 	defer cancel()
 	if s.record.Bridge == "" || !s.running() {
@@ -473,7 +480,7 @@ func (s *Stack) down(ctx context.Context) error {
 			}
 		}
 	}
-	if err := s.sweep(); err != nil {
+	if err := s.sweep(ctx); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	errs = append(errs, os.RemoveAll(s.runDir()), s.removeContext(ctx))

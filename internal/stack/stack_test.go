@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"context"
 	"strings"
 	"testing"
 )
@@ -71,4 +72,22 @@ COMMIT
 			}
 		})
 	}
+}
+
+// Of two stacks one comes up at a time.
+func TestLockHost(t *testing.T) {
+	done, err := lockHost(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	impatient, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := lockHost(impatient); err == nil || !strings.Contains(err.Error(), "another stack") {
+		t.Errorf("a second one: %v", err)
+	}
+	done()
+	if done, err = lockHost(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	done()
 }
