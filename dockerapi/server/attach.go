@@ -220,8 +220,8 @@ func (s *Server) createExec(w http.ResponseWriter, r *http.Request, t *tenant, c
 	return dockerhttp.Answer(w, http.StatusCreated, made)
 }
 
-// podWait bounds what a list asks of each pod.
-const podWait = 2 * time.Second
+// podWait bounds what a list asks of each pod: one that does not answer is not to keep the others from being told of.
+const podWait = 10 * time.Second
 
 func checkPlatform(p string) error {
 	parts := strings.Split(p, "/")

@@ -18,7 +18,7 @@ import (
 )
 
 func (s *Server) inspectContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
-	one := t.ask(r.Context(), c)
+	one := t.ask(r.Context(), c, podTimeout)
 	argv := slices.Concat(c.Config.Entrypoint, c.Config.Cmd)
 	path, args := "", []string{}
 	if len(argv) > 0 {

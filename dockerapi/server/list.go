@@ -88,8 +88,8 @@ type seen struct {
 	inside *container.InspectResponse
 }
 
-// ask completes a running container's state with what its pod tells.
-func (t *tenant) ask(ctx context.Context, r *record) *seen {
+// ask completes a running container's state with what its pod tells within a time.
+func (t *tenant) ask(ctx context.Context, r *record, wait time.Duration) *seen {
 	s := &seen{record: r, state: t.statusOf(r)}
 	if !s.state.Running {
 		return s
@@ -98,7 +98,7 @@ func (t *tenant) ask(ctx context.Context, r *record) *seen {
 	if err != nil {
 		return s
 	}
-	ctx, cancel := context.WithTimeout(ctx, podWait)
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	var c container.InspectResponse
 	if err := p.call(ctx, http.MethodGet, inside("/json"), nil, nil, &c); err != nil || c.State == nil {
@@ -131,7 +131,7 @@ func (t *tenant) askAll(ctx context.Context, all []*record, every bool) []*seen 
 		work.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			out[i] = t.ask(ctx, r)
+			out[i] = t.ask(ctx, r, podWait)
 		})
 	}
 	work.Wait()
