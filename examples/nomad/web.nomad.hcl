@@ -39,7 +39,7 @@ job "web" {
         container "clock" {
           image   = "${var.images}/busybox"
           command = "sh"
-          args    = ["-c", "while true; do date +'<p>It is %T in the pod.</p>' >/pages/clock.html; sleep 1; done"]
+          args    = ["-c", "cd /pages && while true; do date +'<p>It is %T in the pod.</p>' >clock.new && mv clock.new clock.html; sleep 1; done"]
           mount {
             source = "pages"
             target = "/pages"

@@ -100,7 +100,7 @@ func (d *demo) mariadb(ctx context.Context) error {
 	}
 	client := []string{"mariadb", "--host=127.0.0.1", "--port=" + port, "--user=root", "--password=secret", "--connect-timeout=5", "--skip-column-names", "--batch", "shop", "--execute"}
 	sql := func(statement string) []string { return append(client[:len(client):len(client)], statement) }
-	if err := d.until(ctx, 4*time.Minute, sql("SELECT VERSION()")...); err != nil {
+	if err := d.until(ctx, sql("SELECT VERSION()")...); err != nil {
 		return err
 	}
 	if _, err := d.command(ctx, sql("CREATE TABLE goods (name TEXT, amount INT); INSERT INTO goods VALUES ('cradle', 42)")...); err != nil {
@@ -113,7 +113,7 @@ func (d *demo) mariadb(ctx context.Context) error {
 	if err := d.start(ctx, "db"); err != nil {
 		return err
 	}
-	if err := d.until(ctx, 2*time.Minute, sql("SELECT 1")...); err != nil {
+	if err := d.until(ctx, sql("SELECT 1")...); err != nil {
 		return err
 	}
 	return d.expect(ctx, "cradle\t42", sql("SELECT * FROM goods")...)
@@ -126,7 +126,7 @@ func (d *demo) nginx(ctx context.Context) error {
 		return err
 	}
 	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
-	if err := d.until(ctx, time.Minute, page...); err != nil {
+	if err := d.until(ctx, page...); err != nil {
 		return err
 	}
 	return d.expect(ctx, "nginx", page...)
@@ -139,7 +139,7 @@ func (d *demo) redis(ctx context.Context) error {
 		return err
 	}
 	ping := []string{"redis-cli", "-h", "127.0.0.1", "-p", port, "ping"}
-	if err := d.until(ctx, time.Minute, ping...); err != nil {
+	if err := d.until(ctx, ping...); err != nil {
 		return err
 	}
 	return d.expect(ctx, "PONG", ping...)
@@ -206,11 +206,14 @@ func (d *demo) quiet(ctx context.Context, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
+// patience bounds every wait: emulated machines on a busy host take their time.
+const patience = 10 * time.Minute
+
 // until repeats a client's command while its server is coming up.
-func (d *demo) until(ctx context.Context, limit time.Duration, args ...string) error {
+func (d *demo) until(ctx context.Context, args ...string) error {
 	d.show(args)
 	begin := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		_, err := d.quiet(ctx, args...)
@@ -224,7 +227,7 @@ func (d *demo) until(ctx context.Context, limit time.Duration, args ...string) e
 			if d.stack == "" {
 				logs, _ = d.quiet(context.WithoutCancel(ctx), "kcradle", "logs", d.pods[len(d.pods)-1])
 			}
-			return fmt.Errorf("no answer after %s: %w\n%s", limit, err, logs)
+			return fmt.Errorf("no answer after %s: %w\n%s", patience, err, logs)
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
@@ -249,7 +252,7 @@ func (d *demo) expect(ctx context.Context, want string, args ...string) error {
 // cleanUp ends the pods and removes their directories.
 func (d *demo) cleanUp(kcradle string) error {
 	d.title("cleaning up")
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	var errs []error
 	stopped := map[string]bool{}

@@ -90,7 +90,7 @@ func (d *demo) database(ctx context.Context) error {
 		if err := d.job(ctx, "jobs/mariadb.nomad.hcl"); err != nil {
 			return err
 		}
-		return d.until(ctx, 4*time.Minute, sql("SELECT 'up'")...)
+		return d.until(ctx, sql("SELECT 'up'")...)
 	}
 	if err := run(); err != nil {
 		return err
@@ -114,7 +114,7 @@ func (d *demo) batch(ctx context.Context) error {
 	if err := d.job(ctx, "jobs/batch.nomad.hcl"); err != nil {
 		return err
 	}
-	if err := d.until(ctx, time.Minute, "sh", "-c", "nomad alloc logs -job batch | grep -x 47"); err != nil {
+	if err := d.until(ctx, "sh", "-c", "nomad alloc logs -job batch | grep -x 47"); err != nil {
 		return err
 	}
 	if err := d.job(ctx, "jobs/periodic.nomad.hcl"); err != nil {
@@ -138,7 +138,7 @@ func (d *demo) docker(ctx context.Context) error {
 		return err
 	}
 	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
-	if err := d.until(ctx, time.Minute, page...); err != nil {
+	if err := d.until(ctx, page...); err != nil {
 		return err
 	}
 	if err := d.expect(ctx, "nginx", page...); err != nil {
@@ -156,5 +156,5 @@ func (d *demo) update(ctx context.Context) error {
 	if err := d.job(ctx, "-detach", "-var", "greeting=new", "jobs/canary.nomad.hcl"); err != nil {
 		return err
 	}
-	return d.until(ctx, 2*time.Minute, "nomad", "job", "promote", "-detach", "canary") // refused until the canary is healthy
+	return d.until(ctx, "nomad", "job", "promote", "-detach", "canary") // refused until the canary is healthy
 }

@@ -103,7 +103,7 @@ func examples(t *testing.T, root string, blocks *regexp.Regexp) string {
 // bash runs a script in a directory, as a reader would who has the programs in $PATH.
 func bash(t *testing.T, root, dir, script string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euxo", "pipefail", "-c", script)
 	cmd.Dir = dir
