@@ -41,6 +41,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	if *only != "" && *into != "" {
+		return errors.New("-write replaces the whole table: it goes without -only")
+	}
 	if os.Getuid() != 0 {
 		return errors.New("root is needed: run make bench as root")
 	}
