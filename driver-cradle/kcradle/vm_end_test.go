@@ -176,37 +176,50 @@ func TestVMMonitorKilledWhileStarting(t *testing.T) {
 // A QEMU that hangs, attended to or not: commands tell the way out in bounded time, and stop and kill are it.
 func TestVMHungMachine(t *testing.T) {
 	w := theWorld(t)
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
 	for _, c := range []struct {
-		name       string
-		unattended bool
-		tell       [][]string // fail with the way out
-		end        []string
+		name                   string
+		foreground, unattended bool
+		tell, end              []string // fails with the way out; ends it
+		says                   string
 	}{
-		{"attended, kill", false, [][]string{{"status"}}, []string{"kill"}},
-		{"attended, stop", false, nil, []string{"stop", "-t", "1"}},
-		{"unattended, kill", true, nil, []string{"kill"}},
-		{"unattended, stop", true, nil, []string{"stop"}},
+		{name: "foreground, stop", foreground: true, end: []string{"stop", "-t", "1"}, says: "killing its machine"},
+		{name: "attended, kill", tell: []string{"status"}, end: []string{"kill"}},
+		{name: "attended, stop", end: []string{"stop", "-t", "1"}, says: "killing its machine"},
+		{name: "unattended, kill", unattended: true, end: []string{"kill"}},
+		{name: "unattended, stop", unattended: true, end: []string{"stop", "-t", "1"}, says: "killing its machine"},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			dir := w.summon(t, "--", "sleep", "1000")
+		dir := w.summon(t, "--", "sh", "-c", "echo up; exec sleep 1000")
+		var cmd *exec.Cmd
+		if c.foreground {
+			cmd = w.up(t, dir, "up")
+		} else {
 			w.must(t, "run", "-d", dir)
-			s := w.status(t, dir)
-			if c.unattended {
-				killAndWait(t, s.Attendant)
-			}
-			if err := unix.Kill(s.Machine.PID, unix.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
-			t.Parallel() // the rest is waiting
-			for _, tell := range c.tell {
-				args := append([]string{tell[0], dir}, tell[1:]...)
-				if stdout, stderr, code := w.run(t, args...); code == 0 || !strings.Contains(stderr, "kcradle kill") {
-					t.Errorf("%s: exit code %d, %s%s", tell[0], code, stdout, stderr)
+		}
+		s := w.status(t, dir)
+		if c.unattended {
+			killAndWait(t, s.Attendant)
+		}
+		if err := unix.Kill(s.Machine.PID, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		waiting.Go(func() {
+			if c.tell != nil {
+				if stdout, stderr, code := w.run(t, append(c.tell, dir)...); code == 0 || !strings.Contains(stderr, "kcradle kill") {
+					t.Errorf("%s: %v: exit code %d, %s%s", c.name, c.tell, code, stdout, stderr)
 				}
 			}
-			w.must(t, append(c.end, dir)...)
+			if stdout, stderr, code := w.run(t, append(c.end, dir)...); code != 0 || !strings.Contains(stderr, c.says) {
+				t.Errorf("%s: exit code %d, %s%s", c.name, code, stdout, stderr)
+			}
 			if s := w.status(t, dir); s.State != "exited" || s.ExitCode == nil || *s.ExitCode != 137 {
-				t.Errorf("status %+v", s)
+				t.Errorf("%s: status %+v", c.name, s)
+			}
+			if c.foreground {
+				if code := exit(t, cmd); code != 137 {
+					t.Errorf("%s: exit code %d", c.name, code)
+				}
 			}
 			nothingRemains(t, dir)
 		})

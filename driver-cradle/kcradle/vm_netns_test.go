@@ -112,27 +112,31 @@ func greet(l net.Listener) {
 	}
 }
 
-// ask connects to address, from the namespace or where n is nil from the host, and returns what the server says. For datagrams it sends "hello".
+// ask connects to address, from the namespace or where n is nil from the host, and returns what the server says. For datagrams it sends "hello", again
+// where no answer comes.
 func (n *namespace) ask(t testing.TB, network, address string) (answer string, err error) {
 	t.Helper()
 	ask := func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
 		c, err := new(net.Dialer).DialContext(ctx, network, address)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
-		if network == "udp" {
+		for network == "udp" {
 			if _, err := io.WriteString(c, "hello\n"); err != nil {
 				return err
 			}
+			c.SetReadDeadline(time.Now().Add(5 * time.Second))
 			buf := make([]byte, 100)
 			n, err := c.Read(buf)
 			answer = string(buf[:n])
-			return err
+			if !errors.Is(err, os.ErrDeadlineExceeded) || ctx.Err() != nil {
+				return err
+			}
 		}
+		c.SetDeadline(time.Now().Add(patience))
 		data, err := io.ReadAll(c)
 		answer = string(data)
 		return err
@@ -252,7 +256,7 @@ func TestVMNetns(t *testing.T) {
 			fmt.Sprintf("%s %d", n.host6, port): n.pod6 + " to " + n.host6 + " by " + n.host6 + "\n",
 		} {
 			out := w.must(t, append([]string{"exec", dir, "perl", "-MIO::Socket::IP", "-e", `
-				my $s = IO::Socket::IP->new(PeerHost => $ARGV[0], PeerPort => $ARGV[1], Timeout => $ARGV[0] =~ /^169/ ? 2 : 20) or do { print "$@\n"; exit };
+				my $s = IO::Socket::IP->new(PeerHost => $ARGV[0], PeerPort => $ARGV[1], Timeout => $ARGV[0] =~ /^169/ ? 2 : 60) or do { print "$@\n"; exit };
 				my $line = <$s>; chomp $line; print "$line by ", $s->peerhost, "\n"`}, strings.Fields(address)...)...)
 			if !strings.Contains(out, want) {
 				t.Errorf("%s: the container at %s: %q, want %q", when, address, out, want)

@@ -39,11 +39,14 @@ func theWorld(t testing.TB) *world {
 }
 
 var makeWorld = sync.OnceValues(func() (*world, error) {
-	dir := filepath.Join(os.TempDir(), fmt.Sprintf("kcradle-test-%d", os.Getpid()))
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	dir, err := os.MkdirTemp("", "kcradle-test-")
+	if err != nil {
 		return nil, err
 	}
 	atEnd = append(atEnd, func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return nil, err
+	}
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return nil, err
@@ -71,7 +74,7 @@ func (w *world) env() []string {
 // run executes kcradle and returns what it says and its exit code.
 func (w *world) run(t testing.TB, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // not the test's: clean-up runs after that
+	ctx, cancel := context.WithTimeout(context.Background(), patience) // not the test's: clean-up runs after that
 	defer cancel()
 	cmd := exec.CommandContext(ctx, w.kcradle, args...)
 	cmd.Env = w.env()
