@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,7 +29,7 @@ func TestRootDocker(t *testing.T) {
 		"--exec-root", filepath.Join(state, "exec"), "--pidfile", filepath.Join(state, "pid"), "--iptables=false", "--ip6tables=false",
 		"--bridge=none", "--storage-driver=vfs")
 	dockerd.Cancel = func() error { return dockerd.Process.Signal(os.Interrupt) }
-	dockerd.WaitDelay = 30 * time.Second
+	dockerd.WaitDelay = 5 * time.Minute // killed, it would leave its containerd
 	log, err := os.Create(filepath.Join(state, "dockerd.log"))
 	if err != nil {
 		t.Fatal(err)
@@ -45,7 +46,7 @@ func TestRootDocker(t *testing.T) {
 	t.Setenv("DOCKER_HOST", "unix://"+sock)
 	config := filepath.Join(state, "config")
 	t.Setenv("DOCKER_CONFIG", config)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	for exec.CommandContext(ctx, "docker", "info").Run() != nil {
 		if ctx.Err() != nil {
@@ -105,7 +106,7 @@ ln -s busybox app/bin/id`)
 	kit := filepath.Join(state, "buildkit.sock")
 	buildkitd := exec.CommandContext(t.Context(), tool("buildkitd"), "--addr", "unix://"+kit, "--root", filepath.Join(state, "buildkit"), "--oci-worker-snapshotter", "native")
 	buildkitd.Cancel = func() error { return buildkitd.Process.Signal(os.Interrupt) }
-	buildkitd.WaitDelay = 30 * time.Second
+	buildkitd.WaitDelay = 5 * time.Minute
 	buildkitd.Stdout, buildkitd.Stderr = log, log
 	if err := buildkitd.Start(); err != nil {
 		t.Fatal(err)
@@ -117,6 +118,16 @@ ln -s busybox app/bin/id`)
 			t.Logf("%s", b)
 		}
 	})
+	for {
+		if c, err := net.Dial("unix", kit); err == nil {
+			c.Close()
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal("buildkitd did not start")
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
 	p.sh("docker buildx create --name own --driver remote unix://" + kit)
 	images := p.sh("docker images -aq | sort")
 	p.ok("build", "own.tar.gz", "--builder", "own", "--timestamp", "0", "--build-arg", "WORD=built", ".")

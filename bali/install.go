@@ -510,12 +510,12 @@ func (s *installed) state(ctx context.Context) (st state, err error) {
 func (s *installed) healthy(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.Settle+s.Within, fmt.Errorf("it did not become healthy within %v", s.Settle+s.Within))
 	defer cancel()
-	start, err := s.state(ctx)
-	if err != nil {
-		return err
-	}
 	checked := s.Check == ""
 	last := errors.New("it is still bali, verifying the image")
+	start, err := s.state(ctx)
+	if err != nil && ctx.Err() == nil {
+		return err
+	}
 	var since time.Time // when it was not any more
 	for {
 		now, err := s.state(ctx)
@@ -533,10 +533,10 @@ func (s *installed) healthy(ctx context.Context) error {
 			return nil
 		}
 		if !checked && !since.IsZero() {
-			if err := s.check(ctx); err != nil {
+			err := s.check(ctx)
+			checked = err == nil
+			if last == nil || ctx.Err() == nil { // one that the end of the time has cut off says less than the one before
 				last = err
-			} else {
-				checked = true
 			}
 		}
 		select {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
@@ -52,7 +53,14 @@ job "app" {
 		t.Errorf("what the task wrote into the allocation's folder: %v", err)
 	}
 	nomad.Stop(t, job)
-	if got := nomad.Logs(t, alloc.ID, "app", "stdout"); got != "task app\nfrom a template\nstopped\n" {
+	const all = "task app\nfrom a template\nstopped\n"
+	got := nomad.Logs(t, alloc.ID, "app", "stdout")
+	// what collects the output may be behind
+	for deadline := time.Now().Add(nomadtest.Patience); got != all && strings.HasPrefix(all, got) && time.Now().Before(deadline); {
+		time.Sleep(100 * time.Millisecond)
+		got = nomad.Logs(t, alloc.ID, "app", "stdout")
+	}
+	if got != all {
 		t.Errorf("output after the end: %q", got)
 	}
 }
