@@ -478,13 +478,7 @@ func machineHas(image string) error {
 }
 
 // release detaches the loop devices that are neither mounted nor bound.
-func (f *found) release() error {
-	loops, err := mount.Loops(f.image())
-	if err != nil {
-		return err
-	}
-	return mount.ReleaseUnused(loops)
-}
+func (f *found) release() error { return mount.ReleaseUnused(f.image()) }
 
 // Get is volume.Backend's.
 func (b *Backend) Get(_ context.Context, id string) (volume.Volume, error) {

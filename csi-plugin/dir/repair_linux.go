@@ -93,42 +93,31 @@ func (b *Backend) repair(ctx context.Context, p *pool, id string, look bool, rep
 
 // settle is repair's part for what the kernel holds of an image.
 func (f *found) settle(look bool, report func(string)) error {
-	loops, err := mount.Loops(f.image())
-	if err != nil {
-		return err
-	}
-	for _, l := range loops {
+	return mount.EachLoop(f.image(), func(l mount.Loop) error {
 		points, err := mount.Points(l.Device)
 		if err != nil {
 			return err
 		}
 		if len(points) > 0 {
 			if look {
-				continue // whether it is frozen can't be seen
+				return nil // whether it is frozen can't be seen
 			}
 			thawed, err := mount.Thaw(points[0])
-			if err != nil {
-				return err
-			}
 			if thawed {
 				report(fmt.Sprintf("volume %s: its file system was frozen for a snapshot that was not completed", f.folder))
 			}
-			continue
-		}
-		uses, err := mount.Uses(l.Device)
-		if err != nil {
 			return err
 		}
-		if len(uses) == 0 {
-			report(fmt.Sprintf("volume %s: %s is attached and nobody uses it", f.folder, l.Device))
-			if !look {
-				if err := mount.Release(l); err != nil {
-					return err
-				}
-			}
+		uses, err := mount.Uses(l.Device)
+		if err != nil || len(uses) > 0 {
+			return err
 		}
-	}
-	return nil
+		report(fmt.Sprintf("volume %s: %s is attached and nobody uses it", f.folder, l.Device))
+		if look {
+			return nil
+		}
+		return mount.Release(l)
+	})
 }
 
 // all returns the names in a folder.

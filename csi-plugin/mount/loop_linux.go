@@ -19,14 +19,16 @@ type Loop struct {
 // Attach returns the loop device of an image, which is made where there is none of that kind: two devices over one image have two
 // caches, and what one writes the other does not see. The caller holds a lock against others who do the same.
 func Attach(image string, readOnly bool) (Loop, error) {
-	all, err := Loops(image)
-	if err != nil {
-		return Loop{}, err
-	}
-	for _, l := range all {
-		if l.ReadOnly == readOnly {
-			return l, keep(l.Device)
+	var there Loop
+	err := EachLoop(image, func(l Loop) error {
+		if there != (Loop{}) || l.ReadOnly != readOnly {
+			return nil
 		}
+		there = l
+		return keep(l.Device)
+	})
+	if err != nil || there != (Loop{}) {
+		return there, err
 	}
 	flags := os.O_RDWR
 	if readOnly {
@@ -105,18 +107,15 @@ func Release(l Loop) error {
 	return err
 }
 
-// ReleaseUnused detaches those that are neither mounted nor bound.
-func ReleaseUnused(loops []Loop) error {
-	for _, l := range loops {
+// ReleaseUnused detaches those of an image that are neither mounted nor bound.
+func ReleaseUnused(image string) error {
+	return EachLoop(image, func(l Loop) error {
 		uses, err := Uses(l.Device)
 		if err == nil && len(uses) == 0 {
 			err = Release(l)
 		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+		return err
+	})
 }
 
 // Resized tells a loop device that its image has grown.
@@ -136,33 +135,59 @@ func withLoop(device string, do func(fd int) error) error {
 	return nil
 }
 
-// Loops returns the loop devices over an image, by the file and not by what it was called.
-func Loops(image string) ([]Loop, error) {
-	var want unix.Stat_t
-	if err := unix.Stat(image, &want); err != nil {
-		return nil, &fs.PathError{Op: "stat", Path: image, Err: err}
+// Loops returns the loop devices over an image.
+func Loops(image string) (all []Loop, err error) {
+	err = EachLoop(image, func(l Loop) error {
+		all = append(all, l)
+		return nil
+	})
+	return all, err
+}
+
+// EachLoop calls do for the loop devices over an image, by the file and not by what it was called. Each is open meanwhile and stays the image's: one that
+// is detached can be another image's at once.
+func EachLoop(image string, do func(Loop) error) error {
+	var of unix.Stat_t
+	if err := unix.Stat(image, &of); err != nil {
+		return &fs.PathError{Op: "stat", Path: image, Err: err}
 	}
 	attached, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var all []Loop
 	for _, path := range attached {
 		device := filepath.Join("/dev", filepath.Base(filepath.Dir(filepath.Dir(path))))
-		err := withLoop(device, func(fd int) error {
-			info, err := unix.IoctlLoopGetStatus64(fd)
-			same := info != nil && info.Device == want.Dev && info.Inode == want.Ino
-			if want.Mode&unix.S_IFMT == unix.S_IFBLK {
-				same = info != nil && info.Rdevice == want.Rdev
-			}
-			if err == nil && same {
-				all = append(all, Loop{Device: device, ReadOnly: info.Flags&unix.LO_FLAGS_READ_ONLY != 0})
-			}
+		f, err := os.Open(device)
+		if errors.Is(err, unix.ENXIO) || errors.Is(err, fs.ErrNotExist) {
+			continue // detached meanwhile
+		}
+		if err != nil {
 			return err
-		})
-		if err != nil && !errors.Is(err, unix.ENXIO) && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+		}
+		l, over, err := look(f, &of)
+		if err == nil && over {
+			err = do(l)
+		}
+		f.Close()
+		if err != nil {
+			return err
 		}
 	}
-	return all, nil
+	return nil
+}
+
+// look says what a loop device is, and whether it is one over an image.
+func look(f *os.File, image *unix.Stat_t) (l Loop, over bool, err error) {
+	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	if errors.Is(err, unix.ENXIO) {
+		return Loop{}, false, nil // detached meanwhile
+	}
+	if err != nil {
+		return Loop{}, false, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	over = info.Device == image.Dev && info.Inode == image.Ino
+	if image.Mode&unix.S_IFMT == unix.S_IFBLK {
+		over = info.Rdevice == image.Rdev
+	}
+	return Loop{Device: f.Name(), ReadOnly: info.Flags&unix.LO_FLAGS_READ_ONLY != 0}, over, nil
 }

@@ -442,7 +442,7 @@ func (f *found) device(ctx context.Context) (string, error) {
 				return device, nil
 			}
 		}
-		if wait > 2*time.Second {
+		if wait > 8*time.Second {
 			return "", fmt.Errorf("%w: the zvol %s has no device node; is its property volmode none?", volume.ErrUnavailable, f.dataset)
 		}
 		select {
@@ -499,11 +499,11 @@ func (f *found) loops(ctx context.Context) ([]mount.Loop, error) {
 }
 
 func (f *found) release(ctx context.Context) error {
-	loops, err := f.loops(ctx)
+	device, err := f.device(ctx)
 	if err != nil {
 		return err
 	}
-	return mount.ReleaseUnused(loops)
+	return mount.ReleaseUnused(device)
 }
 
 // Expand is volume.Expander's.
