@@ -222,9 +222,13 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 			log.Warn("repair", "error", err)
 		}
 	}
+	var taken chan struct{}
+	if vault != nil {
+		taken = make(chan struct{}, 1)
+	}
 	registry := prometheus.NewRegistry()
 	s := rpc.New(rpc.Config{
-		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: vault != nil, Owner: owner,
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: taken, Owner: owner,
 		Version: version, Filer: filer, Networks: networks, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)
@@ -240,7 +244,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		g.Go(func() error { return s.Schedule(ctx) })
 	}
 	if vault != nil {
-		g.Go(func() error { return cold.NewKeeper(source, vault, log, registry).Run(ctx) })
+		g.Go(func() error { return cold.NewKeeper(source, vault, log, registry).Run(ctx, taken) })
 	}
 	return errors.Join(g.Wait(), b.Close())
 }

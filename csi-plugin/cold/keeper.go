@@ -73,21 +73,18 @@ func (k *Keeper) Collect(all chan<- prometheus.Metric) {
 	}
 }
 
-const (
-	lookEvery = time.Minute
-	atOnce    = 4 // volumes
-)
+// atOnce is how many volumes are copied at the same time.
+const atOnce = 4
 
-// Run saves what is to be saved, until ctx ends. What fails is tried again a minute later, as long as it takes; local snapshots go on meanwhile.
-func (k *Keeper) Run(ctx context.Context) error {
+// Run looks for what is to be saved whenever snapshots may have been taken, which it is told every minute, until ctx ends. What fails is tried again the next time, as
+// long as it takes; local snapshots go on meanwhile.
+func (k *Keeper) Run(ctx context.Context, taken <-chan struct{}) error {
 	var g errgroup.Group
 	g.SetLimit(atOnce)
-	t := time.NewTicker(lookEvery)
-	defer t.Stop()
 	for {
-		k.look(ctx, &g)
 		select {
-		case <-t.C:
+		case <-taken:
+			k.look(ctx, &g)
 		case <-ctx.Done():
 			return g.Wait()
 		}

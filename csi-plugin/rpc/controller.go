@@ -51,7 +51,7 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err == nil {
 		err = wanted(req.GetVolumeCapabilities(), &r)
 	}
-	if err == nil && r.Cold != (volume.Retention{}) && !s.config.Cold {
+	if err == nil && r.Cold != (volume.Retention{}) && s.config.Cold == nil {
 		err = invalid("parameter cold: this plugin has no cold storage; start it with --cold, or leave the parameter out")
 	}
 	if err == nil && r.Served() && s.config.Filer == nil {

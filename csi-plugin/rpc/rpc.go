@@ -42,12 +42,14 @@ type Config struct {
 	Node       bool   // serve the Node service
 	NodeID     string // of this host in the topology
 	Zone       string // of this host; "" is none
-	Cold       bool   // somebody copies volumes to cold storage
 	Local      bool   // a volume is reachable on the host that made it alone; else in its zone
 	Version    string // of this program
 
 	// Owner says which of the block volumes of a name on several hosts is the one to be used. Where it is nil, that is the one here.
 	Owner func(ctx context.Context, id string) (Owner, error)
+
+	// Cold gets a word each time that Schedule has taken what was due, for whom copies volumes to cold storage; nil where nobody does.
+	Cold chan<- struct{}
 
 	Filer     *api.Client    // that serves file volumes to guests; nil for none
 	Networks  []netip.Prefix // of pods, besides this host's own addresses and bridges

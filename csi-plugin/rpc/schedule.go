@@ -24,6 +24,10 @@ func (s *Server) Schedule(ctx context.Context) error {
 	for {
 		s.takeDue(ctx, b)
 		select {
+		case s.config.Cold <- struct{}{}:
+		default: // nobody listens, or has had the time to read the former one
+		}
+		select {
 		case <-t.C:
 		case <-ctx.Done():
 			return nil
