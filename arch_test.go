@@ -62,7 +62,7 @@ var mayImport = map[string][]string{
 	"csi-plugin/tree":   {},
 	"csi-plugin/volume": {"spec"},
 
-	"csi-plugin/volume/volumetest": {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/volume/volumetest": {"spec", "csi-plugin/volume", "csi-plugin/mount", "internal/mountns"},
 
 	"bali": {}, // stands alone: it brings up hosts before anything else exists
 
@@ -85,6 +85,7 @@ var mayImport = map[string][]string{
 	"internal/filertest": {"internal/locked", "test/programs"},
 	"internal/golden":    {},
 	"internal/locked":    {},
+	"internal/mountns":   {},
 	"internal/nomadtest": {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/nfstest":   {"internal/locked"},
 	"internal/stack":     {"internal/agents", "internal/cgroup", "test/programs"},
@@ -94,7 +95,7 @@ var mayImport = map[string][]string{
 	"docs":            {},
 	"examples/images": {},
 	"examples/stack":  {"internal/stack"},
-	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/stack"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/mountns", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
@@ -114,13 +115,15 @@ var testsMayImport = map[string][]string{
 	"dockerapi/translate":         {"internal/golden"},
 	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
-	"csi-plugin":                  {"internal/nomadtest", "test/programs"},
+	"csi-plugin":                  {"internal/mountns", "internal/nomadtest", "test/programs"},
 	"terraform-provider":          {"internal/golden", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
-	"csi-plugin/filer":            {"internal/filertest", "test/programs"},
+	"csi-plugin/filer":            {"internal/filertest", "internal/mountns", "test/programs"},
+	"csi-plugin/filer/nfs":        {"internal/mountns"},
 	"csi-plugin/filer/s3":         {"test/programs"},
+	"csi-plugin/filer/webdav":     {"internal/mountns"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
+	"github.com/cradlestack/cradlestack/internal/mountns"
 )
 
 // skips are csi-sanity's specs that do not concern us, by the message that they are skipped with, and why.
@@ -33,7 +33,7 @@ var skips = map[string]string{
 }
 
 func TestMain(m *testing.M) {
-	volumetest.OwnMounts()
+	mountns.Own()
 	os.Exit(m.Run())
 }
 

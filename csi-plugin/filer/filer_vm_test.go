@@ -24,8 +24,14 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/filertest"
+	"github.com/cradlestack/cradlestack/internal/mountns"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
+
+func TestMain(m *testing.M) {
+	mountns.Own()
+	os.Exit(m.Run())
+}
 
 // A pod is a microVM with busybox in it; its guest's kernel is the NFS client.
 type pod struct {

@@ -22,9 +22,15 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"github.com/cradlestack/cradlestack/internal/filertest"
+	"github.com/cradlestack/cradlestack/internal/mountns"
 	"github.com/cradlestack/cradlestack/internal/nfstest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
+
+func TestMain(m *testing.M) {
+	mountns.Own()
+	os.Exit(m.Run())
+}
 
 // A kind of file system that a container can have at /v/d.
 type kind struct {

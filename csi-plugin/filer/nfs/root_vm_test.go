@@ -25,7 +25,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/mountns"
 )
+
+func TestMain(m *testing.M) {
+	mountns.Own()
+	os.Exit(m.Run())
+}
 
 // A world is a directory that is served, with something beside it that nobody may see.
 type world struct {

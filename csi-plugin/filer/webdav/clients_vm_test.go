@@ -17,7 +17,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/internal/mountns"
 )
+
+func TestMain(m *testing.M) {
+	mountns.Own()
+	os.Exit(m.Run())
+}
 
 // command runs a client, for two minutes at most.
 func command(t *testing.T, stdin string, name string, args ...string) string {

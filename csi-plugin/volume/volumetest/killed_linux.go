@@ -4,14 +4,11 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
-	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/mountns"
 )
 
 // An operation is one call that is killed.
@@ -275,7 +272,7 @@ func (s Suite) testKilled(t *testing.T) {
 func (s Suite) Main(m *testing.M) {
 	name, ok := os.LookupEnv(childOperation)
 	if !ok {
-		OwnMounts()
+		mountns.Own()
 		os.Exit(m.Run())
 	}
 	if err := s.perform(name, os.Getenv(childStorage)); err != nil {
@@ -283,28 +280,6 @@ func (s Suite) Main(m *testing.M) {
 		os.Exit(1)
 	}
 	os.Exit(0)
-}
-
-// OwnMounts gives this process, which begins anew for it, a mount namespace: a program that copies the host's while the tests run would keep
-// their file systems mounted.
-func OwnMounts() {
-	const done = "VOLUMETEST_OWN_MOUNTS"
-	if os.Getenv(done) != "" || os.Geteuid() != 0 {
-		return
-	}
-	runtime.LockOSThread() // whose namespace it is
-	err := unix.Unshare(unix.CLONE_NEWNS)
-	if err == nil {
-		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
-	}
-	if err == nil {
-		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, "") // as hosts have it
-	}
-	if err == nil {
-		err = syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), done+"=1"))
-	}
-	fmt.Fprintf(os.Stderr, "own mounts: %v\n", err)
-	os.Exit(1)
 }
 
 func (s Suite) perform(name, storage string) error {
