@@ -2,12 +2,13 @@
 package s3server
 
 import (
-	"net"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +22,8 @@ const (
 	SecretKey = "secret"
 )
 
+var servers atomic.Int32
+
 // Start starts one with an empty bucket and gives its URL. stop ends it before the test does.
 func Start(t *testing.T, bucket string) (url string, stop func()) {
 	t.Helper()
@@ -32,12 +35,9 @@ func Start(t *testing.T, bucket string) (url string, stop func()) {
 	if err := os.Mkdir(filepath.Join(dir, bucket), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := l.Addr().String()
-	l.Close()
+	// No other process's: a free port of 127.0.0.1 may be taken by somebody before the server has it.
+	pid := os.Getpid()
+	address := fmt.Sprintf("127.%d.%d.%d:%d", 64+pid>>16, pid>>8&255, pid&255, 7070+servers.Add(1))
 	cmd := exec.Command(program, "--port", address, "posix", dir)
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKey, "ROOT_SECRET_KEY="+SecretKey)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
