@@ -103,7 +103,7 @@ var testsMayImport = map[string][]string{
 	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/locked", "internal/nfstest"},
 	"driver-cradle/guest/stdio":   {"internal/locked"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
-	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/golden", "internal/nfstest", "internal/nomadtest", "internal/nomadjob", "test/programs"},
+	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/golden", "internal/nfstest", "internal/nomadtest", "internal/nomadjob", "test/programs", "test/dockerd"},
 	"driver-cradle/image":         {"test/dockerd"},
 	"driver-cradle/kcradle":       {"internal/golden", "internal/locked"},
 	"driver-cradle/pod":           {"internal/golden"},

@@ -212,21 +212,7 @@ func TestVMImageGC(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newClient(t, func(c *config) { c.GC = gc })
-			images := func() string {
-				store, err := image.Open(shared.cache)
-				if err != nil {
-					t.Fatal(err)
-				}
-				list, err := store.List()
-				if err != nil {
-					t.Fatal(err)
-				}
-				var names []string
-				for _, i := range list {
-					names = append(names, i.Reference)
-				}
-				return strings.Join(names, " ")
-			}
+			images := func() string { return imagesIn(t, shared.cache) }
 			stays := c.task("sleep 1000", nil)
 			c.start(stays)
 			other := aLayout(t, 4<<20)
@@ -253,6 +239,24 @@ func TestVMImageGC(t *testing.T) {
 			eventually(t, images, func(s string) bool { return strings.Contains(s, "busybox") && !strings.Contains(s, other) })
 		})
 	}
+}
+
+// imagesIn are the images in a cache.
+func imagesIn(t *testing.T, cache string) string {
+	t.Helper()
+	store, err := image.Open(cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := store.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, i := range list {
+		names = append(names, i.Reference)
+	}
+	return strings.Join(names, " ")
 }
 
 // A machine's user is one of those that the operator has set aside.
