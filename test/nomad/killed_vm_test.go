@@ -152,7 +152,7 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 			t.Fatal(err)
 		}
 		for _, one := range all {
-			if one.ID != a.ID && !gaveUp(one) {
+			if one.ID != a.ID && !gaveUp(t, n, one) {
 				t.Errorf("round %d: the job has needed another allocation\n%s\n%s", i, c.Describe(), told(t, n, job, a.ID, one.ID))
 			}
 			if s := one.TaskStates["t"]; s != nil && slices.ContainsFunc(s.Events, func(e *api.TaskEvent) bool { return e.Details["exit_code"] == "255" }) {
@@ -188,9 +188,19 @@ func told(t *testing.T, n *nomadtest.Node, things ...string) string {
 	return strings.Join(lines, "")
 }
 
-// gaveUp says whether Nomad has failed an allocation because it got its second call to start the task, or to get to the plugin at all, to one that was killed. It
-// does not try that again, whatever the restart policy (client/allocrunner/taskrunner/task_runner.go, runDriver).
-func gaveUp(a *api.AllocationListStub) bool {
+// gaveUp says whether Nomad has failed an allocation because its call to get to the plugin, or its second one to start the task, came to one that was killed. It
+// does not try that again, whatever the restart policy (client/client.go, addAlloc; client/allocrunner/taskrunner/task_runner.go, runDriver).
+func gaveUp(t *testing.T, n *nomadtest.Node, a *api.AllocationListStub) bool {
+	t.Helper()
+	log, err := n.ClientLog()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range failedToAdd.FindAllStringSubmatch(log, -1) {
+		if m[1] == a.ID {
+			return true
+		}
+	}
 	s := a.TaskStates["t"]
 	return s != nil && slices.ContainsFunc(s.Events, func(e *api.TaskEvent) bool {
 		return strings.Contains(e.DisplayMessage, "failed to start task after driver exited unexpectedly: plugin is shut down") ||
