@@ -159,7 +159,7 @@ func TestVMContainers(t *testing.T) {
 			stdout: "/dev/pts/0\r\nxterm\r\nc\r\n",
 		},
 		{
-			c:    settings(sh("graceful", "trap 'echo bye; exit 3' INT; echo ready; sleep 1000 & wait"), func(c *spec.Container) { c.StopSignal = "SIGINT" }),
+			c:    settings(sh("graceful", "trap 'echo bye; exit 3' INT; echo ready; sleep 1000 & wait"), func(c *spec.Container) { c.StopSignal, c.StopTimeout = "SIGINT", duration(time.Minute) }),
 			code: 3, stdout: "ready\nbye\n",
 		},
 		{

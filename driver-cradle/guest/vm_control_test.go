@@ -134,7 +134,7 @@ func TestVMControl(t *testing.T) {
 	// Health: failing, then healthy; its dependent starts then and not before.
 	wait := func(what string, f func() bool) {
 		t.Helper()
-		for end := time.Now().Add(time.Minute); !f(); time.Sleep(20 * time.Millisecond) {
+		for end := time.Now().Add(patience); !f(); time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("%s: did not come; %+v", what, m.state("health").Health)
 			}
@@ -252,7 +252,7 @@ func TestVMShutdown(t *testing.T) {
 	m.prints("b", "up")
 	begin := time.Now()
 	var s wire.Status
-	if err := m.call("POST", wire.PathShutdown+"?timeout=1", nil, &s); err != nil {
+	if err := m.call("POST", wire.PathShutdown+"?timeout=5", nil, &s); err != nil {
 		t.Fatal(err)
 	}
 	if s.State != wire.StateExited || s.Containers[0].ExitCode != 4 || s.Containers[1].ExitCode != 137 {
@@ -278,7 +278,7 @@ func TestVMNetwork(t *testing.T) {
 		sh("ip", "ip -o addr show dev eth0 | awk '{print $3,$4}'; cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip route; ip -6 route | grep -v fe80 | awk '{print $1,$2,$3}'; ip -o addr show lo | awk '{print $4}'"),
 		sh("serve", "echo ready; echo from the guest | nc -l -p 8080"),
 		sh("hosts", "tail -3 /etc/hosts"),
-		settings(sh("lowport", "nc -l -p 80 -w 1 & sleep 0.3; netstat -ltn | grep -c ':80 '"), func(c *spec.Container) { c.User = "1000" }),
+		settings(sh("lowport", "nc -l -p 80 & until netstat -ltn | grep -q ':80 '; do kill -0 $! || exit; sleep 0.1; done; kill $!; echo listens"), func(c *spec.Container) { c.User = "1000" }),
 	}
 	m := boots(t, p)
 	m.prints("serve", "ready")
@@ -287,7 +287,7 @@ func TestVMNetwork(t *testing.T) {
 	}
 	m.ends()
 	m.printed("hosts", "10.0.2.2\tpeer\n10.0.2.15\t0123456789ab\nfd00::5\t0123456789ab\n")
-	m.printed("lowport", "1\n")
+	m.printed("lowport", "listens\n")
 	stdout, stderr := m.logs("ip")
 	for _, want := range []string{
 		"inet 10.0.2.15/24\n", "inet6 fd00::5/64\n", "02:00:00:12:34:56\n1400\n", "default via 10.0.2.2 dev eth0", "192.0.2.0/24 dev eth0 scope link  metric 7",
@@ -302,7 +302,7 @@ func TestVMNetwork(t *testing.T) {
 // read connects until something is read: QEMU accepts before the guest does.
 func read(t *testing.T, address string) string {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		conn, err := net.Dial("tcp", address)
 		if err != nil {
 			t.Fatal(err)
@@ -334,7 +334,7 @@ func TestVMAgentPanics(t *testing.T) {
 	_ = m.call("POST", "/panic?in=background", nil, nil) // there may be no answer
 	select {
 	case <-m.Done():
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatal("the machine goes on without its agent")
 	}
 	var panicked *vmm.PanicError

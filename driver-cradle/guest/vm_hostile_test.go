@@ -97,7 +97,7 @@ func TestVMHostileFiles(t *testing.T) {
 func TestVMExhaustion(t *testing.T) {
 	p := podSpec{disks: []vmm.Disk{{Key: wire.DiskScratch, Path: disk(t, "ext4", 64<<20)}}}
 	p.Resources.Memory = 96 << 20
-	bomb := sh("bomb", "echo up; while :; do f() { f | f & }; f; sleep 0.2; done")
+	bomb := sh("bomb", "echo up; while :; do f() { f | f & }; f; sleep 0.2; done & exec sleep 1000") // the first process needs no other
 	hog := sh("hog", "echo up; dd if=/dev/zero of=/dev/shm/x bs=1M; exec tail -f /dev/zero")
 	full := sh("full", "dd if=/dev/zero of=/x bs=1M 2>/dev/null; touch /y; echo full; sleep 1000")
 	files := sh("files", "i=3; while eval \"exec $i</dev/null\" 2>/dev/null && [ $i -lt 200 ]; do i=$((i+1)); done; echo open; sleep 1000")

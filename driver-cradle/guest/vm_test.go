@@ -104,6 +104,9 @@ type podSpec struct {
 	start  string
 }
 
+// patience is how long a test waits for what has to come, on a machine that may be busy with much else.
+const patience = 5 * time.Minute
+
 // boots launches a pod in a fresh VM and fails the test if the launch does not succeed.
 func boots(t testing.TB, p podSpec) *machine {
 	t.Helper()
@@ -169,7 +172,7 @@ func tryBoot(t testing.TB, p podSpec) (*machine, error) {
 	if p.start == "" {
 		p.start = vmm.Auto
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	run := filepath.Join(t.TempDir(), "run")
 	vm, err := vmm.Start(ctx, vmm.Config{
@@ -194,7 +197,7 @@ func tryBoot(t testing.TB, p podSpec) (*machine, error) {
 
 // call makes a control call.
 func (m *machine) call(method, path string, body, reply any) error {
-	ctx, cancel := context.WithTimeout(m.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(m.Context(), patience)
 	defer cancel()
 	var in io.Reader
 	if body != nil {
@@ -296,7 +299,7 @@ func sh(name, line string) spec.Container {
 // prints waits until a container has printed a line.
 func (m *machine) prints(name, line string) {
 	m.Helper()
-	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		stdout, stderr := m.logs(name)
 		if strings.Contains(stdout, line) {
 			return

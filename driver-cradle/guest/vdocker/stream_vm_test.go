@@ -232,7 +232,7 @@ func TestVMExecAtPidsLimit(t *testing.T) {
 func TestVMWaitMissesNothing(t *testing.T) {
 	c := dockerClient(t, thePod(t))
 	for range 5 {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		w := c.ContainerWait(ctx, "code", client.ContainerWaitOptions{Condition: "next-exit"})
 		if _, err := c.ContainerStart(ctx, "code", client.ContainerStartOptions{}); err != nil {
@@ -301,7 +301,7 @@ func TestVMDroppedClientsLeakNothing(t *testing.T) {
 		t.Error("no yes to kill")
 	}
 	io.WriteString(mustAttach(t, c), "echo\n") // the shell prints: clients that have gone are noticed at the latest then
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(5 * time.Minute)
 	for n := goroutines(); n > before+3; n = goroutines() {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d goroutines in the agent, %d before", n, before)

@@ -71,7 +71,7 @@ type pod struct {
 }
 
 func startPod(l spec.Launch) (_ *pod, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	dir, err := os.MkdirTemp(shared.dir, "pod-")
 	if err != nil {
@@ -253,7 +253,8 @@ func launch() spec.Launch {
 		Mounts: []spec.Mount{{Volume: "data", Path: "/data"}, {Volume: "fixed", Path: "/fixed", ReadOnly: true}},
 	}})
 	signals := script("trap 'echo got usr1' USR1; trap 'echo got term; exit 7' TERM; echo ready; while :; do sleep 0.1; done")
-	add("trap", spec.Container{Settings: spec.Settings{Labels: map[string]string{"purpose": "signals"}}}, signals...)
+	minute := spec.Duration(time.Minute)
+	add("trap", spec.Container{Settings: spec.Settings{StopTimeout: &minute, Labels: map[string]string{"purpose": "signals"}}}, signals...)
 	add("watched", spec.Container{}, signals...)
 	add("limits", spec.Container{Settings: spec.Settings{StopTimeout: &zero, Resources: spec.Limits{Memory: 64 << 20, CPUs: 0.5, Pids: 50}}})
 	add("limited", spec.Container{Settings: spec.Settings{
@@ -278,7 +279,7 @@ func dockerClient(t testing.TB, p *pod) *client.Client {
 // docker runs the CLI.
 func docker(t testing.TB, p *pod, stdin io.Reader, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "docker", args...)
 	cmd.Env = append(os.Environ(), "DOCKER_HOST=unix://"+p.socket, "DOCKER_CONFIG="+shared.dir)
