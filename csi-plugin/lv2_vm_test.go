@@ -109,7 +109,7 @@ func keeps(volume string) string {
 	const script = `cd /v
 if test -e sums; then $b sha256sum -c sums; $b rm sums; echo all is whole; fi
 for i in 1 2 3 4 5; do $b dd if=/dev/urandom of=file$i bs=1M count=8 2>/dev/null; done
-$b sha256sum file* >sums.new; $b mv sums.new sums; $b sync; echo all is written
+$b sha256sum file* >sums.new; $b mv sums.new sums; $b sync -f .; echo all is written
 while :; do $b sleep 1; done`
 	return strings.Replace(use{job: "keeps", volume: volume, script: script}.hcl(), `type = "batch"`, `type = "service"`, 1)
 }

@@ -175,13 +175,20 @@ job %q {
 // completes runs a job to its end and returns its output.
 func (s *stack) completes(u use) string {
 	s.t.Helper()
-	job := s.Run(s.t, u.hcl())
+	out := s.ended(u.hcl())
+	s.released(u.volume)
+	return out
+}
+
+// ended runs a job to its end, which has to be a good one, and returns its output.
+func (s *stack) ended(hcl string) string {
+	s.t.Helper()
+	job := s.Run(s.t, hcl)
 	a := s.UntilEnded(s.t, job)
 	out := s.Logs(s.t, a.ID, "t", "stdout")
 	if a.ClientStatus != "complete" {
 		s.t.Fatalf("job %s: %s\n%s%s\n%s", job, a.ClientStatus, out, s.Logs(s.t, a.ID, "t", "stderr"), s.Describe())
 	}
-	s.released(u.volume)
 	return strings.TrimSpace(out)
 }
 
@@ -213,10 +220,16 @@ func (s *stack) released(name string) {
 
 // TestRootNomad goes through what a user does with volumes, by Nomad's command line, with the examples as they stand.
 func TestRootNomad(t *testing.T) {
-	s := startStack(t)
-	for _, test := range []func(*stack){testFiles, testSnapshotAndClone, testGrowth, testBlockDevice, testAttachedByTheGuest, testShared, testMistakes} {
-		test(s)
-	}
+	s := startNomad(t)
+	s.part("Readme", testReadme) // which leaves the plugin
+	s.volume("pages")            // its automatic snapshots come within a minute
+	s.part("Files", testFiles)
+	s.part("SnapshotAndClone", testSnapshotAndClone)
+	s.part("Growth", testGrowth)
+	s.part("BlockDevice", testBlockDevice)
+	s.part("AttachedByTheGuest", testAttachedByTheGuest)
+	s.part("Shared", testShared)
+	s.part("Mistakes", testMistakes)
 	s.eventually("automatic snapshots", func() bool {
 		list := s.CLI(t, "volume", "snapshot", "list", "-plugin", "cradle")
 		return strings.Contains(list, "pages@hourly-") && strings.Contains(list, "pages@monthly-")
@@ -225,7 +238,20 @@ func TestRootNomad(t *testing.T) {
 		s.CLI(t, "volume", "delete", name)
 	}
 	s.empty()
-	testHostVolume(s)
+	s.part("Doctor", testDoctor)
+	s.part("HostVolume", testHostVolume)
+}
+
+// part runs a part of a test, which ends with it.
+func (s *stack) part(name string, test func(*stack)) {
+	s.t.Helper()
+	if !s.t.Run(name, func(t *testing.T) {
+		part := *s
+		part.t = t
+		test(&part)
+	}) {
+		s.t.FailNow()
+	}
 }
 
 func testFiles(s *stack) {
@@ -269,8 +295,8 @@ func testGrowth(s *stack) {
 	}
 	s.UntilEnded(s.t, job)
 	out := strings.Fields(s.Logs(s.t, a.ID, "t", "stdout"))
-	if size := out[len(out)-5]; size < "500" || len(size) != 3 {
-		s.t.Errorf("the mounted file system has %s MiB", size)
+	if len(out) < 5 || len(out[len(out)-5]) != 3 || out[len(out)-5] < "500" {
+		s.t.Errorf("df -m of the mounted file system says %q", out)
 	}
 	s.released("database")
 }
@@ -314,7 +340,6 @@ func testAttachedByTheGuest(s *stack) {
 }
 
 func testShared(s *stack) {
-	s.volume("pages")
 	s.completes(use{job: "pages-write", volume: "pages", mode: "multi-node-multi-writer", script: "echo page >/v/index"})
 	got := s.completes(use{
 		job: "pages-read", volume: "pages", mode: "multi-node-reader-only", readOnly: true,
@@ -349,14 +374,7 @@ func testHostVolume(s *stack) {
 		text := use{job: job, volume: "local", script: script, mode: "single-node-multi-writer"}.hcl()
 		return strings.Replace(text, `"csi"`, `"host"`, 1)
 	}
-	run := func(job, script string) string {
-		id := s.Run(s.t, hcl(job, script))
-		a := s.UntilEnded(s.t, id)
-		if a.ClientStatus != "complete" {
-			s.t.Fatalf("job %s: %s\n%s\n%s", job, a.ClientStatus, s.Logs(s.t, a.ID, "t", "stderr"), s.Describe())
-		}
-		return strings.TrimSpace(s.Logs(s.t, a.ID, "t", "stdout"))
-	}
+	run := func(job, script string) string { return s.ended(hcl(job, script)) }
 	run("host-write", "echo kept >/v/file; if $b dd if=/dev/zero of=/v/big bs=1M count=100 2>/dev/null; then echo no quota; exit 1; fi; $b rm /v/big")
 	if err := s.node.KillClient(); err != nil {
 		s.t.Fatal(err)
@@ -378,22 +396,21 @@ func testHostVolume(s *stack) {
 	}
 }
 
-// TestRootNomadReadme runs the README's commands.
-func TestRootNomadReadme(t *testing.T) {
+// testReadme runs the README's commands, in a Nomad that has no plugin yet.
+func testReadme(s *stack) {
 	root, err := programs.Root()
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	text, err := os.ReadFile(filepath.Join(root, "README.md"))
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	_, block, _ := strings.Cut(string(text), "<!-- run in Nomad -->\n```sh\n")
 	block, _, ok := strings.Cut(block, "```")
 	if !ok || strings.Count(block, "\n") < 5 {
-		t.Fatalf("the README has no commands for Nomad: %q", block)
+		s.t.Fatalf("the README has no commands for Nomad: %q", block)
 	}
-	s := startNomad(t)
 	for line := range strings.Lines(block) {
 		args := strings.Fields(line)
 		for i, arg := range args {
@@ -401,7 +418,7 @@ func TestRootNomadReadme(t *testing.T) {
 				args[i] = s.file(s.example(arg))
 			}
 		}
-		s.CLI(t, args[1:]...)
+		s.CLI(s.t, args[1:]...)
 		if args[1] == "job" {
 			s.healthy()
 		}
@@ -429,7 +446,7 @@ func (s *stack) empty() {
 func TestRootNomadKilled(t *testing.T) {
 	s := startStack(t)
 	s.volume("database")
-	const script = "i=$($b cat /v/last || echo 0); while :; do i=$(($i+1)); echo $i >/v/new; $b sync; $b mv /v/new /v/last; if test -e /v/end; then exit; fi; $b sleep 0.01; done"
+	const script = "i=$($b cat /v/last || echo 0); while :; do i=$(($i+1)); echo $i >/v/new; $b sync -f /v; $b mv /v/new /v/last; if test -e /v/end; then exit; fi; $b sleep 0.01; done"
 	job := s.Run(t, use{job: "write", volume: "database", script: script}.hcl())
 	a := s.UntilRunning(t, job)
 	mounts := s.mounts("/per-alloc/" + a.ID)
@@ -488,12 +505,12 @@ func TestRootNomadKilled(t *testing.T) {
 	s.empty()
 }
 
-// TestRootNomadDoctor lets a task end while there is no plugin, under a client that forgets about it: Nomad 1.11 leaves the volume mounted
+// testDoctor lets a task end while there is no plugin, under a client that forgets about it: Nomad 1.11 leaves the volume mounted
 // for good. The doctor ends that, and what else is left over.
-func TestRootNomadDoctor(t *testing.T) {
-	s := startStack(t)
+func testDoctor(s *stack) {
+	t := s.t
 	s.volume("database")
-	job := s.Run(t, use{job: "hold", volume: "database", script: "$b sleep 1000"}.hcl())
+	job := s.Run(t, use{job: "orphan", volume: "database", script: "$b sleep 1000"}.hcl())
 	a := s.UntilRunning(t, job)
 	s.Stop(t, "cradle-csi")
 	s.Stop(t, job)

@@ -22,10 +22,10 @@ import (
 	"github.com/cradlestack/cradlestack/internal/filertest"
 )
 
-// client runs a client of the filer, for a minute at most.
+// client runs a client of the filer, for five minutes at most.
 func client(t *testing.T, name string, args ...string) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {
