@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -130,22 +131,53 @@ func (d *demo) docker(ctx context.Context) error {
 	if err := d.expect(ctx, "in a microVM", docker("run", "--rm", "busybox", "sh", "-c", "echo $(uname -r) in a microVM")...); err != nil {
 		return err
 	}
+	d.title("docker compose: a web server, an application, a database on a volume, a cache")
 	port, err := freePort()
 	if err != nil {
 		return err
 	}
-	if _, err := d.command(ctx, docker("run", "-d", "--name", "site", "-p", port+":80", "nginx")...); err != nil {
+	for name, value := range map[string]string{"SHOP_PORT": port, "SHOP_PASSWORD": "secret"} {
+		if err := os.Setenv(name, value); err != nil {
+			return err
+		}
+	}
+	if err := d.plugin(); err != nil {
+		return err
+	}
+	if _, err := d.command(ctx, docker("compose", "--progress", "quiet", "--file", "shop/compose.yaml", "up", "--detach")...); err != nil {
 		return err
 	}
 	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
 	if err := d.until(ctx, page...); err != nil {
 		return err
 	}
-	if err := d.expect(ctx, "nginx", page...); err != nil {
+	if err := d.expect(ctx, "chair, lamp", page...); err != nil {
 		return err
 	}
 	_, err = d.command(ctx, docker("ps")...)
 	return err
+}
+
+// plugin gives docker its compose, and the demo's directory the example.
+func (d *demo) plugin() error {
+	for _, name := range []string{"nginx", "postgres", "redis"} {
+		if _, err := programs.Image(name); err != nil {
+			return err
+		}
+	}
+	compose, err := programs.Tool("compose")
+	if err != nil {
+		return err
+	}
+	root, err := programs.Root()
+	if err != nil {
+		return err
+	}
+	plugins := filepath.Join(os.Getenv("DOCKER_CONFIG"), "cli-plugins")
+	if err := os.MkdirAll(plugins, 0o700); err != nil {
+		return err
+	}
+	return errors.Join(os.Symlink(compose, filepath.Join(plugins, "docker-compose")), os.Symlink(filepath.Join(root, "examples", "compose"), filepath.Join(d.dir, "shop")))
 }
 
 func (d *demo) update(ctx context.Context) error {
