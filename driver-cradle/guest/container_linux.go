@@ -283,7 +283,8 @@ func (c *Container) finished(code int) outcome {
 		c.command = nil
 		c.exits++
 		c.exitCode = code
-		c.unit.running = false
+		// At once: nobody is to take it for one that has ended for good.
+		c.unit.running, c.unit.restarting = false, c.pod.crew.goesOn(c.unit, outcome{code: code})
 	})
 	c.saveRecord()
 	if oom {

@@ -122,16 +122,11 @@ const (
 func (c *crew) next(u *unit, o outcome, ran time.Duration) (delay time.Duration, again bool) {
 	rule := u.rule
 	switch {
-	case c.stopping:
+	case !c.goesOn(u, o):
 		return 0, false
 	case u.again:
 		u.again, u.halt = false, false
 		return 0, true
-	case u.halt, o.reason != "",
-		rule.MaxStarts > 0 && u.starts >= rule.MaxStarts,
-		o.code == 0 && !rule.RestartOnSuccess,
-		o.code != 0 && !rule.RestartOnFailure:
-		return 0, false
 	}
 	u.restarts++
 	if rule.RestartDelay > 0 {
@@ -143,6 +138,22 @@ func (c *crew) next(u *unit, o outcome, ran time.Duration) (delay time.Duration,
 		u.delay = min(2*u.delay, lastDelay)
 	}
 	return u.delay, true
+}
+
+// goesOn says whether a unit starts again that has ended so; the mutex is held.
+func (c *crew) goesOn(u *unit, o outcome) bool {
+	rule := u.rule
+	switch {
+	case c.stopping:
+		return false
+	case u.again:
+		return true
+	case u.halt, o.reason != "", rule.MaxStarts > 0 && u.starts >= rule.MaxStarts:
+		return false
+	case o.code == 0:
+		return rule.RestartOnSuccess
+	}
+	return rule.RestartOnFailure
 }
 
 // sleep waits for a unit's delay, or until something about it was decided meanwhile.
