@@ -167,6 +167,9 @@ func (s *Server) execRoutes(on *router) {
 			}
 			c, err := t.get(r.Context(), id[:64])
 			if isNotFound(err) {
+				if o, err := t.other(r.Context(), id[:64]); err == nil {
+					return h(w, r, t.podOfOther(o), o.ID, id[64:])
+				}
 				return noExec(id)
 			}
 			if err != nil {

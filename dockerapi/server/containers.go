@@ -27,8 +27,11 @@ import (
 func (s *Server) containerRoutes(on *router) {
 	s.uses = append(s.uses, s.containersOfImages)
 	one := func(pattern string, h func(http.ResponseWriter, *http.Request, *tenant, *record) error) {
-		on.on(pattern, naming((*tenant).find, func(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {
-			return outside(h(w, r, t, c), c)
+		on.on(pattern, naming((*tenant).findAny, func(w http.ResponseWriter, r *http.Request, t *tenant, c named) error {
+			if c.other != nil {
+				return t.serveOther(w, r, c.other, pattern)
+			}
+			return outside(h(w, r, t, c.record), c.record)
 		}))
 	}
 	on.on("POST /containers/create", s.createContainer)

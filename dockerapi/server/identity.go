@@ -36,6 +36,7 @@ type tenant struct {
 	watch   *watch
 	log     *eventLog
 	records recordCache
+	otherPods
 	sessions
 	starting   startSet
 	attendants attendants

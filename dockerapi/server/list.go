@@ -194,6 +194,13 @@ func (s *Server) listContainers(w http.ResponseWriter, r *http.Request, t *tenan
 			break
 		}
 	}
+	if limit == 0 {
+		others, err := t.listOthers(ctx, f, all)
+		if err != nil {
+			return err
+		}
+		out = append(out, others...)
+	}
 	return dockerhttp.Answer(w, http.StatusOK, out)
 }
 

@@ -28,17 +28,17 @@ const podTimeout = 30 * time.Second
 
 // A pod is the docker API of an allocation's pod.
 type pod struct {
-	tenant *tenant
-	alloc  string
+	tenant      *tenant
+	alloc, task string
 }
 
-func (t *tenant) pod(a *api.AllocationListStub) *pod { return &pod{t, a.ID} }
+func (t *tenant) pod(a *api.AllocationListStub) *pod { return &pod{t, a.ID, translate.Own} }
 
 // dial opens a connection to the pod's docker API, through Nomad.
 func (p *pod) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
-	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: p.tenant.config, Alloc: p.alloc, Task: translate.Own, Local: p.tenant.server.Pods})
+	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: p.tenant.config, Alloc: p.alloc, Task: p.task, Local: p.tenant.server.Pods})
 	if errors.Is(err, tunnel.ErrDenied) {
 		return nil, dockerhttp.NewError(http.StatusForbidden, err.Error())
 	}
