@@ -145,12 +145,14 @@ func TestVMMonitorKilledWhileStarting(t *testing.T) {
 	} {
 		cmd := w.start(t, io.Discard, "run", "-d", dir)
 		within(t, "the machine is there", func() bool { _, err := vmm.Running(filepath.Join(dir, "run")); return err == nil })
+		resume := pause(t, dir)
 		pid, err := d.Attendant()
 		if err != nil || pid <= 0 {
 			t.Fatalf("attendant %d, %v", pid, err)
 		}
 		killAndWait(t, pid)
 		cmd.Wait()
+		resume()
 		if _, err := os.Stat(filepath.Join(dir, pod.SocketFile)); err == nil {
 			t.Fatal("the start was complete before its monitor was killed")
 		}

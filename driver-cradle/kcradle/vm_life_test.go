@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -613,7 +614,7 @@ func TestVMStatusWhileFilling(t *testing.T) {
 	w := theWorld(t)
 	dir := filepath.Join(t.TempDir(), "pod")
 	t.Cleanup(func() { w.run(t, "rm", "-f", dir) })
-	w.must(t, "summon", dir, "oci:"+w.images+"/debian", "-v", filepath.Join(t.TempDir(), "usr.img")+":/usr:size=600M", "--", "true")
+	w.must(t, "summon", dir, "oci:"+w.images+"/debian", "-v", filepath.Join(t.TempDir(), "bin.img")+":/usr/bin:size=200M", "--", "true")
 	cmd := w.start(t, io.Discard, "run", dir)
 	var s podStatus
 	within(t, "the status tells that a volume is being filled", func() bool {
@@ -623,15 +624,31 @@ func TestVMStatusWhileFilling(t *testing.T) {
 	if s.State != stateStarting || s.Filling == nil || s.Filling.Done == 0 || s.Attendant != cmd.Process.Pid {
 		t.Errorf("%+v", s)
 	}
+	resume := pause(t, dir) // it would have ended before somebody slow asks once more
+	defer resume()
 	if stdout := w.must(t, "status", dir); !strings.Contains(stdout, "): starting: copying the image's content into volume ") {
 		t.Errorf("the status is %s", stdout)
 	}
+	resume()
 	if code := exit(t, cmd); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	if s := w.status(t, dir); s.State != "exited" || s.Filling != nil {
 		t.Errorf("at the end: %+v", s)
 	}
+}
+
+// pause stops a pod's QEMU until resume is called.
+func pause(t testing.TB, dir string) (resume func()) {
+	t.Helper()
+	pid, err := vmm.Running(filepath.Join(dir, "run"))
+	if err == nil {
+		err = unix.Kill(pid, unix.SIGSTOP)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sync.OnceFunc(func() { _ = unix.Kill(pid, unix.SIGCONT) })
 }
 
 func openTerminal(t *testing.T) (master, slave *os.File) {

@@ -246,20 +246,30 @@ func TestVMNetns(t *testing.T) {
 		}
 	}
 	// What the container does: to upstreams, through sockets of both families, and out.
+	calls := [][3]string{
+		{"127.0.0.1", "9191", "127.0.0.1 to 127.0.0.1 by 127.0.0.1"},
+		{"::ffff:127.0.0.1", "9191", "127.0.0.1 to 127.0.0.1 by ::ffff:127.0.0.1"},
+		{"127.0.0.1", "9192", "Connection refused"},
+		{"169.254.255.2", "9192", "timed out"},
+		{n.host4, strconv.Itoa(port), n.pod4 + " to " + n.host4 + " by " + n.host4},
+		{n.host6, strconv.Itoa(port), n.pod6 + " to " + n.host6 + " by " + n.host6},
+	}
 	call := func(when string) {
-		for address, want := range map[string]string{
-			"127.0.0.1 9191":                    "127.0.0.1 to 127.0.0.1 by 127.0.0.1\n",
-			"::ffff:127.0.0.1 9191":             "127.0.0.1 to 127.0.0.1 by ::ffff:127.0.0.1\n",
-			"127.0.0.1 9192":                    "Connection refused",
-			"169.254.255.2 9192":                "timed out",
-			fmt.Sprintf("%s %d", n.host4, port): n.pod4 + " to " + n.host4 + " by " + n.host4 + "\n",
-			fmt.Sprintf("%s %d", n.host6, port): n.pod6 + " to " + n.host6 + " by " + n.host6 + "\n",
-		} {
-			out := w.must(t, append([]string{"exec", dir, "perl", "-MIO::Socket::IP", "-e", `
-				my $s = IO::Socket::IP->new(PeerHost => $ARGV[0], PeerPort => $ARGV[1], Timeout => $ARGV[0] =~ /^169/ ? 2 : 60) or do { print "$@\n"; exit };
-				my $line = <$s>; chomp $line; print "$line by ", $s->peerhost, "\n"`}, strings.Fields(address)...)...)
-			if !strings.Contains(out, want) {
-				t.Errorf("%s: the container at %s: %q, want %q", when, address, out, want)
+		args := []string{"exec", dir, "perl", "-MIO::Socket::IP", "-e", `
+			while (my ($host, $port) = splice @ARGV, 0, 2) {
+				my $s = IO::Socket::IP->new(PeerHost => $host, PeerPort => $port, Timeout => $host =~ /^169/ ? 2 : 60) or do { print $@ =~ s/\s+/ /gr, "\n"; next };
+				my $line = <$s>; chomp $line; print "$line by ", $s->peerhost, "\n";
+			}`}
+		for _, c := range calls {
+			args = append(args, c[0], c[1])
+		}
+		out := strings.Split(w.must(t, args...), "\n")
+		if len(out) != len(calls)+1 {
+			t.Fatalf("%s: the container says %q", when, out)
+		}
+		for i, c := range calls {
+			if !strings.Contains(out[i], c[2]) {
+				t.Errorf("%s: the container at %s, port %s: %q, want %q", when, c[0], c[1], out[i], c[2])
 			}
 		}
 	}
