@@ -251,7 +251,11 @@ func (s Suite) testKilled(t *testing.T) {
 						}
 						op.after(b)
 					}
-					b.clear()
+					// Also what can't be seen yet.
+					if s, ok := b.Backend.(volume.Snapshotter); ok {
+						b.must(s.DeleteSnapshot(b.ctx(), snap("v", "s").ID))
+					}
+					b.clear("v", "w")
 					if t.Failed() {
 						t.Fatalf("that was after a kill at step %d, repeated: %t", n, repeat)
 					}
