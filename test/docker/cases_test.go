@@ -121,7 +121,8 @@ var cases = []testCase{
 		docker kill -s USR2 $c >/dev/null; until docker logs $c | grep -q usr2; do sleep 0.1; done
 		docker inspect -f '{{.State.Running}}' $c; docker kill -s 15 $c >/dev/null; docker wait $c`},
 	{name: "signal/unknown signal", cmd: idle, script: `docker kill -s NONSENSE $c >/dev/null 2>&1; echo $?; docker inspect -f '{{.State.Running}}' $c`},
-	{name: "signal/init forwards", flags: []string{"--init"}, cmd: []string{"sleep", "1000"}, script: `sleep 0.5; docker stop $c >/dev/null; docker wait $c`},
+	{name: "signal/init forwards", flags: []string{"--init"}, cmd: []string{"sleep", "1000"}, script: `
+		until docker exec $c ps -o comm | grep -qx sleep; do sleep 0.1; done; docker stop $c >/dev/null; docker wait $c`},
 	{name: "signal/init gives the exit code", flags: []string{"--init"}, cmd: sh("exit 9")},
 	{name: "signal/init reaps", flags: []string{"--init"}, cmd: sh("sh -c 'sleep 0.1 & exit 0'; sleep 0.6; ps -o stat,comm | grep -c '^Z'; echo $$ | grep -vx 1 | wc -l")},
 
@@ -201,7 +202,9 @@ var cases = []testCase{
 	{name: "logs/since and until", cmd: sh("echo a; sleep 2; echo b; sleep 2; echo c"), script: `
 		docker wait $c; from=$(docker logs -t $c | awk '$2 == "b" {print $1}'); docker logs --since $from $c; docker logs --until $from $c; docker logs --since 1h --until 1s $c | head -n 1; docker logs --since 2100-01-01T00:00:00Z $c`},
 	{name: "logs/follow to the end", cmd: sh("for i in 1 2 3; do echo $i; sleep 0.3; done"), script: `docker logs -f $c`},
-	{name: "logs/follow from the tail", cmd: sh("seq 5; sleep 1; echo later"), script: `until docker logs $c | grep -q 5; do sleep 0.1; done; docker logs -f -n 1 $c`},
+	{name: "logs/follow from the tail", cmd: sh("seq 5; until test -e /tmp/go; do sleep 0.1; done; echo later"), script: `
+		until docker logs $c | grep -q 5; do sleep 0.1; done
+		docker logs -f -n 1 $c | { read last; echo $last; docker exec $c touch /tmp/go >/dev/null 2>&1; cat; }`},
 	{name: "logs/no newline, empty lines, long lines", cmd: sh("printf 'a\n\n\nb'; sleep 0.2; printf c; head -c 40000 /dev/zero | tr '\\0' y"), script: `docker wait $c; docker logs $c | md5sum`},
 	{name: "logs/tail of a long line", cmd: sh("echo a; head -c 40000 /dev/zero | tr '\\0' y; echo; echo b"), script: `docker wait $c; docker logs --tail 2 $c | wc -c; docker logs --tail 1 $c`},
 	{name: "logs/terminal", flags: []string{"-t"}, cmd: sh("echo a; echo b >&2"), script: `docker wait $c; docker logs $c | od -c`},
@@ -256,9 +259,11 @@ var cases = []testCase{
 	{name: "life/state after the end", cmd: sh("exit 2"), script: `docker wait $c; docker inspect -f '{{.State.Status}} {{.State.Running}} {{.State.Paused}} {{.State.Restarting}} {{.State.OOMKilled}} {{.State.Dead}} {{.State.Pid}} {{.State.ExitCode}} {{json .State.Error}}' $c; docker inspect -f '{{.State.StartedAt}} {{.State.FinishedAt}}' $c | grep -cE '^20[0-9T:.-]+Z 20[0-9T:.-]+Z$'`},
 	{name: "life/ps", image: "everything", flags: []string{"--entrypoint", "sleep"}, cmd: []string{"1000"}, script: `docker ps --filter name=$c --format '{{.Names}} {{.Command}} {{.State}}' --no-trunc; docker ps -q --filter name=$c | grep -cE '^[0-9a-f]{12}$'; docker ps -q --filter name=$c --filter status=exited`},
 	{name: "life/found by the start of its id", cmd: idle, script: `id=$(docker inspect -f '{{.Id}}' $c); echo ${#id}; docker exec $(echo $id | cut -c1-8) echo found; docker inspect nonsense-name 2>&1 | grep -c 'No such object'`},
-	{name: "life/top", cmd: sh("sleep 1000 & exec sleep 2000"), script: `until docker top $c -o pid,args | grep -q 2000; do sleep 0.1; done; docker top $c -o pid,args | sed 's/^ *[0-9PID]* *//' | sort; docker top $c | head -n 1`},
+	{name: "life/top", cmd: sh("sleep 1000 & exec sleep 2000"), script: `
+		until docker top $c -o pid,args | grep -v 'sh -c' | grep -c sleep | grep -qx 2; do sleep 0.1; done; docker top $c -o pid,args | sed 's/^ *[0-9PID]* *//' | sort; docker top $c | head -n 1`},
 	{name: "life/stats", cmd: idle, script: `docker stats --no-stream --format '{{.Name}} {{.PIDs}}' $c | sed -E 's/ [0-9]+$/ N/'`},
-	{name: "life/attach gives the exit code", cmd: sh("sleep 1; echo end; exit 8"), script: `docker attach $c; echo $?`},
+	{name: "life/attach gives the exit code", cmd: sh("until test -e /tmp/go; do echo waits; sleep 0.1; done; echo end; exit 8"), script: `
+		{ docker attach $c; echo $?; } | { read waits; docker exec $c touch /tmp/go >/dev/null 2>&1; grep -v waits; }`},
 	{name: "life/inspect of a missing one", cmd: idle, script: `for verb in logs stop kill start restart pause wait top; do docker $verb no-such-container >/dev/null 2>&1; echo $verb $?; done`},
 
 	// Health.

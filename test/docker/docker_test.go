@@ -26,7 +26,7 @@ import (
 )
 
 // caseTimeout bounds one case on one side.
-const caseTimeout = 2 * time.Minute
+const caseTimeout = 5 * time.Minute
 
 // maxOutput is how much of a stream is compared and shown.
 const maxOutput = 1 << 20

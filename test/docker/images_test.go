@@ -65,7 +65,7 @@ func images(t *testing.T) map[string]v1.Image {
 			c.Volumes = map[string]struct{}{"/data": {}, "/empty": {}, "/missing/deep": {}}
 		}),
 		"healthy": configured(plain, func(c *v1.Config) {
-			c.Healthcheck = &v1.HealthConfig{Test: []string{"CMD-SHELL", "echo checked; test -e /tmp/well"}, Interval: 300 * time.Millisecond, Timeout: 10 * time.Second, Retries: 2}
+			c.Healthcheck = &v1.HealthConfig{Test: []string{"CMD-SHELL", "echo checked; test -e /tmp/well"}, Interval: 300 * time.Millisecond, Timeout: time.Minute, Retries: 2}
 		}),
 		"repeated": withLayer(t, withLayer(t, withLayer(t, plain, repeated()...), between()...), repeated()...),
 		"layers":   withLayer(t, withLayer(t, plain, below()...), above()...),
