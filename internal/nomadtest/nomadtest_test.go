@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/nomad/api"
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/internal/agents"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -78,6 +79,7 @@ func TestRootOneNode(t *testing.T) {
 	if err := n.StartAgents(); err != nil {
 		t.Fatal(err)
 	}
+	c.UntilAnswers(t, a.ID)
 	c.CLI(t, "job", "eval", job)
 	if got := c.CLI(t, "alloc", "exec", a.ID, "echo", "still here"); got != "still here\n" {
 		t.Errorf("alloc exec after the client's restart: %q", got)
@@ -137,14 +139,21 @@ func TestRootCluster(t *testing.T) {
 	})
 	client := c.Server().HTTP()
 	defer client.CloseIdleConnections()
-	resp, err := client.Get("http://127.0.0.1:8500/v1/catalog/service/hello")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	var entries []struct{ Address string }
-	if err := json.NewDecoder(resp.Body).Decode(&entries); err != nil || len(entries) != 3 {
-		t.Errorf("Consul knows %v, %v", entries, err)
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	defer cancel()
+	if err := agents.Retry(ctx, "three services in Consul", func() error { // each node's Consul tells the server's in its own time
+		resp, err := client.Get("http://127.0.0.1:8500/v1/catalog/service/hello")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		var entries []struct{ Address string }
+		if err := json.NewDecoder(resp.Body).Decode(&entries); err != nil || len(entries) != 3 {
+			return fmt.Errorf("it knows %v, %v", entries, err)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 	// Nodes reach each other, and the test reaches them.
 	two := c.Clients()[1]
@@ -157,7 +166,7 @@ func TestRootCluster(t *testing.T) {
 	defer s.Close()
 	from := c.Clients()[0].HTTP()
 	defer from.CloseIdleConnections()
-	resp, err = from.Get("http://" + l.Addr().String())
+	resp, err := from.Get("http://" + l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +247,7 @@ job "page" {
 	a := c.UntilRunning(t, job)
 	c.UntilLogsHave(t, a.ID, "t", "stdout", "up")
 	n := c.Clients()[0]
-	if page, err := n.Output(t.Context(), "curl", "-sSf", "--retry", "20", "--retry-all-errors", "--retry-delay", "1", "http://"+n.IP.String()+":8080/"); err != nil || page != "a page\n" {
+	if page, err := n.Output(t.Context(), "curl", "-sSf", "--retry", "100", "--retry-all-errors", "--retry-delay", "1", "http://"+n.IP.String()+":8080/"); err != nil || page != "a page\n" {
 		t.Errorf("the page is %q, %v", page, err)
 	}
 	if got := c.CLI(t, "alloc", "exec", a.ID, "cat", "/proc/1/comm"); got != "httpd\n" {
@@ -268,7 +277,7 @@ func TestRootLeaksAreFound(t *testing.T) {
 		}
 	}
 	for name, leak := range map[string]struct{ make, want, remove string }{
-		"process":          {`setsid sleep 4711 >/dev/null 2>&1 & `, `process \d+ of \d+: sleep 4711`, `kill $(pidof sleep)`},
+		"process":          {`setsid sleep 4711 >/dev/null 2>&1 & while ! pidof sleep; do sleep 0.01; done`, `process \d+ of \d+: sleep 4711`, `kill $(pidof sleep)`},
 		"deep process":     {`setsid unshare --pid --fork --kill-child sleep 4711 >/dev/null 2>&1 & while ! pidof sleep; do sleep 0.01; done`, `process \d+ of \d+: sleep 4711`, `kill -9 $(pidof unshare)`},
 		"mount":            {`mkdir m; mount -t tmpfs leak m`, `mount tmpfs at .*/m`, `umount m; rmdir m`},
 		"network space":    {`ip netns add leak`, `mount nsfs at /run/netns/leak`, `ip netns del leak`},
