@@ -220,7 +220,15 @@ func (c *client) task(script string, edit func(*drivers.TaskConfig, *taskConfig)
 	if err := t.EncodeConcreteDriverConfig(cfg); err != nil {
 		c.Fatal(err)
 	}
-	c.Cleanup(c.harness.MkAllocDir(t, true))
+	end := c.harness.MkAllocDir(t, true)
+	c.Cleanup(func() {
+		for _, path := range []string{t.StdoutPath, t.StderrPath} { // for a pipe that no task has opened the harness waits four seconds
+			if f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0); err == nil {
+				f.Close()
+			}
+		}
+		end()
+	})
 	return t
 }
 
