@@ -206,7 +206,7 @@ func TestVMNodePullsWithTLS(t *testing.T) {
 		}
 	}
 	mounted("mount", "--bind", ca, trusted)
-	defer mounted("umount", trusted)
+	defer mounted("umount", "--lazy", trusted) // somebody may be reading it
 	address := node.IP.String() + ":5443"
 	h := openHostOn(t, c, "--images", dir, "--registry-listen", "0.0.0.0:5443", "--registry-url", "https://"+address, "--registry-cert", cert, "--registry-key", key)
 	h.run("load", "-i", archive(t, "loaded:1", saying(t, "with TLS")))

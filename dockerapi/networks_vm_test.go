@@ -31,7 +31,7 @@ func TestVMPorts(t *testing.T) {
 	serve("--name", "all", "-P", "--expose", "80")
 	chosen := strings.TrimPrefix(h.run("port", "all", "80"), "0.0.0.0:")
 	for _, at := range []string{"127.0.0.1:8088", "127.0.0.1:8089", "127.0.0.1:8090", "127.0.0.1:8091", "127.0.0.1:" + chosen} {
-		if out, err := h.c.Server().Output(t.Context(), "curl", "-gsSf", "--retry", "30", "--retry-all-errors", "--retry-delay", "1", "http://"+at+"/"); err != nil || out != "a page\n" {
+		if out, err := h.c.Server().Output(t.Context(), "curl", "-gsSf", "--retry", "120", "--retry-all-errors", "--retry-delay", "1", "http://"+at+"/"); err != nil || out != "a page\n" {
 			t.Errorf("at %s: %q, %v", at, out, err)
 		}
 	}
@@ -77,6 +77,7 @@ func TestVMNetworks(t *testing.T) {
 		}
 		return strings.TrimSpace(out)
 	}
+	h.until("db to answer", func() bool { return reach("client", "db") == "db" })
 	for _, name := range []string{"db", "database", "DB", "db.shop", h.run("ps", "-q", "--filter", "name=db")} {
 		if got := reach("client", name); got != "db" {
 			t.Errorf("db as %s: %s", name, got)
@@ -150,7 +151,11 @@ func testNetworkNode(h *host) {
 	h.run(run("--name", "first", "--network", "shop", "-l", "kr.zone=client1")...)
 	h.run(run("--name", "elsewhere", "--network", "other", "-l", "kr.zone=client2")...)
 	h.run(run("--name", "second", "--network", "shop")...)
-	h.run("exec", "second", "ping", "-c", "1", "-w", "20", "first")
+	reaches := func(from, to string) {
+		h.t.Helper()
+		h.until(from+" to reach "+to, func() bool { _, err := h.try("", "exec", from, "ping", "-c", "1", "-w", "20", to); return err == nil })
+	}
+	reaches("second", "first")
 	h.wantError(125, "no node takes the container.*its networks are on one node", run("--name", "third", "--network", "shop", "-l", "kr.zone=client2")...)
 	h.wantError(1, "what is on it is on another node", "network", "connect", "shop", "elsewhere")
 	h.run("create", "--name", "both", "--network", "shop", "busybox", "true")
@@ -159,10 +164,7 @@ func testNetworkNode(h *host) {
 	h.run("rm", "-f", "first", "second", "both")
 	h.run("start", "third")
 	h.run("network", "connect", "shop", "elsewhere")
-	h.until("the network to be on the other node", func() bool {
-		_, err := h.try("", "exec", "third", "ping", "-c", "1", "-w", "20", "elsewhere")
-		return err == nil
-	})
+	reaches("third", "elsewhere") // on the other node
 	h.run("rm", "-f", "third", "elsewhere")
 	h.run("network", "prune", "-f")
 }

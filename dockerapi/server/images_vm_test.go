@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -206,7 +205,7 @@ func (s *imageSide) prepare(t *testing.T) {
 // run gives a shell the command and returns what it shows, with this side's names as HOST.
 func (s *imageSide) run(t *testing.T, command string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-c", strings.ReplaceAll(command, "HOST", s.registry))
 	cmd.Dir = s.dir
@@ -230,10 +229,10 @@ func (s *imageSide) run(t *testing.T, command string) string {
 	return text + "exit code " + string(rune('0'+code))
 }
 
-// sortedLines leaves out the states of layers that dockerd tells of only when it has time to.
+// sortedLines leaves out the states of layers that dockerd tells of only when it has time to before the next one.
 func sortedLines(s string) string {
 	lines := slices.DeleteFunc(strings.Split(s, "\n"), func(line string) bool {
-		return strings.HasSuffix(line, ": Verifying Checksum") || strings.HasSuffix(line, ": Waiting") || strings.HasSuffix(line, ": Preparing")
+		return slices.ContainsFunc([]string{"Verifying Checksum", "Download complete", "Waiting", "Preparing"}, func(state string) bool { return strings.HasSuffix(line, ": "+state) })
 	})
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
