@@ -124,6 +124,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin/filer/nfs":        {"internal/mountns"},
 	"csi-plugin/filer/s3":         {"test/programs"},
 	"csi-plugin/filer/webdav":     {"internal/mountns"},
+	"test":                        {"internal/locked"},
 }
 
 // onlyImporter names the folders that alone may import a foreign module (by prefix of the import path).

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/internal/filertest"
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // TestVMFilerRestarts: the filer ends and begins again all the time, and random operations on it give the same answers and bytes as ever. It ends as
@@ -22,13 +23,13 @@ func TestVMFilerRestarts(t *testing.T) {
 	filer.Volume("files", 64<<20, nil)
 	pod := filepath.Join(dir, "pod")
 	command := func(args ...string) *exec.Cmd { return exec.CommandContext(t.Context(), kcradle, args...) }
-	check := fmt.Sprintf("mkdir -p /v/d && exec /bin/fileops check -workers 3 -ops 160 -for 20s -without %s /v/d /reference", "unlinkedlinks,linktimes,reasons")
+	check := fmt.Sprintf("mkdir -p /v/d && echo begun && exec /bin/fileops check -workers 3 -ops 160 -for 20s -without %s /v/d /reference", "unlinkedlinks,linktimes,reasons")
 	if out, err := command("summon", pod, "oci:"+image, "--privileged", "-m", "256m", "--tmpfs", "/reference:size=150m",
 		"--mount", filer.Publish("files").Mount("/v"), "--", "sh", "-c", check).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	t.Cleanup(func() { exec.Command(kcradle, "rm", "-f", pod).Run() })
-	var said strings.Builder
+	var said locked.Buffer
 	run := command("run", pod)
 	run.Stdout, run.Stderr = &said, &said
 	if err := run.Start(); err != nil {
@@ -36,19 +37,27 @@ func TestVMFilerRestarts(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- run.Wait() }()
-	next := time.After(2 * time.Second)
-	for restarts := 0; ; restarts++ {
+	// Not before the volume is mounted: a server that is not there then fails the pod's start.
+	for !strings.Contains(said.String(), "begun") {
+		select {
+		case err := <-ended:
+			t.Fatalf("%v\n%s", err, said.String())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	next := time.After(0)
+	for restarts := 0; ; {
 		select {
 		case err := <-ended:
 			if err != nil || restarts < 3 {
-				t.Errorf("after %d restarts: %v\n%s", restarts, err, &said)
+				t.Errorf("after %d restarts: %v\n%s", restarts, err, said.String())
 			}
-			t.Logf("%d restarts: %s", restarts, &said)
+			t.Logf("%d restarts: %s", restarts, said.String())
 			return
 		case <-next:
 			filer.Signal(syscall.SIGTERM)
 			filer.Run()
-			if restarts < 6 { // a client that was refused waits for seconds
+			if restarts++; restarts < 7 { // a client that was refused waits for seconds
 				next = time.After(2 * time.Second)
 			}
 		}
