@@ -204,8 +204,9 @@ func TestVMAccelerator(t *testing.T) {
 
 // A KVM that passes for usable and does not bring a guest up costs one attempt.
 func TestVMKVMThatFails(t *testing.T) {
+	t.Parallel() // it may wait
 	c := config(t)
-	c.Accel, c.HelloTimeout = Auto, 15*time.Second
+	c.Accel, c.HelloTimeout = Auto, 20*time.Second
 	if err := c.check(); err != nil {
 		t.Fatal(err)
 	}
