@@ -134,36 +134,45 @@ func chaos(t *testing.T, jobs, kills int) {
 
 	// Every job has come to rest, with one pod each that answers.
 	var alive []*api.AllocationListStub
-	settled := func(s *nomadtest.State) bool {
-		alive = alive[:0]
-		for i := range jobs {
-			before := len(alive)
-			for _, a := range s.Of(fmt.Sprintf("churn-%d", i)) {
-				switch {
-				case nomadtest.Running(a):
-					alive = append(alive, a)
-				case nomadtest.Ended(a), a.ClientStatus == api.AllocClientStatusPending && a.DesiredStatus != api.AllocDesiredStatusRun: // it has never begun
-				default:
+	settle := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
+		defer cancel()
+		return c.Wait(ctx, "one running allocation of each job", func(s *nomadtest.State) bool {
+			alive = alive[:0]
+			for i := range jobs {
+				a := theOne(s.Of(fmt.Sprintf("churn-%d", i)))
+				if a == nil {
 					return false
 				}
+				alive = append(alive, a)
 			}
-			if len(alive) != before+1 {
-				return false
-			}
-		}
-		return true
+			return true
+		})
 	}
-	const want = "one running allocation of each job"
-	ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
-	defer cancel()
-	err = c.Wait(ctx, want, settled)
-	if deaf := deaf(t, c, n); len(deaf) > 0 {
+	err = settle()
+	deaf := deaf(t, c, n)
+	var doubled []string
+	if err != nil {
+		doubled = tellUnsettled(t, c, n, jobs)
+	}
+	if err != nil && len(deaf)+len(doubled) == 0 {
+		tellGoroutines(t, n)
+		t.Fatal(err)
+	}
+	if len(deaf) > 0 {
 		t.Logf("allocations to which Nomad's client does not listen: %v", deaf)
 		if err := errors.Join(n.KillClient(), n.StartAgents()); err != nil {
 			t.Fatal(err)
 		}
-		c.Until(t, want, settled)
-	} else if err != nil {
+	}
+	for _, job := range doubled {
+		t.Logf("Nomad wants more than one allocation of %s; it is made to look again", job)
+		if _, _, err := c.API.Jobs().ForceEvaluate(job, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := settle(); err != nil {
+		tellUnsettled(t, c, n, jobs)
 		tellGoroutines(t, n)
 		t.Fatal(err)
 	}
@@ -207,7 +216,74 @@ func chaos(t *testing.T, jobs, kills int) {
 	}
 }
 
-var failedToAdd = regexp.MustCompile(`client: error adding alloc: .* alloc_id=(\S+)`)
+// theOne is the running allocation of a job, if that has come to rest.
+func theOne(all []*api.AllocationListStub) (one *api.AllocationListStub) {
+	for _, a := range all {
+		switch {
+		case nomadtest.Running(a) && one == nil:
+			one = a
+		case nomadtest.Ended(a), a.ClientStatus == api.AllocClientStatusPending && a.DesiredStatus != api.AllocDesiredStatusRun: // it has never begun
+		default:
+			return nil
+		}
+	}
+	return one
+}
+
+// tellUnsettled shows what server and client know and have logged of jobs that have not come to rest. It returns those of which Nomad's server wants more
+// than the one allocation that the job has, with nothing left to look at, and whose client has not begun with the surplus ones: no task has an event, so no
+// driver has heard of them. The client has such a one wait for the end of its predecessor. Nomad's scheduler (1.11) replaces an allocation that has failed
+// also where another runs (scheduler/reconciler: computePlacements), and stops one of two when it looks again.
+func tellUnsettled(t *testing.T, c *nomadtest.Cluster, n *nomadtest.Node, jobs int) (doubled []string) {
+	t.Helper()
+	for i := range jobs {
+		job := fmt.Sprintf("churn-%d", i)
+		all, _, err := c.API.Jobs().Allocations(job, true, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if theOne(all) != nil {
+			continue
+		}
+		evals, _, err := c.API.Jobs().Evaluations(job, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var text strings.Builder
+		things := []string{"job_id=" + job + " "}
+		running, waiting, idle := 0, 0, true
+		for _, a := range all {
+			if a.DesiredStatus == api.AllocDesiredStatusRun && !nomadtest.Ended(a) {
+				if nomadtest.Running(a) {
+					running++
+				} else if a.ClientStatus == api.AllocClientStatusPending && len(a.TaskStates) == 0 {
+					waiting++
+				} else {
+					idle = false
+				}
+			}
+			full, _, err := c.API.Allocations().Info(a.ID, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(&text, "%s of version %d, %d to %d: %s (%s), wanted %s (%s); after %q, before %q, follow-up %q\n", a.ID, a.JobVersion, a.CreateIndex, a.ModifyIndex,
+				a.ClientStatus, a.ClientDescription, a.DesiredStatus, a.DesiredDescription, full.PreviousAllocation, full.NextAllocation, full.FollowupEvalID)
+			if !nomadtest.Ended(a) {
+				things = append(things, a.ID)
+			}
+		}
+		for _, e := range evals {
+			idle = idle && e.Status != "pending" && e.Status != "blocked"
+		}
+		t.Logf("%s has not come to rest\n%s%s", job, &text, told(t, n, things...))
+		if running == 1 && waiting > 0 && idle {
+			doubled = append(doubled, job)
+		}
+	}
+	return doubled
+}
+
+var failedToAdd = regexp.MustCompile(`client: error (?:adding|running) alloc: .* alloc_id=(\S+)`)
 
 // deaf lists live allocations that the client does not listen to until it is started again. Where a driver's process ends while Nomad 1.11 adds an allocation,
 // the client calls that failed, may add it nevertheless, as it asks for allocations and adds them at the same time, and then ignores what the server wants of
