@@ -379,11 +379,10 @@ func testGone(t *testing.T, w *world) {
 		w.noConnections(t)
 	}
 	target.Config.HttpClient.CloseIdleConnections()
-	for range 100 {
+	for end := time.Now().Add(nomadtest.Patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if runtime.NumGoroutine() <= before {
 			return
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	all := make([]byte, 1<<20)
 	t.Errorf("%d goroutines were there, %d are\n%s", before, runtime.NumGoroutine(), all[:runtime.Stack(all, true)])
