@@ -89,6 +89,7 @@ func (s *shop) periodic() {
 		}
 		return false
 	})
+	s.UntilWritten(s.t, a)
 	if got := s.CLI(s.t, "alloc", "logs", a.ID); !strings.Contains(got, "UTC") {
 		s.t.Errorf("date: %q", got)
 	}
@@ -106,9 +107,7 @@ func (s *shop) web() {
 	for _, service := range []string{"web", "web-inside"} {
 		s.healthy(service)
 	}
-	if got := s.CLI(s.t, "alloc", "logs", a.ID); !strings.Contains(got, "GET /") {
-		s.t.Errorf("nginx logs %q", got)
-	}
+	s.UntilLogsHave(s.t, a.ID, "nginx", "stdout", "GET /")
 }
 
 // healthy waits until Consul calls a service's checks passing.
@@ -149,7 +148,7 @@ func (s *shop) healthy(service string) {
 // page gets a page of an allocation through its published port, as another node does.
 func (s *shop) page(a *api.AllocationListStub, label, path string) string {
 	s.t.Helper()
-	text, err := s.Server().Output(s.t.Context(), "curl", "-sSf", "--retry", "30", "--retry-all-errors", "--retry-delay", "1", "--max-time", "60", "http://"+s.port(a, label)+path)
+	text, err := s.Server().Output(s.t.Context(), "curl", "-sSf", "--retry", "100", "--retry-all-errors", "--retry-delay", "1", "--max-time", "60", "http://"+s.port(a, label)+path)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -171,14 +170,17 @@ func (s *shop) port(a *api.AllocationListStub, label string) string {
 	return ""
 }
 
-func (s *shop) live() (all []*api.AllocationListStub) {
-	s.Until(s.t, "the state", func(st *nomadtest.State) bool {
+// live waits until so many allocations of job canary run, no more and no less.
+func (s *shop) live(count int) (all []*api.AllocationListStub) {
+	s.t.Helper()
+	s.Until(s.t, fmt.Sprintf("%d allocations that run", count), func(st *nomadtest.State) bool {
+		all = all[:0]
 		for _, a := range st.Of("canary") {
 			if nomadtest.Running(a) {
 				all = append(all, a)
 			}
 		}
-		return true
+		return len(all) == count
 	})
 	return all
 }
@@ -198,11 +200,7 @@ func (s *shop) deployment(what string, f func(*api.Deployment) bool) {
 
 func (s *shop) canary() {
 	s.run("canary")
-	old := s.live()
-	if len(old) != 2 {
-		s.t.Fatalf("%d allocations run", len(old))
-	}
-	for _, a := range old {
+	for _, a := range s.live(2) {
 		if got := s.page(a, "http", "/"); got != "old\n" {
 			s.t.Errorf("page: %q", got)
 		}
@@ -212,22 +210,17 @@ func (s *shop) canary() {
 		g := d.TaskGroups["canary"]
 		return d.JobVersion == 1 && g != nil && len(g.PlacedCanaries) == 1 && g.HealthyAllocs == 1
 	})
-	if now := s.live(); len(now) != 3 {
-		s.t.Errorf("%d allocations run beside the canary", len(now)-1)
-	}
+	s.live(3)
 	s.CLI(s.t, "job", "promote", "canary")
 	s.deployment("a whole new version", func(d *api.Deployment) bool { return d.JobVersion == 1 && d.Status == api.DeploymentStatusSuccessful })
-	if now := s.live(); len(now) != 2 {
-		s.t.Errorf("%d allocations run after the update", len(now))
-	}
-	for _, a := range s.live() {
+	for _, a := range s.live(2) {
 		if got := s.page(a, "http", "/"); got != "new\n" {
 			s.t.Errorf("page: %q", got)
 		}
 	}
 
 	// A node is drained: what runs there moves, and comes back to life elsewhere.
-	first := s.live()[0]
+	first := s.live(2)[0]
 	s.CLI(s.t, "node", "drain", "-enable", "-yes", first.NodeID) // returns when the node is empty
 	s.Until(s.t, "two allocations elsewhere", func(st *nomadtest.State) bool {
 		n := 0
@@ -242,7 +235,7 @@ func (s *shop) canary() {
 		return n == 2
 	})
 	s.CLI(s.t, "node", "drain", "-disable", first.NodeID)
-	for _, a := range s.live() {
+	for _, a := range s.live(2) {
 		if got := s.page(a, "http", "/"); got != "new\n" {
 			s.t.Errorf("page: %q", got)
 		}
@@ -291,7 +284,7 @@ func (s *shop) nodesDie() {
 	s.Stop(s.t, "stays")
 
 	s.run("canary", "-var", "greeting=alive")
-	lost := s.live()[0]
+	lost := s.live(2)[0]
 	for _, n := range s.Clients() {
 		if n.Name == lost.NodeName {
 			node = n
@@ -320,7 +313,7 @@ func (s *shop) nodesDie() {
 		}
 		return st.Node(node.Name).Status == api.NodeStatusReady
 	})
-	for _, a := range s.live() {
+	for _, a := range s.live(2) {
 		if got := s.page(a, "http", "/"); got != "alive\n" {
 			s.t.Errorf("page: %q", got)
 		}
