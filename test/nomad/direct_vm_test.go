@@ -162,20 +162,20 @@ func (s *storehouse) stats(control string) spec.VolumeStats {
 // frozen checks that the volume was frozen and thawed in time so many times, by what the driver and the CSI plugin have said.
 func (s *storehouse) frozen(times int) {
 	s.t.Helper()
-	log, err := os.ReadFile(filepath.Join(s.node.Dir, "client.log"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	for _, call := range []string{"/freeze", "/thaw"} {
-		n := 0
-		for line := range strings.Lines(string(log)) {
-			if strings.Contains(line, "volume is controlled") && strings.Contains(line, "volume=guest") && strings.Contains(line, call) {
-				n++
+		s.eventually(fmt.Sprintf("call %d of %s in the client's log", times, call), func() bool {
+			log, err := s.node.ClientLog()
+			if err != nil {
+				s.t.Fatal(err)
 			}
-		}
-		if n < times {
-			s.t.Errorf("%s was called %d times", call, n)
-		}
+			n := 0
+			for line := range strings.Lines(log) {
+				if strings.Contains(line, "volume is controlled") && strings.Contains(line, "volume=guest") && strings.Contains(line, call) {
+					n++
+				}
+			}
+			return n >= times
+		})
 	}
 	all, _, err := s.API.Jobs().Allocations("cradle-csi", false, nil)
 	if err != nil || len(all) == 0 {

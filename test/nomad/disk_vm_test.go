@@ -58,7 +58,7 @@ job "disks" {
 }`
 
 // TestVMKeptDiskKilled is the short form of the drill.
-func TestVMKeptDiskKilled(t *testing.T) { keptDiskKilled(t, 4) }
+func TestVMKeptDiskKilled(t *testing.T) { keptDiskKilled(t, 2) }
 
 // keptDiskKilled has job after job count on one kept disk, while the client, the driver, both or the machine are killed at random moments. What a task has
 // told was on the disk before, so the next one goes on from there or from later.

@@ -119,7 +119,7 @@ job %q {
 		for _, at := range []string{
 			fmt.Sprintf("[%v]:80", own), fmt.Sprintf("%v:80", own4), fmt.Sprintf("%s:%d", port.HostIP, port.Value),
 		} {
-			out, err := node.Output(t.Context(), "curl", "-gsSf", "--retry", "30", "--retry-all-errors", "--retry-delay", "1", "--max-time", "60", "http://"+at+"/")
+			out, err := node.Output(t.Context(), "curl", "-gsSf", "--retry", "100", "--retry-all-errors", "--retry-delay", "1", "--max-time", "60", "http://"+at+"/")
 			if err != nil || out != "a page\n" {
 				t.Errorf("job %s: at %s: %q, %v", job, at, out, err)
 			}
@@ -127,7 +127,7 @@ job %q {
 		// Out of the pod, and back to itself.
 		gateway := subnet.Addr().Next()
 		for _, to := range []netip.Addr{gateway, own, netip.IPv6Loopback()} {
-			if out, stderr, code := c.TryCLI(t, "", "alloc", "exec", a.ID, "ping", "-c", "1", "-w", "20", to.String()); code != 0 {
+			if out, stderr, code := c.TryCLI(t, "", "alloc", "exec", a.ID, "ping", "-c", "1", "-w", "120", to.String()); code != 0 {
 				t.Errorf("job %s: ping %v: %s%s", job, to, out, stderr)
 			}
 		}
