@@ -61,7 +61,7 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 	// Nomad leaves a task's log process that a client has started and was killed before it could tell it what to read.
 	o := nomadtest.Options{Client: "gc_max_allocs = 1000", Tolerate: regexp.MustCompile(`^process \d+ of \d+: \S+/nomad logmon$`)}
 	if err := o.Cradle(`    gc {
-      orphan_delay = "5s"
+      orphan_delay = "20s"
     }`); err != nil {
 		t.Fatal(err)
 	}
@@ -130,15 +130,16 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 		if runsOf(t, after, plugins) != runsOf(t, before, plugins) {
 			t.Errorf("round %d: the task was started again while a command ran in it", i)
 		}
-		if got := c.CLI(t, "alloc", "exec", a.ID, "echo", "still here"); got != "still here\n" {
-			t.Errorf("round %d: a command after that says %q", i, got)
-		}
+		eventually(t, "a command after that", func() bool { // the client may not have the next plugin's handle of the task yet
+			out, _, _ := c.TryCLI(t, "", "alloc", "exec", a.ID, "echo", "still here")
+			return out == "still here\n"
+		})
 
 		if _, _, err := c.API.Jobs().Deregister(job, false, nil); err != nil {
 			t.Fatal(err)
 		}
 		killed("stop", 700*time.Millisecond)
-		c.UntilAlloc(t, job, "ended", func(ended *api.AllocationListStub) bool { return ended.ID == a.ID && nomadtest.Ended(ended) })
+		c.UntilWritten(t, c.UntilAlloc(t, job, "ended", func(ended *api.AllocationListStub) bool { return ended.ID == a.ID && nomadtest.Ended(ended) }))
 		c.UntilAnswers(t, a.ID)
 		out := c.Logs(t, a.ID, "t", "stdout")
 		if all := numbers(t, strings.TrimSuffix(out, "end\n")); len(all) < len(after) || runsOf(t, all, plugins) != runsOf(t, before, plugins) {
@@ -163,11 +164,11 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 	t.Logf("killed: %v", hit)
 	var left []string
 	for begin := time.Now(); time.Since(begin) < nomadtest.Patience; time.Sleep(100 * time.Millisecond) {
-		if left = readers(t, n); len(left) == 0 {
+		if left, err = n.OpenLogs(); err == nil && len(left) == 0 {
 			return
 		}
 	}
-	t.Errorf("after the end of all tasks their output is still read: %v", left)
+	t.Errorf("after the end of all tasks their output is still read: %v, %v", left, err)
 }
 
 // told are the lines of the agents' logs that name any of these things.
@@ -206,30 +207,6 @@ func gaveUp(t *testing.T, n *nomadtest.Node, a *api.AllocationListStub) bool {
 		return strings.Contains(e.DisplayMessage, "failed to start task after driver exited unexpectedly: plugin is shut down") ||
 			strings.Contains(e.DisplayMessage, "failed to initialize driver after it exited unexpectedly: plugin is shut down")
 	})
-}
-
-// readers are the files of allocations that log processes have open.
-func readers(t *testing.T, n *nomadtest.Node) (all []string) {
-	t.Helper()
-	list, err := n.Processes()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range list {
-		if len(p.Args) < 2 || p.Args[1] != "logmon" {
-			continue
-		}
-		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.PID))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, f := range files {
-			if to, err := os.Readlink(f); err == nil && strings.Contains(to, "/nomad/alloc/") {
-				all = append(all, to)
-			}
-		}
-	}
-	return all
 }
 
 // numbers are the lines of a log; the last one may be unfinished.
