@@ -148,8 +148,11 @@ func TestRootCluster(t *testing.T) {
 		}
 		defer resp.Body.Close()
 		var entries []struct{ Address string }
-		if err := json.NewDecoder(resp.Body).Decode(&entries); err != nil || len(entries) != 3 {
-			return fmt.Errorf("it knows %v, %v", entries, err)
+		if err := json.NewDecoder(resp.Body).Decode(&entries); err != nil {
+			return err
+		}
+		if len(entries) != 3 {
+			return fmt.Errorf("it knows %v", entries)
 		}
 		return nil
 	}); err != nil {
