@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,7 +29,23 @@ func (c *Cluster) Run(t testing.TB, hcl string) string {
 	if _, _, err := c.API.Jobs().Register(job, nil); err != nil {
 		t.Fatalf("register job %s: %v", *job.ID, err)
 	}
+	var q api.QueryOptions
+	if job.Namespace != nil {
+		q.Namespace = *job.Namespace
+	}
+	made, _, err := c.API.Jobs().Info(*job.ID, &q)
+	if err != nil {
+		t.Fatalf("read job %s: %v", *job.ID, err)
+	}
+	c.made.Store(*job.ID, *made.CreateIndex)
 	return *job.ID
+}
+
+// of are a job's allocations without those of an earlier job by that name, which was purged, and of whose end the watch may not have heard yet.
+func (c *Cluster) of(s *State, job string) []*api.AllocationListStub {
+	since, _ := c.made.Load(job)
+	index, _ := since.(uint64)
+	return slices.DeleteFunc(s.Of(job), func(a *api.AllocationListStub) bool { return a.CreateIndex < index })
 }
 
 // RunVolumes runs the volumes' plugin on the server's node as its example says, and returns when volumes can be made.

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -97,6 +98,7 @@ type Cluster struct {
 	keeper  *keeper
 	network *network
 	watch   *watch
+	made    sync.Map // index at which each job was made that Run has run
 }
 
 var clusters atomic.Int64

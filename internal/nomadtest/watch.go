@@ -301,7 +301,7 @@ func (c *Cluster) Until(t testing.TB, what string, f func(*State) bool) {
 func (c *Cluster) UntilAlloc(t testing.TB, job, what string, f func(*api.AllocationListStub) bool) (found *api.AllocationListStub) {
 	t.Helper()
 	c.Until(t, fmt.Sprintf("an allocation of job %s that is %s", job, what), func(s *State) bool {
-		for _, a := range s.Of(job) {
+		for _, a := range c.of(s, job) {
 			if f(a) {
 				found = a
 				return true
@@ -322,7 +322,7 @@ func (c *Cluster) UntilRunning(t testing.TB, job string) *api.AllocationListStub
 func (c *Cluster) UntilEnded(t testing.TB, job string) (a *api.AllocationListStub) {
 	t.Helper()
 	c.Until(t, "the end of job "+job, func(s *State) bool {
-		all := s.Of(job)
+		all := c.of(s, job)
 		if len(all) == 0 {
 			return false
 		}
