@@ -317,6 +317,10 @@ func (o *unitOptions) render(image *seal.Image, where string, before ...string) 
 		command = "!" + command                            // as root, who becomes the user by himself
 	}
 	set("ExecStartPre", before...)
+	if o.Cache != "" && !o.Host {
+		// In the sandbox bali could not make it, and what is not there yet can't be writable in it.
+		set("ExecStartPre", "+"+commandLine([]string{"mkdir", "-p", "-m", "700", "--", o.Cache}))
+	}
 	set("ExecStart", command)
 	set("SyslogIdentifier", o.Name) // the journal would say bali
 	if kind == "oneshot" {

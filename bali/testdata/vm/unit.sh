@@ -23,6 +23,14 @@ install_unit box -- /box.sh
 systemctl start box
 wait_for 120 "the sandbox" logged box 'no new privileges, kernel settings read-only, modules no'
 
+# with a cache that is not there yet, started twice
+install_unit cached --cache /var/cache/bali -- /box.sh
+systemctl start cached
+wait_for 120 "a start that makes its cache" logged cached 'no new privileges, kernel settings read-only, modules no'
+[ "$(stat -c '%U %a' /var/cache/bali)" = "root 700" ] || fail "the cache is $(stat -c '%U %a' /var/cache/bali)"
+systemctl restart cached
+[ "$(systemctl is-active cached)" = active ] || fail "from its cache it is $(systemctl is-active cached)"
+
 # stopped while bali still waits for its image: no failure
 mkfifo image
 exec 9<>image # it opens, and nothing comes
