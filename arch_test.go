@@ -55,8 +55,9 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                              // of cradle-csi as well, which calls the filer
 	"csi-plugin/filer/nfs": {},                                                                                                                                                 // exports, not volumes
 
-	"csi-plugin/filer/webdav": {"internal/durable"}, // directories, not volumes
-	"csi-plugin/filer/s3":     {},                   // so is this
+	"csi-plugin/filer/gateway": {},
+	"csi-plugin/filer/webdav":  {"csi-plugin/filer/gateway", "internal/durable"}, // directories, not volumes
+	"csi-plugin/filer/s3":      {"csi-plugin/filer/gateway"},                     // so is this
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},

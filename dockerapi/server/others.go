@@ -209,16 +209,22 @@ func (t *tenant) listOthers(ctx context.Context, f dockerhttp.Filters, ended boo
 	made := make([]*container.Summary, len(all))
 	var work sync.WaitGroup
 	slots := make(chan struct{}, asked)
+	asking := map[string]func() []container.Summary{} // by allocation: a pod is asked once for all of its containers
 	for i, o := range all {
 		if !f.Any("id", func(v string) bool { return strings.HasPrefix(o.ID, v) }) || !f.Labels("label", o.settings.Labels, false) ||
 			!f.Any("name", func(v string) bool { return dockerhttp.Matches(v, "/"+o.Name) || dockerhttp.Matches(v, o.Name) }) ||
 			!f.Any("ancestor", func(v string) bool { return v == o.settings.Image }) {
 			continue
 		}
+		ask := asking[o.alloc.ID]
+		if ask == nil {
+			ask = sync.OnceValue(func() []container.Summary { return t.inside(ctx, o) })
+			asking[o.alloc.ID] = ask
+		}
 		work.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			made[i] = t.summaryOf(ctx, o)
+			made[i] = o.summary(ask())
 		})
 	}
 	work.Wait()
@@ -233,21 +239,25 @@ func (t *tenant) listOthers(ctx context.Context, f dockerhttp.Filters, ended boo
 	return out, nil
 }
 
-// summaryOf is what a list shows of one: what its pod tells, or Nomad where that does not answer.
-func (t *tenant) summaryOf(ctx context.Context, o *other) *container.Summary {
+// inside are the containers of one's pod as that tells of them, none where it does not answer.
+func (t *tenant) inside(ctx context.Context, o *other) (all []container.Summary) {
+	ctx, cancel := context.WithTimeout(ctx, podWait)
+	defer cancel()
+	if err := t.podOfOther(o).call(ctx, http.MethodGet, "/containers/json", map[string][]string{"all": {"1"}}, nil, &all); err != nil {
+		return nil
+	}
+	return all
+}
+
+// summary is what a list shows of one: what its pod tells, or Nomad where that does not answer.
+func (o *other) summary(inside []container.Summary) *container.Summary {
 	s := &container.Summary{
 		Created: time.Unix(0, o.alloc.CreateTime).Unix(), Labels: union(o.settings.Labels), State: container.StateRunning, Status: "Up", Mounts: []container.MountPoint{},
 		NetworkSettings: &container.NetworkSettingsSummary{},
 	}
-	ctx, cancel := context.WithTimeout(ctx, podWait)
-	defer cancel()
-	var inside []container.Summary
-	if err := t.podOfOther(o).call(ctx, http.MethodGet, "/containers/json", map[string][]string{"all": {"1"}}, nil, &inside); err == nil {
-		for i := range inside {
-			if slices.Contains(inside[i].Names, "/"+o.inside) {
-				s = &inside[i]
-			}
-		}
+	if i := slices.IndexFunc(inside, func(c container.Summary) bool { return slices.Contains(c.Names, "/"+o.inside) }); i >= 0 {
+		one := inside[i] // its names and ports are another's there
+		s = &one
 	}
 	s.ID, s.Names, s.Image, s.Ports = o.ID, []string{"/" + o.Name}, o.settings.Image, []container.PortSummary{}
 	if o.inside == o.task && o.alloc.AllocatedResources != nil { // ports are the pod's: they are told once

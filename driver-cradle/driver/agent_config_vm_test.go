@@ -184,11 +184,7 @@ func TestVMAgentResources(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	nodes, _, err := c.API.Nodes().List(nil)
-	if err != nil || len(nodes) != 1 {
-		t.Fatal(nodes, err)
-	}
-	node, _, err := c.API.Nodes().Info(nodes[0].ID, nil)
+	node, _, err := c.API.Nodes().Info(nodeID(t, c), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

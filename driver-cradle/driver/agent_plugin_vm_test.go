@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -126,27 +125,19 @@ func nodeID(t *testing.T, c *nomadtest.Cluster) string {
 // machineUID is the user that the node's only machine runs as.
 func machineUID(t *testing.T, n *nomadtest.Node) (uid int) {
 	t.Helper()
-	all, err := n.Processes()
+	all := machines(t, n)
+	if len(all) != 1 {
+		t.Fatalf("%d machines run", len(all))
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", all[0].PID))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range all {
-		if !strings.HasPrefix(p.Name(), "qemu-system") {
-			continue
-		}
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, rest, _ := strings.Cut(string(status), "\nUid:\t")
-		first, _, _ := strings.Cut(rest, "\t")
-		if uid, err = strconv.Atoi(first); err != nil {
-			t.Fatal(err)
-		}
-		return uid
+	_, text, _ := strings.Cut(string(status), "\nUid:")
+	if _, err := fmt.Sscan(text, &uid); err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no machine runs")
-	return 0
+	return uid
 }
 
 // fill takes all that is free on a file system.

@@ -211,16 +211,9 @@ func TestVMAgentMachineDies(t *testing.T) {
 	if got := events(t, c, a.ID); !strings.Contains(got, "the pod's machine ended: ") || !strings.Contains(got, "sysrq") {
 		t.Errorf("Nomad tells\n%s", got)
 	}
-	n := c.Clients()[0]
-	all, err := n.Processes()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range all {
-		if strings.HasPrefix(p.Name(), "qemu-system") && p.State != 'Z' {
-			if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
-				t.Error(err)
-			}
+	for _, p := range machines(t, c.Clients()[0]) {
+		if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
+			t.Error(err)
 		}
 	}
 	c.UntilAlloc(t, job, "running a third time", func(a *nomadAlloc) bool { return nomadtest.Running(a) && a.TaskStates["main"].Restarts == 2 })

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -234,25 +235,27 @@ func TestVMAgentLife(t *testing.T) {
 	eventually(t, logs, func(s string) bool { return s == "up\ngot hup\ngot 37\ngot int\nup\ngot int\n" })
 }
 
-// inCgroup checks that the node's machine is in the cgroup that Nomad has made for the allocation's task.
-func inCgroup(t *testing.T, n *nomadtest.Node, alloc string) {
+// machines are the node's QEMU processes.
+func machines(t *testing.T, n *nomadtest.Node) []nomadtest.Process {
 	t.Helper()
 	all, err := n.Processes()
 	if err != nil {
 		t.Fatal(err)
 	}
-	machines := 0
+	return slices.DeleteFunc(all, func(p nomadtest.Process) bool { return !strings.HasPrefix(p.Name(), "qemu-system") || p.State == 'Z' })
+}
+
+// inCgroup checks that the node's machine is in the cgroup that Nomad has made for the allocation's task.
+func inCgroup(t *testing.T, n *nomadtest.Node, alloc string) {
+	t.Helper()
+	all := machines(t, n)
 	for _, p := range all {
-		if !strings.HasPrefix(p.Name(), "qemu-system") || p.State == 'Z' {
-			continue
-		}
-		machines++
 		if groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID)); err != nil || !strings.Contains(string(groups), "/"+alloc+".main") {
 			t.Errorf("the machine is in %s %v", groups, err)
 		}
 	}
-	if machines != 1 {
-		t.Errorf("%d machines run", machines)
+	if len(all) != 1 {
+		t.Errorf("%d machines run", len(all))
 	}
 }
 

@@ -1,5 +1,5 @@
 // Package s3 serves directories over S3 to those who have a grant for them: one bucket for each, with the directory's name. It knows directories, not
-// volumes, and imports nothing of ours.
+// volumes.
 //
 // The server itself is the program cradle-s3 (tools/versitygw/cradle-s3), one process for each grant that is in use, confined to that grant's directory. This
 // package starts it when it is needed, again when it has died, ends it when nobody needs it, and forwards to it by the access key that a request names, whose

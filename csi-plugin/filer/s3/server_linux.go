@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/xml"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -19,22 +18,22 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
 
 const (
-	maxConnections = 1000
-	startTime      = time.Minute
-	idleTime       = 10 * time.Minute // after which a process is ended that nobody uses
+	startTime = time.Minute
+	idleTime  = 10 * time.Minute // after which a process is ended that nobody uses
 )
 
 // A Server serves volumes to those who have grants.
 type Server struct {
 	program string
 	dir     string
-	rate    rate.Limit
+	rate    float64 // requests a second of each grant
 	log     *slog.Logger
 
 	mu     sync.Mutex
@@ -52,11 +51,7 @@ func New(program, dir string, perSecond float64, log *slog.Logger) (*Server, err
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, err
 	}
-	limit := rate.Limit(perSecond)
-	if perSecond <= 0 {
-		limit = rate.Inf
-	}
-	return &Server{program: program, dir: dir, rate: limit, log: log, grants: map[string]*granted{}}, nil
+	return &Server{program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}}, nil
 }
 
 // A grant at work.
@@ -87,7 +82,7 @@ func (s *Server) Allow(g Grant) error {
 	if err != nil {
 		return err
 	}
-	w := &granted{Grant: g, server: s, limit: rate.NewLimiter(s.rate, max(1, int(min(2*s.rate, 10_000)))), root: root}
+	w := &granted{Grant: g, server: s, limit: gateway.Limiter(s.rate), root: root}
 	w.ctx, w.end = context.WithCancel(context.Background())
 	w.proxy = &httputil.ReverseProxy{
 		// The signature is of host, path and headers as the client has sent them.
@@ -138,24 +133,7 @@ func (s *Server) Close() {
 
 // Serve answers clients on l until ctx ends, then those whose requests had begun.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	h := &http.Server{Handler: s, ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
-	ended := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(ended)
-		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
-		if h.Shutdown(patience) != nil {
-			h.Close()
-		}
-	})
-	err := h.Serve(netutil.LimitListener(l, maxConnections))
-	if !stop() {
-		<-ended
-	}
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return err
+	return gateway.Serve(ctx, l, s, 64<<10, s.log)
 }
 
 // ServeHTTP answers a request.

@@ -18,24 +18,23 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/net/netutil"
 	"golang.org/x/net/webdav"
 	"golang.org/x/time/rate"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
 
 // Bounds of what a client takes.
 const (
-	maxConnections = 1000
-	maxXML         = 64 << 10         // of a body other than a file's
-	maxListed      = 100_000          // names in a directory that is listed
-	stalled        = time.Minute      // without a byte
-	headerTime     = 30 * time.Second // for a request's head
+	maxXML    = 64 << 10    // of a body other than a file's
+	maxListed = 100_000     // names in a directory that is listed
+	stalled   = time.Minute // without a byte
 )
 
 // A Server serves volumes to those who have grants.
 type Server struct {
-	dir  string // of locks
-	rate rate.Limit
+	dir  string  // of locks
+	rate float64 // requests a second of each grant
 	log  *slog.Logger
 
 	mu      sync.Mutex
@@ -62,11 +61,7 @@ type granted struct {
 
 // New makes a server that keeps volumes' locks in dir, and does as many requests a second of each grant as perSecond says, of 0 all.
 func New(dir string, perSecond float64, log *slog.Logger) *Server {
-	limit := rate.Limit(perSecond)
-	if perSecond <= 0 {
-		limit = rate.Inf
-	}
-	return &Server{dir: dir, rate: limit, log: log, grants: map[string]*granted{}, volumes: map[string]*opened{}}
+	return &Server{dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, volumes: map[string]*opened{}}
 }
 
 // Allow lets a user in, or changes the grant of that user.
@@ -93,7 +88,7 @@ func (s *Server) Allow(g Grant) error {
 		return fmt.Errorf("grant %s: volume %s is at %s", g.User, g.Volume, o.root)
 	}
 	o.grants++
-	w := &granted{Grant: g, volume: o.volume, limit: rate.NewLimiter(s.rate, max(1, int(min(2*s.rate, 10_000))))}
+	w := &granted{Grant: g, volume: o.volume, limit: gateway.Limiter(s.rate)}
 	w.ctx, w.end = context.WithCancelCause(context.Background())
 	s.grants[g.User] = w
 	return nil
@@ -142,24 +137,7 @@ func (s *Server) Close() {
 
 // Serve answers clients on l, which may be one of TLS, until ctx ends, then those whose requests had begun.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	h := &http.Server{Handler: s, ReadHeaderTimeout: headerTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
-	ended := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(ended)
-		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
-		if h.Shutdown(patience) != nil {
-			h.Close()
-		}
-	})
-	err := h.Serve(netutil.LimitListener(l, maxConnections))
-	if !stop() {
-		<-ended
-	}
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return err
+	return gateway.Serve(ctx, l, s, 32<<10, s.log)
 }
 
 // admit finds the grant that a request shows.
