@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs: print the path of that program; moby|testcontainers: of a folder that
-# has programs beside it.
+# build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs: print the path of that program; moby|testcontainers|compose-e2e: of a
+# folder that has programs beside it.
 #
 # The one on PATH where it has the version that tools/NAME/go.mod names (or newer, with the same major version), else one
 # built from the Go module proxy, cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/tools/NAME-KEY, where KEY hashes the
@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 die() { echo "build.sh: $*" >&2; exit 1; }
 name=${1:-}
-binary=$name cgo=0 flags=(-trimpath) tests=()
+binary=$name folder=$name cgo=0 flags=(-trimpath) tests=()
 case $name in
   # cgo is what Nomad's exec driver needs; without the tag "release" mock_driver stays in.
   nomad) package=github.com/hashicorp/nomad module=$package cgo=1 flags+=(-tags 'codegen_generated hashicorpmetrics' -ldflags '-s -w') ;;
@@ -31,9 +31,10 @@ case $name in
     flags+=(-ldflags '-s -w' -gcflags "$module/...=-lang=go1.24")
     ;;
   testcontainers) module=github.com/testcontainers/testcontainers-go source=. tests=(.) flags+=(-ldflags '-s -w') ;;
-  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs|moby|testcontainers" ;;
+  compose-e2e) module=github.com/docker/compose/v5 folder=compose source=pkg tests=(e2e) flags+=(-ldflags '-s -w') ;;
+  *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs|moby|testcontainers|compose-e2e" ;;
 esac
-want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$name/go.mod" | grep -m1 '^v')
+want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$folder/go.mod" | grep -m1 '^v')
 
 # version_of PROGRAM: what it says of itself, as v1.2.3.
 version_of() {
@@ -49,7 +50,7 @@ if found=$(command -v "$binary") && have=$(version_of "$found") && [ "${have%%.*
 fi
 
 if [ "${#tests[@]}" -gt 0 ]; then binary=source package="$source ${tests[*]}"; fi
-key=$( (cat "$here/$name/go.mod" "$here/$name/go.sum"; echo "$package $cgo ${flags[*]}"; go version) | sha256sum | cut -c1-16)
+key=$( (cat "$here/$folder/go.mod" "$here/$folder/go.sum"; echo "$package $cgo ${flags[*]}"; go version) | sha256sum | cut -c1-16)
 out=${XDG_CACHE_HOME:-$HOME/.cache}/cradlestack/tools/$name-$key
 if [ -x "$out/$binary" ]; then echo "$out/$binary"; exit 0; fi
 mkdir -p "$out"
@@ -58,7 +59,7 @@ flock 9
 if [ -x "$out/$binary" ]; then echo "$out/$binary"; exit 0; fi
 echo "build.sh: compiling $name $want" >&2
 # -mod=readonly: the module files are exact; go mod tidy would take other versions.
-cd "$here/$name"
+cd "$here/$folder"
 export CGO_ENABLED=$cgo GOFLAGS='-mod=readonly -buildvcs=false'
 if [ "${#tests[@]}" = 0 ]; then
   go build "${flags[@]}" -o "$out/$binary.part" "$package" >&2
