@@ -73,6 +73,32 @@ func clients(t *testing.T, n int, enough time.Duration) {
 	t.Logf("%d clients, %d containers, no error; the server's memory: %d MiB after a third, %d MiB at the end", n, rounds.Load(), third>>20, h.memory()>>20)
 }
 
+// A server is killed while a pod looks at a stopped container's disk for it. The next one ends that pod, though nobody asks it for anything.
+func TestVMSoakAttendantLeft(t *testing.T) {
+	h := openHost(t)
+	id := h.run("run", "-d", "--name", "looked", "busybox", "sh", "-c", "echo written >/file")
+	h.want("0", "wait", "looked")
+	file := filepath.Join(t.TempDir(), "file")
+	h.run("cp", "looked:/file", file)
+	h.kill()
+	h.serve()
+	h.until("the end of the pod that has looked at its disk", func() bool {
+		all, _, err := h.c.API.Jobs().Allocations("docker-at-"+id, true, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range all {
+			if !nomadtest.Ended(a) {
+				return false
+			}
+		}
+		return true
+	})
+	h.run("cp", "looked:/file", file)
+	h.run("start", "looked")
+	h.want("0", "wait", "looked")
+}
+
 // oneRound is a container from run to rm.
 func (h *host) oneRound(name string) error {
 	for _, step := range []struct {

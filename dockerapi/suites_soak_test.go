@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"maps"
 	"os"
@@ -29,11 +30,13 @@ import (
 
 // A suite is a list of tests, of packages each of which is a program.
 type suite struct {
-	name   string              // for tools/build.sh, and of its list in testdata/suites
-	env    []string            // of its programs
-	images map[string][]string // that it wants: names by the example image that they get
-	late   string              // nginx that begins some seconds after its container
-	least  float64             // of those of its tests that apply, the part that has to pass; the aim is 0.9
+	name   string                                       // for tools/build.sh, and of its list in testdata/suites
+	env    []string                                     // of its programs
+	at     func(h *host, home string) ([]string, error) // where its programs find the server, where not by DOCKER_HOST: more of their environment
+	more   []string                                     // of serve's options
+	images map[string][]string                          // that it wants: names by the example image that they get
+	late   string                                       // nginx that begins some seconds after its container
+	least  float64                                      // of those of its tests that apply, the part that has to pass; the aim is 0.9
 }
 
 // A suiteTest is a line of a list.
@@ -119,7 +122,15 @@ func (s *suite) once(h *host, program, work string, tests []*suiteTest) {
 	node := h.c.Server()
 	cmd := node.Command(ctx, "sh", "-c", `cd "$0" && exec "$@"`, work, program,
 		"-test.v=test2json", "-test.parallel=1", "-test.timeout=0", "-test.run=^("+strings.Join(names, "|")+")$")
-	cmd.Env = slices.Concat(h.c.Env(), []string{"DOCKER_HOST=unix://" + h.socket, "DOCKER_CONFIG=" + h.config, "HOME=" + h.t.TempDir(), "TMPDIR=" + h.t.TempDir()}, s.env)
+	home := h.t.TempDir()
+	cmd.Env = slices.Concat(h.c.Env(), []string{"DOCKER_HOST=unix://" + h.socket, "DOCKER_CONFIG=" + h.config, "HOME=" + home, "TMPDIR=" + h.t.TempDir()}, s.env)
+	if s.at != nil {
+		more, err := s.at(h, home)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		cmd.Env = append(cmd.Env, more...)
+	}
 	told, err := cmd.StdoutPipe()
 	if err != nil {
 		h.t.Fatal(err)
@@ -234,7 +245,7 @@ var moby = suite{
 func (s *suite) host(t *testing.T) *host {
 	t.Helper()
 	c := openCluster(t)
-	h := openHostOn(t, c, "--images", t.TempDir(), "--registry-listen", plainRegistry, "--volume-driver", "nfs", "--pods", filepath.Join(c.Server().Dir, "cradle"))
+	h := openHostOn(t, c, append([]string{"--images", t.TempDir(), "--registry-listen", plainRegistry, "--volume-driver", "nfs", "--pods", filepath.Join(c.Server().Dir, "cradle")}, s.more...)...)
 	c.RunVolumes(t)
 	for from, names := range s.images {
 		dir, err := programs.Image(from)
@@ -289,15 +300,53 @@ var testcontainers = suite{
 	late: "menedev/delayed-nginx:1.15.2",
 }
 
+var composeE2E = suite{
+	name: "compose-e2e", least: 0.8, at: composeContext, more: []string{"--host-paths"},
+	images: map[string][]string{
+		"busybox": {"alpine:latest", "busybox:latest"},
+		"debian":  {"bash:latest"},
+		"nginx":   {"nginx:latest", "nginx:alpine"},
+	},
+}
+
+// composeContext makes docker's context cradle: each of these tests gives its docker commands an environment of their own, which knows contexts alone.
+func composeContext(h *host, home string) ([]string, error) {
+	compose, err := programs.Tool("compose")
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(h.t.Context(), "docker", "context", "create", "cradle", "--docker", "host=unix://"+h.socket)
+	cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+filepath.Join(home, ".docker"), "DOCKER_HOST=", "DOCKER_CONTEXT=")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("docker context create: %w: %s", err, out)
+	}
+	return []string{"DOCKER_CONTEXT=cradle", "COMPOSE_E2E_BIN_PATH=" + compose}, nil
+}
+
+func TestVMSoakComposeE2E(t *testing.T) { composeE2E.soak(t) }
+
 func TestVMSoakMoby(t *testing.T) { moby.soak(t) }
 
 func TestVMSoakTestcontainers(t *testing.T) { testcontainers.soak(t) }
 
+// Single tests of a list: -run TestVMSoakMoby -only 'TestLogs$'.
+var only = flag.String("only", "", "of a suite's tests, run those whose names match alone, and leave the page that tells of them")
+
 // soak runs all of a list, and compares the page that tells of it: -update writes it.
 func (s *suite) soak(t *testing.T) {
 	tests := s.list(t)
+	if *only != "" {
+		chosen, err := regexp.Compile(*only)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests = slices.DeleteFunc(tests, func(s *suiteTest) bool { return !chosen.MatchString(s.String()) })
+	}
 	s.run(s.host(t), tests)
 	judge(t, tests)
+	if *only != "" {
+		return
+	}
 	page := filepath.Join("..", "docs", "dockerapi-compat.md")
 	text, err := os.ReadFile(page)
 	if err != nil {

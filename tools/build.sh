@@ -31,7 +31,7 @@ case $name in
     flags+=(-ldflags '-s -w' -gcflags "$module/...=-lang=go1.24")
     ;;
   testcontainers) module=github.com/testcontainers/testcontainers-go source=. tests=(.) flags+=(-ldflags '-s -w') ;;
-  compose-e2e) module=github.com/docker/compose/v5 folder=compose source=pkg tests=(e2e) flags+=(-ldflags '-s -w') ;;
+  compose-e2e) module=github.com/docker/compose/v5 folder=compose source=pkg tests=(e2e) flags+=(-tags e2e -ldflags '-s -w') ;;
   *) die "usage: build.sh nomad|consul|compose|csi-sanity|buildx|buildkitd|versitygw|tfplugindocs|moby|testcontainers|compose-e2e" ;;
 esac
 want=$(awk -v m="$module" '$1 == m { print $2 } $2 == m { print $3 }' "$here/$folder/go.mod" | grep -m1 '^v')

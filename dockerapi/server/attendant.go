@@ -14,11 +14,18 @@ import (
 // An attendant is a pod with a stopped container's disk, whose container does not run: docker cp, logs, diff, export and commit are asked of it.
 // It is a job beside the container's, so that the container's own is not touched, and ends soon after the last one has asked.
 
-// attendantHold is longer than any attendant lives.
-const attendantHold = 24 * time.Hour
+// attendantHold is longer than any attendant lives: its container is never to run.
+const attendantHold = 10 * 365 * 24 * time.Hour
 
 // attendantIdle is how long an attendant stays for the next one who asks.
 const attendantIdle = 5 * time.Second
+
+// Who uses an attendant says so in the container's record, again and again. One that nobody has spoken for is of a server that was killed: any other one ends it. The
+// grace is for servers whose clocks differ.
+const (
+	attendantLease = 30 * time.Second
+	attendantGrace = 30 * time.Second
+)
 
 // metaAttends marks its job.
 const metaAttends = "attends"
@@ -30,25 +37,16 @@ func attendantID(r *record) string { return jobPrefix + attendantPrefix + r.ID }
 
 // attendants counts who uses those of this server.
 type attendants struct {
-	mu    sync.Mutex
-	users map[string]int
+	mu       sync.Mutex
+	users    map[string]int
+	renewing map[string]bool // whose lease this server keeps
+	strays   map[string]bool // of other servers, which this one watches
 }
 
 // attend gives the docker API of a pod with the container's disk. done is called when nothing more is asked.
 func (t *tenant) attend(ctx context.Context, r *record) (p *pod, done func(), err error) {
-	if !r.keepsDisk() {
-		if r, err = t.change(ctx, r.ID, func(now *record) (bool, error) {
-			if now.Filled || now.Run > 0 {
-				return false, nil
-			}
-			now.Filled = true
-			return true, nil
-		}); err != nil {
-			return nil, nil, err
-		}
-	}
-	if !r.keepsDisk() {
-		return nil, nil, dockerhttp.Errorf(http.StatusConflict, "container %s is to be removed at its end (--rm): nothing of it is kept", r.ID)
+	if r, err = t.lease(ctx, r.ID); err != nil {
+		return nil, nil, err
 	}
 	t.attendants.mu.Lock()
 	if t.attendants.users == nil {
@@ -56,6 +54,7 @@ func (t *tenant) attend(ctx context.Context, r *record) (p *pod, done func(), er
 	}
 	t.attendants.users[r.ID]++
 	t.attendants.mu.Unlock()
+	t.keepLease(r.ID)
 	done = sync.OnceFunc(func() { t.server.work.Go(func() { t.leave(r) }) })
 	a, err := t.startAttendant(ctx, r)
 	if err != nil {
@@ -63,6 +62,106 @@ func (t *tenant) attend(ctx context.Context, r *record) (p *pod, done func(), er
 		return nil, nil, err
 	}
 	return t.pod(a), done, nil
+}
+
+// lease says in a container's record that its attendant is used, for a while.
+func (t *tenant) lease(ctx context.Context, id string) (*record, error) {
+	return t.change(ctx, id, func(now *record) (bool, error) {
+		fill := !now.keepsDisk()
+		if fill && now.Run > 0 {
+			return false, dockerhttp.Errorf(http.StatusConflict, "container %s is to be removed at its end (--rm): nothing of it is kept", id)
+		}
+		if !fill && time.Until(now.Attended) > attendantLease/2 {
+			return false, nil
+		}
+		now.Filled, now.Attended = now.Filled || fill, time.Now().UTC().Add(attendantLease)
+		return true, nil
+	})
+}
+
+// keepLease says so until nobody uses it here any more.
+func (t *tenant) keepLease(id string) {
+	a := &t.attendants
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.renewing == nil {
+		a.renewing = map[string]bool{}
+	}
+	if a.renewing[id] {
+		return
+	}
+	a.renewing[id] = true
+	t.server.work.Go(func() {
+		ctx := t.server.ctx
+		for {
+			select {
+			case <-time.After(attendantLease / 3):
+			case <-ctx.Done():
+				return
+			}
+			a.mu.Lock()
+			used := a.users[id] > 0
+			if !used {
+				delete(a.renewing, id)
+			}
+			a.mu.Unlock()
+			if !used {
+				return
+			}
+			if _, err := t.lease(ctx, id); err != nil && !isNotFound(err) && ctx.Err() == nil {
+				t.server.Log.Error("keep an attendant", "container", id, "error", err)
+			}
+		}
+	})
+}
+
+// endStray ends another server's attendant, when nobody speaks for it any more.
+func (t *tenant) endStray(id string) {
+	a := &t.attendants
+	a.mu.Lock()
+	known := a.strays[id]
+	if a.strays == nil {
+		a.strays = map[string]bool{}
+	}
+	a.strays[id] = true
+	a.mu.Unlock()
+	if known {
+		return
+	}
+	t.server.work.Go(func() {
+		defer func() {
+			a.mu.Lock()
+			delete(a.strays, id)
+			a.mu.Unlock()
+		}()
+		for {
+			r, err := t.get(t.server.ctx, id)
+			left := attendantGrace
+			if err == nil {
+				left += time.Until(r.Attended)
+			}
+			if isNotFound(err) || err == nil && left <= 0 {
+				if err = t.stopJob(t.server.ctx, jobPrefix+attendantPrefix+id); err == nil {
+					return
+				}
+				left = attendantGrace
+			}
+			if err != nil && t.server.ctx.Err() == nil {
+				t.server.Log.Error("end an attendant that nobody uses", "container", id, "error", err)
+			}
+			select {
+			case <-time.After(left):
+			case <-t.server.ctx.Done():
+				return
+			}
+			t.watch.mu.Lock()
+			gone := t.watch.jobs[jobPrefix+attendantPrefix+id].over()
+			t.watch.mu.Unlock()
+			if gone || a.wanted(id) {
+				return
+			}
+		}
+	})
 }
 
 func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.AllocationListStub, error) {

@@ -69,7 +69,9 @@ type record struct {
 	Again int `json:"again,omitempty"`
 	// Filled says that a container that is removed at its end has a disk nevertheless, as somebody has looked at it, or copied to it, before its start.
 	Filled bool `json:"filled,omitempty"`
-	Last   run  `json:"last,omitzero"` // the newest run that is known to have ended
+	// Attended is until when somebody looks at its disk: see attendant.go.
+	Attended time.Time `json:"attended,omitzero"`
+	Last     run       `json:"last,omitzero"` // the newest run that is known to have ended
 
 	// Bridged says whether the machine of the newest run has an interface in its node's bridge.
 	Bridged bool `json:"bridged,omitempty"`

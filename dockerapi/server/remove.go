@@ -17,17 +17,7 @@ import (
 
 // remove removes a container: everything of it in Nomad, and its disk. It can be called again where it was interrupted.
 func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
-	r, err := t.change(ctx, r.ID, func(now *record) (bool, error) {
-		if now.Want == wantRemoved {
-			return false, nil
-		}
-		if s := t.statusOf(now); !force && s.Running {
-			return false, dockerhttp.Errorf(http.StatusConflict, "cannot remove container %q: container is %s: stop the container before removing or force remove", "/"+now.Name, s.Status)
-		}
-		now.Want = wantRemoved
-		_, err := t.isAt(ctx, now, t.watch.state(now))
-		return true, err
-	})
+	r, err := t.markRemoved(ctx, r, force)
 	if isNotFound(err) {
 		return nil
 	}
@@ -45,12 +35,10 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 		return err
 	})
 	g.Go(func() error { return t.removeDisks(together, r) })
+	// The name goes before the record: a name without a container would be in the way of the next one.
+	g.Go(func() error { return t.freeName(together, r.Name, r.ID) })
 	if err := g.Wait(); err != nil {
 		return fmt.Errorf("remove container %s: %w", r.ID, err)
-	}
-	// The name goes before the record: a name without a container would be in the way of the next one.
-	if err := t.freeName(ctx, r.Name, r.ID); err != nil {
-		return err
 	}
 	if err := t.removeRecord(ctx, r); err != nil {
 		return err
@@ -58,6 +46,24 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 	t.forgetLater(r.ID)
 	t.watch.change(func() {}) // who waits for its removal looks again
 	return nil
+}
+
+// markRemoved notes that a container is to be removed: from then on that goes on, whoever is killed.
+func (t *tenant) markRemoved(ctx context.Context, r *record, force bool) (*record, error) {
+	if r.Want == wantRemoved {
+		return r, nil
+	}
+	return t.change(ctx, r.ID, func(now *record) (bool, error) {
+		if now.Want == wantRemoved {
+			return false, nil
+		}
+		if s := t.statusOf(now); !force && s.Running {
+			return false, dockerhttp.Errorf(http.StatusConflict, "cannot remove container %q: container is %s: stop the container before removing or force remove", "/"+now.Name, s.Status)
+		}
+		now.Want = wantRemoved
+		_, err := t.isAt(ctx, now, t.watch.state(now))
+		return true, err
+	})
 }
 
 // killNow ends a container that runs, if it can be: its machine, and with it its ports and names, is gone before it is removed. Nomad alone would ask it

@@ -460,6 +460,12 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 	if s.phase != phaseRunning {
 		return nil
 	}
+	p := t.pod(s.alloc)
+	var listens sync.WaitGroup
+	defer listens.Wait()
+	if len(wait) > 0 || !r.Host.RestartPolicy.IsNone() { // somebody waits; or it was started again by its policy, which the pod tells alone
+		listens.Go(func() { t.awaitEnd(r, p) })
+	}
 	for _, a := range wait {
 		select {
 		case <-a.attached:
@@ -468,10 +474,7 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 			return context.Cause(ctx)
 		}
 	}
-	p := t.pod(s.alloc)
-	if len(wait) > 0 || !r.Host.RestartPolicy.IsNone() { // somebody waits; or it was started again by its policy, which the pod tells alone
-		t.awaitEnd(r, p)
-	}
+	listens.Wait()
 	defer t.starting.begin(r.ID)()
 	var console url.Values
 	if size := r.Host.ConsoleSize; r.Config.Tty && size != [2]uint{} {
@@ -599,6 +602,9 @@ func (t *tenant) noteEnd(ctx context.Context, id string, last run) error {
 		if again = r.startsAgain(); !again && r.Want == wantRunning {
 			r.Want = wantStopped
 		}
+		if r.Host.AutoRemove { // whoever is killed from here on: another server removes it
+			r.Want = wantRemoved
+		}
 		return true, nil
 	})
 	if isNotFound(err) {
@@ -653,7 +659,7 @@ const forgetTime = time.Minute
 func (t *tenant) settle() {
 	t.watch.mu.Lock()
 	ended := map[fate]bool{}
-	var removed []string
+	var removed, strays []string
 	for id, j := range t.watch.jobs {
 		rest := strings.TrimPrefix(id, jobPrefix)
 		attended, attends := strings.CutPrefix(rest, attendantPrefix)
@@ -663,6 +669,8 @@ func (t *tenant) settle() {
 			if j.over() && len(j.allocs) > 0 {
 				removed = append(removed, id)
 				delete(t.watch.jobs, id)
+			} else if attends && !j.stopped {
+				strays = append(strays, attended)
 			}
 		case j.run > 0 && !t.isPlacing(rest):
 			if p := t.watch.stateOf(id, j.run, j.try).phase; p == phaseEnded || p == phaseAway {
@@ -671,6 +679,9 @@ func (t *tenant) settle() {
 		}
 	}
 	t.watch.mu.Unlock()
+	for _, id := range strays {
+		t.endStray(id)
+	}
 	for _, id := range removed {
 		t.server.work.Go(func() {
 			if err := t.purge(t.server.ctx, id); err != nil && t.server.ctx.Err() == nil {
