@@ -267,6 +267,9 @@ func Receive(ctx context.Context, root *os.Root, r io.Reader) (c Changes, err er
 		if err := in.Decode(&m); err != nil {
 			return c, fmt.Errorf("what is sent ends too early: %w", err)
 		}
+		if err := m.check(); err != nil {
+			return c, err
+		}
 		if m.Data == nil {
 			if err := finish(); err != nil {
 				return c, err
@@ -300,6 +303,23 @@ func Receive(ctx context.Context, root *os.Root, r io.Reader) (c Changes, err er
 			return c, err
 		}
 	}
+}
+
+// check refuses what List has never told: paths that are not below the directory, or are written in another way than they have to be.
+func (m *message) check() error {
+	paths := []string{m.Remove}
+	if m.Entry != nil {
+		if m.Entry.Path == "" || m.Entry.Size < 0 {
+			return fmt.Errorf("what is sent has an entry %.80q of %d bytes", m.Entry.Path, m.Entry.Size)
+		}
+		paths = append(paths, m.Entry.Path, m.Entry.Name)
+	}
+	for _, p := range paths {
+		if p != "" && (!filepath.IsLocal(p) || filepath.Clean(p) != p) {
+			return fmt.Errorf("what is sent has the path %.80q, which is not below the directory", p)
+		}
+	}
+	return nil
 }
 
 // begin makes what is not there yet.
@@ -368,7 +388,7 @@ func complete(root *os.Root, e Entry, f *os.File) error {
 		if e.Path == "." {
 			return chmodRoot(root, e.Mode)
 		}
-		if err := in(root, e.Path, "chmod", func(dir int, name string) error { return unix.Fchmodat(dir, name, e.Mode&0o7777, 0) }); err != nil {
+		if err := chmod(root, e); err != nil {
 			return err
 		}
 	}
@@ -378,6 +398,25 @@ func complete(root *os.Root, e Entry, f *os.File) error {
 	at := unix.NsecToTimespec(e.Modified.UnixNano())
 	return in(root, e.Path, "utimes", func(dir int, name string) error {
 		return unix.UtimesNanoAt(dir, name, []unix.Timespec{at, at}, unix.AT_SYMLINK_NOFOLLOW)
+	})
+}
+
+// chmod follows no symbolic link, also where somebody who has the directory as well puts one in the entry's place meanwhile.
+func chmod(root *os.Root, e Entry) error {
+	return in(root, e.Path, "chmod", func(dir int, name string) error {
+		fd, err := unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT != e.Mode&unix.S_IFMT {
+			return errors.New("what is there is of another kind")
+		}
+		return unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), e.Mode&0o7777) // fchmod(2) takes no such descriptor
 	})
 }
 

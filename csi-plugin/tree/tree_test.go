@@ -2,11 +2,13 @@ package tree
 
 import (
 	"bytes"
+	"encoding/gob"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
 	"reflect"
+	"syscall"
 	"testing"
 	"time"
 
@@ -197,4 +199,45 @@ func TestPart(t *testing.T) {
 	if text, err := os.ReadFile(filepath.Join(b, "beside")); err != nil || string(text) != b {
 		t.Errorf("what is beside it is %q, %v", text, err)
 	}
+}
+
+// What is sent by whoever changes nothing outside of the directory.
+func FuzzReceive(f *testing.F) {
+	send := func(messages ...message) {
+		var wire bytes.Buffer
+		out := gob.NewEncoder(&wire)
+		for _, m := range messages {
+			if err := out.Encode(m); err != nil {
+				f.Fatal(err)
+			}
+		}
+		f.Add(wire.Bytes())
+	}
+	file := func(path string) message {
+		return message{Entry: &Entry{Path: path, Mode: unix.S_IFREG | 0o600, Size: 4}}
+	}
+	data, end := message{Data: []byte("data")}, message{End: true}
+	send(message{Entry: &Entry{Path: "d", Mode: unix.S_IFDIR | 0o700}}, file("d/f"), data, end)
+	send(message{Remove: "../beside"}, end)
+	send(file("../beside"), data, end)
+	send(message{Entry: &Entry{Path: "up", Mode: unix.S_IFLNK | 0o777, Target: ".."}}, file("up/beside"), data, message{Remove: "up/beside"}, end)
+	send(message{Entry: &Entry{Path: "up", Mode: unix.S_IFLNK | 0o777, Target: "../beside"}}, message{Entry: &Entry{Path: "up", Mode: unix.S_IFIFO | 0o666}}, end)
+	send(message{Entry: &Entry{Path: "d", Mode: unix.S_IFDIR | 0o700}}, message{Entry: &Entry{Path: "d/..", Mode: unix.S_IFIFO | 0o666}}, end)
+	send(message{Entry: &Entry{Path: "l", Mode: unix.S_IFREG | 0o600, Name: "../beside"}}, data, end)
+	f.Fuzz(func(t *testing.T, wire []byte) {
+		outside := t.TempDir()
+		beside, inside := filepath.Join(outside, "beside"), filepath.Join(outside, "inside")
+		must(t, os.WriteFile(beside, []byte("beside"), 0o600), os.Mkdir(inside, 0o700))
+		was, err := os.Stat(beside)
+		must(t, err)
+		_, _ = Receive(t.Context(), open(t, inside), bytes.NewReader(wire))
+		if all, err := os.ReadDir(outside); err != nil || len(all) != 2 {
+			t.Errorf("outside there is %v, %v", all, err)
+		}
+		now, err := os.Stat(beside)
+		must(t, err)
+		if text, err := os.ReadFile(beside); err != nil || string(text) != "beside" || now.Mode() != was.Mode() || !now.ModTime().Equal(was.ModTime()) || now.Sys().(*syscall.Stat_t).Nlink != 1 {
+			t.Errorf("what is beside is %q, %v, %v", text, now, err)
+		}
+	})
 }
