@@ -34,6 +34,8 @@ type coldStore struct {
 	t       *testing.T
 	root    string
 	dataset string // "" for directories
+
+	snapshots volume.Retention // that volumes have besides
 }
 
 func newColdStore(t *testing.T) *coldStore {
@@ -127,7 +129,7 @@ func (s *coldStore) volume(pool string, content []byte) {
 	s.t.Helper()
 	b := s.open(pool)
 	defer b.Close()
-	r := volume.Request{Name: "db", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 24}}}
+	r := volume.Request{Name: "db", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 24}, Snapshots: s.snapshots}}
 	if _, err := b.Create(s.t.Context(), r); err != nil {
 		s.t.Fatal(err)
 	}
@@ -210,13 +212,15 @@ func (s *coldStore) metric(metrics, line string) {
 	})
 }
 
-// TestRootColdUnreachable has a bucket whose server is not there: that is to be seen, and the plugin serves all the same.
+// TestRootColdUnreachable has a bucket whose server is not there: that is to be seen, and the plugin serves and takes snapshots all the same.
 func TestRootColdUnreachable(t *testing.T) {
 	s := newColdStore(t)
+	s.snapshots.Hourly = 1
 	s.volume("pool", []byte("data"))
 	s.monolith("pool", func(metrics string) {
 		s.metric(metrics, `cradle_csi_cold_copies_total{result="failed"} [1-9]`)
 		s.metric(metrics, `cradle_csi_cold_age_seconds{volume="db"} \d`)
+		s.metric(metrics, `cradle_csi_automatic_snapshots_total{result="taken"} [1-9]`)
 		s.metric(metrics, `cradle_csi_ready 1`)
 	}, "--cold", "s3://copies", "--cold-endpoint", "http://127.0.0.1:1")
 	s.remove("pool", "db")

@@ -69,3 +69,24 @@ func TestDirectAttachmentErrors(t *testing.T) {
 		}
 	}
 }
+
+// A record is refused, or written again and read as the same; its paths are absolute.
+func FuzzParseDirectAttachment(f *testing.F) {
+	for _, data := range read(f, "direct") {
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		d, err := ParseDirectAttachment("x", data)
+		if err != nil {
+			return
+		}
+		if !path.IsAbs(d.Target) || !path.IsAbs(d.Control) || d.Volume.Block == nil && d.Volume.NFS == nil {
+			t.Errorf("%+v", d)
+		}
+		text := write(t, d)
+		again, err := ParseDirectAttachment("x", text)
+		if err != nil || !bytes.Equal(write(t, again), text) {
+			t.Errorf("%s is read again as %+v, %v", text, again, err)
+		}
+	})
+}

@@ -109,12 +109,28 @@ func (f *found) volume() volume.Volume {
 	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Parameters: f.Parameters}
 }
 
+// there says, with an ErrUnavailable, that the pool's directory is not the one that was opened: its disk was taken away, or came later. Nothing of it is
+// taken for deleted, and nothing is put where it will not be found.
+func (p *pool) there() error {
+	fi, err := os.Stat(p.path)
+	if err != nil {
+		return fmt.Errorf("pool %s: %w: %w", p.name, volume.ErrUnavailable, err)
+	}
+	if opened, err := p.root.Stat("."); err != nil || !os.SameFile(fi, opened) {
+		return fmt.Errorf("pool %s: %w: another directory is at %s now, or its file system is mounted anew; start the plugin again", p.name, volume.ErrUnavailable, p.path)
+	}
+	return nil
+}
+
 // find looks for a volume in all pools.
 func (b *Backend) find(id string) (*found, error) {
 	if !volume.ValidName(id) {
 		return nil, fmt.Errorf("volume %q: %w", id[:min(len(id), volume.MaxName)], volume.ErrNotFound)
 	}
 	for _, p := range b.pools {
+		if err := p.there(); err != nil {
+			return nil, err
+		}
 		if f, err := p.read(id); !errors.Is(err, fs.ErrNotExist) {
 			return f, err
 		}
@@ -347,6 +363,9 @@ func (p *pool) room(name string, size int64) error {
 }
 
 func (p *pool) free() (int64, error) {
+	if err := p.there(); err != nil {
+		return 0, err
+	}
 	s, err := mount.Stats(p.path)
 	if err != nil {
 		return 0, fmt.Errorf("pool %s: %w: %w", p.name, volume.ErrUnavailable, err)
@@ -493,6 +512,9 @@ func (b *Backend) Get(_ context.Context, id string) (volume.Volume, error) {
 func (b *Backend) List(context.Context) ([]volume.Volume, error) {
 	var all []volume.Volume
 	for _, p := range b.pools {
+		if err := p.there(); err != nil {
+			return nil, err
+		}
 		names, err := p.list(".")
 		if err != nil {
 			return nil, fmt.Errorf("pool %s: %w", p.name, err)
@@ -673,11 +695,6 @@ func (b *Backend) Capacity(_ context.Context, params volume.Parameters) (int64, 
 // Ready is volume.Backend's.
 func (b *Backend) Ready(context.Context) error {
 	for _, p := range b.pools {
-		if fi, err := os.Stat(p.path); err != nil {
-			return fmt.Errorf("pool %s: %w: %w", p.name, volume.ErrUnavailable, err)
-		} else if here, err := p.root.Stat("."); err != nil || !os.SameFile(fi, here) {
-			return fmt.Errorf("pool %s: %w: another file system is mounted on %s now; start again", p.name, volume.ErrUnavailable, p.path)
-		}
 		if _, err := p.free(); err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package dir
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -141,4 +142,44 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	again.Close()
+}
+
+// A pool that is not there is nothing to conclude anything from: no volume in it is taken for deleted.
+func TestPoolMissing(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pool")
+	b := open(t, Pool{"default", dir})
+	v, err := b.Create(t.Context(), files("v", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	unavailable := func(what string, err error) {
+		t.Helper()
+		if !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("%s: %v; want %v", what, err, volume.ErrUnavailable)
+		}
+	}
+	unavailable("Ready", b.Ready(t.Context()))
+	unavailable("Delete", b.Delete(t.Context(), "v"))
+	_, err = b.Get(t.Context(), "v")
+	unavailable("Get", err)
+	_, err = b.List(t.Context())
+	unavailable("List", err)
+	_, err = b.Create(t.Context(), files("new", ""))
+	unavailable("Create", err)
+	_, err = b.Snapshots(t.Context(), "")
+	unavailable("Snapshots", err)
+	_, err = b.Snapshots(t.Context(), "v")
+	unavailable("Snapshots of one", err)
+	unavailable("DeleteSnapshot", b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "v", Name: "s"}))
+	_, err = b.Capacity(t.Context(), volume.Parameters{Class: volume.NFS})
+	unavailable("Capacity", err)
+	if err := os.Rename(dir+".away", dir); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := b.List(t.Context()); err != nil || len(all) != 1 || all[0] != v {
+		t.Errorf("it is there again: %+v, %v", all, err)
+	}
 }

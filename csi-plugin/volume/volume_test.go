@@ -182,3 +182,44 @@ func TestKeep(t *testing.T) {
 		t.Errorf("the newest is always kept: %v", got)
 	}
 }
+
+// Whatever somebody writes is refused as his mistake, in a few words, or read, written again and read as the same.
+func FuzzParseParameters(f *testing.F) {
+	for name, value := range map[string]string{
+		"class": "lv2", "pool": "red", "fs": "xfs", "attach": "direct", "compression": "zstd", "volblocksize": "16KiB", "snapshots": "hourly=24,daily=7", "iops": "500", "cold": "monthly=12",
+	} {
+		f.Add(name, value, "class", "lv2")
+	}
+	f.Add("bandwidth", "1e9TiB", "snapshots", "hourly=-1,,=\x00")
+	f.Fuzz(func(t *testing.T, name, value, other, another string) {
+		p, err := ParseParameters(map[string]string{name: value, other: another})
+		if err != nil {
+			if !errors.Is(err, ErrInvalid) || len(err.Error()) > 1000 {
+				t.Errorf("%v", err)
+			}
+			return
+		}
+		if again, err := ParseParameters(p.Map()); err != nil || again != p {
+			t.Errorf("%+v is read again as %+v, %v", p, again, err)
+		}
+	})
+}
+
+// A name that is taken is no path, and no snapshot's name is a volume's.
+func FuzzParseSnapshotID(f *testing.F) {
+	for _, s := range []string{"data@before-upgrade", "../a@b", "a@b@c", "@", ".a@b", "a/b@c"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		id, err := ParseSnapshotID(s)
+		if err != nil {
+			if !errors.Is(err, ErrNotFound) || len(err.Error()) > 1000 {
+				t.Errorf("%v", err)
+			}
+			return
+		}
+		if id.String() != s || !ValidName(id.Volume) || !ValidName(id.Name) || strings.ContainsAny(id.Volume+id.Name, "/@\x00") || strings.HasPrefix(id.Volume, ".") || ValidName(s) {
+			t.Errorf("%q is %+v", s, id)
+		}
+	})
+}

@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -156,6 +158,7 @@ func (s Suite) Run(t *testing.T) {
 		{"Refused", testRefused},
 		{"Delete", testDelete},
 		{"Files", testFiles},
+		{"Quota", testQuota},
 		{"Raw", testRaw},
 		{"Direct", testDirect},
 		{"Expand", testExpand},
@@ -302,6 +305,45 @@ func testFiles(b *bench) {
 		b.put("v", "plain")
 		b.holds("v", "plain")
 	}
+}
+
+// A file volume that has a size takes no more than that, and what is removed is free again.
+func testQuota(b *bench) {
+	i := slices.IndexFunc(b.suite.Classes, func(class string) bool { return class != volume.LV2 })
+	if i < 0 {
+		return
+	}
+	const full = 16 * mib
+	b.create(volume.Request{Name: "v", Size: 2 * full, Parameters: volume.Parameters{Class: b.suite.Classes[i]}})
+	b.with("v", func(dir string) {
+		first, second := filepath.Join(dir, "first"), filepath.Join(dir, "second")
+		b.must(fill(first, full))
+		if err := fill(second, full); !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+			b.Errorf("%d of %d bytes are written, beside what a file system takes: %v; want ENOSPC or EDQUOT", 2*full, 2*full, err)
+		}
+		b.must(errors.Join(os.Remove(first), os.Remove(second)))
+		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(100 * time.Millisecond) { // ZFS frees a moment later
+			s, err := mount.Stats(dir)
+			b.must(err)
+			if s.Available > full {
+				break
+			}
+			if time.Now().After(end) {
+				b.Fatalf("what was removed takes its space for 5 minutes: %+v", s)
+			}
+		}
+		b.must(fill(first, full))
+	})
+}
+
+// fill writes a file that no file system makes smaller, to the device.
+func fill(path string, size int64) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	_, err = io.CopyN(f, rand.NewChaCha8([32]byte{}), size)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 func (b *bench) blocks() bool { return slices.Contains(b.suite.Classes, volume.LV2) }
@@ -669,6 +711,9 @@ func testClone(b *bench) {
 			t.change(&other)
 			_, err := c.Clone(b.ctx(), other, nil)
 			b.wants(err, t.want, "class "+class+": a clone "+what)
+			if err != nil && other.Class != class && !strings.Contains(err.Error(), "cradle-csi copy") {
+				b.Errorf("a clone of another class: %v; what does it is not named", err)
+			}
 		}
 		b.must(b.Delete(b.ctx(), "v"))
 		b.must(b.Delete(b.ctx(), "w"))
