@@ -53,11 +53,12 @@ var mayImport = map[string][]string{
 
 	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
 	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                              // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {},                                                                                                                                                 // exports, not volumes
+	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease"},                                                                                                                         // exports, not volumes
 
-	"csi-plugin/filer/gateway": {},
-	"csi-plugin/filer/webdav":  {"csi-plugin/filer/gateway", "internal/durable"}, // directories, not volumes
-	"csi-plugin/filer/s3":      {"csi-plugin/filer/gateway"},                     // so is this
+	"csi-plugin/filer/lease":   {},
+	"csi-plugin/filer/gateway": {"csi-plugin/filer/lease"},
+	"csi-plugin/filer/webdav":  {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "internal/durable"}, // directories, not volumes
+	"csi-plugin/filer/s3":      {"csi-plugin/filer/gateway", "csi-plugin/filer/lease"},                     // so is this
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},
@@ -121,7 +122,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
-	"csi-plugin/filer":            {"internal/filertest", "internal/mountns", "test/programs"},
+	"csi-plugin/filer":            {"internal/filertest", "internal/locked", "internal/mountns", "test/programs"},
 	"csi-plugin/filer/nfs":        {"internal/mountns"},
 	"csi-plugin/filer/s3":         {"test/programs"},
 	"csi-plugin/filer/webdav":     {"internal/mountns"},

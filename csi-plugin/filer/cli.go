@@ -43,7 +43,7 @@ func (c *cli) command() *cobra.Command {
 	root := command.Root("cradle-filer", "serve file volumes over NFS, WebDAV and S3", version)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("CRADLE_FILER_SOCKET"), api.Socket), "unix socket that the filer is controlled by ($CRADLE_FILER_SOCKET)")
 	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(),
-		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand(),
+		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand(), c.switchCommand(), c.wardenCommand(),
 		c.snapshotCommand(), c.snapshotsCommand(), c.rollbackCommand(), c.diffCommand())
 	return root
 }
@@ -183,7 +183,11 @@ func (c *cli) statusCommand() *cobra.Command {
 				return err
 			}
 			return c.print(s, func(w io.Writer) {
-				fmt.Fprintf(w, "serving\tsince %s, for %s\n", s.Since.UTC().Format(time.RFC3339), time.Since(s.Since).Round(time.Second))
+				state := "serving"
+				if s.Set != nil {
+					state = printSet(w, *s.Set)
+				}
+				fmt.Fprintf(w, "%s\tsince %s, for %s\n", state, s.Since.UTC().Format(time.RFC3339), time.Since(s.Since).Round(time.Second))
 				fmt.Fprintf(w, "address\t%s\n", s.Address)
 				if s.WebDAV != "" {
 					fmt.Fprintf(w, "webdav\t%s\n", s.WebDAV)
@@ -198,4 +202,34 @@ func (c *cli) statusCommand() *cobra.Command {
 	}
 	c.formatFlag(cmd)
 	return cmd
+}
+
+// printSet prints how a set does, and returns what this member of it is doing.
+func printSet(w io.Writer, s api.Set) (state string) {
+	fmt.Fprintf(w, "set\t%s\n", s.Name)
+	switch {
+	case s.Active == "":
+		fmt.Fprintf(w, "active\tnone\n")
+	case s.Serving:
+		fmt.Fprintf(w, "active\t%s, since %s, as %s\n", s.Active, s.ActiveSince.UTC().Format(time.RFC3339), s.Why)
+	default:
+		fmt.Fprintf(w, "active\t%s, which answers nobody yet, as %s\n", s.Active, s.Why)
+	}
+	fmt.Fprintf(w, "standing by\t%s\n", cmp.Or(strings.Join(s.Standby, " "), "none"))
+	if s.Consul != "" {
+		fmt.Fprintf(w, "Consul\t%s\n", s.Consul)
+	}
+	if s.Member == s.Active {
+		return s.Member + " active"
+	}
+	return s.Member + " standing by"
+}
+
+func (c *cli) switchCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "switch", Short: "have another filer of the set take over, such as before maintenance", Args: cobra.NoArgs,
+		Long: `Have another filer of the set take over from the active one, which is asked by its own socket. Calls that have begun are answered before; clients go on with the other one.
+It returns when that serves.`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.filer().Switch(cmd.Context()) },
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/s3"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
@@ -22,17 +23,22 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// A filer serves the volumes of a backend that are published or granted. What is published is in dir, which is gone after a reboot as the clients' mounts are:
+// A filer serves the volumes of a backend that are published or granted. It keeps in dir, which is gone after a reboot:
 //
-//	publications/ID.json   a publication
 //	volumes/ID             the volume's files: a mount of their own
+//	publications/ID.json   a publication, as the clients' mounts are gone then, too. A set, whose clients go on meanwhile, keeps them in its state
 type filer struct {
 	backend volume.Backend
 	engine  nfs.Engine
 	dir     string
-	state   string         // with what outlasts a reboot, such as grants/ID.json
-	webdav  *webdav.Server // nil where that is not served
-	s3      *s3.Server     // so is this
+	state   string // with what outlasts a reboot, such as grants/ID.json
+	kept    string // with publications/ID.json
+	shared  bool   // with other hosts
+	lease   *lease.Lease
+	leash   *os.File        // of the processes that serve S3, in a set
+	long    context.Context // of what is done for long, which ends with the term
+	webdav  *webdav.Server  // nil where that is not served
+	s3      *s3.Server      // so is this
 	urls    urls
 	audit   *audit
 	address string
@@ -47,7 +53,7 @@ type filer struct {
 const options = "vers=3,hard,timeo=100,retrans=3"
 
 func (f *filer) published() records[api.Publication] {
-	return records[api.Publication]{filepath.Join(f.dir, "publications"), "publication"}
+	return records[api.Publication]{filepath.Join(f.kept, "publications"), "publication"}
 }
 
 func (f *filer) root(volume string) string { return filepath.Join(f.dir, "volumes", volume) }
@@ -103,14 +109,20 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 // hasFiles refuses what can't be served.
 func (f *filer) hasFiles(ctx context.Context, id string) error {
 	v, err := f.backend.Get(ctx, id)
-	if err == nil && v.Block() {
+	switch {
+	case err == nil && v.Block():
 		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
+	case err == nil && f.shared && v.Size > 0:
+		err = volume.Invalid("volume "+v.ID, "it has a size, so its files are in an image, which two hosts must not mount; a set of filers serves volumes that are made without one")
 	}
 	return err
 }
 
 // place makes the volume's files appear.
 func (f *filer) place(ctx context.Context, id string) (root string, err error) {
+	if err := f.hasFiles(ctx, id); err != nil {
+		return "", err
+	}
 	source, err := f.backend.Stage(ctx, id, volume.Use{As: volume.AsFiles})
 	if err != nil {
 		return "", err

@@ -74,6 +74,7 @@ func (w *gateways) serve(ctx context.Context, g *errgroup.Group, f *filer) (clos
 			return nil, err
 		}
 		f.webdav = webdav.New(filepath.Join(f.state, "webdav"), w.perSecond, f.log)
+		f.webdav.Lease = f.lease
 	}
 	if w.s3 != "" {
 		if buckets, f.urls.s3, err = open("--s3", w.s3); err != nil {
@@ -89,6 +90,7 @@ func (w *gateways) serve(ctx context.Context, g *errgroup.Group, f *filer) (clos
 		if f.s3, err = s3.New(w.program, filepath.Join(f.dir, "s3"), w.perSecond, f.log); err != nil {
 			return nil, fmt.Errorf("--s3-program: %w", err)
 		}
+		f.s3.Lease, f.s3.Leash = f.lease, f.leash
 	}
 	if f.webdav != nil {
 		g.Go(func() error { return f.webdav.Serve(ctx, dav) })

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -18,11 +19,11 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/durable"
@@ -36,6 +37,7 @@ type server struct {
 	address string
 	state   string
 	users   usersAPI
+	set     setFlags
 	verbose bool
 	gateways
 }
@@ -52,9 +54,10 @@ wait meanwhile, and go on with the files that they have open.`,
 	f.StringArrayVar(&s.pools, "pool", []string{"/var/lib/cradle/volumes"}, "the directory that the volumes are in, or NAME=DIRECTORY, as cradle-csi has it; more than once")
 	f.StringVar(&s.listen, "listen", ":2049", "address to serve NFS on")
 	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
-	f.StringVar(&s.state, "state", "/var/lib/cradle/filer", "directory for grants, WebDAV's locks, the audit log, and the key of file handles: with another key, clients lose the files that they have open")
+	f.StringVar(&s.state, "state", "", "directory (default "+usualState+", of a set: in the first pool) for grants, WebDAV's locks, the audit log, and the key of file handles: with another key, clients lose the files that they have open")
 	s.gateways.flags(f)
 	s.users.flags(f)
+	s.set.flags(f)
 	f.BoolVar(&s.verbose, "verbose", false, "log more")
 	return cmd
 }
@@ -69,65 +72,32 @@ func (s *server) run(ctx context.Context) error {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(s.stderr, &slog.HandlerOptions{Level: level}))
-	key, err := readKey(s.state)
+	control, err := listenControl(s.socket)
 	if err != nil {
 		return err
+	}
+	defer control.Close()
+	if s.set.name != "" {
+		return s.runSet(ctx, control, log)
 	}
 	b, err := s.open()
 	if err != nil {
 		return err
 	}
 	defer b.Close()
-	control, err := listenControl(s.socket)
+	always := lease.New()
+	always.Extend(lease.Forever)
+	state := cmp.Or(s.state, usualState)
+	t, err := s.begin(ctx, place{backend: b, state: state, kept: filepath.Dir(s.socket)}, always, nil, log)
 	if err != nil {
 		return err
 	}
-	defer control.Close()
-	l, err := net.Listen("tcp", s.listen)
-	if err != nil {
-		return fmt.Errorf("--listen: %w", err)
-	}
-	defer l.Close()
-	address, err := reachable(s.address, l.Addr().(*net.TCPAddr).AddrPort())
-	if err != nil {
-		return err
-	}
-	users, err := s.users.listen()
-	if err != nil {
-		return err
-	}
-	if users != nil {
-		defer users.Close()
-	}
-	engine := nfs.New(key, log)
-	defer engine.Close()
-	f := &filer{
-		backend: b, engine: engine, dir: filepath.Dir(s.socket), state: s.state, audit: newAudit(s.state, log), address: address, log: log, since: time.Now(),
-		entered: map[string]bool{},
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	closeGateways, err := s.gateways.serve(ctx, g, f)
-	if err != nil {
-		return err
-	}
-	defer closeGateways()
-	if err := loadReplies(engine, f.dir); err != nil {
-		log.Warn("what was answered before", "error", err)
-	}
-	if err := f.complete(ctx); err != nil {
-		log.Warn("what was being done before", "error", err)
-	}
-	if err := f.restore(ctx); err != nil {
-		log.Warn("what was published before", "error", err)
-	}
-	log.Info("serving", "listen", l.Addr(), "address", address, "socket", s.socket, "version", version)
-	g.Go(func() error { return engine.Serve(ctx, l) })
-	g.Go(func() error { return serveHTTP(ctx, control, f.handler()) })
-	if users != nil {
-		g.Go(func() error { return serveHTTP(ctx, users, f.usersHandler(s.users.nomad)) })
-	}
-	return errors.Join(g.Wait(), saveReplies(engine, f.dir))
+	t.group.Go(func() error { return serveHTTP(t.long, control, t.handler()) })
+	<-t.long.Done()
+	return errors.Join(t.end(context.Cause(t.long)), saveReplies(t.nfs, t.kept))
 }
+
+const usualState = "/var/lib/cradle/filer"
 
 // saveReplies lets the next process know what was answered: a client that did not hear it asks again.
 func saveReplies(engine *nfs.Server, dir string) error {
@@ -156,7 +126,14 @@ func loadReplies(engine *nfs.Server, dir string) error {
 const repliesFile = "replies"
 
 func (s *server) open() (*dir.Backend, error) {
-	var pools []dir.Pool
+	pools, err := s.directories()
+	if err != nil {
+		return nil, err
+	}
+	return dir.Open(pools)
+}
+
+func (s *server) directories() (pools []dir.Pool, err error) {
 	for _, p := range s.pools {
 		name, path, err := volume.SplitPool(p)
 		if err == nil {
@@ -167,7 +144,10 @@ func (s *server) open() (*dir.Backend, error) {
 		}
 		pools = append(pools, dir.Pool{Name: name, Path: path})
 	}
-	return dir.Open(pools)
+	if len(pools) == 0 {
+		return nil, errors.New("--pool: name the directory that volumes are kept in")
+	}
+	return pools, nil
 }
 
 // readKey reads the key of file handles, or makes one.
@@ -253,7 +233,7 @@ const maxRequest = 1 << 20
 
 func (f *filer) handler() http.Handler {
 	mux := http.NewServeMux()
-	handle := f.handle(mux)
+	handle := handleJSON(mux, f.log)
 	handle("PUT /publications/{id}", func(r *http.Request) (any, error) {
 		var p api.Publication
 		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&p); err != nil {
@@ -287,19 +267,25 @@ func (f *filer) handler() http.Handler {
 	return mux
 }
 
-// handle adds to what is answered, in JSON.
-func (f *filer) handle(mux *http.ServeMux) func(pattern string, answer func(r *http.Request) (any, error)) {
+// handleJSON adds to what is answered, in JSON.
+func handleJSON(mux *http.ServeMux, log *slog.Logger) func(pattern string, answer func(r *http.Request) (any, error)) {
 	return func(pattern string, answer func(r *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			out, err := answer(r)
-			code := http.StatusOK
 			if err != nil {
-				f.log.Warn("request", "method", r.Method, "path", r.URL.Path, "error", err)
-				out, code = api.Explain(err)
+				log.Warn("request", "method", r.Method, "path", r.URL.Path, "error", err)
 			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(code)
-			_ = json.NewEncoder(w).Encode(out) // the caller has gone
+			answerJSON(w, out, err)
 		})
 	}
+}
+
+func answerJSON(w http.ResponseWriter, out any, err error) {
+	code := http.StatusOK
+	if err != nil {
+		out, code = api.Explain(err)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(out) // the caller has gone
 }

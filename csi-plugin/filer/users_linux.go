@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/command"
 )
@@ -66,12 +67,12 @@ func (u *usersAPI) listen() (net.Listener, error) {
 func (f *filer) usersHandler(n *nomad) http.Handler {
 	mux := http.NewServeMux()
 	f.handleSnapshots(mux, n.admit)
-	return mux
+	return gateway.Under(f.lease, mux)
 }
 
 // handleSnapshots answers what is about volumes' snapshots, to those whom admit lets.
 func (f *filer) handleSnapshots(mux *http.ServeMux, admit func(r *http.Request, id string, change bool) (caller, error)) {
-	handle := f.handle(mux)
+	handle := handleJSON(mux, f.log)
 	handle("GET /volumes/{id}/snapshots", func(r *http.Request) (any, error) {
 		c, err := admit(r, r.PathValue("id"), false)
 		if err != nil {
@@ -86,13 +87,16 @@ func (f *filer) handleSnapshots(mux *http.ServeMux, admit func(r *http.Request, 
 		}
 		return f.diff(r.Context(), c.volume, r.URL.Query().Get("from"), r.URL.Query().Get("to"))
 	})
-	// change does what is told in the audit log, whatever becomes of the caller meanwhile.
+	// change does what is told in the audit log, whatever becomes of the caller meanwhile, as long as this filer may.
 	change := func(r *http.Request, e event, do func(ctx context.Context, id string, e *event) (any, error)) (out any, err error) {
 		id := r.PathValue("id")
 		c, err := admit(r, id, true)
 		e.Who, e.Namespace, e.Volume = c.who, c.namespace, id
 		if err == nil {
-			out, err = do(context.WithoutCancel(r.Context()), c.volume, &e)
+			ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
+			defer cancel(nil)
+			defer context.AfterFunc(f.long, func() { cancel(context.Cause(f.long)) })()
+			out, err = do(ctx, c.volume, &e)
 		}
 		f.audit.write(e, err)
 		return out, err

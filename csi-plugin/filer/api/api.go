@@ -10,6 +10,7 @@
 //	GET    /volumes/{id}/stats      spec.VolumeStats of a published volume
 //	POST   /volumes/{id}/grow       its file system fills the volume, which has become larger
 //	GET    /status                  Status
+//	POST   /switch                  another filer of the set takes over
 //
 // To Nomad's users it answers what is about their volumes' snapshots alone. They show a token in the header X-Nomad-Token; {id} is Nomad's, of the
 // parameter namespace.
@@ -69,6 +70,19 @@ type Status struct {
 	Grants       int       `json:"grants"`
 	WebDAV       string    `json:"webdav,omitempty"` // URL, where that is served
 	S3           string    `json:"s3,omitempty"`     // URL, where that is served
+	Set          *Set      `json:"set,omitempty"`    // nil of a filer that is alone
+}
+
+// A Set are filers of which one serves.
+type Set struct {
+	Name        string    `json:"name"`
+	Member      string    `json:"member"`           // that answers this
+	Active      string    `json:"active,omitempty"` // "" while there is none
+	Serving     bool      `json:"serving"`          // clients are answered
+	ActiveSince time.Time `json:"activeSince"`
+	Why         string    `json:"why"` // it moved there
+	Standby     []string  `json:"standby,omitempty"`
+	Consul      string    `json:"consul,omitempty"` // why it is not to be relied on; "" while it answers
 }
 
 // A Snapshot is a volume's state at one time.
@@ -192,6 +206,11 @@ func (c Client) Diff(ctx context.Context, volume, from, to string) (all []tree.D
 // Status is how the filer does.
 func (c Client) Status(ctx context.Context) (s Status, err error) {
 	return s, c.call(ctx, http.MethodGet, "/status", nil, &s)
+}
+
+// Switch has another filer of the set take over from this one, and returns when it serves.
+func (c Client) Switch(ctx context.Context) error {
+	return c.call(ctx, http.MethodPost, "/switch", nil, nil)
 }
 
 func (c Client) call(ctx context.Context, method, path string, in, out any) error {

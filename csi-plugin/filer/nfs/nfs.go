@@ -1,5 +1,5 @@
 // Package nfs serves directories over NFS version 3 (RFC 1813) to Linux clients. An Engine does it: Server is the embedded one, in this
-// process. It knows exports, not volumes, and imports nothing of ours.
+// process. It knows exports, not volumes, and imports the lease alone.
 //
 // Whoever can send packets is hostile until it has named an export's path, which holds a secret. Every length is bounded before
 // memory is taken for it; file handles are authenticated; no path is ever resolved, only one name in one directory at a time, and no symbolic link is

@@ -18,6 +18,8 @@ import (
 
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 // Bounds of what clients together can make the server hold, and of what those of one export can: a hostile client keeps its own volume waiting,
@@ -42,6 +44,9 @@ func newLimits(working, calling, replies int64) limits {
 
 // Server is the embedded Engine. It has to be root, in a process with umask 0: it does each call as the user that made it.
 type Server struct {
+	// Lease is asked before each call and before each reply. It is set before Serve; nil is for a server that nobody takes over from.
+	Lease *lease.Lease
+
 	key []byte
 	log *slog.Logger
 
@@ -347,10 +352,16 @@ func (c *conversation) passOver(r *bufio.Reader, n int, call call) error {
 	return c.send(e.b)
 }
 
+// errLapsed is a reply that is not given: another server may have gone on since.
+var errLapsed = errors.New("the lease has lapsed")
+
 // send sends a reply.
 func (c *conversation) send(reply []byte) error {
 	c.replied.Lock()
 	defer c.replied.Unlock()
+	if !c.Lease.Holds() {
+		return errLapsed
+	}
 	c.conn.SetWriteDeadline(time.Now().Add(patience))
 	_, err := c.conn.Write(seal(reply))
 	return err
@@ -380,6 +391,11 @@ func (c *conversation) answer(ctx context.Context, record []byte) error {
 	if err != nil {
 		return err
 	}
+	end, err := c.Lease.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	x := &exchange{conversation: c, call: call, release: func() {}}
 	defer func() { x.release() }()
 	if reply == nil && call.once() {

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 const (
@@ -31,6 +32,9 @@ const (
 
 // A Server serves volumes to those who have grants.
 type Server struct {
+	Lease *lease.Lease // that requests are answered under; it is set before Serve
+	Leash *os.File     // each process has it open: who reads at its other end knows when the last one has ended. It is set before Serve
+
 	program string
 	dir     string
 	rate    float64 // requests a second of each grant
@@ -131,9 +135,20 @@ func (s *Server) Close() {
 	}
 }
 
+// Rest ends the processes that there are. The next request of a grant starts one again.
+func (s *Server) Rest() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, w := range s.grants {
+		w.mu.Lock()
+		w.stop()
+		w.mu.Unlock()
+	}
+}
+
 // Serve answers clients on l until ctx ends, then those whose requests had begun.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	return gateway.Serve(ctx, l, s, 64<<10, s.log)
+	return gateway.Serve(ctx, l, s, 64<<10, s.Lease, s.log)
 }
 
 // ServeHTTP answers a request.
@@ -319,6 +334,9 @@ func (g *granted) start() (_ *child, err error) {
 	output := &lines{log: g.server.log, grant: g.Key}
 	c.cmd = exec.Command(g.server.program, "start")
 	c.cmd.ExtraFiles = []*os.File{config, theirs}
+	if g.server.Leash != nil {
+		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, g.server.Leash)
+	}
 	c.cmd.Env = []string{}
 	c.cmd.Stdout, c.cmd.Stderr = output, output
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS}

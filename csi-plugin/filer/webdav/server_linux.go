@@ -22,6 +22,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 // Bounds of what a client takes.
@@ -33,6 +34,8 @@ const (
 
 // A Server serves volumes to those who have grants.
 type Server struct {
+	Lease *lease.Lease // that requests are answered under; it is set before Serve
+
 	dir  string  // of locks
 	rate float64 // requests a second of each grant
 	log  *slog.Logger
@@ -137,7 +140,7 @@ func (s *Server) Close() {
 
 // Serve answers clients on l, which may be one of TLS, until ctx ends, then those whose requests had begun.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	return gateway.Serve(ctx, l, s, 32<<10, s.log)
+	return gateway.Serve(ctx, l, s, 32<<10, s.Lease, s.log)
 }
 
 // admit finds the grant that a request shows.

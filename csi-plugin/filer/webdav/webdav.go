@@ -1,5 +1,4 @@
-// Package webdav serves directories over WebDAV (RFC 4918) to those who have a grant for them. It knows directories, not volumes, and imports nothing of
-// ours.
+// Package webdav serves directories over WebDAV (RFC 4918) to those who have a grant for them. It knows directories, not volumes.
 //
 // The library golang.org/x/net/webdav lists and sets properties. What it refuses or does not keep is done here: locks of both kinds that outlast
 // the process, the whole of the If header, stored properties, uploads that are there whole or not at all, and the reason why one is not.

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A floating address is one that the active filer's host has, and no other.
+type floating struct {
+	prefix netip.Prefix // the address, with the bits of its network
+	link   string
+}
+
+// parseFloating reads ADDRESS/BITS@INTERFACE.
+func parseFloating(text string) (*floating, error) {
+	if text == "" {
+		return nil, nil
+	}
+	address, link, _ := strings.Cut(text, "@")
+	prefix, err := netip.ParsePrefix(address)
+	if err != nil || link == "" || prefix.Addr().Is4In6() {
+		return nil, fmt.Errorf("--floating %s: it is not ADDRESS/BITS@INTERFACE, such as 10.1.2.9/24@eth0", text)
+	}
+	return &floating{prefix, link}, nil
+}
+
+func (a *floating) String() string { return a.prefix.String() + "@" + a.link }
+
+func (a *floating) on(do func(link netlink.Link, address *netlink.Addr) error) error {
+	link, err := netlink.LinkByName(a.link)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", a.link, err)
+	}
+	bits := a.prefix.Addr().BitLen()
+	address := &netlink.Addr{IPNet: &net.IPNet{IP: a.prefix.Addr().AsSlice(), Mask: net.CIDRMask(a.prefix.Bits(), bits)}}
+	if bits == 128 {
+		address.Flags = unix.IFA_F_NODAD // the former one's host may still have it for a moment
+	}
+	if err := do(link, address); err != nil {
+		return fmt.Errorf("address %s: %w", a, err)
+	}
+	return nil
+}
+
+// add gives the address to this host, which may have it already.
+func (a *floating) add() error { return a.on(netlink.AddrReplace) }
+
+// remove takes it away. That it is not there is no error.
+func (a *floating) remove() error {
+	return a.on(func(link netlink.Link, address *netlink.Addr) error {
+		err := netlink.AddrDel(link, address)
+		if errors.Is(err, unix.EADDRNOTAVAIL) {
+			return nil
+		}
+		return err
+	})
+}
+
+// announcements are when neighbours are told, after the beginning: the first can be lost, and the former one's host may have answered them since.
+var announcements = []time.Duration{0, 100 * time.Millisecond, 300 * time.Millisecond, time.Second, 3 * time.Second, 10 * time.Second}
+
+// announce tells the neighbours again and again, until ctx ends.
+func (a *floating) announce(ctx context.Context, failed func(error)) {
+	begin := time.Now()
+	for _, at := range announcements {
+		select {
+		case <-time.After(time.Until(begin.Add(at))):
+		case <-ctx.Done():
+			return
+		}
+		if err := a.tell(); err != nil {
+			failed(err)
+		}
+	}
+}
+
+// tell sends what has neighbours correct their tables.
+func (a *floating) tell() error {
+	link, err := net.InterfaceByName(a.link)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", a.link, err)
+	}
+	if len(link.HardwareAddr) != 6 {
+		return nil // no neighbours that have a table
+	}
+	if a.prefix.Addr().Is4() {
+		err = tellARP(link, a.prefix.Addr())
+	} else {
+		err = tellND(link, a.prefix.Addr())
+	}
+	if err != nil {
+		return fmt.Errorf("announce %s: %w", a, err)
+	}
+	return nil
+}
+
+// tellARP broadcasts gratuitous ARP (RFC 5227 §3), as a request and as a reply: neighbours heed one or the other.
+func tellARP(link *net.Interface, address netip.Addr) error {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	to := &unix.SockaddrLinklayer{Protocol: binary.NativeEndian.Uint16([]byte{unix.ETH_P_ARP >> 8, unix.ETH_P_ARP & 0xff}), Ifindex: link.Index, Halen: 6, Addr: [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}
+	for _, operation := range []byte{1, 2} {
+		packet := append([]byte{0, 1, 8, 0, 6, 4, 0, operation}, link.HardwareAddr...) // RFC 826
+		packet = append(packet, address.AsSlice()...)
+		if operation == 1 {
+			packet = append(packet, make([]byte, 6)...)
+		} else {
+			packet = append(packet, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)
+		}
+		packet = append(packet, address.AsSlice()...)
+		if err := unix.Sendto(fd, packet, 0, to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// tellND sends an unsolicited neighbour advertisement (RFC 4861 §7.2.6) to all nodes.
+func tellND(link *net.Interface, address netip.Addr) error {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMPV6)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	for option, value := range map[int]int{unix.IPV6_MULTICAST_HOPS: 255, unix.IPV6_MULTICAST_IF: link.Index} {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, option, value); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet6{Addr: address.As16()}); err != nil {
+		return err
+	}
+	packet := append([]byte{136, 0, 0, 0, 0x20, 0, 0, 0}, address.AsSlice()...) // override; the kernel fills in the checksum
+	packet = append(packet, 2, 1)                                               // target link-layer address
+	packet = append(packet, link.HardwareAddr...)
+	return unix.Sendto(fd, packet, 0, &unix.SockaddrInet6{Addr: netip.MustParseAddr("ff02::1").As16(), ZoneId: uint32(link.Index)})
+}

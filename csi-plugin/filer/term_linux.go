@@ -1,0 +1,122 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// A term is a time in which this process serves: all of it for a filer that is alone, and for one of a set as long as it is the active one.
+type term struct {
+	*filer
+	nfs    *nfs.Server
+	listen net.Listener
+	group  *errgroup.Group
+	cancel context.CancelCauseFunc // ends the conversations with clients
+	stop   context.CancelCauseFunc // ends what is done for long, such as rollbacks
+	close  []func()                // what begin has opened, in its order
+}
+
+// A place is what a term is about: the volumes, and where what belongs to them is kept.
+type place struct {
+	backend volume.Backend
+	state   string // what outlasts a reboot
+	kept    string // publications, and replies that the next process is to know
+	shared  bool   // with other hosts
+}
+
+// begin serves what is published and granted, under the lease, until ctx ends. Whoever may use the lease does so from here on: it is opened once all is there.
+func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os.File, log *slog.Logger) (_ *term, err error) {
+	key, err := readKey(at.state)
+	if err != nil {
+		return nil, err
+	}
+	t := &term{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.end(err))
+		}
+	}()
+	ctx, t.cancel = context.WithCancelCause(ctx)
+	t.group, ctx = errgroup.WithContext(ctx)
+	if t.listen, err = net.Listen("tcp", s.listen); err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	t.close = append(t.close, func() { t.listen.Close() })
+	address, err := reachable(s.address, t.listen.Addr().(*net.TCPAddr).AddrPort())
+	if err != nil {
+		return nil, err
+	}
+	users, err := s.users.listen()
+	if err != nil {
+		return nil, err
+	}
+	if users != nil {
+		t.close = append(t.close, func() { users.Close() })
+	}
+	t.nfs = nfs.New(key, log)
+	t.nfs.Lease = by
+	t.filer = &filer{
+		backend: at.backend, engine: t.nfs, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
+		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash,
+	}
+	t.long, t.stop = context.WithCancelCause(ctx)
+	closeGateways, err := s.gateways.serve(ctx, t.group, t.filer)
+	if err != nil {
+		return nil, err
+	}
+	t.close = append(t.close, closeGateways)
+	if err := loadReplies(t.nfs, t.kept); err != nil {
+		log.Warn("what was answered before", "error", err)
+	}
+	if err := t.complete(ctx); err != nil {
+		log.Warn("what was being done before", "error", err)
+	}
+	if err := t.restore(ctx); err != nil {
+		log.Warn("what was published before", "error", err)
+	}
+	by.Open()
+	log.Info("serving", "listen", t.listen.Addr(), "address", address, "socket", s.socket, "version", version)
+	t.group.Go(func() error { return t.nfs.Serve(ctx, t.listen) })
+	if users != nil {
+		t.group.Go(func() error { return serveHTTP(ctx, users, t.usersHandler(s.users.nomad)) })
+	}
+	return t, nil
+}
+
+// put has nothing of the volumes open any more. Clients keep their connections, and wait.
+func (t *term) put() {
+	if t.stop != nil {
+		t.stop(lease.ErrEnded)
+	}
+	for i := len(t.close) - 1; i > 0; i-- {
+		t.close[i]()
+	}
+	t.close = t.close[:min(1, len(t.close))]
+	if t.nfs != nil {
+		t.nfs.Close()
+	}
+}
+
+// end ends the term, after the calls that had begun.
+func (t *term) end(cause error) error {
+	t.cancel(cause)
+	err := t.group.Wait()
+	t.put()
+	for _, f := range t.close {
+		f()
+	}
+	t.close = nil
+	return err
+}
