@@ -252,6 +252,18 @@ func testCold(s *coldStore) {
 	}
 	s.holds("other", "db", content)
 	s.remove("other", "db")
+	// The drill of docs/operate.md: in a directory, whatever the backend of the volume.
+	if out := s.must("restore", "db", "--as", "drill", "--pool", s.path("drills")); !strings.HasPrefix(out, "volume drill: 64MiB, restored from db@") {
+		t.Errorf("restore: %s", out)
+	}
+	at := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "loop,ro,noload", s.path("drills/drill/image"), at).CombinedOutput(); err != nil {
+		t.Fatalf("mount: %v\n%s", err, out)
+	}
+	got, err := os.ReadFile(filepath.Join(at, "data"))
+	if err := errors.Join(err, mount.Unmount(at)); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("the drill's volume is not what was copied: %v", err)
+	}
 	if _, errs, code := s.command("restore", "web"); code == 0 || !strings.Contains(errs, `copy "web": not found; "cradle-csi cold ls" lists`) {
 		t.Errorf("restored what was never copied: %d, %s", code, errs)
 	}

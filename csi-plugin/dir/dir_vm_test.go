@@ -3,10 +3,13 @@
 package dir
 
 import (
+	"bytes"
+	"errors"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -31,6 +34,50 @@ func TestMain(m *testing.M) { suite("").Main(m) }
 func TestRootDir(t *testing.T) {
 	for _, fsType := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fsType, func(t *testing.T) { suite(fsType).Run(t) })
+	}
+}
+
+// A pool that is full takes no copy: that is told as such, leaves nothing, and works once there is space.
+func TestRootNoSpace(t *testing.T) {
+	at := filesystem(t, "ext4")
+	b := open(t, Pool{"default", filepath.Join(at, "pool")})
+	r := volume.Request{Name: "v", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.LV2, Direct: true}}
+	if _, err := b.Create(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(at, "pool/v/image"), bytes.Repeat([]byte("data"), 16<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := mount.Stats(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	filler := filepath.Join(at, "filler")
+	command(t, "fallocate", "-l", strconv.FormatInt(int64(s.Total-s.Used)-32<<20, 10), filler) // with what is reserved for root
+	snapshot := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}
+	clone, large := r, r
+	clone.Name, clone.Origin.Volume = "clone", "v"
+	large.Name = "large"
+	for what, call := range map[string]func() error{
+		"snapshot": func() error { _, err := b.Snapshot(t.Context(), snapshot); return err },
+		"clone":    func() error { _, err := b.Clone(t.Context(), clone, nil); return err },
+		"create":   func() error { _, err := b.Create(t.Context(), large); return err },
+	} {
+		if err := call(); !errors.Is(err, volume.ErrNoSpace) {
+			t.Errorf("%s: %v; want %v", what, err, volume.ErrNoSpace)
+		}
+	}
+	if all := rest(t, filepath.Join(at, "pool")); len(all) != 3 && len(all) != 4 { // v, its image and record, and an empty folder for snapshots
+		t.Errorf("there is %q", all)
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Snapshot(t.Context(), snapshot); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.Clone(t.Context(), clone, nil); err != nil {
+		t.Error(err)
 	}
 }
 

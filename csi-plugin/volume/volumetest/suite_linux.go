@@ -342,7 +342,11 @@ func fill(path string, size int64) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.CopyN(f, rand.NewChaCha8([32]byte{}), size)
+	piece := make([]byte, mib)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(piece)
+	for at := int64(0); err == nil && at < size; at += mib {
+		_, err = f.WriteAt(piece, at)
+	}
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
