@@ -5,11 +5,14 @@
 package main
 
 import (
+	"archive/tar"
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"os/exec"
@@ -22,6 +25,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"github.com/cradlestack/cradlestack/internal/golden"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
@@ -256,6 +260,9 @@ func (s *suite) host(t *testing.T) *host {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if names[0] == "alpine:latest" {
+			img = likeAlpine(t, img)
+		}
 		h.run("load", "-q", "-i", archive(t, names[0], img))
 		for _, name := range names[1:] {
 			h.run("tag", names[0], name)
@@ -265,6 +272,29 @@ func (s *suite) host(t *testing.T) *host {
 		}
 	}
 	return h
+}
+
+// likeAlpine is busybox with what alpine has: /var/run is /run.
+func likeAlpine(t *testing.T, img v1.Image) v1.Image {
+	t.Helper()
+	var files bytes.Buffer
+	w := tar.NewWriter(&files)
+	for _, h := range []tar.Header{{Name: "var/", Typeflag: tar.TypeDir, Mode: 0o755}, {Name: "var/run", Typeflag: tar.TypeSymlink, Linkname: "/run", Mode: 0o777}} {
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(files.Bytes())), nil })
+	if err == nil {
+		img, err = mutate.AppendLayers(img, layer)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
 }
 
 // late is an image whose command begins some seconds later.
@@ -319,6 +349,9 @@ func composeContext(h *host, home string) ([]string, error) {
 	cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+filepath.Join(home, ".docker"), "DOCKER_HOST=", "DOCKER_CONTEXT=")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("docker context create: %w: %s", err, out)
+	}
+	if err := os.WriteFile(filepath.Join(home, ".docker", "config.json"), []byte("{}"), 0o600); err != nil { // they copy it where there is none
+		return nil, err
 	}
 	return []string{"DOCKER_CONTEXT=cradle", "COMPOSE_E2E_BIN_PATH=" + compose}, nil
 }

@@ -83,7 +83,7 @@ func startCluster(t *testing.T) *nomadtest.Cluster {
 	}
 	cluster.Do(func() {
 		o := nomadtest.Options{ACL: true}
-		if cluster.err = o.Cradle(""); cluster.err != nil {
+		if cluster.err = o.Cradle("volumes {\n enabled = true\n}"); cluster.err != nil { // --host-paths needs it
 			return
 		}
 		o.Keep = append(o.Keep, "cradle", "volumes", "nomad/client/csi", "/run/cradle")

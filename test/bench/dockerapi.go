@@ -43,7 +43,7 @@ func (b *bench) dockerAPI(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, server.close()) }()
+	defer func() { err = errors.Join(err, server.close(c)) }()
 	if err := b.daemonImage(ctx); err != nil {
 		return err
 	}
@@ -264,13 +264,21 @@ func (b *bench) serveDockerAPI(ctx context.Context, c *nomadtest.Cluster) (*dock
 	}
 }
 
-// close removes the containers that have been started, which have disks, and ends the server.
-func (s *dockerServer) close() error {
+// close removes the containers that have been started, waits until their disks are gone, and ends the server.
+func (s *dockerServer) close(c *nomadtest.Cluster) error {
 	ctx, cancel := context.WithTimeout(context.Background(), nomadtest.Patience)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "docker", "-H", s.host, "ps", "-aq", "--filter", "name=^stays$", "--filter", "name=^says$", "--filter", "name=^kept$").Output()
 	if ids := strings.Fields(string(out)); err == nil && len(ids) > 0 {
 		_, err = docker(ctx, s.host, append([]string{"rm", "-f"}, ids...)...)
+	}
+	for left := 1; err == nil && left > 0; {
+		var jobs []*api.JobListStub
+		if jobs, _, err = c.API.Jobs().List(&api.QueryOptions{Prefix: "docker-"}); err == nil {
+			if left = len(jobs); left > 0 {
+				err = sleep(ctx, 100*time.Millisecond)
+			}
+		}
 	}
 	s.cmd.Process.Signal(os.Interrupt)
 	return errors.Join(err, s.cmd.Wait())

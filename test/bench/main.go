@@ -71,6 +71,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		}
 		fmt.Fprintf(stderr, "bench: %s\n", part.name)
 		if err := part.run(ctx); err != nil {
+			b.table.print(stdout) // what was measured before
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
