@@ -135,7 +135,7 @@ func (s *server) runSet(ctx context.Context, control net.Listener, log *slog.Log
 	g.Go(func() {
 		select {
 		case <-m.warden.dead:
-			cancel(errors.New("the warden has ended"))
+			cancel(errNoWarden)
 		case <-serving.Done():
 		}
 	})
@@ -146,6 +146,10 @@ func (s *server) runSet(ctx context.Context, control net.Listener, log *slog.Log
 		m.register(ctx, health.Addr().String())
 		session, former, err := m.campaign(ctx)
 		if err != nil {
+			if ctx.Err() == nil {
+				log.Warn("take the lock", "error", err)
+				m.pause(ctx, time.Second)
+			}
 			continue
 		}
 		took, err := m.hold(ctx, session, former)
@@ -155,11 +159,13 @@ func (s *server) runSet(ctx context.Context, control net.Listener, log *slog.Log
 			m.pause(ctx, 10*time.Second)
 		}
 	}
-	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
-		return cause
+	if errors.Is(context.Cause(ctx), errNoWarden) {
+		return errNoWarden
 	}
 	return nil
 }
+
+var errNoWarden = errors.New("the warden has ended, without which a set's filer does not serve; start it again")
 
 func (m *member) pause(ctx context.Context, d time.Duration) {
 	select {
@@ -348,11 +354,10 @@ func (m *member) campaign(ctx context.Context) (session string, former tenure, e
 		if session != "" {
 			return session, former, nil
 		}
-		m.pause(ctx, 100*time.Millisecond)
-		if err != nil && ctx.Err() == nil {
-			m.log.Warn("take the lock", "error", err)
+		if err != nil {
 			return "", former, err
 		}
+		m.pause(ctx, 100*time.Millisecond)
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/internal/mountns"
 )
 
@@ -1275,5 +1276,51 @@ func TestRootHold(t *testing.T) {
 	}
 	if s, _ := c.on(procGetattr, c.root, nil); s != ok {
 		t.Errorf("afterwards: %d", s)
+	}
+}
+
+// TestRootLease: what a call has done is not answered once the lease has lapsed, calls wait until it holds again, and end with it.
+func TestRootLease(t *testing.T) {
+	l := lease.New()
+	l.Extend(lease.Forever)
+	l.Open()
+	w := serve(t)
+	w.before = func(s *Server) { s.Lease = l }
+	w.start()
+	c := w.client(asRoot)
+	getattr := newCall(programNFS, 3, procGetattr, asRoot, func(e *encoder) { e.opaque(c.root) })
+	answers := make(chan error, 1)
+	ask := func(c *client) {
+		go func() {
+			_, err := c.try(getattr)
+			answers <- err
+		}()
+	}
+	x := w.server.paths[w.export.Path]
+	x.Lock() // the call has begun, and is not done
+	ask(c)
+	for idle := true; idle; _, idle = l.Lapsed() {
+		runtime.Gosched()
+	}
+	l.Lapse()
+	x.Unlock()
+	if err := <-answers; err != errHungUp {
+		t.Errorf("it is answered after the lease: %v", err)
+	}
+	c = w.dial(asRoot)
+	ask(c)
+	if _, idle := l.Lapsed(); !idle {
+		t.Error("a call has begun without the lease")
+	}
+	l.Extend(lease.Forever)
+	l.Open()
+	if err := <-answers; err != nil {
+		t.Errorf("it is not answered with the lease: %v", err)
+	}
+	l.Pause()
+	ask(c)
+	l.End()
+	if err := <-answers; err != errHungUp {
+		t.Errorf("it is answered after the lease's end: %v", err)
 	}
 }
