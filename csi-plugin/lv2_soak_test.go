@@ -262,3 +262,8 @@ func TestVMSoakLost(t *testing.T) {
 		s.empty()
 	}
 }
+
+// TestRootSoakSanity is TestRootSanity for class gfs, which with dir is nfs, and for no parameters at all.
+func TestRootSoakSanity(t *testing.T) {
+	eachSanity(t, map[string]string{"shared": `class: gfs`, "none": ``})
+}

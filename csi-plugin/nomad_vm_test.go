@@ -192,7 +192,7 @@ func (s *stack) ended(hcl string) string {
 	return strings.TrimSpace(out)
 }
 
-// mounts are the node's that have a text in them.
+// mounts are those below the node's directory that have a text in them: it sees what others have mounted on the host.
 func (s *stack) mounts(text string) (found []string) {
 	s.t.Helper()
 	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", s.node.PID()))
@@ -200,7 +200,7 @@ func (s *stack) mounts(text string) (found []string) {
 		s.t.Fatal(err)
 	}
 	for line := range strings.Lines(string(table)) {
-		if strings.Contains(line, text) {
+		if strings.Contains(line, s.node.Dir+"/") && strings.Contains(line, text) {
 			found = append(found, line)
 		}
 	}
