@@ -21,6 +21,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
 )
 
 func (s *Server) eventRoutes(on *router) {
@@ -370,7 +371,7 @@ const lateEnd = 10 * time.Second
 // networkEvents are those of a container's networks when it begins and ends to run.
 func (t *tenant) networkEvents(r *record, action events.Action) (all []event) {
 	for _, name := range r.networks() {
-		n := &netRecord{ID: r.Networks[name].NetworkID, Name: name, Driver: translate.Bridge}
+		n := &netRecord{NetworkRecord: nomadjob.NetworkRecord{ID: r.Networks[name].NetworkID, Name: name, Driver: translate.Bridge}}
 		for _, there := range t.builtin() {
 			if there.Name == name {
 				n = there

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -13,7 +12,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/events"
@@ -21,29 +19,15 @@ import (
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
 )
-
-// networkPrefix begins the variable of a network; its name follows, so two can't have the same one.
-const networkPrefix = "docker/networks/"
 
 // A netRecord is what is known of a network. Who is on it stands in the containers' records, and who has which name there is told by Nomad's services.
 type netRecord struct {
-	Version    int               `json:"version"`
-	ID         string            `json:"id"`
-	Name       string            `json:"name"`
-	Created    time.Time         `json:"created"`
-	Driver     string            `json:"driver"`
-	Attachable bool              `json:"attachable,omitempty"`
-	Options    map[string]string `json:"options,omitempty"`
-	Labels     map[string]string `json:"labels,omitempty"`
-	// Node is where its containers are, by the node's id: the addresses of Nomad's bridge are known on their node alone.
-	Node string `json:"node,omitempty"`
+	nomadjob.NetworkRecord
 
 	index uint64 // of the variable; 0 of a network that is always there
 }
-
-// service is the one of Nomad's by which containers of a network find each other.
-func service(networkID string) string { return "net-" + networkID[:min(32, len(networkID))] }
 
 // networkID makes the id of a network that is always there.
 func networkID(namespace, name string) string {
@@ -54,8 +38,8 @@ func networkID(namespace, name string) string {
 // builtin are the networks that are always there.
 func (t *tenant) builtin() []*netRecord {
 	return []*netRecord{
-		{ID: networkID(t.Namespace, translate.Bridge), Name: translate.Bridge, Driver: translate.Bridge},
-		{ID: networkID(t.Namespace, translate.None), Name: translate.None, Driver: "null"},
+		{NetworkRecord: nomadjob.NetworkRecord{ID: networkID(t.Namespace, translate.Bridge), Name: translate.Bridge, Driver: translate.Bridge}},
+		{NetworkRecord: nomadjob.NetworkRecord{ID: networkID(t.Namespace, translate.None), Name: translate.None, Driver: "null"}},
 	}
 }
 
@@ -63,31 +47,25 @@ func noNetwork(ref string) error {
 	return dockerhttp.Errorf(http.StatusNotFound, "network %s not found", ref)
 }
 
-func networkPath(name string) string { return networkPrefix + escaped(name) }
-
 func (t *tenant) readNetwork(ctx context.Context, path string) (*netRecord, error) {
 	v, _, err := t.nomad.Variables().Read(path, t.query(ctx))
 	if errors.Is(err, api.ErrVariablePathNotFound) {
-		return nil, noNetwork(strings.TrimPrefix(path, networkPrefix))
+		return nil, noNetwork(strings.TrimPrefix(path, nomadjob.NetworkPrefix))
 	}
 	if err != nil {
 		return nil, err
 	}
-	var n netRecord
-	if err := json.Unmarshal([]byte(v.Items[recordItem]), &n); err != nil || n.Version != recordVersion {
-		return nil, fmt.Errorf("variable %s is no network that this server reads (version %d): %w", path, n.Version, cmp.Or(err, errors.ErrUnsupported))
-	}
-	n.index = v.ModifyIndex
-	return &n, nil
+	n := &netRecord{index: v.ModifyIndex}
+	n.NetworkRecord, err = nomadjob.ReadNetwork(v)
+	return n, err
 }
 
 // putNetwork writes a network that nobody else has changed since it was read; errConflict where somebody has.
 func (t *tenant) putNetwork(ctx context.Context, n *netRecord) error {
-	data, err := json.Marshal(n)
+	v, err := n.Variable(n.index)
 	if err != nil {
 		return err
 	}
-	v := &api.Variable{Path: networkPath(n.Name), Items: api.VariableItems{recordItem: string(data)}, ModifyIndex: n.index}
 	out, _, err := t.nomad.Variables().CheckedUpdate(v, t.write(ctx))
 	if isConflict(err) {
 		return errConflict
@@ -100,7 +78,7 @@ func (t *tenant) putNetwork(ctx context.Context, n *netRecord) error {
 
 // networks are all that there are, by name.
 func (t *tenant) networks(ctx context.Context) ([]*netRecord, error) {
-	paths, _, err := t.nomad.Variables().PrefixList(networkPrefix, t.query(ctx))
+	paths, _, err := t.nomad.Variables().PrefixList(nomadjob.NetworkPrefix, t.query(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +115,7 @@ func (t *tenant) network(ctx context.Context, ref string) (*netRecord, error) {
 			return all[i], nil
 		}
 	}
-	if n, err := t.readNetwork(ctx, networkPath(ref)); !isNotFound(err) {
+	if n, err := t.readNetwork(ctx, nomadjob.NetworkPath(ref)); !isNotFound(err) {
 		return n, err
 	}
 	if !isHex {
@@ -198,6 +176,13 @@ func (s *Server) listNetworks(w http.ResponseWriter, r *http.Request, t *tenant)
 	out := []network.Summary{}
 	for _, n := range all {
 		used := slices.ContainsFunc(containers, func(r *record) bool { return r.isOn(n) })
+		if len(f["dangling"]) > 0 && !used {
+			others, err := t.othersOn(ctx, n)
+			if err != nil {
+				return err
+			}
+			used = len(others) > 0
+		}
 		if f.Any("driver", func(v string) bool { return v == n.Driver }) && f.Any("id", func(v string) bool { return strings.HasPrefix(n.ID, v) }) &&
 			f.Labels("label", n.Labels, false) && f.Any("name", func(v string) bool { return dockerhttp.Matches(v, n.Name) }) &&
 			f.Any("scope", func(v string) bool { return v == "local" }) && f.Any("type", func(v string) bool { return (v == "builtin") == (n.index == 0) }) &&
@@ -216,10 +201,8 @@ func (s *Server) createNetwork(w http.ResponseWriter, r *http.Request, t *tenant
 	if err := translate.Network(&request); err != nil {
 		return err
 	}
-	n := &netRecord{
-		Version: recordVersion, ID: newID(), Name: request.Name, Created: time.Now().UTC(), Driver: translate.Bridge, Attachable: request.Attachable,
-		Options: request.Options, Labels: request.Labels,
-	}
+	n := &netRecord{NetworkRecord: nomadjob.NewNetworkRecord(request.Name, newID())}
+	n.Attachable, n.Options, n.Labels = request.Attachable, request.Options, request.Labels
 	err := t.putNetwork(r.Context(), n)
 	if errors.Is(err, errConflict) {
 		return dockerhttp.Errorf(http.StatusConflict, "network with name %s already exists", n.Name)
@@ -240,6 +223,18 @@ func (t *tenant) runningOn(ctx context.Context, n *netRecord) ([]*record, error)
 	return slices.DeleteFunc(all, func(r *record) bool { return !r.isOn(n) || !t.isRunning(r) }), nil
 }
 
+// othersOn are the places on a network of pods that docker has not made.
+func (t *tenant) othersOn(ctx context.Context, n *netRecord) ([]*api.ServiceRegistration, error) {
+	if n.index == 0 {
+		return nil, nil
+	}
+	all, _, err := t.nomad.Services().Get(nomadjob.NetworkService(n.ID), t.query(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(s *api.ServiceRegistration) bool { return strings.HasPrefix(s.JobID, jobPrefix) }), nil
+}
+
 func (s *Server) inspectNetwork(w http.ResponseWriter, r *http.Request, t *tenant, n *netRecord) error {
 	if scope := dockerhttp.Parameter(r, "scope"); scope != "" && scope != "local" {
 		return noNetwork(r.PathValue("id"))
@@ -256,6 +251,27 @@ func (s *Server) inspectNetwork(w http.ResponseWriter, r *http.Request, t *tenan
 			IPv4Address: netip.PrefixFrom(e.IPAddress, e.IPPrefixLen), IPv6Address: netip.PrefixFrom(e.GlobalIPv6Address, e.GlobalIPv6PrefixLen),
 		}
 	}
+	places, err := t.othersOn(r.Context(), n)
+	if err != nil {
+		return err
+	}
+	var others []*other
+	if len(places) > 0 {
+		if others, err = t.others(r.Context()); err != nil {
+			return err
+		}
+	}
+	for _, o := range others {
+		i := slices.IndexFunc(places, func(s *api.ServiceRegistration) bool { return s.AllocID == o.alloc.ID })
+		if i < 0 || o.inside != o.task {
+			continue
+		}
+		e := network.EndpointResource{Name: o.Name, EndpointID: o.ID}
+		if address, err := netip.ParseAddr(places[i].Address); err == nil {
+			e.IPv4Address = netip.PrefixFrom(address, address.BitLen())
+		}
+		out.Containers[o.ID] = e
+	}
 	return dockerhttp.Answer(w, http.StatusOK, out)
 }
 
@@ -268,10 +284,17 @@ func (s *Server) removeNetwork(w http.ResponseWriter, r *http.Request, t *tenant
 	if err != nil {
 		return err
 	}
-	if len(on) > 0 {
+	others, err := t.othersOn(ctx, n)
+	if err != nil {
+		return err
+	}
+	if len(on)+len(others) > 0 {
 		var names []string
 		for _, c := range on {
 			names = append(names, fmt.Sprintf("name:%q id:%q", c.Name, c.ID[:12]))
+		}
+		for _, o := range others {
+			names = append(names, fmt.Sprintf("job:%q", o.JobID))
 		}
 		return dockerhttp.Errorf(http.StatusForbidden, "error while removing network: network %s has active endpoints (%s)", n.Name, strings.Join(names, ", "))
 	}
@@ -285,14 +308,14 @@ func (s *Server) removeNetwork(w http.ResponseWriter, r *http.Request, t *tenant
 // dropNetwork removes a network, if it is still the one that was looked at.
 func (t *tenant) dropNetwork(ctx context.Context, n *netRecord) error {
 	for {
-		_, err := t.nomad.Variables().CheckedDelete(networkPath(n.Name), n.index, t.write(ctx))
+		_, err := t.nomad.Variables().CheckedDelete(nomadjob.NetworkPath(n.Name), n.index, t.write(ctx))
 		if err == nil {
 			t.emit(n.event(events.ActionDestroy, nil))
 		}
 		if !isConflict(err) {
 			return err
 		}
-		now, err := t.readNetwork(ctx, networkPath(n.Name))
+		now, err := t.readNetwork(ctx, nomadjob.NetworkPath(n.Name))
 		if isNotFound(err) || err == nil && now.ID != n.ID {
 			return nil
 		}
@@ -329,7 +352,11 @@ func (s *Server) pruneNetworks(w http.ResponseWriter, r *http.Request, t *tenant
 		if err != nil {
 			return err
 		}
-		if len(on) > 0 {
+		others, err := t.othersOn(ctx, n)
+		if err != nil {
+			return err
+		}
+		if len(on)+len(others) > 0 {
 			continue
 		}
 		if err := t.dropNetwork(ctx, n); err != nil {

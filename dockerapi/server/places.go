@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 
+	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/network"
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
@@ -45,7 +46,7 @@ func (r *record) places() []nomadjob.Network {
 	out := []nomadjob.Network{}
 	for _, name := range r.networks() {
 		if translate.IsOwn(name) {
-			out = append(out, nomadjob.Network{Service: service(r.Networks[name].NetworkID), Names: r.names(name)})
+			out = append(out, nomadjob.Network{Service: nomadjob.NetworkService(r.Networks[name].NetworkID), Names: r.names(name)})
 		}
 	}
 	return out
@@ -113,7 +114,7 @@ func (t *tenant) enter(ctx context.Context, r *record) (node string, err error) 
 		if !translate.IsOwn(name) {
 			continue
 		}
-		n, err := t.readNetwork(ctx, networkPath(name))
+		n, err := t.readNetwork(ctx, nomadjob.NetworkPath(name))
 		if isNotFound(err) {
 			return "", noNetwork(name)
 		}
@@ -164,6 +165,13 @@ func (t *tenant) nodeOf(ctx context.Context, n *netRecord, r *record) (string, e
 			return n.Node, nil
 		}
 	}
+	others, err := t.othersOn(ctx, n) // docker has no record of them
+	if err != nil {
+		return "", err
+	}
+	if slices.ContainsFunc(others, func(s *api.ServiceRegistration) bool { return s.NodeID == n.Node }) && !t.isDown(ctx, n.Node) {
+		return n.Node, nil
+	}
 	return "", nil
 }
 
@@ -173,7 +181,7 @@ var errElsewhere = errors.New("the network's containers are on another node")
 // settleOn binds a network to the node that a container is on. Where others have bound it to another one meanwhile, it is errElsewhere.
 func (t *tenant) settleOn(ctx context.Context, name, id string, r *record, node string) error {
 	for {
-		n, err := t.readNetwork(ctx, networkPath(name))
+		n, err := t.readNetwork(ctx, nomadjob.NetworkPath(name))
 		if err != nil {
 			return err
 		}

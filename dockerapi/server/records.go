@@ -29,7 +29,6 @@ import (
 // that want the same thing one has it.
 const (
 	recordPrefix = "docker/containers/" // + id: a record
-	namePrefix   = "docker/names/"      // + name: whose it is
 	recordItem   = "record"
 	ownerItem    = "id"
 )
@@ -118,16 +117,7 @@ func (r *record) keepsDisk() bool { return !r.Host.AutoRemove || r.Filled }
 func (r *record) ended() bool { return r.Run > 0 && r.Last.Number == r.Run }
 
 // namePath is the path of a name's variable.
-func namePath(name string) string { return namePrefix + escaped(name) }
-
-// escaped is a name as part of a variable's path: Nomad allows letters, digits and -_~/ and 128 characters (structs/variables.go).
-func escaped(name string) string {
-	text := strings.ReplaceAll(name, ".", "~")
-	if len(text) > 100 {
-		text = "~" + hash(name)
-	}
-	return text
-}
+func namePath(name string) string { return nomadjob.DockerNamePath(name) }
 
 // hash is 64 hexadecimal digits that are a text's.
 func hash(text string) string {

@@ -130,7 +130,7 @@ func (t *tenant) volume(ctx context.Context, name string) (*namedVolume, error) 
 		return nil, err
 	}
 	n := &namedVolume{capacity: v.Capacity, volumeRecord: volumeRecord{Name: name, Created: time.Unix(0, v.CreateTime), Class: v.Context["class"]}}
-	kept, _, err := t.nomad.Variables().Read(volumePrefix+escaped(name), t.query(ctx))
+	kept, _, err := t.nomad.Variables().Read(volumePrefix+nomadjob.VariableName(name), t.query(ctx))
 	if errors.Is(err, api.ErrVariablePathNotFound) {
 		return n, nil
 	}
@@ -225,7 +225,7 @@ func (t *tenant) createVolume(ctx context.Context, r *volume.CreateRequest, zone
 	if err != nil {
 		return nil, err
 	}
-	record := &api.Variable{Path: volumePrefix + escaped(r.Name), Items: api.VariableItems{volumeItem: string(text)}}
+	record := &api.Variable{Path: volumePrefix + nomadjob.VariableName(r.Name), Items: api.VariableItems{volumeItem: string(text)}}
 	if _, _, err := t.nomad.Variables().Update(record, t.write(ctx)); err != nil {
 		return nil, err
 	}
@@ -304,7 +304,7 @@ func (t *tenant) deleteVolume(ctx context.Context, name string) error {
 	if err := t.deleteFreed(ctx, name); err != nil {
 		return fmt.Errorf("remove %s: %w", name, err)
 	}
-	if _, err := t.nomad.Variables().Delete(volumePrefix+escaped(name), t.write(ctx)); err != nil {
+	if _, err := t.nomad.Variables().Delete(volumePrefix+nomadjob.VariableName(name), t.write(ctx)); err != nil {
 		return err
 	}
 	t.emitVolume(events.ActionDestroy, name, map[string]string{"driver": v.Context["class"]})

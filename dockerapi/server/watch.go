@@ -18,7 +18,7 @@ import (
 )
 
 // jobPrefix begins the id of the job of a container, whose id follows.
-const jobPrefix = "docker-"
+const jobPrefix = nomadjob.DockerPrefix
 
 // Meta of a container's job.
 const (

@@ -26,6 +26,7 @@ func Beyond(j *api.Job) (names []string) {
 	said("priority", j.Priority != nil && *j.Priority != api.JobDefaultPriority)
 	said("spread", j.Spreads)
 	for _, g := range j.TaskGroups {
+		said("group.count", deref(j.Type) == api.JobTypeBatch && g.Count != nil && *g.Count != 1)
 		said("group.affinity", g.Affinities)
 		said("group.constraint", slices.ContainsFunc(g.Constraints, func(c *api.Constraint) bool { return !implied(c) }))
 		said("group.ephemeral_disk", g.EphemeralDisk != nil && (deref(g.EphemeralDisk.Sticky) || deref(g.EphemeralDisk.Migrate)))

@@ -119,6 +119,9 @@ func envPath(i int) string { return envFile + strings.TrimPrefix(envName(i), env
 // IsEnv says whether an item of the variable is an environment.
 func IsEnv(item string) bool { return strings.HasPrefix(item, envItem) }
 
+// IsNetworks says whether an item of the variable tells the pod's networks.
+func IsNetworks(item string) bool { return item == networksItem }
+
 // EnvItems is the variable's content for a pod on networks, nil where it is on none and none of its containers has an environment of its own. What
 // it says of networks holds for a pod that runs as soon as the variable is written.
 func EnvItems(p *spec.Pod, networks []Network) (api.VariableItems, error) {
@@ -156,6 +159,18 @@ func ReadsEnv(j *api.Job) bool {
 		}
 	}
 	return false
+}
+
+// ReadsVariable says whether a job that Job has made reads the variable at EnvPath.
+func ReadsVariable(j *api.Job) bool {
+	for _, g := range j.TaskGroups {
+		for _, t := range g.Tasks {
+			if slices.ContainsFunc(t.Templates, func(t *api.Template) bool { return deref(t.DestPath) == namesFile }) {
+				return true
+			}
+		}
+	}
+	return ReadsEnv(j)
 }
 
 // Job makes a pod's job: without Options.Service one that runs it once, which nobody starts again but who registers it anew. What a job can't say is an error
