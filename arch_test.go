@@ -74,7 +74,7 @@ var mayImport = map[string][]string{
 	"dockerapi/translate": {"spec", "internal/dockerhttp"}, // pure: docker's JSON ⇄ spec
 
 	"terraform-provider":          {"terraform-provider/provider"},
-	"terraform-provider/provider": {"spec", "internal/nomadjob", "internal/tunnel", "csi-plugin/volume"}, // the plugin's own reading of its parameters
+	"terraform-provider/provider": {"spec", "internal/nomadjob", "internal/tunnel", "csi-plugin/volume", "csi-plugin/filer/api"}, // the plugin's own reading of its parameters, the filer's of rollbacks
 
 	"internal/dockerhttp": {}, // of the guest's API as well: docker's types and nothing else
 	"internal/nomadjob":   {"spec"},

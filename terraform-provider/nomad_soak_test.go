@@ -45,7 +45,7 @@ func openNomad(t *testing.T) *nomadtest.Cluster {
 		if cluster.err = o.Cradle(""); cluster.err != nil {
 			return
 		}
-		o.Keep = append(o.Keep, "volumes", "nomad/client/csi", "/run/cradle")
+		o.Keep = append(o.Keep, "cradle", "volumes", "nomad/client/csi", "/run/cradle")
 		cluster.Cluster, cluster.err = nomadtest.Open(context.Background(), o)
 	})
 	if cluster.err != nil {

@@ -229,6 +229,7 @@ func TestTerraformValidates(t *testing.T) {
 		{`attachment_mode = "block-device"`, ``, `Only block volumes are devices`},
 		{`snapshots = "hourly"`, ``, `parameter snapshots`},
 		{`clone_id = "a"`, `snapshot_id = "b@c"`, `leave out snapshot_id or clone_id`},
+		{`rollback_to = "before"`, `class = "lv2"`, `make a volume with snapshot_id`},
 		{`colour = "red"`, ``, `not expected here`},
 		{`parameters = { fsx = "ext4" }`, ``, `parameter "fsx": there is none`},
 		{`parameters = { fs = "ntfs" }`, ``, `"ntfs" is none of ext4, xfs`},
@@ -260,6 +261,16 @@ func TestTerraformValidatesPods(t *testing.T) {
 		{`env = { A = "1" }`, "container {\nname = \"c\"\nimage = \"busybox\"\nsecret_env = { A = \"hidden\" }\nsecret_env_version = 1\n%s\n}", `A is in secret_env as well`},
 		{`path = "relative"`, "container {\nname = \"c\"\nimage = \"busybox\"\nmount {\nscratch = \"s\"\n%s\n}\n}", `containers[0].mounts[0].path`},
 		{`port = 81`, "port {\nport = 80\n}\nservice {\nname = \"s\"\n%s\n}", `port 81 is reached by nobody`},
+		{`networks = { host = {} }`, ``, `"host" is a network that docker has for itself`},
+		{`networks = { shop = { aliases = ["a b"] } }`, ``, `"a b" is no name`},
+		{`networks = { shop = { aliases = ["p"] } }`, ``, `p is a name of the pod there anyway`},
+		{`network = "user"`, "networks = { shop = {} }", `Pods of a network reach each other in their node's bridge`},
+		{`wait_for = "completed"`, ``, `Nomad keeps this pod running: set once = true`},
+		{`wait_for = "healthy"`, `once = true`, `Wait until it is running or completed`},
+		{`replicas = 3`, `once = true`, `leave replicas out`},
+		{`restart = { attempts = 1 }`, `once = true`, `leave restart out`},
+		{`labels = { "kr.ingress.80" = "https://a.example.org" }`, "container {\nname = \"c\"\nimage = \"busybox\"\n%s\n}", `kr.ingress.80 is not supported yet`},
+		{`labels = { "kr.zone" = "north" }`, "container {\nname = \"c\"\nimage = \"busybox\"\n%s\n}", `write the pod's zone`},
 		{`replicas = 2`, "container {\nname = \"c\"\nimage = \"busybox\"\nmount {\nvolume = \"v\"\npath = \"/v\"\n}\n}", `Volume v is for one pod at a time`},
 	} {
 		hcl := "resource \"cradle_pod\" \"p\" {\n"
@@ -299,6 +310,25 @@ resource "cradle_volume" "db" {
   class = "lv2"
   size  = "10 GB"
 }
+resource "cradle_network" "shop" {
+  name = "shop"
+}
+resource "cradle_pod" "joined" {
+  name     = "joined"
+  networks = { (cradle_network.shop.name) = { aliases = ["database"] } }
+  container {
+    name  = "main"
+    image = "busybox"
+  }
+}
+resource "cradle_pod" "once" {
+  name = "once"
+  once = true
+  container {
+    name  = "main"
+    image = "busybox"
+  }
+}
 output "bytes" {
   value = provider::cradle::size("10GiB") + provider::cradle::size("1 KB")
 }
@@ -306,6 +336,9 @@ output "bytes" {
 	all, said := w.plan()
 	for address, want := range map[string]map[string]any{
 		"cradle_volume.files": {"id": "team/files", "namespace": "team", "plugin": "cradle", "class": "nfs", "access_mode": "multi-node-multi-writer", "attachment_mode": "file-system", "attach": "host", "prevent_destroy_if_in_use": true},
+		"cradle_network.shop": {"id": "team/shop", "namespace": "team"},
+		"cradle_pod.joined":   {"id": "team/joined", "network": "bridge", "once": false, "wait_for": "healthy"},
+		"cradle_pod.once":     {"network": "user", "once": true, "wait_for": "completed", "node": nil},
 		"cradle_volume.db":    {"id": "team/db", "size": "10 GB", "class": "lv2", "access_mode": "single-node-writer", "attach": "direct"},
 	} {
 		c := all[address]

@@ -11,8 +11,6 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/datasource/schema"
 	"github.com/hashicorp/terraform-plugin-framework/diag"
 	"github.com/hashicorp/terraform-plugin-framework/types"
-
-	"github.com/cradlestack/cradlestack/spec"
 )
 
 // A data source reads what there is; it is the same thing for all but its schema and how it is read.
@@ -241,7 +239,7 @@ func newSnapshotsData() datasource.DataSource {
 			for _, s := range all {
 				_, name, _ := strings.Cut(s.ID, "@")
 				m.Snapshots = append(m.Snapshots, snapshotView{
-					ID: types.StringValue(s.ID), Volume: types.StringValue(s.ExternalSourceVolumeID), Name: types.StringValue(name), Size: newSize(spec.Bytes(s.SizeBytes)),
+					ID: types.StringValue(s.ID), Volume: types.StringValue(s.ExternalSourceVolumeID), Name: types.StringValue(name), Size: sizeValue{}.now(s.SizeBytes),
 					Created: types.StringValue(time.Unix(s.CreateTime, 0).UTC().Format(time.RFC3339)),
 				})
 			}

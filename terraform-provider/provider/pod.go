@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/hashicorp/nomad/api"
@@ -30,7 +32,11 @@ const (
 	statusPending = "pending"
 	statusFailed  = "failed"
 	statusStopped = "stopped"
+	statusEnded   = "completed"
 )
+
+// runMeta is the name of what a job keeps of Terraform's: how many times a pod that runs once was started again as it was.
+const runMeta = "terraform_run"
 
 // staleKey is the key in a resource's private state that is there while pods have another environment than Nomad's variable.
 const staleKey = "stale_env"
@@ -62,8 +68,15 @@ func (m *podModel) check() (diags diag.Diagnostics) {
 		diags.AddError("No container", "A pod has at least one container block.")
 		return diags
 	}
+	diags.Append(m.checkNetworks()...)
+	diags.Append(m.checkOnce()...)
 	for i := range m.Containers {
 		c, at := &m.Containers[i], containers.AtListIndex(i)
+		for name := range c.Labels.Elements() {
+			if problem := labelProblem(name); problem != "" {
+				diags.AddAttributeError(at.AtName("labels").AtMapKey(name), "Not possible", problem)
+			}
+		}
 		if i > 0 {
 			if !c.StopTimeout.IsNull() {
 				diags.AddAttributeError(at.AtName("stop_timeout"), "Of the first container alone", "stop_timeout of a further container has no place in a job: leave it out, or let that container be the first.")
@@ -109,6 +122,38 @@ func (m *podModel) check() (diags diag.Diagnostics) {
 	_, err := nomadjob.Job(p, o)
 	diags.Append(wrong(err)...)
 	return diags
+}
+
+// checkOnce tells what a pod that runs once has not.
+func (m *podModel) checkOnce() (diags diag.Diagnostics) {
+	if !m.Once.ValueBool() {
+		if m.WaitFor.ValueString() == waitEnded {
+			diags.AddAttributeError(path.Root("wait_for"), "Of pods that run once", "Nomad keeps this pod running: set once = true, or wait until it is running or healthy.")
+		}
+		return diags
+	}
+	for name, said := range map[string]bool{
+		"restart": m.Restart != nil, "rollout": m.Rollout != nil, "service": len(m.Services) > 0, "replicas": !m.Replicas.IsNull() && m.Replicas.ValueInt64() != 1,
+	} {
+		if said {
+			diags.AddAttributeError(path.Root(name), "Not of pods that run once", "A pod with once = true is started one time: leave "+name+" out.")
+		}
+	}
+	if m.WaitFor.ValueString() == waitHealthy {
+		diags.AddAttributeError(path.Root("wait_for"), "Not of pods that run once", "Wait until it is running or completed.")
+	}
+	return diags
+}
+
+// labelProblem is what is wrong with a label that docker's API reads, and pods of Terraform have attributes for, or nobody serves yet.
+func labelProblem(name string) string {
+	switch {
+	case strings.HasPrefix(name, "kr.ingress."), name == "kr.res.snp", name == "kr.network.policy":
+		return name + " is not supported yet: nothing would come of it. Leave it out; tags of a service are for ingresses that read Nomad's or Consul's catalog."
+	case name == "kr.zone", name == "kr.res.mem", name == "kr.res.cpu":
+		return name + " is for docker's API: write the pod's " + map[string]string{"kr.zone": "zone", "kr.res.mem": "memory", "kr.res.cpu": "cpus"}[name] + "."
+	}
+	return ""
 }
 
 // wrong makes what a job's translation says a diagnostic at the attribute that it speaks of.
@@ -180,8 +225,8 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	var plan, state, config podModel
 	there := !req.State.Raw.IsNull()
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &plan)...)
+	resp.Diagnostics.Append(req.Config.Get(ctx, &config)...)
 	if there {
-		resp.Diagnostics.Append(req.Config.Get(ctx, &config)...)
 		resp.Diagnostics.Append(req.State.Get(ctx, &state)...)
 	}
 	if resp.Diagnostics.HasError() {
@@ -189,6 +234,18 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	}
 	if plan.Namespace.IsUnknown() {
 		plan.Namespace = types.StringValue(r.namespace)
+	}
+	if config.Network.IsNull() {
+		plan.Network = types.StringValue(networkUser)
+		if len(plan.Networks) > 0 {
+			plan.Network = types.StringValue(networkBridge)
+		}
+	}
+	if config.WaitFor.IsNull() && !plan.Once.IsUnknown() {
+		plan.WaitFor = types.StringValue(waitHealthy)
+		if plan.Once.ValueBool() {
+			plan.WaitFor = types.StringValue(waitEnded)
+		}
 	}
 	if there {
 		plan.inOrder(&state, &config)
@@ -201,6 +258,12 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	plan.Status, plan.EnvIndex, plan.Instances = types.StringUnknown(), types.Int64Unknown(), types.ListUnknown(instance)
 	again := plan
 	again.Status, again.EnvIndex, again.Instances = state.Status, state.EnvIndex, state.Instances
+	if config.Node.IsNull() {
+		plan.Node, again.Node = types.StringNull(), types.StringNull()
+		if len(plan.Networks) > 0 { // theirs
+			plan.Node, again.Node = types.StringUnknown(), state.Node
+		}
+	}
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
 	if there && state.Status.ValueString() != statusStopped && state.Status.ValueString() != statusFailed && len(stale) == 0 {
 		// Where a size is only written in another way, or a list in another order, nothing will change.
@@ -223,10 +286,21 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 
 // A wish is a job as it should be, and what its environment is kept with.
 type wish struct {
-	pod     *spec.Pod
-	options nomadjob.Options
-	items   api.VariableItems
+	pod       *spec.Pod
+	options   nomadjob.Options
+	items     api.VariableItems
+	byNetwork bool // the node is that of its networks
 }
+
+// count is how many pods there are to be.
+func (w *wish) count() int {
+	if w.options.Service == nil {
+		return 1
+	}
+	return w.options.Service.Count
+}
+
+func (w *wish) once() bool { return w.options.Service == nil }
 
 func (w *wish) object() string { return objectID(w.options.Namespace, w.options.ID) }
 
@@ -246,7 +320,11 @@ func (m *podModel) wish(config *podModel) (*wish, error) {
 // keep takes from a job that is there what Terraform does not say.
 func (w *wish) keep(is *nomadjob.Options) {
 	own := w.options.Meta
-	w.options.PodID, w.options.DiskID, w.options.Bare, w.options.Audience, w.options.Networks = is.PodID, is.DiskID, is.Bare, is.Audience, is.Networks
+	w.options.PodID, w.options.DiskID, w.options.Bare, w.options.Audience = is.PodID, is.DiskID, is.Bare, is.Audience
+	if w.options.Networks == nil && is.Networks != nil { // so that its names go without another pod
+		w.options.Networks = []nomadjob.Network{}
+		w.items, _ = nomadjob.EnvItems(w.pod, w.options.Networks) // it was marshalled before
+	}
 	w.options.Meta = maps.Clone(is.Meta)
 	delete(w.options.Meta, secretsMeta)
 	if len(own) > 0 && w.options.Meta == nil {
@@ -275,17 +353,22 @@ func (c *cluster) store(ctx context.Context, w *wish) error {
 			return fmt.Errorf("its environment: %w", err)
 		}
 	}
-	w.options.EnvIndex = is.ModifyIndex
+	for name := range w.items {
+		if nomadjob.IsEnv(name) { // a change of networks alone is none of the pod
+			w.options.EnvIndex = is.ModifyIndex
+		}
+	}
 	return nil
 }
 
-// forget removes the environment of a job that has none any more.
-func (c *cluster) forget(ctx context.Context, namespace, job string) error {
+// forget removes of a job's variable what it does not need any more; kept is what it does.
+func (c *cluster) forget(ctx context.Context, namespace, job string, kept api.VariableItems) error {
 	is, err := c.variable(ctx, namespace, job)
 	if err != nil || is == nil {
 		return err
 	}
-	if is.Items = others(is.Items); len(is.Items) == 0 {
+	is.Items = others(is.Items)
+	if maps.Copy(is.Items, kept); len(is.Items) == 0 {
 		_, err = c.nomad.Variables().Delete(is.Path, c.write(ctx, namespace))
 	} else {
 		_, _, err = c.nomad.Variables().Update(is, c.write(ctx, namespace))
@@ -293,10 +376,10 @@ func (c *cluster) forget(ctx context.Context, namespace, job string) error {
 	return err
 }
 
-// others are what a variable has beside environments.
+// others are what a variable has beside what a job reads there.
 func others(items api.VariableItems) api.VariableItems {
 	some := maps.Clone(items)
-	maps.DeleteFunc(some, func(name, _ string) bool { return nomadjob.IsEnv(name) })
+	maps.DeleteFunc(some, func(name, _ string) bool { return nomadjob.IsEnv(name) || nomadjob.IsNetworks(name) })
 	return some
 }
 
@@ -340,10 +423,8 @@ func (c *cluster) pod(ctx context.Context, namespace, name string) (*foundPod, e
 	if f.pod, f.options, err = nomadjob.Pod(job, items); err != nil {
 		return nil, err
 	}
-	if f.options.Service == nil {
-		return nil, fmt.Errorf("job %s runs its pod once, and is none that Nomad keeps running (type service)", name)
-	}
-	f.stale = v != nil && len(others(v.Items)) < len(v.Items) && f.options.EnvIndex != v.ModifyIndex
+	hasEnv := slices.ContainsFunc(slices.Collect(maps.Keys(items)), nomadjob.IsEnv)
+	f.stale = hasEnv && f.options.EnvIndex != v.ModifyIndex
 	return f, nil
 }
 
@@ -363,6 +444,9 @@ func (r *podResource) Create(ctx context.Context, req resource.CreateRequest, re
 		resp.Diagnostics.Append(failed("The pod was not started", m.ID.ValueString(), err))
 		return
 	}
+	if resp.Diagnostics.Append(r.enter(ctx, w, &m)...); resp.Diagnostics.HasError() {
+		return
+	}
 	if is != nil && !deref(is.job.Stop) && !w.is(is) {
 		resp.Diagnostics.AddAttributeError(path.Root("name"), "There is such a job",
 			fmt.Sprintf("%s exists, and is another one than this configuration has: choose another name, or take it into Terraform's state with\nterraform import ADDRESS %[1]s", m.ID.ValueString()))
@@ -380,6 +464,9 @@ func (r *podResource) Create(ctx context.Context, req resource.CreateRequest, re
 func (w *wish) is(f *foundPod) bool {
 	want := w.options
 	want.EnvIndex = f.options.EnvIndex
+	if w.byNetwork {
+		want.Node = f.options.Node
+	}
 	a, err := nomadjob.Job(w.pod, want)
 	if err != nil {
 		return false
@@ -411,9 +498,23 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 		diags.Append(failed("The pod was not started", w.object(), err))
 		return diags
 	}
-	diags.Append(r.wait(ctx, w, made.EvalID, m)...)
+	eval := made.EvalID
+	again, err := r.settle(ctx, w, m, eval)
+	if err == nil && again {
+		if job, err = nomadjob.Job(w.pod, w.options); err == nil {
+			made, _, err = r.nomad.Jobs().EnforceRegister(job, made.JobModifyIndex, r.write(ctx, w.options.Namespace))
+		}
+		if err == nil {
+			eval = made.EvalID
+		}
+	}
+	if err != nil {
+		diags.Append(failed("The pod's networks were not bound to its node", w.object(), err))
+	} else {
+		diags.Append(r.wait(ctx, w, eval, m)...)
+	}
 	if is != nil && is.options.EnvIndex != 0 && w.options.EnvIndex == 0 {
-		if err := r.forget(ctx, w.options.Namespace, w.options.ID); err != nil {
+		if err := r.forget(ctx, w.options.Namespace, w.options.ID, w.items); err != nil {
 			diags.Append(failed("The pod's former environment was not removed", w.object(), err))
 		}
 	}
@@ -425,7 +526,7 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 		diags.Append(failed("The pod can't be read", w.object(), err))
 		return diags
 	}
-	diags.Append(r.view(ctx, now, m)...)
+	diags.Append(r.view(ctx, now, m, true)...)
 	return diags
 }
 
@@ -436,10 +537,25 @@ func deref[T any](p *T) (v T) {
 	return v
 }
 
-// view reads into a model what there is of a pod.
-func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel) (diags diag.Diagnostics) {
+// view reads into a model what there is of a pod; with ask, the pod itself says what Nomad does not know.
+func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel, ask bool) (diags diag.Diagnostics) {
+	ran := images(m.Instances)
 	m.read(f.pod, f.options)
 	beyond := append([]string{}, nomadjob.Beyond(f.job)...)
+	if m.places(f.options, f.pod) {
+		beyond = append(beyond, "group.service")
+	}
+	beyond = append(beyond, untold(f.pod)...)
+	if err := c.joined(ctx, f, m); err != nil {
+		diags.Append(failed("The pod's networks can't be read", m.ID.ValueString(), err))
+		return diags
+	}
+	if m.WaitFor.IsNull() {
+		m.WaitFor = types.StringValue(waitHealthy)
+		if f.options.Service == nil {
+			m.WaitFor = types.StringValue(waitEnded)
+		}
+	}
 	m.Beyond = nowList(m.Beyond, &beyond)
 	all, _, err := c.nomad.Jobs().Allocations(f.options.ID, false, c.query(ctx, f.options.Namespace))
 	if err != nil {
@@ -447,10 +563,16 @@ func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel) (diags dia
 		return diags
 	}
 	instances := []attr.Value{}
-	running, bad := 0, 0
+	running, bad, done, count := 0, 0, 0, 1
+	if f.options.Service != nil {
+		count = f.options.Service.Count
+	}
 	for _, a := range all {
 		if a.ClientStatus == api.AllocClientStatusFailed && a.JobVersion == *f.job.Version && a.NextAllocation == "" {
 			bad++
+		}
+		if f.options.Service == nil && a.ClientStatus == api.AllocClientStatusComplete && a.JobVersion == *f.job.Version && a.DesiredStatus == api.AllocDesiredStatusRun {
+			done++
 		}
 		if a.DesiredStatus != api.AllocDesiredStatusRun || a.ClientStatus != api.AllocClientStatusRunning && a.ClientStatus != api.AllocClientStatusPending {
 			continue
@@ -472,7 +594,7 @@ func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel) (diags dia
 		}
 		instances = append(instances, types.ObjectValueMust(instance.AttrTypes, map[string]attr.Value{
 			"id": types.StringValue(a.ID), "node": types.StringValue(a.NodeName), "status": types.StringValue(a.ClientStatus), "address": types.StringValue(address),
-			"ports": types.MapValueMust(types.StringType, ports),
+			"images": c.images(ctx, f, a, ran[a.ID], ask), "ports": types.MapValueMust(types.StringType, ports),
 		}))
 	}
 	m.Instances = types.ListValueMust(instance, instances)
@@ -481,7 +603,9 @@ func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel) (diags dia
 		m.Status = types.StringValue(statusStopped)
 	case bad > 0:
 		m.Status = types.StringValue(statusFailed)
-	case running >= f.options.Service.Count:
+	case done > 0 && running == 0:
+		m.Status = types.StringValue(statusEnded)
+	case running >= count:
 		m.Status = types.StringValue(statusRunning)
 	default:
 		m.Status = types.StringValue(statusPending)
@@ -523,11 +647,14 @@ func (r *podResource) Read(ctx context.Context, req resource.ReadRequest, resp *
 		resp.Diagnostics.Append(failed("The pod can't be read", m.ID.ValueString(), err))
 		return
 	}
+	if f == nil && m.Once.ValueBool() && m.Status.ValueString() == statusEnded {
+		return // Nomad forgets a job some time after its end: what it was for is done
+	}
 	if f == nil {
 		resp.State.RemoveResource(ctx)
 		return
 	}
-	resp.Diagnostics.Append(r.view(ctx, f, &m)...)
+	resp.Diagnostics.Append(r.view(ctx, f, &m, true)...)
 	var stale []byte
 	if f.stale {
 		stale = []byte(`true`)
@@ -537,8 +664,9 @@ func (r *podResource) Read(ctx context.Context, req resource.ReadRequest, resp *
 }
 
 func (r *podResource) Update(ctx context.Context, req resource.UpdateRequest, resp *resource.UpdateResponse) {
-	var m, config podModel
+	var m, config, state podModel
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &m)...)
+	resp.Diagnostics.Append(req.State.Get(ctx, &state)...)
 	if resp.Diagnostics.Append(req.Config.Get(ctx, &config)...); resp.Diagnostics.HasError() {
 		return
 	}
@@ -547,14 +675,26 @@ func (r *podResource) Update(ctx context.Context, req resource.UpdateRequest, re
 	if err == nil {
 		is, err = r.pod(ctx, w.options.Namespace, w.options.ID)
 	}
-	if err == nil && is == nil {
+	if err == nil && is == nil && !state.Once.ValueBool() {
 		err = errors.New("somebody has removed it meanwhile: plan again")
 	}
 	if err != nil {
 		resp.Diagnostics.Append(failed("The pod was not changed", m.ID.ValueString(), err))
 		return
 	}
-	w.keep(is.options)
+	if resp.Diagnostics.Append(r.enter(ctx, w, &m)...); resp.Diagnostics.HasError() {
+		return
+	}
+	if is != nil {
+		w.keep(is.options)
+	}
+	if w.once() && is != nil && state.Status.ValueString() == statusFailed { // the same job would not be run again
+		if w.options.Meta == nil {
+			w.options.Meta = map[string]string{}
+		}
+		n, _ := strconv.Atoi(w.options.Meta[runMeta]) // of somebody else's: 0
+		w.options.Meta[runMeta] = strconv.Itoa(n + 1)
+	}
 	resp.Diagnostics.Append(r.register(ctx, w, is, &m)...)
 	if m.Status.IsUnknown() {
 		return
@@ -575,12 +715,18 @@ func (r *podResource) Delete(ctx context.Context, req resource.DeleteRequest, re
 	}
 	wctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	_, _, err := r.nomad.Jobs().Deregister(name, false, r.write(ctx, namespace))
+	job, _, err := r.nomad.Jobs().Info(name, r.query(ctx, namespace))
+	reads := m.EnvIndex.ValueInt64() != 0 || len(m.Networks) > 0 || err == nil && nomadjob.ReadsVariable(job)
+	if err == nil {
+		_, _, err = r.nomad.Jobs().Deregister(name, false, r.write(ctx, namespace))
+	}
 	if err == nil {
 		err = r.ended(wctx, namespace, name)
 	}
-	if err == nil && m.EnvIndex.ValueInt64() != 0 {
-		err = r.forget(ctx, namespace, name)
+	if reads && (err == nil || isNotFound(err)) {
+		if forgetErr := r.forget(ctx, namespace, name, nil); forgetErr != nil {
+			err = forgetErr
+		}
 	}
 	if err == nil {
 		_, _, err = r.nomad.Jobs().Deregister(name, true, r.write(ctx, namespace))
@@ -590,9 +736,33 @@ func (r *podResource) Delete(ctx context.Context, req resource.DeleteRequest, re
 	}
 }
 
+// isDocker says whether a name, where no job has it, or a job, is a container's that docker has made.
+func (c *cluster) isDocker(ctx context.Context, namespace, name string) (bool, error) {
+	if strings.HasPrefix(name, nomadjob.DockerPrefix) {
+		return true, nil
+	}
+	_, _, err := c.nomad.Jobs().Info(name, c.query(ctx, namespace))
+	if !isNotFound(err) {
+		return false, err
+	}
+	_, _, err = c.nomad.Variables().Read(nomadjob.DockerNamePath(name), c.query(ctx, namespace))
+	if errors.Is(err, api.ErrVariablePathNotFound) || isStatus(err, http.StatusForbidden) { // who may not know is told that there is no such job
+		return false, nil
+	}
+	return err == nil, err
+}
+
 func (r *podResource) ImportState(ctx context.Context, req resource.ImportStateRequest, resp *resource.ImportStateResponse) {
 	namespace, name := r.split(req.ID)
-	for at, value := range map[string]string{"namespace": namespace, "name": name, "wait_for": waitHealthy, "wait_timeout": defaultWaitText} {
+	if docker, err := r.isDocker(ctx, namespace, name); err != nil {
+		resp.Diagnostics.Append(failed("The pod can't be read", objectID(namespace, name), err))
+		return
+	} else if docker {
+		resp.Diagnostics.AddError("A container of docker's", fmt.Sprintf("%s: docker keeps more of it than its job says: its restart policy, whether it goes with its end, and a record by which docker's servers make its job anew. What Terraform changed, docker would put back.\n"+
+			"Write it as a cradle_pod, remove the container (docker rm -f %s), and apply.", objectID(namespace, name), name))
+		return
+	}
+	for at, value := range map[string]string{"namespace": namespace, "name": name, "wait_timeout": defaultWaitText} {
 		resp.Diagnostics.Append(resp.State.SetAttribute(ctx, path.Root(at), value)...)
 	}
 }

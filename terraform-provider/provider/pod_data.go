@@ -32,9 +32,9 @@ type containerView struct {
 	Labels types.Map    `tfsdk:"labels"`
 }
 
-func (c *cluster) viewPod(ctx context.Context, f *foundPod) (podView, diag.Diagnostics) {
+func (c *cluster) viewPod(ctx context.Context, f *foundPod, ask bool) (podView, diag.Diagnostics) {
 	var m podModel
-	diags := c.view(ctx, f, &m)
+	diags := c.view(ctx, f, &m, ask)
 	v := podView{ID: m.ID, Name: m.Name, Namespace: m.Namespace, Replicas: m.Replicas, CPUs: m.CPUs, Memory: m.Memory, Status: m.Status, Instances: m.Instances, Containers: []containerView{}}
 	for i := range m.Containers {
 		v.Containers = append(v.Containers, containerView{m.Containers[i].Name, m.Containers[i].Image, m.Containers[i].Labels})
@@ -52,13 +52,14 @@ func podAttributes(find bool) map[string]schema.Attribute {
 		"replicas": schema.Int64Attribute{Computed: true, MarkdownDescription: "How many equal pods."},
 		"cpus":     schema.Int64Attribute{Computed: true, MarkdownDescription: "Processors of the machine."},
 		"memory":   schema.StringAttribute{CustomType: sizeType{}, Computed: true, MarkdownDescription: "What the containers may use together."},
-		"status":   text("`running`, `pending`, `failed` or `stopped`."),
+		"status":   text("`running`, `pending`, `completed`, `failed` or `stopped`."),
 		"containers": schema.ListNestedAttribute{Computed: true, MarkdownDescription: "The containers.", NestedObject: schema.NestedAttributeObject{Attributes: map[string]schema.Attribute{
 			"name": text("Its name."), "image": text("Its image."), "labels": schema.MapAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "Docker's labels."},
 		}}},
 		"instances": schema.ListNestedAttribute{Computed: true, MarkdownDescription: "What runs.", NestedObject: schema.NestedAttributeObject{Attributes: map[string]schema.Attribute{
 			"id": text("Of the allocation."), "node": text("The name of its node."), "status": text("Nomad's word for it."), "address": text("Its own in the bridge network."),
-			"ports": schema.MapAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "Where its ports are, such as `80/tcp` at `192.0.2.7:8080`."},
+			"images": schema.MapAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "The images that its containers run, by docker's ids of them: `sha256:…`. Not in `cradle_pods`, which asks Nomad alone."},
+			"ports":  schema.MapAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "Where its ports are, such as `80/tcp` at `192.0.2.7:8080`."},
 		}}},
 	}
 	if find {
@@ -71,7 +72,7 @@ func podAttributes(find bool) map[string]schema.Attribute {
 func newPodData() datasource.DataSource {
 	return &data[podView]{
 		name:   "pod",
-		schema: schema.Schema{MarkdownDescription: "A pod that Nomad keeps running, whoever made it.", Attributes: podAttributes(true)},
+		schema: schema.Schema{MarkdownDescription: "A pod, whoever made it.", Attributes: podAttributes(true)},
 		read: func(ctx context.Context, c *cluster, m *podView) (diags diag.Diagnostics) {
 			namespace, name := or(m.Namespace, c.namespace), m.Name.ValueString()
 			f, err := c.pod(ctx, namespace, name)
@@ -82,7 +83,7 @@ func newPodData() datasource.DataSource {
 				diags.Append(failed("The pod can't be read", objectID(namespace, name), err))
 				return diags
 			}
-			*m, diags = c.viewPod(ctx, f)
+			*m, diags = c.viewPod(ctx, f, true)
 			return diags
 		},
 	}
@@ -127,7 +128,7 @@ func newPodsData() datasource.DataSource {
 				if err != nil || f == nil { // no pod, or it has gone meanwhile
 					continue
 				}
-				v, d := c.viewPod(ctx, f)
+				v, d := c.viewPod(ctx, f, false)
 				if diags.Append(d...); d.HasError() {
 					return diags
 				}

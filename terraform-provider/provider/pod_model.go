@@ -17,31 +17,33 @@ import (
 )
 
 type podModel struct {
-	ID          types.String      `tfsdk:"id"`
-	Name        types.String      `tfsdk:"name"`
-	Namespace   types.String      `tfsdk:"namespace"`
-	Replicas    types.Int64       `tfsdk:"replicas"`
-	CPUs        types.Int64       `tfsdk:"cpus"`
-	Memory      sizeValue         `tfsdk:"memory"`
-	Disk        sizeValue         `tfsdk:"disk"`
-	Hostname    types.String      `tfsdk:"hostname"`
-	Network     types.String      `tfsdk:"network"`
-	Zone        types.String      `tfsdk:"zone"`
-	Node        types.String      `tfsdk:"node"`
-	Variant     types.String      `tfsdk:"variant"`
-	Replace     types.Bool        `tfsdk:"replace_lost"`
-	Restart     *restartModel     `tfsdk:"restart"`
-	Rollout     *rolloutModel     `tfsdk:"rollout"`
-	Containers  []containerModel  `tfsdk:"container"`
-	Ports       []portModel       `tfsdk:"port"`
-	Services    []serviceModel    `tfsdk:"service"`
-	Constraints []constraintModel `tfsdk:"constraint"`
-	WaitFor     types.String      `tfsdk:"wait_for"`
-	WaitTimeout durationValue     `tfsdk:"wait_timeout"`
-	Status      types.String      `tfsdk:"status"`
-	EnvIndex    types.Int64       `tfsdk:"env_index"`
-	Beyond      types.List        `tfsdk:"beyond"`
-	Instances   types.List        `tfsdk:"instances"`
+	ID          types.String            `tfsdk:"id"`
+	Name        types.String            `tfsdk:"name"`
+	Namespace   types.String            `tfsdk:"namespace"`
+	Replicas    types.Int64             `tfsdk:"replicas"`
+	CPUs        types.Int64             `tfsdk:"cpus"`
+	Memory      sizeValue               `tfsdk:"memory"`
+	Disk        sizeValue               `tfsdk:"disk"`
+	Hostname    types.String            `tfsdk:"hostname"`
+	Network     types.String            `tfsdk:"network"`
+	Networks    map[string]networkModel `tfsdk:"networks"`
+	Once        types.Bool              `tfsdk:"once"`
+	Zone        types.String            `tfsdk:"zone"`
+	Node        types.String            `tfsdk:"node"`
+	Variant     types.String            `tfsdk:"variant"`
+	Replace     types.Bool              `tfsdk:"replace_lost"`
+	Restart     *restartModel           `tfsdk:"restart"`
+	Rollout     *rolloutModel           `tfsdk:"rollout"`
+	Containers  []containerModel        `tfsdk:"container"`
+	Ports       []portModel             `tfsdk:"port"`
+	Services    []serviceModel          `tfsdk:"service"`
+	Constraints []constraintModel       `tfsdk:"constraint"`
+	WaitFor     types.String            `tfsdk:"wait_for"`
+	WaitTimeout durationValue           `tfsdk:"wait_timeout"`
+	Status      types.String            `tfsdk:"status"`
+	EnvIndex    types.Int64             `tfsdk:"env_index"`
+	Beyond      types.List              `tfsdk:"beyond"`
+	Instances   types.List              `tfsdk:"instances"`
 }
 
 type restartModel struct {
@@ -140,7 +142,7 @@ type mountModel struct {
 
 // instance is the type of what runs.
 var instance = types.ObjectType{AttrTypes: map[string]attr.Type{
-	"id": types.StringType, "node": types.StringType, "status": types.StringType, "address": types.StringType, "ports": types.MapType{ElemType: types.StringType},
+	"id": types.StringType, "node": types.StringType, "status": types.StringType, "address": types.StringType, "images": types.MapType{ElemType: types.StringType}, "ports": types.MapType{ElemType: types.StringType},
 }}
 
 // What a container does when it ends.
@@ -208,16 +210,19 @@ func (m *podModel) pod(secrets []map[string]string) (*spec.Pod, nomadjob.Options
 		ID: p.Name, Namespace: m.Namespace.ValueString(), Node: m.Node.ValueString(), Zone: m.Zone.ValueString(), Replace: m.Replace.ValueBool(), Variant: m.Variant.ValueString(),
 		Service: &nomadjob.Service{Count: int(m.Replicas.ValueInt64()), Restart: nomadjob.DefaultRestart, Update: nomadjob.DefaultUpdate},
 	}
-	switch m.Network.ValueString() {
-	case networkBridge:
+	switch {
+	case m.Network.ValueString() == networkBridge, len(m.Networks) > 0: // which these are is found before it is started
 		o.Bridge = true
-	case networkNone:
+	case m.Network.ValueString() == networkNone:
 		p.Network.Mode = "none"
 	}
-	if r := m.Restart; r != nil {
+	if m.Once.ValueBool() {
+		o.Service = nil
+	}
+	if r := m.Restart; r != nil && o.Service != nil {
 		o.Service.Restart = nomadjob.Restart{Attempts: int(r.Attempts.ValueInt64()), Interval: r.Interval.duration(), Delay: r.Delay.duration(), Wait: r.Mode.ValueString() == "delay"}
 	}
-	if r := m.Rollout; r != nil {
+	if r := m.Rollout; r != nil && o.Service != nil {
 		o.Service.Update = nomadjob.Update{MaxParallel: int(r.MaxParallel.ValueInt64()), MinHealthy: r.MinHealthy.duration(), Deadline: r.Deadline.duration(), Revert: r.Revert.ValueBool()}
 	}
 	for _, c := range m.Constraints {
@@ -235,7 +240,9 @@ func (m *podModel) pod(secrets []map[string]string) (*spec.Pod, nomadjob.Options
 		if c := s.Check; c != nil {
 			e.Check = &nomadjob.Check{Type: c.Type.ValueString(), Path: c.Path.ValueString(), Interval: c.Interval.duration(), Timeout: c.Timeout.duration()}
 		}
-		o.Service.Endpoints = append(o.Service.Endpoints, e)
+		if o.Service != nil {
+			o.Service.Endpoints = append(o.Service.Endpoints, e)
+		}
 	}
 	names := map[string][]string{}
 	for i := range m.Containers {
@@ -408,7 +415,12 @@ func (m *podModel) read(p *spec.Pod, o *nomadjob.Options) {
 	} else if p.Network.Mode == "none" {
 		m.Network = types.StringValue(networkNone)
 	}
-	m.service(o.Service)
+	m.Once = types.BoolValue(o.Service == nil)
+	s := o.Service
+	if s == nil {
+		s = &nomadjob.Service{Count: 1, Restart: nomadjob.DefaultRestart, Update: nomadjob.DefaultUpdate}
+	}
+	m.service(s)
 	was := m.Constraints
 	m.Constraints = []constraintModel{}
 	for i, c := range o.Constraints {

@@ -24,6 +24,7 @@ const (
 	waitNone    = "none"
 	waitRunning = "running"
 	waitHealthy = "healthy"
+	waitEnded   = "completed"
 )
 
 func text(description string, validators ...validator.String) schema.StringAttribute {
@@ -89,17 +90,30 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 	resp.Schema = schema.Schema{
 		MarkdownDescription: "A pod, or several equal ones, that Nomad keeps running: a microVM with one or more containers. Everything but its name and namespace changes in place: new pods take the place of the former ones, as `rollout` says.",
 		Attributes: map[string]schema.Attribute{
-			"id":           schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "NAMESPACE/NAME."},
-			"name":         schema.StringAttribute{Required: true, Validators: podName, MarkdownDescription: "Of the job: lower-case letters, digits, `_`, `.` and `-`. Another name is another pod."},
-			"namespace":    schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another pod."},
-			"replicas":     numberOf(1, "How many equal pods. Default: 1.", 0, 10000),
-			"cpus":         numberOf(1, "Processors of the machine, 100 MHz of its node reserved for each. Default: 1.", 1, 256),
-			"memory":       bytesOf(spec.DefaultMemory, "What the containers may use together. Default: `256MiB`."),
-			"disk":         bytesOf(0, "The disk for what containers write to their images and to scratch volumes. Default: the node's driver's."),
-			"hostname":     text("Of all containers. Default: the beginning of the pod's id."),
-			"network":      textOf(networkUser, "`user`: the pod has a way out, and `port`s in. `bridge`: an address in its node's network as well. `none`.", oneOf(networkUser, networkBridge, networkNone)...),
-			"zone":         text("Only nodes whose `meta.zone` it is."),
-			"node":         text("Only the node of this id."),
+			"id":        schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "NAMESPACE/NAME."},
+			"name":      schema.StringAttribute{Required: true, Validators: podName, MarkdownDescription: "Of the job: lower-case letters, digits, `_`, `.` and `-`. Another name is another pod."},
+			"namespace": schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another pod."},
+			"replicas":  numberOf(1, "How many equal pods. Default: 1.", 0, 10000),
+			"cpus":      numberOf(1, "Processors of the machine, 100 MHz of its node reserved for each. Default: 1.", 1, 256),
+			"memory":    bytesOf(spec.DefaultMemory, "What the containers may use together. Default: `256MiB`."),
+			"disk":      bytesOf(0, "The disk for what containers write to their images and to scratch volumes. Default: the node's driver's."),
+			"hostname":  text("Of all containers. Default: the beginning of the pod's id."),
+			"network": schema.StringAttribute{
+				Optional: true, Computed: true, Validators: oneOf(networkUser, networkBridge, networkNone),
+				MarkdownDescription: "`user`: the pod has a way out, and `port`s in. `bridge`: an address in its node's network as well. `none`. Default: `user`; with `networks`, `bridge`.",
+			},
+			"zone": text("Only nodes whose `meta.zone` it is."),
+			"networks": schema.MapNestedAttribute{
+				Optional: true, MarkdownDescription: "The networks on which other pods, docker's too, find this one by its `name`, its `hostname` and `aliases`, and it finds those: by names of a `cradle_network`, or of one that docker has made. Pods of a network are on one node, in its `bridge`.",
+				NestedObject: schema.NestedAttributeObject{Attributes: map[string]schema.Attribute{"aliases": texts("More names of the pod there.")}},
+			},
+			"node": schema.StringAttribute{
+				Optional: true, Computed: true, MarkdownDescription: "Only the node of this id. Default: any; with `networks`, the one that these are on.",
+			},
+			"once": schema.BoolAttribute{
+				Optional: true, Computed: true, Default: booldefault.StaticBool(false),
+				MarkdownDescription: "Run it to its end, and not again before it is changed. An apply waits for that, and fails when it has failed. Default: `false`: Nomad keeps it running.",
+			},
 			"variant":      text("The boot package that it needs: `default`, `stock`. Default: its node's."),
 			"replace_lost": schema.BoolAttribute{Optional: true, Computed: true, Default: booldefault.StaticBool(true), MarkdownDescription: "Start the pod elsewhere when its node is lost. Default: `true`."},
 			"restart": schema.SingleNestedAttribute{
@@ -128,9 +142,9 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 					map[string]attr.Value{"max_parallel": types.Int64Value(int64(rollout.MaxParallel)), "min_healthy": newDuration(rollout.MinHealthy), "deadline": newDuration(rollout.Deadline), "auto_revert": types.BoolValue(false)},
 				)),
 			},
-			"wait_for":     textOf(waitHealthy, "Until when an apply waits: `healthy`: all pods are well as `rollout` says, by the checks of their `service`s where there are some, and by the `healthcheck`s of their containers; `running`: they have started; `none`.", oneOf(waitNone, waitRunning, waitHealthy)...),
+			"wait_for":     schema.StringAttribute{Optional: true, Computed: true, Validators: oneOf(waitNone, waitRunning, waitHealthy, waitEnded), MarkdownDescription: "Until when an apply waits: `healthy`: all pods are well as `rollout` says, by the checks of their `service`s where there are some, and by the `healthcheck`s of their containers; `running`: they have started; `completed`: one that runs `once` has done so; `none`. Default: `healthy`, of one that runs once `completed`."},
 			"wait_timeout": timeOf("10m", "How long. Default: `10m`."),
-			"status":       schema.StringAttribute{Computed: true, MarkdownDescription: "`running`, `pending`, `failed` or `stopped`."},
+			"status":       schema.StringAttribute{Computed: true, MarkdownDescription: "`running`, `pending`, `completed`, `failed` or `stopped`."},
 			"env_index":    schema.Int64Attribute{Computed: true, MarkdownDescription: "Of which version of Nomad's variable the pods have their environment."},
 			"beyond":       schema.ListAttribute{ElementType: types.StringType, Computed: true, PlanModifiers: []planmodifier.List{none{}}, MarkdownDescription: "What the job says that no attribute can, by the names that it has in a job's file: an apply takes it away."},
 			"instances": schema.ListNestedAttribute{
@@ -140,6 +154,7 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 					"node":    schema.StringAttribute{Computed: true, MarkdownDescription: "The name of its node."},
 					"status":  schema.StringAttribute{Computed: true, MarkdownDescription: "Nomad's word for it."},
 					"address": schema.StringAttribute{Computed: true, MarkdownDescription: "Its own in the bridge network."},
+					"images":  schema.MapAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "The images that its containers run, by docker's ids of them: `sha256:…`."},
 					"ports":   schema.MapAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "Where its ports are, such as `80/tcp` at `192.0.2.7:8080`."},
 				}},
 			},

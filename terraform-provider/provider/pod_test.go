@@ -24,7 +24,7 @@ func mapOf(m map[string]string) types.Map { return nowMap(types.MapNull(types.St
 // planned is a model whose attributes have their defaults, as a plan has them.
 func planned(edit func(*podModel)) *podModel {
 	m := &podModel{
-		ID: str("default/web"), Name: str("web"), Namespace: str("default"), Replicas: types.Int64Value(1), CPUs: types.Int64Value(1), Memory: newSize(spec.DefaultMemory), Network: str(networkUser),
+		ID: str("default/web"), Name: str("web"), Namespace: str("default"), Replicas: types.Int64Value(1), CPUs: types.Int64Value(1), Memory: newSize(spec.DefaultMemory), Network: str(networkUser), Once: types.BoolValue(false),
 		Replace: types.BoolValue(true), EnvIndex: types.Int64Value(0), WaitFor: str(waitHealthy), WaitTimeout: newDuration(time.Minute),
 		Restart:    &restartModel{types.Int64Value(2), newDuration(30 * time.Minute), newDuration(15 * time.Second), str("fail")},
 		Rollout:    &rolloutModel{types.Int64Value(1), newDuration(10 * time.Second), newDuration(5 * time.Minute), types.BoolValue(false)},
@@ -55,6 +55,7 @@ var models = map[string]*podModel{
 		c.Init, c.MaxStarts, c.StopTimeout = types.BoolValue(false), types.Int64Value(0), newDuration(10*time.Second)
 		c.Command, c.Entrypoint = list(), list("/bin/sh")
 	}),
+	"once": planned(func(m *podModel) { m.Once, m.WaitFor = types.BoolValue(true), str(waitEnded) }),
 	"everything": planned(func(m *podModel) {
 		m.Replicas, m.CPUs, m.Memory, m.Disk, m.Hostname = types.Int64Value(3), types.Int64Value(2), sizeValue{str("512 MiB")}, sizeValue{str("20G")}, str("host")
 		m.Network, m.Zone, m.Node, m.Variant, m.Replace = str(networkBridge), str("north"), str("5f0a3c1e-7d0b-4a52-9a55-0d6d5ed1d3a4"), str("default"), types.BoolValue(false)
@@ -134,6 +135,68 @@ func TestPodReadsBack(t *testing.T) {
 				t.Errorf("imported it makes\n%s\nwant\n%s", again, job)
 			}
 		})
+	}
+}
+
+// Networks and the names that a pod has there are read back from what its job says of them; what is no network is told apart.
+func TestNetworksReadBack(t *testing.T) {
+	for _, hostname := range []string{"", "web", "host"} {
+		m := planned(func(m *podModel) {
+			m.Network, m.Networks = str(networkBridge), map[string]networkModel{"shop": {list("www", "front")}, "a.b": {types.ListNull(types.StringType)}}
+			if hostname != "" {
+				m.Hostname = str(hostname)
+			}
+		})
+		if diags := m.checkNetworks(); diags.HasError() {
+			t.Error(diags)
+		}
+		p, o := m.pod(nil)
+		for _, name := range []string{"shop", "a.b"} {
+			o.Networks = append(o.Networks, nomadjob.Network{Service: nomadjob.NetworkService(strings.Repeat(name, 16)), Names: m.names(name, strs(m.Networks[name].Aliases))})
+		}
+		job, err := nomadjob.Job(p, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found, options, err := nomadjob.Pod(job, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		imported := &podModel{WaitFor: m.WaitFor, WaitTimeout: m.WaitTimeout}
+		imported.read(found, options)
+		if imported.places(options, found); !reflect.DeepEqual(imported.Networks, m.Networks) || imported.Network != m.Network {
+			t.Errorf("they are read as %v, want %v", imported.Networks, m.Networks)
+		}
+		options.Networks = append(options.Networks, nomadjob.Network{Service: "portless"})
+		if !imported.places(options, found) || len(imported.Networks) != 2 {
+			t.Errorf("a service without a port is a network: %v", imported.Networks)
+		}
+	}
+}
+
+// What a pod has that no attribute says is told; nothing is that an attribute says.
+func TestUntold(t *testing.T) {
+	for name, m := range models {
+		if p, _, _ := back(t, m); len(untold(p)) > 0 {
+			t.Errorf("%s: %v", name, untold(p))
+		}
+	}
+	p, _ := models["minimal"].pod(nil)
+	p.Containers[0].Tmpfs, p.Containers[0].ShmSize, p.Network.DNS = map[string]string{"/tmp": ""}, 1<<20, []string{"192.0.2.1"}
+	if got, want := untold(p), []string{"task.config.dns_servers", "task.config.shm_size", "task.config.tmpfs"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("%v is told, want %v", got, want)
+	}
+}
+
+// A token is sent to nobody by a way that others can read.
+func TestFilerAddress(t *testing.T) {
+	for address, ok := range map[string]bool{
+		"": true, "https://filer.example.org:2050": true, "http://127.0.0.1:2050": true, "http://[::1]:2050": true, "http://localhost:2050": true,
+		"http://filer.example.org:2050": false, "http://192.0.2.7:2050": false, "filer:2050": false, "unix:///run/x.sock": false, "https://": false, "%": false,
+	} {
+		if err := checkFiler(address); (err == nil) != ok {
+			t.Errorf("%q: %v", address, err)
+		}
 	}
 }
 

@@ -1,14 +1,11 @@
 package provider
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -41,7 +38,7 @@ func (c *cluster) wait(ctx context.Context, w *wish, eval string, m *podModel) (
 	defer cancel()
 	why, err := c.placed(ctx, w, eval)
 	if err == nil && why == "" {
-		why, err = c.up(ctx, w, m.WaitFor.ValueString() == waitHealthy)
+		why, err = c.up(ctx, w, m.WaitFor.ValueString())
 	}
 	switch {
 	case err != nil && ctx.Err() == nil:
@@ -108,7 +105,8 @@ func unplaceable(m *api.AllocationMetric) string {
 }
 
 // up waits until all pods of the job's version run, and are well where that is asked for. why is what has become of one that has failed.
-func (c *cluster) up(ctx context.Context, w *wish, well bool) (why string, err error) {
+func (c *cluster) up(ctx context.Context, w *wish, until string) (why string, err error) {
+	well := until == waitHealthy
 	job, _, err := c.nomad.Jobs().Info(w.options.ID, c.query(ctx, w.options.Namespace))
 	if err != nil {
 		return "", err
@@ -128,7 +126,7 @@ func (c *cluster) up(ctx context.Context, w *wish, well bool) (why string, err e
 			// Where nothing had to be started, there is no deployment of this version.
 			deployed = d == nil || d.JobVersion != *job.Version || d.Status == api.DeploymentStatusSuccessful
 		}
-		good, others := 0, 0
+		good, others, ended := 0, 0, 0
 		for _, a := range all {
 			switch {
 			case a.JobVersion != *job.Version:
@@ -137,6 +135,8 @@ func (c *cluster) up(ctx context.Context, w *wish, well bool) (why string, err e
 				}
 			case a.ClientStatus == api.AllocClientStatusFailed && a.NextAllocation == "":
 				return "it has failed.\n" + c.end(ctx, w, a), nil
+			case w.once() && a.ClientStatus == api.AllocClientStatusComplete && a.DesiredStatus == api.AllocDesiredStatusRun:
+				ended++
 			case a.DeploymentStatus != nil && a.DeploymentStatus.Healthy != nil && !*a.DeploymentStatus.Healthy:
 				return "it is not well.\n" + c.end(ctx, w, a), nil
 			case a.ClientStatus == api.AllocClientStatusRunning && a.DesiredStatus == api.AllocDesiredStatusRun:
@@ -146,7 +146,13 @@ func (c *cluster) up(ctx context.Context, w *wish, well bool) (why string, err e
 			}
 		}
 		q.WaitIndex = meta.LastIndex
-		if good < w.options.Service.Count || others > 0 {
+		if ended > 0 {
+			return "", nil
+		}
+		if until == waitEnded {
+			continue
+		}
+		if good < w.count() || others > 0 {
 			continue
 		}
 		if !well {
@@ -210,33 +216,8 @@ type health struct {
 
 // health asks a pod for that of one of its containers, by docker's API that each pod has.
 func (c *cluster) health(ctx context.Context, w *wish, alloc, container string) (health, error) {
-	ctx, cancel := context.WithTimeout(ctx, logsTimeout)
-	defer cancel()
-	config := *c.config
-	config.Namespace = w.options.Namespace
-	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: &config, Alloc: alloc, Task: w.pod.Containers[0].Name})
-	if err != nil {
-		return health{}, err
-	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://pod/containers/"+container+"/json", nil)
-	if err != nil {
-		return health{}, err
-	}
-	if err := req.Write(conn); err != nil {
-		return health{}, err
-	}
-	answer, err := http.ReadResponse(bufio.NewReader(conn), req)
-	if err != nil {
-		return health{}, err
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return health{}, fmt.Errorf("the pod answers %s", answer.Status)
-	}
 	var inspected struct{ State struct{ Health health } }
-	err = json.NewDecoder(answer.Body).Decode(&inspected)
+	err := c.askPod(ctx, w.options.Namespace, alloc, w.pod.Containers[0].Name, "/containers/"+container+"/json", &inspected)
 	return inspected.State.Health, err
 }
 

@@ -43,6 +43,7 @@ type cluster struct {
 	config       *api.Config // the client's
 	namespace    string
 	volumePlugin string
+	filer        string // URL of its API, "" for none
 }
 
 type config struct {
@@ -54,6 +55,7 @@ type config struct {
 	CertFile     types.String `tfsdk:"cert_file"`
 	KeyFile      types.String `tfsdk:"key_file"`
 	VolumePlugin types.String `tfsdk:"volume_plugin"`
+	Filer        types.String `tfsdk:"filer"`
 }
 
 func (p *cradle) Metadata(_ context.Context, _ provider.MetadataRequest, resp *provider.MetadataResponse) {
@@ -71,6 +73,7 @@ func (p *cradle) Schema(_ context.Context, _ provider.SchemaRequest, resp *provi
 			"ca_file":       schema.StringAttribute{Optional: true, MarkdownDescription: "A PEM file with the authority of Nomad's certificate. Default: `$NOMAD_CACERT`, else the system's authorities."},
 			"cert_file":     schema.StringAttribute{Optional: true, MarkdownDescription: "A PEM file with the client's certificate. Default: `$NOMAD_CLIENT_CERT`."},
 			"key_file":      schema.StringAttribute{Optional: true, MarkdownDescription: "A PEM file with its key. Default: `$NOMAD_CLIENT_KEY`."},
+			"filer":         schema.StringAttribute{Optional: true, MarkdownDescription: "The URL of the API of cradle-filer (docs/nfs.md), by which volumes are rolled back: `https://filer.example.org:2050`. The token is sent there. Default: `$" + filerVariable + "`."},
 			"volume_plugin": schema.StringAttribute{Optional: true, MarkdownDescription: "The CSI plugin of volumes that name no other. Default: `" + volumePlugin + "`."},
 		},
 	}
@@ -83,7 +86,7 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 		return
 	}
 	settings := api.DefaultConfig() // reads NOMAD_*
-	plugin := volumePlugin
+	plugin, filer := volumePlugin, os.Getenv(filerVariable)
 	for _, s := range []struct {
 		name  string
 		value types.String
@@ -97,6 +100,7 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 		{"cert_file", c.CertFile, &settings.TLSConfig.ClientCert},
 		{"key_file", c.KeyFile, &settings.TLSConfig.ClientKey},
 		{"volume_plugin", c.VolumePlugin, &plugin},
+		{"filer", c.Filer, &filer},
 	} {
 		switch {
 		case s.value.IsUnknown():
@@ -114,6 +118,9 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 			resp.Diagnostics.AddError("No TLS with Nomad", err.Error()+": see the provider's ca_file, cert_file and key_file, or NOMAD_CACERT, NOMAD_CLIENT_CERT and NOMAD_CLIENT_KEY")
 		}
 	}
+	if err := checkFiler(filer); err != nil {
+		resp.Diagnostics.AddAttributeError(path.Root("filer"), "Not a filer's URL", err.Error()+": see the provider's filer, or $"+filerVariable)
+	}
 	if resp.Diagnostics.HasError() {
 		return
 	}
@@ -123,7 +130,7 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 		return
 	}
 	resp.Diagnostics.Append(greet(ctx, nomad, settings)...)
-	known := &cluster{nomad: nomad, config: settings, namespace: settings.Namespace, volumePlugin: plugin}
+	known := &cluster{nomad: nomad, config: settings, namespace: settings.Namespace, volumePlugin: plugin, filer: filer}
 	if known.namespace == "" {
 		known.namespace = api.DefaultNamespace
 	}
@@ -149,7 +156,7 @@ func greet(ctx context.Context, nomad *api.Client, settings *api.Config) (diags 
 }
 
 func (p *cradle) Resources(context.Context) []func() resource.Resource {
-	return []func() resource.Resource{newPod, newVolume, newSnapshot}
+	return []func() resource.Resource{newPod, newVolume, newSnapshot, newNetwork}
 }
 
 func (p *cradle) DataSources(context.Context) []func() datasource.DataSource {

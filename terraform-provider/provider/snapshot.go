@@ -16,7 +16,6 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/types"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
-	"github.com/cradlestack/cradlestack/spec"
 )
 
 type snapshotResource struct{ *cluster }
@@ -44,14 +43,14 @@ func (r *snapshotResource) Configure(_ context.Context, req resource.ConfigureRe
 func (r *snapshotResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *resource.SchemaResponse) {
 	kept := []planmodifier.String{stringplanmodifier.UseStateForUnknown()}
 	resp.Schema = schema.Schema{
-		MarkdownDescription: "A snapshot of a volume, taken when it is applied. Nothing of one changes: another name or volume makes another one. CSI has no rollback: make a volume with its `snapshot_id`.",
+		MarkdownDescription: "A snapshot of a volume, taken when it is applied. Nothing of one changes: another name or volume makes another one. A volume goes back to it by `rollback_to`, another one begins with it by `snapshot_id`.",
 		Attributes: map[string]schema.Attribute{
 			"id":         schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "What its plugin calls it: the volume's `external_id`, @ and its name. A volume's `snapshot_id` is this."},
 			"volume":     schema.StringAttribute{Required: true, Validators: validName, MarkdownDescription: "The `name` of the volume."},
 			"name":       schema.StringAttribute{Required: true, Validators: validName, MarkdownDescription: "Letters, digits, `_`, `.` and `-`. A plugin uses a name once, for all volumes."},
 			"namespace":  schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Of the volume. Default: the provider's."},
 			"plugin":     schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Of the volume. Default: the provider's."},
-			"size":       schema.StringAttribute{CustomType: sizeType{}, Computed: true, PlanModifiers: kept, MarkdownDescription: "What a volume made of it has at least."},
+			"size":       schema.StringAttribute{CustomType: sizeType{}, Computed: true, PlanModifiers: kept, MarkdownDescription: "What a volume made of it has at least; nothing where the volume has no bound."},
 			"created_at": schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "When it was taken, RFC 3339."},
 		},
 	}
@@ -92,7 +91,7 @@ func (r *snapshotResource) ModifyPlan(ctx context.Context, req resource.ModifyPl
 }
 
 func (m *snapshotModel) read(s *api.CSISnapshot) {
-	m.ID, m.Size = types.StringValue(s.ID), newSize(spec.Bytes(s.SizeBytes))
+	m.ID, m.Size = types.StringValue(s.ID), m.Size.now(s.SizeBytes) // 0 of a volume without a bound
 	m.Created = types.StringValue(time.Unix(s.CreateTime, 0).UTC().Format(time.RFC3339))
 }
 

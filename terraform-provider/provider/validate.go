@@ -3,6 +3,8 @@ package provider
 import (
 	"context"
 	"fmt"
+	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/hashicorp/terraform-plugin-framework/schema/validator"
@@ -113,6 +115,23 @@ func (b between) ValidateInt64(ctx context.Context, req validator.Int64Request, 
 		resp.Diagnostics.AddAttributeError(req.Path, "Not possible", fmt.Sprintf("%d is not %s", n.ValueInt64(), b.Description(ctx)))
 	}
 }
+
+// networkName is docker's.
+var networkName = []validator.String{rule{"letters, digits, _ . and -", func(s string) string {
+	switch {
+	case slices.Contains([]string{"bridge", "default", "host", "none"}, s):
+		return fmt.Sprintf("%q is a network that docker has for itself: choose another name", s)
+	case !networkRule.MatchString(s) || len(s) > 100:
+		return fmt.Sprintf("%q is no name: write letters, digits, _, . and -, a letter or digit first, at most 100", s)
+	}
+	return ""
+}}}
+
+var (
+	networkRule = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+	// aliasRule is what a resolver can be asked for.
+	aliasRule = regexp.MustCompile(`^[a-zA-Z0-9_]([a-zA-Z0-9_.-]{0,251}[a-zA-Z0-9_])?$`)
+)
 
 // podName is a job's and a host's.
 var podName = []validator.String{rule{"lower-case letters, digits, _ . and -", func(s string) string {

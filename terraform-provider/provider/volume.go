@@ -62,6 +62,8 @@ type volumeModel struct {
 	SnapshotID     types.String `tfsdk:"snapshot_id"`
 	CloneID        types.String `tfsdk:"clone_id"`
 	Protected      types.Bool   `tfsdk:"prevent_destroy_if_in_use"`
+	RollbackTo     types.String `tfsdk:"rollback_to"`
+	Undo           types.String `tfsdk:"undo_snapshot"`
 	ExternalID     types.String `tfsdk:"external_id"`
 	Capacity       types.Int64  `tfsdk:"capacity"`
 }
@@ -122,8 +124,12 @@ func (r *volumeResource) Schema(_ context.Context, _ resource.SchemaRequest, res
 				Optional: true, Computed: true, Default: booldefault.StaticBool(true),
 				MarkdownDescription: "Refuse to delete the volume while pods run that have it. With `false` these are waited for, for 5 minutes. Default: `true`.",
 			},
-			"external_id": schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "What its plugin calls it."},
-			"capacity":    schema.Int64Attribute{Computed: true, PlanModifiers: []planmodifier.Int64{int64planmodifier.UseStateForUnknown()}, MarkdownDescription: "Bytes that it has, at least those of `size`."},
+			"rollback_to": schema.StringAttribute{
+				Optional: true, MarkdownDescription: "The `name` (or `id`) of a snapshot of this volume, of class `nfs` or `gfs`: another text here makes its content what it was then, once, while pods have it. Needs the provider's `filer`.",
+			},
+			"undo_snapshot": schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "The name of the snapshot that has what was there before the last rollback: with it as `rollback_to`, that is undone. It goes with the volume."},
+			"external_id":   schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "What its plugin calls it."},
+			"capacity":      schema.Int64Attribute{Computed: true, PlanModifiers: []planmodifier.Int64{int64planmodifier.UseStateForUnknown()}, MarkdownDescription: "Bytes that it has, at least those of `size`."},
 		},
 	}
 }
@@ -141,6 +147,9 @@ func (r *volumeResource) ValidateConfig(ctx context.Context, req resource.Valida
 		return
 	}
 	block := m.Class.ValueString() == volume.LV2
+	if block && !m.RollbackTo.IsNull() {
+		resp.Diagnostics.AddAttributeError(path.Root("rollback_to"), "Not of this class", blockRollback)
+	}
 	if m.Attach.ValueString() == attachDirect && !block {
 		resp.Diagnostics.AddAttributeError(path.Root("attach"), "Not of this class", "Only block volumes can be attached by a guest itself: leave it out, or set class = \"lv2\".")
 	}
@@ -178,7 +187,17 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 		return
 	}
 	r.fill(&config, &plan, &state)
+	rolls := there && !plan.RollbackTo.IsNull() && !plan.RollbackTo.Equal(state.RollbackTo)
+	switch {
+	case rolls:
+		plan.Undo = types.StringUnknown()
+	case there:
+		plan.Undo = state.Undo
+	default:
+		plan.Undo = types.StringNull()
+	}
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
+	resp.Diagnostics.Append(r.planRollback(there, &plan, &state)...)
 	if !there {
 		return
 	}
@@ -206,6 +225,10 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 		}
 	}
 	if len(resp.RequiresReplace) > 0 {
+		resp.Diagnostics.Append(resp.Plan.SetAttribute(ctx, path.Root("undo_snapshot"), types.StringNull())...)
+		if rolls {
+			resp.Diagnostics.Append(r.planRollback(false, &plan, &state)...)
+		}
 		return
 	}
 	if is, to := state.Size, plan.Size; is.known() && to.known() && to.number() < is.number() {
@@ -393,18 +416,35 @@ func (r *volumeResource) Read(ctx context.Context, req resource.ReadRequest, res
 	resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
 }
 
-// Update makes a volume grow: nothing else of it changes in place.
+// Update makes a volume grow, and rolls it back: nothing else of it changes in place. It grows first: what was in it then may not fit otherwise.
 func (r *volumeResource) Update(ctx context.Context, req resource.UpdateRequest, resp *resource.UpdateResponse) {
 	var m, state volumeModel
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &m)...)
 	if resp.Diagnostics.Append(req.State.Get(ctx, &state)...); resp.Diagnostics.HasError() {
 		return
 	}
-	if state.Size.same(m.Size) || !m.Size.known() { // only what Nomad does not know has changed
+	rolls := !m.RollbackTo.IsNull() && !m.RollbackTo.Equal(state.RollbackTo)
+	to := m.RollbackTo
+	if m.Undo.IsUnknown() {
+		m.RollbackTo, m.Undo = state.RollbackTo, state.Undo // until it is done
+	}
+	if state.Size.same(m.Size) || !m.Size.known() { // Nomad has nothing to do
 		m.Capacity, m.Size = state.Capacity, state.Size
-		resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
+	} else if r.grow(ctx, &m, resp); resp.Diagnostics.HasError() {
 		return
 	}
+	if rolls {
+		asked := m
+		asked.RollbackTo = to
+		undo, diags := r.rollback(ctx, &asked)
+		if resp.Diagnostics.Append(diags...); !diags.HasError() {
+			m.RollbackTo, m.Undo = to, types.StringValue(undo)
+		}
+	}
+	resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
+}
+
+func (r *volumeResource) grow(ctx context.Context, m *volumeModel, resp *resource.UpdateResponse) {
 	v, err := r.info(ctx, m.Namespace.ValueString(), m.Name.ValueString())
 	if err != nil {
 		resp.Diagnostics.Append(failed("The volume did not grow", m.ID.ValueString(), err))
@@ -414,9 +454,7 @@ func (r *volumeResource) Update(ctx context.Context, req resource.UpdateRequest,
 	if v.MountOptions == nil {
 		v.MountOptions = &api.CSIMountOptions{}
 	}
-	if resp.Diagnostics.Append(r.put(ctx, v, &m, "The volume did not grow")...); !resp.Diagnostics.HasError() {
-		resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
-	}
+	resp.Diagnostics.Append(r.put(ctx, v, m, "The volume did not grow")...)
 }
 
 func (r *volumeResource) Delete(ctx context.Context, req resource.DeleteRequest, resp *resource.DeleteResponse) {
