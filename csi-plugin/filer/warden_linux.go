@@ -176,6 +176,8 @@ func (c charge) watch(pipe *os.File, pidfd int, log *slog.Logger) error {
 	if now.session == "" {
 		return nil
 	}
+	// The pipe may be closed before its last connections are, whose clients would not hear of it without the address.
+	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 1000)
 	log.Info("the filer has ended")
 	errs := []error{c.freeAddress()}
 	config := consulConfig(c.Consul)
