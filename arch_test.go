@@ -49,6 +49,7 @@ var mayImport = map[string][]string{
 	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/ceph": {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/tree"},
 	"csi-plugin/cold": {"csi-plugin/volume", "internal/durable"},
 
 	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
@@ -81,6 +82,7 @@ var mayImport = map[string][]string{
 	"internal/stalled":    {},
 
 	"internal/agents":    {},
+	"internal/cephtest":  {},
 	"internal/cgroup":    {},
 	"internal/command":   {},
 	"internal/durable":   {},
@@ -102,7 +104,7 @@ var mayImport = map[string][]string{
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
 var testsMayImport = map[string][]string{
-	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/locked", "internal/nfstest"},
+	"driver-cradle/guest":         {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image", "internal/cephtest", "internal/locked", "internal/nfstest"},
 	"driver-cradle/guest/stdio":   {"internal/locked"},
 	"driver-cradle/guest/vdocker": {"driver-cradle/vmm", "driver-cradle/boot", "driver-cradle/image"},
 	"driver-cradle/driver":        {"driver-cradle/boot/boottest", "internal/golden", "internal/nfstest", "internal/nomadtest", "internal/nomadjob", "test/programs", "test/dockerd"},
@@ -120,6 +122,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin":                  {"internal/mountns", "internal/nomadtest", "test/programs"},
 	"terraform-provider":          {"internal/golden", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
+	"csi-plugin/ceph":             {"csi-plugin/volume/volumetest", "internal/cephtest"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
 	"csi-plugin/filer":            {"internal/filertest", "internal/locked", "internal/mountns", "test/programs"},

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/ceph"
 	"github.com/cradlestack/cradlestack/csi-plugin/cold"
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
@@ -47,7 +48,11 @@ type cli struct {
 	networks []string
 	verbose  bool
 	cold     coldFlags
+	ceph     cephFlags
 }
+
+// cephFlags say which cluster, and as whom.
+type cephFlags struct{ conf, id, keyring string }
 
 // run executes a command line and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -92,8 +97,11 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 }
 
 func (c *cli) backendFlags(f *pflag.FlagSet) {
-	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir, zfs")
-	f.StringArrayVar(&c.pools, "pool", nil, "where: a directory (dir, default /var/lib/cradle/volumes) or a dataset (zfs); NAME=WHERE to be chosen by the parameter pool; more than once, the first is the default")
+	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir, zfs, ceph")
+	f.StringArrayVar(&c.pools, "pool", nil, "where: a directory (dir, default /var/lib/cradle/volumes), a dataset (zfs), or a file system, or FILESYSTEM/GROUP (ceph); NAME=WHERE to be chosen by the parameter pool; more than once, the first is the default")
+	f.StringVar(&c.ceph.conf, "ceph-conf", "/etc/ceph/ceph.conf", "of --backend ceph: the cluster's configuration")
+	f.StringVar(&c.ceph.id, "ceph-id", "cradle", "of --backend ceph: the client whose key this plugin has, without client.")
+	f.StringVar(&c.ceph.keyring, "ceph-keyring", "", "of --backend ceph: the file that has the key (default: what the configuration names)")
 }
 
 func defaultEndpoint() string { return env("CSI_ENDPOINT", "unix:///run/cradle/csi.sock") }
@@ -151,8 +159,23 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 		}
 		b, err := zfs.Open(ctx, all, "/run/cradle/zfs.lock")
 		return b, true, err
+	case "ceph":
+		var all []ceph.Pool
+		for _, p := range pools {
+			name, where, err := volume.SplitPool(p)
+			if err != nil {
+				return nil, false, err
+			}
+			pool, err := ceph.ParsePool(name, where)
+			if err != nil {
+				return nil, false, err
+			}
+			all = append(all, pool)
+		}
+		b, err := ceph.Open(all, ceph.Config{Conf: c.ceph.conf, ID: c.ceph.id, Keyring: c.ceph.keyring, Host: hostname()})
+		return b, false, err
 	default:
-		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir and zfs are known", c.backend)
+		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir, zfs and ceph are known", c.backend)
 	}
 }
 

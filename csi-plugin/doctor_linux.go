@@ -69,7 +69,7 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 	if r, ok := b.(volume.Repairer); ok {
 		errs = append(errs, r.Repair(ctx, d.look, d.report))
 	}
-	errs = append(errs, b.Ready(ctx), d.records(ctx))
+	errs = append(errs, b.Ready(ctx), d.records(ctx, b))
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 }
 
 // records removes those of direct attachments whose target is no mount any more.
-func (d *doctor) records(ctx context.Context) error {
+func (d *doctor) records(ctx context.Context, b volume.Backend) error {
 	entries, err := os.ReadDir(spec.DirectDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -112,6 +112,16 @@ func (d *doctor) records(ctx context.Context) error {
 		}
 		if r != nil && r.Volume.NFS != nil {
 			if err := (filer.Client{Socket: d.filer}).Unpublish(ctx, strings.TrimSuffix(e.Name(), ".json")); err != nil {
+				return err
+			}
+		}
+		if r != nil && r.Volume.Ceph != nil {
+			if a, ok := b.(volume.Attacher); ok {
+				if err := a.Detach(ctx, r.Volume.Name, r.Target); err != nil {
+					return err
+				}
+			}
+			if err := os.Remove(r.Volume.Ceph.SecretFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}

@@ -25,7 +25,7 @@ const DirectVersion = 1
 type DirectAttachment struct {
 	Version int      `json:"version"`         // of the format: 1
 	Target  string   `json:"target"`          // the path that the volume was published at: a mount's host path
-	Volume  Volume   `json:"volume"`          // block or nfs; its name is the CSI volume id
+	Volume  Volume   `json:"volume"`          // block, nfs or ceph; its name is the CSI volume id
 	Raw     bool     `json:"raw,omitempty"`   // a block device for the task, no mount
 	Limits  IOLimits `json:"limits,omitzero"` // of a block volume, from its start on
 	Control string   `json:"control"`         // path of the unix socket that the pod's holder makes, beside the record
@@ -79,6 +79,9 @@ func DirectFile(target string) string { return directKey(target) + ".json" }
 // DirectSocket is the name, in DirectDir, of that record's control socket.
 func DirectSocket(target string) string { return directKey(target) + ".sock" }
 
+// DirectSecret is the name, in DirectDir, of the file that holds the secret of a record's volume, should it have one.
+func DirectSecret(target string) string { return directKey(target) + ".secret" }
+
 // directKey is short enough for a unix socket's path, and no two targets share it.
 func directKey(target string) string {
 	sum := sha256.Sum256([]byte(path.Clean(target)))
@@ -112,8 +115,8 @@ func (d *DirectAttachment) validate(v *validator) {
 		e.Field = strings.Replace(e.Field, "volumes[0]", "volume", 1)
 	}
 	switch b := d.Volume.Block; {
-	case b == nil && d.Volume.NFS == nil:
-		v.reject("volume", "is neither block nor nfs; a guest attaches nothing else itself")
+	case b == nil && d.Volume.NFS == nil && d.Volume.Ceph == nil:
+		v.reject("volume", "is neither block nor nfs nor ceph; a guest attaches nothing else itself")
 	case b == nil && d.Raw:
 		v.reject("raw", "is for block volumes; leave it out")
 	case b == nil && d.Limits != (IOLimits{}):

@@ -5,7 +5,10 @@
 // as well as into the Terraform provider.
 package spec
 
-import "time"
+import (
+	"strings"
+	"time"
+)
 
 // LaunchVersion is the version of the Launch format that this package reads and writes.
 const LaunchVersion = 1
@@ -183,7 +186,7 @@ type Scratch struct {
 	Size Bytes `json:"size,omitempty"` // default 10 GiB; sparse: it takes what is in use
 }
 
-// A Volume is storage that containers of the pod mount by name. Exactly one of Block, Directory, NFS, Tmpfs and Scratch says
+// A Volume is storage that containers of the pod mount by name. Exactly one of Block, Directory, NFS, Ceph, Tmpfs and Scratch says
 // what is behind it; in a Pod that Nomad runs, none of them with a class: then it is the volume that Nomad has under that name.
 type Volume struct {
 	Name      string           `json:"name"`
@@ -191,6 +194,7 @@ type Volume struct {
 	Block     *BlockVolume     `json:"block,omitempty"`
 	Directory *DirectoryVolume `json:"directory,omitempty"`
 	NFS       *NFSVolume       `json:"nfs,omitempty"`
+	Ceph      *CephVolume      `json:"ceph,omitempty"`
 	Tmpfs     *TmpfsVolume     `json:"tmpfs,omitempty"`
 	Scratch   *ScratchVolume   `json:"scratch,omitempty"`
 }
@@ -217,6 +221,23 @@ type NFSVolume struct {
 	Export   string `json:"export"`
 	Options  string `json:"options,omitempty"` // as mount.nfs: vers=4.1,hard,…
 	ReadOnly bool   `json:"readOnly,omitempty"`
+}
+
+// A CephVolume is a directory of a CephFS, which is mounted by the guest itself.
+type CephVolume struct {
+	Monitors   []string `json:"monitors"`             // HOST:PORT, of messenger version 2
+	FileSystem string   `json:"fileSystem"`           // its name
+	Path       string   `json:"path"`                 // in the file system
+	Client     string   `json:"client"`               // whose key it is, without "client."
+	Secret     string   `json:"secret,omitempty"`     // the key; or
+	SecretFile string   `json:"secretFile,omitempty"` // a file of the host's that holds it, which is read whenever the pod starts: then no file of the pod has it
+	Options    string   `json:"options,omitempty"`    // as mount.ceph: noatime,…
+	ReadOnly   bool     `json:"readOnly,omitempty"`
+}
+
+// Mount is the volume's source and options for mount(2), type ceph, with the secret but without Options (linux/Documentation/filesystems/ceph.rst).
+func (c *CephVolume) Mount() (source string, options []string) {
+	return strings.Join(c.Monitors, ",") + ":" + c.Path, []string{"name=" + c.Client, "secret=" + c.Secret, "mds_namespace=" + c.FileSystem, "ms_mode=prefer-crc"}
 }
 
 // A TmpfsVolume lives in the guest's memory and is counted there.

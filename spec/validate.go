@@ -545,6 +545,10 @@ func (volume *Volume) validate(v *validator, field string, managed bool) {
 		v.path(join(field, "nfs.export"), n.Export)
 		v.options(join(field, "nfs.options"), n.Options)
 	}
+	if c := volume.Ceph; c != nil {
+		kinds++
+		c.validate(v, join(field, "ceph"))
+	}
 	if t := volume.Tmpfs; t != nil {
 		kinds++
 		if t.Size < 0 {
@@ -555,8 +559,34 @@ func (volume *Volume) validate(v *validator, field string, managed bool) {
 		kinds++
 	}
 	if kinds != 1 && (kinds > 0 || volume.Class == "" || !managed) {
-		v.reject(field, "has %d of block, directory, nfs, tmpfs and scratch; write exactly one", kinds)
+		v.reject(field, "has %d of block, directory, nfs, ceph, tmpfs and scratch; write exactly one", kinds)
 	}
+}
+
+// validate checks what becomes mount options, which commas part.
+func (c *CephVolume) validate(v *validator, field string) {
+	if len(c.Monitors) == 0 {
+		v.reject(join(field, "monitors"), "are none; name at least one, as HOST:PORT")
+	}
+	for i, m := range c.Monitors {
+		v.server(index(join(field, "monitors"), i), m)
+	}
+	v.path(join(field, "path"), c.Path)
+	for name, value := range map[string]string{"fileSystem": c.FileSystem, "client": c.Client} {
+		if value == "" || len(value) > 1024 || strings.ContainsAny(value, ", \t\n\x00") {
+			v.reject(join(field, name), "%.80q is no name", value)
+		}
+	}
+	if strings.ContainsAny(c.Secret, ", \t\n\x00") {
+		v.reject(join(field, "secret"), "is no key") // and is not told
+	}
+	if c.Secret != "" && c.SecretFile != "" {
+		v.reject(join(field, "secret"), "is there, and a secretFile as well; leave one out")
+	}
+	if c.SecretFile != "" {
+		v.path(join(field, "secretFile"), c.SecretFile)
+	}
+	v.options(join(field, "options"), c.Options)
 }
 
 // order checks the containers' names and that what they wait for can come.

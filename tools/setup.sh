@@ -47,7 +47,7 @@ packages=(
   # clients of the filer
   libnfs-utils litmus cadaver davfs2 rclone s3cmd
   # file systems that volumes are kept on
-  btrfs-progs
+  btrfs-progs ceph-common ceph-fuse ceph-mds ceph-mgr ceph-mon ceph-osd
   # other programs that read bali's images, and what gives files their fs-verity digest
   busybox-static fsverity libarchive-tools openssh-client python3
   # a server that has them, started by the test alone

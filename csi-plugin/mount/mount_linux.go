@@ -22,8 +22,14 @@ func Is(path string) (bool, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
+	if dead(err) {
+		return true, nil
+	}
 	return mounted, err
 }
+
+// dead says whether an error is what a FUSE file system gives whose program has ended: nothing but a mount does.
+func dead(err error) bool { return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) }
 
 // Unseen says whether what is mounted in a directory stays in this process's mount namespace while its parent has another: a sandbox whose directories
 // are not shared with the host. Pods would write below the mount.
@@ -172,7 +178,7 @@ func Empty(target string) error {
 // device then, also where a mount namespace that was copied from this host's keeps the file system mounted.
 func Unmount(target string) error {
 	if mounted, err := Is(target); err == nil && mounted {
-		if err := Sync(target); err != nil {
+		if err := Sync(target); err != nil && !dead(err) {
 			return err
 		}
 	}

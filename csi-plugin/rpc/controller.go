@@ -54,7 +54,7 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err == nil && r.Cold != (volume.Retention{}) && s.config.Cold == nil {
 		err = invalid("parameter cold: this plugin has no cold storage; start it with --cold, or leave the parameter out")
 	}
-	if err == nil && r.Served() && s.config.Filer == nil {
+	if err == nil && s.served(r.Parameters) && s.config.Filer == nil {
 		err = invalid("parameter attach: this plugin has no filer that a guest could mount the volume from; start it with --filer, or use attach=host")
 	}
 	if err == nil {

@@ -68,7 +68,7 @@ func (s *node) publishDirect(ctx context.Context, v volume.Volume, target string
 }
 
 func readOnly(d *spec.DirectAttachment) bool {
-	return d.Volume.Block != nil && d.Volume.Block.ReadOnly || d.Volume.NFS != nil && d.Volume.NFS.ReadOnly
+	return d.Volume.Block != nil && d.Volume.Block.ReadOnly || d.Volume.NFS != nil && d.Volume.NFS.ReadOnly || d.Volume.Ceph != nil && d.Volume.Ceph.ReadOnly
 }
 
 // only refuses a second guest for a block volume: each would write what the other has cached.
@@ -139,12 +139,16 @@ func (s *Server) write(d spec.DirectAttachment) error {
 	if err != nil {
 		return err
 	}
+	return s.replace(spec.DirectFile(d.Target), append(data, '\n'))
+}
+
+// replace writes a file beside the records.
+func (s *Server) replace(name string, data []byte) error {
 	if err := os.MkdirAll(s.config.DirectDir, 0o700); err != nil {
 		return err
 	}
-	name := spec.DirectFile(d.Target)
 	temporary := filepath.Join(s.config.DirectDir, "."+name) // one call at a time for one volume, and so for its target
-	if err := os.WriteFile(temporary, append(data, '\n'), 0o600); err != nil {
+	if err := os.WriteFile(temporary, data, 0o600); err != nil {
 		return err
 	}
 	return os.Rename(temporary, filepath.Join(s.config.DirectDir, name))

@@ -18,6 +18,15 @@ import (
 // publication is what the filer knows a target by.
 func publication(target string) string { return strings.TrimSuffix(spec.DirectFile(target), ".json") }
 
+// attacher is the backend where it has volumes that guests mount from the storage itself, nil where a filer serves them.
+func (s *Server) attacher() volume.Attacher {
+	a, _ := s.config.Backend.(volume.Attacher)
+	return a
+}
+
+// served says whether guests have a volume from the filer.
+func (s *Server) served(p volume.Parameters) bool { return p.Served() && s.attacher() == nil }
+
 // filer is the one that this plugin has.
 func (s *Server) filer() (*api.Client, error) {
 	if s.config.Filer == nil {
@@ -26,8 +35,35 @@ func (s *Server) filer() (*api.Client, error) {
 	return s.config.Filer, nil
 }
 
+// attach makes what the guest at target mounts.
+func (s *Server) attach(ctx context.Context, a volume.Attacher, v volume.Volume, target string, w wish) (spec.Volume, error) {
+	d, err := a.Attach(ctx, v.ID, target, w.readOnly)
+	if err != nil {
+		return d, err
+	}
+	c := *d.Ceph
+	var flags []string
+	for _, flag := range w.flags {
+		if flag != "discard" { // which is for disks
+			flags = append(flags, flag)
+		}
+	}
+	c.Options = strings.Join(flags, ",")
+	// The secret is apart from the record, which who runs the pod copies.
+	c.SecretFile = filepath.Join(s.config.DirectDir, spec.DirectSecret(target))
+	if err := s.replace(spec.DirectSecret(target), []byte(c.Secret)); err != nil {
+		return d, err
+	}
+	c.Secret = ""
+	d.Ceph = &c
+	return d, nil
+}
+
 // serve has the filer let the guest at target see a volume, which mounts what is returned.
 func (s *Server) serve(ctx context.Context, v volume.Volume, target string, w wish) (spec.Volume, error) {
+	if a := s.attacher(); a != nil {
+		return s.attach(ctx, a, v, target, w)
+	}
 	f, err := s.filer()
 	if err != nil {
 		return spec.Volume{}, err
@@ -49,8 +85,11 @@ func (s *Server) serve(ctx context.Context, v volume.Volume, target string, w wi
 	return spec.Volume{Name: v.ID, Class: v.Class, NFS: n}, nil
 }
 
-// unserve is the reverse, of a volume that a filer serves.
+// unserve is the reverse, of a volume that guests mount.
 func (s *Server) unserve(ctx context.Context, id, target string) error {
+	if a := s.attacher(); a != nil {
+		return a.Detach(ctx, id, target)
+	}
 	v, err := s.config.Backend.Get(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) || err == nil && !v.Served() {
 		return nil

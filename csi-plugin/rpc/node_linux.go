@@ -99,7 +99,7 @@ func (s *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	defer unlock()
-	if v.Served() { // by the filer, which stages it as soon as somebody is to see it
+	if v.Served() { // by the filer, which stages it as soon as somebody is to see it, or from the storage itself
 		return &csi.NodeStageVolumeResponse{}, nil
 	}
 	source, err := s.config.Backend.Stage(ctx, v.ID, use(v, w, false))
@@ -295,7 +295,7 @@ func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	switch {
 	case fi.Mode().Type() == fs.ModeDevice:
 		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{bytes(v.Size, 0, 0)}}, nil
-	case v.Served():
+	case s.served(v.Parameters):
 		stats, err = s.filerStats(ctx, v.ID)
 	case v.Direct:
 		if stats, err = s.guestStats(ctx, path); errors.Is(err, errNoGuest) {
@@ -367,9 +367,9 @@ func (s *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 	at, err := mount.At(path)
 	switch {
 	case err != nil || at == nil:
-	case v.Served():
+	case s.served(v.Parameters):
 		err = s.filerGrow(ctx, v.ID)
-	case v.Direct:
+	case v.Direct && v.Block():
 		err = s.guestResize(ctx, path, v.Size)
 	case at.FSType == "ext4" || at.FSType == "xfs":
 		err = mount.Grow(ctx, at.Source, path, at.FSType)

@@ -86,6 +86,15 @@ type Cloner interface {
 	Clone(ctx context.Context, r Request, hold Hold) (Volume, error)
 }
 
+// An Attacher has file volumes that guests mount from the storage itself, with attach=direct.
+type Attacher interface {
+	// Attach returns what the guest at the target mounts, with a secret of its own. Repeated, it returns the same.
+	Attach(ctx context.Context, id, target string, readOnly bool) (spec.Volume, error)
+
+	// Detach makes the secret worthless: a guest that is still there writes nothing any more. A volume that is not there, or not attached, is no error.
+	Detach(ctx context.Context, id, target string) error
+}
+
 // An Expander makes volumes larger, also while they are in use.
 type Expander interface {
 	// Expand gives the volume at least size bytes and at most limit (0 is no limit), and returns how many it has. It never

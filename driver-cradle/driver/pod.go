@@ -621,6 +621,11 @@ func (b *builder) attach(c *spec.PodContainer, m *drivers.MountConfig, target st
 		nfs.ReadOnly = nfs.ReadOnly || m.Readonly
 		v.NFS = &nfs
 	}
+	if v.Ceph != nil {
+		ceph := *v.Ceph
+		ceph.ReadOnly = ceph.ReadOnly || m.Readonly
+		v.Ceph = &ceph
+	}
 	a.Volume = b.put(c, v, spec.Mount{Path: target, Raw: d.Raw, ReadOnly: m.Readonly})
 	b.attached = append(b.attached, a)
 }

@@ -32,11 +32,13 @@ type volume struct {
 func (v *volume) copies() bool { return v.spec.Directory == nil || v.spec.Directory.Fill }
 
 // shared says whether other guests may have it mounted at the same time.
-func (v *volume) shared() bool { return v.spec.NFS != nil || v.spec.Directory != nil }
+func (v *volume) shared() bool {
+	return v.spec.NFS != nil || v.spec.Ceph != nil || v.spec.Directory != nil
+}
 
 func (v *volume) readOnly() bool {
 	s := v.spec
-	return s.Block != nil && s.Block.ReadOnly || s.Directory != nil && s.Directory.ReadOnly || s.NFS != nil && s.NFS.ReadOnly
+	return s.Block != nil && s.Block.ReadOnly || s.Directory != nil && s.Directory.ReadOnly || s.NFS != nil && s.NFS.ReadOnly || s.Ceph != nil && s.Ceph.ReadOnly
 }
 
 // mountVolumes brings up all volumes at once.
@@ -102,6 +104,8 @@ func (p *Pod) mountVolume(ctx context.Context, v *volume, rawOnly bool) error {
 		return p.mountDirectory(v)
 	case s.NFS != nil:
 		return mountNFS(ctx, s.NFS, v.path)
+	case s.Ceph != nil:
+		return mountCeph(s.Ceph, v.path)
 	case s.Tmpfs != nil:
 		data := "mode=0755"
 		if s.Tmpfs.Size > 0 {
@@ -112,7 +116,7 @@ func (p *Pod) mountVolume(ctx context.Context, v *volume, rawOnly bool) error {
 		v.path = filepath.Join(p.scratch, "volumes", s.Name)
 		return os.MkdirAll(v.path, 0o755)
 	}
-	return &stateError{ErrInvalid, "none of block, directory, nfs, tmpfs, scratch is set"}
+	return &stateError{ErrInvalid, "none of block, directory, nfs, ceph, tmpfs, scratch is set"}
 }
 
 // mountBlock mounts a block volume whose file system is the one asked for. A blank disk was formatted by the host before; what is

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -291,9 +292,34 @@ func (d *Dir) storage(ctx context.Context, launch *spec.Launch, c *vmm.Config, w
 			if err := share(v, c, w); err != nil {
 				return fmt.Errorf("volume %s: %w", v.Name, err)
 			}
+		case v.Ceph != nil && v.Ceph.SecretFile != "":
+			c, err := withSecret(v.Ceph)
+			if err != nil {
+				return fmt.Errorf("volume %s: %w", v.Name, err)
+			}
+			w.Launch.Volumes = slices.Clone(w.Launch.Volumes) // launch is written to a file
+			w.Launch.Volumes[i].Ceph = c
 		}
 	}
 	return nil
+}
+
+// withSecret is what the guest is told of a volume whose key is in a file.
+func withSecret(v *spec.CephVolume) (*spec.CephVolume, error) {
+	f, err := os.Open(v.SecretFile)
+	if err != nil {
+		return nil, fmt.Errorf("its key: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, 1<<10))
+	if err != nil {
+		return nil, fmt.Errorf("its key: %w", err)
+	}
+	c := *v
+	if c.Secret, c.SecretFile = strings.TrimSpace(string(text)), ""; c.Secret == "" || strings.ContainsAny(c.Secret, ", \t\n\x00") {
+		return nil, fmt.Errorf("its key: %s holds none", v.SecretFile)
+	}
+	return &c, nil
 }
 
 // isMounted says whether a container sees the volume's file system, and not only its raw device.

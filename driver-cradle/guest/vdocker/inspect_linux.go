@@ -270,6 +270,8 @@ func mountPoints(s spec.Container, l *spec.Launch) []container.MountPoint {
 			p.Source = v.Block.Path
 		case v.NFS != nil:
 			p.Source = v.NFS.Address + ":" + v.NFS.Export
+		case v.Ceph != nil:
+			p.Source = strings.Join(v.Ceph.Monitors, ",") + ":" + v.Ceph.Path
 		case v.Tmpfs != nil:
 			p = container.MountPoint{Type: mount.TypeTmpfs, Destination: p.Destination, RW: p.RW}
 		}
@@ -279,7 +281,7 @@ func mountPoints(s spec.Container, l *spec.Launch) []container.MountPoint {
 }
 
 func readOnly(v spec.Volume) bool {
-	return v.Block != nil && v.Block.ReadOnly || v.Directory != nil && v.Directory.ReadOnly || v.NFS != nil && v.NFS.ReadOnly
+	return v.Block != nil && v.Block.ReadOnly || v.Directory != nil && v.Directory.ReadOnly || v.NFS != nil && v.NFS.ReadOnly || v.Ceph != nil && v.Ceph.ReadOnly
 }
 
 func (a *api) networkSettings(s spec.Container, running bool) dockerhttp.NetworkSettings {

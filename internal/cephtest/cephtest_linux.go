@@ -1,0 +1,283 @@
+// Package cephtest runs a real Ceph cluster for tests: one monitor, manager, object store (in memory) and metadata server, with the file system FS, in a network
+// namespace of its own. This host reaches it, and so do guests whose network goes through this host. It needs root.
+package cephtest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// FS is the cluster's file system.
+const FS = "cephfs"
+
+// A Cluster is running until Close.
+type Cluster struct {
+	Host string // its address
+	Conf string // ceph.conf, which names the keyring of client.admin
+
+	dir       string
+	namespace string
+	daemons   map[string]*exec.Cmd
+}
+
+var clusters atomic.Int32
+
+const packages = "apt-get install ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse ceph-common"
+
+// Start starts a cluster, and returns when its file system can be used. Its files are below dir.
+func Start(ctx context.Context, dir string) (_ *Cluster, err error) {
+	for _, program := range []string{"ceph", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "ceph-authtool", "monmaptool"} {
+		if _, err := exec.LookPath(program); err != nil {
+			return nil, fmt.Errorf("no %s: %s", program, packages)
+		}
+	}
+	if err := sweep(); err != nil {
+		return nil, err
+	}
+	// Other processes do the same on this host.
+	pid, n := os.Getpid(), clusters.Add(1)
+	net4 := fmt.Sprintf("10.%d.%d.", 192+(pid>>8+int(n)*7)&63, pid&255)
+	c := &Cluster{Host: net4 + "2", Conf: filepath.Join(dir, "ceph.conf"), dir: dir, namespace: fmt.Sprintf("ceph-%d-%d", pid, n), daemons: map[string]*exec.Cmd{}}
+	outside, inside := fmt.Sprintf("ch%dn%d", pid, n), fmt.Sprintf("cn%dn%d", pid, n)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
+	defer cancel()
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("ceph: %w\n%s", err, c.Log()), c.Close())
+		}
+	}()
+	for _, args := range []string{
+		"netns add " + c.namespace,
+		"link add " + outside + " type veth peer name " + inside + " netns " + c.namespace,
+		"addr add " + net4 + "1/30 dev " + outside,
+		"link set " + outside + " up",
+		"-n " + c.namespace + " link set lo up",
+		"-n " + c.namespace + " addr add " + c.Host + "/30 dev " + inside,
+		"-n " + c.namespace + " link set " + inside + " up",
+	} {
+		if err := ip(args); err != nil {
+			return nil, err
+		}
+	}
+	return c, c.start(ctx)
+}
+
+const conf = `[global]
+fsid = %[1]s
+mon host = [v2:%[2]s:3300,v1:%[2]s:6789]
+public addr = %[2]s
+cluster addr = %[2]s
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+auth allow insecure global id reclaim = false
+keyring = %[3]s/keyring
+run dir = %[3]s
+pid file =
+admin socket = %[3]s/$name.$pid.asok
+log file = %[3]s/$name.log
+osd pool default size = 1
+osd pool default min size = 1
+osd crush chooseleaf type = 0
+osd pool default pg num = 8
+osd pool default pgp num = 8
+mon allow pool size one = true
+mon allow pool delete = true
+mon warn on pool no redundancy = false
+mon data = %[3]s/mon
+mon data avail crit = 0
+mgr data = %[3]s/mgr
+mgr initial modules = volumes
+mgr disabled modules = dashboard restful cephadm
+osd data = %[3]s/osd
+osd objectstore = memstore
+memstore device bytes = 4294967296
+osd memory target = 939524096
+osd scrub load threshold = 0.01
+mds data = %[3]s/mds
+[client]
+admin socket =
+log file =
+`
+
+func (c *Cluster) start(ctx context.Context) error {
+	for _, d := range []string{"mon", "mgr", "osd", "mds"} {
+		if err := os.MkdirAll(filepath.Join(c.dir, d), 0o700); err != nil {
+			return err
+		}
+	}
+	id, err := os.ReadFile("/proc/sys/kernel/random/uuid")
+	if err != nil {
+		return err
+	}
+	uuid := strings.TrimSpace(string(id))
+	if err := os.WriteFile(c.Conf, fmt.Appendf(nil, conf, uuid, c.Host, c.dir), 0o600); err != nil {
+		return err
+	}
+	keyring, monmap := filepath.Join(c.dir, "keyring"), filepath.Join(c.dir, "monmap")
+	const all = "--gen-key|--cap|mon|allow *|--cap|osd|allow *|--cap|mds|allow *|--cap|mgr|allow *"
+	for _, args := range []string{
+		"ceph-authtool|-C|" + keyring + "|-n|mon.|--gen-key|--cap|mon|allow *",
+		"ceph-authtool|" + keyring + "|-n|client.admin|" + all,
+		"ceph-authtool|" + keyring + "|-n|mgr.x|" + all,
+		"ceph-authtool|" + keyring + "|-n|osd.0|" + all,
+		"ceph-authtool|" + keyring + "|-n|mds.a|" + all,
+		fmt.Sprintf("monmaptool|--create|--fsid|%s|--addv|a|[v2:%[2]s:3300,v1:%[2]s:6789]|%s", uuid, c.Host, monmap),
+		"ceph-mon|-c|" + c.Conf + "|-i|a|--mkfs|--monmap|" + monmap + "|--keyring|" + keyring,
+	} {
+		if err := c.run(ctx, strings.Split(args, "|")...); err != nil {
+			return err
+		}
+	}
+	if err := c.Daemon("ceph-mon", "a"); err != nil {
+		return err
+	}
+	if err := c.Daemon("ceph-mgr", "x"); err != nil {
+		return err
+	}
+	if _, err := c.Ceph(ctx, "osd", "new", uuid, "0"); err != nil {
+		return err
+	}
+	if err := c.run(ctx, "ceph-osd", "-c", c.Conf, "-i", "0", "--mkfs", "--osd-uuid", uuid); err != nil {
+		return err
+	}
+	if err := errors.Join(c.Daemon("ceph-osd", "0"), c.Daemon("ceph-mds", "a")); err != nil {
+		return err
+	}
+	commands := "osd pool create meta 8\nosd pool create data 8\nfs new " + FS + " meta data\n"
+	if out, err := c.command(ctx, strings.NewReader(commands)); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	for {
+		out, err := c.command(ctx, strings.NewReader("mds stat\ndf detail\nfs subvolume ls "+FS+"\n"), "-f", "json")
+		if err == nil && strings.Contains(out, "up:active") && strings.Contains(out, `"name":"data"`) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the file system is not there: %s, %w", out, err)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// Daemon starts one of the cluster's daemons, which does not run: ceph-mon a, ceph-mgr x, ceph-osd 0 or ceph-mds a. What a store in memory had is gone.
+func (c *Cluster) Daemon(program, id string) error {
+	cmd := exec.Command("ip", "netns", "exec", c.namespace, program, "-f", "-c", c.Conf, "-i", id)
+	log, err := os.OpenFile(filepath.Join(c.dir, program+".out"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	c.daemons[program] = cmd
+	return nil
+}
+
+// Kill kills a daemon.
+func (c *Cluster) Kill(program string) {
+	if cmd := c.daemons[program]; cmd != nil {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		_ = cmd.Wait()
+		delete(c.daemons, program)
+	}
+}
+
+// Signal sends one to a daemon: SIGSTOP makes it hang.
+func (c *Cluster) Signal(program string, s syscall.Signal) error {
+	return syscall.Kill(-c.daemons[program].Process.Pid, s)
+}
+
+// Ceph runs a command of the program ceph as client.admin, and returns what it writes.
+func (c *Cluster) Ceph(ctx context.Context, args ...string) (string, error) {
+	out, err := c.command(ctx, nil, args...)
+	if err != nil {
+		err = fmt.Errorf("ceph %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return out, err
+}
+
+func (c *Cluster) command(ctx context.Context, in io.Reader, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "ceph", append([]string{"-c", c.Conf}, args...)...)
+	cmd.Stdin = in
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil || bytes.Contains(errs.Bytes(), []byte("Error ")) {
+		return errs.String(), errors.Join(err, errors.New("it failed"))
+	}
+	return string(out), nil
+}
+
+func (c *Cluster) run(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", c.namespace}, args...)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// Log is what the daemons have said last.
+func (c *Cluster) Log() string {
+	var b strings.Builder
+	files, _ := filepath.Glob(filepath.Join(c.dir, "*.log"))
+	outs, _ := filepath.Glob(filepath.Join(c.dir, "*.out"))
+	for _, file := range append(files, outs...) {
+		data, _ := os.ReadFile(file)
+		fmt.Fprintf(&b, "%s:\n%s\n", filepath.Base(file), data[max(0, len(data)-4<<10):])
+	}
+	return b.String()
+}
+
+// Close ends the daemons and removes the namespace. Whoever has the file system mounted has to unmount it before.
+func (c *Cluster) Close() error {
+	for program := range c.daemons {
+		c.Kill(program)
+	}
+	return ip("netns del " + c.namespace)
+}
+
+// sweep ends the clusters of tests that were killed.
+func sweep() error {
+	namespaces, err := filepath.Glob("/run/netns/ceph-*-*")
+	for _, path := range namespaces {
+		name := filepath.Base(path)
+		var pid, n int
+		if _, err := fmt.Sscanf(name, "ceph-%d-%d", &pid, &n); err != nil || syscall.Kill(pid, 0) == nil {
+			continue
+		}
+		out, err := exec.Command("ip", "netns", "pids", name).Output()
+		if err != nil {
+			continue // somebody else is sweeping
+		}
+		for field := range strings.FieldsSeq(string(out)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+		_ = ip("netns del " + name) // likewise
+	}
+	return err
+}
+
+func ip(args string) error {
+	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("ip %s: %w: %s", args, err, out)
+	}
+	return nil
+}
