@@ -129,7 +129,7 @@ func TestLaunchErrors(t *testing.T) {
 		{"mariadb", `"/run/mysqld"`, `"/run/../etc"`, `launch.json:97:9: containers[0].tmpfs["/run/../etc"]: "/run/../etc" is no clean absolute path; write it from /, without .., //, and a slash at its end`},
 		{"mariadb", `"/run/mysqld"`, `"/var/lib/mysql"`, "launch.json:97:9: containers[0].tmpfs[\"/var/lib/mysql\"]: /var/lib/mysql is the place of containers[0].mounts[0].path as well; choose another"},
 		{"mariadb", `"volume": "data"`, `"volume": "date"`, `launch.json:102:21: containers[0].mounts[0].volume: the pod has no volume "date"; declare it under volumes`},
-		{"mariadb", `"class": "lv2",`, `"scratch": {},`, "launch.json:115:5: volumes[0]: has 2 of block, directory, nfs, tmpfs and scratch; write exactly one"},
+		{"mariadb", `"class": "lv2",`, `"scratch": {},`, "launch.json:115:5: volumes[0]: has 2 of block, directory, nfs, ceph, tmpfs and scratch; write exactly one"},
 		{"sidecars", `"NET_BIND_SERVICE"`, `"NET_BIND"`, `launch.json:61:9: containers[1].capAdd[0]: "NET_BIND" is no capability; write one such as NET_ADMIN, or ALL`},
 		{"sidecars", `"net.core.somaxconn"`, `"vm.swappiness"`, `launch.json:68:9: containers[1].sysctls["vm.swappiness"]: is no parameter that a container has for itself; net.*, fs.mqueue.*, kernel.sem, kernel.msg* and kernel.shm* are`},
 		{"sidecars", `"cpus": 0.5`, `"cpus": -0.5`, "launch.json:72:17: containers[1].resources.cpus: -0.5 is no number of processors; 0 (no limit) to 64"},
