@@ -250,6 +250,45 @@ func FuzzParsePod(f *testing.F) {
 	})
 }
 
+func FuzzParseJoin(f *testing.F) {
+	id := strings.Repeat("ab", 32)
+	f.Add([]byte(`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "v", "path": "/v"}]}, "volumes": [{"name": "v", "scratch": {}}], "run": 1, "auth": {"username": "a", "password": "b"}}`))
+	f.Add([]byte(`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "volumes": [{"name": "v", "block": {"path": "/dev/sda"}}]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		j, err := ParseJoin(data)
+		if err != nil {
+			return
+		}
+		for _, v := range j.Volumes {
+			if v.Scratch == nil {
+				t.Fatalf("it joins with volume %+v", v)
+			}
+		}
+		if _, err := ParseJoin(write(t, j)); err != nil {
+			t.Fatalf("written and read, it differs: %v", err)
+		}
+	})
+}
+
+// A container joins with what is its own alone.
+func TestParseJoin(t *testing.T) {
+	id := strings.Repeat("ab", 32)
+	for text, want := range map[string]string{
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "run": 1}`:                                                            "",
+		`{"id": "../x", "container": {"name": "a", "image": "busybox"}, "run": 1}`:                                                                  "id",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "volumes": [{"name": "v", "directory": {"path": "/etc"}}], "run": 1}`: "no volume of the pod's own disk",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "other", "path": "/v"}]}, "run": 1}`:             "other",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "lifecycle": {"after": [{"container": "b"}]}}, "run": 1}`:              "waits for none",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "disks": [], "run": 1}`:                                               "disks",
+		`{"id": "` + id + `", "container": {"name": "a/b", "image": "busybox"}, "run": 1}`:                                                          "is no name",
+	} {
+		_, err := ParseJoin([]byte(text))
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}
+
 func FuzzParseBytes(f *testing.F) {
 	for _, s := range []string{"0", "512MiB", "10 GB", "1.5g", "8EiB", "9223372036854775807", "-1", "1e3", "0x10"} {
 		f.Add(s)

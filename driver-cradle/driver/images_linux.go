@@ -74,6 +74,19 @@ func (d *Driver) summon(ctx context.Context, t *drivers.TaskConfig, cfg *taskCon
 	return made, nil
 }
 
+// joining is where containers that join a task's pod while it runs have their images from, as the task's own: what they bring for the registry comes first.
+func joining(t *drivers.TaskConfig, c *config, s *state) *pod.Joining {
+	return &pod.Joining{Images: s.images, Pull: func(a *spec.JoinAuth) (image.PullOptions, error) {
+		var auth *taskAuth
+		owner := ""
+		if a != nil {
+			auth, owner = &taskAuth{Username: a.Username, Password: a.Password}, t.Namespace
+		}
+		keys, err := c.keychain(auth)
+		return image.PullOptions{Keychain: keys, Insecure: c.Insecure, Mirrors: c.mirrors(), Owner: owner}, err
+	}}
+}
+
 // transient says whether trying again may help without anybody doing something: it is on Nomad's restart policy then.
 func transient(err error) bool {
 	return !errors.Is(err, image.ErrPlatform) && !errors.Is(err, pod.ErrUnfit) && !errors.Is(err, image.ErrRefused) && !errors.Is(err, image.ErrTooLarge)

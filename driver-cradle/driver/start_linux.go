@@ -253,7 +253,7 @@ func (d *Driver) start(ctx context.Context, t *drivers.TaskConfig, cfg *taskConf
 	var looking sync.WaitGroup
 	looking.Go(func() { strays = endStrayReaders(ctx, t.StdoutPath) })
 	r, err := made.Start(ctx, pod.StartOptions{
-		CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Limits: limits, Cgroup: groups.unified, Join: groups.dirs(), FirstUID: o.config.firstUID,
+		CacheDir: o.config.CacheDir, Detached: true, DiscardLogs: true, Hold: true, Joining: joining(t, o.config, o.state), Limits: limits, Cgroup: groups.unified, Join: groups.dirs(), FirstUID: o.config.firstUID,
 	})
 	looking.Wait()
 	if err != nil {
@@ -285,7 +285,7 @@ func (d *Driver) RecoverTask(h *drivers.TaskHandle) error {
 	if _, err := d.task(h.Config.ID); err == nil {
 		return nil // this process has had it all the time
 	}
-	_, s, err := d.open()
+	c, s, err := d.open()
 	if err != nil {
 		return err
 	}
@@ -293,13 +293,13 @@ func (d *Driver) RecoverTask(h *drivers.TaskHandle) error {
 	if err := h.GetDriverState(&known); err != nil {
 		return fmt.Errorf("recover task: %w", err)
 	}
-	if err := d.takeUp(s, h.Config, &known); err != nil {
+	if err := d.takeUp(c, s, h.Config, &known); err != nil {
 		return fmt.Errorf("recover task: %w", err)
 	}
 	return nil
 }
 
-func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) error {
+func (d *Driver) takeUp(c *config, s *state, config *drivers.TaskConfig, known *handle) error {
 	dir := s.dirOf(config.ID, config.Name)
 	if known.Dir != dir {
 		return fmt.Errorf("its pod is in %s, which does not belong to state_dir %s", known.Dir, s.dir)
@@ -322,7 +322,7 @@ func (d *Driver) takeUp(s *state, config *drivers.TaskConfig, known *handle) err
 			return err
 		}
 	}
-	r, err := p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true})
+	r, err := p.TakeUp(ctx, pod.TakeUpOptions{DiscardLogs: true, Hold: true, Joining: joining(config, c, s)})
 	if err == nil {
 		if err = d.attend(dir, rec, config, r); err == nil {
 			return nil

@@ -213,6 +213,18 @@ func (p *Pod) routes(docker http.Handler) http.Handler {
 			answer(w, s, err)
 		})
 	}
+	mux.HandleFunc("POST "+wire.PathJoin, func(w http.ResponseWriter, r *http.Request) {
+		j := new(wire.Join)
+		if err := decode(r, j); err != nil {
+			answer(w, nil, err)
+			return
+		}
+		s, err := p.join(r.Context(), j)
+		answer(w, s, err)
+	})
+	mux.HandleFunc("POST "+wire.PathLeave, func(w http.ResponseWriter, r *http.Request) {
+		answer(w, struct{}{}, p.leave(r.Context(), r.FormValue("container")))
+	})
 	mux.HandleFunc("GET "+wire.PathOutput, p.output)
 	mux.HandleFunc("POST "+wire.PathFreeze, func(w http.ResponseWriter, r *http.Request) {
 		timeout, err := parseGrace(r.FormValue("timeout"))

@@ -36,6 +36,8 @@ type Container struct {
 	late   []lateMount
 	nodes  []deviceNode
 
+	joined *joined // nil: it is the launch's
+
 	op sync.Mutex // one start, stop, pause at a time
 
 	// Guarded by the crew's mutex.
@@ -50,7 +52,7 @@ type Container struct {
 }
 
 // newContainer prepares a container's place. It does not start it.
-func (p *Pod) newContainer(n int, s *spec.Container, layers map[string]string) (*Container, error) {
+func (p *Pod) newContainer(n int, s *spec.Container) (_ *Container, err error) {
 	c := &Container{
 		pod: p, spec: s,
 		dir:    filepath.Join(p.scratch, "containers", s.ID),
@@ -68,7 +70,7 @@ func (p *Pod) newContainer(n int, s *spec.Container, layers map[string]string) (
 		if slices.ContainsFunc(s.Layers[i+1:], func(above spec.Layer) bool { return above.DiffID == l.DiffID }) {
 			continue
 		}
-		dir, ok := layers[l.DiffID]
+		dir, ok := p.layers[l.DiffID]
 		if !ok {
 			return nil, &stateError{ErrInvalid, "the host attached no disk for layer " + l.DiffID}
 		}
@@ -81,13 +83,17 @@ func (p *Pod) newContainer(n int, s *spec.Container, layers map[string]string) (
 	}
 	c.state.Status = wire.StateCreated
 	c.loadRecord()
-	var err error
 	c.io, err = stdio.Open(filepath.Join(c.dir, "log"), stdio.Options{
 		TTY: s.TTY, OpenStdin: s.OpenStdin, StdinOnce: s.StdinOnce, MaxSize: p.logSize(s.Logs),
 	})
 	if err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			c.io.Close()
+		}
+	}()
 	if err := makeCgroup(c.cgroup, s.Resources); err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package guest
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,6 +28,8 @@ type crew struct {
 type unit struct {
 	name string
 	rule spec.Lifecycle
+	// guest units end with the pod and do not keep it from ending.
+	guest bool
 	// run is one start to its end. It calls crew.up as soon as the command runs. ctx ends when the unit is to stop before that.
 	run func(ctx context.Context) outcome
 
@@ -241,12 +244,13 @@ func (c *crew) finish(u *unit, o outcome) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	u.active, u.running, u.restarting, u.last = false, false, false, o
-	critical, active := false, false
+	critical, active, own := false, false, false
 	for _, other := range c.units {
-		critical = critical || other.rule.Critical
+		critical = critical || other.rule.Critical && !other.guest
 		active = active || other.active
+		own = own || other.active && !other.guest
 	}
-	if !c.decided && (u.rule.Critical || !critical && !active) {
+	if !c.decided && !u.guest && (u.rule.Critical || !critical && !own) {
 		c.decided, c.code, c.reason = true, o.code, o.reason
 		c.stop()
 	}
@@ -268,6 +272,39 @@ func (c *crew) stop() {
 // up says that the unit's command runs.
 func (c *crew) up(u *unit) {
 	u.running, u.begun, u.restarting, u.again = true, true, false, false
+	c.change()
+}
+
+// add makes a unit one of the crew, held until it is released; false where the pod ends.
+func (c *crew) add(u *unit) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stopping {
+		return false
+	}
+	u.active = true
+	c.units = append(c.units, u)
+	c.change()
+	go c.supervise(u, true)
+	return true
+}
+
+// rearm holds a unit anew that has ended for good; false where the pod ends. The mutex is held.
+func (c *crew) rearm(u *unit) bool {
+	if c.stopping {
+		return false
+	}
+	u.active, u.begun, u.released, u.halt, u.again, u.starts, u.delay, u.last = true, false, false, false, false, 0, 0, outcome{}
+	c.change()
+	go c.supervise(u, true)
+	return true
+}
+
+// remove takes a unit that has ended out of the crew.
+func (c *crew) remove(u *unit) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.units = slices.DeleteFunc(c.units, func(other *unit) bool { return other == u })
 	c.change()
 }
 

@@ -306,3 +306,57 @@ func TestEvents(t *testing.T) {
 		cancel()
 	}
 }
+
+// A guest does not keep the pod from ending, and its end is not the pod's.
+func TestCrewGuests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, starts := crewOf(t, map[string]spec.Lifecycle{"own": {}}, map[string]script{"own": {{takes: 10 * time.Second, outcome: outcome{code: 3}}}})
+		c.begin()
+		runs := 0
+		var u *unit
+		u = &unit{name: "guest", guest: true, rule: spec.Lifecycle{Hold: spec.Duration(time.Hour), Critical: true}, run: func(context.Context) outcome {
+			c.mu.Lock()
+			runs++
+			c.up(u)
+			c.mu.Unlock()
+			select {
+			case <-time.After(time.Second):
+			case <-c.over:
+			}
+			return outcome{code: 9}
+		}}
+		if !c.add(u) {
+			t.Fatal("it was not admitted")
+		}
+		time.Sleep(time.Second)
+		if runs != 0 {
+			t.Fatal("it was not held")
+		}
+		release := func() {
+			c.mu.Lock()
+			u.released = true
+			c.change()
+			c.mu.Unlock()
+		}
+		release()
+		time.Sleep(2 * time.Second)
+		c.mu.Lock()
+		if u.active || c.stopping || !c.rearm(u) {
+			t.Errorf("after its end: active %v, the pod ends %v", u.active, c.stopping)
+		}
+		c.mu.Unlock()
+		time.Sleep(time.Second)
+		if runs != 1 {
+			t.Errorf("it has run %d times, and was to be held", runs)
+		}
+		time.Sleep(5500 * time.Millisecond)
+		release() // half a second before the pod's end
+		<-c.ended
+		if c.code != 3 || runs != 2 || len(*starts["own"]) != 1 {
+			t.Errorf("the pod ended with %d, the guest ran %d times", c.code, runs)
+		}
+		if c.add(&unit{name: "late", guest: true}) {
+			t.Error("a pod that has ended has admitted one")
+		}
+	})
+}

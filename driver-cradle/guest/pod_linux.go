@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -37,6 +39,10 @@ type Pod struct {
 	launch     *wire.Launch
 	containers []*Container
 	volumes    map[string]*volume
+	places     int // cgroups that containers have had
+
+	joining sync.Mutex        // one container joins or leaves at a time
+	layers  map[string]string // where they are mounted, by DiffID; of joining, once the pod is launched
 
 	parked  chan *stage // at most one
 	scratch string      // where the scratch disk is mounted
@@ -133,10 +139,9 @@ func (p *Pod) prepare(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	var netErr, scratchErr, layerErr error
-	layers := make(map[string]string)
 	wg.Go(func() { netErr = p.setUpNetwork() })
 	wg.Go(func() { scratchErr = p.mountScratch(ctx) })
-	wg.Go(func() { layers, layerErr = p.mountLayers(ctx) })
+	wg.Go(func() { p.layers, layerErr = p.mountLayers(ctx) })
 	if err := limitPod(l.Launch.Resources); err != nil {
 		return fmt.Errorf("limit the pod: %w", err)
 	}
@@ -149,7 +154,7 @@ func (p *Pod) prepare(ctx context.Context) error {
 	}
 	var containers []*Container
 	for i := range l.Launch.Containers {
-		c, err := p.newContainer(i, &l.Launch.Containers[i], layers)
+		c, err := p.newContainer(i, &l.Launch.Containers[i])
 		if err != nil {
 			return fmt.Errorf("container %s: %w", l.Launch.Containers[i].Name, err)
 		}
@@ -157,7 +162,7 @@ func (p *Pod) prepare(ctx context.Context) error {
 		p.crew.units = append(p.crew.units, c.unit)
 	}
 	p.mu.Lock()
-	p.containers = containers
+	p.containers, p.places = containers, len(containers)
 	p.mu.Unlock()
 	return nil
 }
@@ -331,7 +336,7 @@ func (p *Pod) Stop(ctx context.Context, o StopOptions) (wire.Status, error) {
 	if p.Containers() == nil {
 		return p.Status(), nil
 	}
-	for _, v := range p.volumes {
+	for _, v := range p.allVolumes() {
 		if _, err := v.thaw(); err != nil && !errors.Is(err, ErrInvalid) {
 			p.log.Warn("thaw", "error", err)
 		}
@@ -428,12 +433,25 @@ func (p *Pod) Grow(volume string) error {
 }
 
 func (p *Pod) volume(name string) (*volume, error) {
-	if p.Containers() != nil { // volumes don't change any more
-		if v := p.volumes[name]; v != nil {
+	if p.Containers() != nil {
+		if v := p.volumeNamed(name); v != nil {
 			return v, nil
 		}
 	}
 	return nil, &stateError{ErrNotFound, "No such volume: " + name}
+}
+
+// volumeNamed is nil where there is none.
+func (p *Pod) volumeNamed(name string) *volume {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.volumes[name]
+}
+
+func (p *Pod) allVolumes() []*volume {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Values(p.volumes))
 }
 
 // Stats of the guest as a whole.

@@ -97,7 +97,7 @@ func (c *Container) points() ([]point, error) {
 	}
 	c.nodes = nil
 	for _, m := range c.spec.Mounts {
-		v := c.pod.volumes[m.Volume]
+		v := c.pod.volumeNamed(m.Volume)
 		if v == nil {
 			return nil, &stateError{ErrInvalid, fmt.Sprintf("mount %s: there is no volume %s", m.Path, m.Volume)}
 		}

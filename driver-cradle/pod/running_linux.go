@@ -29,6 +29,8 @@ type Running struct {
 	spec        *spec.Launch
 	started     time.Time
 	discardLogs bool
+	joining     *Joining   // nil: nothing joins
+	joins       sync.Mutex // one container joins or leaves at a time
 
 	listener *net.UnixListener
 	proxies  sync.WaitGroup
@@ -72,6 +74,7 @@ func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, starte
 type TakeUpOptions struct {
 	DiscardLogs bool
 	Hold        bool
+	Joining     *Joining
 }
 
 // TakeUp attends to a pod that another process has started detached and no longer attends to. It fails with ErrRunning where one does,
@@ -99,6 +102,7 @@ func (d *Dir) TakeUp(ctx context.Context, o TakeUpOptions) (_ *Running, err erro
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
 	}
 	r := d.running(m, lock, launch, m.Info().StartedAt, o.DiscardLogs)
+	r.joining = o.Joining
 	if err := r.listen(); err != nil {
 		r.stop(err)
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.path, err), m.Close())
@@ -339,6 +343,7 @@ func (r *Running) Status(ctx context.Context) (wire.Status, error) {
 	if err := r.call(ctx, http.MethodGet, wire.PathStatus, nil, nil, &s); err != nil {
 		return s, fmt.Errorf("status of pod %s: %w", r.spec.Name, err)
 	}
+	r.own(&s)
 	r.mu.Lock()
 	r.last = s
 	r.mu.Unlock()
@@ -481,6 +486,7 @@ func (r *Running) awaitEnd() (wire.Status, error) {
 		begun := time.Now()
 		err := r.call(ctx, http.MethodGet, wire.PathWait, nil, nil, &s)
 		if err == nil {
+			r.own(&s)
 			return s, nil
 		}
 		if ctx.Err() != nil {

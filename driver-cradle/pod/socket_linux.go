@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -93,10 +94,23 @@ const openTimeout = 15 * time.Second
 
 func (r *Running) proxy(client net.Conn) {
 	defer client.Close()
+	if !r.keep(client) {
+		return
+	}
+	defer r.drop(client)
+	in := bufio.NewReaderSize(client, 4<<10)
+	host, err := isHostCall(in)
+	switch {
+	case err != nil && in.Buffered() == 0:
+		return
+	case host:
+		r.answerCall(client, in)
+		return
+	}
 	ctx, cancel := context.WithTimeoutCause(r.ctx, openTimeout, fmt.Errorf("the guest does not answer within %v: kcradle kill %s ends it", openTimeout, r.dir.path))
 	defer cancel()
 	// A stream to a guest that hangs opens, and then nothing comes of it.
-	err := r.call(ctx, http.MethodGet, "/_ping", nil, nil, nil)
+	err = r.call(ctx, http.MethodGet, "/_ping", nil, nil, nil)
 	var stream net.Conn
 	if err == nil {
 		stream, err = r.machine.Open(ctx)
@@ -109,11 +123,16 @@ func (r *Running) proxy(client net.Conn) {
 		fmt.Fprintf(client, "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body)
 		return
 	}
-	if !r.keep(client, stream) {
+	if !r.keep(stream) {
 		stream.Close()
 		return
 	}
-	defer r.drop(client, stream)
+	defer r.drop(stream)
+	begun, _ := in.Peek(in.Buffered())
+	if _, err := stream.Write(begun); err != nil {
+		stream.Close()
+		return
+	}
 	wire.Proxy(client, stream)
 }
 

@@ -35,6 +35,7 @@ type StartOptions struct {
 	DiscardLogs bool               // do not bring the containers' logs home at the end
 	Progress    func(wire.Filling) // told again and again while an image's content is copied into a volume; nil: nobody wants to know
 	Hold        bool               // keep the machine after the pod's end until Running.Release
+	Joining     *Joining           // nil: no container joins the pod while it runs
 
 	Limits map[string]spec.IOLimits // of block volumes, by name, from the first access on
 
@@ -152,6 +153,7 @@ func (d *Dir) Start(ctx context.Context, o StartOptions) (_ *Running, err error)
 	d.log.Debug("machine answers", "pod", launch.Name, "took", answered.Sub(started).Round(time.Microsecond), "start", m.Info().Start)
 	w.Launch.Network.Publish = m.Info().Publish // with the ports that were left open: docker's clients ask the guest
 	r := d.running(m, lock, launch, started, o.DiscardLogs)
+	r.joining = o.Joining
 	for volume, limits := range o.Limits {
 		err = errors.Join(err, r.Throttle(ctx, volume, limits))
 	}
@@ -237,7 +239,7 @@ func (d *Dir) tidy() error {
 			return err
 		}
 	}
-	return errors.Join(remove(d.join(SocketFile)), remove(d.join(runDir, detachedFile)), remove(d.join(runDir, fillingFile)), remove(run))
+	return errors.Join(remove(d.join(SocketFile)), remove(d.join(runDir, detachedFile)), remove(d.join(runDir, fillingFile)), remove(d.join(runDir, joinedFile)), remove(run))
 }
 
 func remove(path string) error {

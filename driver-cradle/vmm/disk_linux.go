@@ -25,6 +25,16 @@ func diskDevice(lun int) string { return fmt.Sprintf("lun%d", lun) }
 
 // AddDisk plugs a disk in and returns its LUN.
 func (m *Machine) AddDisk(ctx context.Context, d Disk) (lun int, err error) {
+	for {
+		lun, err = m.addDisk(ctx, d)
+		if !errors.Is(err, errTaken) {
+			return lun, err
+		}
+	}
+}
+
+// addDisk is AddDisk at the first place that this process knows to be free.
+func (m *Machine) addDisk(ctx context.Context, d Disk) (lun int, err error) {
 	m.mu.Lock()
 	for lun = m.state.Places; lun <= maxLUN; lun++ {
 		if _, used := m.state.Disks[lun]; !used {
@@ -40,6 +50,9 @@ func (m *Machine) AddDisk(ctx context.Context, d Disk) (lun int, err error) {
 	if err := m.plug(ctx, lun, d); err != nil {
 		m.mu.Lock()
 		delete(m.state.Disks, lun)
+		if errors.Is(err, errTaken) {
+			m.state.Disks[lun] = Disk{Internal: true}
+		}
 		m.mu.Unlock()
 		return 0, err
 	}
@@ -199,7 +212,9 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 		return fmt.Errorf("attach disk %s: %w", d.Key, err)
 	}
 	// QEMU drops a set whose files nobody has open, so failing below needs to undo only what it did.
-	if err := m.QMP(ctx, "blockdev-add", blockNode(lun, driver, d.ReadOnly), nil); err != nil {
+	if err := m.QMP(ctx, "blockdev-add", blockNode(lun, driver, d.ReadOnly), nil); err != nil && strings.Contains(err.Error(), "uplicate node") {
+		return errTaken
+	} else if err != nil {
 		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
 		return fmt.Errorf("attach disk %s: %w", d.Key, inUse(err, d))
 	}
@@ -213,6 +228,9 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 	m.mu.Unlock()
 	return nil
 }
+
+// errTaken is that QEMU has a disk at a place that is free as far as this process knows: one that was killed has plugged it in, before it could note that.
+var errTaken = errors.New("the place has a disk already")
 
 // ErrDiskInUse is part of the error of attaching an image that another machine writes, or would be written under another's eyes.
 var ErrDiskInUse = errors.New("another machine or program uses it")

@@ -19,6 +19,8 @@ const (
 	PathGrow     = "/cradle/v1/grow"     // POST ?volume=NAME: the disk has grown, grow the file system
 	PathStats    = "/cradle/v1/stats"    // GET → Stats
 	PathUsage    = "/cradle/v1/usage"    // GET ?volume=NAME → spec.VolumeStats
+	PathJoin     = "/cradle/v1/join"     // POST Join → ContainerStatus: a container more, held until docker's start is called for it
+	PathLeave    = "/cradle/v1/leave"    // POST ?container=ID: one that has joined ends, and nothing of it stays
 	PathOutput   = "/cradle/v1/output"   // GET ?container=NAME&after=Mark → a stream of Pieces, until the container has ended for good
 )
 
@@ -31,6 +33,15 @@ type Launch struct {
 	DNS         DNS         `json:"dns"`
 	// ConsoleSize, in rows and columns, is that of terminals at their containers' start, where somebody looks at them.
 	ConsoleSize [2]uint16 `json:"consoleSize,omitzero"`
+}
+
+// A Join is a container that joins a pod that runs. It is held: docker's start lets it run. The same Join again changes nothing; one with a higher number for a
+// container that has ended holds it anew.
+type Join struct {
+	Container spec.Container `json:"container"`
+	Volumes   []spec.Volume  `json:"volumes,omitempty"` // of it alone, on the scratch disk
+	Disks     []Disk         `json:"disks"`             // of its layers
+	Run       int            `json:"run"`
 }
 
 // Keys of disks, before the DiffID or the volume's name.
