@@ -36,7 +36,7 @@ func (s *Server) attachContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	if p, err := t.running(c); err == nil {
 		t.emitContainer(c, events.ActionAttach, nil)
-		return p.passStream(w, r, inside("/attach"))
+		return p.passStream(w, r, p.inside("/attach"))
 	}
 	if !stream && replay { // docker attach has no logs alone, but the API has
 		return s.containerLogs(w, r, t, c)
@@ -82,6 +82,19 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 		if t.isPlacing(c.ID) {
 			return false, nil
 		}
+		if c.Joins != "" {
+			now, err := t.get(ctx, c.ID)
+			if isNotFound(err) {
+				return false, errGone
+			}
+			if err != nil || now.Run < next {
+				return false, err
+			}
+			if now.Run == next && !now.ended() {
+				c, s = now, t.watch.state(now)
+			}
+			return true, nil
+		}
 		t.watch.mu.Lock()
 		s = t.watch.stateOf(c.jobID(), next, anyTry)
 		t.watch.mu.Unlock()
@@ -104,15 +117,19 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 	}
 	query := url.Values{"stream": {"1"}, "logs": {"1"}}
 	if next > 1 { // what earlier runs have said is in the log as well
-		query.Set("since", fmt.Sprintf("%d.%09d", s.alloc.CreateTime/1e9, s.alloc.CreateTime%1e9))
+		begun := s.alloc.CreateTime
+		if c.Joins != "" {
+			begun = c.Began.UnixNano()
+		}
+		query.Set("since", fmt.Sprintf("%d.%09d", begun/1e9, begun%1e9))
 	}
 	for _, name := range []string{"stdin", "stdout", "stderr", "detachKeys"} {
 		if v := q.Get(name); v != "" {
 			query.Set(name, v)
 		}
 	}
-	p := t.pod(s.alloc)
-	request, err := p.request(ctx, http.MethodPost, inside("/attach"), query, nil)
+	p := t.podWith(c, s.alloc)
+	request, err := p.request(ctx, http.MethodPost, p.inside("/attach"), query, nil)
 	if err != nil {
 		return err
 	}
@@ -216,7 +233,7 @@ func (s *Server) createExec(w http.ResponseWriter, r *http.Request, t *tenant, c
 		return err
 	}
 	var made common.IDResponse
-	if err := p.call(r.Context(), http.MethodPost, inside("/exec"), nil, request, &made); err != nil {
+	if err := p.call(r.Context(), http.MethodPost, p.inside("/exec"), nil, request, &made); err != nil {
 		return err
 	}
 	made.ID = c.ID + made.ID

@@ -84,9 +84,9 @@ func (t *tenant) readLayer(ctx context.Context, c *record, pause bool, read func
 	}
 	defer done()
 	if pause && t.isRunning(c) {
-		if err := p.call(ctx, http.MethodPost, inside("/pause"), nil, nil, nil); err == nil {
+		if err := p.call(ctx, http.MethodPost, p.inside("/pause"), nil, nil, nil); err == nil {
 			defer func() {
-				if err := p.call(context.WithoutCancel(ctx), http.MethodPost, inside("/unpause"), nil, nil, nil); err != nil && !t.over(c) {
+				if err := p.call(context.WithoutCancel(ctx), http.MethodPost, p.inside("/unpause"), nil, nil, nil); err != nil && !t.over(c) {
 					t.server.Log.Error("let a container go on after a commit", "container", c.ID, "error", err)
 				}
 			}()
@@ -94,7 +94,7 @@ func (t *tenant) readLayer(ctx context.Context, c *record, pause bool, read func
 			return err
 		}
 	}
-	layer, err := p.read(ctx, inside("/export"), url.Values{"layer": {"1"}})
+	layer, err := p.read(ctx, p.inside("/export"), url.Values{"layer": {"1"}})
 	if err != nil {
 		return err
 	}

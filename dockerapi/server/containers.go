@@ -60,7 +60,7 @@ func (s *Server) containerRoutes(on *router) {
 			if err != nil {
 				return err
 			}
-			return p.pass(w, req, inside(r.rest))
+			return p.pass(w, req, p.inside(r.rest))
 		})
 	}
 	one("POST /containers/{id}/exec", s.createExec)
@@ -77,7 +77,7 @@ func (s *Server) containerRoutes(on *router) {
 		{"GET /containers/{id}/export", "/export", events.ActionExport},
 	} {
 		one(r.pattern, func(w http.ResponseWriter, req *http.Request, t *tenant, c *record) error {
-			if err := t.passDisk(w, req, c, inside(r.rest)); err != nil {
+			if err := t.passDisk(w, req, c, r.rest); err != nil {
 				return err
 			}
 			if r.action != "" {
@@ -123,13 +123,16 @@ func (t *tenant) running(r *record) (*pod, error) {
 	default:
 		return nil, dockerhttp.Errorf(http.StatusConflict, "container %s is not running", r.ID)
 	}
-	return t.pod(t.watch.state(r).alloc), nil
+	return t.podWith(r, t.watch.state(r).alloc), nil
 }
 
 // disk is a pod that has a container's file system: its own, or one that attends to it.
 func (t *tenant) disk(ctx context.Context, r *record) (*pod, func(), error) {
 	if p, err := t.running(r); err == nil || t.isAway(r) || r.restarting() {
 		return p, func() {}, err
+	}
+	if r.Joins != "" {
+		return t.insideDisk(ctx, r)
 	}
 	if !r.ended() && r.Run > 0 && t.watch.state(r).phase == phasePending {
 		if s, err := t.started(ctx, r); err != nil {
@@ -142,13 +145,13 @@ func (t *tenant) disk(ctx context.Context, r *record) (*pod, func(), error) {
 }
 
 // passDisk gives a request to a pod that has the container's file system. A pod that ends, or has just ended, is not asked in vain: the next one has its disk.
-func (t *tenant) passDisk(w http.ResponseWriter, req *http.Request, c *record, path string) error {
+func (t *tenant) passDisk(w http.ResponseWriter, req *http.Request, c *record, rest string) error {
 	for again := false; ; again = true {
 		p, done, err := t.disk(req.Context(), c)
 		if err != nil {
 			return err
 		}
-		err = p.pass(w, req, path)
+		err = p.pass(w, req, p.inside(rest))
 		done()
 		if again || !unanswered(err, req) {
 			return err
@@ -199,6 +202,10 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	if err != nil {
 		return err
 	}
+	joins, err := t.joinTarget(ctx, request.HostConfig)
+	if err != nil {
+		return err
+	}
 	id := newID()
 	rules := translate.Rules{HostPaths: s.HostPaths}
 	if request.HostConfig != nil {
@@ -221,7 +228,9 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Ranges: c.Ranges, Want: wantCreated,
 	}
 	rec.Bridged = rec.onNetworks()
-	if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
+	if joins != nil {
+		rec.Joins, rec.Config.Hostname, rec.Config.Domainname = joins.ID, joins.Config.Hostname, joins.Config.Domainname
+	} else if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
 		return dockerhttp.Invalid("%v", err)
 	}
 	if err := t.takeName(ctx, name, id); err != nil {
@@ -235,7 +244,9 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	// Both are there before the client knows of the container.
 	var both errgroup.Group
-	both.Go(func() error { return t.putVariables(ctx, rec) })
+	if joins == nil { // the pod of the other one is told
+		both.Go(func() error { return t.putVariables(ctx, rec) })
+	}
 	both.Go(func() error { return t.put(ctx, rec) })
 	if err := both.Wait(); err != nil {
 		clear := context.WithoutCancel(ctx)
@@ -322,7 +333,7 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 	}
 	t.awaitEnd(c, p)
 	t.emitKill(c, stopSignal(c.Config, q.Get("signal")))
-	if err := p.call(ctx, http.MethodPost, inside("/stop"), q, nil, nil); err != nil && !t.over(c) {
+	if err := p.call(ctx, http.MethodPost, p.inside("/stop"), q, nil, nil); err != nil && !t.over(c) {
 		return err
 	}
 	if err := t.untilEnded(ctx, c); err != nil {
@@ -389,7 +400,7 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	p, err := t.running(c)
 	if err == nil {
 		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
-		err = p.call(ctx, http.MethodPost, inside("/restart"), r.URL.Query(), nil, nil)
+		err = p.call(ctx, http.MethodPost, p.inside("/restart"), r.URL.Query(), nil, nil)
 	} else {
 		if err = t.start(ctx, c.ID); isNotModified(err) {
 			err = nil
@@ -422,7 +433,7 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	if signal != 0 { // else the pod refuses it
 		t.emitKill(c, signal)
 	}
-	if err := p.call(ctx, http.MethodPost, inside("/kill"), r.URL.Query(), nil, nil); err != nil {
+	if err := p.call(ctx, http.MethodPost, p.inside("/kill"), r.URL.Query(), nil, nil); err != nil {
 		return err
 	}
 	if signal == unix.SIGKILL {
@@ -450,6 +461,9 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	ctx := r.Context()
 	// Its pod may start it again, by its policy or for docker restart: then the run goes on.
 	var exited io.ReadCloser
+	if c.Joins != "" && t.isRunning(c) {
+		t.followEnd(c)
+	}
 	if p, err := t.running(c); err == nil && condition != container.WaitConditionRemoved {
 		if exited, err = p.nextExit(ctx); err != nil && ctx.Err() != nil {
 			return nil //nolint:nilerr // the client has gone
@@ -504,7 +518,7 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 
 // nextExit asks the pod to tell of the container's next exit, and whether it starts it again. When it returns, that can't be missed.
 func (p *pod) nextExit(ctx context.Context) (io.ReadCloser, error) {
-	return p.stream(ctx, http.MethodPost, inside("/wait"), url.Values{"condition": {string(container.WaitConditionNextExit)}})
+	return p.stream(ctx, http.MethodPost, p.inside("/wait"), url.Values{"condition": {string(container.WaitConditionNextExit)}})
 }
 
 // awaitRun is endOfRun, for a run that may not have begun.
@@ -624,7 +638,7 @@ func (s *Server) containerLogs(w http.ResponseWriter, r *http.Request, t *tenant
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	return t.passDisk(w, r, c, inside("/logs"))
+	return t.passDisk(w, r, c, "/logs")
 }
 
 // mediaType is that of a container's output (moby api/swagger.yaml, ContainerAttach).
@@ -641,7 +655,7 @@ func (s *Server) containerStats(w http.ResponseWriter, r *http.Request, t *tenan
 	if err != nil {
 		return dockerhttp.Answer(w, http.StatusOK, container.StatsResponse{ID: c.ID, Name: "/" + c.Name, OSType: "linux"})
 	}
-	request, err := p.request(r.Context(), http.MethodGet, inside("/stats"), r.URL.Query(), nil)
+	request, err := p.request(r.Context(), http.MethodGet, p.inside("/stats"), r.URL.Query(), nil)
 	if err != nil {
 		return err
 	}
@@ -682,7 +696,7 @@ func (s *Server) updateContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	ctx := r.Context()
 	if p, err := t.running(c); err == nil {
-		if err := p.call(ctx, http.MethodPost, inside("/update"), nil, u, nil); err != nil {
+		if err := p.call(ctx, http.MethodPost, p.inside("/update"), nil, u, nil); err != nil {
 			return err
 		}
 	}

@@ -72,7 +72,7 @@ func (t *tenant) sizes(r *http.Request, c *record, out *container.InspectRespons
 		return nil //nolint:nilerr // it is known of those that run
 	}
 	var i container.InspectResponse
-	if err := p.call(r.Context(), http.MethodGet, inside("/json"), map[string][]string{"size": {"1"}}, nil, &i); err != nil {
+	if err := p.call(r.Context(), http.MethodGet, p.inside("/json"), map[string][]string{"size": {"1"}}, nil, &i); err != nil {
 		return err
 	}
 	out.SizeRw, out.SizeRootFs = i.SizeRw, i.SizeRootFs
@@ -82,7 +82,7 @@ func (t *tenant) sizes(r *http.Request, c *record, out *container.InspectRespons
 // ports are the container's, with where each is to be found.
 func (t *tenant) ports(c *record) network.PortMap {
 	m := network.PortMap{}
-	if !t.isRunning(c) {
+	if !t.isRunning(c) || c.Joins != "" {
 		return m
 	}
 	for p := range c.Config.ExposedPorts {

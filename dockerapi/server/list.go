@@ -98,10 +98,13 @@ func (t *tenant) ask(ctx context.Context, r *record, wait time.Duration) *seen {
 	if err != nil {
 		return s
 	}
+	if r.Joins != "" {
+		t.followEnd(r) // who has started it may be gone
+	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	var c container.InspectResponse
-	if err := p.call(ctx, http.MethodGet, inside("/json"), nil, nil, &c); err != nil || c.State == nil {
+	if err := p.call(ctx, http.MethodGet, p.inside("/json"), nil, nil, &c); err != nil || c.State == nil {
 		return s
 	}
 	s.inside, s.state = &c, *c.State
@@ -113,7 +116,7 @@ func (t *tenant) ask(ctx context.Context, r *record, wait time.Duration) *seen {
 
 // tells says whether only a container's pod knows its state: it may be paused, restarting, or have a health.
 func (r *record) tells() bool {
-	return !r.Host.RestartPolicy.IsNone() || r.Config.Healthcheck != nil && len(r.Config.Healthcheck.Test) > 0
+	return r.Joins != "" || !r.Host.RestartPolicy.IsNone() || r.Config.Healthcheck != nil && len(r.Config.Healthcheck.Test) > 0
 }
 
 // asked is how many pods are asked at once.
@@ -329,7 +332,7 @@ func (t *tenant) portSummaries(c *seen) []container.PortSummary {
 		known[p] = true
 		out = append(out, container.PortSummary{IP: hostIP(published), PrivatePort: p.Num(), PublicPort: published.HostPort, Type: string(p.Proto())})
 	}
-	if c.state.Running {
+	if c.state.Running && c.Joins == "" {
 		for p := range c.Config.ExposedPorts {
 			if !known[p] {
 				out = append(out, container.PortSummary{PrivatePort: p.Num(), Type: string(p.Proto())})

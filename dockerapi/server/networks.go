@@ -385,6 +385,9 @@ func (s *Server) connectNetwork(w http.ResponseWriter, r *http.Request, t *tenan
 	}
 	e.NetworkID = n.ID
 	return t.rewire(w, r, request.Container, n, events.ActionConnect, func(c *record) error {
+		if err := refuseJoined(c); err != nil {
+			return err
+		}
 		switch {
 		case c.Networks[n.Name] != nil:
 			return dockerhttp.Errorf(http.StatusForbidden, "endpoint with name %s already exists in network %s", c.Name, n.Name)

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
+
 	"github.com/hashicorp/nomad/api"
 	"github.com/moby/moby/api/types/common"
 	"github.com/moby/moby/api/types/container"
@@ -160,7 +162,7 @@ func (t *tenant) findAny(ctx context.Context, ref string) (named, error) {
 // within is the path of something of the container in its pod.
 func (o *other) within(rest string) string { return "/containers/" + o.inside + rest }
 
-func (t *tenant) podOfOther(o *other) *pod { return &pod{t, o.alloc.ID, o.task} }
+func (t *tenant) podOfOther(o *other) *pod { return &pod{t, o.alloc.ID, o.task, translate.Own} }
 
 // serveOther answers a request about another container, of which pattern is the route: its pod does, where nothing is changed.
 func (t *tenant) serveOther(w http.ResponseWriter, r *http.Request, o *other, pattern string) error {

@@ -30,9 +30,21 @@ const podTimeout = 30 * time.Second
 type pod struct {
 	tenant      *tenant
 	alloc, task string
+	container   string // that is asked about, as the pod calls it
 }
 
-func (t *tenant) pod(a *api.AllocationListStub) *pod { return &pod{t, a.ID, translate.Own} }
+func (t *tenant) pod(a *api.AllocationListStub) *pod {
+	return &pod{t, a.ID, translate.Own, translate.Own}
+}
+
+// podWith is the pod that a container is in.
+func (t *tenant) podWith(r *record, a *api.AllocationListStub) *pod {
+	p := t.pod(a)
+	if r.Joins != "" {
+		p.container = r.ID
+	}
+	return p
+}
 
 // dial opens a connection to the pod's docker API, through Nomad.
 func (p *pod) dial(ctx context.Context) (net.Conn, error) {
@@ -193,7 +205,7 @@ func refusal(answer *http.Response) error {
 }
 
 // inside is the path of something of the container in its pod.
-func inside(rest string) string { return "/containers/" + translate.Own + rest }
+func (p *pod) inside(rest string) string { return "/containers/" + p.container + rest }
 
 // pass gives a request to the pod as it is, and its answer to the client as it comes.
 func (p *pod) pass(w http.ResponseWriter, r *http.Request, path string) error {

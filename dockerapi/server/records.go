@@ -75,6 +75,11 @@ type record struct {
 	// Bridged says whether the machine of the newest run has an interface in its node's bridge.
 	Bridged bool `json:"bridged,omitempty"`
 
+	// Joins is the container whose machine it is in, by its id, and Within the run of that one that its newest run is in. Began is when it began.
+	Joins  string    `json:"joins,omitempty"`
+	Within int       `json:"within,omitempty"`
+	Began  time.Time `json:"began,omitzero"`
+
 	place string // the node where the newest run has to be, "" for any; known while it is started
 	index uint64 // of the variable
 }
@@ -111,7 +116,7 @@ func newID() string {
 func (r *record) jobID() string { return jobPrefix + r.ID }
 
 // keepsDisk says whether the container has a disk when it does not run.
-func (r *record) keepsDisk() bool { return !r.Host.AutoRemove || r.Filled }
+func (r *record) keepsDisk() bool { return r.Joins == "" && (!r.Host.AutoRemove || r.Filled) }
 
 // ended says whether the newest run is known to have ended.
 func (r *record) ended() bool { return r.Run > 0 && r.Last.Number == r.Run }

@@ -27,6 +27,11 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 	if err := t.killNow(ctx, r); err != nil {
 		return err
 	}
+	if r.Joins != "" {
+		if err := t.leavePod(ctx, r); err != nil {
+			return fmt.Errorf("remove container %s: %w", r.ID, err)
+		}
+	}
 	g, together := errgroup.WithContext(ctx)
 	g.Go(func() error { return t.purge(together, r.jobID()) })
 	g.Go(func() error { return t.purge(together, attendantID(r)) })
@@ -75,12 +80,18 @@ func (t *tenant) killNow(ctx context.Context, r *record) error {
 	}
 	t.awaitEnd(r, p)
 	t.emitKill(r, unix.SIGKILL)
-	if err := p.call(ctx, http.MethodPost, inside("/kill"), nil, nil, nil); err != nil {
+	if err := p.call(ctx, http.MethodPost, p.inside("/kill"), nil, nil, nil); err != nil {
 		t.server.Log.Debug("kill a container before its removal", "container", r.ID, "error", err)
 		return nil // what does not answer, or has not begun, is Nomad's to end
 	}
 	ctx, cancel := context.WithTimeout(ctx, killWait)
 	defer cancel()
+	if r.Joins != "" {
+		if err := t.untilEnded(ctx, r); err != nil && ctx.Err() == nil {
+			return err
+		}
+		return nil
+	}
 	if err := t.watch.until(ctx, func() (bool, error) { return t.watch.state(r).phase != phaseRunning, nil }); err != nil && ctx.Err() == nil {
 		return err
 	}

@@ -103,6 +103,15 @@ func (t *tenant) recover(ctx context.Context) error {
 	}
 	for _, r := range all {
 		switch {
+		case r.Joins != "" && r.Want != wantRemoved:
+			if r.Run == 0 || r.ended() {
+				continue
+			}
+			t.server.work.Go(func() {
+				if err := t.goOnInside(ctx, r); err != nil && ctx.Err() == nil {
+					t.server.Log.Error("go on with a container that has joined another", "container", r.ID, "error", err)
+				}
+			})
 		case r.Want == wantRunning && r.ended():
 			t.startAgain(r)
 		case r.Want == wantRemoved, r.Want == wantRunning && !t.watch.knows(r):

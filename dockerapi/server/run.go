@@ -140,6 +140,9 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 	}
 	var wait []*attachment
 	already, late := false, false
+	alone := false // there is nothing to join
+	placed := func() {}
+	defer func() { placed() }()
 	var ended run
 	r, err := t.change(ctx, id, func(r *record) (bool, error) {
 		already, ended = false, run{}
@@ -168,12 +171,23 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 				r.Left, r.Node = r.Node, ""
 			}
 		}
+		if r.Joins != "" {
+			x, _, err := t.joinsInto(ctx, r)
+			if alone = err != nil; alone {
+				return false, err
+			}
+			r.Within, r.Began = x.Run, time.Now().UTC()
+			placed = t.place(id) // it is not in the pod yet
+		}
 		wait = t.attachments(id)
 		r.firstPorts()
 		var err error
 		r.place, err = t.enter(ctx, r)
 		return true, err
 	})
+	if alone && r != nil && r.Host.AutoRemove {
+		return errors.Join(err, t.remove(context.WithoutCancel(ctx), r, true))
+	}
 	if err != nil || late {
 		return err
 	}
@@ -191,6 +205,9 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 
 // carryOut gives Nomad a run, and returns when it runs.
 func (t *tenant) carryOut(ctx context.Context, r *record, wait []*attachment) error {
+	if r.Joins != "" {
+		return t.carryIn(ctx, r, wait)
+	}
 	if err := t.endAttendant(ctx, r); err != nil {
 		return err
 	}
@@ -439,6 +456,9 @@ func (t *tenant) abandon(ctx context.Context, r *record, why error) error {
 	if r.Host.AutoRemove {
 		return t.remove(ctx, r, true)
 	}
+	if r.Joins != "" {
+		return nil
+	}
 	_, _, err = t.nomad.Jobs().Deregister(r.jobID(), false, t.write(ctx))
 	return err
 }
@@ -460,10 +480,10 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 	if s.phase != phaseRunning {
 		return nil
 	}
-	p := t.pod(s.alloc)
+	p := t.podWith(r, s.alloc)
 	var listens sync.WaitGroup
 	defer listens.Wait()
-	if len(wait) > 0 || !r.Host.RestartPolicy.IsNone() { // somebody waits; or it was started again by its policy, which the pod tells alone
+	if r.Joins != "" || len(wait) > 0 || !r.Host.RestartPolicy.IsNone() { // somebody waits; or it was started again by its policy, which the pod tells alone
 		listens.Go(func() { t.awaitEnd(r, p) })
 	}
 	for _, a := range wait {
@@ -480,7 +500,7 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 	if size := r.Host.ConsoleSize; r.Config.Tty && size != [2]uint{} {
 		console = url.Values{"h": {strconv.FormatUint(uint64(size[0]), 10)}, "w": {strconv.FormatUint(uint64(size[1]), 10)}}
 	}
-	err := p.call(ctx, http.MethodPost, inside("/start"), console, nil, nil)
+	err := p.call(ctx, http.MethodPost, p.inside("/start"), console, nil, nil)
 	var docker dockerhttp.Error
 	if errors.As(err, &docker) && (docker.Status == http.StatusNotModified || docker.Status == http.StatusConflict) {
 		t.emitStart(r)
@@ -518,6 +538,10 @@ func (t *tenant) noteNode(ctx context.Context, r *record, s podState) {
 
 // awaitEnd asks the pod to tell when its container has ended: sooner than Nomad does. It returns when that can't be missed.
 func (t *tenant) awaitEnd(r *record, p *pod) {
+	if r.Joins != "" {
+		t.followEnd(r)
+		return
+	}
 	e := &ending{run: r.Run, done: make(chan struct{})}
 	t.sessions.mu.Lock()
 	if old := t.ends[r.ID]; old != nil && old.run == r.Run {
@@ -530,7 +554,7 @@ func (t *tenant) awaitEnd(r *record, p *pod) {
 	t.ends[r.ID] = e
 	t.sessions.mu.Unlock()
 	life := t.server.ctx
-	request, err := p.request(life, http.MethodPost, inside("/wait"), url.Values{"condition": {"removed"}}, nil)
+	request, err := p.request(life, http.MethodPost, p.inside("/wait"), url.Values{"condition": {"removed"}}, nil)
 	var answer *http.Response
 	if err == nil {
 		answer, _, err = p.send(life, request)

@@ -77,13 +77,25 @@ type podState struct {
 	alloc   *api.AllocationListStub // nil before there is one
 	task    *api.TaskState          // nil before its client has heard of it
 	noPlace string                  // why it waits for a node
+	joined  bool                    // it is that of the container which it has joined
 }
 
 // state of a container's run. What an earlier run has left does not count.
 func (w *watch) state(r *record) podState {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.stateOf(r.jobID(), r.Run, r.Try)
+	if r.Joins == "" {
+		return w.stateOf(r.jobID(), r.Run, r.Try)
+	}
+	s := w.stateOf(jobPrefix+r.Joins, r.Within, anyTry)
+	s.joined, s.task, s.noPlace = true, nil, ""
+	switch s.phase {
+	case phaseNone, phasePending:
+		s.phase = phaseEnded // another run of that container
+	case phaseRunning, phaseAway:
+		s.task = &api.TaskState{StartedAt: r.Began}
+	}
+	return s
 }
 
 // anyTry is whichever of a run's tries is the newest.
@@ -148,7 +160,7 @@ func (j *jobState) anew() bool {
 func (w *watch) knows(r *record) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.stateOf(r.jobID(), r.Run, anyTry).phase != phaseNone
+	return r.Joins != "" || w.stateOf(r.jobID(), r.Run, anyTry).phase != phaseNone
 }
 
 // ready answers nil while the watch knows what there is, and 503 with the reason while it does not.
@@ -397,6 +409,10 @@ func whyNoPlace(e *api.Evaluation) string {
 // endOf is how a run has ended, as Nomad has it.
 func endOf(number int, s podState) run {
 	r := run{Number: number, FinishedAt: time.Now().UTC()}
+	if s.joined {
+		r.ExitCode, r.Error = exitJoined, "the container whose network it shared has ended, and its machine with it"
+		return r
+	}
 	if s.alloc == nil {
 		r.ExitCode, r.Error = exitLost, "the job was stopped before a node had it"
 		return r
@@ -447,4 +463,6 @@ const machineEnded = "the pod's machine ended"
 const (
 	exitLost  = 255 // as docker has it for one that nobody saw end
 	exitNever = 128 // it could not be started
+
+	exitJoined = 137 // its machine has ended: SIGKILL
 )

@@ -102,6 +102,9 @@ func Create(r *container.CreateRequest, id string, image *Image, rules Rules) (*
 	}
 	b.pod = &spec.Pod{Name: Own, Containers: []spec.PodContainer{{Name: Own, Image: image.Reference}}}
 	b.own = &b.pod.Containers[0]
+	if err := checkJoin(r); err != nil {
+		return nil, err
+	}
 	for _, step := range []func() error{b.merge, b.process, b.refuse, b.resources, b.restart, b.privileges, b.logs, b.labels, b.network, b.mounts} {
 		if err := step(); err != nil {
 			return nil, err
@@ -131,6 +134,7 @@ type builder struct {
 	volumes  []volume.CreateRequest
 	warnings []string
 	ranges   map[int]PortRange
+	joins    bool // another one's machine
 }
 
 func (b *builder) warn(text string) { b.warnings = append(b.warnings, text) }
@@ -654,7 +658,7 @@ func (b *builder) network() error {
 	case mode.IsHost():
 		return refused("--network host", "a microVM has a network of its own: publish the ports with -p")
 	case mode.IsContainer():
-		return refused("--network "+string(mode), "not supported yet")
+		return b.join()
 	case mode.IsNone():
 		n.Mode = None
 	case mode == "" || mode.IsDefault():
