@@ -39,9 +39,11 @@ PROVIDER_VERSION := $(shell git describe --tags --abbrev=0 2>/dev/null | sed -n 
 
 .PHONY: install-provider
 install-provider: build ## put the Terraform provider where terraform init finds it (docs/terraform.md; needs no root)
-	@at="$(PROVIDERS)/registry.terraform.io/cradlestack/cradle/$(PROVIDER_VERSION)/$$(go env GOOS)_$$(go env GOARCH)"; \
-	  install -D bin/terraform-provider-cradle "$$at/terraform-provider-cradle_v$(PROVIDER_VERSION)"; \
-	  echo "installed $$at/terraform-provider-cradle_v$(PROVIDER_VERSION)"
+	@at="$(PROVIDERS)/registry.terraform.io/cradlestack/cradle/$(PROVIDER_VERSION)/$$(go env GOOS)_$$(go env GOARCH)/terraform-provider-cradle_v$(PROVIDER_VERSION)"; \
+	  other=; if [ -e "$$at" ] && ! cmp -s bin/terraform-provider-cradle "$$at"; then other=1; fi; \
+	  install -D bin/terraform-provider-cradle "$$at"; \
+	  echo "installed $$at"; \
+	  if [ -n "$$other" ]; then echo "another build of version $(PROVIDER_VERSION) was there: where terraform init has been run with that, rm .terraform.lock.hcl and run it again"; fi
 
 .PHONY: setup
 setup: ## install what the distribution's packages provide (root; nothing to do the second time)
