@@ -26,9 +26,8 @@ import (
 )
 
 const (
-	// releaseTimeout is how long is waited for Nomad to take a volume back from pods that have ended, busyTimeout from those that have not.
-	releaseTimeout = time.Minute
-	busyTimeout    = 5 * time.Minute
+	// releaseTimeout is how long is waited for Nomad to take a volume back from pods: as long as what these take to end, or a busy node to let go of it.
+	releaseTimeout = 5 * time.Minute
 	// freedRetry is the time until a volume that a node still has is asked for again: it tells nobody when it lets go.
 	freedRetry = 300 * time.Millisecond
 )
@@ -463,11 +462,7 @@ func (r *volumeResource) Delete(ctx context.Context, req resource.DeleteRequest,
 		return
 	}
 	namespace, name := m.Namespace.ValueString(), m.Name.ValueString()
-	timeout := releaseTimeout
-	if !m.Protected.ValueBool() && !m.Protected.IsNull() {
-		timeout = busyTimeout
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, releaseTimeout)
 	defer cancel()
 	users, err := r.release(ctx, namespace, name, m.Protected.IsNull() || m.Protected.ValueBool())
 	if len(users) > 0 {
