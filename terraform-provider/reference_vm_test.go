@@ -14,23 +14,28 @@ import (
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
+// schema is the provider's, as Terraform has it.
+func (w *workspace) schema() json.RawMessage {
+	w.t.Helper()
+	w.write("")
+	out := w.run("providers", "schema", "-json")
+	var all struct {
+		Schemas map[string]json.RawMessage `json:"provider_schemas"`
+	}
+	i := strings.Index(out, "{") // after warnings
+	if i < 0 || json.Unmarshal([]byte(out[i:]), &all) != nil || len(all.Schemas["registry.terraform.io/cradlestack/cradle"]) == 0 {
+		w.t.Fatalf("no schema:\n%s", out)
+	}
+	return all.Schemas["registry.terraform.io/cradlestack/cradle"]
+}
+
 // The pages for Terraform's registry, in docs beside this file, are what tfplugindocs makes of the built provider's schema.
 func TestTerraformReference(t *testing.T) {
 	tool, err := programs.Tool("tfplugindocs")
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := openWorkspace(t, nil)
-	w.write("")
-	out := w.run("providers", "schema", "-json")
-	var schema struct {
-		Version string                     `json:"format_version"`
-		All     map[string]json.RawMessage `json:"provider_schemas"`
-	}
-	if err := json.Unmarshal([]byte(out[strings.Index(out, "{"):]), &schema); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	schema.All = map[string]json.RawMessage{"cradle": schema.All["registry.terraform.io/cradlestack/cradle"]} // as the tool looks for it
+	schema := map[string]any{"format_version": "1.0", "provider_schemas": map[string]json.RawMessage{"cradle": openWorkspace(t, nil).schema()}} // as the tool looks for it
 	data, err := json.Marshal(schema)
 	if err != nil {
 		t.Fatal(err)
