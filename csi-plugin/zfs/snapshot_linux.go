@@ -417,8 +417,10 @@ func (f *found) remove(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := f.independent(ctx); err != nil {
-		return err
+	if len(all) > 0 { // without snapshots there are no clones
+		if err := f.independent(ctx); err != nil {
+			return err
+		}
 	}
 	return f.destroy(ctx)
 }

@@ -313,10 +313,14 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 	if r.Block() {
 		args = append(args, "-s", "-b", number(int64(r.BlockSize)), "-V", number(size))
 	}
-	if _, err := zfs(ctx, append(args, p.Dataset+"/"+r.Name)...); err != nil && !errors.Is(err, errExists) {
+	f := &found{record: rec, dataset: p.Dataset + "/" + r.Name, size: size}
+	switch _, err := zfs(ctx, append(args, f.dataset)...); {
+	case errors.Is(err, errExists):
+		return b.Get(ctx, r.Name)
+	case err != nil:
 		return volume.Volume{}, fmt.Errorf("create volume %s: %w", r.Name, err)
 	}
-	return b.Get(ctx, r.Name)
+	return f.volume(), nil
 }
 
 // options of a new dataset, but for what "zfs create" has flags of its own for.
