@@ -87,8 +87,9 @@ int main(int argc, char **argv) {
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	if (!strncmp(argv[argc - 1], "/dev/", 5)) path = argv[argc - 1]; /* an init has what the kernel's arguments leave */
 	int fd = open_disk();
-	transfer("warm", fd, IOCB_CMD_PREAD, 4096, 1, DEPTH, 1000);
-	transfer("warm", fd, IOCB_CMD_PWRITE, 4096, 1, DEPTH, 1000);
+	sleep(3); /* what has just started comes to rest */
+	transfer("warm", fd, IOCB_CMD_PREAD, 4096, 1, DEPTH, 5000);
+	transfer("warm", fd, IOCB_CMD_PWRITE, 4096, 1, DEPTH, 5000);
 	transfer("random-read", fd, IOCB_CMD_PREAD, 4096, 1, DEPTH, RANDOM);
 	transfer("random-write", fd, IOCB_CMD_PWRITE, 4096, 1, DEPTH, RANDOM);
 	transfer("read", fd, IOCB_CMD_PREAD, LARGEST, 0, 4, SEQUENTIAL);
