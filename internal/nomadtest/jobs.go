@@ -22,23 +22,33 @@ import (
 // Run registers a job that is written in HCL and returns its id.
 func (c *Cluster) Run(t testing.TB, hcl string) string {
 	t.Helper()
+	ctx, cancel := patient(t)
+	defer cancel()
+	id, err := c.run(ctx, hcl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func (c *Cluster) run(ctx context.Context, hcl string) (id string, err error) {
 	job, err := c.API.Jobs().ParseHCL(hcl, true)
 	if err != nil {
-		t.Fatalf("%v\n%s", err, hcl)
+		return "", fmt.Errorf("%w\n%s", err, hcl)
 	}
-	if _, _, err := c.API.Jobs().Register(job, nil); err != nil {
-		t.Fatalf("register job %s: %v", *job.ID, err)
+	if _, _, err := c.API.Jobs().Register(job, (&api.WriteOptions{}).WithContext(ctx)); err != nil {
+		return "", fmt.Errorf("register job %s: %w", *job.ID, err)
 	}
-	var q api.QueryOptions
+	q := (&api.QueryOptions{}).WithContext(ctx)
 	if job.Namespace != nil {
 		q.Namespace = *job.Namespace
 	}
-	made, _, err := c.API.Jobs().Info(*job.ID, &q)
+	made, _, err := c.API.Jobs().Info(*job.ID, q)
 	if err != nil {
-		t.Fatalf("read job %s: %v", *job.ID, err)
+		return "", fmt.Errorf("read job %s: %w", *job.ID, err)
 	}
 	c.made.Store(*job.ID, *made.CreateIndex)
-	return *job.ID
+	return *job.ID, nil
 }
 
 // of are a job's allocations without those of an earlier job by that name, which was purged, and of whose end the watch may not have heard yet.
@@ -48,31 +58,38 @@ func (c *Cluster) of(s *State, job string) []*api.AllocationListStub {
 	return slices.DeleteFunc(s.Of(job), func(a *api.AllocationListStub) bool { return a.CreateIndex < index })
 }
 
-// RunVolumes runs the volumes' plugin on the server's node as its example says, and returns when volumes can be made.
+// RunVolumes is Volumes for a test.
 func (c *Cluster) RunVolumes(t testing.TB) {
 	t.Helper()
+	ctx, cancel := patient(t)
+	defer cancel()
+	if err := c.Volumes(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Volumes runs the volumes' plugin on the server's node as its example says, and returns when volumes can be made.
+func (c *Cluster) Volumes(ctx context.Context) error {
 	root, err := programs.Root()
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	text, err := os.ReadFile(filepath.Join(root, "examples/nomad/volumes/cradle-csi.nomad.hcl"))
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	dir := c.Server().Dir
-	c.Run(t, strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
-		"/var/lib/cradle/volumes", filepath.Join(dir, "volumes"), "/var/lib/nomad", filepath.Join(dir, "nomad")).Replace(string(text)))
-	ctx, cancel := patient(t)
-	defer cancel()
-	if err := agents.Retry(ctx, "a healthy plugin of volumes", func() error {
+	if _, err := c.run(ctx, strings.NewReplacer("/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi"),
+		"/var/lib/cradle/volumes", filepath.Join(dir, "volumes"), "/var/lib/nomad", filepath.Join(dir, "nomad")).Replace(string(text))); err != nil {
+		return err
+	}
+	return agents.Retry(ctx, "a healthy plugin of volumes", func() error {
 		p, _, err := c.API.CSIPlugins().Info("cradle", (&api.QueryOptions{}).WithContext(ctx))
 		if err == nil && (p.ControllersHealthy != 1 || p.NodesHealthy != 1) {
 			err = fmt.Errorf("%d controllers, %d nodes", p.ControllersHealthy, p.NodesHealthy)
 		}
 		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	})
 }
 
 // Stop stops a job and waits until all of it has ended.
