@@ -123,7 +123,7 @@ var suite = volumetest.Suite{
 // TestRootCeph runs on a real cluster what finds most; the whole suite is TestRootSoakCeph's.
 func TestRootCeph(t *testing.T) {
 	lab(t)
-	t.Run("Suite", func(t *testing.T) { suite.Methods(t, "Create", "Delete", "Snapshot") })
+	t.Run("Suite", func(t *testing.T) { suite.Methods(t, "Create", "Delete") })
 	t.Run("Isolated", testIsolated)
 	t.Run("Hosts", func(t *testing.T) { testHosts(t, 40) })
 	t.Run("Direct", testDirect)
