@@ -154,9 +154,10 @@ func (s *Server) replace(name string, data []byte) error {
 	return os.Rename(temporary, filepath.Join(s.config.DirectDir, name))
 }
 
-// forget removes the record of a target, and the socket that its pod may have left.
+// forget removes the record of a target with its secret, and the socket that its pod may have left.
 func (s *Server) forget(target string) error {
-	for _, name := range []string{spec.DirectFile(target), "." + spec.DirectFile(target), spec.DirectSocket(target)} {
+	record, secret := spec.DirectFile(target), spec.DirectSecret(target)
+	for _, name := range []string{record, "." + record, secret, "." + secret, spec.DirectSocket(target)} {
 		if err := os.Remove(filepath.Join(s.config.DirectDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -77,6 +78,26 @@ func startPod(t *testing.T, s *Server) *pod {
 
 func testServer(t *testing.T) *Server {
 	return &Server{config: Config{DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}}
+}
+
+// Of a volume that is taken from a guest nothing is left, its key least of all.
+func TestForget(t *testing.T) {
+	s := testServer(t)
+	record, secret := spec.DirectFile(target), spec.DirectSecret(target)
+	for _, name := range []string{record, "." + record, secret, "." + secret, spec.DirectSocket(target)} {
+		if err := os.WriteFile(filepath.Join(s.config.DirectDir, name), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := s.forget(target); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries, err := os.ReadDir(s.config.DirectDir)
+	if err != nil || len(entries) > 0 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
 }
 
 func TestGuest(t *testing.T) {
