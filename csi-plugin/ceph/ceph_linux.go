@@ -461,6 +461,12 @@ func (s *session) discard(ctx context.Context, f *found) error {
 	if f.Version == 0 && f.has > 0 {
 		return fmt.Errorf("volume %s: the subvolume %s/%s/%[1]s is there, holds files and has no metadata %[4]s: it is not ours; rename or remove it, or name another group in --pool", f.id, f.pool.FS, f.pool.Group, volumeKey)
 	}
+	if err := s.uncopied(ctx, f); err != nil {
+		return err
+	}
+	if err := s.elsewhere(ctx, f, f.path, filepath.Dir(f.path)); err != nil {
+		return fmt.Errorf("volume %s: another call makes it: %w", f.id, err)
+	}
 	for name := range f.snapshots {
 		if err := s.drop(ctx, f, name); err != nil {
 			return err
@@ -528,7 +534,25 @@ func (s *session) unused(ctx context.Context, f *found) error {
 	} else if mounted {
 		return fmt.Errorf("%w: this host has it mounted", volume.ErrInUse)
 	}
-	clients, err := s.b.clients(ctx, f)
+	if err := s.uncopied(ctx, f); err != nil {
+		return err
+	}
+	return s.elsewhere(ctx, f, f.path, filepath.Dir(f.path))
+}
+
+// uncopied ends what an interrupted call of this host has left mounted to copy a volume, which is locked.
+func (s *session) uncopied(ctx context.Context, f *found) error {
+	m := s.b.mounting(copying + f.id)
+	if err := m.down(ctx); err != nil {
+		return err
+	}
+	return s.revoke(ctx, f, s.b.attachment(m.name))
+}
+
+// elsewhere says, with an ErrInUse, which client of the cluster has one of a volume's directories mounted. Locks are a host's own: by this alone other hosts know
+// that a volume is copied, which is done from the directory above its files (copied).
+func (s *session) elsewhere(ctx context.Context, f *found, dirs ...string) error {
+	clients, err := s.b.clients(ctx, f, dirs...)
 	if err == nil && len(clients) > 0 {
 		err = fmt.Errorf("%w: host %s has it mounted; where that host is lost, its session ends within five minutes", volume.ErrInUse, clients[0].Metadata.Hostname)
 	}
@@ -544,12 +568,12 @@ type sessionOf struct {
 	} `json:"client_metadata"`
 }
 
-// clients are those that have the volume mounted. Each has a session with the metadata server of rank 0, which has the root.
-func (b *Backend) clients(ctx context.Context, f *found) (some []sessionOf, err error) {
+// clients are those that have one of these directories of the volume mounted. Each has a session with the metadata server of rank 0, which has the root.
+func (b *Backend) clients(ctx context.Context, f *found, dirs ...string) (some []sessionOf, err error) {
 	var all []sessionOf
 	err = b.tell(ctx, &all, "mds."+f.pool.FS+":0", "session", "ls")
 	for _, c := range all {
-		if c.Metadata.Root == f.path {
+		if slices.Contains(dirs, c.Metadata.Root) {
 			some = append(some, c)
 		}
 	}

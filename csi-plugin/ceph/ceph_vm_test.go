@@ -126,6 +126,7 @@ func TestRootCeph(t *testing.T) {
 	t.Run("Suite", func(t *testing.T) { suite.Methods(t, "Create", "Delete") })
 	t.Run("Isolated", testIsolated)
 	t.Run("Hosts", func(t *testing.T) { testHosts(t, 40) })
+	t.Run("Elsewhere", testElsewhere)
 	t.Run("Direct", testDirect)
 	t.Run("Files", testFiles)
 	t.Run("Bad", testBad)
@@ -250,6 +251,71 @@ func testHosts(t *testing.T, rounds int) {
 			l.Type = unix.F_UNLCK
 			must(t, unix.FcntlFlock(f.Fd(), unix.F_SETLK, &l))
 		}
+	}
+}
+
+// What one host clones the others leave alone, with what it is made of; a copy of a snapshot that was removed meanwhile is none.
+func testElsewhere(t *testing.T) {
+	ctx := t.Context()
+	one, err := open(fresh(t))
+	must(t, err)
+	other := *one
+	other.config.Host, other.config.Dir = "other", t.TempDir()
+	_, err = one.Create(ctx, gfs("origin"))
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(staged(t, one, "origin"), "file"), []byte("x"), 0o600))
+	kept := volume.SnapshotID{Volume: "origin", Name: "kept"}
+	_, err = one.Snapshot(ctx, volume.SnapshotRequest{ID: kept})
+	must(t, err)
+	clone := gfs("clone")
+	clone.Origin.Volume = "origin"
+	hidden := between("clone")
+	must(t, one.with(ctx, func(ctx context.Context, s *session) error { // as clone does
+		from, err := s.volume(ctx, "origin")
+		must(t, err)
+		must(t, s.take(ctx, from, hidden, taken{Created: time.Now(), Size: from.size, Hidden: true}))
+		to, err := s.make(ctx, one.pools[0], clone, 0)
+		must(t, err)
+		to.Making = true
+		must(t, s.record(ctx, to))
+		to, err = s.look(ctx, to.pool, to.id)
+		must(t, err)
+		source, err := s.opened(ctx, from, filepath.Dir(from.path), ".", true)
+		must(t, err)
+		target, err := s.opened(ctx, to, to.path, ".", false)
+		must(t, err)
+		for _, look := range []bool{true, false} {
+			if found := repaired(t, &other, look); len(found) != 0 {
+				t.Errorf("another host repairs %q", found)
+			}
+		}
+		_, cloned := other.Clone(ctx, clone, nil)
+		for what, err := range map[string]error{
+			"a second clone": cloned, "the snapshot is deleted": other.DeleteSnapshot(ctx, kept),
+			"the clone is deleted": other.Delete(ctx, "clone"), "the origin is deleted": other.Delete(ctx, "origin"),
+		} {
+			if !errors.Is(err, volume.ErrInUse) {
+				t.Errorf("%s meanwhile: %v", what, err)
+			}
+		}
+		must(t, errors.Join(source.end(), target.end()))
+		was, err := s.takenAt(ctx, from, hidden)
+		must(t, err)
+		must(t, s.unchanged(ctx, to, from, hidden, was))
+		must(t, s.drop(ctx, from, hidden))
+		if err := s.unchanged(ctx, to, from, hidden, was); !errors.Is(err, volume.ErrNotFound) {
+			t.Errorf("the copy of a snapshot that is gone: %v", err)
+		}
+		must(t, s.take(ctx, from, hidden, taken{Created: time.Now(), Size: from.size, Hidden: true}))
+		if err := s.unchanged(ctx, to, from, hidden, was); !errors.Is(err, volume.ErrNotFound) {
+			t.Errorf("the copy of a snapshot that is another one: %v", err)
+		}
+		return nil
+	}, "origin", "clone"))
+	_, err = other.Clone(ctx, clone, nil)
+	must(t, err)
+	if text, err := os.ReadFile(filepath.Join(staged(t, &other, "clone"), "file")); err != nil || string(text) != "x" {
+		t.Errorf("the clone: %q, %v", text, err)
 	}
 }
 

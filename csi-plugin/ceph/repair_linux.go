@@ -57,7 +57,17 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 				if look {
 					return nil
 				}
-				return m.down(ctx)
+				if err := m.down(ctx); err != nil {
+					return err
+				}
+				f, err := s.find(ctx, id)
+				if errors.Is(err, volume.ErrNotFound) {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				return s.revoke(ctx, f, b.attachment(name))
 			}
 			if st != dead {
 				return nil
@@ -97,6 +107,9 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 				report(fmt.Sprintf("subvolume %s/%s/%s holds files and is no volume: it is not ours and is left as it is", f.pool.FS, f.pool.Group, f.id))
 				return nil
 			}
+			if busy, err := s.copiedElsewhere(ctx, now, look, now.path, filepath.Dir(now.path)); err != nil || busy {
+				return err
+			}
 			report(fmt.Sprintf("volume %s: it was not completed", f.id))
 			if look {
 				return nil
@@ -110,6 +123,20 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 	return s.repairKeys(ctx, there, look, report)
 }
 
+// copiedElsewhere says whether a call of another host copies a volume, or makes it.
+func (s *session) copiedElsewhere(ctx context.Context, f *found, look bool, dirs ...string) (bool, error) {
+	if !look { // what this host has left would look like it
+		if err := s.uncopied(ctx, f); err != nil {
+			return false, err
+		}
+	}
+	err := s.elsewhere(ctx, f, dirs...)
+	if errors.Is(err, volume.ErrInUse) {
+		return true, nil
+	}
+	return false, err
+}
+
 // repair removes snapshots for clones.
 func (s *session) repair(ctx context.Context, f *found, look bool, report func(string)) error {
 	for name, t := range f.snapshots {
@@ -117,6 +144,9 @@ func (s *session) repair(ctx context.Context, f *found, look bool, report func(s
 			continue
 		}
 		err := s.b.alone(ctx, f.id, func(ctx context.Context) error {
+			if busy, err := s.copiedElsewhere(ctx, f, look, filepath.Dir(f.path)); err != nil || busy {
+				return err
+			}
 			report(fmt.Sprintf("%s@%s: it was for a clone, and the call did not come to its end", f.id, name))
 			if look {
 				return nil

@@ -54,13 +54,19 @@ func (s *session) known(ctx context.Context, f *found) (all []volume.Snapshot, e
 	return all, nil
 }
 
-// foreign is what is known of a snapshot that an administrator took.
-func (s *session) foreign(ctx context.Context, f *found, name string) (taken, error) {
+// takenAt is when Ceph has taken a snapshot, to the microsecond.
+func (s *session) takenAt(ctx context.Context, f *found, name string) (string, error) {
 	var info struct {
 		Created string `json:"created_at"`
 	}
 	err := s.run(ctx, &info, command("fs subvolume snapshot info", f.of(name))...)
-	created, perr := time.Parse("2006-01-02 15:04:05.999999", info.Created)
+	return info.Created, err
+}
+
+// foreign is what is known of a snapshot that an administrator took.
+func (s *session) foreign(ctx context.Context, f *found, name string) (taken, error) {
+	text, err := s.takenAt(ctx, f, name)
+	created, perr := time.Parse("2006-01-02 15:04:05.999999", text)
 	if perr != nil {
 		created = f.Created
 	}
@@ -177,6 +183,12 @@ func (b *Backend) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	}
 	err := b.with(ctx, func(ctx context.Context, s *session) error {
 		f, err := s.volume(ctx, id.Volume)
+		if err == nil {
+			err = s.uncopied(ctx, f)
+		}
+		if err == nil {
+			err = s.elsewhere(ctx, f, filepath.Dir(f.path))
+		}
 		if err == nil {
 			err = s.drop(ctx, f, id.Name)
 		}
@@ -299,6 +311,10 @@ func (s *session) copied(ctx context.Context, to, from *found, snapshot string) 
 		return nil, err
 	}
 	to.record = rec
+	was, err := s.takenAt(ctx, from, snapshot)
+	if err != nil {
+		return nil, err
+	}
 	// Of the subvolume <path>/<uuid>, <path>/.snap/<snapshot>/<uuid> is what it was; nothing can be mounted from within .snap.
 	source, err := s.opened(ctx, from, filepath.Dir(from.path), filepath.Join(".snap", snapshot, filepath.Base(from.path)), true)
 	if err != nil {
@@ -321,5 +337,24 @@ func (s *session) copied(ctx context.Context, to, from *found, snapshot string) 
 		}
 		return errors.Join(err, r.CloseWithError(err))
 	})
-	return to, errors.Join(g.Wait(), source.end(), target.end())
+	if err := errors.Join(g.Wait(), source.end(), target.end()); err != nil {
+		return nil, err
+	}
+	return to, s.unchanged(ctx, to, from, snapshot, was)
+}
+
+// unchanged says whether a copy is whole: a snapshot that was removed meanwhile has looked like one with fewer files, and what another host has made is not this copy.
+func (s *session) unchanged(ctx context.Context, to, from *found, snapshot, was string) error {
+	now, err := s.takenAt(ctx, from, snapshot)
+	if err == nil && now != was {
+		err = fmt.Errorf("%w: another one has its name now", volume.ErrNotFound)
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot %s@%s, while it was copied: %w", from.id, snapshot, err)
+	}
+	made, err := s.look(ctx, to.pool, to.id)
+	if err == nil && made.path != to.path {
+		err = fmt.Errorf("%w: another call makes it", volume.ErrUnavailable)
+	}
+	return err
 }

@@ -70,15 +70,19 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	if r.Block() {
-		o, err := s.owner(ctx, r.Name)
-		if err != nil {
-			return nil, err
+	var v volume.Volume
+	err = s.complete(ctx, "volume "+r.Name, unlock, func(ctx context.Context) error {
+		if r.Block() {
+			o, err := s.owner(ctx, r.Name)
+			if err != nil {
+				return err
+			}
+			r.Generation = o.Generation
 		}
-		r.Generation = o.Generation
-	}
-	v, err := s.make(ctx, r)
+		made, err := s.make(ctx, r)
+		v = made
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -78,11 +79,19 @@ type Server struct {
 	grpc    *grpc.Server
 	busy    keyed
 	metrics *metrics
+
+	lasting context.Context // of what outlasts its call: complete
+	end     context.CancelCauseFunc
+	work    sync.WaitGroup
 }
+
+// errEnds is why what outlasts its call does not come to its end.
+var errEnds = fmt.Errorf("%w: the plugin ends", volume.ErrUnavailable)
 
 // New returns a server that is not listening yet.
 func New(c Config) *Server {
 	s := &Server{config: c, metrics: newMetrics(c)}
+	s.lasting, s.end = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.MaxRecvMsgSize(maxMessage))
 	csi.RegisterIdentityServer(s.grpc, &identity{Server: s})
 	if c.Controller {
@@ -126,7 +135,29 @@ func Listen(endpoint string) (net.Listener, error) {
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, s.grpc.GracefulStop)
 	defer stop()
+	defer s.work.Wait()
+	defer s.end(errEnds)
 	return s.grpc.Serve(l)
+}
+
+// complete has do come to its end, or to the server's, also where the call's time is up: a copy may take longer than Nomad waits for an answer (two minutes,
+// client/csi_endpoint.go, CSIPluginRequestTimeout), and would never be there if each call began anew. Who asks again waits for unlock.
+func (s *Server) complete(ctx context.Context, what string, unlock func(), do func(context.Context) error) error {
+	done := make(chan error, 1)
+	s.work.Go(func() {
+		defer unlock()
+		err := do(s.lasting)
+		if ctx.Err() != nil {
+			s.config.Log.Info("it has come to its end after its call's time was up", "what", what, "error", err)
+		}
+		done <- err
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("%s: it goes on; ask again: %w", what, context.Cause(ctx))
+	}
 }
 
 // intercept logs every call and translates its error.

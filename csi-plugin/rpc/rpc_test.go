@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -110,6 +111,62 @@ func TestKeyed(t *testing.T) {
 		synctest.Wait()
 		if !entered || len(k.held) != 0 {
 			t.Errorf("entered: %t; left: %v", entered, k.held)
+		}
+	})
+}
+
+// What takes longer than its call is done once, and who asks again gets it; the server's end ends it.
+func TestComplete(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &Server{config: Config{Log: slog.New(slog.DiscardHandler)}}
+		s.lasting, s.end = context.WithCancelCause(t.Context())
+		defer s.work.Wait()
+		defer s.end(errEnds)
+		unlock, err := s.busy.lock(t.Context(), "v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		goOn, first := make(chan struct{}), make(chan error)
+		go func() {
+			first <- s.complete(ctx, "volume v", unlock, func(ctx context.Context) error {
+				select {
+				case <-goOn:
+				case <-ctx.Done():
+				}
+				return context.Cause(ctx)
+			})
+		}()
+		cancel()
+		if err := <-first; !errors.Is(err, context.Canceled) || status.Code(translate(err)) != codes.Canceled {
+			t.Errorf("the first call: %v", err)
+		}
+		second := make(chan error)
+		go func() {
+			unlock, err := s.busy.lock(t.Context(), "v")
+			if err == nil {
+				err = s.complete(t.Context(), "volume v", unlock, func(ctx context.Context) error {
+					<-ctx.Done()
+					return context.Cause(ctx)
+				})
+			}
+			second <- err
+		}()
+		synctest.Wait()
+		select {
+		case err := <-second:
+			t.Errorf("the second call did not wait: %v", err)
+		default:
+		}
+		close(goOn)
+		synctest.Wait()
+		s.end(errEnds)
+		if err := <-second; !errors.Is(err, errEnds) {
+			t.Errorf("the server has ended: %v", err)
+		}
+		synctest.Wait()
+		if len(s.busy.held) != 0 {
+			t.Errorf("locked: %v", s.busy.held)
 		}
 	})
 }
