@@ -357,6 +357,99 @@ output "bytes" {
 	w.fails([]string{`size "a lot": unit "a lot" is none of`}, "plan", "-no-color")
 }
 
+// What is known only when something else has been made can stand in any place: what is planned then leaves that open.
+func TestTerraformPlansUnknown(t *testing.T) {
+	nomad := openFake(t)
+	w := openWorkspace(t, nil)
+	w.write(fmt.Sprintf(`
+provider "cradle" {
+  address = %q
+}
+resource "terraform_data" "text" {
+  input = "later"
+}
+resource "terraform_data" "list" {
+  input = ["80", "81"]
+}
+locals {
+  text = terraform_data.text.output
+  yes  = terraform_data.text.output == "later"
+}
+resource "cradle_pod" "blocks" {
+  name      = local.text
+  namespace = local.text
+  memory    = local.text
+  replicas  = length(terraform_data.list.output)
+  restart   = local.yes ? { attempts = 3 } : null
+  rollout   = local.yes ? { max_parallel = 2 } : null
+  networks  = { (local.text) = { aliases = terraform_data.list.output } }
+  container {
+    name        = local.text
+    image       = local.text
+    command     = terraform_data.list.output
+    env         = { (local.text) = local.text }
+    labels      = { A = local.text }
+    secret_env  = { A = local.text }
+    healthcheck = local.yes ? { test = terraform_data.list.output } : null
+    after       = [for name in terraform_data.list.output : { container = name }]
+    dynamic "mount" {
+      for_each = terraform_data.list.output
+      content {
+        path    = mount.value
+        scratch = mount.value
+      }
+    }
+  }
+  dynamic "port" {
+    for_each = terraform_data.list.output
+    content {
+      port = port.value
+    }
+  }
+}
+resource "cradle_pod" "texts" {
+  name      = "texts"
+  namespace = local.text
+  node      = local.text
+  once      = local.yes
+  wait_for  = local.text
+  container {
+    name    = local.text
+    image   = local.text
+    command = [local.text]
+  }
+}
+resource "cradle_network" "n" {
+  name      = "n"
+  namespace = local.text
+  labels    = { A = local.text }
+}
+resource "cradle_volume" "v" {
+  name        = "v"
+  namespace   = local.text
+  plugin      = local.text
+  class       = local.text
+  size        = local.text
+  zone        = local.text
+  parameters  = { pool = local.text }
+  snapshot_id = local.yes ? "a" : null
+  clone_id    = local.yes ? null : "b"
+}
+resource "cradle_snapshot" "s" {
+  name      = "s"
+  volume    = local.text
+  namespace = local.text
+  plugin    = local.text
+}
+`, nomad.URL))
+	all, _ := w.plan()
+	for _, address := range []string{"cradle_pod.blocks", "cradle_pod.texts", "cradle_network.n", "cradle_volume.v", "cradle_snapshot.s"} {
+		if c := all[address]; c.actions() != "create" || c.Change.AfterUnknown["namespace"] != true {
+			t.Errorf("%s is planned as %q: %v", address, c.actions(), c.Change.AfterUnknown)
+		}
+	}
+}
+
 // A Nomad that is not there, and one that does not know who asks, are told of once.
 func TestTerraformReachesNomad(t *testing.T) {
 	nomad := openFake(t)

@@ -192,7 +192,7 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	task := &api.Task{
 		Name: own.Name, Driver: Driver, Config: config, KillTimeout: ptr(kill + killMargin),
 		LogConfig: &api.LogConfig{MaxFiles: ptr(logFiles), MaxFileSizeMB: ptr(logFileMB)},
-		Resources: &api.Resources{CPU: ptr(reservedMHz * max(p.Resources.CPUs, 1)), MemoryMB: ptr(memoryMB(p.Resources.Memory))},
+		Resources: &api.Resources{CPU: ptr(reservedMHz * max(p.Resources.CPUs, 1)), MemoryMB: ptr(MemoryMB(p.Resources.Memory))},
 	}
 	if own.StopSignal != "" {
 		task.KillSignal = own.StopSignal
@@ -317,7 +317,8 @@ func Meta(j *api.Job) map[string]string {
 	return out
 }
 
-func memoryMB(b spec.Bytes) int {
+// MemoryMB is what a job asks for where a pod wants so much: Nomad counts whole MiB.
+func MemoryMB(b spec.Bytes) int {
 	if b == 0 {
 		b = spec.DefaultMemory
 	}

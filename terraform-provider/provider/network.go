@@ -59,7 +59,7 @@ func (r *networkResource) Schema(_ context.Context, _ resource.SchemaRequest, re
 		Attributes: map[string]schema.Attribute{
 			"id":         schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "NAMESPACE/NAME."},
 			"name":       schema.StringAttribute{Required: true, Validators: networkName, MarkdownDescription: "Letters, digits, `_`, `.` and `-`. Another name is another network."},
-			"namespace":  schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another network."},
+			"namespace":  schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another network."},
 			"labels":     named("Docker's labels. They change in place."),
 			"network_id": schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "By which docker knows it."},
 		},
@@ -71,7 +71,8 @@ func (r *networkResource) ModifyPlan(ctx context.Context, req resource.ModifyPla
 	if req.Plan.Raw.IsNull() || r.cluster == nil {
 		return
 	}
-	var plan, state networkResourceModel
+	var config, plan, state networkResourceModel
+	resp.Diagnostics.Append(req.Config.Get(ctx, &config)...)
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &plan)...)
 	if !req.State.Raw.IsNull() {
 		resp.Diagnostics.Append(req.State.Get(ctx, &state)...)
@@ -79,10 +80,10 @@ func (r *networkResource) ModifyPlan(ctx context.Context, req resource.ModifyPla
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	if plan.Namespace.IsUnknown() {
+	if config.Namespace.IsNull() && plan.Namespace.IsUnknown() {
 		plan.Namespace = types.StringValue(r.namespace)
 	}
-	if !plan.Name.IsUnknown() {
+	if !plan.Name.IsUnknown() && !plan.Namespace.IsUnknown() {
 		plan.ID = types.StringValue(objectID(plan.Namespace.ValueString(), plan.Name.ValueString()))
 	}
 	for _, a := range []struct {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/nomad/api"
 	"github.com/hashicorp/terraform-plugin-framework/attr"
@@ -17,6 +18,7 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/path"
 	"github.com/hashicorp/terraform-plugin-framework/resource"
 	"github.com/hashicorp/terraform-plugin-framework/types"
+	"github.com/hashicorp/terraform-plugin-go/tftypes"
 
 	"github.com/cradlestack/cradlestack/internal/nomadjob"
 	"github.com/cradlestack/cradlestack/spec"
@@ -37,6 +39,9 @@ const (
 
 // runMeta is the name of what a job keeps of Terraform's: how many times a pod that runs once was started again as it was.
 const runMeta = "terraform_run"
+
+// readTimeout is how long is tried to read a pod that was registered, whatever has become of the apply.
+const readTimeout = time.Minute
 
 // staleKey is the key in a resource's private state that is there while pods have another environment than Nomad's variable.
 const staleKey = "stale_env"
@@ -133,7 +138,7 @@ func (m *podModel) checkOnce() (diags diag.Diagnostics) {
 		return diags
 	}
 	for name, said := range map[string]bool{
-		"restart": m.Restart != nil, "rollout": m.Rollout != nil, "service": len(m.Services) > 0, "replicas": !m.Replicas.IsNull() && m.Replicas.ValueInt64() != 1,
+		"restart": !m.Restart.usual(), "rollout": !m.Rollout.usual(), "service": len(m.Services) > 0, "replicas": !m.Replicas.IsNull() && m.Replicas.ValueInt64() != 1,
 	} {
 		if said {
 			diags.AddAttributeError(path.Root(name), "Not of pods that run once", "A pod with once = true is started one time: leave "+name+" out.")
@@ -143,6 +148,22 @@ func (m *podModel) checkOnce() (diags diag.Diagnostics) {
 		diags.AddAttributeError(path.Root("wait_for"), "Not of pods that run once", "Wait until it is running or completed.")
 	}
 	return diags
+}
+
+// usual says whether nothing is said but what is so by default, as in what Terraform writes of an import.
+func (r *restartModel) usual() bool {
+	d := nomadjob.DefaultRestart
+	return r == nil || saysNo(r.Attempts, d.Attempts) && (r.Interval.IsNull() || r.Interval.duration() == d.Interval) && (r.Delay.IsNull() || r.Delay.duration() == d.Delay) && r.Mode.ValueString() != "delay"
+}
+
+func (r *rolloutModel) usual() bool {
+	d := nomadjob.DefaultUpdate
+	return r == nil || saysNo(r.MaxParallel, d.MaxParallel) && (r.MinHealthy.IsNull() || r.MinHealthy.duration() == d.MinHealthy) && (r.Deadline.IsNull() || r.Deadline.duration() == d.Deadline) && !r.Revert.ValueBool()
+}
+
+// saysNo says whether a number is none but the default.
+func saysNo(n types.Int64, otherwise int) bool {
+	return n.IsNull() || n.ValueInt64() == int64(otherwise)
 }
 
 // labelProblem is what is wrong with a label that docker's API reads, and pods of Terraform have attributes for, or nobody serves yet.
@@ -222,8 +243,12 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	if req.Plan.Raw.IsNull() || r.cluster == nil {
 		return
 	}
-	var plan, state, config podModel
 	there := !req.State.Raw.IsNull()
+	if partly(req.Config.Raw) { // Terraform asks again before it applies
+		r.renames(ctx, there, &req, resp)
+		return
+	}
+	var plan, state, config podModel
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &plan)...)
 	resp.Diagnostics.Append(req.Config.Get(ctx, &config)...)
 	if there {
@@ -232,7 +257,7 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	if plan.Namespace.IsUnknown() {
+	if config.Namespace.IsNull() && plan.Namespace.IsUnknown() {
 		plan.Namespace = types.StringValue(r.namespace)
 	}
 	if config.Network.IsNull() {
@@ -250,7 +275,7 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	if there {
 		plan.inOrder(&state, &config)
 	}
-	if !plan.Name.IsUnknown() {
+	if !plan.Name.IsUnknown() && !plan.Namespace.IsUnknown() {
 		plan.ID = types.StringValue(objectID(plan.Namespace.ValueString(), plan.Name.ValueString()))
 	}
 	stale, diags := req.Private.GetKey(ctx, staleKey)
@@ -272,16 +297,48 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 			resp.Plan = same
 		}
 	}
-	for _, a := range []struct {
-		name   string
-		is, to attr.Value
-	}{{"name", state.Name, plan.Name}, {"namespace", state.Namespace, plan.Namespace}} {
-		if there && !a.is.Equal(a.to) {
-			resp.RequiresReplace.Append(path.Root(a.name))
-			resp.Diagnostics.AddAttributeWarning(path.Root(a.name), "The pod will be ended",
-				fmt.Sprintf("%s is what Nomad knows a job by: %s is stopped, and another one is started.", a.name, state.ID.ValueString()))
+	r.renames(ctx, there, &req, resp)
+}
+
+// renames says why a pod would be made anew.
+func (r *podResource) renames(ctx context.Context, there bool, req *resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
+	if !there {
+		return
+	}
+	for _, name := range []string{"name", "namespace"} {
+		var id, is, to types.String
+		resp.Diagnostics.Append(req.State.GetAttribute(ctx, path.Root("id"), &id)...)
+		resp.Diagnostics.Append(req.State.GetAttribute(ctx, path.Root(name), &is)...)
+		resp.Diagnostics.Append(resp.Plan.GetAttribute(ctx, path.Root(name), &to)...)
+		if !resp.Diagnostics.HasError() && !is.Equal(to) {
+			resp.RequiresReplace.Append(path.Root(name))
+			resp.Diagnostics.AddAttributeWarning(path.Root(name), "The pod will be ended",
+				fmt.Sprintf("%s is what Nomad knows a job by: %s is stopped, and another one is started.", name, id.ValueString()))
 		}
 	}
+}
+
+// partly says whether blocks or objects of a configuration are not known yet, such as those that are made for each element of what an apply makes. A model has no
+// place for that.
+func partly(v tftypes.Value) bool {
+	found := false
+	_ = tftypes.Walk(v, func(_ *tftypes.AttributePath, v tftypes.Value) (bool, error) {
+		found = found || !v.IsKnown() && ofObjects(v.Type())
+		return v.IsKnown(), nil
+	})
+	return found
+}
+
+func ofObjects(t tftypes.Type) bool {
+	switch t := t.(type) {
+	case tftypes.Object:
+		return true
+	case tftypes.List:
+		return ofObjects(t.ElementType)
+	case tftypes.Map:
+		return ofObjects(t.ElementType)
+	}
+	return false
 }
 
 // A wish is a job as it should be, and what its environment is kept with.
@@ -343,13 +400,17 @@ func (c *cluster) store(ctx context.Context, w *wish) error {
 	if err != nil {
 		return fmt.Errorf("its environment: %w", err)
 	}
-	items := api.VariableItems{}
+	items, index := api.VariableItems{}, uint64(0)
 	if is != nil {
-		items = others(is.Items)
+		items, index = others(is.Items), is.ModifyIndex
 	}
 	maps.Copy(items, w.items)
 	if is == nil || !maps.Equal(is.Items, items) {
-		if is, _, err = c.nomad.Variables().Update(&api.Variable{Path: nomadjob.EnvPath(w.options.ID), Items: items}, c.write(ctx, w.options.Namespace)); err != nil {
+		is, _, err = c.nomad.Variables().CheckedUpdate(&api.Variable{Path: nomadjob.EnvPath(w.options.ID), Items: items, ModifyIndex: index}, c.write(ctx, w.options.Namespace))
+		if isConflict(err) {
+			return errors.New("somebody else writes its environment at the same time: apply again, if the name is still free")
+		}
+		if err != nil {
 			return fmt.Errorf("its environment: %w", err)
 		}
 	}
@@ -452,8 +513,10 @@ func (r *podResource) Create(ctx context.Context, req resource.CreateRequest, re
 			fmt.Sprintf("%s exists, and is another one than this configuration has: choose another name, or take it into Terraform's state with\nterraform import ADDRESS %[1]s", m.ID.ValueString()))
 		return
 	}
-	diags := r.register(ctx, w, is, &m)
-	resp.Diagnostics.Append(diags...)
+	if is != nil && !deref(is.job.Stop) { // an apply that was killed had made it
+		resp.Diagnostics.AddWarning("The pod was there", m.ID.ValueString()+" is as it should be, and is Terraform's from now on.")
+	}
+	resp.Diagnostics.Append(r.register(ctx, w, is, &m)...)
 	if m.Status.IsUnknown() { // nothing is there
 		return
 	}
@@ -493,7 +556,7 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 	if is != nil {
 		index = *is.job.JobModifyIndex
 	}
-	made, _, err := r.nomad.Jobs().EnforceRegister(job, index, r.write(ctx, w.options.Namespace))
+	made, _, err := r.nomad.Jobs().EnforceRegister(job, index, r.write(context.WithoutCancel(ctx), w.options.Namespace))
 	if err != nil {
 		diags.Append(failed("The pod was not started", w.object(), err))
 		return diags
@@ -513,6 +576,9 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 	} else {
 		diags.Append(r.wait(ctx, w, eval, m)...)
 	}
+	// What is registered has to be in the state, also of an apply that is interrupted.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
 	if is != nil && is.options.EnvIndex != 0 && w.options.EnvIndex == 0 {
 		if err := r.forget(ctx, w.options.Namespace, w.options.ID, w.items); err != nil {
 			diags.Append(failed("The pod's former environment was not removed", w.object(), err))
@@ -520,13 +586,20 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 	}
 	now, err := r.pod(ctx, w.options.Namespace, w.options.ID)
 	if err == nil && now == nil {
-		err = errors.New("somebody has removed it meanwhile")
+		diags.Append(failed("The pod can't be read", w.object(), errors.New("somebody has removed it meanwhile")))
+		return diags
 	}
 	if err != nil {
 		diags.Append(failed("The pod can't be read", w.object(), err))
-		return diags
+	} else {
+		diags.Append(r.view(ctx, now, m, true)...)
 	}
-	diags.Append(r.view(ctx, now, m, true)...)
+	if m.Status.IsUnknown() { // it is there, and the next plan reads it
+		m.Status, m.EnvIndex, m.Instances = types.StringValue(statusPending), types.Int64Value(int64(w.options.EnvIndex)), types.ListValueMust(instance, []attr.Value{})
+		if m.Node.IsUnknown() {
+			m.Node = nowText(m.Node, w.options.Node)
+		}
+	}
 	return diags
 }
 

@@ -405,7 +405,11 @@ func at[T any](was []T, i int) (t T) {
 // read sets everything that a job says.
 func (m *podModel) read(p *spec.Pod, o *nomadjob.Options) {
 	m.ID, m.Name, m.Namespace = types.StringValue(objectID(o.Namespace, o.ID)), types.StringValue(o.ID), types.StringValue(o.Namespace)
-	m.CPUs, m.Memory, m.Disk = types.Int64Value(max(int64(p.Resources.CPUs), 1)), m.Memory.now(int64(p.Resources.Memory)), m.Disk.now(int64(p.Scratch.Size))
+	memory := int64(p.Resources.Memory)
+	if m.Memory.known() && int64(nomadjob.MemoryMB(spec.Bytes(m.Memory.number())))<<20 == memory { // a job has whole MiB
+		memory = m.Memory.number()
+	}
+	m.CPUs, m.Memory, m.Disk = types.Int64Value(max(int64(p.Resources.CPUs), 1)), m.Memory.now(memory), m.Disk.now(int64(p.Scratch.Size))
 	m.Hostname, m.Zone, m.Node, m.Variant = nowText(m.Hostname, p.Hostname), nowText(m.Zone, o.Zone), nowText(m.Node, o.Node), nowText(m.Variant, o.Variant)
 	m.Replace = types.BoolValue(o.Replace)
 	m.EnvIndex = types.Int64Value(int64(o.EnvIndex))

@@ -92,10 +92,10 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 		Attributes: map[string]schema.Attribute{
 			"id":        schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "NAMESPACE/NAME."},
 			"name":      schema.StringAttribute{Required: true, Validators: podName, MarkdownDescription: "Of the job: lower-case letters, digits, `_`, `.` and `-`. Another name is another pod."},
-			"namespace": schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another pod."},
+			"namespace": schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another pod."},
 			"replicas":  numberOf(1, "How many equal pods. Default: 1.", 0, 10000),
 			"cpus":      numberOf(1, "Processors of the machine, 100 MHz of its node reserved for each. Default: 1.", 1, 256),
-			"memory":    bytesOf(spec.DefaultMemory, "What the containers may use together. Default: `256MiB`."),
+			"memory":    bytesOf(spec.DefaultMemory, "What the containers may use together, up to whole MiB. Default: `256MiB`."),
 			"disk":      bytesOf(0, "The disk for what containers write to their images and to scratch volumes. Default: the node's driver's."),
 			"hostname":  text("Of all containers. Default: the beginning of the pod's id."),
 			"network": schema.StringAttribute{
@@ -210,9 +210,9 @@ func containerBlock() schema.NestedBlockObject {
 			"image":      schema.StringAttribute{Required: true, MarkdownDescription: "A registry's reference, best with its digest; or `oci:DIR` of the node."},
 			"entrypoint": texts("In place of the image's, whose command is dropped."),
 			"command":    texts("In place of the image's command."),
-			"env":        named("Environment. Nothing secret: it is in Terraform's state, though not in the job's text."),
+			"env":        schema.MapAttribute{ElementType: types.StringType, Optional: true, Validators: envNames, MarkdownDescription: "Environment. Nothing secret: it is in Terraform's state, though not in the job's text."},
 			"secret_env": schema.MapAttribute{
-				ElementType: types.StringType, Optional: true, WriteOnly: true, Sensitive: true,
+				ElementType: types.StringType, Optional: true, WriteOnly: true, Sensitive: true, Validators: envNames,
 				MarkdownDescription: "More of the environment, which is in no plan and no state: a Nomad variable that the job alone reads. Terraform does not see a change of it: change `secret_env_version` with it.",
 			},
 			"secret_env_version": text("Another text here brings the values of `secret_env` to the pods."),

@@ -55,7 +55,8 @@ var models = map[string]*podModel{
 		c.Init, c.MaxStarts, c.StopTimeout = types.BoolValue(false), types.Int64Value(0), newDuration(10*time.Second)
 		c.Command, c.Entrypoint = list(), list("/bin/sh")
 	}),
-	"once": planned(func(m *podModel) { m.Once, m.WaitFor = types.BoolValue(true), str(waitEnded) }),
+	"memory of no whole MiB": planned(func(m *podModel) { m.Memory = size("256 MB") }),
+	"once":                   planned(func(m *podModel) { m.Once, m.WaitFor = types.BoolValue(true), str(waitEnded) }),
 	"everything": planned(func(m *podModel) {
 		m.Replicas, m.CPUs, m.Memory, m.Disk, m.Hostname = types.Int64Value(3), types.Int64Value(2), sizeValue{str("512 MiB")}, sizeValue{str("20G")}, str("host")
 		m.Network, m.Zone, m.Node, m.Variant, m.Replace = str(networkBridge), str("north"), str("5f0a3c1e-7d0b-4a52-9a55-0d6d5ed1d3a4"), str("default"), types.BoolValue(false)
@@ -241,5 +242,26 @@ func TestAttribute(t *testing.T) {
 	}
 	if at, ok := attribute("boot"); ok {
 		t.Errorf("boot is %s", at)
+	}
+}
+
+// What Terraform writes of a pod that runs once and is imported, is one.
+func TestOnceWithDefaults(t *testing.T) {
+	for name, c := range map[string]struct {
+		edit func(*podModel)
+		good bool
+	}{
+		"defaults": {func(*podModel) {}, true},
+		"attempts": {func(m *podModel) { m.Restart.Attempts = types.Int64Value(5) }, false},
+		"delay":    {func(m *podModel) { m.Restart.Mode = str("delay") }, false},
+		"parallel": {func(m *podModel) { m.Rollout.MaxParallel = types.Int64Value(2) }, false},
+		"revert":   {func(m *podModel) { m.Rollout.Revert = types.BoolValue(true) }, false},
+		"deadline": {func(m *podModel) { m.Rollout.Deadline = newDuration(time.Hour) }, false},
+	} {
+		m := planned(func(m *podModel) { m.Once, m.WaitFor = types.BoolValue(true), str(waitEnded) })
+		c.edit(m)
+		if d := m.checkOnce(); d.HasError() == c.good {
+			t.Errorf("%s: %v", name, d)
+		}
 	}
 }

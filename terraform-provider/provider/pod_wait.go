@@ -34,6 +34,7 @@ func (c *cluster) wait(ctx context.Context, w *wish, eval string, m *podModel) (
 		return nil
 	}
 	timeout := m.WaitTimeout.duration()
+	apply := ctx
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	why, err := c.placed(ctx, w, eval)
@@ -41,6 +42,8 @@ func (c *cluster) wait(ctx context.Context, w *wish, eval string, m *podModel) (
 		why, err = c.up(ctx, w, m.WaitFor.ValueString())
 	}
 	switch {
+	case err != nil && apply.Err() != nil:
+		diags.AddError("The pod was not waited for", w.object()+": the apply was interrupted. Nomad goes on with the pod; a plan tells how it is.")
 	case err != nil && ctx.Err() == nil:
 		diags.Append(failed("The pod can't be watched", w.object(), err))
 	case err != nil:

@@ -2,15 +2,21 @@ package provider
 
 import (
 	"context"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/nomad/api"
+	"github.com/hashicorp/terraform-plugin-framework/attr"
 	"github.com/hashicorp/terraform-plugin-framework/attr/xattr"
 	"github.com/hashicorp/terraform-plugin-framework/datasource"
 	"github.com/hashicorp/terraform-plugin-framework/path"
 	"github.com/hashicorp/terraform-plugin-framework/provider"
 	"github.com/hashicorp/terraform-plugin-framework/resource"
 	"github.com/hashicorp/terraform-plugin-framework/resource/schema/planmodifier"
+	"github.com/hashicorp/terraform-plugin-framework/schema/validator"
+	"github.com/hashicorp/terraform-plugin-framework/types"
 	"github.com/hashicorp/terraform-plugin-framework/types/basetypes"
 )
 
@@ -88,6 +94,72 @@ func TestSize(t *testing.T) {
 		size(text).ValidateAttribute(t.Context(), xattr.ValidateAttributeRequest{Path: path.Root("size")}, &resp)
 		if want == "" && resp.Diagnostics.HasError() || want != "" && (!resp.Diagnostics.HasError() || !strings.Contains(resp.Diagnostics[0].Detail(), want)) {
 			t.Errorf("%s: %v, want %q", text, resp.Diagnostics, want)
+		}
+	}
+}
+
+// An apply that is interrupted while it waits, and a Nomad that goes away then, leave the pod that was registered in the state, so that it can be destroyed.
+func TestInterruptedApply(t *testing.T) {
+	ctx, interrupt := context.WithCancel(t.Context())
+	nomad := httptest.NewServer(http.HandlerFunc(func(out http.ResponseWriter, in *http.Request) {
+		switch {
+		case in.Method == http.MethodPut && in.URL.Path == "/v1/jobs":
+			_, _ = out.Write([]byte(`{"EvalID": "e", "JobModifyIndex": 7}`))
+		case in.URL.Path == "/v1/evaluation/e":
+			interrupt()
+			<-in.Context().Done()
+		default:
+			http.Error(out, "gone", http.StatusBadGateway)
+		}
+	}))
+	defer nomad.Close()
+	client, err := api.NewClient(&api.Config{Address: nomad.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := planned(func(m *podModel) { m.Instances, m.EnvIndex = types.ListUnknown(instance), types.Int64Unknown() })
+	w, err := m.wish(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	diags := (&podResource{&cluster{nomad: client}}).register(ctx, w, nil, m)
+	if m.Status.ValueString() != statusPending || m.Instances.IsUnknown() || m.EnvIndex.IsUnknown() {
+		t.Errorf("of the pod the state has %v, %v, %v: %v", m.Status, m.Instances, m.EnvIndex, diags)
+	}
+	if len(diags) == 0 || !strings.Contains(diags[0].Detail(), "was interrupted") {
+		t.Errorf("the apply says %v", diags)
+	}
+}
+
+// What a volume's configuration says that is nothing, stays as it is written: nothing of it makes another volume.
+func TestVolumeReadsBackNothing(t *testing.T) {
+	m := volumeModel{SnapshotID: str(""), CloneID: str(""), Snapshots: str(""), Parameters: types.MapValueMust(types.StringType, map[string]attr.Value{})}
+	was := m
+	m.read(&api.CSIVolume{ID: "v", Parameters: map[string]string{classParameter: "nfs"}})
+	for name, v := range map[string][2]attr.Value{"snapshot_id": {was.SnapshotID, m.SnapshotID}, "clone_id": {was.CloneID, m.CloneID}, "snapshots": {was.Snapshots, m.Snapshots}, "parameters": {was.Parameters, m.Parameters}} {
+		if !v[0].Equal(v[1]) {
+			t.Errorf("%s is %v, was %v", name, v[1], v[0])
+		}
+	}
+	for _, v := range []attr.Value{types.StringNull(), str(""), types.MapNull(types.StringType), was.Parameters} {
+		if !saysNothing(v) {
+			t.Errorf("%v says something", v)
+		}
+	}
+	for _, v := range []attr.Value{types.StringUnknown(), str("a"), types.MapUnknown(types.StringType), mapOf(map[string]string{"fs": "xfs"})} {
+		if saysNothing(v) {
+			t.Errorf("%v says nothing", v)
+		}
+	}
+}
+
+// A name in an environment that is none is refused, as its value would be read back as another variable's, and told without that value.
+func TestEnvNames(t *testing.T) {
+	for name, good := range map[string]bool{"A": true, "a.b-c": true, "": false, "A=B": false, "A\x00": false} {
+		var resp validator.MapResponse
+		envMap{}.ValidateMap(t.Context(), validator.MapRequest{Path: path.Root("secret_env"), ConfigValue: mapOf(map[string]string{name: "hidden"})}, &resp)
+		if resp.Diagnostics.HasError() == good || !good && strings.Contains(resp.Diagnostics[0].Detail(), "hidden") {
+			t.Errorf("%q: %v", name, resp.Diagnostics)
 		}
 	}
 }

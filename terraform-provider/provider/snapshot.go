@@ -48,8 +48,8 @@ func (r *snapshotResource) Schema(_ context.Context, _ resource.SchemaRequest, r
 			"id":         schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "What its plugin calls it: the volume's `external_id`, @ and its name. A volume's `snapshot_id` is this."},
 			"volume":     schema.StringAttribute{Required: true, Validators: validName, MarkdownDescription: "The `name` of the volume."},
 			"name":       schema.StringAttribute{Required: true, Validators: validName, MarkdownDescription: "Letters, digits, `_`, `.` and `-`. A plugin uses a name once, for all volumes."},
-			"namespace":  schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Of the volume. Default: the provider's."},
-			"plugin":     schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Of the volume. Default: the provider's."},
+			"namespace":  schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Of the volume. Default: the provider's."},
+			"plugin":     schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Of the volume. Default: the provider's."},
 			"size":       schema.StringAttribute{CustomType: sizeType{}, Computed: true, PlanModifiers: kept, MarkdownDescription: "What a volume made of it has at least; nothing where the volume has no bound."},
 			"created_at": schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "When it was taken, RFC 3339."},
 		},
@@ -61,7 +61,8 @@ func (r *snapshotResource) ModifyPlan(ctx context.Context, req resource.ModifyPl
 	if req.Plan.Raw.IsNull() || r.cluster == nil {
 		return
 	}
-	var plan, state snapshotModel
+	var config, plan, state snapshotModel
+	resp.Diagnostics.Append(req.Config.Get(ctx, &config)...)
 	resp.Diagnostics.Append(req.Plan.Get(ctx, &plan)...)
 	if !req.State.Raw.IsNull() {
 		resp.Diagnostics.Append(req.State.Get(ctx, &state)...)
@@ -69,10 +70,10 @@ func (r *snapshotResource) ModifyPlan(ctx context.Context, req resource.ModifyPl
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	if plan.Namespace.IsUnknown() {
+	if config.Namespace.IsNull() && plan.Namespace.IsUnknown() {
 		plan.Namespace = types.StringValue(r.namespace)
 	}
-	if plan.Plugin.IsUnknown() {
+	if config.Plugin.IsNull() && plan.Plugin.IsUnknown() {
 		plan.Plugin = types.StringValue(r.volumePlugin)
 	}
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
@@ -104,6 +105,7 @@ func (r *snapshotResource) Create(ctx context.Context, req resource.CreateReques
 	object := fmt.Sprintf("%s of %s", m.Name.ValueString(), objectID(namespace, m.Volume.ValueString()))
 	v, err := r.info(ctx, namespace, m.Volume.ValueString())
 	if err == nil {
+		ctx = context.WithoutCancel(ctx) // what is made has to be in the state, also of an apply that is interrupted
 		_, _, err = r.nomad.CSIVolumes().CreateSnapshot(&api.CSISnapshot{SourceVolumeID: v.ID, Name: m.Name.ValueString(), PluginID: m.Plugin.ValueString()}, r.write(ctx, namespace))
 	}
 	var made *api.CSISnapshot

@@ -52,6 +52,14 @@ var validName = []validator.String{rule{"letters, digits, _ . and -", func(s str
 	return ""
 }}}
 
+// notEmpty is for what has a default: an empty text is none.
+var notEmpty = []validator.String{rule{"not empty", func(s string) string {
+	if s == "" {
+		return "It is empty: leave it out (null) for the default."
+	}
+	return ""
+}}}
+
 // parameter is what the plugin has to say of one of its parameters.
 func parameter(name string) []validator.String {
 	return []validator.String{rule{"as the volumes' plugin reads it", func(s string) string { return parameterProblem(name, s) }}}
@@ -98,6 +106,22 @@ func (parameterMap) ValidateMap(_ context.Context, req validator.MapRequest, res
 			resp.Diagnostics.AddAttributeError(at, "Not possible", "A parameter has a value: leave it out where there is none.")
 		} else if problem := parameterProblem(name, s.ValueString()); problem != "" {
 			resp.Diagnostics.AddAttributeError(at, "Not possible", problem)
+		}
+	}
+}
+
+// envNames validates the names in an environment. What is wrong with one is said without its value, which may be a secret.
+var envNames = []validator.Map{envMap{}}
+
+type envMap struct{}
+
+func (envMap) Description(context.Context) string               { return "names without =" }
+func (e envMap) MarkdownDescription(ctx context.Context) string { return e.Description(ctx) }
+
+func (envMap) ValidateMap(_ context.Context, req validator.MapRequest, resp *validator.MapResponse) {
+	for name := range req.ConfigValue.Elements() {
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			resp.Diagnostics.AddAttributeError(req.Path.AtMapKey(name), "Not possible", fmt.Sprintf("%q is no name of a variable: write some characters, and no =.", name))
 		}
 	}
 }

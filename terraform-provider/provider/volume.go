@@ -82,8 +82,8 @@ func (r *volumeResource) Schema(_ context.Context, _ resource.SchemaRequest, res
 		Attributes: map[string]schema.Attribute{
 			"id":        schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "NAMESPACE/NAME."},
 			"name":      schema.StringAttribute{Required: true, Validators: validName, MarkdownDescription: "By which pods have it: letters, digits, `_`, `.` and `-`."},
-			"namespace": schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Nomad's namespace. Default: the provider's."},
-			"plugin":    schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "The id of the CSI plugin. Default: the provider's."},
+			"namespace": schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Nomad's namespace. Default: the provider's."},
+			"plugin":    schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "The id of the CSI plugin. Default: the provider's."},
 			"class": schema.StringAttribute{
 				Optional: true, Computed: true, Default: stringdefault.StaticString(volume.NFS), Validators: oneOf(volume.NFS, volume.LV2, volume.GFS),
 				MarkdownDescription: "`nfs`, `gfs`: files, for many pods; `lv2`: a block volume of one host, for one. Default: `nfs`.",
@@ -93,7 +93,7 @@ func (r *volumeResource) Schema(_ context.Context, _ resource.SchemaRequest, res
 				MarkdownDescription: "Such as `10GiB` (or `10G`; `10 GB` are powers of 1000). Default: the plugin's: of a block volume 1GiB, of files no bound. Two texts for the same size are no change.",
 			},
 			"zone": schema.StringAttribute{
-				Optional: true, Computed: true, PlanModifiers: kept, MarkdownDescription: "Where it is made. Default: anywhere; then it is where the plugin has made it.",
+				Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Where it is made. Default: anywhere; then it is where the plugin has made it.",
 			},
 			"access_mode": schema.StringAttribute{
 				Optional: true, Computed: true, PlanModifiers: kept,
@@ -139,7 +139,7 @@ func (r *volumeResource) ValidateConfig(ctx context.Context, req resource.Valida
 	if resp.Diagnostics.Append(req.Config.Get(ctx, &m)...); resp.Diagnostics.HasError() {
 		return
 	}
-	if !m.SnapshotID.IsNull() && !m.CloneID.IsNull() {
+	if m.SnapshotID.ValueString() != "" && m.CloneID.ValueString() != "" { // what is not known yet may be nothing
 		resp.Diagnostics.AddAttributeError(path.Root("clone_id"), "Two contents", "A volume begins with the content of a snapshot or of another volume: leave out snapshot_id or clone_id.")
 	}
 	if m.Class.IsUnknown() {
@@ -217,7 +217,7 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 		{"snapshot_id", state.SnapshotID, plan.SnapshotID},
 		{"clone_id", state.CloneID, plan.CloneID},
 	} {
-		if !a.is.Equal(a.to) {
+		if !a.is.Equal(a.to) && !(saysNothing(a.is) && saysNothing(a.to)) {
 			resp.RequiresReplace.Append(path.Root(a.name))
 			resp.Diagnostics.AddAttributeWarning(path.Root(a.name), "The volume's content will be lost",
 				fmt.Sprintf("%s of a volume can't be changed: %s is deleted with all that is in it, and made anew.", a.name, state.ID.ValueString()))
@@ -236,6 +236,17 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 	if !state.Size.same(plan.Size) && !state.Size.Equal(plan.Size) {
 		resp.Diagnostics.Append(resp.Plan.SetAttribute(ctx, path.Root("capacity"), types.Int64Unknown())...)
 	}
+}
+
+// saysNothing says whether a text or a map is empty, or not there.
+func saysNothing(v attr.Value) bool {
+	switch v := v.(type) {
+	case types.String:
+		return !v.IsUnknown() && v.ValueString() == ""
+	case types.Map:
+		return !v.IsUnknown() && len(v.Elements()) == 0
+	}
+	return false
 }
 
 // fill sets what the configuration leaves out, where it is known before the volume is made.
@@ -297,21 +308,16 @@ func (m *volumeModel) read(v *api.CSIVolume) {
 	m.ID = types.StringValue(objectID(v.Namespace, v.ID))
 	m.Name, m.Namespace, m.Plugin = types.StringValue(v.ID), types.StringValue(v.Namespace), types.StringValue(v.PluginID)
 	m.ExternalID, m.Capacity = types.StringValue(v.ExternalID), types.Int64Value(v.Capacity)
-	text := func(s string) types.String {
-		if s == "" {
-			return types.StringNull()
-		}
-		return types.StringValue(s)
-	}
-	m.SnapshotID, m.CloneID = text(v.SnapshotID), text(v.CloneID)
-	m.AccessMode, m.AttachmentMode = types.StringNull(), types.StringNull()
-	if len(v.RequestedCapabilities) > 0 {
-		m.AccessMode, m.AttachmentMode = text(string(v.RequestedCapabilities[0].AccessMode)), text(string(v.RequestedCapabilities[0].AttachmentMode))
+	m.SnapshotID, m.CloneID = nowText(m.SnapshotID, v.SnapshotID), nowText(m.CloneID, v.CloneID)
+	if len(v.RequestedCapabilities) == 0 {
+		m.AccessMode, m.AttachmentMode = types.StringNull(), types.StringNull()
+	} else {
+		m.AccessMode, m.AttachmentMode = nowText(m.AccessMode, string(v.RequestedCapabilities[0].AccessMode)), nowText(m.AttachmentMode, string(v.RequestedCapabilities[0].AttachmentMode))
 	}
 	m.Zone = types.StringNull()
 	for _, t := range v.Topologies {
 		if t != nil && t.Segments[nomadjob.ZoneSegment] != "" {
-			m.Zone = text(t.Segments[nomadjob.ZoneSegment])
+			m.Zone = types.StringValue(t.Segments[nomadjob.ZoneSegment])
 		}
 	}
 	// A volume that was only registered has no parameters: its plugin's word is what there is.
@@ -319,24 +325,18 @@ func (m *volumeModel) read(v *api.CSIVolume) {
 	if len(said) == 0 {
 		said = v.Context
 	}
-	more := map[string]attr.Value{}
-	for name, value := range said {
-		more[name] = types.StringValue(value)
-	}
+	more := maps.Clone(said)
 	for _, name := range []string{classParameter, attachParameter, snapshotsParameter} {
 		delete(more, name)
 	}
-	m.Class, m.Attach, m.Snapshots = types.StringValue(volume.NFS), types.StringValue(attachHost), text(said[snapshotsParameter])
+	m.Class, m.Attach, m.Snapshots = types.StringValue(volume.NFS), types.StringValue(attachHost), nowText(m.Snapshots, said[snapshotsParameter])
 	if class := said[classParameter]; class != "" {
 		m.Class = types.StringValue(class)
 	}
 	if attach := said[attachParameter]; attach != "" {
 		m.Attach = types.StringValue(attach)
 	}
-	m.Parameters = types.MapNull(types.StringType)
-	if len(more) > 0 {
-		m.Parameters = types.MapValueMust(types.StringType, more)
-	}
+	m.Parameters = nowMap(m.Parameters, more)
 	asked := v.RequestedCapacityMin
 	if asked == 0 {
 		asked = v.Capacity
@@ -365,7 +365,7 @@ func (r *volumeResource) Create(ctx context.Context, req resource.CreateRequest,
 	default:
 		resp.Diagnostics.Append(r.put(ctx, wanted, &m, "The volume was not made")...)
 	}
-	if !resp.Diagnostics.HasError() {
+	if !m.ExternalID.IsUnknown() { // it is there
 		resp.Diagnostics.Append(resp.State.Set(ctx, &m)...)
 	}
 }
@@ -379,13 +379,18 @@ func sameVolume(is, wanted *api.CSIVolume) bool {
 
 // put makes a volume, or makes it grow, and reads what has come of it.
 func (r *volumeResource) put(ctx context.Context, v *api.CSIVolume, m *volumeModel, summary string) (diags diag.Diagnostics) {
-	if _, _, err := r.nomad.CSIVolumes().Create(v, r.write(ctx, v.Namespace)); err != nil {
+	ctx = context.WithoutCancel(ctx) // what is made has to be in the state, also of an apply that is interrupted
+	all, _, err := r.nomad.CSIVolumes().Create(v, r.write(ctx, v.Namespace))
+	if err != nil {
 		diags.Append(failed(summary, objectID(v.Namespace, v.ID), err))
 		return diags
 	}
 	made, err := r.info(ctx, v.Namespace, v.ID)
 	if err != nil {
 		diags.Append(failed("The volume can't be read", objectID(v.Namespace, v.ID), err))
+		if len(all) == 1 {
+			m.read(all[0])
+		}
 		return diags
 	}
 	m.read(made)
