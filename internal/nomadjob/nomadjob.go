@@ -874,6 +874,7 @@ type reader struct {
 	group *api.TaskGroup
 	task  *api.Task
 	p     *spec.Pod
+	named map[string]bool // its volumes that have a name of their own
 	errs  []error
 
 	options Options
@@ -908,6 +909,19 @@ func (r *reader) pod(name string, c *config) *spec.Pod {
 	for _, e := range c.ExtraHosts {
 		name, address, _ := strings.Cut(e, ":")
 		r.p.Network.ExtraHosts = append(r.p.Network.ExtraHosts, spec.HostEntry{Name: name, Address: strings.Trim(address, "[]")})
+	}
+	r.named = map[string]bool{}
+	for _, request := range r.group.Volumes {
+		r.named[request.Source] = true
+	}
+	mounts := slices.Clone(c.Mounts)
+	for _, blocks := range c.Containers {
+		for _, from := range blocks {
+			mounts = append(mounts, from.Mounts...)
+		}
+	}
+	for _, m := range mounts {
+		r.named[m.Source] = r.named[m.Source] || m.Type != "bind"
 	}
 	r.network(c)
 	own := r.container(r.task.Name, &c.container)
@@ -1050,7 +1064,28 @@ func (r *reader) container(name string, c *container) spec.PodContainer {
 	return p
 }
 
-// mount reads a mount block. A directory's volume has a name that follows from where it is mounted.
+// Directory is the name of the volume of a pod that is a directory of the host, and that it adds unless it is there. A job has no name for it: it follows from where
+// it is mounted, and is none of those that others have.
+func Directory(p *spec.Pod, d spec.DirectoryVolume, target string, named map[string]bool) string {
+	base := strings.Trim(strings.ReplaceAll(path.Clean(target), "/", "-"), "-")
+	for n := 1; ; n++ {
+		name := base
+		if n > 1 {
+			name += "-" + strconv.Itoa(n)
+		}
+		i := slices.IndexFunc(p.Volumes, func(v spec.Volume) bool { return v.Name == name })
+		switch {
+		case named[name]:
+		case i < 0:
+			p.Volumes = append(p.Volumes, spec.Volume{Name: name, Directory: &d})
+			return name
+		case p.Volumes[i].Directory != nil && *p.Volumes[i].Directory == d:
+			return name
+		}
+	}
+}
+
+// mount reads a mount block.
 func (r *reader) mount(p *spec.PodContainer, m mount) {
 	made := spec.Mount{Volume: m.Source, Path: m.Target, ReadOnly: m.ReadOnly, Subpath: m.Subpath, NoCopy: m.NoCopy}
 	v := spec.Volume{Name: m.Source}
@@ -1058,9 +1093,8 @@ func (r *reader) mount(p *spec.PodContainer, m mount) {
 	case "volume", "": // the driver's default
 		v.Scratch = &spec.ScratchVolume{}
 	case "bind":
-		v.Name = strings.Trim(strings.ReplaceAll(path.Clean(m.Target), "/", "-"), "-")
-		v.Directory = &spec.DirectoryVolume{Path: m.Source, Transport: m.Transport}
-		made.Volume = v.Name
+		made.Volume = Directory(r.p, spec.DirectoryVolume{Path: m.Source, Transport: m.Transport}, m.Target, r.named)
+		v.Name = made.Volume
 	default:
 		r.errs = append(r.errs, fmt.Errorf("mount at %s: type %q is none of volume, bind", m.Target, m.Type))
 		return

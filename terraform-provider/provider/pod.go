@@ -75,6 +75,7 @@ func (m *podModel) check() (diags diag.Diagnostics) {
 	}
 	diags.Append(m.checkNetworks()...)
 	diags.Append(m.checkOnce()...)
+	kinds := map[string]string{} // of volumes, by their names
 	for i := range m.Containers {
 		c, at := &m.Containers[i], containers.AtListIndex(i)
 		for name := range c.Labels.Elements() {
@@ -107,6 +108,15 @@ func (m *podModel) check() (diags diag.Diagnostics) {
 			}
 			if said != 1 {
 				diags.AddAttributeError(at.AtName("mount").AtListIndex(j), "Not one thing", "A mount is one of volume, scratch and host_path.")
+			}
+			for kind, name := range map[string]types.String{"volume": mount.Volume, "scratch": mount.Scratch} {
+				if kind == "volume" && mount.Shared.ValueBool() {
+					kind = "volume with shared = true"
+				}
+				if other := kinds[name.ValueString()]; name.ValueString() != "" && other != "" && other != kind {
+					diags.AddAttributeError(at.AtName("mount").AtListIndex(j), "Two things by a name", fmt.Sprintf("%s is a %s of this pod, and a %s: give the scratch volume another name, or say of both mounts whether the volume is shared.", name.ValueString(), other, kind))
+				}
+				kinds[name.ValueString()] = kind
 			}
 			if mount.Shared.ValueBool() && mount.Volume.ValueString() == "" {
 				diags.AddAttributeError(at.AtName("mount").AtListIndex(j).AtName("shared"), "Not of this mount", "Only a volume can be shared with other pods.")

@@ -3,7 +3,6 @@ package provider
 import (
 	"encoding/json"
 	"maps"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -244,9 +243,14 @@ func (m *podModel) pod(secrets []map[string]string) (*spec.Pod, nomadjob.Options
 			o.Service.Endpoints = append(o.Service.Endpoints, e)
 		}
 	}
-	names := map[string][]string{}
+	names, named := map[string][]string{}, map[string]bool{}
 	for i := range m.Containers {
-		one := m.Containers[i].container(p)
+		for _, from := range m.Containers[i].Mounts {
+			named[from.Volume.ValueString()], named[from.Scratch.ValueString()] = true, true
+		}
+	}
+	for i := range m.Containers {
+		one := m.Containers[i].container(p, named)
 		if hidden := at(secrets, i); len(hidden) > 0 {
 			one.Env, names[one.Name] = environment(pairs(m.Containers[i].Env), hidden), slices.Sorted(maps.Keys(hidden))
 		}
@@ -276,8 +280,8 @@ func environment(all ...map[string]string) (out []string) {
 	return out
 }
 
-// container is one of the pod, to whose volumes it adds those that it mounts.
-func (m *containerModel) container(p *spec.Pod) spec.PodContainer {
+// container is one of the pod, to whose volumes it adds those that it mounts. named are those of the pod that have a name.
+func (m *containerModel) container(p *spec.Pod, named map[string]bool) spec.PodContainer {
 	c := spec.PodContainer{
 		Name: m.Name.ValueString(), Image: m.Image.ValueString(), Entrypoint: argv(m.Entrypoint), Command: argv(m.Command), Env: environment(pairs(m.Env)), User: m.User.ValueString(),
 		WorkingDir: m.WorkingDir.ValueString(), StopSignal: m.StopSignal.ValueString(),
@@ -313,8 +317,8 @@ func (m *containerModel) container(p *spec.Pod) spec.PodContainer {
 			}
 		case from.Scratch.ValueString() != "":
 			v = spec.Volume{Name: from.Scratch.ValueString(), Scratch: &spec.ScratchVolume{}}
-		default: // a job knows it by the place where it is mounted
-			v = spec.Volume{Name: strings.Trim(strings.ReplaceAll(path.Clean(made.Path), "/", "-"), "-"), Directory: &spec.DirectoryVolume{Path: from.HostPath.ValueString()}}
+		default:
+			v.Name = nomadjob.Directory(p, spec.DirectoryVolume{Path: from.HostPath.ValueString()}, made.Path, named)
 		}
 		made.Volume = v.Name
 		if !slices.ContainsFunc(p.Volumes, func(o spec.Volume) bool { return o.Name == v.Name }) {

@@ -55,6 +55,18 @@ var models = map[string]*podModel{
 		c.Init, c.MaxStarts, c.StopTimeout = types.BoolValue(false), types.Int64Value(0), newDuration(10*time.Second)
 		c.Command, c.Entrypoint = list(), list("/bin/sh")
 	}),
+	"directories at places of one name": planned(func(m *podModel) {
+		m.Containers = []containerModel{
+			plannedContainer("a", func(c *containerModel) {
+				c.Mounts = []mountModel{
+					{Path: str("/x/y"), HostPath: str("/srv/1")}, {Path: str("/x-y"), HostPath: str("/srv/2")}, {Path: str("/s"), HostPath: str("/srv/3")}, {Path: str("/t"), Scratch: str("s")},
+				}
+			}),
+			plannedContainer("b", func(c *containerModel) {
+				c.Mounts = []mountModel{{Path: str("/s"), HostPath: str("/srv/4")}, {Path: str("/x/y"), HostPath: str("/srv/1")}}
+			}),
+		}
+	}),
 	"memory of no whole MiB": planned(func(m *podModel) { m.Memory = size("256 MB") }),
 	"once":                   planned(func(m *podModel) { m.Once, m.WaitFor = types.BoolValue(true), str(waitEnded) }),
 	"everything": planned(func(m *podModel) {
