@@ -529,9 +529,9 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 
 // unused says, with an ErrInUse, who has the volume mounted: this host, or any other client of the cluster.
 func (s *session) unused(ctx context.Context, f *found) error {
-	if mounted, err := mount.Is(s.b.point(f.id)); err != nil {
+	if st, err := s.b.mounting(f.id).state(); err != nil {
 		return err
-	} else if mounted {
+	} else if st != absent {
 		return fmt.Errorf("%w: this host has it mounted", volume.ErrInUse)
 	}
 	if err := s.uncopied(ctx, f); err != nil {

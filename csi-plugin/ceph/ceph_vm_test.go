@@ -127,6 +127,7 @@ func TestRootCeph(t *testing.T) {
 	t.Run("Isolated", testIsolated)
 	t.Run("Hosts", func(t *testing.T) { testHosts(t, 40) })
 	t.Run("Elsewhere", testElsewhere)
+	t.Run("Evicted", testEvicted)
 	t.Run("Direct", testDirect)
 	t.Run("Files", testFiles)
 	t.Run("Bad", testBad)
@@ -317,6 +318,59 @@ func testElsewhere(t *testing.T) {
 	if text, err := os.ReadFile(filepath.Join(staged(t, &other, "clone"), "file")); err != nil || string(text) != "x" {
 		t.Errorf("the clone: %q, %v", text, err)
 	}
+}
+
+// A host whose session the cluster has ended, as after minutes without a network, has the volume again when it is staged.
+func testEvicted(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(ctx, gfs("v"))
+	must(t, err)
+	dir := staged(t, b, "v")
+	file := filepath.Join(dir, "file")
+	target := filepath.Join(t.TempDir(), "published")
+	must(t, os.Mkdir(target, 0o700))
+	must(t, mount.Bind(dir, target, mount.Options{}))
+	defer func() { _ = mount.Detach(target) }()
+	evict := func() {
+		t.Helper()
+		must(t, os.WriteFile(file, []byte("x"), 0o600))
+		must(t, b.with(ctx, func(ctx context.Context, s *session) error {
+			f, err := s.volume(ctx, "v")
+			must(t, err)
+			clients, err := b.clients(ctx, f, f.path)
+			must(t, err)
+			if len(clients) != 1 {
+				t.Fatalf("clients %+v", clients)
+			}
+			_, err = cluster.Ceph(ctx, "tell", "mds."+cephtest.FS+":0", "client", "evict", fmt.Sprint("id=", clients[0].ID))
+			return err
+		}))
+		for begin := time.Now(); os.WriteFile(file, []byte("y"), 0o600) == nil && time.Since(begin) < time.Minute; {
+		}
+	}
+	evict()
+	held, err := os.Open(target) // a pod that has gone on
+	if err == nil {
+		defer held.Close()
+	}
+	found := repaired(t, b, true)
+	if len(found) != 1 || !strings.Contains(found[0], "volume v: its ceph-fuse has") {
+		t.Errorf("found %q", found)
+	}
+	_, err = b.Stage(ctx, "v", volume.Use{As: volume.AsFiles})
+	must(t, err)
+	for _, at := range []string{dir, target} {
+		must(t, os.WriteFile(filepath.Join(at, "file"), []byte("z"), 0o600))
+	}
+	evict()
+	must(t, mount.Detach(target))
+	if mounted, err := mount.Is(target); err != nil || mounted {
+		t.Errorf("unpublished: %t, %v", mounted, err)
+	}
+	must(t, b.Unstage(ctx, "v"))
+	must(t, b.Delete(ctx, "v"))
 }
 
 // What a guest mounts is its own, and worthless once the volume is taken from it, also for a guest that still has it mounted.

@@ -185,7 +185,7 @@ type state int
 const (
 	absent state = iota
 	living
-	dead    // its ceph-fuse has ended
+	dead    // its ceph-fuse has ended, or its session with the cluster
 	hanging // it does not answer, as long as the cluster does not
 )
 
@@ -193,23 +193,38 @@ const (
 const patience = 20 * time.Second
 
 func (m *mounting) state() (state, error) {
-	if mounted, err := mount.Is(m.point()); err != nil || !mounted {
-		return absent, err
+	type answer struct {
+		state state
+		err   error
 	}
-	answer := make(chan error, 1)
+	answered := make(chan answer, 1)
 	go func() { // of a cluster that does not answer it waits for that
-		var st unix.Statfs_t
-		answer <- unix.Statfs(m.point(), &st)
+		st, err := m.look()
+		answered <- answer{st, err}
 	}()
 	select {
-	case err := <-answer:
-		if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) || errors.Is(err, unix.ESHUTDOWN) {
-			return dead, nil
-		}
-		return living, err
+	case a := <-answered:
+		return a.state, a.err
 	case <-time.After(patience):
 		return hanging, nil
 	}
+}
+
+func (m *mounting) look() (state, error) {
+	if mounted, err := mount.Is(m.point()); err != nil || !mounted {
+		return absent, err
+	}
+	var st unix.Statfs_t
+	err := unix.Statfs(m.point(), &st)
+	if err == nil { // a monitor answers that, also who has no session with the metadata server any more
+		_, err = os.Lstat(m.point())
+	}
+	for _, lost := range []error{unix.ENOTCONN, unix.ECONNABORTED, unix.ESHUTDOWN, unix.ENOENT} {
+		if errors.Is(err, lost) {
+			return dead, nil
+		}
+	}
+	return living, err
 }
 
 // errHangs is a mount that does not answer.
@@ -396,7 +411,7 @@ func (m *mounting) down(ctx context.Context) error {
 	case st == hanging:
 		return m.errHangs()
 	case st == dead:
-		err = mount.Detach(m.point())
+		err = m.drop()
 	case st == living:
 		err = unix.Unmount(m.point(), unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EBUSY) {
@@ -447,7 +462,10 @@ func (m *mounting) replace(ctx context.Context, made func() (*spec.CephVolume, e
 	if err != nil {
 		return err
 	}
-	if err := mount.Detach(m.point()); err != nil {
+	if err := m.drop(); err != nil {
+		return err
+	}
+	if err := m.wait(ctx, func(mounted, running bool) bool { return !mounted && !running }); err != nil {
 		return err
 	}
 	if err := m.start(ctx, made); err != nil {
@@ -463,6 +481,15 @@ func (m *mounting) replace(ctx context.Context, made func() (*spec.CephVolume, e
 		}
 	}
 	return nil
+}
+
+// drop unmounts what is dead, and ends a ceph-fuse that is left without a session: also where files are open, it has no kernel to serve then.
+func (m *mounting) drop() error {
+	err := unix.Unmount(m.point(), unix.MNT_FORCE|unix.UMOUNT_NOFOLLOW)
+	if err != nil { // busy, or gone
+		err = mount.Detach(m.point())
+	}
+	return err
 }
 
 // known are those of a mount's options that a bind can have.

@@ -72,7 +72,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 			if st != dead {
 				return nil
 			}
-			report(fmt.Sprintf("volume %s: its ceph-fuse has died; what is mounted from it is mounted again, and processes have to open their files anew", id))
+			report(fmt.Sprintf("volume %s: its ceph-fuse has died, or has lost its session with the cluster; what is mounted from it is mounted again, and processes have to open their files anew", id))
 			if look {
 				return nil
 			}

@@ -19,8 +19,12 @@ import (
 // Is says whether something is mounted at path. A path that is not there is no mount.
 func Is(path string) (bool, error) {
 	mounted, err := mountinfo.Mounted(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+	if errors.Is(err, fs.ErrNotExist) { // also of a mount whose file system is no more, as that of a ceph-fuse whose session the cluster has ended
+		at, err := At(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		return at != nil, err
 	}
 	if dead(err) {
 		return true, nil
@@ -28,8 +32,10 @@ func Is(path string) (bool, error) {
 	return mounted, err
 }
 
-// dead says whether an error is what a FUSE file system gives whose program has ended: nothing but a mount does.
-func dead(err error) bool { return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) }
+// dead says whether an error is what a FUSE file system gives whose program has ended, or has lost its cluster: nothing but a mount does.
+func dead(err error) bool {
+	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) || errors.Is(err, unix.ESHUTDOWN)
+}
 
 // Unseen says whether what is mounted in a directory stays in this process's mount namespace while its parent has another: a sandbox whose directories
 // are not shared with the host. Pods would write below the mount.
