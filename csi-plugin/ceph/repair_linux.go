@@ -52,6 +52,9 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 			if err != nil {
 				return err
 			}
+			if st == hanging { // as all others do then, each for its time: a plugin would not begin
+				return m.errHangs()
+			}
 			if copied {
 				report(fmt.Sprintf("%s: mounted to copy volume %s, and the copy did not come to its end", m.point(), id))
 				if look {
