@@ -62,6 +62,7 @@ func TestVMNetworks(t *testing.T) {
 			[]string{"busybox", "sh", "-c", "mkdir /www; echo " + name + " >/www/index.html; exec httpd -f -p 80 -h /www"})...)
 	}
 	serve("db", "shop", "--network-alias", "database", "-p", "8092:80")
+	serve("inner", "shop", "-p", "127.0.0.1:8093:80")
 	serve("cache1", "shop", "--network-alias", "cache")
 	serve("cache2", "shop", "--network-alias", "cache")
 	const mac = "02:32:1c:23:00:04"
@@ -103,6 +104,19 @@ func TestVMNetworks(t *testing.T) {
 	if out, err := h.c.Server().Output(t.Context(), "curl", "-gsSf", "http://127.0.0.1:8092/"); err != nil || out != "db\n" {
 		t.Errorf("the published port: %q, %v", out, err)
 	}
+	// One at the node's loopback address is there alone, and the network's own containers find it as any.
+	h.want("80/tcp -> 127.0.0.1:8093", "port", "inner")
+	h.until("inner to answer", func() bool { return reach("client", "inner") == "inner" })
+	if out, err := h.c.Server().Output(t.Context(), "curl", "-gsSf", "http://127.0.0.1:8093/"); err != nil || out != "inner\n" {
+		t.Errorf("the port at 127.0.0.1: %q, %v", out, err)
+	}
+	for _, port := range []string{"8092", "8093"} {
+		out, err := h.c.Server().Output(t.Context(), "curl", "-gsSf", "--connect-timeout", "5", "http://"+h.c.Server().IP.String()+":"+port+"/")
+		if reached := err == nil; reached != (port == "8092") {
+			t.Errorf("port %s at the node's other address: %q, %v", port, out, err)
+		}
+	}
+	h.run("rm", "-f", "inner")
 	on := strings.Fields(h.run("network", "inspect", "-f", "{{range .Containers}}{{.Name}}={{.IPv4Address}} {{end}}", "shop"))
 	if slices.Sort(on); len(on) != 4 || !strings.HasPrefix(on[3], "db="+addresses[2]+"/") {
 		t.Errorf("network inspect tells of %q", on)

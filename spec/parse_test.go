@@ -136,6 +136,8 @@ func TestLaunchErrors(t *testing.T) {
 		{"sidecars", `"/run/netns/web"`, `"web"`, `launch.json:12:14: network.netns: "web" is no clean absolute path; write it from /, without .., //, and a slash at its end`},
 		{"sidecars", `"/run/netns/web"`, `"/run/netns/web", "upstreams": [9191, 0, 9191]`, "launch.json:12:52: network.upstreams[1]: 0 is no port; 1 to 65535\n" +
 			"launch.json:12:55: network.upstreams[2]: 9191 is upstreams[0] as well; leave one out"},
+		{"sidecars", `"/run/netns/web"`, `"/run/netns/web", "onLink": [80, 0]`, "launch.json:12:47: network.onLink[1]: 0 is no port; 1 to 65535"},
+		{"mariadb", `"mode": "user"`, `"mode": "user", "onLink": [1]`, `launch.json:15:31: network.onLink: are ports in a network namespace, in mode "netns" alone; leave them out`},
 		{"mariadb", `"mode": "user"`, `"mode": "user", "upstreams": [1]`, `launch.json:15:34: network.upstreams: are services of a network namespace, in mode "netns" alone; leave them out`},
 		{"sidecars", `"mode": "netns"`, `"mode": "user"`, `launch.json:12:14: network.netns: means nothing in mode "user"; set mode to "netns", or leave it out`},
 		{"sidecars", `"container": "fetch"`, `"container": "nginx"`, "launch.json:97:18: containers[1].lifecycle.after: nginx waits for itself in the end; break the circle"},

@@ -157,7 +157,10 @@ type Network struct {
 	Publish []Publish `json:"publish,omitempty"`
 	// Upstreams are TCP ports of services at the network namespace's 127.0.0.1 that containers reach at theirs (netns mode only): a service mesh's
 	// proxy beside the pod listens there for each upstream of it.
-	Upstreams  []uint16    `json:"upstreams,omitempty"`
+	Upstreams []uint16 `json:"upstreams,omitempty"`
+	// OnLink are ports of the pod, of TCP and UDP, that are reached from the interface's own networks alone (netns mode only): a port that CNI
+	// publishes at all of the host's addresses is then at its 127.0.0.1 alone, as connections to that come from the bridge.
+	OnLink     []uint16    `json:"onLink,omitempty"`
 	DNS        []string    `json:"dns,omitempty"` // default: the host's resolvers, as far as a guest can reach them
 	DNSSearch  []string    `json:"dnsSearch,omitempty"`
 	DNSOptions []string    `json:"dnsOptions,omitempty"`

@@ -24,6 +24,7 @@ const (
 	MaxLayers           = 500 // of one container: what overlayfs stacks; docker builds at most 127
 	MaxVolumes          = 256
 	MaxUpstreams        = 64
+	MaxOnLink           = 256
 	minLimit      Bytes = 6 << 20 // docker's least memory of a container
 
 	maxName     = 128
@@ -473,6 +474,17 @@ func (n *Network) validate(v *validator) {
 		}
 		if other := slices.Index(n.Upstreams, p); other < i {
 			v.reject(index("network.upstreams", i), "%d is upstreams[%d] as well; leave one out", p, other)
+		}
+	}
+	if len(n.OnLink) > 0 && n.Mode != "netns" {
+		v.reject("network.onLink", `are ports in a network namespace, in mode "netns" alone; leave them out`)
+	}
+	if len(n.OnLink) > MaxOnLink {
+		v.reject("network.onLink", "are %d; at most %d", len(n.OnLink), MaxOnLink)
+	}
+	for i, p := range n.OnLink {
+		if p == 0 {
+			v.reject(index("network.onLink", i), "0 is no port; 1 to 65535")
 		}
 	}
 	for i, a := range n.DNS {

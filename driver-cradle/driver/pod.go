@@ -216,7 +216,7 @@ func (b *builder) network() {
 	b.pod.Hostname = b.config.Hostname
 	if i := b.task.NetworkIsolation; i != nil && i.Path != "" {
 		n.Mode, n.Netns = "netns", i.Path
-		n.Upstreams = b.upstreams()
+		n.Upstreams, n.OnLink = b.upstreams(), b.onLink()
 		if i.HostsConfig != nil && b.pod.Hostname == "" {
 			b.pod.Hostname = i.HostsConfig.Hostname
 		}
@@ -233,7 +233,10 @@ func (b *builder) network() {
 		}
 	}
 	for _, label := range slices.Sorted(maps.Keys(b.config.HostIPs)) {
-		if n.Mode != "user" || !slices.Contains(b.config.Ports, label) {
+		if n.Mode == "netns" {
+			continue // onLink has looked at it
+		}
+		if !slices.Contains(b.config.Ports, label) {
 			b.wrong("host_ips."+label, "is no port that is forwarded to the pod")
 		} else if _, err := netip.ParseAddr(b.config.HostIPs[label]); err != nil {
 			b.wrong("host_ips."+label, "%q is no IP address: write one of the host's", b.config.HostIPs[label])
@@ -301,6 +304,34 @@ func (b *builder) upstreams() (ports []uint16) {
 	return slices.Compact(ports)
 }
 
+// onLink are the ports that are to be at the host's 127.0.0.1 alone. CNI publishes at all of the host's addresses; connections to 127.0.0.1 come from the
+// bridge, and others from outside of the pod's network.
+func (b *builder) onLink() (ports []uint16) {
+	inside := map[int]string{}
+	allocated := b.ports()
+	for _, label := range slices.Sorted(maps.Keys(allocated)) {
+		if _, ok := b.config.HostIPs[label]; !ok {
+			inside[allocated[label].inside()] = label
+		}
+	}
+	for _, label := range slices.Sorted(maps.Keys(b.config.HostIPs)) {
+		p, ok := allocated[label]
+		open, both := inside[p.inside()]
+		switch {
+		case !ok:
+			b.wrong("host_ips."+label, "the group's network has no port %q", label)
+		case b.config.HostIPs[label] != "127.0.0.1":
+			b.wrong("host_ips."+label, "%q: a port of a group network in mode bridge is at all addresses of its host, or at 127.0.0.1", b.config.HostIPs[label])
+		case both:
+			b.wrong("host_ips."+label, "the pod's port %d is at all addresses of the host as port %q: in a group network in mode bridge it is there, or at 127.0.0.1 alone", p.inside(), open)
+		default:
+			ports = append(ports, uint16(p.inside()))
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
 // publish forwards the ports that the task names, in a group whose network is the host's: a machine can't be in that.
 func (b *builder) publish() {
 	allocated := b.ports()
@@ -316,12 +347,8 @@ func (b *builder) publish() {
 		if ip, ok := b.config.HostIPs[label]; ok {
 			p.HostIP = ip
 		}
-		to := p.To
-		if to <= 0 {
-			to = p.Value
-		}
 		for _, protocol := range []string{"tcp", "udp"} {
-			publish := spec.Publish{HostIP: p.HostIP, HostPort: uint16(p.Value), Port: uint16(to), Protocol: protocol}
+			publish := spec.Publish{HostIP: p.HostIP, HostPort: uint16(p.Value), Port: uint16(p.inside()), Protocol: protocol}
 			if strings.Contains(p.HostIP, ":") {
 				b.wrong(fmt.Sprintf("ports[%d]", i), "%s is on an IPv6 address of the host, and only a group network in mode bridge has IPv6", label)
 				break
@@ -335,6 +362,14 @@ func (b *builder) publish() {
 type port struct {
 	Value, To int
 	HostIP    string
+}
+
+// inside is the port in the task.
+func (p port) inside() int {
+	if p.To <= 0 {
+		return p.Value
+	}
+	return p.To
 }
 
 func (b *builder) ports() map[string]port {

@@ -210,6 +210,34 @@ func TestForwardedPorts(t *testing.T) {
 	}
 }
 
+// In a group network, ports at the host's 127.0.0.1 are for the bridge alone.
+func TestLoopbackPorts(t *testing.T) {
+	for config, want := range map[string]string{
+		"":                                     "[]",
+		`host_ips = { http = "127.0.0.1" }`:    "[80]",
+		`host_ips = { admin = "127.0.0.1" }`:   "[9000]",
+		`host_ips = { http = "192.0.2.1" }`:    `host_ips.http: "192.0.2.1": a port of a group network`,
+		`host_ips = { ssh = "127.0.0.1" }`:     `host_ips.ssh: the group's network has no port "ssh"`,
+		`host_ips = { metrics = "127.0.0.1" }`: `host_ips.metrics: the pod's port 9100 is at all addresses of the host as port "more"`,
+	} {
+		task, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n"+config+"\n}\n}\n}\n}")
+		if err != nil {
+			t.Fatal(err)
+		}
+		nomads := aTask(task)
+		nomads.NetworkIsolation = &drivers.NetworkIsolationSpec{Mode: drivers.NetIsolationModeGroup, Path: "/run/netns/g"}
+		*nomads.Resources.Ports = structs.AllocatedPorts{{Label: "http", Value: 8080, To: 80}, {Label: "admin", Value: 9000}, {Label: "metrics", Value: 1, To: 9100}, {Label: "more", Value: 2, To: 9100}}
+		p, err := podOf(nomads, c, aHost())
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = fmt.Sprint(p.Network.OnLink)
+		}
+		if !strings.Contains(got, want) {
+			t.Errorf("%s: %s; want %s", config, got, want)
+		}
+	}
+}
+
 // Nomad's word for a task without a limit is -1.
 func TestMemoryWithoutLimit(t *testing.T) {
 	task, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n}\n}\n}\n}")

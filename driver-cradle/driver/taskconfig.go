@@ -79,7 +79,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "hostname", kind: text, def: "the beginning of the pod's id", doc: "Host name of all containers. The hostname of a group's network block Nomad takes for its docker driver alone."},
 	{name: "domainname", kind: text, doc: "Domain of the host name."},
 	{name: "ports", kind: texts, doc: "Labels of the group's ports. In a group without network namespace (mode host) these are forwarded to the pod."},
-	{name: "host_ips", kind: freeText, doc: "Addresses of the host at which forwarded ports are there, by the ports' labels, in place of the one that Nomad has chosen: http = \"127.0.0.1\"."},
+	{name: "host_ips", kind: freeText, doc: "Addresses of the host at which forwarded ports are there, by the ports' labels, in place of the one that Nomad has chosen: http = \"127.0.0.1\". In a group network in mode bridge, 127.0.0.1 alone."},
 	{name: "upstreams", kind: texts, doc: "TCP ports at 127.0.0.1 where other tasks of the group serve the pod's containers at theirs: [5432]. Those of connect blocks need not be named."},
 	{name: "mac_address", kind: text, def: "the group network's, or chosen", doc: "Link-layer address of the pod's interface: 02:00:00:12:34:56."},
 	{name: "extra_hosts", kind: texts, doc: "Lines of /etc/hosts: name:address."},

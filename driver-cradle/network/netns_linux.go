@@ -33,11 +33,11 @@ type Link struct {
 }
 
 // Take makes a tap in the network namespace at path and connects it with the pod's interface there. The guest gets to the namespace's
-// services at 127.0.0.1 whose ports are upstreams. The interface gets the link-layer address mac, where that is not "". Release removes what is left when the tap
+// services at 127.0.0.1 whose ports are upstreams. The guest's ports onLink, of TCP and UDP, are reached from the interface's own networks alone. The interface gets the link-layer address mac, where that is not "". Release removes what is left when the tap
 // is gone.
-func Take(ctx context.Context, path, mac string, upstreams []uint16) (l *Link, err error) {
+func Take(ctx context.Context, path, mac string, upstreams, onLink []uint16) (l *Link, err error) {
 	err = inNamespace(path, func() error {
-		l, err = take(mac, upstreams)
+		l, err = take(mac, upstreams, onLink)
 		return err
 	})
 	if err == nil && ctx.Err() != nil {
@@ -107,7 +107,7 @@ func probe() (unshared, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("interface eth0: %w", err)
 	}
-	l, err := take("", nil)
+	l, err := take("", nil, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +149,7 @@ func inNamespace(path string, f func() error) error {
 	return <-done
 }
 
-func take(mac string, upstreams []uint16) (*Link, error) {
+func take(mac string, upstreams, onLink []uint16) (*Link, error) {
 	link, err := podInterface()
 	if err != nil {
 		return nil, err
@@ -169,9 +169,12 @@ func take(mac string, upstreams []uint16) (*Link, error) {
 	if l.Tap, err = openTap(tapName); err != nil {
 		return nil, err
 	}
-	l.Unshared, err = connect(link, &l.Interface, upstreams)
+	l.Unshared, err = connect(link, &l.Interface, upstreams, onLink)
 	if err == nil && l.Unshared != nil && len(upstreams) > 0 {
 		err = fmt.Errorf("upstreams are out of reach: %w", l.Unshared)
+	}
+	if err == nil && l.Unshared != nil && len(onLink) > 0 {
+		err = fmt.Errorf("ports can't be kept to the interface's own networks: %w", l.Unshared)
 	}
 	if err != nil {
 		return nil, errors.Join(err, disconnect(link), l.Tap.Close())

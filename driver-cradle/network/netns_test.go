@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -110,7 +111,7 @@ func (l *lab) in(ns string, f func() error) {
 // take takes the pod's namespace over.
 func (l *lab) take(upstreams ...uint16) (*os.File, wire.Interface) {
 	l.t.Helper()
-	link, err := Take(l.t.Context(), l.pod, "", upstreams)
+	link, err := Take(l.t.Context(), l.pod, "", upstreams, nil)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -271,7 +272,7 @@ func TestRootTake(t *testing.T) {
 			}
 		}
 	}
-	if _, err := Take(t.Context(), l.pod, "", nil); !errors.Is(err, ErrInUse) {
+	if _, err := Take(t.Context(), l.pod, "", nil, nil); !errors.Is(err, ErrInUse) {
 		t.Errorf("taking a namespace over twice: %v", err)
 	}
 	if err := Release(l.pod); err != nil {
@@ -322,7 +323,7 @@ func TestRootTake(t *testing.T) {
 func TestRootTakeAddress(t *testing.T) {
 	const mac = "02:32:1c:23:00:04"
 	l := newLab(t)
-	link, err := Take(t.Context(), l.pod, mac, nil)
+	link, err := Take(t.Context(), l.pod, mac, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -483,13 +484,16 @@ func TestRootUnshared(t *testing.T) {
 	ns := strings.TrimPrefix(l.pod, "/run/netns/")
 	l.run("tc", "-n", ns, "qdisc", "add", "dev", "lo", "ingress") // of another kind than is needed, and there is room for one
 	before := l.settings()
-	if _, err := Take(t.Context(), l.pod, "", []uint16{1}); err == nil || !strings.Contains(err.Error(), "upstreams are out of reach") {
+	if _, err := Take(t.Context(), l.pod, "", []uint16{1}, nil); err == nil || !strings.Contains(err.Error(), "upstreams are out of reach") {
 		t.Errorf("upstreams: %v", err)
+	}
+	if _, err := Take(t.Context(), l.pod, "", nil, []uint16{1}); err == nil || !strings.Contains(err.Error(), "ports can't be kept") {
+		t.Errorf("ports for the interface's own networks: %v", err)
 	}
 	if after := l.settings(); after != before {
 		t.Errorf("a Take that failed has changed the namespace:\n%s\n%s", before, after)
 	}
-	link, err := Take(t.Context(), l.pod, "", nil)
+	link, err := Take(t.Context(), l.pod, "", nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -511,6 +515,73 @@ func TestRootUnshared(t *testing.T) {
 	}
 	if after := l.settings(); after != before {
 		t.Errorf("the namespace was changed:\n%s\n%s", before, after)
+	}
+}
+
+// What a port that is for the interface's own networks gets from elsewhere never comes to the guest, in either family; other ports get it.
+func TestRootOnLink(t *testing.T) {
+	l := newLab(t)
+	l.ip(l.host, "addr add 203.0.113.9/32 dev br0")
+	l.ip(l.host, "addr add 2001:db8::9/128 dev br0 nodad")
+	link, err := Take(t.Context(), l.pod, "", nil, []uint16{7777, 7779})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.plug(link.Tap, link.Interface)()
+	for _, f := range []struct{ near, far, guest string }{{"10.88.0.1", "203.0.113.9", "10.88.0.5"}, {"fd88::1", "2001:db8::9", "fd88::5"}} {
+		dial := func(network, from, port string) (c net.Conn, err error) {
+			d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+				return errors.Join(c.Control(func(fd uintptr) {
+					if network == "tcp" {
+						err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_SYNCNT, 1)
+					}
+				}), err)
+			}}
+			if d.LocalAddr = (&net.TCPAddr{IP: net.ParseIP(from)}); network == "udp" {
+				d.LocalAddr = &net.UDPAddr{IP: net.ParseIP(from)}
+			}
+			err = inNamespace(l.host, func() (err error) { c, err = d.Dial(network, net.JoinHostPort(f.guest, port)); return err })
+			return c, err
+		}
+		for port, kept := range map[string]bool{"7777": true, "7778": false} {
+			var listener net.Listener
+			var datagrams net.PacketConn
+			l.in(l.guest, func() (err error) { listener, err = net.Listen("tcp", net.JoinHostPort(f.guest, port)); return err })
+			defer listener.Close()
+			l.in(l.guest, func() (err error) {
+				datagrams, err = net.ListenPacket("udp", net.JoinHostPort(f.guest, port))
+				return err
+			})
+			defer datagrams.Close()
+			for _, from := range []string{f.far, f.near} {
+				c, err := dial("tcp", from, port)
+				if err == nil {
+					c.Close()
+				}
+				if kept && from == f.far {
+					if !errors.Is(err, unix.ETIMEDOUT) {
+						t.Errorf("tcp from %s to %s port %s: %v, want no answer", from, f.guest, port, err)
+					}
+				} else if err != nil {
+					t.Errorf("tcp from %s to %s port %s: %v", from, f.guest, port, err)
+				}
+				if c, err = dial("udp", from, port); err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				if _, err := io.WriteString(c, from); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := f.far // that was sent first
+			if kept {
+				want = f.near
+			}
+			buf := make([]byte, 100)
+			if n, _, err := datagrams.ReadFrom(buf); err != nil || string(buf[:n]) != want {
+				t.Errorf("udp to %s port %s: %q comes first, %v; want %q", f.guest, port, buf[:n], err, want)
+			}
+		}
 	}
 }
 
@@ -592,7 +663,7 @@ func TestRootTakeRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{file, "/proc/self/ns/mnt", "/nonexistent", l.guest} {
-		link, err := Take(t.Context(), path, "", nil)
+		link, err := Take(t.Context(), path, "", nil, nil)
 		if err == nil {
 			link.Tap.Close()
 			t.Errorf("Take(%s) succeeds", path)
@@ -604,7 +675,7 @@ func TestRootTakeRefuses(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := Take(ctx, l.pod, "", nil); !errors.Is(err, context.Canceled) {
+	if _, err := Take(ctx, l.pod, "", nil, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("Take after the context's end: %v", err)
 	}
 	if links := l.ip(l.pod, "-o link"); strings.Contains(links, tapName) {

@@ -3,6 +3,7 @@ package network
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/cilium/ebpf"
@@ -29,8 +30,10 @@ var namespaceMAC = [6]byte{0x02, 0xc4, 0xad, 0, 0, 1}
 type sharing struct {
 	pod, tap, lo int // indexes of interfaces
 	mac          [6]byte
-	addresses    []netip.Addr // of the pod
+	addresses    []netip.Addr   // of the pod
+	networks     []netip.Prefix // that the pod's interface is in
 	upstreams    []uint16
+	onLink       []uint16
 	datagrams    int // file descriptor of the map of those
 }
 
@@ -400,6 +403,7 @@ func (s *sharing) fromNetwork() asm.Instructions {
 		// A datagram whose first fragment is not there is thrown away without a word, so both may have the others.
 		c.header(f, "guest", "both", false)
 		c.load(true, 0, stackPair+2*f.size, 4, "guest")
+		s.keepOnLink(c, f)
 		c.leaveToSockets(f, "namespace", "other"+f.name)
 		c.add(asm.Ja.Label("guest"))
 		c.label("other" + f.name)
@@ -424,6 +428,53 @@ func (s *sharing) fromNetwork() asm.Instructions {
 	c.label("drop")
 	c.exit(verdictDrop)
 	return c.Instructions
+}
+
+// keepOnLink drops what would open a connection, or is a datagram, to a port that is for the interface's own networks, and comes from elsewhere.
+func (s *sharing) keepOnLink(c *code, f *family) {
+	if len(s.onLink) == 0 {
+		return
+	}
+	kept, source, pass := c.newLabel(), c.newLabel(), c.newLabel()
+	known := c.newLabel()
+	c.add(asm.JEq.Imm(asm.R8, unix.IPPROTO_TCP, known), asm.JEq.Imm(asm.R8, unix.IPPROTO_UDP, known))
+	if f == &ip6 { // what is behind further headers is not seen
+		c.add(asm.JNE.Imm(asm.R8, f.icmp, source))
+	}
+	c.add(asm.Ja.Label(pass))
+	c.label(known)
+	c.add(asm.LoadMem(asm.R2, asm.RFP, stackPair+2*f.size+2, asm.Half))
+	for _, p := range s.onLink {
+		c.add(asm.JEq.Imm(asm.R2, big(p), kept))
+	}
+	c.add(asm.Ja.Label(pass))
+	c.label(kept)
+	c.add(asm.JEq.Imm(asm.R8, unix.IPPROTO_UDP, source))
+	c.load(true, tcpFlags, stackHeader, 1, "drop")
+	c.add(
+		asm.LoadMem(asm.R2, asm.RFP, stackHeader, asm.Byte),
+		asm.And.Imm(asm.R2, 0x12), // SYN, ACK
+		asm.JNE.Imm(asm.R2, 0x02, pass),
+	)
+	c.label(source)
+	for _, n := range s.networks {
+		if n.Addr().BitLen() != 8*int(f.size) {
+			continue
+		}
+		next := c.newLabel()
+		mask := net.CIDRMask(n.Bits(), n.Addr().BitLen())
+		for i, w := range words(n.Masked().Addr()) {
+			c.add(
+				asm.LoadMem(asm.R2, asm.RFP, stackPair+int16(4*i), asm.Word),
+				asm.And.Imm(asm.R2, int32(binary.NativeEndian.Uint32(mask[4*i:]))),
+				asm.JNE.Imm32(asm.R2, w, next),
+			)
+		}
+		c.add(asm.Ja.Label(pass))
+		c.label(next)
+	}
+	c.add(asm.Ja.Label("drop"))
+	c.label(pass)
 }
 
 // refuseInner goes to drop if the address on the stack is one of those that only the namespace and the guest know.

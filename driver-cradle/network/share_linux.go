@@ -19,7 +19,7 @@ const filterPref = 0xc4ad
 
 // connect hands what arrives at link to the tap, and what arrives at the tap to link, but for what is the namespace's own. Where that can't be told
 // apart, the guest gets everything, and why says the reason.
-func connect(link netlink.Link, i *wire.Interface, upstreams []uint16) (why error, err error) {
+func connect(link netlink.Link, i *wire.Interface, upstreams, onLink []uint16) (why error, err error) {
 	// Nobody but the guest speaks on the tap.
 	if err := setSysctl("net/ipv6/conf/"+tapName+"/disable_ipv6", "1"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -37,7 +37,7 @@ func connect(link netlink.Link, i *wire.Interface, upstreams []uint16) (why erro
 	if err := netlink.LinkSetUp(tap); err != nil {
 		return nil, fmt.Errorf("tap %s: set up: %w", tapName, err)
 	}
-	if i.Namespace, why = share(link, tap, i, upstreams); why == nil {
+	if i.Namespace, why = share(link, tap, i, upstreams, onLink); why == nil {
 		return nil, nil
 	}
 	if err := disconnect(link); err != nil {
@@ -50,14 +50,14 @@ func connect(link netlink.Link, i *wire.Interface, upstreams []uint16) (why erro
 }
 
 // share connects link and tap by programs that know the namespace's sockets.
-func share(link, tap netlink.Link, i *wire.Interface, upstreams []uint16) (*wire.Namespace, error) {
+func share(link, tap netlink.Link, i *wire.Interface, upstreams, onLink []uint16) (*wire.Namespace, error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, fmt.Errorf("interface lo: %w", err)
 	}
 	s := sharing{
 		pod: link.Attrs().Index, tap: tap.Attrs().Index, lo: lo.Attrs().Index,
-		mac: [6]byte(link.Attrs().HardwareAddr), upstreams: upstreams,
+		mac: [6]byte(link.Attrs().HardwareAddr), upstreams: upstreams, networks: i.Addresses, onLink: onLink,
 	}
 	n := &wire.Namespace{MAC: net.HardwareAddr(namespaceMAC[:]).String(), IP4: namespace4, Loopback4: namespaceLoop4, Upstreams: upstreams}
 	for _, p := range i.Addresses {

@@ -379,7 +379,7 @@ func connect(ctx context.Context, launch *spec.Launch, log *slog.Logger, c *vmm.
 	case "none":
 		c.Net.Mode = vmm.NetNone
 	case "netns":
-		l, err := network.Take(ctx, n.Netns, n.MAC, n.Upstreams)
+		l, err := network.Take(ctx, n.Netns, n.MAC, n.Upstreams, n.OnLink)
 		if err != nil {
 			return err
 		}

@@ -264,6 +264,9 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	return job, nil
 }
 
+// loopback is the one address of its node at which a port of a pod in the bridge network may be alone.
+const loopback = "127.0.0.1"
+
 // namesTemplate makes lines of /etc/hosts of who is on the networks that a variable names. Nomad's client reads it with the job's identity, which sees its
 // own namespace alone, and writes it anew when somebody comes or goes.
 const namesTemplate = `{{ with nomadVar %q }}{{ range split " " .%s.Value }}{{ range nomadService . }}{{ .Address }}{{ range .Tags }} {{ . }}{{ end }}
@@ -480,8 +483,10 @@ func (b *builder) config() map[string]any {
 		switch {
 		case p.HostIP == "":
 		case b.options.Bridge && p.HostIP == "0.0.0.0":
-		case b.options.Bridge:
-			b.wrong(fmt.Sprintf("network.publish[%d].hostIp", p.of[0]), "%s: a port of a pod in the bridge network is there at all addresses of its node: leave it out", p.HostIP)
+		case b.options.Bridge && p.HostIP != loopback:
+			b.wrong(fmt.Sprintf("network.publish[%d].hostIp", p.of[0]), "%s: a port of a pod in the bridge network is there at all addresses of its node, or at 127.0.0.1 alone", p.HostIP)
+		case b.options.Bridge && slices.ContainsFunc(n.Publish, func(o spec.Publish) bool { return o.Port == p.Port && o.HostIP != loopback }):
+			b.wrong(fmt.Sprintf("network.publish[%d].hostIp", p.of[0]), "port %d of a pod in the bridge network is there at all addresses of its node, or at 127.0.0.1 alone: publish it in one way", p.Port)
 		default:
 			if c.HostIPs == nil {
 				c.HostIPs = []map[string]string{{}}

@@ -241,9 +241,13 @@ func TestRefused(t *testing.T) {
 			with(p, spec.Volume{Name: "v", NFS: &spec.NFSVolume{Address: "a", Export: "/e"}})
 		},
 		"volumes[0]: has 0 of block, directory": func(p *spec.Pod, _ *Options) { with(p, spec.Volume{Name: "v"}) },
-		"network.publish[0].hostIp: 127.0.0.1: a port of": func(p *spec.Pod, o *Options) {
+		"network.publish[0].hostIp: 192.0.2.1: a port of": func(p *spec.Pod, o *Options) {
 			o.Bridge = true
-			p.Network.Publish = []spec.Publish{{HostIP: "127.0.0.1", HostPort: 1, Port: 1}}
+			p.Network.Publish = []spec.Publish{{HostIP: "192.0.2.1", HostPort: 1, Port: 1}}
+		},
+		"network.publish[1].hostIp: port 80 of a pod": func(p *spec.Pod, o *Options) {
+			o.Bridge = true
+			p.Network.Publish = []spec.Publish{{HostPort: 8080, Port: 80}, {HostIP: "127.0.0.1", HostPort: 8081, Port: 80}}
 		},
 		"endpoints[1].port: port 81 is reached by nobody": func(p *spec.Pod, o *Options) {
 			p.Network.Publish = []spec.Publish{{Port: 80}}
