@@ -123,21 +123,27 @@ func (s *shop) close() {
 	s.say("left", s.run("ps", "-aq")+s.run("network", "ls", "-q", "--filter", "type=custom")+s.run(volumes...))
 }
 
+// takeCompose gives docker its compose.
+func (h *host) takeCompose() {
+	h.t.Helper()
+	compose, err := programs.Tool("compose")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(h.config, "cli-plugins"), 0o700); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Symlink(compose, filepath.Join(h.config, "cli-plugins", "docker-compose")); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
 // openShop is the example here; on is docker with another host.
 func openShop(t *testing.T) (here *shop, on func(host string) func(context.Context, ...string) *exec.Cmd) {
 	t.Helper()
 	h := openBeside(t)
 	h.c.RunVolumes(t)
-	compose, err := programs.Tool("compose")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(filepath.Join(h.config, "cli-plugins"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(compose, filepath.Join(h.config, "cli-plugins", "docker-compose")); err != nil {
-		t.Fatal(err)
-	}
+	h.takeCompose()
 	for _, name := range shopImages {
 		if _, err := programs.Image(name); err != nil {
 			t.Fatal(err)

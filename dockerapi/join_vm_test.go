@@ -4,6 +4,8 @@ package main
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +35,18 @@ func killPlugin(t *testing.T, n *nomadtest.Node) {
 		t.Fatal("there is no plugin")
 	}
 }
+
+const composed = `
+name: joined
+services:
+  side:
+    image: busybox
+    network_mode: "service:web"
+    command: sh -c "until wget -qO- http://127.0.0.1/; do sleep 0.2; done 2>/dev/null; exec sleep 10000"
+  web:
+    image: busybox
+    command: sh -c "mkdir /www; echo a page >/www/index.html; exec httpd -f -p 127.0.0.1:80 -h /www"
+`
 
 // Containers join the machine of one that runs: they share its network and end with it, and have everything else of their own. They go on while the server or the driver is killed.
 func TestVMJoin(t *testing.T) {
@@ -126,4 +140,20 @@ func TestVMJoin(t *testing.T) {
 	h.want("web", "ps", "-a", "--format", "{{.Names}}")
 	h.run("rm", "-f", "web")
 	step("all is removed")
+
+	// The same by compose, which begins the one after the other.
+	h.takeCompose()
+	file := filepath.Join(t.TempDir(), "compose.yaml")
+	if err := os.WriteFile(file, []byte(composed), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.run("compose", "-f", file, "up", "-d")
+	h.until("the page", func() bool {
+		out, _ := h.try("", "compose", "-f", file, "logs", "--no-log-prefix", "side")
+		return strings.TrimSpace(out) == "a page"
+	})
+	h.want("container:"+h.run("inspect", "-f", "{{.Id}}", "joined-web-1"), "inspect", "-f", "{{.HostConfig.NetworkMode}}", "joined-side-1")
+	h.run("compose", "-f", file, "down", "-t", "1")
+	h.want("", "ps", "-aq")
+	step("compose has come and gone")
 }

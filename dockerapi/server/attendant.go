@@ -134,11 +134,15 @@ func (t *tenant) endStray(id string) {
 			delete(a.strays, id)
 			a.mu.Unlock()
 		}()
+		var seen time.Time // what has ended, and was not renewed since: while Nomad was away nobody could
 		for {
 			r, err := t.get(t.server.ctx, id)
 			left := attendantGrace
 			if err == nil {
 				left += time.Until(r.Attended)
+				if left <= 0 && !seen.Equal(r.Attended) {
+					seen, left = r.Attended, attendantGrace
+				}
 			}
 			if isNotFound(err) || err == nil && left <= 0 {
 				if err = t.stopJob(t.server.ctx, jobPrefix+attendantPrefix+id); err == nil {

@@ -462,7 +462,7 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	// Its pod may start it again, by its policy or for docker restart: then the run goes on.
 	var exited io.ReadCloser
 	if c.Joins != "" && t.isRunning(c) {
-		t.followEnd(c)
+		t.followEnd(ctx, c)
 	}
 	if p, err := t.running(c); err == nil && condition != container.WaitConditionRemoved {
 		if exited, err = p.nextExit(ctx); err != nil && ctx.Err() != nil {

@@ -113,14 +113,14 @@ func (t *tenant) carryIn(ctx context.Context, r *record, wait []*attachment) err
 func (t *tenant) goOnInside(ctx context.Context, r *record) error {
 	x, p, err := t.joinsInto(ctx, r)
 	if err != nil || x.Run != r.Within {
-		t.followEnd(r) // it has ended with its pod
-		return nil     //nolint:nilerr // or its node is away, which is waited for
+		t.followEnd(ctx, r) // it has ended with its pod
+		return nil          //nolint:nilerr // or its node is away, which is waited for
 	}
 	state, err := t.join(ctx, r, x, p)
 	if err != nil {
 		return err
 	}
-	t.followEnd(r)
+	t.followEnd(ctx, r)
 	if state != string(container.StateCreated) {
 		return nil
 	}
@@ -138,8 +138,9 @@ const (
 	mostPause  = 5 * time.Second
 )
 
-// followEnd listens for the end of a run of a container that has joined, until it is noted. It returns when that can't be missed, or the pod does not answer for the moment.
-func (t *tenant) followEnd(r *record) {
+// followEnd listens for the end of a run of a container that has joined, until it is noted. It returns when that can't be missed, the pod does not answer for the moment, or
+// ctx has ended.
+func (t *tenant) followEnd(ctx context.Context, r *record) {
 	e := &ending{run: r.Run, done: make(chan struct{})}
 	t.sessions.mu.Lock()
 	if old := t.ends[r.ID]; old != nil && old.run == r.Run {
@@ -176,7 +177,10 @@ func (t *tenant) followEnd(r *record) {
 			}
 		}
 	})
-	<-listens
+	select {
+	case <-listens:
+	case <-ctx.Done():
+	}
 }
 
 func onceClosed(c chan struct{}) func() {

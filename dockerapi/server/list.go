@@ -98,11 +98,11 @@ func (t *tenant) ask(ctx context.Context, r *record, wait time.Duration) *seen {
 	if err != nil {
 		return s
 	}
-	if r.Joins != "" {
-		t.followEnd(r) // who has started it may be gone
-	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
+	if r.Joins != "" {
+		t.followEnd(ctx, r) // who has started it may be gone
+	}
 	var c container.InspectResponse
 	if err := p.call(ctx, http.MethodGet, p.inside("/json"), nil, nil, &c); err != nil || c.State == nil {
 		return s

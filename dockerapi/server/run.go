@@ -539,7 +539,7 @@ func (t *tenant) noteNode(ctx context.Context, r *record, s podState) {
 // awaitEnd asks the pod to tell when its container has ended: sooner than Nomad does. It returns when that can't be missed.
 func (t *tenant) awaitEnd(r *record, p *pod) {
 	if r.Joins != "" {
-		t.followEnd(r)
+		t.followEnd(t.server.ctx, r)
 		return
 	}
 	e := &ending{run: r.Run, done: make(chan struct{})}

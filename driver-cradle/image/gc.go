@@ -44,16 +44,23 @@ func (s *Store) Hold(img *Image, owner string) (release func() error, err error)
 		}
 		rec.Layers = append(rec.Layers, l.DiffID)
 	}
-	path := s.path("holds", holdPrefix(owner)+strings.TrimPrefix(img.ID, "sha256:")+".json")
+	path := s.holdPath(img.ID, owner)
 	if err := writeJSON(s.path("holds"), path, rec); err != nil {
 		return nil, fmt.Errorf("hold image %s: %w", img.Reference, spaceError(err, s.root))
 	}
-	return func() error {
-		if err := os.Remove(path); err != nil && !isNotExist(err) {
-			return err
-		}
-		return nil
-	}, nil
+	return func() error { return s.Release(img.ID, owner) }, nil
+}
+
+// Release ends an owner's hold on the image with this id, if there is one.
+func (s *Store) Release(id, owner string) error {
+	if err := os.Remove(s.holdPath(id, filepath.Clean(owner))); err != nil && !isNotExist(err) {
+		return fmt.Errorf("release image %s: %w", id, err)
+	}
+	return nil
+}
+
+func (s *Store) holdPath(id, owner string) string {
+	return s.path("holds", holdPrefix(owner)+strings.TrimPrefix(id, "sha256:")+".json")
 }
 
 // holdPrefix begins the names of an owner's holds.

@@ -32,8 +32,13 @@ type Joining struct {
 // joinedFile, in the run directory, has the containers that have joined the pod, and what they use.
 const joinedFile = "joined.json"
 
-// joinedContainers are the diff ids of their layers, by id.
-type joinedContainers map[string][]string
+// joinedContainers are what each has that has joined, by its id.
+type joinedContainers map[string]*joinedContainer
+
+type joinedContainer struct {
+	Image  string   `json:"image"`  // its id
+	Layers []string `json:"layers"` // diff ids
+}
 
 func (d *Dir) joined() (joinedContainers, error) {
 	data, err := hostfile.Read(d.join(runDir, joinedFile), spec.MaxDocument)
@@ -90,23 +95,24 @@ func (r *Running) Join(ctx context.Context, j *spec.Join) (s wire.ContainerStatu
 	if err != nil {
 		return s, &joinError{http.StatusBadRequest, err.Error()}
 	}
-	if _, err := r.joining.Images.Hold(img, r.dir.path); err != nil { // it ends with the pod
-		return s, err
+	before := all[j.ID]
+	if before != nil && before.Image != img.ID {
+		return s, &joinError{http.StatusConflict, fmt.Sprintf("container %s has joined already with image %s", j.ID, before.Image)}
 	}
-	layers := []string{}
+	own := &joinedContainer{Image: img.ID}
 	for _, l := range img.Layers {
-		if !slices.Contains(layers, l.DiffID) {
-			layers = append(layers, l.DiffID)
+		if !slices.Contains(own.Layers, l.DiffID) {
+			own.Layers = append(own.Layers, l.DiffID)
 		}
 	}
-	before := all[j.ID]
-	all[j.ID] = layers
+	all[j.ID] = own
 	if err := writeJSON(r.dir.join(runDir, joinedFile), all); err != nil {
 		return s, err
 	}
+	_, err = r.joining.Images.Hold(img, r.holder())
 	for _, l := range img.Layers {
-		if err = r.plug(ctx, l, w); err != nil {
-			break
+		if err == nil {
+			err = r.plug(ctx, l, w)
 		}
 	}
 	if err == nil {
@@ -118,11 +124,28 @@ func (r *Running) Join(ctx context.Context, j *spec.Join) (s wire.ContainerStatu
 	}
 	var refused *GuestError
 	if before == nil && (errors.As(err, &refused) || err != nil && ctx.Err() == nil) { // else it may have joined: the next one sees
-		delete(all, j.ID)
-		r.unplug(all, layers)
-		err = errors.Join(err, writeJSON(r.dir.join(runDir, joinedFile), all))
+		err = errors.Join(err, r.remove(all, j.ID))
 	}
 	return s, err
+}
+
+// holder is the owner of the holds on the images of those that have joined: they end with each image's last container, and at the latest with the pod's directory.
+func (r *Running) holder() string { return r.dir.join(runDir) }
+
+// remove forgets a container that the guest has not got, and what nobody but it has used.
+func (r *Running) remove(all joinedContainers, id string) error {
+	was := all[id]
+	delete(all, id)
+	if err := writeJSON(r.dir.join(runDir, joinedFile), all); err != nil {
+		return err
+	}
+	r.unplug(all, was.Layers)
+	for _, c := range all {
+		if c.Image == was.Image {
+			return nil
+		}
+	}
+	return r.joining.Images.Release(was.Image, r.holder())
 }
 
 // plug sees to it that a layer's disk is in the machine.
@@ -153,8 +176,8 @@ func (r *Running) unplug(all joinedContainers, layers []string) {
 			used[l.DiffID] = true
 		}
 	}
-	for _, of := range all {
-		for _, l := range of {
+	for _, c := range all {
+		for _, l := range c.Layers {
 			used[l] = true
 		}
 	}
@@ -211,13 +234,7 @@ func (r *Running) Leave(ctx context.Context, id string) error {
 		}
 		return err
 	}
-	layers := all[id]
-	delete(all, id)
-	if err := writeJSON(r.dir.join(runDir, joinedFile), all); err != nil {
-		return err
-	}
-	r.unplug(all, layers)
-	return nil
+	return r.remove(all, id)
 }
 
 // own keeps of a status what is of the pod's own containers: those that have joined come after them, and are not its.
@@ -244,9 +261,23 @@ func isHostCall(in *bufio.Reader) (bool, error) {
 	}
 }
 
+// What a caller may send, and how long it may take: the process that reads it attends to all pods of the node.
+const (
+	maxCall     = spec.MaxDocument + 64<<10
+	callTimeout = time.Minute
+	maxCalls    = 8 // of one pod at a time; others wait
+)
+
 // answerCall answers a call on a connection, and no other.
 func (r *Running) answerCall(client net.Conn, in *bufio.Reader) {
-	req, err := http.ReadRequest(in)
+	select {
+	case r.calls <- struct{}{}:
+		defer func() { <-r.calls }()
+	case <-r.ctx.Done():
+		return
+	}
+	_ = client.SetReadDeadline(time.Now().Add(callTimeout))
+	req, err := http.ReadRequest(bufio.NewReader(io.LimitReader(in, maxCall)))
 	if err != nil {
 		return // it is gone, or no client
 	}
@@ -296,5 +327,6 @@ func (r *Running) answerCall(client net.Conn, in *bufio.Reader) {
 		StatusCode: status, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {"application/json"}}, ContentLength: int64(len(body)),
 		Body: io.NopCloser(bytes.NewReader(body)), Close: true, Request: req,
 	}
+	_ = client.SetWriteDeadline(time.Now().Add(callTimeout))
 	_ = resp.Write(client) // who has gone learns nothing
 }

@@ -4,8 +4,12 @@ package pod
 
 import (
 	"bufio"
+	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/spec"
@@ -56,6 +60,87 @@ func TestIsHostCall(t *testing.T) {
 		}
 		if kept, _ := in.Peek(in.Buffered()); string(kept) != begin {
 			t.Errorf("of %q %q is passed on", begin, kept)
+		}
+	}
+}
+
+// A call is bounded in what it sends, and in how many there are at a time: the process that reads it attends to other pods as well.
+func TestHostCallIsBounded(t *testing.T) {
+	dir := t.TempDir()
+	r := (&Dir{path: dir}).running(nil, nil, &spec.Launch{Name: "p"}, time.Now(), true)
+	defer r.stop(errEnded)
+	call := func() (client net.Conn, done chan struct{}) {
+		client, host := net.Pipe()
+		done = make(chan struct{})
+		go func() {
+			defer close(done)
+			r.answerCall(host, bufio.NewReader(host))
+			host.Close()
+		}()
+		t.Cleanup(func() { client.Close() })
+		return client, done
+	}
+	const begin = "POST " + spec.JoinPath + " HTTP/1.1\r\nX: "
+	client, done := call()
+	for sent, line := 0, begin; ; sent, line = sent+len(line), strings.Repeat("a", 64<<10) {
+		if _, err := client.Write([]byte(line)); err != nil {
+			break // it has let go
+		}
+		if sent > 2*maxCall {
+			t.Fatal("it takes a header without end")
+		}
+	}
+	<-done
+	var slow []net.Conn
+	for range maxCalls {
+		c, _ := call()
+		if _, err := c.Write([]byte(begin)); err != nil { // which somebody has read
+			t.Fatal(err)
+		}
+		slow = append(slow, c)
+	}
+	last, done := call()
+	go last.Write([]byte("no request\r\n\r\n"))
+	select {
+	case <-done:
+		t.Fatal("more calls at a time than there may be")
+	default:
+	}
+	slow[0].Close()
+	<-done
+}
+
+// The last container that has joined with an image lets go of it; the pod's own holds are others.
+func TestJoinedLetGoOfImages(t *testing.T) {
+	root := t.TempDir()
+	images, err := image.Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	r := (&Dir{path: dir}).running(nil, nil, &spec.Launch{Name: "p"}, time.Now(), true)
+	defer r.stop(errEnded)
+	r.joining = &Joining{Images: images}
+	if err := os.Mkdir(r.holder(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	img := &image.Image{ID: "sha256:" + strings.Repeat("2", 64)}
+	for _, owner := range []string{dir, r.holder()} {
+		if _, err := images.Hold(img, owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := joinedContainers{"a": {Image: img.ID}, "b": {Image: img.ID}}
+	for _, id := range []string{"a", "b"} {
+		if err := r.remove(all, id); err != nil {
+			t.Fatal(err)
+		}
+		holds, err := os.ReadDir(filepath.Join(root, "holds"))
+		if err != nil || len(holds) != 1+min(len(all), 1) {
+			t.Errorf("with %d containers: %v, %v", len(all), holds, err)
+		}
+		if kept, err := r.dir.joined(); err != nil || len(kept) != len(all) {
+			t.Errorf("%d are noted, %v", len(kept), err)
 		}
 	}
 }

@@ -29,8 +29,9 @@ type Running struct {
 	spec        *spec.Launch
 	started     time.Time
 	discardLogs bool
-	joining     *Joining   // nil: nothing joins
-	joins       sync.Mutex // one container joins or leaves at a time
+	joining     *Joining      // nil: nothing joins
+	joins       sync.Mutex    // one container joins or leaves at a time
+	calls       chan struct{} // of the host, that are being answered
 
 	listener *net.UnixListener
 	proxies  sync.WaitGroup
@@ -64,7 +65,7 @@ const launchTimeout = 10 * time.Minute
 func (d *Dir) running(m *vmm.Machine, lock *os.File, launch *spec.Launch, started time.Time, discardLogs bool) *Running {
 	r := &Running{
 		dir: d, log: d.log, machine: m, lock: lock, spec: launch, started: started, discardLogs: discardLogs,
-		over: make(chan struct{}), done: make(chan struct{}), conns: map[net.Conn]bool{},
+		over: make(chan struct{}), done: make(chan struct{}), conns: map[net.Conn]bool{}, calls: make(chan struct{}, maxCalls),
 	}
 	r.ctx, r.stop = context.WithCancelCause(context.Background())
 	return r

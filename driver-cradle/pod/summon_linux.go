@@ -203,8 +203,10 @@ func fill(ctx context.Context, path string, launch *spec.Launch, images map[stri
 		}
 		return err
 	}
-	if err := o.Images.Forget(path); err != nil { // a pod before this one had the same path
-		return undo(err)
+	for _, owner := range []string{path, filepath.Join(path, runDir)} { // of a pod before this one, which had the same path
+		if err := o.Images.Forget(owner); err != nil {
+			return undo(err)
+		}
 	}
 	for _, img := range images {
 		release, err := o.Images.Hold(img, path)
