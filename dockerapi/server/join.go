@@ -132,6 +132,62 @@ func (t *tenant) goOnInside(ctx context.Context, r *record) error {
 	return err
 }
 
+// recoverInside is goOnInside until it is done, or nothing of the run is left to be done: the pod, or the registry that it asks, may not answer yet.
+func (t *tenant) recoverInside(ctx context.Context, r *record) {
+	for pause := leastPause; ; pause = min(2*pause, mostPause) {
+		err := t.goOnInside(ctx, r)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		t.server.Log.Error("go on with a container that has joined another", "container", r.ID, "error", err)
+		if !sleepFor(ctx, pause) {
+			return
+		}
+		if now, err := t.get(ctx, r.ID); isNotFound(err) || err == nil && (now.Run != r.Run || now.ended() || now.Want == wantRemoved) {
+			return
+		}
+	}
+}
+
+// removeAgain goes on with the removal of a container whose pod does not answer for the moment.
+func (t *tenant) removeAgain(id string) {
+	t.sessions.mu.Lock()
+	known := t.removing[id]
+	if t.removing == nil {
+		t.removing = map[string]bool{}
+	}
+	t.removing[id] = true
+	t.sessions.mu.Unlock()
+	if known {
+		return
+	}
+	t.server.work.Go(func() {
+		defer func() {
+			t.sessions.mu.Lock()
+			delete(t.removing, id)
+			t.sessions.mu.Unlock()
+		}()
+		life := t.server.ctx
+		for pause := leastPause; sleepFor(life, pause); pause = min(2*pause, mostPause) {
+			err := t.goOn(life, id, anyRun)
+			if err == nil || isNotFound(err) || life.Err() != nil {
+				return
+			}
+			t.server.Log.Debug("remove a container that has joined another", "container", id, "error", err)
+		}
+	})
+}
+
+// sleepFor returns false where ctx has ended meanwhile.
+func sleepFor(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // Pauses between questions to a pod that does not answer, or whose plugin is just started anew.
 const (
 	leastPause = 200 * time.Millisecond

@@ -29,6 +29,7 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 	}
 	if r.Joins != "" {
 		if err := t.leavePod(ctx, r); err != nil {
+			t.removeAgain(r.ID)
 			return fmt.Errorf("remove container %s: %w", r.ID, err)
 		}
 	}

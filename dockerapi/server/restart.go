@@ -107,11 +107,7 @@ func (t *tenant) recover(ctx context.Context) error {
 			if r.Run == 0 || r.ended() {
 				continue
 			}
-			t.server.work.Go(func() {
-				if err := t.goOnInside(ctx, r); err != nil && ctx.Err() == nil {
-					t.server.Log.Error("go on with a container that has joined another", "container", r.ID, "error", err)
-				}
-			})
+			t.server.work.Go(func() { t.recoverInside(ctx, r) })
 		case r.Want == wantRunning && r.ended():
 			t.startAgain(r)
 		case r.Want == wantRemoved, r.Want == wantRunning && !t.watch.knows(r):

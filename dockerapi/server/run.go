@@ -33,6 +33,7 @@ type sessions struct {
 	placing   map[string]bool          // containers that may have to be elsewhere than where Nomad has them at the moment
 	settling  map[fate]bool            // that is noted, or is about to be
 	ends      map[string]*ending       // of runs that this server waits for, by container
+	removing  map[string]bool          // whose removal goes on, as their pod did not answer
 	noted     map[string]run           // the newest run whose end this server has seen noted, by container; for a while after its removal
 }
 

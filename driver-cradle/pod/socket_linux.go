@@ -89,8 +89,8 @@ func (r *Running) serve() {
 	}
 }
 
-// openTimeout bounds how long a client waits for a guest that does not answer.
-const openTimeout = 15 * time.Second
+// openTimeout bounds how long a client waits for a guest that does not answer: one of fifty on two processors that emulate them takes its time.
+const openTimeout = time.Minute
 
 func (r *Running) proxy(client net.Conn) {
 	defer client.Close()
