@@ -3,6 +3,7 @@ package provider
 import (
 	"errors"
 	"net/http"
+	"net/url"
 	"strings"
 
 	"github.com/hashicorp/nomad/api"
@@ -37,6 +38,15 @@ func reason(err error) string {
 func isStatus(err error, status int) bool {
 	var answer api.UnexpectedResponseError
 	return errors.As(err, &answer) && answer.StatusCode() == status
+}
+
+// isAway says whether Nomad could not be asked, or could not answer: another time it may.
+func isAway(err error) bool {
+	var answer api.UnexpectedResponseError
+	if errors.As(err, &answer) {
+		return answer.StatusCode() >= http.StatusInternalServerError
+	}
+	return errors.As(err, new(*url.Error))
 }
 
 func isNotFound(err error) bool { return isStatus(err, http.StatusNotFound) }

@@ -26,6 +26,8 @@ const (
 	logsTimeout   = 15 * time.Second
 	// checkRetry is the time until a pod is asked again how its containers' health checks fare.
 	checkRetry = time.Second
+	// awayTimeout is how long Nomad may be away while pods are waited for, as when its servers choose a leader.
+	awayTimeout = 30 * time.Second
 )
 
 // wait returns when the pods of a job are as far as the model says, or will not come that far.
@@ -37,9 +39,17 @@ func (c *cluster) wait(ctx context.Context, w *wish, eval string, m *podModel) (
 	apply := ctx
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	why, err := c.placed(ctx, w, eval)
-	if err == nil && why == "" {
-		why, err = c.up(ctx, w, m.WaitFor.ValueString())
+	why, err := c.watch(ctx, w, eval, m.WaitFor.ValueString())
+	for end := time.Now().Add(awayTimeout); isAway(err) && ctx.Err() == nil && time.Now().Before(end); {
+		select {
+		case <-time.After(checkRetry):
+		case <-ctx.Done():
+		}
+		began := time.Now()
+		why, err = c.watch(ctx, w, eval, m.WaitFor.ValueString())
+		if time.Since(began) > awayTimeout { // it was there meanwhile
+			end = time.Now().Add(awayTimeout)
+		}
 	}
 	switch {
 	case err != nil && apply.Err() != nil:
@@ -52,6 +62,14 @@ func (c *cluster) wait(ctx context.Context, w *wish, eval string, m *podModel) (
 		diags.AddError("The pod is not "+m.WaitFor.ValueString(), w.object()+": "+why)
 	}
 	return diags
+}
+
+// watch is wait as long as Nomad answers.
+func (c *cluster) watch(ctx context.Context, w *wish, eval, until string) (why string, err error) {
+	if why, err = c.placed(ctx, w, eval); err != nil || why != "" {
+		return why, err
+	}
+	return c.up(ctx, w, until)
 }
 
 // placed waits until Nomad has decided where pods go. why is what keeps all nodes from taking one, whatever else ends.

@@ -163,3 +163,31 @@ func TestEnvNames(t *testing.T) {
 		}
 	}
 }
+
+// A Nomad that is away for a moment while pods are waited for is asked again.
+func TestNomadIsAwayForAMoment(t *testing.T) {
+	asked := 0
+	nomad := httptest.NewServer(http.HandlerFunc(func(out http.ResponseWriter, in *http.Request) {
+		switch asked++; asked {
+		case 1:
+			http.Error(out, "No cluster leader", http.StatusInternalServerError)
+		case 2:
+			panic(http.ErrAbortHandler)
+		default:
+			_, _ = out.Write([]byte(`{"Status": "failed", "StatusDescription": "told at last"}`))
+		}
+	}))
+	defer nomad.Close()
+	client, err := api.NewClient(&api.Config{Address: nomad.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := planned(func(*podModel) {})
+	w, err := m.wish(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := (&cluster{nomad: client}).wait(t.Context(), w, "e", m); len(d) != 1 || !strings.Contains(d[0].Detail(), "told at last") || asked != 3 {
+		t.Errorf("asked %d times, it is told\n%v", asked, d)
+	}
+}
