@@ -84,7 +84,7 @@ resource "cradle_pod" "web" {
 }
 
 // serveDocker runs docker's API in the node, and returns docker in front of it.
-func serveDocker(t *testing.T, c *nomadtest.Cluster) func(...string) (string, error) {
+func serveDocker(t *testing.T, c *nomadtest.Cluster, more ...string) func(...string) (string, error) {
 	t.Helper()
 	program, err := programs.Path("cradle-dockerapi")
 	if err != nil {
@@ -92,7 +92,7 @@ func serveDocker(t *testing.T, c *nomadtest.Cluster) func(...string) (string, er
 	}
 	socket, config := filepath.Join(c.Dir(), "docker.sock"), t.TempDir()
 	var log bytes.Buffer
-	server := c.Server().Command(context.Background(), program, "serve", "--socket", socket)
+	server := c.Server().Command(context.Background(), program, append([]string{"serve", "--socket", socket}, more...)...)
 	server.Env, server.Stderr = c.Env(), &log
 	if err := c.Server().Launch(server); err != nil {
 		t.Fatal(err)

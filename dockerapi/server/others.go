@@ -22,7 +22,7 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// Pods of the namespace that docker has not made, but Terraform or a job's file, are containers that can be seen and looked into while they run. To change them
+// Pods of the namespace that docker has not made, but Terraform or a job's file, or that Terraform has taken over, are containers that can be seen and looked into while they run. To change them
 // is their makers' business: each of them would put back what docker has changed.
 
 // An other container is one of such a pod.
@@ -52,7 +52,7 @@ func (t *tenant) others(ctx context.Context) ([]*other, error) {
 	var all []*other
 	versions := map[string]bool{}
 	for _, a := range allocs {
-		if strings.HasPrefix(a.JobID, jobPrefix) || a.ClientStatus != api.AllocClientStatusRunning || a.DesiredStatus != api.AllocDesiredStatusRun || len(a.TaskStates) != 1 {
+		if strings.HasPrefix(a.JobID, jobPrefix) && !t.watch.taken(a.JobID) || a.ClientStatus != api.AllocClientStatusRunning || a.DesiredStatus != api.AllocDesiredStatusRun || len(a.TaskStates) != 1 {
 			continue
 		}
 		p, err := t.podOf(ctx, a)

@@ -28,7 +28,7 @@ import (
 // Nomad Variables of a namespace, in which everything is that Nomad would forget. Each is written with check-and-set alone, so that of two servers
 // that want the same thing one has it.
 const (
-	recordPrefix = "docker/containers/" // + id: a record
+	recordPrefix = nomadjob.DockerRecords // + id: a record
 	recordItem   = "record"
 	ownerItem    = "id"
 )

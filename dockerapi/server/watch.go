@@ -22,7 +22,7 @@ const jobPrefix = nomadjob.DockerPrefix
 
 // Meta of a container's job.
 const (
-	metaContainer = "container"
+	metaContainer = nomadjob.ContainerMeta
 	metaRun       = "run"
 	metaTry       = "try"
 )
@@ -42,6 +42,7 @@ type jobState struct {
 	try     int
 	index   uint64 // JobModifyIndex: what was created later belongs to this try of the run
 	stopped bool
+	taken   bool                    // by somebody else: it is docker's no more
 	alloc   *api.AllocationListStub // of this run
 	eval    *api.Evaluation         // the newest
 	allocs  map[string]*api.AllocationListStub
@@ -163,6 +164,14 @@ func (w *watch) knows(r *record) bool {
 	return r.Joins != "" || w.stateOf(r.jobID(), r.Run, anyTry).phase != phaseNone
 }
 
+// taken says whether a job that docker has made is somebody else's by now.
+func (w *watch) taken(jobID string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	j := w.jobs[jobID]
+	return j != nil && j.taken
+}
+
 // ready answers nil while the watch knows what there is, and 503 with the reason while it does not.
 func (w *watch) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
@@ -262,7 +271,7 @@ func (t *tenant) resync(ctx context.Context) error {
 		there := map[string]bool{}
 		for _, j := range jobs {
 			there[j.ID] = true
-			w.job(j.ID, j.Meta, j.JobModifyIndex, j.Stop)
+			w.job(&api.Job{ID: &j.ID, Name: &j.Name, Meta: j.Meta}, j.JobModifyIndex, j.Stop)
 		}
 		maps.DeleteFunc(w.jobs, func(id string, _ *jobState) bool { return !there[id] })
 		for _, a := range allocs {
@@ -277,9 +286,9 @@ func (t *tenant) resync(ctx context.Context) error {
 }
 
 // job notes what a job is now.
-func (w *watch) job(id string, meta map[string]string, index uint64, stopped bool) {
-	m := nomadjob.Meta(&api.Job{Meta: meta})
-	if m[metaContainer] == "" && meta[metaAttends] == "" {
+func (w *watch) job(of *api.Job, index uint64, stopped bool) {
+	id, m := *of.ID, nomadjob.Meta(of)
+	if m[metaContainer] == "" && of.Meta[metaAttends] == "" {
 		return
 	}
 	j := w.jobs[id]
@@ -295,7 +304,7 @@ func (w *watch) job(id string, meta map[string]string, index uint64, stopped boo
 	if run != j.run || try != j.try {
 		j.run, j.try, j.index = run, try, index
 	}
-	j.stopped = stopped
+	j.stopped, j.taken = stopped, nomadjob.TakenOver(of)
 	j.choose()
 }
 
@@ -362,7 +371,7 @@ func (w *watch) apply(e *api.Event) {
 		if j.JobModifyIndex != nil {
 			index = *j.JobModifyIndex
 		}
-		w.job(*j.ID, j.Meta, index, j.Stop != nil && *j.Stop)
+		w.job(j, index, j.Stop != nil && *j.Stop)
 	case api.TopicEvaluation:
 		v, err := e.Evaluation()
 		if err != nil || v == nil {

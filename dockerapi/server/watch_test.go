@@ -68,3 +68,22 @@ func TestRunIsOneAllocation(t *testing.T) {
 		}
 	}
 }
+
+// A container's job that somebody has taken over is known by its name; an attendant's, which has its id as well, is none.
+func TestJobsTakenOver(t *testing.T) {
+	w := newWatch()
+	id, attendant := jobPrefix+"x", jobPrefix+attendantPrefix+"x"
+	job := func(id, name string, meta map[string]string, index uint64) {
+		w.job(&api.Job{ID: &id, Name: &name, Meta: meta}, index, false)
+	}
+	own := map[string]string{"cradle_" + metaContainer: "x", "cradle_" + metaRun: "1"}
+	job(id, "web", own, 1)
+	job(attendant, attendant, map[string]string{metaAttends: "x"}, 1)
+	if w.taken(id) || w.taken(attendant) || w.taken(jobPrefix+"none") {
+		t.Error("docker's own are somebody else's")
+	}
+	job(id, id, own, 3)
+	if !w.taken(id) {
+		t.Error("it is docker's though it was taken over")
+	}
+}

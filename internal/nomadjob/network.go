@@ -67,6 +67,25 @@ func (n NetworkRecord) Variable(index uint64) (*api.Variable, error) {
 // DockerPrefix begins the ids of the jobs of docker's containers.
 const DockerPrefix = "docker-"
 
+// DockerRecords begins the paths of the variables in which docker keeps what it knows of its containers, whose ids follow.
+const DockerRecords = "docker/containers/"
+
+// ContainerMeta is the name, in Options.Meta, of the id of the container that docker has made a job for.
+const ContainerMeta = "container"
+
+// DockerContainer is the id of the container that docker has made a job for, also of one that somebody has taken over since.
+func DockerContainer(j *api.Job) (id string, ok bool) {
+	id, ok = strings.CutPrefix(deref(j.ID), DockerPrefix)
+	return id, ok && id != "" && Meta(j)[ContainerMeta] == id
+}
+
+// TakenOver says whether the job of a container is docker's no more: it has the name of its id then, and not the container's. Nothing else of a job can be changed
+// without its pod being started anew.
+func TakenOver(j *api.Job) bool {
+	_, ok := DockerContainer(j)
+	return ok && deref(j.Name) == deref(j.ID)
+}
+
 // DockerNamePath is the path of the variable that says whose a name of docker's containers is.
 func DockerNamePath(name string) string { return "docker/names/" + VariableName(name) }
 

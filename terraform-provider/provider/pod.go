@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/http"
 	"reflect"
 	"slices"
 	"strconv"
@@ -495,7 +494,7 @@ func (c *cluster) pod(ctx context.Context, namespace, name string) (*foundPod, e
 		return nil, err
 	}
 	hasEnv := slices.ContainsFunc(slices.Collect(maps.Keys(items)), nomadjob.IsEnv)
-	f.stale = hasEnv && f.options.EnvIndex != v.ModifyIndex
+	f.stale = hasEnv && f.options.EnvIndex != v.ModifyIndex && !(f.options.EnvIndex == 0 && v.ModifyIndex <= *job.JobModifyIndex) // docker's name none
 	return f, nil
 }
 
@@ -557,6 +556,9 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 	if err := r.store(ctx, w); err != nil {
 		diags.Append(failed("The pod was not started", w.object(), err))
 		return diags
+	}
+	if is != nil && is.options.EnvIndex == 0 && w.options.EnvIndex <= *is.job.JobModifyIndex { // what its pods were started with
+		w.options.EnvIndex = 0
 	}
 	job, err := nomadjob.Job(w.pod, w.options)
 	if err != nil {
@@ -629,6 +631,9 @@ func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel, ask bool) 
 		beyond = append(beyond, "group.service")
 	}
 	beyond = append(beyond, untold(f.pod)...)
+	if f.isDocker() {
+		beyond = append(beyond, beyondDocker)
+	}
 	if err := c.joined(ctx, f, m); err != nil {
 		diags.Append(failed("The pod's networks can't be read", m.ID.ValueString(), err))
 		return diags
@@ -770,6 +775,17 @@ func (r *podResource) Update(ctx context.Context, req resource.UpdateRequest, re
 	}
 	if is != nil {
 		w.keep(is.options)
+		w.goOn(is)
+		if is.isDocker() {
+			if !w.once() {
+				resp.Diagnostics.AddAttributeError(path.Root("once"), "A container of docker's runs once", "Nomad changes no job's type: set once = true, or write it as another cradle_pod, and docker rm -f it.")
+				return
+			}
+			if err := r.take(ctx, is); err != nil {
+				resp.Diagnostics.Append(failed("The container was not taken over", m.ID.ValueString(), err))
+				return
+			}
+		}
 	}
 	if w.once() && is != nil && state.Status.ValueString() == statusFailed { // the same job would not be run again
 		if w.options.Meta == nil {
@@ -806,6 +822,9 @@ func (r *podResource) Delete(ctx context.Context, req resource.DeleteRequest, re
 	if err == nil {
 		err = r.ended(wctx, namespace, name)
 	}
+	if err == nil {
+		err = r.removeDisk(wctx, namespace, name, job)
+	}
 	if reads && (err == nil || isNotFound(err)) {
 		if forgetErr := r.forget(ctx, namespace, name, nil); forgetErr != nil {
 			err = forgetErr
@@ -819,30 +838,32 @@ func (r *podResource) Delete(ctx context.Context, req resource.DeleteRequest, re
 	}
 }
 
-// isDocker says whether a name, where no job has it, or a job, is a container's that docker has made.
-func (c *cluster) isDocker(ctx context.Context, namespace, name string) (bool, error) {
-	if strings.HasPrefix(name, nomadjob.DockerPrefix) {
-		return true, nil
-	}
-	_, _, err := c.nomad.Jobs().Info(name, c.query(ctx, namespace))
-	if !isNotFound(err) {
-		return false, err
-	}
-	_, _, err = c.nomad.Variables().Read(nomadjob.DockerNamePath(name), c.query(ctx, namespace))
-	if errors.Is(err, api.ErrVariablePathNotFound) || isStatus(err, http.StatusForbidden) { // who may not know is told that there is no such job
-		return false, nil
-	}
-	return err == nil, err
-}
-
 func (r *podResource) ImportState(ctx context.Context, req resource.ImportStateRequest, resp *resource.ImportStateResponse) {
 	namespace, name := r.split(req.ID)
-	if docker, err := r.isDocker(ctx, namespace, name); err != nil {
+	f, err := r.pod(ctx, namespace, name)
+	if err == nil && f == nil { // docker's name of a container, maybe
+		var job string
+		if job, err = r.dockerJob(ctx, namespace, name); err == nil && job != "" {
+			name = job
+			f, err = r.pod(ctx, namespace, name)
+			if err == nil && f == nil {
+				err = errors.New("it is a container of docker's that does not run: docker start it first")
+			}
+		}
+	}
+	if err == nil && f != nil && f.isDocker() {
+		id, _ := f.container()
+		var record *dockerRecord
+		if record, err = r.dockerRecord(ctx, namespace, id); err == nil {
+			err = r.mayTake(ctx, f, record)
+		}
+		if err != nil {
+			resp.Diagnostics.Append(failed("The container can't be taken over", objectID(namespace, name), err))
+			return
+		}
+	}
+	if err != nil {
 		resp.Diagnostics.Append(failed("The pod can't be read", objectID(namespace, name), err))
-		return
-	} else if docker {
-		resp.Diagnostics.AddError("A container of docker's", fmt.Sprintf("%s: docker keeps more of it than its job says: its restart policy, whether it goes with its end, and a record by which docker's servers make its job anew. What Terraform changed, docker would put back.\n"+
-			"Write it as a cradle_pod, remove the container (docker rm -f %s), and apply.", objectID(namespace, name), name))
 		return
 	}
 	for at, value := range map[string]string{"namespace": namespace, "name": name, "wait_timeout": defaultWaitText} {

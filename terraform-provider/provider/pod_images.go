@@ -94,7 +94,7 @@ func untold(p *spec.Pod) (names []string) {
 		c := &p.Containers[i]
 		for name, is := range map[string]bool{
 			"group_add": len(c.GroupAdd) > 0, "tty": c.TTY, "interactive": c.OpenStdin, "stdin_once": c.StdinOnce, "no_new_privileges": c.NoNewPrivs, "masked_paths": c.MaskedPaths != nil,
-			"readonly_paths": c.ReadonlyPaths != nil, "writable_cgroups": c.WritableCgroups, "tmpfs": len(c.Tmpfs) > 0, "shm_size": c.ShmSize != 0, "ulimit": len(c.Ulimits) > 0,
+			"readonly_paths": c.ReadonlyPaths != nil, "writable_cgroups": c.WritableCgroups, "tmpfs": len(c.Tmpfs) > 0, "shm_size": c.ShmSize != 0 && c.ShmSize != spec.DefaultShmSize, "ulimit": len(c.Ulimits) > 0,
 			"sysctl": len(c.Sysctls) > 0, "devices": len(c.Devices) > 0, "pids_limit": c.Resources.Pids != 0, "cpu_shares": c.Resources.CPUShares != 0, "cpus": c.Resources.CPUs != 0,
 			"oom_score_adj": c.Resources.OOMScoreAdj != 0, "log_size": c.Logs.MaxSize != 0, "domainname": c.Domainname != "", "healthcheck.start_interval": c.Healthcheck != nil && c.Healthcheck.StartInterval != 0,
 		} {

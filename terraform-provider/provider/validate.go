@@ -165,7 +165,7 @@ var podName = []validator.String{rule{"lower-case letters, digits, _ . and -", f
 			return fmt.Sprintf("%q is no name: write lower-case letters, digits, _, . and -, a letter or digit first", s)
 		}
 	}
-	if s == "" || len(s) > maxPodName {
+	if s == "" || len(s) > maxPodName && !isDockerName(s) {
 		return fmt.Sprintf("%q is no name: it has 1 to %d characters", s, maxPodName)
 	}
 	return ""
