@@ -435,30 +435,31 @@ func gone(err error) error {
 }
 
 // others are the mounts of the same file system elsewhere: what was published.
-func (m *mounting) others() (own *mountinfo.Info, all []*mountinfo.Info, err error) {
+func (m *mounting) others() (all []*mountinfo.Info, err error) {
 	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	var own *mountinfo.Info
 	for _, one := range mounts {
 		if one.Mountpoint == m.point() {
 			own = one
 		}
 	}
 	if own == nil {
-		return nil, nil, nil
+		return nil, nil
 	}
 	for _, one := range mounts {
 		if one.Major == own.Major && one.Minor == own.Minor && one.Mountpoint != own.Mountpoint {
 			all = append(all, one)
 		}
 	}
-	return own, all, nil
+	return all, nil
 }
 
 // replace mounts again what a ceph-fuse that has died has left, at each place where it was.
 func (m *mounting) replace(ctx context.Context, made func() (*spec.CephVolume, error)) error {
-	_, all, err := m.others()
+	all, err := m.others()
 	if err != nil {
 		return err
 	}
@@ -586,7 +587,7 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 			return err
 		}
 	}
-	if _, others, err := m.others(); err != nil || len(others) > 0 {
+	if others, err := m.others(); err != nil || len(others) > 0 {
 		return err
 	}
 	if err := m.down(ctx); err != nil {

@@ -22,7 +22,6 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/types"
 
 	"github.com/cradlestack/cradlestack/internal/nomadjob"
-	"github.com/cradlestack/cradlestack/spec"
 )
 
 // Networks are docker's (docs/decisions/0014): pods of one network, whoever has made them, find each other by their names.
@@ -302,7 +301,7 @@ func (m *podModel) checkNetworks() (diags diag.Diagnostics) {
 }
 
 // places reads a job's networks. others are services that are none of a network.
-func (m *podModel) places(o *nomadjob.Options, p *spec.Pod) (others bool) {
+func (m *podModel) places(o *nomadjob.Options) (others bool) {
 	was := m.Networks
 	m.Networks = nil
 	if was != nil {

@@ -627,7 +627,7 @@ func (c *cluster) view(ctx context.Context, f *foundPod, m *podModel, ask bool) 
 	ran := images(m.Instances)
 	m.read(f.pod, f.options)
 	beyond := append([]string{}, nomadjob.Beyond(f.job)...)
-	if m.places(f.options, f.pod) {
+	if m.places(f.options) {
 		beyond = append(beyond, "group.service")
 	}
 	beyond = append(beyond, untold(f.pod)...)

@@ -177,11 +177,11 @@ func TestNetworksReadBack(t *testing.T) {
 		}
 		imported := &podModel{WaitFor: m.WaitFor, WaitTimeout: m.WaitTimeout}
 		imported.read(found, options)
-		if imported.places(options, found); !reflect.DeepEqual(imported.Networks, m.Networks) || imported.Network != m.Network {
+		if imported.places(options); !reflect.DeepEqual(imported.Networks, m.Networks) || imported.Network != m.Network {
 			t.Errorf("they are read as %v, want %v", imported.Networks, m.Networks)
 		}
 		options.Networks = append(options.Networks, nomadjob.Network{Service: "portless"})
-		if !imported.places(options, found) || len(imported.Networks) != 2 {
+		if !imported.places(options) || len(imported.Networks) != 2 {
 			t.Errorf("a service without a port is a network: %v", imported.Networks)
 		}
 	}
