@@ -71,6 +71,9 @@ func TestVMNetworks(t *testing.T) {
 	h.want(mac, "inspect", "-f", "{{.NetworkSettings.Networks.shop.MacAddress}}", "client")
 	h.want(mac, "run", "--rm", "--mac-address", mac, "busybox", "cat", "/sys/class/net/eth0/address")
 	h.run("run", "-d", "--name", "outsider", "--network", "other", "busybox", "sleep", "10000")
+	h.run("run", "-d", "--name", "linked", "--network", "shop", "--link", "db:storage", "--link", "db", "busybox", "sleep", "10000")
+	h.wantError(125, "cannot link to outsider: it is on none", "run", "--network", "shop", "--link", "outsider", "busybox", "true")
+	h.wantError(125, "--link is not possible", "run", "--link", "db", "busybox", "true")
 	reach := func(from, name string) string {
 		out, err := h.try("", "exec", from, "wget", "-qO-", "http://"+name+"/")
 		if err != nil {
@@ -84,6 +87,11 @@ func TestVMNetworks(t *testing.T) {
 			t.Errorf("db as %s: %s", name, got)
 		}
 	}
+	h.until("a link to answer", func() bool { return reach("linked", "storage") == "db" })
+	if got := reach("client", "storage"); got == "db" {
+		t.Error("a link of one container is a name to another one")
+	}
+	h.run("rm", "-f", "linked")
 	addresses := strings.Fields(h.run("inspect", "-f", "{{.NetworkSettings.Networks.shop.IPAddress}}", "cache1", "cache2", "db", "client"))
 	found := func(from, name string) string {
 		out, _ := h.try("", "exec", from, "nslookup", name)

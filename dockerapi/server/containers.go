@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -223,9 +224,13 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	if err := t.resolve(ctx, c); err != nil {
 		return err
 	}
+	links, err := t.links(ctx, c)
+	if err != nil {
+		return err
+	}
 	rec := &record{
 		Version: recordVersion, ID: id, Name: name, Created: time.Now().UTC(), Image: imageRef{image.Reference, image.Audience, image.ID}, Config: c.Config, Host: c.Host,
-		Networks: c.Networks, Pod: c.Pod, Zone: c.Zone, Ranges: c.Ranges, Want: wantCreated,
+		Networks: c.Networks, Links: links, Pod: c.Pod, Zone: c.Zone, Ranges: c.Ranges, Want: wantCreated,
 	}
 	rec.Bridged = rec.onNetworks()
 	if joins != nil {
@@ -272,6 +277,30 @@ func (t *tenant) findLinked(ctx context.Context, h *container.HostConfig) error 
 		}
 	}
 	return nil
+}
+
+// links are a new container's names for others, which have to be on one of its networks: by the names that those have of their ids, which stay.
+func (t *tenant) links(ctx context.Context, c *translate.Container) (map[string][]string, error) {
+	given, err := c.Links()
+	if err != nil || len(given) == 0 {
+		return nil, err
+	}
+	out := map[string][]string{}
+	for _, name := range slices.Sorted(maps.Keys(given)) {
+		to, err := t.find(ctx, name)
+		if isNotFound(err) {
+			return nil, dockerhttp.Invalid("could not get container for %s: %v", name, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		shared := slices.ContainsFunc(slices.Collect(maps.Keys(c.Networks)), func(network string) bool { return translate.IsOwn(network) && to.Networks[network] != nil })
+		if !shared {
+			return nil, dockerhttp.Invalid("cannot link to %s: it is on none of the container's networks: connect it to one (docker network connect)", name)
+		}
+		out[to.ID[:12]] = append(out[to.ID[:12]], given[name]...)
+	}
+	return out, nil
 }
 
 func (s *Server) startContainer(w http.ResponseWriter, r *http.Request, t *tenant, c *record) error {

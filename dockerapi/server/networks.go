@@ -377,6 +377,9 @@ func (s *Server) connectNetwork(w http.ResponseWriter, r *http.Request, t *tenan
 		return err
 	}
 	e := request.EndpointConfig
+	if e != nil && len(e.Links) > 0 {
+		return dockerhttp.Errorf(http.StatusNotImplemented, "--link is given when the container is made (docker run, docker create): use --alias for a name that all of the network's containers find")
+	}
 	if e == nil {
 		e = &network.EndpointSettings{}
 	}

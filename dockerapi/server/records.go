@@ -75,6 +75,9 @@ type record struct {
 	// Bridged says whether the machine of the newest run has an interface in its node's bridge.
 	Bridged bool `json:"bridged,omitempty"`
 
+	// Links are its own names for other containers on its networks, by the name that each of those has of its id.
+	Links map[string][]string `json:"links,omitempty"`
+
 	// Joins is the container whose machine it is in, by its id, and Within the run of that one that its newest run is in. Began is when it began.
 	Joins  string    `json:"joins,omitempty"`
 	Within int       `json:"within,omitempty"`

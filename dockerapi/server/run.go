@@ -386,7 +386,7 @@ func (s *Server) jobOf(r *record, namespace string, hold bool) (*api.Job, error)
 	}
 	o := nomadjob.Options{
 		ID: r.jobID(), Namespace: namespace, PodID: r.ID, Node: or(r.place, r.Node), Zone: r.Zone, Bare: true, Audience: r.Image.Audience,
-		Meta: map[string]string{metaContainer: r.ID, metaRun: strconv.Itoa(r.Run), metaTry: strconv.Itoa(r.Try)}, Bridge: r.Bridged, Networks: r.places(),
+		Meta: map[string]string{metaContainer: r.ID, metaRun: strconv.Itoa(r.Run), metaTry: strconv.Itoa(r.Try)}, Bridge: r.Bridged, Networks: r.places(), Links: r.Links,
 	}
 	if r.keepsDisk() {
 		o.DiskID = r.ID

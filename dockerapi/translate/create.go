@@ -360,8 +360,8 @@ func (b *builder) refuse() error {
 		return refused("--gpus", "devices of the node can't be given to a microVM yet")
 	case len(h.DeviceCgroupRules) > 0:
 		return refused("--device-cgroup-rule", "the devices are the microVM's: use --device, or --privileged")
-	case len(h.Links) > 0:
-		return refused("--link", "put both containers on a network of their own (docker network create), where they find each other by name")
+	case len(h.Links) > 0 && (h.NetworkMode == "" || !IsOwn(string(h.NetworkMode))):
+		return refused("--link", linkAlone)
 	case h.Runtime != "" && h.Runtime != "cradle" && h.Runtime != "runc":
 		return dockerhttp.Invalid("unknown or invalid runtime name: %s", h.Runtime)
 	case h.Isolation != "" && !h.Isolation.IsDefault():

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
@@ -55,6 +56,35 @@ func Network(r *network.CreateRequest) error {
 	return nil
 }
 
+// linkAlone is why there is no --link without a network of one's own.
+const linkAlone = "put both containers on a network of their own (docker network create), where they find each other by name, and where --link gives one a further name"
+
+// Links are the containers that a new one links to, as their names were given, with its own names for them.
+func (c *Container) Links() (map[string][]string, error) {
+	all := slices.Clone(c.Host.Links)
+	for _, name := range slices.Sorted(maps.Keys(c.Networks)) {
+		all = append(all, c.Networks[name].Links...)
+	}
+	out := map[string][]string{}
+	for _, link := range all {
+		name, alias, ok := strings.Cut(link, ":")
+		if !ok {
+			alias = name
+		}
+		switch {
+		case name == "" || !aliasRule.MatchString(alias):
+			return nil, dockerhttp.Invalid("link %q: write CONTAINER:NAME; a name has letters, digits, _ . and -, at most 253", link)
+		case len(all) > maxLinks:
+			return nil, dockerhttp.Invalid("a container has %d links; at most %d", len(all), maxLinks)
+		case !slices.Contains(out[name], alias):
+			out[name] = append(out[name], alias)
+		}
+	}
+	return out, nil
+}
+
+const maxLinks = 256
+
 // Endpoint checks what is asked for a container's place on a network.
 func Endpoint(name string, e *network.EndpointSettings) error {
 	if e == nil {
@@ -64,8 +94,8 @@ func Endpoint(name string, e *network.EndpointSettings) error {
 		return refused("--ip", "the node chooses the address: use the container's name, or --network-alias")
 	}
 	switch {
-	case len(e.Links) > 0:
-		return refused("--link", "containers of a network find each other by name: use --network-alias for another one")
+	case len(e.Links) > 0 && !IsOwn(name):
+		return refused("--link", linkAlone)
 	case len(e.DriverOpts) > 0:
 		return refused("--driver-opt", "the interface is that of Nomad's bridge, which its operator configures")
 	case len(e.Aliases) > 0 && !IsOwn(name):

@@ -85,6 +85,8 @@ type Options struct {
 	// Networks are those in which the pod has names, and finds those of other pods, of its namespace, by its resolver; Bridge has to be set. An empty list
 	// lets it be put on networks while it runs: a job that differs in nothing but its networks is updated in place.
 	Networks []Network
+	// Links are further names that this pod alone has for others on its networks, by one of the names that those have there.
+	Links map[string][]string
 	// Service makes Nomad keep the pod running, and as many as it says; nil is a pod that runs once.
 	Service *Service
 	// Constraints are more of what a node has to be.
@@ -207,7 +209,7 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 	}
 	if o.Networks != nil {
 		task.Templates = append(task.Templates, &api.Template{
-			EmbeddedTmpl: ptr(fmt.Sprintf(namesTemplate, EnvPath(o.ID), networksItem)), DestPath: ptr(namesFile), ChangeMode: ptr("noop"), Perms: ptr("0644"), ErrMissingKey: ptr(true),
+			EmbeddedTmpl: ptr(names(&o)), DestPath: ptr(namesFile), ChangeMode: ptr("noop"), Perms: ptr("0644"), ErrMissingKey: ptr(true),
 			Wait: &api.WaitConfig{Min: ptr(namesWaitMin), Max: ptr(namesWaitMax)},
 		})
 	}
@@ -269,8 +271,21 @@ const loopback = "127.0.0.1"
 
 // namesTemplate makes lines of /etc/hosts of who is on the networks that a variable names. Nomad's client reads it with the job's identity, which sees its
 // own namespace alone, and writes it anew when somebody comes or goes.
-const namesTemplate = `{{ with nomadVar %q }}{{ range split " " .%s.Value }}{{ range nomadService . }}{{ .Address }}{{ range .Tags }} {{ . }}{{ end }}
+const namesTemplate = `{{ with nomadVar %q }}{{ range split " " .%s.Value }}{{ range nomadService . }}{{ .Address }}{{ range .Tags }} {{ . }}%s{{ end }}
 {{ end }}{{ end }}{{ end }}`
+
+// names is the template with a pod's links, each behind the name that it is for.
+func names(o *Options) string {
+	var links strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(o.Links)) {
+		fmt.Fprintf(&links, "{{ if eq . %q }}", name)
+		for _, alias := range o.Links[name] {
+			fmt.Fprintf(&links, " {{ %q }}", alias)
+		}
+		links.WriteString("{{ end }}")
+	}
+	return fmt.Sprintf(namesTemplate, EnvPath(o.ID), networksItem, &links)
+}
 
 // RemoveDisk makes the job that removes a kept disk from its node.
 func RemoveDisk(id, namespace, node, disk string) *api.Job {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"text/template"
 	"time"
 	"unicode/utf8"
 
@@ -230,6 +231,38 @@ func text(t testing.TB, v any) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// A link is a name behind the one that it is for, in the file of its pod alone, whatever stands in it.
+func TestLinks(t *testing.T) {
+	p := spec.Pod{Name: "p", Containers: []spec.PodContainer{critical(spec.PodContainer{Name: "main", Image: image})}}
+	job, err := Job(&p, Options{ID: "p", Bridge: true, Networks: []Network{}, Links: map[string][]string{"b1b1b1b1b1b1": {"db", "db-1"}, "a1a1a1a1a1a1": {`{{"`}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := *job.TaskGroups[0].Tasks[0].Templates[0].EmbeddedTmpl
+	made, err := template.New("").Funcs(template.FuncMap{
+		"nomadVar": func(string) map[string]struct{ Value string } {
+			return map[string]struct{ Value string }{networksItem: {"net-1"}}
+		},
+		"split": func(by, s string) []string { return strings.Split(s, by) },
+		"nomadService": func(string) any {
+			return []struct {
+				Address string
+				Tags    []string
+			}{{"10.0.0.2", []string{"web", "b1b1b1b1b1b1"}}, {"10.0.0.3", []string{"a1a1a1a1a1a1", "other"}}}
+		},
+	}).Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got strings.Builder
+	if err := made.Execute(&got, nil); err != nil {
+		t.Fatal(err)
+	}
+	if want := "10.0.0.2 web b1b1b1b1b1b1 db db-1\n10.0.0.3 a1a1a1a1a1a1 {{\" other\n"; got.String() != want {
+		t.Errorf("%q, want %q", got.String(), want)
+	}
 }
 
 func TestRefused(t *testing.T) {
