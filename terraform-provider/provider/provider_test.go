@@ -98,6 +98,29 @@ func TestSize(t *testing.T) {
 	}
 }
 
+// A volume that its node does not let go of in time is told by what has it, also where time ends while Nomad is asked again.
+func TestVolumeNotFreed(t *testing.T) {
+	ctx, end := context.WithCancel(t.Context())
+	asked := false
+	nomad := httptest.NewServer(http.HandlerFunc(func(out http.ResponseWriter, in *http.Request) {
+		if asked {
+			end()
+			<-in.Context().Done()
+			return
+		}
+		asked = true
+		http.Error(out, "volume v: in use: it is mounted on /alloc/v", http.StatusInternalServerError)
+	}))
+	defer nomad.Close()
+	client, err := api.NewClient(&api.Config{Address: nomad.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (&cluster{nomad: client}).deleteFreed(ctx, "default", "v"); err == nil || !strings.Contains(err.Error(), "it is mounted on /alloc/v") {
+		t.Errorf("%v; want what has the volume", err)
+	}
+}
+
 // An apply that is interrupted while it waits, and a Nomad that goes away then, leave the pod that was registered in the state, so that it can be destroyed.
 func TestInterruptedApply(t *testing.T) {
 	ctx, interrupt := context.WithCancel(t.Context())

@@ -1,6 +1,7 @@
 package provider
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -511,17 +512,24 @@ func (c *cluster) release(ctx context.Context, namespace, name string, protected
 	}
 }
 
-// deleteFreed removes a volume when its node has let go of it.
+// deleteFreed removes a volume when its node has let go of it. At the end of ctx it returns what kept the volume.
 func (c *cluster) deleteFreed(ctx context.Context, namespace, name string) error {
+	var busy error
 	for {
 		err := c.nomad.CSIVolumes().DeleteOpts(&api.CSIVolumeDeleteRequest{ExternalVolumeID: name}, c.write(ctx, namespace))
-		if err == nil || !strings.Contains(err.Error(), "in use") {
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return cmp.Or(busy, err)
+		case !strings.Contains(err.Error(), "in use"):
 			return err
 		}
+		busy = err
 		select {
 		case <-time.After(freedRetry):
 		case <-ctx.Done():
-			return err
+			return busy
 		}
 	}
 }

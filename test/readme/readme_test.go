@@ -5,6 +5,7 @@ package readme
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,9 +14,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cradlestack/cradlestack/internal/mountns"
 	"github.com/cradlestack/cradlestack/internal/stack"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
+
+// TestMain: nodes of other tests that run would keep volumes mounted that the examples destroy.
+func TestMain(m *testing.M) {
+	mountns.Own()
+	os.Exit(m.Run())
+}
 
 // Examples are fenced as sh, with <!-- run --> on the line before; those that need a node of Nomad's have <!-- run with make up -->.
 var (
@@ -68,6 +76,10 @@ func TestVMExamplesWithMakeUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	if _, err := programs.Image("nginx"); err != nil {
+		t.Fatal(err)
+	}
+	installProvider(t, root)
 	t.Cleanup(func() {
 		if err := stack.Clean(context.Background(), dir); err != nil {
 			t.Error(err)
@@ -81,6 +93,23 @@ func TestVMExamplesWithMakeUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	bash(t, root, dir, env+examples(t, root, stackBlocks))
+}
+
+// installProvider is make install-provider, for this test alone.
+func installProvider(t *testing.T, root string) {
+	t.Helper()
+	if _, err := exec.LookPath("terraform"); err != nil {
+		t.Fatalf("%v: https://developer.hashicorp.com/terraform/install", err)
+	}
+	plugins, rc := t.TempDir(), filepath.Join(t.TempDir(), "terraformrc")
+	if out, err := exec.Command("make", "-C", root, "-o", "build", "install-provider", "PROVIDERS="+plugins).CombinedOutput(); err != nil {
+		t.Fatalf("make install-provider: %v\n%s", err, out)
+	}
+	if err := os.WriteFile(rc, fmt.Appendf(nil, "provider_installation {\n  filesystem_mirror {\n    path = %q\n  }\n}\n", plugins), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TF_CLI_CONFIG_FILE", rc)
+	t.Setenv("CHECKPOINT_DISABLE", "1")
 }
 
 // examples are the README's, one after the other.
