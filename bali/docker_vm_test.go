@@ -118,6 +118,8 @@ ln -s busybox app/bin/id`)
 			t.Logf("%s", b)
 		}
 	})
+	ctx, cancel = context.WithTimeout(t.Context(), 5*time.Minute) // compiling it may have taken as long
+	defer cancel()
 	for {
 		if c, err := net.Dial("unix", kit); err == nil {
 			c.Close()
