@@ -2,7 +2,6 @@
 package main
 
 import (
-	"context"
 	"flag"
 	"fmt"
 	"io"
@@ -11,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/hashicorp/terraform-plugin-framework/providerserver"
+	"github.com/hashicorp/terraform-plugin-go/tfprotov6/tf6server"
 
 	"github.com/cradlestack/cradlestack/terraform-provider/provider"
 )
@@ -20,14 +19,14 @@ import (
 var version = "development"
 
 func main() {
-	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 
 // run serves Terraform until that is done, and returns the exit code.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func run(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("terraform-provider-cradle", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	debug := flags.Bool("debug", false, "serve by itself, and print how Terraform reaches it")
+	debugged := flags.Bool("debug", false, "serve by itself, and print how Terraform reaches it")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -36,7 +35,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	quicken()
-	if err := providerserver.Serve(ctx, provider.New(version), providerserver.ServeOpts{Address: provider.Address, Debug: *debug}); err != nil {
+	var opts []tf6server.ServeOpt
+	if *debugged {
+		opts = append(opts, tf6server.WithManagedDebug())
+	}
+	if err := tf6server.Serve(provider.Address, provider.Server(version), opts...); err != nil {
 		fmt.Fprintf(stderr, "terraform-provider-cradle: %v\n", err)
 		return 1
 	}

@@ -247,7 +247,7 @@ func attribute(field string) (at path.Path, ok bool) {
 }
 
 // ModifyPlan shows what follows from what is written, says why a pod would be made anew, and has pods changed that somebody has stopped, that have failed, or
-// that an apply has left with a former environment.
+// that an apply has left with a former environment. What it leaves as it is, settled knows as well.
 func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
 	if req.Plan.Raw.IsNull() || r.cluster == nil {
 		return

@@ -35,6 +35,7 @@ func New(version string) func() provider.Provider {
 
 type cradle struct {
 	version string
+	cluster *cluster // once it is configured
 }
 
 // A cluster is what a configured provider hands to its resources and data sources.
@@ -134,6 +135,7 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 	if known.namespace == "" {
 		known.namespace = api.DefaultNamespace
 	}
+	p.cluster = known
 	resp.ResourceData, resp.DataSourceData = known, known
 }
 

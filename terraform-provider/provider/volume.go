@@ -171,7 +171,8 @@ func (r *volumeResource) ValidateConfig(ctx context.Context, req resource.Valida
 	}
 }
 
-// ModifyPlan shows defaults that depend on other attributes, says why a volume would be made anew, and refuses to shrink one.
+// ModifyPlan shows defaults that depend on other attributes, says why a volume would be made anew, and refuses to shrink one. What it leaves as it is,
+// settled knows as well.
 func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
 	if req.Plan.Raw.IsNull() || r.cluster == nil {
 		return
