@@ -66,6 +66,15 @@ func (t *tenant) joinsInto(ctx context.Context, r *record) (*record, *pod, error
 	return x, &own, nil
 }
 
+// endsWithin says whether the container that another one has joined has ended, which Nomad may hear of later, and the other one's end is noted later still.
+func (t *tenant) endsWithin(ctx context.Context, r *record) bool {
+	if r.Joins == "" {
+		return false
+	}
+	x, err := t.get(ctx, r.Joins)
+	return err == nil && x.Run == r.Within && x.ended()
+}
+
 // join sees to it that a container is in the pod of the one that it joins, and says how far it is there. What is there already stays as it is.
 func (t *tenant) join(ctx context.Context, r *record, x *record, p *pod) (state string, err error) {
 	if most := cmp.Or(x.Pod.Resources.Memory, spec.DefaultMemory); r.Pod.Containers[0].Resources.Memory > most {

@@ -154,7 +154,7 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 		case wantRemoved:
 			return false, dockerhttp.Errorf(http.StatusConflict, "container is marked for removal and cannot be started")
 		case wantRunning:
-			if !r.ended() && t.watch.state(r).phase != phaseEnded {
+			if !r.ended() && t.watch.state(r).phase != phaseEnded && !t.endsWithin(ctx, r) {
 				already = true
 				return false, nil
 			}
