@@ -37,6 +37,7 @@ type demo struct {
 	out   io.Writer
 	dir   string
 	pods  []string // that may be running
+	port  string   // of the database
 	stack string   // directory of a stack that may be up
 	begin time.Time
 }
@@ -69,7 +70,7 @@ func run(ctx context.Context, out io.Writer) (err error) {
 	if err := os.Setenv("PATH", filepath.Dir(kcradle)+":"+os.Getenv("PATH")); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) error{d.mariadb, d.nginx, d.redis, d.nomad} {
+	for _, part := range []func(context.Context) error{d.database, d.nginx, d.redis, d.rows, d.nomad} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -77,30 +78,32 @@ func run(ctx context.Context, out io.Writer) (err error) {
 	return nil
 }
 
-// mariadb keeps a row in a volume over the end of its machine.
-func (d *demo) mariadb(ctx context.Context) error {
+// database starts mariadb, which makes its databases while others are shown.
+func (d *demo) database(ctx context.Context) error {
 	image, err := programs.Image("mariadb")
 	if err != nil {
 		return err
 	}
-	port, err := freePort()
-	if err != nil {
+	if d.port, err = freePort(); err != nil {
 		return err
 	}
 	d.title("mariadb: a database in a microVM, its data on a volume")
 	if _, err := d.command(ctx, "truncate", "-s", "1G", "data.img"); err != nil {
 		return err
 	}
-	if _, err := d.command(ctx, "kcradle", "summon", "--name", "db", "--memory", "512m", "-p", "127.0.0.1:"+port+":3306", "-v", d.dir+"/data.img:/var/lib/mysql",
+	if _, err := d.command(ctx, "kcradle", "summon", "--name", "db", "--memory", "512m", "-p", "127.0.0.1:"+d.port+":3306", "-v", d.dir+"/data.img:/var/lib/mysql",
 		"-e", "MARIADB_ROOT_PASSWORD=secret", "-e", "MARIADB_DATABASE=shop", "db", "oci:"+image); err != nil {
 		return err
 	}
-	if err := d.start(ctx, "db"); err != nil {
-		return err
-	}
-	client := []string{"mariadb", "--host=127.0.0.1", "--port=" + port, "--user=root", "--password=secret", "--connect-timeout=5", "--skip-column-names", "--batch", "shop", "--execute"}
+	return d.start(ctx, "db")
+}
+
+// rows are in the volume over the end of the database's machine.
+func (d *demo) rows(ctx context.Context) error {
+	d.title("mariadb: its client makes a table")
+	client := []string{"mariadb", "--host=127.0.0.1", "--port=" + d.port, "--user=root", "--password=secret", "--connect-timeout=5", "--skip-column-names", "--batch", "shop", "--execute"}
 	sql := func(statement string) []string { return append(client[:len(client):len(client)], statement) }
-	if err := d.until(ctx, sql("SELECT VERSION()")...); err != nil {
+	if err := d.until(ctx, "db", sql("SELECT VERSION()")...); err != nil {
 		return err
 	}
 	if _, err := d.command(ctx, sql("CREATE TABLE goods (name TEXT, amount INT); INSERT INTO goods VALUES ('cradle', 42)")...); err != nil {
@@ -113,7 +116,7 @@ func (d *demo) mariadb(ctx context.Context) error {
 	if err := d.start(ctx, "db"); err != nil {
 		return err
 	}
-	if err := d.until(ctx, sql("SELECT 1")...); err != nil {
+	if err := d.until(ctx, "db", sql("SELECT 1")...); err != nil {
 		return err
 	}
 	return d.expect(ctx, "cradle\t42", sql("SELECT * FROM goods")...)
@@ -126,7 +129,7 @@ func (d *demo) nginx(ctx context.Context) error {
 		return err
 	}
 	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
-	if err := d.until(ctx, page...); err != nil {
+	if err := d.until(ctx, "web", page...); err != nil {
 		return err
 	}
 	return d.expect(ctx, "nginx", page...)
@@ -139,7 +142,7 @@ func (d *demo) redis(ctx context.Context) error {
 		return err
 	}
 	ping := []string{"redis-cli", "-h", "127.0.0.1", "-p", port, "ping"}
-	if err := d.until(ctx, ping...); err != nil {
+	if err := d.until(ctx, "cache", ping...); err != nil {
 		return err
 	}
 	return d.expect(ctx, "PONG", ping...)
@@ -182,6 +185,17 @@ func (d *demo) command(ctx context.Context, args ...string) (string, error) {
 	return stdout, err
 }
 
+// timed is command for what says much: how long it takes is shown instead.
+func (d *demo) timed(ctx context.Context, args ...string) error {
+	d.show(args)
+	begin := time.Now()
+	if _, err := d.quiet(ctx, args...); err != nil {
+		return err
+	}
+	fmt.Fprintf(d.out, "    done after %.1f s\n", time.Since(begin).Seconds())
+	return nil
+}
+
 func (d *demo) show(args []string) {
 	words := make([]string, len(args))
 	for i, a := range args {
@@ -209,8 +223,8 @@ func (d *demo) quiet(ctx context.Context, args ...string) (string, error) {
 // patience bounds every wait: emulated machines on a busy host take their time.
 const patience = 10 * time.Minute
 
-// until repeats a client's command while its server is coming up.
-func (d *demo) until(ctx context.Context, args ...string) error {
+// until repeats a client's command while its server is coming up: in a pod of kcradle's, or "" for Nomad's.
+func (d *demo) until(ctx context.Context, pod string, args ...string) error {
 	d.show(args)
 	begin := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, patience)
@@ -224,8 +238,8 @@ func (d *demo) until(ctx context.Context, args ...string) error {
 		select {
 		case <-ctx.Done():
 			logs := ""
-			if d.stack == "" {
-				logs, _ = d.quiet(context.WithoutCancel(ctx), "kcradle", "logs", d.pods[len(d.pods)-1])
+			if pod != "" {
+				logs, _ = d.quiet(context.WithoutCancel(ctx), "kcradle", "logs", pod)
 			}
 			return fmt.Errorf("no answer after %s: %w\n%s", patience, err, logs)
 		case <-time.After(200 * time.Millisecond):

@@ -3,11 +3,9 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/cradlestack/cradlestack/internal/stack"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -43,7 +41,7 @@ func (d *demo) nomad(ctx context.Context) error {
 	if _, err := d.command(ctx, "nomad", "node", "status"); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) error{d.web, d.database, d.batch, d.update, d.docker} {
+	for _, part := range []func(context.Context) error{d.web, d.terraform, d.batch, d.update, d.docker} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -58,14 +56,7 @@ func (d *demo) nomad(ctx context.Context) error {
 
 // job runs an example. Nomad says much meanwhile; what counts is when it is healthy.
 func (d *demo) job(ctx context.Context, args ...string) error {
-	args = append([]string{"nomad", "job", "run"}, args...)
-	d.show(args)
-	begin := time.Now()
-	if _, err := d.quiet(ctx, args...); err != nil {
-		return err
-	}
-	fmt.Fprintf(d.out, "    done after %.1f s\n", time.Since(begin).Seconds())
-	return nil
+	return d.timed(ctx, append([]string{"nomad", "job", "run"}, args...)...)
 }
 
 func (d *demo) web(ctx context.Context) error {
@@ -79,43 +70,12 @@ func (d *demo) web(ctx context.Context) error {
 	return d.expect(ctx, "GET /", "nomad", "alloc", "logs", "-job", "web")
 }
 
-func (d *demo) database(ctx context.Context) error {
-	d.title("mariadb on a volume; its job is stopped and run again")
-	if _, err := d.command(ctx, "nomad", "volume", "create", "-detach", "jobs/mariadb.volume.hcl"); err != nil {
-		return err
-	}
-	sql := func(statement string) []string {
-		return []string{"nomad", "alloc", "exec", "-job", "mariadb", "mariadb", "-psecret", "--skip-column-names", "--batch", "shop", "-e", statement}
-	}
-	run := func() error {
-		if err := d.job(ctx, "jobs/mariadb.nomad.hcl"); err != nil {
-			return err
-		}
-		return d.until(ctx, sql("SELECT 'up'")...)
-	}
-	if err := run(); err != nil {
-		return err
-	}
-	if _, err := d.command(ctx, sql("CREATE TABLE goods (name TEXT, amount INT); INSERT INTO goods VALUES ('volume', 42)")...); err != nil {
-		return err
-	}
-	stop := []string{"nomad", "job", "stop", "mariadb"}
-	d.show(stop)
-	if _, err := d.quiet(ctx, stop...); err != nil {
-		return err
-	}
-	if err := run(); err != nil {
-		return err
-	}
-	return d.expect(ctx, "volume\t42", sql("SELECT * FROM goods")...)
-}
-
 func (d *demo) batch(ctx context.Context) error {
 	d.title("a computation, and its output")
 	if err := d.job(ctx, "jobs/batch.nomad.hcl"); err != nil {
 		return err
 	}
-	if err := d.until(ctx, "sh", "-c", "nomad alloc logs -job batch | grep -x 47"); err != nil {
+	if err := d.until(ctx, "", "sh", "-c", "nomad alloc logs -job batch | grep -x 47"); err != nil {
 		return err
 	}
 	if err := d.job(ctx, "jobs/periodic.nomad.hcl"); err != nil {
@@ -148,7 +108,7 @@ func (d *demo) docker(ctx context.Context) error {
 		return err
 	}
 	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
-	if err := d.until(ctx, page...); err != nil {
+	if err := d.until(ctx, "", page...); err != nil {
 		return err
 	}
 	if err := d.expect(ctx, "chair, lamp", page...); err != nil {
@@ -188,5 +148,5 @@ func (d *demo) update(ctx context.Context) error {
 	if err := d.job(ctx, "-detach", "-var", "greeting=new", "jobs/canary.nomad.hcl"); err != nil {
 		return err
 	}
-	return d.until(ctx, "nomad", "job", "promote", "-detach", "canary") // refused until the canary is healthy
+	return d.until(ctx, "", "nomad", "job", "promote", "-detach", "canary") // refused until the canary is healthy
 }

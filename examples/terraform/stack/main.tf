@@ -15,6 +15,12 @@ variable "images" {
   default     = "oci:/root/.cache/cradlestack/images"
 }
 
+variable "database_image" {
+  description = "of the database, where it is not that of images: another one takes its place and has its data"
+  type        = string
+  default     = null
+}
+
 variable "greeting" {
   description = "what the page says"
   type        = string
@@ -99,7 +105,7 @@ resource "cradle_pod" "database" {
 
   container {
     name               = "mariadb"
-    image              = "${var.images}/mariadb"
+    image              = coalesce(var.database_image, "${var.images}/mariadb")
     env                = { MARIADB_DATABASE = "shop" }
     secret_env         = { MARIADB_ROOT_PASSWORD = var.password }
     secret_env_version = "1"
