@@ -27,7 +27,7 @@ const (
 // ErrNotRunning is what TakeUp returns where no machine lives.
 var ErrNotRunning = errors.New("no machine is running")
 
-// ErrIncomplete is what TakeUp returns, together with ErrNotRunning, where it has ended a machine whose start was not complete.
+// ErrIncomplete is what TakeUp returns, together with ErrNotRunning, for a machine whose start was not complete, and which it has ended, unless that had ended itself.
 var ErrIncomplete = errors.New("its start was not complete")
 
 // ErrAttended is what Start and TakeUp return where another process has the machine.

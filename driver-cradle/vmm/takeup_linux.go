@@ -20,7 +20,7 @@ const endingTimeout = 2 * time.Second
 
 // TakeUp attends to the machine that an earlier process has started in runDir. Where none lives it returns ErrNotRunning, together
 // with a *PanicError if the guest's kernel panicked meanwhile; where another process attends to it, ErrAttended. A machine that was
-// not kept is ended: ErrIncomplete.
+// not kept is ended, if it has not by itself: ErrIncomplete.
 func TakeUp(ctx context.Context, runDir string) (*Machine, error) {
 	runDir, err := filepath.Abs(runDir)
 	if err != nil {
@@ -60,6 +60,9 @@ func takeUp(ctx context.Context, dir string) (_ *Machine, err error) {
 	}
 	m.process, err = s.lives()
 	if errors.Is(err, ErrNotRunning) {
+		if !s.Ready { // it has ended with the process that started it
+			err = errors.Join(err, ErrIncomplete)
+		}
 		return nil, errors.Join(err, m.remains())
 	}
 	if err != nil {
