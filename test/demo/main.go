@@ -128,7 +128,7 @@ func (d *demo) nginx(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
+	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "30", "http://127.0.0.1:" + port + "/"}
 	if err := d.until(ctx, "web", page...); err != nil {
 		return err
 	}

@@ -107,7 +107,7 @@ func (d *demo) docker(ctx context.Context) error {
 	if _, err := d.command(ctx, docker("compose", "--progress", "quiet", "--file", "shop/compose.yaml", "up", "--detach")...); err != nil {
 		return err
 	}
-	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://127.0.0.1:" + port + "/"}
+	page := []string{"curl", "--silent", "--show-error", "--fail", "--max-time", "30", "http://127.0.0.1:" + port + "/"}
 	if err := d.until(ctx, "", page...); err != nil {
 		return err
 	}

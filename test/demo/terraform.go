@@ -34,7 +34,7 @@ func (d *demo) terraform(ctx context.Context) error {
 			return err
 		}
 	}
-	page := []string{"sh", "-c", "curl --silent --show-error --fail --max-time 5 $(terraform -chdir=site output -raw page)"}
+	page := []string{"sh", "-c", "curl --silent --show-error --fail --max-time 30 $(terraform -chdir=site output -raw page)"}
 	if err := d.until(ctx, "", page...); err != nil { // the pods are well; whoever writes the page may be a moment later
 		return err
 	}
