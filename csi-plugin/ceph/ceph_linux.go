@@ -70,31 +70,12 @@ func Open(pools []Pool, c Config) (*Backend, error) {
 // Close does nothing: all is in the cluster.
 func (b *Backend) Close() error { return nil }
 
-// lock takes the volumes of these names until unlock. The programs that run with the context which it returns have the lock as well: it
-// outlasts this process where they do.
-func (b *Backend) lock(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(b.config.Dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err == nil {
-		f, err = mount.Lock(ctx, f, names...)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	return context.WithValue(ctx, lockKey{}, f), func() { f.Close() }, nil
-}
-
-type lockKey struct{}
-
-// lockOf is the lock that a context was returned with, nil where it was not.
-func lockOf(ctx context.Context) *os.File {
-	f, _ := ctx.Value(lockKey{}).(*os.File)
-	return f
-}
+func (b *Backend) locks() mount.Locks { return mount.Locks(filepath.Join(b.config.Dir, "lock")) }
 
 // with does something to volumes: it has their locks, and a session.
 func (b *Backend) with(ctx context.Context, do func(context.Context, *session) error, names ...string) error {
 	if len(names) > 0 {
-		held, unlock, err := b.lock(ctx, names...)
+		held, unlock, err := b.locks().Take(ctx, names...)
 		if err != nil {
 			return err
 		}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -137,7 +138,7 @@ func (b *Backend) program(ctx context.Context, args ...string) (*exec.Cmd, error
 	cmd := exec.Command(path, append(b.client("client."+b.config.ID, b.config.Keyring), append([]string{"--connect-timeout", connecting, "-f", "json"}, args...)...)...)
 	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONUNBUFFERED=1"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if f := lockOf(ctx); f != nil {
+	if f := mount.Held(ctx); f != nil {
 		cmd.ExtraFiles = []*os.File{f}
 	}
 	return cmd, nil

@@ -576,7 +576,7 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 	if !volume.ValidName(id) {
 		return nil
 	}
-	ctx, unlock, err := b.lock(ctx, id)
+	ctx, unlock, err := b.locks().Take(ctx, id)
 	if err != nil {
 		return err
 	}

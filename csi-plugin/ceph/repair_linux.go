@@ -8,28 +8,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
-
-// atWork is how long Repair waits for another process to be done with a volume.
-const atWork = time.Second
-
-// alone runs do with a volume's lock, unless somebody is at work.
-func (b *Backend) alone(ctx context.Context, id string, do func(context.Context) error) error {
-	waiting, cancel := context.WithTimeout(ctx, atWork)
-	defer cancel()
-	held, unlock, err := b.lock(waiting, id)
-	if err != nil {
-		if waiting.Err() != nil && ctx.Err() == nil {
-			return nil
-		}
-		return err
-	}
-	defer unlock()
-	return do(context.WithoutCancel(held))
-}
 
 // Repair is volume.Repairer's: it mounts again what a ceph-fuse that has died has left, unmounts what a copy has, and removes volumes, and snapshots for clones,
 // that were not completed, and keys of volumes that are not there any more.
@@ -46,7 +27,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 	for _, e := range entries {
 		name := e.Name()
 		id, copied := strings.CutPrefix(name, copying)
-		err := b.alone(ctx, id, func(ctx context.Context) error {
+		err := b.locks().Alone(ctx, id, func(ctx context.Context) error {
 			m := b.mounting(name)
 			st, err := m.state()
 			if err != nil {
@@ -98,7 +79,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 		if f.whole() {
 			return s.repair(ctx, f, look, report)
 		}
-		return b.alone(ctx, f.id, func(ctx context.Context) error {
+		return b.locks().Alone(ctx, f.id, func(ctx context.Context) error {
 			now, err := s.look(ctx, f.pool, f.id)
 			if errors.Is(err, volume.ErrNotFound) || err == nil && now.whole() {
 				return nil
@@ -146,7 +127,7 @@ func (s *session) repair(ctx context.Context, f *found, look bool, report func(s
 		if !t.Hidden {
 			continue
 		}
-		err := s.b.alone(ctx, f.id, func(ctx context.Context) error {
+		err := s.b.locks().Alone(ctx, f.id, func(ctx context.Context) error {
 			if busy, err := s.copiedElsewhere(ctx, f, look, filepath.Dir(f.path)); err != nil || busy {
 				return err
 			}
@@ -177,7 +158,7 @@ func (s *session) repairKeys(ctx context.Context, there map[string]bool, look bo
 			if !ok || !strings.HasPrefix(client, strings.TrimSuffix((&found{pool: p}).clientsOf(), ":")) || !volume.ValidName(id) || there[f.clientsOf()] {
 				continue
 			}
-			err := s.b.alone(ctx, id, func(ctx context.Context) error {
+			err := s.b.locks().Alone(ctx, id, func(ctx context.Context) error {
 				if _, err := s.look(ctx, p, id); !errors.Is(err, volume.ErrNotFound) {
 					return err
 				}

@@ -32,6 +32,48 @@ func Lock(ctx context.Context, f *os.File, names ...string) (*os.File, error) {
 	return f, nil
 }
 
+// Locks is the file of a backend's locks, which Lock takes.
+type Locks string
+
+// Take takes the locks of these names until unlock. The programs that run with the context which it returns, and are given what Held has, have them as well:
+// they outlast this process where those do.
+func (l Locks) Take(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
+	f, err := os.OpenFile(string(l), os.O_RDWR|os.O_CREATE, 0o600)
+	if err == nil {
+		f, err = Lock(ctx, f, names...)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return context.WithValue(ctx, heldKey{}, f), func() { f.Close() }, nil
+}
+
+// atWork is how long Alone waits for another process to be done.
+const atWork = time.Second
+
+// Alone runs do with a lock, unless somebody is at work.
+func (l Locks) Alone(ctx context.Context, name string, do func(context.Context) error) error {
+	waiting, cancel := context.WithTimeout(ctx, atWork)
+	defer cancel()
+	held, unlock, err := l.Take(waiting, name)
+	if err != nil {
+		if waiting.Err() != nil && ctx.Err() == nil {
+			return nil
+		}
+		return err
+	}
+	defer unlock()
+	return do(context.WithoutCancel(held))
+}
+
+type heldKey struct{}
+
+// Held is the file whose locks a context was returned with, nil where it was not.
+func Held(ctx context.Context) *os.File {
+	f, _ := ctx.Value(heldKey{}).(*os.File)
+	return f
+}
+
 func lockByte(ctx context.Context, f *os.File, at int64) error {
 	l := unix.Flock_t{Type: unix.F_WRLCK, Start: at, Len: 1}
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -96,7 +97,7 @@ func execute(ctx context.Context, run func(*exec.Cmd) error, name string, args .
 	cmd.Stderr = &errs
 	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if f := lockOf(ctx); f != nil {
+	if f := mount.Held(ctx); f != nil {
 		cmd.ExtraFiles = []*os.File{f}
 	}
 	err = run(cmd)

@@ -7,7 +7,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"time"
 )
 
 // Repair is volume.Repairer's: it removes snapshots that were made for a clone, or deleted, by a call that did not come to its end, and
@@ -28,7 +27,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 				name = volume // which the lock is called by
 			}
 			if received || strings.HasPrefix(name, copying) {
-				err := b.alone(ctx, name, func(ctx context.Context) error {
+				err := b.locks.Alone(ctx, name, func(ctx context.Context) error {
 					report(row[0] + ": a copy to or from cold storage did not come to its end")
 					if look {
 						return nil
@@ -58,26 +57,8 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 // left says whether a call that made or hid the snapshot is not done with it.
 func (s snap) left() bool { return s.hidden() && !s.deferred }
 
-// atWork is how long Repair waits for another process to be done with a volume.
-const atWork = time.Second
-
-// alone runs do with a lock, unless somebody is at work.
-func (b *Backend) alone(ctx context.Context, name string, do func(context.Context) error) error {
-	waiting, cancel := context.WithTimeout(ctx, atWork)
-	defer cancel()
-	held, unlock, err := b.lock(waiting, name)
-	if err != nil {
-		if waiting.Err() != nil && ctx.Err() == nil {
-			return nil
-		}
-		return err
-	}
-	defer unlock()
-	return do(context.WithoutCancel(held))
-}
-
 func (b *Backend) repair(ctx context.Context, s snap, look bool, report func(string)) error {
-	return b.alone(ctx, s.id().Volume, func(ctx context.Context) error {
+	return b.locks.Alone(ctx, s.id().Volume, func(ctx context.Context) error {
 		all, err := snaps(ctx, s.dataset(), 1)
 		if errors.Is(err, errNoDataset) {
 			return nil

@@ -22,7 +22,7 @@ const (
 // Open is volume.Sender's. What differs is what "zfs send" would send; it is read from a clone of the snapshot, whose device is there without
 // those of all other snapshots.
 func (b *Backend) Open(ctx context.Context, id, since volume.SnapshotID) (*volume.Blocks, error) {
-	held, unlock, err := b.lock(ctx, copying+id.Volume)
+	held, unlock, err := b.locks.Take(ctx, copying+id.Volume)
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +131,7 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 	if err != nil {
 		return volume.Volume{}, err
 	}
-	ctx, unlock, err := b.lock(ctx, r.Name)
+	ctx, unlock, err := b.locks.Take(ctx, r.Name)
 	if err != nil {
 		return volume.Volume{}, err
 	}

@@ -305,7 +305,7 @@ func TestRepair(t *testing.T) {
 	run(t, "zfs", "clone", dataset+"/v@"+deleted+"1", dataset+"/byhand")
 	run(t, "zfs", "create", "-s", "-V", "16M", dataset+"/"+receiving+"w")
 	run(t, "zfs", "clone", dataset+"/v@"+deleted+"1", dataset+"/"+copying+"v")
-	_, unlock, err := b.lock(t.Context(), "v", "w", copying+"v")
+	_, unlock, err := b.locks.Take(t.Context(), "v", "w", copying+"v")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,7 @@ type Pool struct {
 // Backend is volume.Backend on ZFS.
 type Backend struct {
 	pools []Pool
-	locks string
+	locks mount.Locks
 }
 
 // Open takes pools into use. locks is the file for locks among processes of this host: /run/cradle/zfs.lock.
@@ -49,7 +49,7 @@ func Open(ctx context.Context, pools []Pool, locks string) (*Backend, error) {
 			return nil, fmt.Errorf("pool %s: %w", p.Name, err)
 		}
 	}
-	return &Backend{pools, locks}, nil
+	return &Backend{pools, mount.Locks(locks)}, nil
 }
 
 // Names in ZFS have at most maxDataset bytes, a snapshot's with its dataset's (include/sys/fs/zfs.h, ZFS_MAX_DATASET_NAME_LEN).
@@ -60,27 +60,6 @@ const (
 
 // Close does nothing: all is in ZFS.
 func (b *Backend) Close() error { return nil }
-
-// lock takes the volumes of these names until unlock. The programs that run with the context which it returns have the lock as well: it
-// outlasts this process where they do.
-func (b *Backend) lock(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
-	f, err := os.OpenFile(b.locks, os.O_RDWR|os.O_CREATE, 0o600)
-	if err == nil {
-		f, err = mount.Lock(ctx, f, names...)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	return context.WithValue(ctx, lockKey{}, f), func() { f.Close() }, nil
-}
-
-type lockKey struct{}
-
-// lockOf is the lock that a context was returned with, nil where it was not.
-func lockOf(ctx context.Context) *os.File {
-	f, _ := ctx.Value(lockKey{}).(*os.File)
-	return f
-}
 
 // property holds the record of a volume, or of a snapshot.
 const property = "org.cradlestack:volume"
@@ -284,7 +263,7 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 	if err != nil {
 		return volume.Volume{}, err
 	}
-	ctx, unlock, err := b.lock(ctx, r.Name)
+	ctx, unlock, err := b.locks.Take(ctx, r.Name)
 	if err != nil {
 		return volume.Volume{}, err
 	}
@@ -345,7 +324,7 @@ func step(blockSize spec.Bytes) int64 { return max(int64(blockSize), 4096) }
 
 // Stage is volume.Backend's.
 func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (volume.Source, error) {
-	ctx, unlock, err := b.lock(ctx, id)
+	ctx, unlock, err := b.locks.Take(ctx, id)
 	if err != nil {
 		return volume.Source{}, err
 	}
@@ -406,7 +385,7 @@ func (f *found) format(ctx context.Context, device string) error {
 			return err
 		}
 		defer disk.Close()
-		if err := mount.Format(ctx, disk, f.FS, lockOf(ctx)); err != nil {
+		if err := mount.Format(ctx, disk, f.FS, mount.Held(ctx)); err != nil {
 			return err
 		}
 		return f.mark(ctx, volume.Trusted)
@@ -475,7 +454,7 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 	if !volume.ValidName(id) {
 		return nil
 	}
-	ctx, unlock, err := b.lock(ctx, id)
+	ctx, unlock, err := b.locks.Take(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -512,7 +491,7 @@ func (f *found) release(ctx context.Context) error {
 
 // Expand is volume.Expander's.
 func (b *Backend) Expand(ctx context.Context, id string, size, limit int64) (int64, error) {
-	ctx, unlock, err := b.lock(ctx, id)
+	ctx, unlock, err := b.locks.Take(ctx, id)
 	if err != nil {
 		return 0, err
 	}

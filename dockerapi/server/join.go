@@ -206,17 +206,10 @@ const (
 // followEnd listens for the end of a run of a container that has joined, until it is noted. It returns when that can't be missed, the pod does not answer for the moment, or
 // ctx has ended.
 func (t *tenant) followEnd(ctx context.Context, r *record) {
-	e := &ending{run: r.Run, done: make(chan struct{})}
-	t.sessions.mu.Lock()
-	if old := t.ends[r.ID]; old != nil && old.run == r.Run {
-		t.sessions.mu.Unlock()
+	e := t.expectEnd(r)
+	if e == nil {
 		return
 	}
-	if t.ends == nil {
-		t.ends = map[string]*ending{}
-	}
-	t.ends[r.ID] = e
-	t.sessions.mu.Unlock()
 	listens := make(chan struct{})
 	t.server.work.Go(func() {
 		defer t.endNoted(r.ID, e)

@@ -537,23 +537,31 @@ func (t *tenant) noteNode(ctx context.Context, r *record, s podState) {
 	}
 }
 
+// expectEnd notes that somebody listens for the end of a container's newest run; nil where somebody does already.
+func (t *tenant) expectEnd(r *record) *ending {
+	t.sessions.mu.Lock()
+	defer t.sessions.mu.Unlock()
+	if old := t.ends[r.ID]; old != nil && old.run == r.Run {
+		return nil
+	}
+	if t.ends == nil {
+		t.ends = map[string]*ending{}
+	}
+	e := &ending{run: r.Run, done: make(chan struct{})}
+	t.ends[r.ID] = e
+	return e
+}
+
 // awaitEnd asks the pod to tell when its container has ended: sooner than Nomad does. It returns when that can't be missed.
 func (t *tenant) awaitEnd(r *record, p *pod) {
 	if r.Joins != "" {
 		t.followEnd(t.server.ctx, r)
 		return
 	}
-	e := &ending{run: r.Run, done: make(chan struct{})}
-	t.sessions.mu.Lock()
-	if old := t.ends[r.ID]; old != nil && old.run == r.Run {
-		t.sessions.mu.Unlock()
+	e := t.expectEnd(r)
+	if e == nil {
 		return
 	}
-	if t.ends == nil {
-		t.ends = map[string]*ending{}
-	}
-	t.ends[r.ID] = e
-	t.sessions.mu.Unlock()
 	life := t.server.ctx
 	request, err := p.request(life, http.MethodPost, p.inside("/wait"), url.Values{"condition": {"removed"}}, nil)
 	var answer *http.Response
