@@ -185,7 +185,8 @@ var cases = []testCase{
 	// Limits.
 	{name: "limits/memory", flags: []string{"-m", "48m"}, cmd: sh("cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes"), script: `
 		docker wait $c; docker logs $c; docker inspect -f '{{.HostConfig.Memory}} {{.State.OOMKilled}}' $c`},
-	{name: "limits/out of memory", flags: []string{"-m", "32m"}, dockerFlags: []string{"--memory-swap", "32m"}, cmd: []string{"tail", "/dev/zero"}, script: `
+	// Dockerd may hear of the end before it hears of the reason: a second is between them.
+	{name: "limits/out of memory", flags: []string{"-m", "32m"}, dockerFlags: []string{"--memory-swap", "32m"}, cmd: sh("tail /dev/zero; code=$?; sleep 1; exit $code"), script: `
 		docker wait $c; docker inspect -f '{{.State.ExitCode}} {{.State.OOMKilled}} {{.State.Status}} {{.State.Running}}' $c`},
 	{name: "limits/processes", flags: []string{"--pids-limit", "12"}, cmd: sh("for i in $(seq 30); do sleep 2 & done 2>/dev/null; echo reached"), onlyCode: true},
 	{name: "limits/ulimits", flags: []string{"--ulimit", "nofile=100:200", "--ulimit", "core=0", "--ulimit", "nproc=50:60", "--ulimit", "fsize=1048576"}, cmd: sh("grep -E 'open files|core file|processes|file size' /proc/self/limits | sed 's/  */ /g'; head -c 2m /dev/zero >/tmp/f; echo $?")},
