@@ -82,7 +82,7 @@ var mayImport = map[string][]string{
 	"internal/stalled":    {},
 
 	"internal/agents":    {},
-	"internal/cephtest":  {},
+	"internal/cephtest":  {"internal/netnstest"},
 	"internal/cgroup":    {},
 	"internal/command":   {},
 	"internal/durable":   {},
@@ -91,7 +91,8 @@ var mayImport = map[string][]string{
 	"internal/locked":    {},
 	"internal/mountns":   {},
 	"internal/nomadtest": {"internal/agents", "internal/cgroup", "test/programs"},
-	"internal/nfstest":   {"internal/locked"},
+	"internal/netnstest": {},
+	"internal/nfstest":   {"internal/locked", "internal/netnstest"},
 	"internal/stack":     {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/tunnel":    {"spec"},
 	"internal/jsonhttp":  {},

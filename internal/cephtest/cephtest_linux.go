@@ -11,11 +11,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/cradlestack/cradlestack/internal/netnstest"
 )
 
 // FS is the cluster's file system.
@@ -27,11 +27,9 @@ type Cluster struct {
 	Conf string // ceph.conf, which names the keyring of client.admin
 
 	dir       string
-	namespace string
+	namespace *netnstest.Namespace
 	daemons   map[string]*exec.Cmd
 }
-
-var clusters atomic.Int32
 
 const packages = "apt-get install ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse ceph-common"
 
@@ -42,14 +40,11 @@ func Start(ctx context.Context, dir string) (_ *Cluster, err error) {
 			return nil, fmt.Errorf("no %s: %s", program, packages)
 		}
 	}
-	if err := sweep(); err != nil {
+	namespace, err := netnstest.New("ceph")
+	if err != nil {
 		return nil, err
 	}
-	// Other processes do the same on this host.
-	pid, n := os.Getpid(), clusters.Add(1)
-	net4 := fmt.Sprintf("10.%d.%d.", 192+(pid>>8+int(n)*7)&63, pid&255)
-	c := &Cluster{Host: net4 + "2", Conf: filepath.Join(dir, "ceph.conf"), dir: dir, namespace: fmt.Sprintf("ceph-%d-%d", pid, n), daemons: map[string]*exec.Cmd{}}
-	outside, inside := fmt.Sprintf("ch%dn%d", pid, n), fmt.Sprintf("cn%dn%d", pid, n)
+	c := &Cluster{Host: namespace.Host, Conf: filepath.Join(dir, "ceph.conf"), dir: dir, namespace: namespace, daemons: map[string]*exec.Cmd{}}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	defer func() {
@@ -57,19 +52,6 @@ func Start(ctx context.Context, dir string) (_ *Cluster, err error) {
 			err = errors.Join(fmt.Errorf("ceph: %w\n%s", err, c.Log()), c.Close())
 		}
 	}()
-	for _, args := range []string{
-		"netns add " + c.namespace,
-		"link add " + outside + " type veth peer name " + inside + " netns " + c.namespace,
-		"addr add " + net4 + "1/30 dev " + outside,
-		"link set " + outside + " up",
-		"-n " + c.namespace + " link set lo up",
-		"-n " + c.namespace + " addr add " + c.Host + "/30 dev " + inside,
-		"-n " + c.namespace + " link set " + inside + " up",
-	} {
-		if err := ip(args); err != nil {
-			return nil, err
-		}
-	}
 	return c, c.start(ctx)
 }
 
@@ -174,7 +156,7 @@ func (c *Cluster) start(ctx context.Context) error {
 
 // Daemon starts one of the cluster's daemons, which does not run: ceph-mon a, ceph-mgr x, ceph-osd 0 or ceph-mds a. What a store in memory had is gone.
 func (c *Cluster) Daemon(program, id string) error {
-	cmd := exec.Command("ip", "netns", "exec", c.namespace, program, "-f", "-c", c.Conf, "-i", id)
+	cmd := c.namespace.Command(context.Background(), program, "-f", "-c", c.Conf, "-i", id)
 	log, err := os.OpenFile(filepath.Join(c.dir, program+".out"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -225,7 +207,7 @@ func (c *Cluster) command(ctx context.Context, in io.Reader, args ...string) (st
 }
 
 func (c *Cluster) run(ctx context.Context, args ...string) error {
-	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", c.namespace}, args...)...)
+	cmd := c.namespace.Command(ctx, args...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out)
 	}
@@ -249,35 +231,5 @@ func (c *Cluster) Close() error {
 	for program := range c.daemons {
 		c.Kill(program)
 	}
-	return ip("netns del " + c.namespace)
-}
-
-// sweep ends the clusters of tests that were killed.
-func sweep() error {
-	namespaces, err := filepath.Glob("/run/netns/ceph-*-*")
-	for _, path := range namespaces {
-		name := filepath.Base(path)
-		var pid, n int
-		if _, err := fmt.Sscanf(name, "ceph-%d-%d", &pid, &n); err != nil || syscall.Kill(pid, 0) == nil {
-			continue
-		}
-		out, err := exec.Command("ip", "netns", "pids", name).Output()
-		if err != nil {
-			continue // somebody else is sweeping
-		}
-		for field := range strings.FieldsSeq(string(out)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				_ = syscall.Kill(pid, syscall.SIGKILL)
-			}
-		}
-		_ = ip("netns del " + name) // likewise
-	}
-	return err
-}
-
-func ip(args string) error {
-	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-		return fmt.Errorf("ip %s: %w: %s", args, err, out)
-	}
-	return nil
+	return c.namespace.Close()
 }

@@ -10,13 +10,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/cradlestack/cradlestack/internal/locked"
+	"github.com/cradlestack/cradlestack/internal/netnstest"
 )
 
 // Export is the path that the directory is served at, by all versions of the protocol.
@@ -26,13 +25,11 @@ const Export = "/data"
 type Server struct {
 	Host string // its address; NFS is at port 2049, the portmapper at 111
 
-	namespace string
+	namespace *netnstest.Namespace
 	work      string
 	cmd       *exec.Cmd
 	log       locked.Buffer
 }
-
-var servers atomic.Int32
 
 // Serve serves dir, which must not be below /run, and returns when the server answers.
 func Serve(ctx context.Context, dir string) (_ *Server, err error) {
@@ -41,32 +38,16 @@ func Serve(ctx context.Context, dir string) (_ *Server, err error) {
 			return nil, fmt.Errorf("no %s: apt-get install nfs-ganesha nfs-ganesha-vfs rpcbind", program)
 		}
 	}
-	if err := sweep(); err != nil {
+	namespace, err := netnstest.New("nfs")
+	if err != nil {
 		return nil, err
 	}
-	// Other processes do the same on this host.
-	pid, n := os.Getpid(), servers.Add(1)
-	net4 := fmt.Sprintf("10.%d.%d.", 128+(pid>>8+int(n)*7)&63, pid&255)
-	s := &Server{Host: net4 + "2", namespace: fmt.Sprintf("nfs-%d-%d", pid, n)}
-	outside, inside := fmt.Sprintf("nh%dn%d", pid, n), fmt.Sprintf("nn%dn%d", pid, n)
+	s := &Server{Host: namespace.Host, namespace: namespace}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	for _, args := range []string{
-		"netns add " + s.namespace,
-		"link add " + outside + " type veth peer name " + inside + " netns " + s.namespace,
-		"addr add " + net4 + "1/30 dev " + outside,
-		"link set " + outside + " up",
-		"-n " + s.namespace + " link set lo up",
-		"-n " + s.namespace + " addr add " + s.Host + "/30 dev " + inside,
-		"-n " + s.namespace + " link set " + inside + " up",
-	} {
-		if err := ip(args); err != nil {
-			return nil, err
-		}
-	}
 	if s.work, err = os.MkdirTemp("", "nfstest-"); err != nil {
 		return nil, err
 	}
@@ -81,7 +62,7 @@ LOG { Default_Log_Level = WARN; }
 	}
 	// The sockets below /run are the namespace's own: ip has made a mount namespace as well.
 	const script = `mount -t tmpfs tmpfs /run && { rpcbind -f & } && until [ -S /run/rpcbind.sock ]; do sleep 0.05; done && exec ganesha.nfsd -F -f "$0" -L STDOUT -p /run/ganesha.pid`
-	cmd := exec.Command("ip", "netns", "exec", s.namespace, "sh", "-c", script, config)
+	cmd := s.namespace.Command(context.WithoutCancel(ctx), "sh", "-c", script, config)
 	cmd.Stdout, cmd.Stderr = &s.log, &s.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.WaitDelay = 10 * time.Second
@@ -103,29 +84,6 @@ LOG { Default_Log_Level = WARN; }
 	}
 }
 
-// sweep ends the servers of tests that were killed.
-func sweep() error {
-	namespaces, err := filepath.Glob("/run/netns/nfs-*-*")
-	for _, path := range namespaces {
-		name := filepath.Base(path)
-		var pid, n int
-		if _, err := fmt.Sscanf(name, "nfs-%d-%d", &pid, &n); err != nil || syscall.Kill(pid, 0) == nil {
-			continue
-		}
-		out, err := exec.Command("ip", "netns", "pids", name).Output()
-		if err != nil {
-			continue // somebody else is sweeping
-		}
-		for field := range strings.FieldsSeq(string(out)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				_ = syscall.Kill(pid, syscall.SIGKILL)
-			}
-		}
-		_ = ip("netns del " + name) // likewise
-	}
-	return err
-}
-
 // Log is what the server has said.
 func (s *Server) Log() string {
 	var kept strings.Builder
@@ -144,12 +102,5 @@ func (s *Server) Close() error {
 		_ = s.cmd.Wait()
 	}
 	os.RemoveAll(s.work)
-	return ip("netns del " + s.namespace)
-}
-
-func ip(args string) error {
-	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-		return fmt.Errorf("ip %s: %w: %s", args, err, out)
-	}
-	return nil
+	return s.namespace.Close()
 }
