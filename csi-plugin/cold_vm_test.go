@@ -213,12 +213,14 @@ func (s *coldStore) metric(metrics, line string) {
 }
 
 // TestRootColdUnreachable has a bucket whose server is not there: that is to be seen, and the plugin serves and takes snapshots all the same.
-func TestRootColdUnreachable(t *testing.T) {
-	s := newColdStore(t)
+func TestRootColdUnreachable(t *testing.T) { testColdUnreachable(newColdStore(t), 1) }
+
+// testColdUnreachable waits until a copy has failed so often.
+func testColdUnreachable(s *coldStore, failures int) {
 	s.snapshots.Hourly = 1
 	s.volume("pool", []byte("data"))
 	s.monolith("pool", func(metrics string) {
-		s.metric(metrics, `cradle_csi_cold_copies_total{result="failed"} [1-9]`)
+		s.metric(metrics, fmt.Sprintf(`cradle_csi_cold_copies_total{result="failed"} [%d-9]`, failures))
 		s.metric(metrics, `cradle_csi_cold_age_seconds{volume="db"} \d`)
 		s.metric(metrics, `cradle_csi_automatic_snapshots_total{result="taken"} [1-9]`)
 		s.metric(metrics, `cradle_csi_ready 1`)

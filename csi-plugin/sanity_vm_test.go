@@ -46,15 +46,16 @@ func eachSanity(t *testing.T, kinds map[string]string) {
 	for name, parameters := range kinds {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			sanity(t, parameters)
+			dir := shortDir(t)
+			sanity(t, dir, dirPool(t, dir), parameters)
 		})
 	}
 }
 
-func sanity(t *testing.T, parameters string) {
-	dir := shortDir(t)
+// sanity runs csi-sanity against a plugin whose files are in dir.
+func sanity(t *testing.T, dir string, pool pool, parameters string) {
 	file := func(name string) string { return filepath.Join(dir, name) }
-	endpoint := serve(t, dir, file("pool"))
+	endpoint := serve(t, dir, pool)
 	if err := os.WriteFile(file("parameters.yaml"), []byte(parameters+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -100,15 +101,39 @@ func sanity(t *testing.T, parameters string) {
 	}
 }
 
+// A pool is a plugin's.
+type pool struct {
+	flags []string        // that choose it
+	left  func() []string // what there is in it
+}
+
+// dirPool is a directory.
+func dirPool(t *testing.T, dir string) pool {
+	at := filepath.Join(dir, "pool")
+	return pool{[]string{"--pool", at}, func() (names []string) {
+		entries, err := os.ReadDir(at)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, e := range entries {
+			if e.Name() != ".lock" {
+				names = append(names, e.Name())
+			}
+		}
+		return names
+	}}
+}
+
 // serve runs cradle-csi monolith until the test ends, and then looks for what it left.
-func serve(t *testing.T, dir, pool string) (endpoint string) {
+func serve(t *testing.T, dir string, pool pool) (endpoint string) {
 	t.Helper()
 	endpoint = "unix://" + filepath.Join(dir, "csi.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	var stderr bytes.Buffer
 	done := make(chan int)
 	go func() {
-		done <- run(ctx, []string{"monolith", "--pool", pool, "--endpoint", endpoint, "--node-id", "host", "--zone", "zone", "--metrics", "127.0.0.1:0", "--verbose"}, os.Stdout, &stderr)
+		args := append([]string{"monolith", "--endpoint", endpoint, "--node-id", "host", "--zone", "zone", "--metrics", "127.0.0.1:0", "--verbose"}, pool.flags...)
+		done <- run(ctx, args, os.Stdout, &stderr)
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -116,9 +141,8 @@ func serve(t *testing.T, dir, pool string) (endpoint string) {
 			lines := strings.Split(stderr.String(), "\n")
 			t.Errorf("cradle-csi: exit code %d\n%s", code, strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
-		left, err := os.ReadDir(pool)
-		if err != nil || len(left) != 1 || left[0].Name() != ".lock" {
-			t.Errorf("left in the pool: %v, %v", left, err)
+		if left := pool.left(); len(left) > 0 {
+			t.Errorf("left in the pool: %q", left)
 		}
 		for _, table := range []string{"/proc/self/mountinfo", "/sys/block/loop*/loop/backing_file"} {
 			files, err := filepath.Glob(table)
@@ -146,9 +170,12 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// tool is the path of a third-party program.
+// tool is the path of a third-party program, which a machine has beside its tests.
 func tool(t *testing.T, name string) string {
 	t.Helper()
+	if path, err := exec.LookPath("./" + name); err == nil {
+		return path
+	}
 	var stderr bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), "../tools/build.sh", name)
 	cmd.Stderr = &stderr

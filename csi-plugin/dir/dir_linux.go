@@ -698,6 +698,9 @@ func (b *Backend) Ready(context.Context) error {
 		if _, err := p.free(); err != nil {
 			return err
 		}
+		if err := unix.Access(p.path, unix.W_OK); err != nil { // a file system that has failed is only read
+			return fmt.Errorf("pool %s: %w: %s: %w", p.name, volume.ErrUnavailable, p.path, err)
+		}
 	}
 	return nil
 }

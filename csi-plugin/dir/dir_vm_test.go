@@ -81,6 +81,42 @@ func TestRootNoSpace(t *testing.T) {
 	}
 }
 
+// A pool whose file system has failed, and is only read since, is told as one that may come back; what is in it can be seen.
+func TestRootReadOnly(t *testing.T) {
+	at := filesystem(t, "ext4")
+	b := open(t, Pool{"default", filepath.Join(at, "pool")})
+	r := volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}}
+	v, err := b.Create(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	command(t, "mount", "-o", "remount,ro", at)
+	r.Name = "w"
+	clone := r
+	clone.Origin.Volume = "v"
+	for what, call := range map[string]func() error{
+		"ready":  func() error { return b.Ready(t.Context()) },
+		"create": func() error { _, err := b.Create(t.Context(), r); return err },
+		"clone":  func() error { _, err := b.Clone(t.Context(), clone, nil); return err },
+		"delete": func() error { return b.Delete(t.Context(), "v") },
+		"snapshot": func() error {
+			_, err := b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}})
+			return err
+		},
+	} {
+		if err := call(); !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("%s: %v; want %v", what, err, volume.ErrUnavailable)
+		}
+	}
+	if all, err := b.List(t.Context()); err != nil || len(all) != 1 || all[0] != v {
+		t.Errorf("there is %+v, %v", all, err)
+	}
+	command(t, "mount", "-o", "remount,rw", at)
+	if err := errors.Join(b.Ready(t.Context()), b.Delete(t.Context(), "v")); err != nil {
+		t.Error(err)
+	}
+}
+
 // filesystem mounts an empty one, in memory, until the test ends.
 func filesystem(t *testing.T, fsType string) string {
 	t.Helper()

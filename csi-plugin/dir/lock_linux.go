@@ -2,6 +2,7 @@ package dir
 
 import (
 	"context"
+	"fmt"
 	"os"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
@@ -14,7 +15,7 @@ const lockFile = ".lock"
 func (b *Backend) lock(ctx context.Context, names ...string) (*os.File, error) {
 	f, err := b.pools[0].root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("pool %s: %w", b.pools[0].name, storageError(err))
 	}
 	return mount.Lock(ctx, f, names...)
 }

@@ -364,16 +364,20 @@ func (s *controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	if err := volume.CheckName("snapshot name", req.GetName()); err != nil {
 		return nil, err
 	}
+	for name := range req.GetParameters() {
+		return nil, invalid("parameter %.80q: snapshots have none", name)
+	}
 	unlock, err := s.lock(ctx, req.GetSourceVolumeId())
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	for name := range req.GetParameters() {
-		return nil, invalid("parameter %.80q: snapshots have none", name)
-	}
 	id := volume.SnapshotID{Volume: req.GetSourceVolumeId(), Name: req.GetName()}
-	snap, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Hold: s.hold(id.Volume)})
+	var snap volume.Snapshot
+	err = s.complete(ctx, "snapshot "+id.String(), unlock, func(ctx context.Context) error {
+		taken, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Hold: s.hold(id.Volume)})
+		snap = taken
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -569,6 +569,8 @@ func testSnapshot(b *bench) {
 		_, err = c.Clone(b.ctx(), w, nil)
 		b.wants(err, volume.ErrNotFound, "clone of a snapshot that is not there any more")
 		b.must(b.Delete(b.ctx(), "v"))
+		_, err = s.Snapshot(b.ctx(), snap("v", "late"))
+		b.wants(err, volume.ErrNotFound, "snapshot of a volume that was deleted")
 		b.holds("w", "third")
 		b.must(b.Delete(b.ctx(), "w")) // with its automatic snapshot
 	}
