@@ -33,6 +33,8 @@ var texts = []struct {
 	{"parent does not exist", volume.ErrUnavailable},
 	{"modules are not loaded", volume.ErrUnavailable},
 	{"pool I/O is currently suspended", volume.ErrUnavailable},
+	{"pool is read-only", volume.ErrUnavailable},
+	{"Read-only file system", volume.ErrUnavailable},
 	{"dataset already exists", errExists},
 	{"dataset is busy", errBusy},
 	{"pool or dataset is busy", errBusy},

@@ -5,12 +5,15 @@ package zfs
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
@@ -134,19 +137,61 @@ func TestParameters(t *testing.T) {
 	}
 }
 
-// A pool that is not there is nothing to conclude anything from: a volume in it is not deleted.
-func TestPoolMissing(t *testing.T) {
-	for _, n := range []string{"a", "b"} {
-		if err := os.WriteFile("/tmp/"+n, nil, 0o600); err != nil {
+// makeZpool makes one of two small files, a mirror, until the test ends.
+func makeZpool(t *testing.T, name string) (a, b string) {
+	t.Helper()
+	a, b = filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")
+	for _, file := range []string{a, b} {
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Truncate("/tmp/"+n, 128<<20); err != nil {
+		if err := os.Truncate(file, 128<<20); err != nil {
 			t.Fatal(err)
 		}
-		defer os.Remove("/tmp/" + n)
 	}
-	run(t, "zpool", "create", "-O", "mountpoint=none", "second", "mirror", "/tmp/a", "/tmp/b")
-	defer run(t, "zpool", "destroy", "second")
+	run(t, "zpool", "create", "-O", "mountpoint=none", name, "mirror", a, b)
+	t.Cleanup(func() { run(t, "zpool", "destroy", name) })
+	return a, b
+}
+
+// A pool that is full takes no snapshot and no volume: that is told as such, leaves nothing, and works once there is space.
+func TestNoSpace(t *testing.T) {
+	makeZpool(t, "full")
+	b, err := Open(t.Context(), []Pool{{"default", "full/cradle"}}, "/run/cradle/full.lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	must[volume.Volume](t)(b.Create(t.Context(), block("v")))
+	was := rest(t, "full/cradle")
+	// Who reserves space takes it from all others, as data does.
+	run(t, "zfs", "create", "-o", "mountpoint=none", "full/filler")
+	free, err := strconv.ParseInt(strings.TrimSpace(run(t, "zfs", "get", "-Hp", "-o", "value", "available", "full/filler")), 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "zfs", "set", "reservation="+number(free-32<<10), "full/filler")
+	snapshot := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}
+	clone := block("clone")
+	clone.Origin.Volume = "v"
+	for what, call := range map[string]func() error{
+		"snapshot": func() error { _, err := b.Snapshot(t.Context(), snapshot); return err },
+		"clone":    func() error { _, err := b.Clone(t.Context(), clone, nil); return err },
+		"create":   func() error { _, err := b.Create(t.Context(), block("w")); return err },
+		"expand":   func() error { _, err := b.Expand(t.Context(), "v", 32<<20, 0); return err },
+	} {
+		wants(t, call(), volume.ErrNoSpace, what)
+	}
+	if now := rest(t, "full/cradle"); !slices.Equal(now, was) {
+		t.Errorf("there is %q", now)
+	}
+	run(t, "zfs", "destroy", "full/filler")
+	must[volume.Snapshot](t)(b.Snapshot(t.Context(), snapshot))
+	must[volume.Volume](t)(b.Clone(t.Context(), clone, nil))
+}
+
+// A pool that is not there is nothing to conclude anything from: a volume in it is not deleted. One that is degraded keeps volumes.
+func TestPoolMissing(t *testing.T) {
+	one, half := makeZpool(t, "second")
 	first := suite().New(t)
 	b, err := Open(t.Context(), []Pool{{"default", first}, {"second", "second/cradle"}}, "/run/cradle/missing.lock")
 	if err != nil {
@@ -161,13 +206,13 @@ func TestPoolMissing(t *testing.T) {
 	_, err = b.Create(t.Context(), r)
 	wants(t, err, volume.ErrNoSpace, "a volume larger than its pool")
 
-	run(t, "zpool", "offline", "second", "/tmp/b")
+	run(t, "zpool", "offline", "second", half)
 	if err := b.Ready(t.Context()); err != nil {
 		t.Errorf("degraded: %v", err)
 	}
 	r.Name, r.Size = "w", 16<<20
 	must[volume.Volume](t)(b.Create(t.Context(), r))
-	run(t, "zpool", "online", "second", "/tmp/b")
+	run(t, "zpool", "online", "second", half)
 
 	run(t, "zpool", "export", "second")
 	wants(t, b.Ready(t.Context()), volume.ErrUnavailable, "Ready")
@@ -187,7 +232,15 @@ func TestPoolMissing(t *testing.T) {
 	_, err = Open(t.Context(), []Pool{{"second", "second/cradle"}}, "/run/cradle/missing.lock")
 	wants(t, err, volume.ErrUnavailable, "Open")
 
-	run(t, "zpool", "import", "-d", "/tmp", "second")
+	run(t, "zpool", "import", "-o", "readonly=on", "-d", filepath.Dir(one), "-d", filepath.Dir(half), "second")
+	wants(t, b.Ready(t.Context()), volume.ErrUnavailable, "Ready of a pool that is only read")
+	if v, err := b.Get(t.Context(), "v"); err != nil || v.ID != "v" {
+		t.Errorf("of a pool that is only read: %+v, %v", v, err)
+	}
+	_, err = b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "late"}})
+	wants(t, err, volume.ErrUnavailable, "Snapshot in a pool that is only read")
+	run(t, "zpool", "export", "second")
+	run(t, "zpool", "import", "-d", filepath.Dir(one), "-d", filepath.Dir(half), "second")
 	if all, err := b.Snapshots(t.Context(), "v"); err != nil || len(all) != 1 {
 		t.Errorf("after the import: %+v, %v", all, err)
 	}
@@ -326,4 +379,72 @@ func TestRepair(t *testing.T) {
 	if all := rest(t, dataset); len(all) != 1 {
 		t.Errorf("left: %q", all)
 	}
+}
+
+// BenchmarkSnapshot takes snapshots of two volumes that have the same data, of 1 GiB and of 100 GiB, in turn: make bench runs it.
+func BenchmarkSnapshot(b *testing.B) {
+	defer func() {
+		if _, err := zfs(context.Background(), "destroy", "-r", "tank/bench"); err != nil {
+			b.Error(err)
+		}
+	}()
+	backend, err := Open(b.Context(), []Pool{{"default", "tank/bench"}}, "/run/cradle/bench.lock")
+	if err != nil {
+		b.Fatal(err)
+	}
+	sizes := []struct {
+		name string
+		size int64
+	}{{"1GiB", 1 << 30}, {"100GiB", 100 << 30}}
+	for _, v := range sizes {
+		if err := filled(b.Context(), backend, v.name, v.size); err != nil {
+			b.Fatal(err)
+		}
+	}
+	took := map[string][]time.Duration{}
+	for b.Loop() {
+		for _, v := range sizes {
+			id := volume.SnapshotID{Volume: v.name, Name: "s"}
+			begin := time.Now()
+			_, err := backend.Snapshot(b.Context(), volume.SnapshotRequest{ID: id})
+			took[v.name] = append(took[v.name], time.Since(begin))
+			if err := errors.Join(err, backend.DeleteSnapshot(b.Context(), id)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	for name, all := range took {
+		slices.Sort(all)
+		b.ReportMetric(all[(len(all)-1)/2].Seconds(), "s/"+name)
+	}
+}
+
+// filled makes a volume that has 128 MiB of data over its whole size.
+func filled(ctx context.Context, b *Backend, name string, size int64) error {
+	r := block(name)
+	r.Size, r.Direct = 1<<30, true
+	if _, err := b.Create(ctx, r); err != nil {
+		return err
+	}
+	// It may be larger than the pool, which a sparse volume can become, but is not made.
+	if _, err := zfs(ctx, "set", "volsize="+number(size), "tank/bench/"+name); err != nil {
+		return err
+	}
+	source, err := b.Stage(ctx, name, volume.Use{As: volume.AsGuest})
+	if err != nil {
+		return err
+	}
+	disk, err := os.OpenFile(source.Guest.Block.Path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	const pieces = 128
+	piece := make([]byte, 1<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(piece)
+	for i := range int64(pieces) {
+		if _, err := disk.WriteAt(piece, i*(size/pieces)); err != nil {
+			return errors.Join(err, disk.Close())
+		}
+	}
+	return errors.Join(disk.Sync(), disk.Close())
 }

@@ -546,12 +546,15 @@ func (b *Backend) Capacity(ctx context.Context, params volume.Parameters) (int64
 func (b *Backend) Ready(ctx context.Context) error {
 	for _, p := range b.pools {
 		zpool, _, _ := strings.Cut(p.Dataset, "/")
-		out, err := command(ctx, "zpool", "list", "-H", "-o", "health", zpool)
+		out, err := command(ctx, "zpool", "list", "-H", "-o", "health,readonly", zpool)
 		if err != nil {
 			return fmt.Errorf("pool %s: %w: %w", p.Name, volume.ErrUnavailable, err)
 		}
-		if health := strings.TrimSpace(out); health != "ONLINE" && health != "DEGRADED" {
+		switch health, readOnly, _ := strings.Cut(strings.TrimSpace(out), "\t"); {
+		case health != "ONLINE" && health != "DEGRADED":
 			return fmt.Errorf("pool %s: %w: zpool %s is %s", p.Name, volume.ErrUnavailable, zpool, health)
+		case readOnly == "on":
+			return fmt.Errorf("pool %s: %w: zpool %s is imported read-only", p.Name, volume.ErrUnavailable, zpool)
 		}
 	}
 	return nil
