@@ -38,18 +38,20 @@ func dead(err error) bool {
 }
 
 // Unseen says whether what is mounted in a directory stays in this process's mount namespace while its parent has another: a sandbox whose directories
-// are not shared with the host. Pods would write below the mount.
+// are not shared with the host, or a container. Pods would write below the mount.
 func Unseen(dir string) (bool, error) {
 	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
 		return false, err
 	}
-	outside, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", os.Getppid()))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) { // a parent outside of the PID namespace, as a container's, or one that has ended; or a container with few capabilities
-		return false, nil
-	}
-	if err != nil || outside == own {
-		return false, err
+	if parent := os.Getppid(); parent > 0 { // else it is outside of this process namespace, as a container's is, with other mounts
+		outside, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", parent))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) { // one that has ended, or a container with few capabilities
+			return false, nil
+		}
+		if err != nil || outside == own {
+			return false, err
+		}
 	}
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {
 		return false, err

@@ -25,6 +25,8 @@ func TestRootUnseen(t *testing.T) {
 	}{
 		"of its parent": {nil, "false"}, "shared": {[]string{"unshare", "--mount", "--propagation", "shared"}, "false"},
 		"private": {[]string{"unshare", "--mount", "--propagation", "private"}, "true"}, "slave": {[]string{"unshare", "--mount", "--propagation", "slave"}, "true"},
+		"a container's, shared": {[]string{"unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "shared"}, "false"},
+		"a container's":         {[]string{"unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private"}, "true"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			args := append(c.args, self...)

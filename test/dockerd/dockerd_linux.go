@@ -155,6 +155,11 @@ func (d *Daemon) Inside(ctx context.Context, name string, args ...string) *exec.
 	return exec.CommandContext(ctx, "nsenter", append([]string{fmt.Sprintf("--net=/proc/%d/ns/net", d.cmd.Process.Pid), name}, args...)...)
 }
 
+// Mounts is a program that sees the daemon's mounts, as a program of the host does where the daemon is its.
+func (d *Daemon) Mounts(ctx context.Context, name string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "nsenter", append([]string{fmt.Sprintf("--mount=/proc/%d/ns/mnt", d.cmd.Process.Pid), name}, args...)...)
+}
+
 func forTest(t *testing.T, dir string, more ...string) *Daemon {
 	t.Helper()
 	d, err := start(t.Context(), dir, more...)
