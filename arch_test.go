@@ -120,7 +120,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/translate":         {"internal/golden"},
 	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
-	"csi-plugin":                  {"internal/mountns", "internal/nomadtest", "test/programs"},
+	"csi-plugin":                  {"internal/mountns", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"terraform-provider":          {"internal/golden", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/ceph":             {"csi-plugin/volume/volumetest", "internal/cephtest"},
@@ -147,8 +147,9 @@ var onlyImporter = map[string][]string{
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"dockerapi/server", "driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
 	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "csi-plugin/filer.", "dockerapi.", "internal/command"},
-	"github.com/container-storage-interface": {"csi-plugin/rpc", "test/bench"},
-	"google.golang.org/grpc":                 {"csi-plugin/rpc", "test/bench"},
+	// csi-plugin itself: its tests call the plugin.
+	"github.com/container-storage-interface": {"csi-plugin/rpc", "csi-plugin.", "test/bench"},
+	"google.golang.org/grpc":                 {"csi-plugin/rpc", "csi-plugin.", "test/bench"},
 
 	"github.com/hashicorp/terraform-plugin-framework": {"terraform-provider"},
 	"github.com/hashicorp/terraform-plugin-go":        {"terraform-provider"},
