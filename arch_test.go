@@ -56,6 +56,8 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                              // of cradle-csi as well, which calls the filer
 	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease"},                                                                                                                         // exports, not volumes
 
+	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "internal/durable"}, // likewise
+
 	"csi-plugin/filer/lease":   {},
 	"csi-plugin/filer/gateway": {"csi-plugin/filer/lease"},
 	"csi-plugin/filer/webdav":  {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "internal/durable"}, // directories, not volumes
@@ -100,7 +102,7 @@ var mayImport = map[string][]string{
 	"docs":            {},
 	"examples/images": {},
 	"examples/stack":  {"internal/stack"},
-	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/mountns", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/stack"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/mountns", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/locked", "internal/netnstest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
@@ -128,6 +130,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
 	"csi-plugin/filer":            {"internal/filertest", "internal/locked", "internal/mountns", "test/programs"},
 	"csi-plugin/filer/nfs":        {"internal/mountns"},
+	"csi-plugin/filer/ganesha":    {"internal/mountns", "internal/netnstest"},
 	"csi-plugin/filer/s3":         {"test/programs"},
 	"csi-plugin/filer/webdav":     {"internal/mountns"},
 	"test":                        {"internal/locked"},

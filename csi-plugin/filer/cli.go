@@ -100,7 +100,11 @@ is at one of the addresses has the volume. Nomad's volumes with attach=direct ar
 			return c.print(p, func(w io.Writer) {
 				fmt.Fprintf(w, "publication\t%s\n", p.ID)
 				host, port, _ := strings.Cut(p.Address, ":")
-				fmt.Fprintf(w, "a host\tmount -t nfs -o %s,port=%s,mountport=%s %s:%s DIRECTORY\n", p.Options, port, port, host, p.Export)
+				ports := "port=" + port
+				if strings.HasPrefix(p.Options, "vers=3") {
+					ports += ",mountport=" + port
+				}
+				fmt.Fprintf(w, "a host\tmount -t nfs -o %s,%s %s:%s DIRECTORY\n", p.Options, ports, host, p.Export)
 				fmt.Fprintf(w, "a pod\tkcradle summon --mount type=nfs,source=nfs://%s%s,target=PATH,options=%s …\n", p.Address, p.Export, p.Options)
 			})
 		},
@@ -189,6 +193,9 @@ func (c *cli) statusCommand() *cobra.Command {
 				}
 				fmt.Fprintf(w, "%s\tsince %s, for %s\n", state, s.Since.UTC().Format(time.RFC3339), time.Since(s.Since).Round(time.Second))
 				fmt.Fprintf(w, "address\t%s\n", s.Address)
+				if s.Engine != "" {
+					fmt.Fprintf(w, "engine\t%s\n", s.Engine)
+				}
 				if s.WebDAV != "" {
 					fmt.Fprintf(w, "webdav\t%s\n", s.WebDAV)
 				}

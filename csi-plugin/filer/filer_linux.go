@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/s3"
@@ -28,29 +29,35 @@ import (
 //	volumes/ID             the volume's files: a mount of their own
 //	publications/ID.json   a publication, as the clients' mounts are gone then, too. A set, whose clients go on meanwhile, keeps them in its state
 type filer struct {
-	backend volume.Backend
-	engine  nfs.Engine
-	dir     string
-	state   string // with what outlasts a reboot, such as grants/ID.json
-	kept    string // with publications/ID.json
-	shared  bool   // with other hosts
-	lease   *lease.Lease
-	leash   *os.File        // of the processes that serve S3, in a set
-	long    context.Context // of what is done for long, which ends with the term
-	webdav  *webdav.Server  // nil where that is not served
-	s3      *s3.Server      // so is this
-	urls    urls
-	audit   *audit
-	address string
-	log     *slog.Logger
-	since   time.Time
+	backend    volume.Backend
+	engine     nfs.Engine
+	options    string // for its clients
+	engineName string
+	dir        string
+	state      string // with what outlasts a reboot, such as grants/ID.json
+	kept       string // with publications/ID.json
+	shared     bool   // with other hosts
+	lease      *lease.Lease
+	leash      *os.File        // of the processes that serve S3, in a set
+	long       context.Context // of what is done for long, which ends with the term
+	webdav     *webdav.Server  // nil where that is not served
+	s3         *s3.Server      // so is this
+	urls       urls
+	audit      *audit
+	address    string
+	log        *slog.Logger
+	since      time.Time
 
 	mu      sync.Mutex      // one change at a time
 	entered map[string]bool // volumes whose files this process itself works with
 }
 
-// options for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
-const options = "vers=3,hard,timeo=100,retrans=3"
+// Options for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
+const (
+	patience        = ",hard,timeo=100,retrans=3"
+	embeddedOptions = "vers=3" + patience
+	ganeshaOptions  = ganesha.Version + patience
+)
 
 func (f *filer) published() records[api.Publication] {
 	return records[api.Publication]{filepath.Join(f.kept, "publications"), "publication"}
@@ -72,14 +79,18 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 	switch {
 	case err == nil && former.Volume != p.Volume:
 		return p, fmt.Errorf("publication %s %w: it is of volume %s", p.ID, volume.ErrExists, former.Volume)
-	case err == nil:
+	case err == nil && f.served(former):
 		p.Export = former.Export
-	case errors.Is(err, fs.ErrNotExist):
-		p.Export = "/" + p.Volume + "/" + strings.ToLower(rand.Text())
+	case err == nil || errors.Is(err, fs.ErrNotExist):
+		separator := "/"
+		if f.options != embeddedOptions {
+			separator = "." // all clients of NFS-Ganesha see the directories on the way to an export
+		}
+		p.Export = "/" + p.Volume + separator + strings.ToLower(rand.Text())
 	default:
 		return p, err
 	}
-	p.Address, p.Options = f.address, options
+	p.Address, p.Options = f.address, f.options
 	if err := f.hasFiles(ctx, p.Volume); err != nil {
 		return p, err
 	}
@@ -97,13 +108,35 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 	return p, nil
 }
 
+// served says whether a publication is one of this engine, whose paths and handles are none of another's.
+func (f *filer) served(p api.Publication) bool {
+	its, _, _ := strings.Cut(p.Options, ",")
+	own, _, _ := strings.Cut(f.options, ",")
+	return its == own
+}
+
 // serve makes the volume's files appear, and exports them.
 func (f *filer) serve(ctx context.Context, p api.Publication) error {
+	if !f.served(p) {
+		return errors.New("it was published by another engine (--engine); publish it again, and have its clients mount it again")
+	}
 	root, err := f.place(ctx, p.Volume)
 	if err != nil {
 		return err
 	}
-	return f.engine.Export(nfs.Export{Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden, Snapshots: f.seen(p.Volume)})
+	at, err := mount.At(root)
+	if err == nil && at == nil {
+		err = fmt.Errorf("%s: it has been unmounted", root)
+	}
+	if err != nil {
+		return err
+	}
+	if f.engineName == byGanesha && !strings.Contains(","+at.VFSOptions+","+at.Options+",", ",dirsync,") {
+		f.log.Warn("after a power cut files of this volume may have the names that they had some seconds before: its file system is mounted without dirsync, on the host as well or by the operator", "volume", p.Volume)
+	}
+	return f.engine.Export(nfs.Export{
+		Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Shared: at.Root != "/", Hidden: webdav.Hidden, Snapshots: f.seen(p.Volume),
+	})
 }
 
 // hasFiles refuses what can't be served.
@@ -128,7 +161,11 @@ func (f *filer) place(ctx context.Context, id string) (root string, err error) {
 		return "", err
 	}
 	root = f.root(id)
-	return root, mount.Place(ctx, source.Device, source.Directory, source.FSType, root, mount.Options{})
+	var o mount.Options
+	if f.engineName == byGanesha {
+		o, _ = mount.ParseOptions([]string{"dirsync"}) // it does not sync directories, and says that they are
+	}
+	return root, mount.Place(ctx, source.Device, source.Directory, source.FSType, root, o)
 }
 
 // release undoes that, unless somebody has the volume besides those publications and grants that are just ending.
@@ -228,7 +265,7 @@ func (f *filer) status() (api.Status, error) {
 		volumes[g.Volume] = true
 	}
 	return api.Status{
-		Version: version, Since: f.since, Address: f.address, Volumes: len(volumes), Publications: len(all), Grants: len(grants), WebDAV: f.urls.webdav, S3: f.urls.s3,
+		Version: version, Since: f.since, Engine: f.engineName, Address: f.address, Volumes: len(volumes), Publications: len(all), Grants: len(grants), WebDAV: f.urls.webdav, S3: f.urls.s3,
 	}, errors.Join(err, gerr)
 }
 

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
@@ -20,8 +21,9 @@ type hold struct {
 	lost    context.Context // ends when somebody else may have the lock
 	lose    context.CancelCauseFunc
 
-	mu    sync.Mutex
-	armed bool // the pool is this member's: the lease is extended, and the warden knows until when
+	mu      sync.Mutex
+	armed   bool            // the pool is this member's: the lease is extended, and the warden knows until when
+	ganesha *ganesha.Server // that serves; nil where another engine does
 }
 
 // hold serves as long as this member has the lock: until that is lost, until ctx ends, or somebody asks for it. former is who had it. took says that this member had
@@ -161,15 +163,24 @@ func (h *hold) rest() {
 		h.member.mu.Lock()
 		t := h.term
 		h.member.mu.Unlock()
+		h.mu.Lock()
+		ganesha := h.ganesha
+		h.mu.Unlock()
 		switch {
 		case !lapsed && told:
 			h.log.Info("goes on")
 			fallthrough
 		case !lapsed:
 			rests, told = false, false
+			if ganesha != nil {
+				ganesha.Wake()
+			}
 		case t != nil && !told:
 			h.log.Warn("answers nobody until Consul says that it has the lock")
 			told = true
+		}
+		if lapsed && ganesha != nil {
+			ganesha.Rest() // it does not ask whether it may answer
 		}
 		if !lapsed || !idle || rests {
 			continue
@@ -214,6 +225,9 @@ func (h *hold) take() (*term, error) {
 	if err != nil {
 		return nil, err
 	}
+	h.mu.Lock()
+	h.ganesha = t.ganesha
+	h.mu.Unlock()
 	h.member.mu.Lock()
 	h.tenure.Serving, h.tenure.Pool, h.tenure.Address = true, id, t.address
 	tenure := h.tenure
@@ -261,13 +275,18 @@ func (h *hold) stop(t *term, why string) {
 	defer stuck.Stop()
 	var errs []error
 	if t != nil {
+		if orderly && t.ganesha != nil {
+			// Its clients lose their connections with the process. If they don't hear of that, they go on at once when another one has the address.
+			t.ganesha.Drain()
+			h.freeAddress()
+		}
 		t.put()
 		if idle(drainTime) != nil {
 			h.log.Error("what had begun does not end: this process does")
 			h.exit()
 		}
 		if orderly && h.by.Holds() {
-			errs = append(errs, saveReplies(t.nfs, t.kept))
+			errs = append(errs, t.saveReplies())
 		}
 		if !orderly {
 			errs = append(errs, t.end(errLost))

@@ -36,6 +36,8 @@ type server struct {
 	listen  string
 	address string
 	state   string
+	engine  string
+	trust   bool
 	users   usersAPI
 	set     setFlags
 	verbose bool
@@ -55,6 +57,8 @@ wait meanwhile, and go on with the files that they have open.`,
 	f.StringVar(&s.listen, "listen", ":2049", "address to serve NFS on")
 	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
 	f.StringVar(&s.state, "state", "", "directory (default "+usualState+", of a set: in the first pool) for grants, WebDAV's locks, the audit log, and the key of file handles: with another key, clients lose the files that they have open")
+	f.StringVar(&s.engine, "engine", embedded, "what serves NFS: "+embedded+", or "+byGanesha+" (the packages nfs-ganesha and nfs-ganesha-vfs), with NFS 4.1 and locks between clients")
+	f.BoolVar(&s.trust, "trust-clients", false, "with --engine "+byGanesha+": serve volumes without a size as well, whose files clients could reach that have another volume of the pool and make up file handles")
 	s.gateways.flags(f)
 	s.users.flags(f)
 	s.set.flags(f)
@@ -65,6 +69,12 @@ wait meanwhile, and go on with the files that they have open.`,
 func (s *server) run(ctx context.Context) error {
 	if os.Geteuid() != 0 {
 		return errors.New("this needs root: files are opened by handle, and for their users")
+	}
+	switch {
+	case s.engine != embedded && s.engine != byGanesha:
+		return fmt.Errorf("--engine %s: it is %s or %s", s.engine, embedded, byGanesha)
+	case s.trust && s.engine == embedded:
+		return errors.New("--trust-clients is for --engine " + byGanesha + ": the other trusts none")
 	}
 	unix.Umask(0) // modes are what clients say
 	level := slog.LevelInfo
@@ -94,22 +104,31 @@ func (s *server) run(ctx context.Context) error {
 	}
 	t.group.Go(func() error { return serveHTTP(t.long, control, t.handler()) })
 	<-t.long.Done()
-	return errors.Join(t.end(context.Cause(t.long)), saveReplies(t.nfs, t.kept))
+	return errors.Join(t.end(context.Cause(t.long)), t.saveReplies())
 }
+
+// The engines.
+const embedded, byGanesha = "embedded", "ganesha"
 
 const usualState = "/var/lib/cradle/filer"
 
 // saveReplies lets the next process know what was answered: a client that did not hear it asks again.
-func saveReplies(engine *nfs.Server, dir string) error {
+func (t *term) saveReplies() error {
+	if t.nfs == nil {
+		return nil
+	}
 	var b bytes.Buffer
-	if err := engine.Save(&b); err != nil {
+	if err := t.nfs.Save(&b); err != nil {
 		return err
 	}
-	return durable.WriteFile(filepath.Join(dir, repliesFile), b.Bytes())
+	return durable.WriteFile(filepath.Join(t.kept, repliesFile), b.Bytes())
 }
 
-func loadReplies(engine *nfs.Server, dir string) error {
-	path := filepath.Join(dir, repliesFile)
+func (t *term) loadReplies() error {
+	if t.nfs == nil {
+		return nil
+	}
+	path := filepath.Join(t.kept, repliesFile)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -118,7 +137,7 @@ func loadReplies(engine *nfs.Server, dir string) error {
 		err = os.Remove(path) // after the next end, what is in it is old
 	}
 	if err == nil {
-		err = engine.Load(bytes.NewReader(data))
+		err = t.nfs.Load(bytes.NewReader(data))
 	}
 	return err
 }
@@ -191,6 +210,19 @@ func listenControl(path string) (net.Listener, error) {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
+}
+
+// resolve reads an address to listen on.
+func resolve(listen string) (netip.AddrPort, error) {
+	a, err := net.ResolveTCPAddr("tcp", listen)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("--listen: %w", err)
+	}
+	at := a.AddrPort()
+	if !at.Addr().IsValid() { // :PORT
+		at = netip.AddrPortFrom(netip.IPv6Unspecified(), at.Port())
+	}
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port()), nil
 }
 
 // reachable is the address that clients are told.

@@ -272,12 +272,11 @@ func (m *member) registerActive(health string) error {
 	if t == nil {
 		return errLost
 	}
-	listens := t.listen.Addr().(*net.TCPAddr).AddrPort()
 	own := ""
 	if m.at != nil {
 		own = m.at.prefix.Addr().String()
 	}
-	address, err := reachable(own, listens)
+	address, err := reachable(own, t.listens)
 	if err != nil {
 		return err
 	}
@@ -286,7 +285,7 @@ func (m *member) registerActive(health string) error {
 		return err
 	}
 	return m.lock.client.Agent().ServiceRegister(&consulapi.AgentServiceRegistration{
-		ID: m.lock.activeID(m.set.member), Name: m.set.name, Address: host, Port: int(listens.Port()), Check: m.check(health, "/active"),
+		ID: m.lock.activeID(m.set.member), Name: m.set.name, Address: host, Port: int(t.listens.Port()), Check: m.check(health, "/active"),
 	})
 }
 

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -20,12 +22,13 @@ import (
 // A term is a time in which this process serves: all of it for a filer that is alone, and for one of a set as long as it is the active one.
 type term struct {
 	*filer
-	nfs    *nfs.Server
-	listen net.Listener
-	group  *errgroup.Group
-	cancel context.CancelCauseFunc // ends the conversations with clients
-	stop   context.CancelCauseFunc // ends what is done for long, such as rollbacks
-	close  []func()                // what begin has opened, in its order
+	nfs     *nfs.Server     // nil of another engine
+	ganesha *ganesha.Server // so is this
+	listens netip.AddrPort
+	group   *errgroup.Group
+	cancel  context.CancelCauseFunc // ends the conversations with clients
+	stop    context.CancelCauseFunc // ends what is done for long, such as rollbacks
+	close   []func()                // what begin has opened, in its order
 }
 
 // A place is what a term is about: the volumes, and where what belongs to them is kept.
@@ -50,11 +53,32 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	}()
 	ctx, t.cancel = context.WithCancelCause(ctx)
 	t.group, ctx = errgroup.WithContext(ctx)
-	if t.listen, err = net.Listen("tcp", s.listen); err != nil {
-		return nil, fmt.Errorf("--listen: %w", err)
+	var listen net.Listener // nil where another process does
+	var engine nfs.Engine
+	options := embeddedOptions
+	if s.engine == embedded {
+		if listen, err = net.Listen("tcp", s.listen); err != nil {
+			return nil, fmt.Errorf("--listen: %w", err)
+		}
+		t.close = append(t.close, func() { listen.Close() })
+		t.listens = listen.Addr().(*net.TCPAddr).AddrPort()
+		t.nfs = nfs.New(key, log)
+		t.nfs.Lease = by
+		engine = t.nfs
+	} else {
+		at := ganesha.Config{
+			State: filepath.Join(at.state, "ganesha"), Run: filepath.Join(filepath.Dir(s.socket), "ganesha"), Key: key[:], Shared: at.shared, Trust: s.trust, Lease: by, Leash: leash, Log: log,
+		}
+		if at.Listen, err = resolve(s.listen); err != nil {
+			return nil, err
+		}
+		if t.ganesha, err = ganesha.New(at); err != nil {
+			return nil, fmt.Errorf("--engine ganesha: %w", err)
+		}
+		t.close = append(t.close, func() {}) // as the first is the listener
+		t.listens, engine, options = at.Listen, t.ganesha, ganeshaOptions
 	}
-	t.close = append(t.close, func() { t.listen.Close() })
-	address, err := reachable(s.address, t.listen.Addr().(*net.TCPAddr).AddrPort())
+	address, err := reachable(s.address, t.listens)
 	if err != nil {
 		return nil, err
 	}
@@ -65,10 +89,8 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	if users != nil {
 		t.close = append(t.close, func() { users.Close() })
 	}
-	t.nfs = nfs.New(key, log)
-	t.nfs.Lease = by
 	t.filer = &filer{
-		backend: at.backend, engine: t.nfs, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
+		backend: at.backend, engine: engine, engineName: s.engine, options: options, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
 		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash,
 	}
 	t.long, t.stop = context.WithCancelCause(ctx)
@@ -77,18 +99,29 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		return nil, err
 	}
 	t.close = append(t.close, closeGateways)
-	if err := loadReplies(t.nfs, t.kept); err != nil {
+	if err := t.loadReplies(); err != nil {
 		log.Warn("what was answered before", "error", err)
 	}
 	if err := t.complete(ctx); err != nil {
 		log.Warn("what was being done before", "error", err)
 	}
-	if err := t.restore(ctx); err != nil {
+	err = t.restore(ctx)
+	if err == nil && t.ganesha != nil {
+		err = t.ganesha.Forget() // publications are gone after a reboot
+	}
+	if err != nil {
 		log.Warn("what was published before", "error", err)
 	}
+	if t.ganesha != nil {
+		if err := t.ganesha.Start(); err != nil {
+			return nil, fmt.Errorf("--engine ganesha: %w", err)
+		}
+	}
 	by.Open()
-	log.Info("serving", "listen", t.listen.Addr(), "address", address, "socket", s.socket, "version", version)
-	t.group.Go(func() error { return t.nfs.Serve(ctx, t.listen) })
+	log.Info("serving", "engine", s.engine, "listen", t.listens, "address", address, "socket", s.socket, "version", version)
+	if t.nfs != nil {
+		t.group.Go(func() error { return t.nfs.Serve(ctx, listen) })
+	}
 	if users != nil {
 		t.group.Go(func() error { return serveHTTP(ctx, users, t.usersHandler(s.users.nomad)) })
 	}
@@ -104,8 +137,10 @@ func (t *term) put() {
 		t.close[i]()
 	}
 	t.close = t.close[:min(1, len(t.close))]
-	if t.nfs != nil {
-		t.nfs.Close()
+	if t.filer != nil {
+		if err := t.engine.Close(); err != nil {
+			t.log.Warn("end NFS", "error", err)
+		}
 	}
 }
 

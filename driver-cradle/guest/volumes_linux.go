@@ -103,7 +103,7 @@ func (p *Pod) mountVolume(ctx context.Context, v *volume, rawOnly bool) error {
 	case s.Directory != nil:
 		return p.mountDirectory(v)
 	case s.NFS != nil:
-		return mountNFS(ctx, s.NFS, v.path)
+		return mountNFS(ctx, s.NFS, v.path, p.Launch().Launch.ID)
 	case s.Ceph != nil:
 		return mountCeph(s.Ceph, v.path)
 	case s.Tmpfs != nil:

@@ -36,6 +36,7 @@ type Filer struct {
 
 	t       testing.TB
 	dir     string
+	flags   []string
 	filer   string
 	csi     string
 	cmd     *exec.Cmd
@@ -60,8 +61,8 @@ func (p Publication) Mount(target string) string {
 
 var filers atomic.Int32
 
-// Start starts a filer. At the test's end its volumes are gone, and nothing of it may be left.
-func Start(t testing.TB) *Filer {
+// Start starts a filer, with flags besides its own. At the test's end its volumes are gone, and nothing of it may be left.
+func Start(t testing.TB, flags ...string) *Filer {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("tests of the filer need root")
@@ -70,7 +71,7 @@ func Start(t testing.TB) *Filer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &Filer{t: t, dir: dir, Pool: filepath.Join(dir, "pool")}
+	f := &Filer{t: t, dir: dir, Pool: filepath.Join(dir, "pool"), flags: flags}
 	for name, path := range map[string]*string{"cradle-filer": &f.filer, "cradle-csi": &f.csi} {
 		if *path, err = programs.Path(name); err != nil {
 			t.Fatal(err)
@@ -150,8 +151,8 @@ func (f *Filer) certify() error {
 // Run starts the filer, at the same address as before, and returns when it answers.
 func (f *Filer) Run() {
 	f.t.Helper()
-	f.cmd = exec.Command(f.filer, "serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
-		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--s3", net.JoinHostPort(f.Host, s3Port), "--tls-cert", f.CA(), "--tls-key", f.key())
+	f.cmd = exec.Command(f.filer, append([]string{"serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
+		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--s3", net.JoinHostPort(f.Host, s3Port), "--tls-cert", f.CA(), "--tls-key", f.key()}, f.flags...)...)
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)

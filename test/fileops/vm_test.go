@@ -65,6 +65,8 @@ func kinds(t *testing.T) []kind {
 	}
 	filer := filertest.Start(t)
 	files := filer.Volume("files", 600<<20, nil)
+	production := filertest.Start(t, "--engine", "ganesha")
+	produced := production.Volume("files", 600<<20, nil)
 	ext4, xfs, root := filepath.Join(dir, "ext4.img"), filepath.Join(dir, "xfs.img"), filepath.Join(dir, "root.img")
 	return []kind{
 		{name: "overlay", without: "copyup"}, // the container's root, /v/d being in a layer of the image
@@ -77,6 +79,7 @@ func kinds(t *testing.T) []kind {
 		{name: "NFS 3", flags: nfs("3"), host: filepath.Join(dir, "nfs3"), without: "unlinkedlinks,linktimes,reasons"},
 		{name: "NFS 4.2", flags: nfs("4.2"), host: filepath.Join(dir, "nfs4.2"), without: "unlinkedlinks,linktimes,reasons"},
 		{name: "cradle-filer", flags: []string{"--mount", filer.Publish("files").Mount("/v")}, host: files, without: "unlinkedlinks,linktimes,reasons"},
+		{name: "cradle-filer by NFS-Ganesha", flags: []string{"--mount", production.Publish("files").Mount("/v")}, host: produced, without: "unlinkedlinks,linktimes,reasons"},
 	}
 }
 

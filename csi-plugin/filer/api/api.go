@@ -64,6 +64,7 @@ func (p Publication) NFS() *spec.NFSVolume {
 type Status struct {
 	Version      string    `json:"version"`
 	Since        time.Time `json:"since"`
+	Engine       string    `json:"engine"` // of NFS; "" of one that stands by
 	Address      string    `json:"address"`
 	Volumes      int       `json:"volumes"`
 	Publications int       `json:"publications"`

@@ -1,5 +1,5 @@
 // Package nfs serves directories over NFS version 3 (RFC 1813) to Linux clients. An Engine does it: Server is the embedded one, in this
-// process. It knows exports, not volumes, and imports the lease alone.
+// process; another is in filer/ganesha. It knows exports, not volumes, and imports the lease alone.
 //
 // Whoever can send packets is hostile until it has named an export's path, which holds a secret. Every length is bounded before
 // memory is taken for it; file handles are authenticated; no path is ever resolved, only one name in one directory at a time, and no symbolic link is
@@ -7,9 +7,7 @@
 package nfs
 
 import (
-	"context"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -19,9 +17,6 @@ import (
 
 // An Engine serves exports.
 type Engine interface {
-	// Serve answers clients on l until ctx ends, then those whose calls had begun.
-	Serve(ctx context.Context, l net.Listener) error
-
 	// Export begins to serve an export, or changes the one of the same path.
 	Export(e Export) error
 
@@ -30,6 +25,9 @@ type Engine interface {
 
 	// Hold calls do while no call is at work in a volume's exports: clients ask again, by themselves, until it is done.
 	Hold(volume string, do func() error) error
+
+	// Close ends all exports. Nothing of them is open from its return on.
+	Close() error
 }
 
 // An Export is a directory as some clients may see it.
@@ -39,6 +37,7 @@ type Export struct {
 	Volume   string         // clients that see the same volume by several exports can tell by the file system's id
 	ReadOnly bool           // nothing is changed through it
 	Clients  []netip.Prefix // whose calls are answered; others learn nothing
+	Shared   bool           // the directory's file system has files besides: those are kept from clients by the engine alone
 	Hidden   []string       // names in the root, of files that help to serve it otherwise: they are neither shown nor changed
 
 	Snapshots *Snapshots // nil for none

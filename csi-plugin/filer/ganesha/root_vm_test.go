@@ -1,0 +1,441 @@
+//go:build vm
+
+package ganesha
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/internal/mountns"
+	"github.com/cradlestack/cradlestack/internal/netnstest"
+)
+
+func TestMain(m *testing.M) {
+	mountns.Own()
+	os.Exit(m.Run())
+}
+
+// A world is two volumes, each a file system, and a server.
+type world struct {
+	t    *testing.T
+	s    *Server
+	base string
+	by   *lease.Lease
+}
+
+func run(t testing.TB, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Fatal("this needs root")
+	}
+	// A name that the configuration has to be told with care.
+	w := &world{t: t, base: filepath.Join(t.TempDir(), `with "quotes"; } \ and # more`), by: lease.New()}
+	w.by.Extend(lease.Forever)
+	for _, name := range []string{"v", "w"} {
+		root, image := w.root(name), filepath.Join(w.base, name+".img")
+		if err := errors.Join(os.MkdirAll(root, 0o755), os.WriteFile(image, nil, 0o600), os.Truncate(image, 32<<20)); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "mkfs.ext4", "-q", image)
+		run(t, "mount", "-o", "loop,dirsync", image, root)
+		t.Cleanup(func() { _ = exec.Command("umount", root).Run() })
+		if err := os.WriteFile(filepath.Join(root, "of-"+name), []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.open()
+	return w
+}
+
+func (w *world) root(name string) string { return filepath.Join(w.base, name) }
+
+// open makes a server at a port that was free a moment ago.
+func (w *world) open() {
+	w.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	l.Close()
+	w.s, err = New(Config{Listen: at, State: filepath.Join(w.base, "state"), Run: filepath.Join(w.base, "run"), Key: bytes.Repeat([]byte{7}, 32), Lease: w.by, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		if err := w.s.Close(); err != nil {
+			w.t.Error(err)
+		}
+	})
+}
+
+func (w *world) export(name string, clients ...string) nfs.Export {
+	return nfs.Export{Path: "/" + name + ".secret", Root: w.root(name), Volume: name, Clients: prefixes(clients...)}
+}
+
+func (w *world) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// Operations and statuses of NFSv4 (RFC 7530 §16, §13.1).
+const (
+	opCommit, opCreate, opGetattr, opGetfh, opLookup, opLookupp, opPutfh, opPutrootfh, opWrite = 5, 6, 9, 10, 15, 16, 22, 24, 38
+
+	statusOK, statusNoEnt, statusAccess, statusStale, statusBadHandle = 0, 2, 13, 70, 10001
+)
+
+func opaque(b []byte) []byte {
+	out := binary.BigEndian.AppendUint32(nil, uint32(len(b)))
+	return append(append(out, b...), make([]byte, -len(b)&3)...)
+}
+
+func op(number uint32, args ...[]byte) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, number), bytes.Join(args, nil)...)
+}
+
+// compound does operations of version 4.0 in one call, as root. It returns the status, and what the last operation that was done has answered after its own.
+func (w *world) compound(ops ...[]byte) (status uint32, result []byte) {
+	w.t.Helper()
+	call := binary.BigEndian.AppendUint32(nil, 1)
+	for _, v := range []uint32{0, 2, 100003, 4, 1, 1, 24, 0, 1, 0x78000000, 0, 0, 0, 0, 0, 0, 0, uint32(len(ops))} { // AUTH_SYS, machine "x"; no verifier; no tag, minor version 0
+		call = binary.BigEndian.AppendUint32(call, v)
+	}
+	call = append(call, bytes.Join(ops, nil)...)
+	var reply []byte
+	var err error
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) { // the server may be starting, or ending
+		if reply, err = w.exchange(call); err == nil {
+			break
+		}
+	}
+	w.must(err)
+	if len(reply) < 36 || binary.BigEndian.Uint32(reply[8:]) != 0 || binary.BigEndian.Uint32(reply[20:]) != 0 {
+		w.t.Fatalf("the call is not accepted: %x", reply)
+	}
+	status = binary.BigEndian.Uint32(reply[24:])
+	if status != statusOK {
+		return status, nil
+	}
+	// What has results is asked for at the end alone.
+	return status, reply[min(len(reply), 36+8*(len(ops)-1)+8):]
+}
+
+// exchange sends a call and returns the reply.
+func (w *world) exchange(call []byte) ([]byte, error) {
+	conn, err := net.Dial("tcp", w.s.Listen.String())
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	if _, err := conn.Write(append(binary.BigEndian.AppendUint32(nil, 1<<31|uint32(len(call))), call...)); err != nil {
+		return nil, err
+	}
+	head := make([]byte, 4)
+	if _, err := io.ReadFull(conn, head); err != nil {
+		return nil, err
+	}
+	reply := make([]byte, binary.BigEndian.Uint32(head)&(1<<31-1))
+	_, err = io.ReadFull(conn, reply)
+	return reply, err
+}
+
+// handle looks for the handle of what is at names below the root.
+func (w *world) handle(names ...string) (status uint32, handle []byte) {
+	w.t.Helper()
+	ops := [][]byte{op(opPutrootfh)}
+	for _, name := range names {
+		if name == ".." {
+			ops = append(ops, op(opLookupp))
+		} else {
+			ops = append(ops, op(opLookup, opaque([]byte(name))))
+		}
+	}
+	status, result := w.compound(append(ops, op(opGetfh))...)
+	if status != statusOK {
+		return status, nil
+	}
+	n := binary.BigEndian.Uint32(result)
+	return status, result[4 : 4+n]
+}
+
+// opens says how a handle is answered.
+func (w *world) opens(handle []byte) (status uint32) {
+	w.t.Helper()
+	status, _ = w.compound(op(opPutfh, opaque(handle)), op(opGetattr, []byte{0, 0, 0, 1, 0, 0, 0, 2})) // the type
+	return status
+}
+
+// TestRootConfinement: file handles that were made up, or that are of another volume, lead nowhere; nor does the way up, or a link.
+func TestRootConfinement(t *testing.T) {
+	w := newWorld(t)
+	w.must(os.Symlink("/etc", filepath.Join(w.root("v"), "link")))
+	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
+	w.must(w.s.Export(w.export("w", "127.0.0.1/32")))
+	w.must(w.s.Start())
+	_, v := w.handle("v.secret")
+	s, file := w.handle("w.secret", "of-w")
+	if s != statusOK || w.opens(v) != statusOK || w.opens(file) != statusOK {
+		t.Fatalf("the volumes are not served: %d", s)
+	}
+	// From now on this host has v alone.
+	w.must(w.s.Export(w.export("w", "10.255.255.0/24")))
+	if s := w.opens(file); s != statusAccess && s != statusStale {
+		t.Errorf("a file of a volume that is another client's: %d", s)
+	}
+	if s, _ := w.handle("w.secret"); s != statusNoEnt && s != statusAccess {
+		t.Errorf("a volume that is another client's: %d", s)
+	}
+	if bytes.Equal(v[2:4], file[2:4]) {
+		t.Fatalf("the handles %x and %x are not what this test takes them for", v, file)
+	}
+	forged := bytes.Clone(file)
+	copy(forged[2:4], v[2:4]) // the number of v's export
+	if s := w.opens(forged); s != statusStale && s != statusBadHandle {
+		t.Errorf("a file of another volume, by this one's number: %d", s)
+	}
+	// Each other handle that differs in a bit leads to something of v, or nowhere.
+	for i := range len(v) * 8 {
+		forged := bytes.Clone(v)
+		forged[i/8] ^= 1 << (i % 8)
+		if s := w.opens(forged); s == statusOK {
+			if s, result := w.compound(op(opPutfh, opaque(forged)), op(opLookup, opaque([]byte("of-w"))), op(opGetfh)); s == statusOK {
+				t.Errorf("handle %x leads to another volume: %x", forged, result)
+			}
+		}
+	}
+	for _, names := range [][]string{{"v.secret", "..", "w.secret"}, {"v.secret", "..", "..", "etc"}, {"v.secret", "link", "passwd"}, {"v.secret", "../w"}, {"v"}, {"v.secret", "lost+found", "..", "..", "w.secret"}} {
+		if s, h := w.handle(names...); s == statusOK {
+			t.Errorf("%v leads to %x", names, h)
+		}
+	}
+	// After the end of its export a handle leads nowhere, though the number is one that another export could have.
+	w.must(w.s.Unexport("/v.secret"))
+	w.must(w.s.Unexport("/v.secret"))
+	if s := w.opens(v); s != statusStale {
+		t.Errorf("after the end: %d", s)
+	}
+	run(t, "umount", w.root("v"))
+	for _, e := range []nfs.Export{
+		{Path: "/d.secret", Root: w.base, Volume: "d", Clients: prefixes("127.0.0.1/32"), Shared: true},
+		{Path: "/d.secret", Root: filepath.Join(w.base, "none"), Volume: "d", Clients: prefixes("127.0.0.1/32")},
+		{Path: "/d.secret", Root: "/proc", Volume: "d", Clients: prefixes("127.0.0.1/32")},
+	} {
+		if err := w.s.Export(e); err == nil {
+			t.Errorf("%+v is exported", e)
+		}
+	}
+}
+
+// TestRootProcess: handles and numbers outlast the process, which is there when it should be, and only then; and nothing is left of it.
+func TestRootProcess(t *testing.T) {
+	w := newWorld(t)
+	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
+	w.must(w.s.Start())
+	_, v := w.handle("v.secret", "of-v")
+	pid := func() int {
+		t.Helper()
+		c := w.s.alive()
+		if c == nil {
+			t.Fatal("there is no process")
+		}
+		return c.cmd.Process.Pid
+	}
+	away := func(what string) {
+		t.Helper()
+		if c := w.s.alive(); c != nil {
+			t.Errorf("%s: there is a process", what)
+		}
+		if conn, err := net.Dial("tcp", w.s.Listen.String()); err == nil {
+			conn.Close()
+			t.Errorf("%s: somebody listens", what)
+		}
+	}
+	here := func(what string) {
+		t.Helper()
+		if s := w.opens(v); s != statusOK {
+			t.Errorf("%s: the handle is answered by %d", what, s)
+		}
+	}
+	first := pid()
+	w.must(unix.Kill(first, unix.SIGKILL))
+	here("killed")
+	w.must(w.s.Export(w.export("w", "127.0.0.1/32")))
+	w.s.Rest()
+	away("at rest")
+	w.must(w.s.Unexport("/w.secret"))
+	time.Sleep(3 * firstRetry)
+	away("still at rest")
+	w.s.Wake()
+	here("awake")
+	w.must(w.s.Hold("v", func() error {
+		away("held")
+		w.s.Wake()
+		time.Sleep(3 * firstRetry)
+		away("still held")
+		return nil
+	}))
+	here("no longer held")
+	w.s.Drain()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid()))
+	if w.must(err); !strings.Contains(string(stat), ") T ") {
+		t.Errorf("drained it is not still: %s", stat)
+	}
+	w.must(w.s.Close())
+	away("closed")
+	w.s.Wake()
+	away("closed for good")
+
+	// The next one, which a lease that has lapsed keeps from starting.
+	w.by.Lapse()
+	w.open()
+	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
+	w.must(w.s.Start())
+	away("without a lease")
+	w.by.Extend(lease.Forever)
+	w.s.Wake()
+	here("with a lease")
+
+	// What it does not take over it is replaced for: a mount that was busy is free after the end of the export.
+	c := w.s.alive()
+	w.must(c.cmd.Process.Signal(unix.SIGSTOP))
+	go func() {
+		time.Sleep(100 * time.Millisecond)
+		c.cmd.Process.Kill()
+	}()
+	w.must(w.s.Unexport("/v.secret"))
+	run(t, "umount", w.root("v"))
+	w.must(w.s.Close())
+
+	entries, err := os.ReadDir(filepath.Join(w.base, "state/v4recov"))
+	w.must(err)
+	if len(entries) > 3 { // the list that counts, the link to it, and that of the last process
+		t.Errorf("recovery has %v", entries)
+	}
+	if _, err := os.Stat(filepath.Join(w.base, "run/ganesha.conf.new")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("there is a file left: %v", err)
+	}
+}
+
+// TestRootStable: what was written as stable, and a directory that was made, are there after a power cut, as the file system is mounted with dirsync.
+func TestRootStable(t *testing.T) {
+	w := newWorld(t)
+	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
+	w.must(w.s.Start())
+	for i := range 6 {
+		name := fmt.Sprint("made-", i)
+		// Into a file that is there: a new one's name would come with its content.
+		write := func(stable uint32, data string) []byte {
+			return op(opWrite, make([]byte, 16), make([]byte, 8), []byte{0, 0, 0, byte(stable)}, opaque([]byte(data)))
+		}
+		text := fmt.Sprint("text ", i)
+		file := [][]byte{op(opPutrootfh), op(opLookup, opaque([]byte("v.secret"))), op(opLookup, opaque([]byte("of-v")))}
+		ops := append(file, write(2, text)) // FILE_SYNC4
+		if i%2 == 0 {
+			ops = append(file, write(0, text), op(opCommit, make([]byte, 12)))
+		}
+		if s, _ := w.compound(ops...); s != statusOK {
+			t.Fatalf("writing: %d", s)
+		}
+		if s, _ := w.compound(op(opPutrootfh), op(opLookup, opaque([]byte("v.secret"))), op(opCreate, []byte{0, 0, 0, 2}, opaque([]byte(name)), make([]byte, 8))); s != statusOK {
+			t.Fatalf("making a directory: %d", s)
+		}
+		// What has been written to the device by now, and is not only in the file system's memory.
+		after := filepath.Join(w.base, "after")
+		run(t, "cp", "--sparse=always", filepath.Join(w.base, "v.img"), after+".img")
+		w.must(os.MkdirAll(after, 0o755))
+		run(t, "mount", "-o", "loop", after+".img", after)
+		if _, err := os.Stat(filepath.Join(after, name)); err != nil {
+			t.Errorf("after a power cut: %v", err)
+		}
+		if got, err := os.ReadFile(filepath.Join(after, "of-v")); err != nil || string(got) != text {
+			t.Errorf("after a power cut the file has %q, %v; not %q", got, err, text)
+		}
+		run(t, "umount", after)
+	}
+}
+
+// TestRootRefused: what keeps it from starting is said.
+func TestRootRefused(t *testing.T) {
+	w := newWorld(t)
+	l, err := net.Listen("tcp", w.s.Listen.String())
+	w.must(err)
+	if err := w.s.Start(); err == nil || !strings.Contains(err.Error(), "Address already in use") {
+		t.Errorf("at a port that is taken: %v", err)
+	}
+	l.Close()
+	t.Setenv("PATH", t.TempDir())
+	if _, err := New(w.s.Config); err == nil || !strings.Contains(err.Error(), "install the packages nfs-ganesha and nfs-ganesha-vfs") {
+		t.Errorf("without the program: %v", err)
+	}
+	if _, err := New(Config{Listen: netip.MustParseAddrPort("127.0.0.1:0")}); err == nil || !strings.Contains(err.Error(), "a port") {
+		t.Errorf("without a port: %v", err)
+	}
+}
+
+// TestRootVersion3: where there is a portmapper, clients of version 3 find the server by it.
+func TestRootVersion3(t *testing.T) {
+	const inside = "GANESHA_TEST_INSIDE"
+	if os.Getenv(inside) == "" {
+		space, err := netnstest.New("ganesha")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := space.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		// The portmapper's socket is this namespace's own, as its command has a mount namespace as well.
+		const script = `mount -t tmpfs tmpfs /run && { rpcbind -f & } && until [ -S /run/rpcbind.sock ]; do sleep 0.05; done; "$0" -test.run '^TestRootVersion3$' -test.v; status=$?; kill $!; exit $status`
+		cmd := space.Command(t.Context(), "sh", "-c", script, os.Args[0])
+		cmd.Env = append(os.Environ(), inside+"=1")
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: TestRootVersion3")) {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	w := newWorld(t)
+	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
+	w.must(w.s.Export(w.export("w", "10.255.255.255/32")))
+	w.must(w.s.Start())
+	list := func(name string) (string, error) {
+		out, err := exec.Command("nfs-ls", fmt.Sprintf("nfs://127.0.0.1/%s.secret?nfsport=%d&version=3&auto-traverse-mounts=0", name, w.s.Listen.Port())).CombinedOutput()
+		return string(out), err
+	}
+	if out, err := list("v"); err != nil || !strings.Contains(out, " 1 of-v\n") {
+		t.Errorf("v has %s, %v", out, err)
+	}
+	if out, err := list("w"); err == nil {
+		t.Errorf("a volume that is another client's has %s", out)
+	}
+	if s, _ := w.handle("v.secret", "of-v"); s != statusOK {
+		t.Errorf("by version 4: %d", s)
+	}
+}
