@@ -95,6 +95,10 @@ func (s *suite) run(h *host, tests []*suiteTest) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	modules, err := exec.Command("go", "env", "GOMODCACHE").Output()
+	if err != nil {
+		h.t.Fatal("go env GOMODCACHE: ", err)
+	}
 	byProgram := map[string][]*suiteTest{}
 	for _, test := range tests {
 		byProgram[test.program] = append(byProgram[test.program], test)
@@ -103,6 +107,10 @@ func (s *suite) run(h *host, tests []*suiteTest) {
 		left := byProgram[program]
 		work := filepath.Join(h.t.TempDir(), "source")
 		if err := os.CopyFS(work, os.DirFS(filepath.Join(source, program))); err != nil {
+			h.t.Fatal(err)
+		}
+		// gotest.tools/skip tells the condition by which a test skips itself, from its source: compiled with -trimpath, it is looked for here by its module.
+		if err := os.Symlink(filepath.Join(strings.TrimSpace(string(modules)), "github.com"), filepath.Join(work, "github.com")); err != nil {
 			h.t.Fatal(err)
 		}
 		// A test that takes the program down, or that hangs, has failed; another process runs those after it.
@@ -265,6 +273,10 @@ func (s *suite) host(t *testing.T) *host {
 		}
 		h.run("load", "-q", "-i", archive(t, names[0], img))
 		for _, name := range names[1:] {
+			if name == "nginx:alpine" {
+				h.run("load", "-q", "-i", archive(t, name, nginxAlpine(t, img)))
+				continue
+			}
 			h.run("tag", names[0], name)
 		}
 		if from == "nginx" && s.late != "" {
@@ -277,17 +289,61 @@ func (s *suite) host(t *testing.T) *host {
 // likeAlpine is busybox with what alpine has: /var/run is /run.
 func likeAlpine(t *testing.T, img v1.Image) v1.Image {
 	t.Helper()
-	var files bytes.Buffer
-	w := tar.NewWriter(&files)
-	for _, h := range []tar.Header{{Name: "var/", Typeflag: tar.TypeDir, Mode: 0o755}, {Name: "var/run", Typeflag: tar.TypeSymlink, Linkname: "/run", Mode: 0o777}} {
-		if err := w.WriteHeader(&h); err != nil {
+	return withFiles(t, img, nil, tar.Header{Name: "var/", Typeflag: tar.TypeDir, Mode: 0o755}, tar.Header{Name: "var/run", Typeflag: tar.TypeSymlink, Linkname: "/run", Mode: 0o777})
+}
+
+// nginxAlpine is nginx with busybox's programs that are in alpine's nginx, and not in Debian's.
+func nginxAlpine(t *testing.T, img v1.Image) v1.Image {
+	t.Helper()
+	dir, err := programs.Image("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	busybox, err := programs.OnlyImage(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := mutate.Extract(busybox)
+	defer all.Close()
+	for r := tar.NewReader(all); ; {
+		f, err := r.Next()
+		if err != nil {
+			t.Fatal("the program of busybox: ", err)
+		}
+		if f.Name != "bin/busybox" {
+			continue
+		}
+		program, err := io.ReadAll(r)
+		if err != nil {
 			t.Fatal(err)
+		}
+		files := []tar.Header{{Name: "usr/bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(len(program))}}
+		for _, name := range []string{"nc", "wget"} {
+			files = append(files, tar.Header{Name: "usr/bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777})
+		}
+		return withFiles(t, img, program, files...)
+	}
+}
+
+// withFiles is an image with a layer more. Content is that of the one which is a regular file.
+func withFiles(t *testing.T, img v1.Image, content []byte, files ...tar.Header) v1.Image {
+	t.Helper()
+	var packed bytes.Buffer
+	w := tar.NewWriter(&packed)
+	for _, f := range files {
+		if err := w.WriteHeader(&f); err != nil {
+			t.Fatal(err)
+		}
+		if f.Typeflag == tar.TypeReg {
+			if _, err := w.Write(content); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(files.Bytes())), nil })
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(packed.Bytes())), nil })
 	if err == nil {
 		img, err = mutate.AppendLayers(img, layer)
 	}

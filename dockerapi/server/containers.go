@@ -93,8 +93,11 @@ func (s *Server) containerRoutes(on *router) {
 // podsName is what pods say of their container.
 var podsName = regexp.MustCompile(`container ` + translate.Own + `(,| |$)`)
 
-// outside gives an error that a pod tells of the id that the container has outside of it.
+// outside gives an error that a pod tells of the id that the container has outside of it. That there is no pod is told as dockerd does.
 func outside(err error, c *record) error {
+	if errors.Is(err, tunnel.ErrNotRunning) {
+		return dockerhttp.Errorf(http.StatusConflict, "container %s is not running", c.ID)
+	}
 	var e dockerhttp.Error
 	if !errors.As(err, &e) {
 		return err
@@ -362,7 +365,7 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 	}
 	t.awaitEnd(c, p)
 	t.emitKill(c, stopSignal(c.Config, q.Get("signal")))
-	if err := p.call(ctx, http.MethodPost, p.inside("/stop"), q, nil, nil); err != nil && !t.over(c) {
+	if err := p.call(ctx, http.MethodPost, p.inside("/stop"), q, nil, nil); err != nil && !t.hasEnded(ctx, c, err) {
 		return err
 	}
 	if err := t.untilEnded(ctx, c); err != nil {
@@ -370,6 +373,20 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 	}
 	t.emitContainer(c, events.ActionStop, nil)
 	return nil
+}
+
+// hasEnded says whether a pod that has not answered a call has ended: it and its node know that before Nomad tells of it.
+func (t *tenant) hasEnded(ctx context.Context, c *record, err error) bool {
+	var refused dockerhttp.Error
+	if errors.As(err, &refused) {
+		return t.over(c)
+	}
+	ctx, cancel := context.WithTimeout(ctx, podTimeout)
+	defer cancel()
+	return t.watch.until(ctx, func() (bool, error) {
+		p := t.watch.state(c).phase
+		return p == phaseEnded || p == phaseNone, nil
+	}) == nil
 }
 
 // untilEnded waits until a run's end is noted.
@@ -427,10 +444,13 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	}
 	ctx := context.WithoutCancel(r.Context())
 	p, err := t.running(c)
-	if err == nil {
+	runs := err == nil
+	if runs {
 		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
 		err = p.call(ctx, http.MethodPost, p.inside("/restart"), r.URL.Query(), nil, nil)
-	} else {
+		runs = !errors.Is(err, tunnel.ErrNotRunning) || !t.hasEnded(ctx, c, err)
+	}
+	if !runs {
 		if err = t.start(ctx, c.ID); isNotModified(err) {
 			err = nil
 		}
@@ -462,7 +482,9 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	if signal != 0 { // else the pod refuses it
 		t.emitKill(c, signal)
 	}
-	if err := p.call(ctx, http.MethodPost, p.inside("/kill"), r.URL.Query(), nil, nil); err != nil {
+	if err := p.call(ctx, http.MethodPost, p.inside("/kill"), r.URL.Query(), nil, nil); errors.Is(err, tunnel.ErrNotRunning) {
+		return dockerhttp.Errorf(http.StatusConflict, "cannot kill container: %s: container %s is not running", r.PathValue("id"), c.ID)
+	} else if err != nil {
 		return err
 	}
 	if signal == unix.SIGKILL {

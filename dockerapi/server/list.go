@@ -105,6 +105,13 @@ func (t *tenant) ask(ctx context.Context, r *record, wait time.Duration) *seen {
 	}
 	var c container.InspectResponse
 	if err := p.call(ctx, http.MethodGet, p.inside("/json"), nil, nil, &c); err != nil || c.State == nil {
+		ctx, cancel := context.WithTimeout(ctx, endWait)
+		defer cancel()
+		if err != nil && t.hasEnded(ctx, r, err) { // a moment ago: how, its record or Nomad says
+			if now, err := t.get(ctx, r.ID); err == nil {
+				s.record, s.state = now, t.statusOf(now)
+			}
+		}
 		return s
 	}
 	s.inside, s.state = &c, *c.State
@@ -113,6 +120,9 @@ func (t *tenant) ask(ctx context.Context, r *record, wait time.Duration) *seen {
 	}
 	return s
 }
+
+// endWait is how long a pod that does not answer is taken for one that has just ended, which Nomad is about to tell.
+const endWait = 5 * time.Second
 
 // tells says whether only a container's pod knows its state: it may be paused, restarting, or have a health.
 func (r *record) tells() bool {

@@ -511,7 +511,7 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 		err = startError(docker.Message)
 		return errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 	}
-	if err != nil && !t.over(r) {
+	if err != nil && !t.hasEnded(ctx, r, err) {
 		return err
 	}
 	t.emitStart(r) // where there is an error, it has run already

@@ -1,12 +1,17 @@
 package server
 
 import (
+	"fmt"
+	"io"
+	"net/http"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
+	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/tunnel"
 )
 
 // A run is one allocation, whatever Nomad makes after it.
@@ -85,5 +90,34 @@ func TestJobsTakenOver(t *testing.T) {
 	job(id, id, own, 3)
 	if !w.taken(id) {
 		t.Error("it is docker's though it was taken over")
+	}
+}
+
+// A pod that does not answer because it has ended is waited for until Nomad tells so too; one that refuses something has not ended.
+func TestPodHasEnded(t *testing.T) {
+	w := newWatch()
+	r := &record{ID: "x", Run: 1}
+	a := &api.AllocationListStub{
+		ID: "a", JobID: r.jobID(), CreateIndex: 2, ClientStatus: api.AllocClientStatusRunning,
+		TaskStates: map[string]*api.TaskState{translate.Own: {State: "running", StartedAt: time.Unix(1, 0)}},
+	}
+	w.jobs[r.jobID()] = &jobState{run: 1, index: 1, alloc: a}
+	own := &tenant{watch: w}
+	if own.hasEnded(t.Context(), r, dockerhttp.NewError(http.StatusConflict, "it is paused")) {
+		t.Error("a refusal is taken for an end")
+	}
+	told := make(chan bool)
+	go func() { told <- own.hasEnded(t.Context(), r, fmt.Errorf("connect: %w", tunnel.ErrNotRunning)) }()
+	w.change(func() {}) // nothing of it
+	w.change(func() {
+		ended := *a
+		ended.ClientStatus = api.AllocClientStatusComplete
+		w.jobs[r.jobID()].alloc = &ended
+	})
+	if !<-told {
+		t.Error("the end is not noticed")
+	}
+	if !own.hasEnded(t.Context(), &record{ID: "gone", Run: 1}, io.ErrUnexpectedEOF) {
+		t.Error("a run that Nomad has forgotten goes on")
 	}
 }

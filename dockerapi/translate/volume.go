@@ -2,6 +2,7 @@ package translate
 
 import (
 	"cmp"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -42,7 +43,8 @@ func CreateVolume(r *volume.CreateRequest, otherwise string) (*Volume, error) {
 		return nil, dockerhttp.Errorf(http.StatusNotFound, "error looking up volume plugin %s: plugin %q not found: there are %s", class, class, strings.Join(Classes, ", "))
 	}
 	v := &Volume{Class: class, Parameters: map[string]string{"class": class}}
-	for name, value := range r.DriverOpts {
+	for _, name := range slices.Sorted(maps.Keys(r.DriverOpts)) {
+		value := r.DriverOpts[name]
 		switch {
 		case name == "size":
 			n, err := units.RAMInBytes(value)
@@ -58,7 +60,11 @@ func CreateVolume(r *volume.CreateRequest, otherwise string) (*Volume, error) {
 		case slices.Contains(parameters, name):
 			v.Parameters[name] = value
 		default:
-			return nil, dockerhttp.Invalid("create %s: there is no option %q: there are size, zone, %s", r.Name, name, strings.Join(parameters, ", "))
+			instead := ""
+			if name == "device" || name == "o" || name == "type" { // of dockerd's driver local, which are mount's
+				instead = "; a directory of the node is mounted by its path, and memory with --tmpfs"
+			}
+			return nil, dockerhttp.Invalid("create %s: there is no option %q: there are size, zone, %s%s", r.Name, name, strings.Join(parameters, ", "), instead)
 		}
 	}
 	if class == "lv2" && v.Parameters["attach"] == "" {

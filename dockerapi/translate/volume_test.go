@@ -39,6 +39,7 @@ func TestCreateVolume(t *testing.T) {
 		{volume.CreateRequest{Name: "data", DriverOpts: map[string]string{"size": "-1"}}, "a size such as 10G"},
 		{volume.CreateRequest{Name: "data", DriverOpts: map[string]string{"zone": "a b"}}, "a zone is letters"},
 		{volume.CreateRequest{Name: "data", DriverOpts: map[string]string{"type": "tmpfs"}}, `there is no option "type": there are size, zone, attach`},
+		{volume.CreateRequest{Name: "data", DriverOpts: map[string]string{"type": "none", "o": "bind", "device": "/srv"}}, `volblocksize; a directory of the node is mounted by its path`},
 		{volume.CreateRequest{Name: "data", ClusterVolumeSpec: &volume.ClusterVolumeSpec{}}, "no swarm"},
 	} {
 		if _, err := CreateVolume(&test.request, "lv2"); err == nil || !strings.Contains(err.Error(), test.want) {
