@@ -250,6 +250,10 @@ func TestVMRun(t *testing.T) {
 	if err != nil || out != "some input\n" {
 		t.Errorf("run -i: %q, %v", out, err)
 	}
+	h.want("lo", "run", "--rm", "--network", "none", "busybox", "ls", "/sys/class/net")
+	h.run("run", "-d", "--init", "--name", "early", "busybox", "sleep", "1000")
+	h.run("stop", "early")
+	h.want("143", "inspect", "-f", "{{.State.ExitCode}}", "early")
 	h.want("A=1\nB=x y\nPATH=/bin", "run", "--rm", "-e", "A=1", "-e", "B=x y", "-e", "PATH=/bin", "--entrypoint", "", "busybox", "sh", "-c", "env | grep -E '^(A|B|PATH|NOMAD.*)=' | sort")
 }
 

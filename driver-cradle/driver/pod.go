@@ -214,11 +214,22 @@ func isDiskID(id string) bool {
 func (b *builder) network() {
 	n := &b.pod.Network
 	b.pod.Hostname = b.config.Hostname
+	if mode := b.config.NetworkMode; mode != "" && mode != "none" {
+		b.wrong("network_mode", "%q: none, or nothing", mode)
+	}
 	if i := b.task.NetworkIsolation; i != nil && i.Path != "" {
+		if b.config.NetworkMode != "" {
+			b.wrong("network_mode", "the group has a network, which is the pod's: leave the group's network block out")
+		}
 		n.Mode, n.Netns = "netns", i.Path
 		n.Upstreams, n.OnLink = b.upstreams(), b.onLink()
 		if i.HostsConfig != nil && b.pod.Hostname == "" {
 			b.pod.Hostname = i.HostsConfig.Hostname
+		}
+	} else if b.config.NetworkMode == "none" {
+		n.Mode = "none"
+		if len(b.config.Ports) > 0 || len(b.config.Upstreams) > 0 {
+			b.wrong("network_mode", "ports and upstreams need a network")
 		}
 	} else {
 		n.Mode = "user"

@@ -210,6 +210,34 @@ func TestForwardedPorts(t *testing.T) {
 	}
 }
 
+// A pod without a network is in a group that has none.
+func TestNoNetwork(t *testing.T) {
+	for config, want := range map[string]string{
+		``:                      "user",
+		`network_mode = "none"`: "none",
+		`network_mode = "host"`: `network_mode: "host": none, or nothing`,
+		"network_mode = \"none\"\nupstreams = [\"80\"]": "network_mode: ports and upstreams need a network",
+	} {
+		task, c, err := parseTask(t, "job \"j\" {\n group \"g\" {\n task \"t\" {\n driver = \"cradle\"\n config {\n image = \"debian:12\"\n"+config+"\n}\n}\n}\n}")
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := podOf(aTask(task), c, aHost())
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = p.Network.Mode
+		}
+		if !strings.Contains(got, want) {
+			t.Errorf("%s: %s; want %s", config, got, want)
+		}
+		nomads := aTask(task)
+		nomads.NetworkIsolation = &drivers.NetworkIsolationSpec{Mode: drivers.NetIsolationModeGroup, Path: "/run/netns/g"}
+		if _, err := podOf(nomads, c, aHost()); c.NetworkMode == "none" && (err == nil || !strings.Contains(err.Error(), "leave the group's network block out")) {
+			t.Errorf("%s in a group network: %v", config, err)
+		}
+	}
+}
+
 // In a group network, ports at the host's 127.0.0.1 are for the bridge alone.
 func TestLoopbackPorts(t *testing.T) {
 	for config, want := range map[string]string{

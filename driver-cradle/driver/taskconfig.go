@@ -78,6 +78,7 @@ var taskKeys = slices.Concat([]key{
 	{name: "bare", kind: boolean, def: "false", doc: "Containers have what docker would show them: neither /alloc, /local and /secrets nor Nomad's NOMAD_ variables."},
 	{name: "hostname", kind: text, def: "the beginning of the pod's id", doc: "Host name of all containers. The hostname of a group's network block Nomad takes for its docker driver alone."},
 	{name: "domainname", kind: text, doc: "Domain of the host name."},
+	{name: "network_mode", kind: text, def: "the group network, else one of the pod's own with a way out", doc: "none: the pod has its loopback interface alone. In a group without a network block: Nomad's own mode none fails."},
 	{name: "ports", kind: texts, doc: "Labels of the group's ports. In a group without network namespace (mode host) these are forwarded to the pod."},
 	{name: "host_ips", kind: freeText, doc: "Addresses of the host at which forwarded ports are there, by the ports' labels, in place of the one that Nomad has chosen: http = \"127.0.0.1\". In a group network in mode bridge, 127.0.0.1 alone."},
 	{name: "upstreams", kind: texts, doc: "TCP ports at 127.0.0.1 where other tasks of the group serve the pod's containers at theirs: [5432]. Those of connect blocks need not be named."},
@@ -167,6 +168,7 @@ type taskConfig struct {
 	Bare        bool              `codec:"bare"`
 	Hostname    string            `codec:"hostname"`
 	Domainname  string            `codec:"domainname"`
+	NetworkMode string            `codec:"network_mode"`
 	Ports       []string          `codec:"ports"`
 	HostIPs     map[string]string `codec:"host_ips"`
 	Upstreams   []string          `codec:"upstreams"`

@@ -18,6 +18,7 @@ func initExecutable() (string, error) { return "/proc/self/exe", nil }
 
 // runInit is pid 1 of a container with init: args is the command. Signals are passed on, orphans reaped; it ends as its child ends.
 func runInit(args []string) int {
+	unix.CloseOnExec(stageSocket)
 	// Before the fork, or a signal that comes early is lost.
 	signals := make(chan os.Signal, 64)
 	signal.Notify(signals)
@@ -36,6 +37,7 @@ func runInit(args []string) int {
 		fmt.Fprintf(os.Stderr, "exec %s: %v\n", path, err)
 		return exitNotExecutable
 	}
+	unix.Close(stageSocket) // the agent says from now on that the container runs
 	for s := range signals {
 		switch s {
 		case unix.SIGCHLD:

@@ -87,7 +87,7 @@ const (
 
 // File descriptors of a stage beyond stdio.
 const (
-	stageSocket = 3 // the agent: config in; then the tty's master, or an error, out; closed by a successful execve
+	stageSocket = 3 // the agent: config in; then the tty's master, or an error, out; closed by a successful execve, or by the init
 	stagePidfd  = 4 // entering: the container's first process
 )
 
@@ -701,6 +701,10 @@ func execute(c *stageConfig, slave *os.File, entering bool) error {
 			return err
 		}
 		path, argv = self, append([]string{initName, "--"}, c.Args...)
+		// It closes the socket itself, when it takes signals: one that comes before would end it, or be lost.
+		if _, err := unix.FcntlInt(stageSocket, unix.F_SETFD, 0); err != nil {
+			return fmt.Errorf("hand the agent's socket on: %w", err)
+		}
 	}
 	if _, err := unix.Write(stageSocket, []byte{execMark}); err != nil {
 		return fmt.Errorf("tell the agent: %w", err)

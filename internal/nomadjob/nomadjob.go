@@ -353,6 +353,7 @@ type config struct {
 	NamesFile  string              `json:"names_file,omitempty"`
 	Hostname   string              `json:"hostname,omitempty"`
 	Domainname string              `json:"domainname,omitempty"`
+	Network    string              `json:"network_mode,omitempty"` // "none"
 	Ports      []string            `json:"ports,omitempty"`
 	HostIPs    []map[string]string `json:"host_ips,omitempty"`
 	MAC        string              `json:"mac_address,omitempty"`
@@ -490,6 +491,9 @@ func (b *builder) config() map[string]any {
 	}
 	if n.Mode == "netns" || len(n.Upstreams) > 0 {
 		b.wrong("network", "a network namespace's path and its upstreams are Nomad's to say: leave mode out, and ask for a bridge")
+	}
+	if n.Mode == "none" {
+		c.Network = n.Mode
 	}
 	for _, p := range nodePorts(n.Publish) {
 		if !b.options.Bridge {
@@ -720,8 +724,8 @@ func (b *builder) network() *api.NetworkResource {
 	n := &b.pod.Network
 	r := &api.NetworkResource{Mode: "host"}
 	switch {
-	case n.Mode == "none":
-		return &api.NetworkResource{Mode: "none"}
+	case n.Mode == "none": // the driver's to say: Nomad fails in its own mode none
+		return nil
 	case b.options.Bridge:
 		r.Mode = "bridge"
 	case len(n.Publish) == 0:
@@ -993,6 +997,7 @@ func (r *reader) pod(name string, c *config) *spec.Pod {
 }
 
 func (r *reader) network(c *config) {
+	r.p.Network.Mode = c.Network
 	if len(r.group.Networks) == 0 {
 		return
 	}

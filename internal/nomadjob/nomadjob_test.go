@@ -101,6 +101,13 @@ var examples = map[string]example{
 		},
 		Options{ID: "pod", Bridge: true, Networks: []Network{{Service: "net-4bcff63911fc", Names: []string{"pod.shop", "pod"}}, {Service: "net-00", Names: []string{"pod.other", "pod"}}}},
 	},
+	"alone": {
+		spec.Pod{
+			Name: "alone", Resources: spec.Resources{Memory: 64 << 20}, Network: spec.Network{Mode: "none"},
+			Containers: []spec.PodContainer{critical(spec.PodContainer{Name: "main", Image: image})},
+		},
+		Options{ID: "alone"},
+	},
 	"service": {
 		spec.Pod{
 			Name: "shop", Resources: spec.Resources{Memory: 128 << 20, CPUs: 2},
