@@ -93,9 +93,9 @@ func (s *Server) containerRoutes(on *router) {
 // podsName is what pods say of their container.
 var podsName = regexp.MustCompile(`container ` + translate.Own + `(,| |$)`)
 
-// outside gives an error that a pod tells of the id that the container has outside of it. That there is no pod is told as dockerd does.
+// outside gives an error that a pod tells of the id that the container has outside of it. That the pod of one that ran has ended is told as dockerd does.
 func outside(err error, c *record) error {
-	if errors.Is(err, tunnel.ErrNotRunning) {
+	if errors.Is(err, tunnel.ErrNotRunning) && c.Want == wantRunning {
 		return dockerhttp.Errorf(http.StatusConflict, "container %s is not running", c.ID)
 	}
 	var e dockerhttp.Error
