@@ -250,7 +250,7 @@ func TestVMRun(t *testing.T) {
 	if err != nil || out != "some input\n" {
 		t.Errorf("run -i: %q, %v", out, err)
 	}
-	h.want("lo", "run", "--rm", "--network", "none", "busybox", "ls", "/sys/class/net")
+	h.want("1: lo    inet 127.0.0.1/8 scope host lo", "run", "--rm", "--network", "none", "busybox", "sh", "-c", "ip -4 -o addr | sed 's/ *\\\\.*//'; ip route")
 	h.run("run", "-d", "--init", "--name", "early", "busybox", "sleep", "1000")
 	h.run("stop", "early")
 	h.want("143", "inspect", "-f", "{{.State.ExitCode}}", "early")
