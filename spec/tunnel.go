@@ -14,6 +14,10 @@ const TunnelCommand = "cradle:vdocker"
 // through by Nomad just now, may connect to that: the same bytes go through Nomad's agents at a tenth of the speed.
 const TunnelAt = "cradle: at "
 
+// AnsweringDir is the directory, below the task driver's state_dir, in which a file ALLOCATION.TASK comes and goes at the moment when the pod of a task answers: who is on its
+// node and watches the directory (inotify(7)) knows it some tenths of a second before Nomad's servers do.
+const AnsweringDir = "answering"
+
 // Other lines on a tunnel's standard error. Any further text is for people: why there is no connection, or no longer one; the exit code is then
 // not 0.
 const (

@@ -8,6 +8,7 @@
 //	    task.json          which task it is, and where its output goes
 //	    output             how far that was delivered
 //	    pod/               the pod, see package pod
+//	STATE/answering/       where a file ALLOCATION.TASK comes and goes when a pod answers
 //	STATE/disks/…          scratch disks that tasks keep under ids, see disks
 //
 // A task's configuration becomes a spec.Pod in a pure function (podOf); everything else is package pod's.
@@ -23,6 +24,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"sync"
 	"time"
 
@@ -63,6 +65,8 @@ type Driver struct {
 	tasks  map[string]*task
 	client time.Time // since when a client is there; zero: there is none
 
+	starts chan struct{} // a place for each machine that is being started
+
 	sweep    sync.Mutex            // held while what an earlier process has left is removed
 	starting map[string]*beginning // by the tasks' directories, under sweep
 }
@@ -74,11 +78,15 @@ var (
 
 // New makes a plugin.
 func New(log hclog.Logger) any {
-	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}, starting: map[string]*beginning{}}
+	d := &Driver{log: slog.New(&hclogHandler{log: log.Named(Name)}), tasks: map[string]*task{}, starting: map[string]*beginning{}, starts: make(chan struct{}, startsAtOnce())}
 	d.ctx, d.cancel = context.WithCancelCause(context.Background())
 	d.Eventer = eventer.NewEventer(d.ctx, log)
 	return d
 }
+
+// startsAtOnce is how many machines are started at a time. A start is work for a processor: of many at once each would take as long as all of them together, and
+// what has to answer within a time would not. Others wait for their turn.
+func startsAtOnce() int { return max(4, 2*runtime.NumCPU()) }
 
 var errShutdown = errors.New("the plugin ends")
 

@@ -112,6 +112,9 @@ type sink struct {
 	file *os.File
 }
 
+// goesNowhere says whether what is written there is thrown away.
+func goesNowhere(path string) bool { return path == "" || path == os.DevNull }
+
 // openSink opens a named pipe; without a path everything is thrown away.
 func openSink(path string) (*sink, error) {
 	if path == "" {
@@ -148,6 +151,7 @@ type delivery struct {
 	running *pod.Running
 	places  *places
 	sinks   [2]*sink // stdout, stderr
+	unheard bool     // nobody wants it: Nomad keeps no log of the task
 	stop    context.CancelCauseFunc
 	work    sync.WaitGroup
 	warn    func(string, ...any)
@@ -156,12 +160,12 @@ type delivery struct {
 // newDelivery opens what a task's output goes to. Each pipe is given to hold as soon as it is open: in between, the end of this process would be that of
 // the pipe's reader.
 func newDelivery(placesPath string, rec *record, hold func(name string, pipe *os.File) error, warn func(string, ...any)) (_ *delivery, err error) {
-	d := &delivery{warn: warn}
+	d := &delivery{warn: warn, unheard: goesNowhere(rec.Stdout) && goesNowhere(rec.Stderr)}
 	if d.places, err = openPlaces(placesPath); err != nil {
 		return nil, err
 	}
 	for i, stream := range []struct{ name, path string }{{"stdout", rec.Stdout}, {"stderr", rec.Stderr}} {
-		if d.sinks[i], err = openSink(stream.path); err == nil {
+		if d.sinks[i], err = openSink(stream.path); err == nil && !goesNowhere(stream.path) {
 			err = hold(stream.name, d.sinks[i].file)
 		}
 		if err != nil {
@@ -195,6 +199,9 @@ func (d *delivery) begin(r *pod.Running) {
 	var ctx context.Context
 	ctx, d.stop = context.WithCancelCause(context.Background())
 	d.running = r
+	if d.unheard {
+		return
+	}
 	for i, c := range r.Launch().Containers {
 		d.work.Go(func() { d.follow(ctx, i, &c) })
 	}

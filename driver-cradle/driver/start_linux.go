@@ -249,6 +249,11 @@ func (d *Driver) start(ctx context.Context, t *drivers.TaskConfig, cfg *taskConf
 			limits[a.Volume] = a.Limits
 		}
 	}
+	started, err := d.awaitTurn(ctx)
+	if err != nil {
+		return err
+	}
+	defer started()
 	var strays error
 	var looking sync.WaitGroup
 	looking.Go(func() { strays = endStrayReaders(ctx, t.StdoutPath) })
@@ -265,10 +270,31 @@ func (d *Driver) start(ctx context.Context, t *drivers.TaskConfig, cfg *taskConf
 	if err := d.attend(o.dir, rec, t, r); err != nil {
 		return err
 	}
+	if err := o.state.answers(rec); err != nil {
+		d.log.Warn("tell that a pod answers", "task", t.ID, "error", err)
+	}
 	if info := r.Info(); info.StartWhy != "" {
 		d.emit(t, "Booted instead of restored from a template: "+info.StartWhy)
 	}
 	return nil
+}
+
+// longStart is how long a start may keep others waiting: one that copies an image's content into a volume, or waits for a file server, is no work for a processor.
+const longStart = 20 * time.Second
+
+// awaitTurn waits until a machine may be started. started lets the next one.
+func (d *Driver) awaitTurn(ctx context.Context) (started func(), err error) {
+	select {
+	case d.starts <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	leave := sync.OnceFunc(func() { <-d.starts })
+	timer := time.AfterFunc(longStart, leave)
+	return func() {
+		timer.Stop()
+		leave()
+	}, nil
 }
 
 // recoverable is an error after which Nomad tries again, as the restart policy says.

@@ -19,6 +19,7 @@ import (
 	"github.com/cradlestack/cradlestack/driver-cradle/hostfile"
 	"github.com/cradlestack/cradlestack/driver-cradle/image"
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // A state is the state directory, while this process is the one that attends to its tasks.
@@ -42,7 +43,7 @@ const (
 
 // openState waits for an earlier plugin process to end, or ends it: Nomad starts another one only where it has given that up.
 func openState(ctx context.Context, c *config, log *slog.Logger) (*state, error) {
-	for _, dir := range []string{c.StateDir, filepath.Join(c.StateDir, tasksDir), filepath.Join(c.StateDir, disksDir)} {
+	for _, dir := range []string{c.StateDir, filepath.Join(c.StateDir, tasksDir), filepath.Join(c.StateDir, disksDir), filepath.Join(c.StateDir, spec.AnsweringDir)} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return nil, fmt.Errorf("state_dir: %w", err)
 		}
@@ -69,6 +70,18 @@ func openState(ctx context.Context, c *config, log *slog.Logger) (*state, error)
 }
 
 func (s *state) close() error { return s.lock.Close() }
+
+// answers tells who watches the directory that a task's pod answers, which Nomad's servers are told some tenths of a second later: a file comes and goes.
+func (s *state) answers(rec *record) error {
+	if rec.AllocID == "" {
+		return nil
+	}
+	at := filepath.Join(s.dir, spec.AnsweringDir, nameOf(rec.AllocID+"."+rec.Name))
+	if err := os.WriteFile(at, nil, 0o600); err != nil {
+		return err
+	}
+	return os.Remove(at)
+}
 
 // An owner is who holds a state directory: a plugin process, and the Nomad client that has started it.
 type owner struct {

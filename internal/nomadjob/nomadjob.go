@@ -76,7 +76,7 @@ type Options struct {
 	Node, Zone string
 	// Replace starts the pod elsewhere when its node is lost. Else it goes on when its node is back.
 	Replace bool
-	// Bare pods have nothing of Nomad's inside: no directories, no variables.
+	// Bare pods have nothing of Nomad's: no directories and no variables inside, and outside no log and no process that writes it. Their output is kept on their own disk.
 	Bare bool
 	// Audience is that of a workload identity with which the node asks the image's registry; "" for none.
 	Audience string
@@ -196,6 +196,9 @@ func Job(p *spec.Pod, o Options) (*api.Job, error) {
 		LogConfig: &api.LogConfig{MaxFiles: ptr(logFiles), MaxFileSizeMB: ptr(logFileMB)},
 		Resources: &api.Resources{CPU: ptr(reservedMHz * max(p.Resources.CPUs, 1)), MemoryMB: ptr(MemoryMB(p.Resources.Memory))},
 	}
+	if o.Bare {
+		task.LogConfig.Disabled = ptr(true)
+	}
 	if own.StopSignal != "" {
 		task.KillSignal = own.StopSignal
 	}
@@ -298,7 +301,7 @@ func RemoveDisk(id, namespace, node, disk string) *api.Job {
 			ReschedulePolicy: &api.ReschedulePolicy{Attempts: ptr(0), Unlimited: ptr(false)},
 			Tasks: []*api.Task{{
 				Name: "remove", Driver: Driver, Config: map[string]any{"disk_action": "remove", "disk_id": disk},
-				LogConfig: &api.LogConfig{MaxFiles: ptr(1), MaxFileSizeMB: ptr(1)}, Resources: &api.Resources{CPU: ptr(1), MemoryMB: ptr(leastMB)},
+				LogConfig: &api.LogConfig{MaxFiles: ptr(1), MaxFileSizeMB: ptr(1), Disabled: ptr(true)}, Resources: &api.Resources{CPU: ptr(1), MemoryMB: ptr(leastMB)},
 			}},
 		}},
 	}
