@@ -214,7 +214,7 @@ func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.Allocation
 		for _, a := range j.allocs {
 			switch {
 			case a.DesiredStatus != api.AllocDesiredStatusRun:
-			case a.ClientStatus == api.AllocClientStatusRunning:
+			case a.ClientStatus == api.AllocClientStatusRunning, isEarly(a):
 				found = a
 				return true, nil
 			case a.ClientStatus == api.AllocClientStatusFailed, a.ClientStatus == api.AllocClientStatusLost:

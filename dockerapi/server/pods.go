@@ -26,6 +26,12 @@ import (
 // podTimeout bounds the way to a pod, and what it answers at once.
 const podTimeout = 30 * time.Second
 
+// Pauses between tries to reach a pod that Nomad's client does not know yet.
+const (
+	leastEarly = 2 * time.Millisecond
+	mostEarly  = 100 * time.Millisecond
+)
+
 // A pod is the docker API of an allocation's pod.
 type pod struct {
 	tenant      *tenant
@@ -46,8 +52,26 @@ func (t *tenant) podWith(r *record, a *api.AllocationListStub) *pod {
 	return p
 }
 
-// dial opens a connection to the pod's docker API, through Nomad.
+// dial opens a connection to the pod's docker API, through Nomad. The pod may be known to answer before Nomad's client knows what it has started.
 func (p *pod) dial(ctx context.Context) (net.Conn, error) {
+	w := p.tenant.watch
+	for pause := leastEarly; w.isEarly(p.alloc); pause *= 2 {
+		conn, err := p.dialNow(ctx)
+		if !errors.Is(err, tunnel.ErrNotRunning) {
+			return conn, err
+		}
+		if pause > mostEarly { // it is busy, and tells by itself
+			if err := w.until(ctx, func() (bool, error) { return !w.isEarly(p.alloc), nil }); err != nil {
+				return nil, err
+			}
+		} else if !sleepFor(ctx, pause) {
+			return nil, context.Cause(ctx)
+		}
+	}
+	return p.dialNow(ctx)
+}
+
+func (p *pod) dialNow(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
 	conn, err := tunnel.Dial(ctx, tunnel.Target{Config: p.tenant.config, Alloc: p.alloc, Task: p.task, Local: p.tenant.server.Pods})

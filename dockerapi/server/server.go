@@ -124,6 +124,9 @@ func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 		BaseContext: func(net.Listener) context.Context { return s.ctx },
 	}
 	s.watchAll(listeners)
+	if s.Pods != "" {
+		s.work.Go(func() { s.followAnswering(s.ctx) })
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {
 		g.Go(func() error {

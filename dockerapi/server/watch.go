@@ -99,6 +99,9 @@ func (w *watch) state(r *record) podState {
 	return s
 }
 
+// taskRunning is Nomad's word.
+const taskRunning = "running"
+
 // anyTry is whichever of a run's tries is the newest.
 const anyTry = -1
 
@@ -129,7 +132,7 @@ func (w *watch) stateOf(jobID string, run, try int) podState {
 	case api.AllocClientStatusUnknown:
 		s.phase = phaseAway
 	case api.AllocClientStatusPending:
-		if s.task != nil && s.task.State == "running" {
+		if s.task != nil && s.task.State == taskRunning {
 			s.phase = phaseRunning
 		}
 		if j.alloc.DesiredStatus != api.AllocDesiredStatusRun && s.task == nil {
@@ -338,8 +341,12 @@ func (w *watch) take(a *api.AllocationListStub) {
 		j = &jobState{allocs: map[string]*api.AllocationListStub{}}
 		w.jobs[a.JobID] = j
 	}
-	if old := j.allocs[a.ID]; old != nil && old.ModifyIndex > a.ModifyIndex {
+	old := j.allocs[a.ID]
+	if old != nil && old.ModifyIndex > a.ModifyIndex {
 		return
+	}
+	if isEarly(old) && a.ClientStatus == api.AllocClientStatusPending && !hasBegun(a) {
+		a.TaskStates = old.TaskStates // what was sent before that
 	}
 	j.allocs[a.ID] = a
 	j.choose()
@@ -419,7 +426,7 @@ func whyNoPlace(e *api.Evaluation) string {
 func endOf(number int, s podState) run {
 	r := run{Number: number, FinishedAt: time.Now().UTC()}
 	if s.joined {
-		r.ExitCode, r.Error = exitJoined, "the container whose network it shared has ended, and its machine with it"
+		r.ExitCode, r.Error, r.Lost = exitJoined, "the container whose network it shared has ended, and its machine with it", lostMachine
 		return r
 	}
 	if s.alloc == nil {
