@@ -50,17 +50,22 @@ services:
 
 // Containers join the machine of one that runs: they share its network and end with it, and have everything else of their own. They go on while the server or the driver is killed.
 func TestVMJoin(t *testing.T) {
-	h := openHost(t)
+	h := openHost(t, "--host-paths")
+	pages := t.TempDir()
 	begin := time.Now()
 	step := func(what string) { t.Logf("%6.1f s: %s", time.Since(begin).Seconds(), what) }
-	const page = "mkdir /www; echo a page >/www/index.html; trap 'exit 3' TERM; httpd -f -p 127.0.0.1:80 -h /www & wait"
-	h.run("create", "--name", "web", "--memory", "192m", "busybox", "sh", "-c", page)
+	if err := os.WriteFile(filepath.Join(pages, "index.html"), []byte("a page\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	const page = "trap 'exit 3' TERM; httpd -f -p 127.0.0.1:80 -h /www & wait"
+	h.run("create", "--name", "web", "--memory", "192m", "-v", pages+":/www:ro", "busybox", "sh", "-c", page)
 	h.wantError(125, "cannot join network namespace of a non running container: container /web is created", "run", "--rm", "--network", "container:web", "busybox", "true")
 	h.want("web", "ps", "-a", "--format", "{{.Names}}")
 	h.wantError(125, "No such container: missing", "run", "--rm", "--network", "container:missing", "busybox", "true")
 	h.wantError(125, "conflicting options: port publishing and the container type network mode", "run", "-p", "80:80", "--network", "container:web", "busybox", "true")
 	h.wantError(125, "conflicting options: hostname and the network mode", "run", "--hostname", "x", "--network", "container:web", "busybox", "true")
-	h.wantError(125, "anonymous volumes and tmpfs are possible", "run", "-v", "data:/data", "--network", "container:web", "busybox", "true")
+	h.wantError(125, "has the volumes that it was started with, and data is none of them", "run", "-v", "data:/data", "--network", "container:web", "busybox", "true")
+	h.wantError(125, "container /web has it mounted read-only", "run", "-v", pages+":/data", "--network", "container:web", "busybox", "true")
 	h.run("start", "web")
 	id := h.run("inspect", "-f", "{{.Id}}", "web")
 	step("web runs")
@@ -77,21 +82,36 @@ func TestVMJoin(t *testing.T) {
 	}
 	h.wantError(125, "--memory of one that joins can't be more", "run", "--rm", "--memory", "1g", "--network", "container:web", "busybox", "true")
 	h.want("web", "ps", "-a", "--format", "{{.Names}}")
+	h.want("a page", "run", "--rm", "-v", pages+":/data:ro", "--network", "container:web", "busybox", "cat", "/data/index.html")
+	h.wantError(125, "--pid container:web is not possible.*add --network container:", "run", "--rm", "--pid", "container:web", "busybox", "true")
+	h.wantError(125, "non-shareable IPC \\(hint: use IpcMode:shareable for the donor container\\)", "run", "--rm", "--ipc", "container:web", "--network", "container:web", "busybox", "true")
+	h.wantError(125, "failed to join PID namespace: No such container: missing", "run", "--rm", "--pid", "container:missing", "--network", "container:web", "busybox", "true")
+	h.want("httpd", "run", "--rm", "--pid", "container:web", "--network", "container:web", "busybox", "sh", "-c", "ps | grep -o '[h]ttpd' | head -n 1")
+	h.run("run", "-d", "--name", "donor", "--ipc", "shareable", "--network", "container:web", "busybox", "sh", "-c", "echo shared >/dev/shm/file; exec sleep 10000")
+	h.until("shared memory", func() bool {
+		out, _ := h.try("", "run", "--rm", "--ipc", "container:donor", "--network", "container:web", "busybox", "cat", "/dev/shm/file")
+		return out == "shared\n"
+	})
+	h.run("rm", "-f", "donor")
 	step("short ones have come and gone")
 
 	// One of another image, with a volume of its own.
-	h.run("run", "-d", "--name", "side", "-v", "/data", "--network", "container:web", "debian", "bash", "-c", "echo out; echo err >&2; echo kept >>/data/file; trap 'echo bye; exit 7' TERM; sleep 10000 & wait")
+	h.run("run", "-d", "--name", "side", "--restart", "unless-stopped", "-v", "/data", "--network", "container:web", "debian", "bash", "-c", "echo out; echo err >&2; echo kept >>/data/file; trap 'echo bye; exit 7' TERM; sleep 10000 & wait")
 	h.want("container:"+id+" running "+id[:12], "inspect", "-f", "{{.HostConfig.NetworkMode}} {{.State.Status}} {{.Config.Hostname}}", "side")
 	kept := func(n int) {
 		t.Helper()
 		h.until("side to begin", func() bool {
-			out, _ := h.try("", "exec", "side", "sh", "-c", "hostname; cat /data/file")
+			out, _ := h.try("", "exec", "side", "sh", "-c", "hostname; cat /data/file; sync")
 			return out == id[:12]+"\n"+strings.Repeat("kept\n", n)
 		})
 	}
 	kept(1)
 	h.want("side\nweb", "ps", "--format", "{{.Names}}")
 	h.untilSaid("out", "side")
+	h.wantError(1, "--memory of one that joins can't be more", "update", "--memory", "1g", "--memory-swap", "-1", "side")
+	h.run("update", "--memory", "64m", "--cpus", "0.5", "side")
+	h.want("67108864\n50000 100000", "exec", "side", "cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max")
+	h.want("67108864 500000000 0", "inspect", "-f", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.RestartCount}}", "side")
 	step("side runs")
 
 	killPlugin(t, h.c.Server())
@@ -130,12 +150,36 @@ func TestVMJoin(t *testing.T) {
 
 	h.run("stop", "web")
 	h.want("exited 3", "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "web")
-	h.until("side to have ended with it", func() bool { return h.run("inspect", "-f", "{{.State.Status}}", "side") == "exited" })
+	status := func(want string) {
+		t.Helper()
+		h.until("side to be "+want, func() bool { return h.run("inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "side") == want })
+	}
+	status("restarting 7") // its policy waits for the other one
 	h.wantError(1, "cannot join network namespace of a non running container: container /web is exited", "start", "side")
 	h.run("start", "web")
-	h.run("start", "side")
 	kept(3)
+	h.want("67108864", "exec", "side", "cat", "/sys/fs/cgroup/memory.max")
 	step("both run again")
+	// The machine is lost, while no server runs; web is started by somebody, and what has joined it by its policy.
+	h.run("update", "--restart", "always", "side")
+	h.kill()
+	killMachines(t, h.c.Server())
+	h.c.UntilEnded(t, "docker-"+id)
+	h.serve()
+	status("restarting 137")
+	h.run("start", "web")
+	kept(4)
+	h.run("stop", "web")
+	status("restarting 7")
+	h.run("stop", "side") // and has no policy any more
+	status("exited 7")
+	h.run("start", "web")
+	h.wantError(1, "is not running", "exec", "side", "true")
+	h.run("start", "side")
+	kept(5)
+	h.run("kill", "side") // one that somebody has ended stays so
+	status("exited 137")
+	step("side follows its policy")
 	h.run("rm", "-f", "side")
 	h.want("web", "ps", "-a", "--format", "{{.Names}}")
 	h.run("rm", "-f", "web")

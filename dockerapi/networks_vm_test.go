@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/nomad/api"
+
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
@@ -130,6 +132,30 @@ func TestVMNetworks(t *testing.T) {
 		t.Errorf("network inspect tells of %q", on)
 	}
 	h.wantError(1, "network shop has active endpoints", "network", "rm", "shop")
+
+	// In another namespace a network of the same name on the same node is another one.
+	if _, err := h.c.API.Namespaces().Register(&api.Namespace{Name: "neighbour"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	neighbour := h.second("--namespace", "neighbour")
+	neighbour.run("network", "create", "shop")
+	neighbour.run("run", "-d", "--name", "stranger", "--network", "shop", "busybox", "sleep", "10000")
+	lookup := func(name string) string {
+		out, _ := neighbour.try("", "exec", "stranger", "nslookup", name)
+		return out
+	}
+	own := neighbour.run("inspect", "-f", "{{.NetworkSettings.Networks.shop.IPAddress}}", "stranger")
+	h.until("the neighbour's own name", func() bool { return strings.Contains(lookup("stranger"), own) })
+	for _, name := range []string{"db", "database", "db.shop", "cache"} {
+		if out := lookup(name); slices.ContainsFunc(addresses, func(a string) bool { return strings.Contains(out, a) }) {
+			t.Errorf("%s is known in another namespace: %s", name, out)
+		}
+	}
+	if got := found("client", "stranger"); got != "" {
+		t.Errorf("the neighbour's container is %s here", got)
+	}
+	neighbour.run("rm", "-f", "stranger")
+	neighbour.run("network", "rm", "shop")
 
 	// A container may be put on a network, taken off one, and get another name while it runs.
 	h.run("network", "connect", "--alias", "guest", "shop", "outsider")

@@ -243,7 +243,7 @@ func TestVMRun(t *testing.T) {
 	h := openBeside(t)
 	h.want("hello", "run", "--rm", "busybox", "echo", "hello")
 	h.want("", "ps", "-aq")
-	h.wantError(3, "", "run", "--rm", "busybox", "sh", "-c", "exit 3")
+	h.wantError(3, "", "run", "--rm", "--network", "none", "busybox", "sh", "-c", "test $(wc -l </proc/net/route) -le 1 && exit 3")
 	h.wantError(127, "executable file not found", "run", "--rm", "busybox", "nosuchcommand")
 	h.wantError(125, "No such image: missing:latest|Unable to find image", "run", "--rm", "missing")
 	out, err := h.try("some input\n", "run", "--rm", "-i", "busybox", "cat")
@@ -259,7 +259,7 @@ func TestVMRun(t *testing.T) {
 
 func TestVMLife(t *testing.T) {
 	h := openBeside(t)
-	id := h.run("run", "-d", "--name", "web", "-l", "tier=front", "busybox", "sh", "-c", "trap 'echo bye; exit 7' TERM; echo out; echo err >&2; while :; do sleep 0.1; done")
+	id := h.run("run", "-d", "--name", "web", "-l", "tier=front", "--stop-signal", "HUP", "busybox", "sh", "-c", "trap 'echo bye; exit 7' HUP; echo out; echo err >&2; while :; do sleep 0.1; done")
 	if len(id) != 64 {
 		t.Fatalf("run -d prints %q", id)
 	}

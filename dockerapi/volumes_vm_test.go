@@ -52,6 +52,16 @@ func TestVMVolumes(t *testing.T) {
 	h.want("told", "exec", "from", "cat", "/shared/file")
 	h.wantError(1, "", "exec", "from", "touch", "/shared/other")
 
+	// Who joins another one's machine has those volumes that this one has, of whatever class.
+	h.run("start", "one")
+	h.want("kept", "run", "--rm", "--network", "container:one", "-v", "data:/theirs", "busybox", "sh", "-c", "cat /theirs/file; echo more >/theirs/more")
+	h.want("more", "exec", "one", "cat", "/data/more")
+	h.run("create", "--name", "joined", "--network", "container:three", "--volumes-from", "three", "busybox", "cat", "/shared/file")
+	h.want("told", "start", "-a", "joined")
+	h.want("joined", "ps", "-a", "--filter", "volume=shared", "--filter", "status=exited", "--format", "{{.Names}}")
+	h.run("rm", "joined")
+	h.wantError(125, "and data is none of them", "run", "--rm", "--network", "container:three", "-v", "data:/data", "busybox", "true")
+
 	// Parts of volumes, a shared one and a disk; nothing that is outside of them.
 	for volume, container := range map[string]string{"shared": "three", "data": "one"} {
 		h.run("exec", container, "sh", "-c", "cd /"+volume+"; mkdir site; echo page >site/index; ln -s / out")

@@ -255,6 +255,7 @@ func FuzzParsePod(f *testing.F) {
 func FuzzParseJoin(f *testing.F) {
 	id := strings.Repeat("ab", 32)
 	f.Add([]byte(`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "v", "path": "/v"}]}, "volumes": [{"name": "v", "scratch": {}}], "run": 1, "auth": {"username": "a", "password": "b"}}`))
+	f.Add([]byte(`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "v", "path": "/v"}]}, "shared": {"v": "/data"}}`))
 	f.Add([]byte(`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "volumes": [{"name": "v", "block": {"path": "/dev/sda"}}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		j, err := ParseJoin(data)
@@ -276,13 +277,18 @@ func FuzzParseJoin(f *testing.F) {
 func TestParseJoin(t *testing.T) {
 	id := strings.Repeat("ab", 32)
 	for text, want := range map[string]string{
-		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "run": 1}`:                                                            "",
-		`{"id": "../x", "container": {"name": "a", "image": "busybox"}, "run": 1}`:                                                                  "id",
-		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "volumes": [{"name": "v", "directory": {"path": "/etc"}}], "run": 1}`: "no volume of the pod's own disk",
-		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "other", "path": "/v"}]}, "run": 1}`:             "other",
-		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "lifecycle": {"after": [{"container": "b"}]}}, "run": 1}`:              "waits for none",
-		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "disks": [], "run": 1}`:                                               "disks",
-		`{"id": "` + id + `", "container": {"name": "a/b", "image": "busybox"}, "run": 1}`:                                                          "is no name",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "run": 1}`:                                                                                "",
+		`{"id": "../x", "container": {"name": "a", "image": "busybox"}, "run": 1}`:                                                                                      "id",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "volumes": [{"name": "v", "directory": {"path": "/etc"}}], "run": 1}`:                     "no volume of the pod's own disk",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "other", "path": "/v"}]}, "run": 1}`:                                 "other",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "mounts": [{"volume": "theirs", "path": "/v"}]}, "shared": {"theirs": "/data"}, "run": 1}`: "",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "volumes": [{"name": "v", "scratch": {}}], "shared": {"v": "/data"}, "run": 1}`:           "a volume of the container's own",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "pid": "` + strings.Repeat("cd", 32) + `", "ipc": "x", "run": 1}`:                         "ipc",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "pid": "` + id + `", "run": 1}`:                                                           "is the container itself",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "shared": {"v": "/data/.."}, "run": 1}`:                                                   "clean absolute path",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox", "lifecycle": {"after": [{"container": "b"}]}}, "run": 1}`:                                  "waits for none",
+		`{"id": "` + id + `", "container": {"name": "a", "image": "busybox"}, "disks": [], "run": 1}`:                                                                   "disks",
+		`{"id": "` + id + `", "container": {"name": "a/b", "image": "busybox"}, "run": 1}`:                                                                              "is no name",
 	} {
 		_, err := ParseJoin([]byte(text))
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {

@@ -237,6 +237,9 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	rec.Bridged = rec.onNetworks()
 	if joins != nil {
+		if _, err := sharedVolumes(joins, c.Pod); err != nil {
+			return err
+		}
 		rec.Joins, rec.Config.Hostname, rec.Config.Domainname = joins.ID, joins.Config.Hostname, joins.Config.Domainname
 	} else if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
 		return dockerhttp.Invalid("%v", err)
@@ -336,6 +339,19 @@ func (s *Server) stopContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	return nil
 }
 
+// ending completes what is asked of a pod with the signal and the time that the container was made with: its job says them to Nomad alone.
+func (r *record) ending(q url.Values) url.Values {
+	all := url.Values{}
+	maps.Copy(all, q)
+	if all.Get("signal") == "" && r.Config.StopSignal != "" {
+		all.Set("signal", r.Config.StopSignal)
+	}
+	if t := r.Config.StopTimeout; all.Get("t") == "" && t != nil {
+		all.Set("t", strconv.Itoa(*t))
+	}
+	return all
+}
+
 // stop ends a container with its stop signal, and the rule to start it again with it.
 func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 	if c.restarting() && !t.isRunning(c) {
@@ -365,7 +381,7 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 	}
 	t.awaitEnd(c, p)
 	t.emitKill(c, stopSignal(c.Config, q.Get("signal")))
-	if err := p.call(ctx, http.MethodPost, p.inside("/stop"), q, nil, nil); err != nil && !t.hasEnded(ctx, c, err) {
+	if err := p.call(ctx, http.MethodPost, p.inside("/stop"), c.ending(q), nil, nil); err != nil && !t.hasEnded(ctx, c, err) {
 		return err
 	}
 	if err := t.untilEnded(ctx, c); err != nil {
@@ -447,7 +463,7 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	runs := err == nil
 	if runs {
 		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
-		err = p.call(ctx, http.MethodPost, p.inside("/restart"), r.URL.Query(), nil, nil)
+		err = p.call(ctx, http.MethodPost, p.inside("/restart"), c.ending(r.URL.Query()), nil, nil)
 		runs = !errors.Is(err, tunnel.ErrNotRunning) || !t.hasEnded(ctx, c, err)
 	}
 	if !runs {
@@ -481,6 +497,17 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	}
 	if signal != 0 { // else the pod refuses it
 		t.emitKill(c, signal)
+	}
+	if c.Joins != "" && (signal == unix.SIGKILL || signal == stopSignal(c.Config, "")) { // its end is wanted: its policy does not have it follow the one that it has joined
+		if _, err := t.change(ctx, c.ID, func(now *record) (bool, error) {
+			if now.Run != c.Run || now.Want != wantRunning {
+				return false, nil
+			}
+			now.Want = wantStopped
+			return true, nil
+		}); err != nil {
+			return err
+		}
 	}
 	if err := p.call(ctx, http.MethodPost, p.inside("/kill"), r.URL.Query(), nil, nil); errors.Is(err, tunnel.ErrNotRunning) {
 		return dockerhttp.Errorf(http.StatusConflict, "cannot kill container: %s: container %s is not running", r.PathValue("id"), c.ID)
@@ -590,6 +617,11 @@ func (s *Server) renameContainer(w http.ResponseWriter, r *http.Request, t *tena
 		return dockerhttp.Invalid("Renaming a container with the same name as its current name")
 	}
 	if err := t.takeName(ctx, name, c.ID); err != nil {
+		var taken dockerhttp.Error
+		if errors.As(err, &taken) {
+			taken.Message = "Error when allocating new name: " + taken.Message
+			return taken
+		}
 		return err
 	}
 	old := c.Name
@@ -746,6 +778,15 @@ func (s *Server) updateContainer(w http.ResponseWriter, r *http.Request, t *tena
 		return err
 	}
 	ctx := r.Context()
+	if c.Joins != "" {
+		x, err := t.get(ctx, c.Joins)
+		if err == nil {
+			err = fits(x, pod)
+		}
+		if err != nil && !isNotFound(err) {
+			return err
+		}
+	}
 	if p, err := t.running(c); err == nil {
 		if err := p.call(ctx, http.MethodPost, p.inside("/update"), nil, u, nil); err != nil {
 			return err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,9 +41,81 @@ func (t *tenant) joinTarget(ctx context.Context, h *container.HostConfig) (*reco
 	}
 	h.NetworkMode = container.NetworkMode("container:" + x.ID)
 	if x.Joins != "" {
-		return t.get(ctx, x.Joins)
+		if x, err = t.get(ctx, x.Joins); err != nil {
+			return nil, err
+		}
 	}
-	return x, nil
+	return x, t.namespacesIn(ctx, h, x)
+}
+
+// namespacesIn finds the containers whose processes, and whose shared memory, a new one shares in the machine that it joins, and notes them by their ids.
+func (t *tenant) namespacesIn(ctx context.Context, h *container.HostConfig, x *record) error {
+	of := func(kind, ref string) (*record, error) {
+		y, err := t.find(ctx, ref)
+		switch {
+		case isNotFound(err):
+			return nil, dockerhttp.Invalid("failed to join %s namespace: %v", kind, err)
+		case err != nil:
+			return nil, err
+		case or(y.Joins, y.ID) != x.ID:
+			return nil, dockerhttp.Invalid("failed to join %s namespace: container /%s is not in the machine of container /%s, whose network is to be shared", kind, y.Name, x.Name)
+		}
+		return y, nil
+	}
+	if h.PidMode.IsContainer() && h.PidMode.Valid() {
+		y, err := of("PID", h.PidMode.Container())
+		if err != nil {
+			return err
+		}
+		h.PidMode = container.PidMode("container:" + y.ID)
+	}
+	if h.IpcMode.IsContainer() && h.IpcMode.Valid() {
+		y, err := of("IPC", h.IpcMode.Container())
+		if err != nil {
+			return err
+		}
+		if !y.Host.IpcMode.IsShareable() {
+			return dockerhttp.Invalid("failed to join IPC namespace: container %s: non-shareable IPC (hint: use IpcMode:shareable for the donor container)", y.ID)
+		}
+		h.IpcMode = container.IpcMode("container:" + y.ID)
+	}
+	return nil
+}
+
+// sharedVolumes are the volumes of a container that joins which are not on the disk, by their names in its pod: each with the path at which the one that it joins has it. A
+// machine has the volumes that it was started with.
+func sharedVolumes(x *record, p *spec.Pod) (map[string]string, error) {
+	var shared map[string]string
+	for _, v := range p.Volumes {
+		if v.Scratch != nil {
+			continue
+		}
+		what := v.Name
+		if v.Directory != nil {
+			what = v.Directory.Path
+		}
+		writes := slices.ContainsFunc(p.Containers[0].Mounts, func(m spec.Mount) bool { return m.Volume == v.Name && !m.ReadOnly })
+		at, readOnly := "", false
+		for _, m := range x.Pod.Containers[0].Mounts {
+			same := slices.ContainsFunc(x.Pod.Volumes, func(o spec.Volume) bool {
+				return o.Name == m.Volume && (v.Class != "" && o.Class != "" && o.Name == v.Name || v.Directory != nil && o.Directory != nil && o.Directory.Path == v.Directory.Path)
+			})
+			if same && (at == "" || !m.ReadOnly) {
+				at, readOnly = m.Path, m.ReadOnly
+			}
+		}
+		switch {
+		case at == "":
+			return nil, dockerhttp.Invalid("-v %s with --network container: is not possible: the machine of container /%s has the volumes that it was started with, and %[1]s is none of them: mount it there as well", what, x.Name)
+		case readOnly && writes:
+			return nil, dockerhttp.Invalid("-v %s with --network container: is not possible: container /%s has it mounted read-only in the machine that both are in: add :ro", what, x.Name)
+		}
+		if shared == nil {
+			shared = map[string]string{}
+		}
+		shared[v.Name] = at
+	}
+	return shared, nil
 }
 
 // joinsInto is the container that is joined, and has to run for that.
@@ -75,12 +148,29 @@ func (t *tenant) endsWithin(ctx context.Context, r *record) bool {
 	return err == nil && x.Run == r.Within && x.ended()
 }
 
+// fits refuses more memory for one that joins than there is in the other one's machine.
+func fits(x *record, p *spec.Pod) error {
+	if most := cmp.Or(x.Pod.Resources.Memory, spec.DefaultMemory); p.Containers[0].Resources.Memory > most {
+		return dockerhttp.Errorf(http.StatusConflict, "the machine of container /%s has %v of memory for all that are in it: --memory of one that joins can't be more", x.Name, most)
+	}
+	return nil
+}
+
 // join sees to it that a container is in the pod of the one that it joins, and says how far it is there. What is there already stays as it is.
 func (t *tenant) join(ctx context.Context, r *record, x *record, p *pod) (state string, err error) {
-	if most := cmp.Or(x.Pod.Resources.Memory, spec.DefaultMemory); r.Pod.Containers[0].Resources.Memory > most {
-		return "", dockerhttp.Errorf(http.StatusConflict, "the machine of container /%s has %v of memory for all that are in it: --memory of one that joins can't be more", x.Name, most)
+	if err := fits(x, r.Pod); err != nil {
+		return "", err
 	}
-	j := &spec.Join{ID: r.ID, Container: r.Pod.Containers[0], Volumes: r.Pod.Volumes, Run: r.Run}
+	shared, err := sharedVolumes(x, r.Pod)
+	if err != nil {
+		return "", err
+	}
+	j := &spec.Join{ID: r.ID, Container: r.Pod.Containers[0], Shared: shared, PID: r.Host.PidMode.Container(), IPC: r.Host.IpcMode.Container(), Run: r.Run}
+	for _, v := range r.Pod.Volumes {
+		if v.Scratch != nil {
+			j.Volumes = append(j.Volumes, v)
+		}
+	}
 	j.Container.Name, j.Container.Image = r.ID, t.server.nodeReference(r.Image)
 	if repository, ok := strings.CutPrefix(r.Image.Audience, registry.Service+"/"); ok && t.server.Registry != nil {
 		token, err := t.server.Registry.Token(registry.Grant{Namespace: t.Namespace, Repositories: []string{repository}}, joinTokenTime)
@@ -111,11 +201,64 @@ func (t *tenant) carryIn(ctx context.Context, r *record, wait []*attachment) err
 	if errors.As(err, &said) && said.Status == http.StatusInternalServerError {
 		err = startError(said.Message)
 	}
+	if err != nil && r.Again > 0 && t.machineEnds(ctx, r) { // its policy starts it when the other one runs the next time
+		return t.noteEnd(context.WithoutCancel(ctx), r.ID, endOf(r.Run, t.watch.state(r)))
+	}
 	if err != nil {
 		return errors.Join(err, t.abandon(context.WithoutCancel(ctx), r, err))
 	}
 	placed()
 	return t.release(ctx, r, t.watch.state(r), wait)
+}
+
+// hasNext says whether the container that another one has joined runs again, after the run that the other one was in.
+func (t *tenant) hasNext(r *record) bool {
+	t.watch.mu.Lock()
+	defer t.watch.mu.Unlock()
+	j := t.watch.jobs[jobPrefix+r.Joins]
+	return j != nil && j.run > r.Within && t.watch.stateOf(jobPrefix+r.Joins, j.run, anyTry).phase == phaseRunning
+}
+
+// rejoin starts those that have joined a container in an earlier run of its, have ended with that, and are started again by their policies.
+func (t *tenant) rejoin(x *record) {
+	t.server.work.Go(func() {
+		ctx := t.server.ctx
+		all, err := t.list(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				t.server.Log.Error("start what has joined a container that runs again", "container", x.ID, "error", err)
+			}
+			return
+		}
+		for _, r := range all {
+			if r.Joins == x.ID && r.Want == wantRunning && r.ended() {
+				t.startAgain(r)
+			}
+		}
+	})
+}
+
+// machineEndWait is how long the end of a container that has joined waits for that of its machine, which it may be told before.
+const machineEndWait = 10 * time.Second
+
+// endedWith says whether a container that has joined has ended because its machine does. Its policy would have had it started again inside else.
+func (t *tenant) endedWith(ctx context.Context, r *record, last *run) bool {
+	r, err := t.get(ctx, r.ID)
+	if err != nil || r.Want != wantRunning {
+		return false
+	}
+	p := &r.Host.RestartPolicy
+	if !p.IsAlways() && !p.IsUnlessStopped() && (!p.IsOnFailure() || last.ExitCode == 0 || p.MaximumRetryCount > 0 && last.Restarts >= p.MaximumRetryCount) {
+		return false
+	}
+	return t.machineEnds(ctx, r)
+}
+
+// machineEnds says whether the machine that a container has joined ends, or has ended, which Nomad may tell later.
+func (t *tenant) machineEnds(ctx context.Context, r *record) bool {
+	ctx, cancel := context.WithTimeout(ctx, machineEndWait)
+	defer cancel()
+	return t.watch.until(ctx, func() (bool, error) { return t.watch.state(r).phase == phaseEnded, nil }) == nil
 }
 
 // goOnInside goes on with a container that has joined, whoever has begun that, and listens for its end.
@@ -219,6 +362,9 @@ func (t *tenant) followEnd(ctx context.Context, r *record) {
 		for pause := leastPause; life.Err() == nil; pause = min(2*pause, mostPause) {
 			last, err := t.askEnd(life, r, first)
 			first()
+			if err == nil && last.Lost == "" && t.endedWith(life, r, last) {
+				last.Lost = lostMachine
+			}
 			if err == nil {
 				err = t.noteEnd(life, r.ID, *last)
 			}

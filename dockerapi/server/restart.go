@@ -51,10 +51,20 @@ func (r *record) restartDelay() time.Duration {
 	return min(firstDelay<<min(r.Again, 16), mostDelay)
 }
 
+// nextSoon is how long one that has joined waits for the other one's next run. Whoever starts that one later starts it then: see rejoin.
+const nextSoon = 30 * time.Second
+
 // startAgain starts a container after its newest run, in a while. Of several servers that do so one begins the run.
 func (t *tenant) startAgain(r *record) {
 	t.server.work.Go(func() {
 		ctx := t.server.ctx
+		if r.Joins != "" {
+			soon, cancel := context.WithTimeout(ctx, nextSoon)
+			err := t.watch.until(soon, func() (bool, error) { return t.hasNext(r), nil })
+			if cancel(); err != nil {
+				return
+			}
+		}
 		for delay := r.restartDelay(); ; delay = min(2*delay, mostDelay) {
 			select {
 			case <-time.After(delay):
@@ -62,7 +72,7 @@ func (t *tenant) startAgain(r *record) {
 				return
 			}
 			err := t.begin(ctx, r.ID, r.Run)
-			if err == nil || isNotFound(err) || ctx.Err() != nil {
+			if err == nil || isNotFound(err) || ctx.Err() != nil || r.Joins != "" && !t.hasNext(r) {
 				return
 			}
 			t.server.Log.Error("start a container by its restart policy", "container", r.ID, "error", err)
@@ -104,10 +114,13 @@ func (t *tenant) recover(ctx context.Context) error {
 	for _, r := range all {
 		switch {
 		case r.Joins != "" && r.Want != wantRemoved:
-			if r.Run == 0 || r.ended() {
-				continue
+			switch {
+			case r.Run == 0:
+			case !r.ended():
+				t.server.work.Go(func() { t.recoverInside(ctx, r) })
+			case r.Want == wantRunning && t.hasNext(r):
+				t.startAgain(r)
 			}
-			t.server.work.Go(func() { t.recoverInside(ctx, r) })
 		case r.Want == wantRunning && r.ended():
 			t.startAgain(r)
 		case r.Want == wantRemoved, r.Want == wantRunning && !t.watch.knows(r):

@@ -504,7 +504,7 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 	err := p.call(ctx, http.MethodPost, p.inside("/start"), console, nil, nil)
 	var docker dockerhttp.Error
 	if errors.As(err, &docker) && (docker.Status == http.StatusNotModified || docker.Status == http.StatusConflict) {
-		t.emitStart(r)
+		t.hasStarted(r)
 		return nil // it has not waited any longer
 	}
 	if errors.As(err, &docker) {
@@ -514,8 +514,16 @@ func (t *tenant) release(ctx context.Context, r *record, s podState, wait []*att
 	if err != nil && !t.hasEnded(ctx, r, err) {
 		return err
 	}
-	t.emitStart(r) // where there is an error, it has run already
+	t.hasStarted(r) // where there is an error, it has run already
 	return nil
+}
+
+// hasStarted tells of a container's start, and lets follow what waits for it.
+func (t *tenant) hasStarted(r *record) {
+	t.emitStart(r)
+	if r.Joins == "" && r.Run > 1 {
+		t.rejoin(r)
+	}
 }
 
 // over says whether a run has ended, as far as this server knows.

@@ -325,6 +325,8 @@ func refused(option, why string) error {
 	return dockerhttp.NewError(http.StatusBadRequest, option+" is not possible: "+why)
 }
 
+const joinFirst = "containers that share that are in one microVM, and have its network: add --network container: of the same container"
+
 const ownKernel = "the container has a kernel of its own, in a microVM"
 
 // refuse finds what a microVM can't do.
@@ -336,10 +338,14 @@ func (b *builder) refuse() error {
 	switch {
 	case h.PidMode != "" && !h.PidMode.Valid():
 		return dockerhttp.Invalid("invalid PID mode: %s", h.PidMode)
-	case h.PidMode != "":
+	case h.PidMode.IsHost():
 		return refused("--pid "+string(h.PidMode), ownKernel)
-	case h.IpcMode.IsHost(), h.IpcMode.IsContainer():
+	case h.PidMode.IsContainer() && !h.NetworkMode.IsContainer():
+		return refused("--pid "+string(h.PidMode), joinFirst)
+	case h.IpcMode.IsHost():
 		return refused("--ipc "+string(h.IpcMode), ownKernel)
+	case h.IpcMode.IsContainer() && !h.NetworkMode.IsContainer():
+		return refused("--ipc "+string(h.IpcMode), joinFirst)
 	case !h.IpcMode.Valid():
 		return dockerhttp.Invalid("invalid IPC mode: %s", h.IpcMode)
 	case h.IpcMode.IsNone():

@@ -1,6 +1,8 @@
 package translate
 
 import (
+	"cmp"
+
 	"github.com/moby/moby/api/types/container"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
@@ -41,9 +43,13 @@ func checkJoin(r *container.CreateRequest) error {
 // join makes the container one of another's machine, whose network, host name, memory and processors it shares.
 func (b *builder) join() error {
 	b.networks, b.pod.Network, b.pod.Hostname, b.config.Hostname = nil, spec.Network{}, "", ""
-	if h := &b.host; h.Memory > 0 {
-		b.own.Resources.Memory = spec.Bytes(h.Memory)
+	switch {
+	case b.zone != "":
+		return dockerhttp.Invalid("label kr.zone with --network container: is not possible: the container is where the one is that it joins")
+	case len(b.host.StorageOpt) > 0:
+		return refused("--storage-opt with --network container:", "the disk is that of the machine that it joins")
 	}
+	b.own.Resources.Memory = cmp.Or(spec.Bytes(b.host.Memory), b.pod.Resources.Memory) // else that of kr.res.mem
 	b.pod.Resources, b.pod.Scratch = spec.Resources{}, spec.Scratch{}
 	b.own.Lifecycle.Critical = false
 	b.joins = true

@@ -131,11 +131,6 @@ func (b *builder) mount(m mount.Mount) error {
 	if made.Path == "/" {
 		return dockerhttp.Invalid("invalid mount config for type %q: invalid specification: destination can't be '/'", m.Type)
 	}
-	switch {
-	case !b.joins, m.Type == mount.TypeTmpfs, m.Type != mount.TypeBind && m.Source == "":
-	default:
-		return refused("-v "+m.Source+":"+m.Target+" with --network container:", "the machine that it joins has the volumes that it was started with; anonymous volumes and tmpfs are possible")
-	}
 	switch m.Type {
 	case mount.TypeTmpfs:
 		return b.tmpfsMount(made.Path, m)

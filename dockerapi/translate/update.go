@@ -55,16 +55,23 @@ func Update(host *container.HostConfig, pod *spec.Pod, u *container.UpdateConfig
 		h.RestartPolicy = u.RestartPolicy
 	}
 	own := &p.Containers[0]
+	joins := h.NetworkMode.IsContainer()
 	b := builder{host: h, pod: &p, own: own}
 	own.Lifecycle = spec.Lifecycle{}
 	if err := b.restart(); err != nil {
 		return nil, nil, nil, err
 	}
-	if h.Memory > 0 {
-		p.Resources.Memory = max(spec.Bytes(h.Memory), spec.MinMemory)
-	}
-	if cpus := CPUs(r); cpus > 0 {
-		p.Resources.CPUs, own.Resources.CPUs = min(int(math.Ceil(cpus)), spec.MaxCPUs), cpus
+	cpus := CPUs(r)
+	if joins { // limits within another one's machine
+		own.Lifecycle.Critical = false
+		own.Resources.Memory, own.Resources.CPUs = spec.Bytes(h.Memory), cpus
+	} else {
+		if h.Memory > 0 {
+			p.Resources.Memory = max(spec.Bytes(h.Memory), spec.MinMemory)
+		}
+		if cpus > 0 {
+			p.Resources.CPUs, own.Resources.CPUs = min(int(math.Ceil(cpus)), spec.MaxCPUs), cpus
+		}
 	}
 	own.Resources.CPUShares = uint64(r.CPUShares)
 	own.Resources.Pids = 0

@@ -10,6 +10,24 @@ import (
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
 )
 
+// Limits of one that has joined another one's machine are within it.
+func TestUpdateJoined(t *testing.T) {
+	c, err := create(t, `{"Image": "x", "HostConfig": {"NetworkMode": "container:web", "RestartPolicy": {"Name": "always"}}}`, Rules{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var u container.UpdateConfig
+	u.Memory, u.MemorySwap, u.NanoCPUs = 64<<20, -1, 5e8
+	_, pod, _, err := Update(c.Host, c.Pod, &u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := pod.Containers[0]
+	if pod.Resources.Memory != 0 || pod.Resources.CPUs != 0 || own.Resources.Memory != 64<<20 || own.Resources.CPUs != 0.5 || own.Lifecycle.Critical || !own.Lifecycle.RestartOnSuccess {
+		t.Errorf("%+v, %+v", pod.Resources, own)
+	}
+}
+
 // Whatever docker update asks for is the client's mistake, or a pod that is valid; what was there stays as it was.
 func FuzzUpdate(f *testing.F) {
 	for _, seed := range []string{

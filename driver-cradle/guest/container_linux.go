@@ -238,7 +238,11 @@ func (c *Container) begin() (cmd *command, drained <-chan struct{}, stopHealth f
 		return nil, nil, nil, err
 	}
 	before := cgroupValue(c.cgroup, "memory.events", "oom_kill")
-	cmd, err = c.pod.startStage(stageRequest{config: config, cgroup: c.cgroup, stdin: c.spec.OpenStdin})
+	request := stageRequest{config: config, cgroup: c.cgroup, stdin: c.spec.OpenStdin}
+	if request.pid, request.ipc, err = c.shares(); err != nil {
+		return nil, nil, nil, err
+	}
+	cmd, err = c.pod.startStage(request)
 	if err != nil {
 		return nil, nil, nil, err
 	}

@@ -22,6 +22,8 @@ type joined struct {
 	run     int // of wire.Join; guarded by the crew's mutex
 	layers  []string
 	volumes []string
+
+	pid, ipc string // containers, by their ids, whose namespaces it shares; "" for its own
 }
 
 // forGood is longer than any pod lives: a container that joins is held until somebody starts it.
@@ -83,7 +85,7 @@ func (c *Container) rejoin(run int) error {
 func (p *Pod) admit(ctx context.Context, j *wire.Join) (_ *Container, err error) {
 	s := j.Container
 	s.Lifecycle.Hold, s.Lifecycle.Critical, s.Lifecycle.After = spec.Duration(forGood), false, nil
-	in := &joined{run: j.Run}
+	in := &joined{run: j.Run, pid: j.PID, ipc: j.IPC}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.drop(in))
@@ -136,6 +138,32 @@ func (p *Pod) admit(ctx context.Context, j *wire.Join) (_ *Container, err error)
 		return nil, errors.Join(errEnding, p.forget(c))
 	}
 	return c, nil
+}
+
+// shares are the processes whose namespaces a container shares that has joined.
+func (c *Container) shares() (pid, ipc *process, err error) {
+	if c.joined == nil {
+		return nil, nil, nil
+	}
+	of := func(id, kind string) (*process, error) {
+		if id == "" {
+			return nil, nil //nolint:nilnil // it has its own
+		}
+		all := c.pod.Containers()
+		i := slices.IndexFunc(all, func(o *Container) bool { return o.spec.ID == id })
+		if i < 0 {
+			return nil, &stateError{ErrConflict, fmt.Sprintf("failed to join %s namespace: No such container: %s", kind, id)}
+		}
+		cmd, err := all[i].running()
+		if err != nil {
+			return nil, &stateError{ErrConflict, fmt.Sprintf("failed to join %s namespace: %v", kind, err)}
+		}
+		return cmd.process, nil
+	}
+	if pid, err = of(c.joined.pid, "PID"); err == nil {
+		ipc, err = of(c.joined.ipc, "IPC")
+	}
+	return pid, ipc, err
 }
 
 // forget takes a container that does not run out of the pod, and leaves its files.

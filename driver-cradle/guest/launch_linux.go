@@ -31,6 +31,8 @@ type stageRequest struct {
 	cgroup string
 	first  *process // of the running container to enter; nil: a new one
 	stdin  bool     // with a pipe; else /dev/null
+
+	pid, ipc *process // whose namespace a new one shares; nil: its own
 }
 
 // A stage is a process that waits for its config.
@@ -45,7 +47,7 @@ func (p *Pod) parkStage() error {
 	if err := makeCgroup(containerCgroup(0), spec.Limits{}); err != nil {
 		return err
 	}
-	s, err := p.forkStage(stageNew, containerCgroup(0), nil)
+	s, err := p.forkStage(stageNew, stageRequest{cgroup: containerCgroup(0)})
 	if err != nil {
 		return err
 	}
@@ -72,7 +74,7 @@ func (p *Pod) takeStage(r stageRequest) (*stage, error) {
 		default:
 		}
 	}
-	return p.forkStage(kind, r.cgroup, r.first)
+	return p.forkStage(kind, r)
 }
 
 // abandon ends a stage that did not become anything.
@@ -99,6 +101,7 @@ func (p *Pod) startStage(r stageRequest) (*command, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start the stage: %w", err)
 	}
+	r.config.SharedShm = r.ipc != nil
 	config, err := json.Marshal(r.config)
 	if err == nil {
 		err = sendConfig(s.conn, config, theirs)
@@ -129,8 +132,8 @@ func sendConfig(conn *net.UnixConn, config []byte, streams [3]int) error {
 	return err
 }
 
-// forkStage forks and executes this program as a stage: in the pid namespace of first, or in new namespaces.
-func (p *Pod) forkStage(kind, cgroup string, first *process) (*stage, error) {
+// forkStage forks and executes this program as a stage: in the pid namespace of the request's first, or in new namespaces.
+func (p *Pod) forkStage(kind string, r stageRequest) (*stage, error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("make socket: %w", err)
@@ -140,7 +143,7 @@ func (p *Pod) forkStage(kind, cgroup string, first *process) (*stage, error) {
 	if err != nil {
 		return nil, err
 	}
-	proc, err := p.forkWith(kind, cgroup, first, pair[1])
+	proc, err := p.forkWith(kind, r, pair[1])
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -148,7 +151,7 @@ func (p *Pod) forkStage(kind, cgroup string, first *process) (*stage, error) {
 	return &stage{proc, conn}, nil
 }
 
-func (p *Pod) forkWith(kind, cgroup string, first *process, socket int) (*process, error) {
+func (p *Pod) forkWith(kind string, r stageRequest, socket int) (*process, error) {
 	null, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: "/dev/null", Err: err}
@@ -160,17 +163,21 @@ func (p *Pod) forkWith(kind, cgroup string, first *process, socket int) (*proces
 		Files: []uintptr{uintptr(null), uintptr(null), uintptr(null), uintptr(socket)},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	}
-	fd, err := openCgroup(cgroup)
+	fd, err := openCgroup(r.cgroup)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
 	attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
-	if first == nil {
+	start := func() (*process, error) { return p.children.start("/proc/self/exe", []string{stageName, kind}, attr) }
+	if r.first == nil {
 		attr.Sys.Cloneflags = containerNamespaces
-		return p.children.start("/proc/self/exe", []string{stageName, kind}, attr)
+		if r.pid == nil && r.ipc == nil {
+			return start()
+		}
+		return sharing(r, attr, start)
 	}
-	pidfd, err := first.dupPidfd()
+	pidfd, err := r.first.dupPidfd()
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +187,64 @@ func (p *Pod) forkWith(kind, cgroup string, first *process, socket int) (*proces
 		if err := unix.Setns(pidfd, unix.CLONE_NEWPID); err != nil {
 			return nil, fmt.Errorf("enter pid namespace: %w", err)
 		}
-		return p.children.start("/proc/self/exe", []string{stageName, kind}, attr)
+		return start()
+	})
+}
+
+// sharing starts a stage in namespaces of which some are another container's. The stage gets the other one's /dev/shm as stageShm.
+func sharing(r stageRequest, attr *syscall.ProcAttr, start func() (*process, error)) (*process, error) {
+	if r.ipc != nil {
+		shm, err := sharedMemory(r.ipc)
+		if err != nil {
+			return nil, fmt.Errorf("share /dev/shm: %w", err)
+		}
+		defer unix.Close(shm)
+		attr.Files = append(attr.Files, uintptr(shm))
+	}
+	return onThread(func() (*process, error) {
+		for _, share := range []struct {
+			with *process
+			kind int
+		}{{r.pid, unix.CLONE_NEWPID}, {r.ipc, unix.CLONE_NEWIPC}} {
+			if share.with == nil {
+				continue
+			}
+			if err := enterOf(share.with, share.kind); err != nil {
+				return nil, err
+			}
+			attr.Sys.Cloneflags &^= uintptr(share.kind)
+		}
+		return start()
+	})
+}
+
+// enterOf has this thread, and of a process namespace its children, enter a namespace of a container's.
+func enterOf(first *process, kind int) error {
+	pidfd, err := first.dupPidfd()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(pidfd)
+	if err := unix.Setns(pidfd, kind); err != nil {
+		return fmt.Errorf("enter a container's namespace: %w", err)
+	}
+	return nil
+}
+
+// sharedMemory is a container's /dev/shm, to be mounted elsewhere.
+func sharedMemory(first *process) (int, error) {
+	return onThread(func() (int, error) {
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return -1, fmt.Errorf("unshare the root directory: %w", err)
+		}
+		if err := enterOf(first, unix.CLONE_NEWNS); err != nil {
+			return -1, err
+		}
+		fd, err := unix.OpenTree(unix.AT_FDCWD, "/dev/shm", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+		if err != nil {
+			return -1, &os.PathError{Op: "open", Path: "/dev/shm", Err: err}
+		}
+		return fd, nil
 	})
 }
 

@@ -26,6 +26,7 @@ type stageConfig struct {
 	ReadOnly   bool              `json:",omitempty"`
 	Init       bool              `json:",omitempty"`
 	ShmSize    int64             `json:",omitempty"`
+	SharedShm  bool              `json:",omitempty"` // /dev/shm is another container's, at stageShm
 	Sysctls    map[string]string `json:",omitempty"`
 	Devices    []string          `json:",omitempty"`
 	Nodes      []deviceNode      `json:",omitempty"`
@@ -89,6 +90,7 @@ const (
 const (
 	stageSocket = 3 // the agent: config in; then the tty's master, or an error, out; closed by a successful execve, or by the init
 	stagePidfd  = 4 // entering: the container's first process
+	stageShm    = 4 // sharing another container's IPC: its /dev/shm
 )
 
 // runStage is the life of a stage: it does not return if all goes well. One that enters a running container inherits a pidfd of its
@@ -97,6 +99,7 @@ func runStage(kind string) {
 	// What is per thread (namespaces, capabilities, ids) is set on the one that executes the command.
 	runtime.LockOSThread()
 	unix.CloseOnExec(stageSocket)
+	unix.CloseOnExec(stageShm) // where there is one
 	err := becomeCommand(kind)
 	e, ok := errors.AsType[*stageError](err)
 	if !ok {
@@ -277,7 +280,16 @@ func adaptSystem(c *stageConfig) error {
 			}
 		}
 	}
-	if c.ShmSize != defaultShmSize {
+	switch {
+	case slices.ContainsFunc(c.Mounts, func(m lateMount) bool { return m.Target == "/dev/shm" }):
+	case c.SharedShm:
+		if err := unix.Unmount(inside+"/dev/shm", unix.MNT_DETACH); err != nil {
+			return &os.PathError{Op: "unmount", Path: "/dev/shm", Err: err}
+		}
+		if err := unix.MoveMount(stageShm, "", unix.AT_FDCWD, inside+"/dev/shm", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+			return &os.PathError{Op: "mount", Path: "/dev/shm", Err: err}
+		}
+	case c.ShmSize != defaultShmSize:
 		if err := mount("", inside+"/dev/shm", "", unix.MS_REMOUNT|lockedMount, fmt.Sprintf("size=%d", c.ShmSize)); err != nil {
 			return err
 		}

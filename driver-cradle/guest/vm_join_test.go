@@ -84,6 +84,30 @@ printf "GET / HTTP/1.0\r\n\r\n" >&3; cat <&3; trap "exit 7" TERM; echo running; 
 	if s := m.state("own"); !s.Running {
 		t.Errorf("its end was not its own alone: %+v", s)
 	}
+	// One that shares processes and memory with the pod's own sees and has them, and so has what is executed in it.
+	m.exec("own", guestExec("sh", "-c", "echo shm >/dev/shm/file"), "")
+	shares := m.joiner("debian", sh("shares", "cat /dev/shm/file; cat /proc/1/comm; test $$ != 1 && echo not the first; exec sleep 1000"))
+	shares.Container.ID, shares.PID, shares.IPC = strings.Repeat("12345678", 8), m.launch.Launch.Containers[0].ID, m.launch.Launch.Containers[0].ID
+	if err := m.call("POST", wire.PathJoin, shares, &s); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.do("shares", "start"); err != nil {
+		t.Fatal(err)
+	}
+	m.prints("shares", "shm\nsh\nnot the first\n")
+	const inside = "cat /dev/shm/file; readlink /proc/self/ns/ipc; readlink /proc/self/ns/pid"
+	if e, own := m.exec("shares", guestExec("sh", "-c", inside), ""), m.exec("own", guestExec("sh", "-c", inside), ""); e.Stdout != own.Stdout || !strings.HasPrefix(e.Stdout, "shm\nipc:[") {
+		t.Errorf("exec: %+v, and in the pod's own %+v", e, own)
+	}
+	if err := m.do("shares", "stop"); err != nil {
+		t.Fatal(err)
+	}
+	if s := m.state("own"); !s.Running {
+		t.Errorf("the end of one that shares its processes has ended the pod's own: %+v", s)
+	}
+	if err := m.call("POST", wire.PathLeave+"?container="+shares.Container.ID, nil, nil); err != nil {
+		t.Fatal(err)
+	}
 	j.Run = 2
 	join()
 	if err := m.do("guest", "start"); err != nil {

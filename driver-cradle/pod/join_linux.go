@@ -91,7 +91,7 @@ func (r *Running) Join(ctx context.Context, j *spec.Join) (s wire.ContainerStatu
 	case j.Container.Resources.Memory > r.spec.Resources.Memory:
 		return s, &joinError{http.StatusConflict, fmt.Sprintf("pod %s has %v of memory for all of its containers, and this one alone asks for %v", r.spec.Name, r.spec.Resources.Memory, j.Container.Resources.Memory)}
 	}
-	w, err := joinOf(j, img)
+	w, err := joinOf(j, img, r.spec.Containers[0].Mounts)
 	if err != nil {
 		return s, &joinError{http.StatusBadRequest, err.Error()}
 	}
@@ -194,23 +194,37 @@ func (r *Running) unplug(all joinedContainers, layers []string) {
 	}
 }
 
-// joinOf is what the guest is told.
-func joinOf(j *spec.Join, img *image.Image) (*wire.Join, error) {
-	p := &spec.Pod{Name: j.Container.Name, Containers: []spec.PodContainer{j.Container}, Volumes: j.Volumes}
+// joinOf is what the guest is told. own are the mounts of the pod's own container.
+func joinOf(j *spec.Join, img *image.Image, own []spec.Mount) (*wire.Join, error) {
+	p := &spec.Pod{Name: j.Container.Name, Containers: []spec.PodContainer{j.Container}, Volumes: slices.Clone(j.Volumes)}
+	for name := range j.Shared {
+		p.Volumes = append(p.Volumes, spec.Volume{Name: name, Scratch: &spec.ScratchVolume{}})
+	}
 	l, err := Resolve(p, j.ID, map[string]*image.Image{j.Container.Image: img})
 	if err != nil {
 		return nil, err
 	}
-	w := &wire.Join{Container: l.Containers[0], Run: j.Run}
-	for _, v := range l.Volumes { // the pod has volumes of the same names
-		name := derive(j.ID, v.Name)
-		for i := range w.Container.Mounts {
-			if m := &w.Container.Mounts[i]; m.Volume == v.Name {
-				m.Volume = name
+	w := &wire.Join{Container: l.Containers[0], PID: j.PID, IPC: j.IPC, Run: j.Run}
+	names := map[string]string{} // in the pod, which has volumes of the same names
+	for _, v := range l.Volumes {
+		if at, shared := j.Shared[v.Name]; shared {
+			has := slices.IndexFunc(own, func(m spec.Mount) bool { return m.Path == at && !m.Raw })
+			if has < 0 {
+				return nil, fmt.Errorf("the pod's own container has no volume at %s", at)
 			}
+			names[v.Name] = own[has].Volume
+			continue
 		}
-		v.Name = name
+		names[v.Name] = derive(j.ID, v.Name)
+		v.Name = names[v.Name]
 		w.Volumes = append(w.Volumes, v)
+	}
+	for i := range w.Container.Mounts {
+		m := &w.Container.Mounts[i]
+		if m.Raw {
+			return nil, fmt.Errorf("mount %s: a container that joins gets no device", m.Path)
+		}
+		m.Volume = names[m.Volume]
 	}
 	return w, nil
 }

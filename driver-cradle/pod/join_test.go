@@ -22,11 +22,19 @@ func TestJoinOf(t *testing.T) {
 	img.Config.Config.Volumes = map[string]struct{}{"/data": {}}
 	j := &spec.Join{ID: strings.Repeat("ab", 32), Run: 3, Volumes: []spec.Volume{{Name: "own", Scratch: &spec.ScratchVolume{}}}}
 	j.Container.Name, j.Container.Image = "side", "app"
-	j.Container.Mounts = []spec.Mount{{Volume: "own", Path: "/own"}}
-	w, err := joinOf(j, img)
+	j.Container.Mounts = []spec.Mount{{Volume: "own", Path: "/own"}, {Volume: "theirs", Path: "/shared", Subpath: "a", ReadOnly: true}}
+	j.Shared = map[string]string{"theirs": "/var/data"}
+	if _, err := joinOf(j, img, []spec.Mount{{Volume: "disk", Path: "/var/data", Raw: true}}); err == nil || !strings.Contains(err.Error(), "no volume at /var/data") {
+		t.Errorf("a volume that the pod's own container has not mounted: %v", err)
+	}
+	w, err := joinOf(j, img, []spec.Mount{{Volume: "own", Path: "/var/data"}}) // by the same name as the other's own
 	if err != nil {
 		t.Fatal(err)
 	}
+	if m := w.Container.Mounts[1]; m != (spec.Mount{Volume: "own", Path: "/shared", Subpath: "a", ReadOnly: true}) {
+		t.Errorf("the pod's volume is mounted as %+v", m)
+	}
+	w.Container.Mounts = append(w.Container.Mounts[:1], w.Container.Mounts[2:]...)
 	if w.Container.ID != j.ID || w.Run != 3 || len(w.Container.Layers) != 1 || len(w.Volumes) != 2 || len(w.Container.Mounts) != 2 {
 		t.Fatalf("%+v", w)
 	}

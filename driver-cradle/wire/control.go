@@ -41,6 +41,8 @@ type Join struct {
 	Container spec.Container `json:"container"`
 	Volumes   []spec.Volume  `json:"volumes,omitempty"` // of it alone, on the scratch disk
 	Disks     []Disk         `json:"disks"`             // of its layers
+	PID       string         `json:"pid,omitempty"`     // the container whose process namespace it shares, by its id
+	IPC       string         `json:"ipc,omitempty"`     // and the one whose IPC namespace and /dev/shm
 	Run       int            `json:"run"`
 }
 
