@@ -36,6 +36,7 @@ type Config struct {
 	API     string // where the HTTP APIs listen
 	Ports   Ports
 	Servers []string // addresses of the servers' RPC, for a client
+	Peer    string   // address of the server that this one joins; "" for the first
 	Join    []string // addresses of Consul's servers, for a node that has none
 
 	ConsulServer bool

@@ -36,8 +36,11 @@ func (n *Node) configure() error {
 	o, server := n.cluster.o, n.cluster.Nodes[0].IP.String()
 	n.config = agents.Config{
 		Name: n.Name, Dir: n.Dir, Address: n.IP.String(), API: "0.0.0.0", Ports: agents.DefaultPorts(0),
-		Servers: []string{server}, Join: []string{server}, ConsulServer: n.Server, Consul: n.cluster.consul != "", ACL: o.ACL, LogLevel: "DEBUG", Interface: "eth0",
+		Servers: []string{server}, Join: []string{server}, ConsulServer: n.Server && n.number == 1, Consul: n.cluster.consul != "", ACL: o.ACL, LogLevel: "DEBUG", Interface: "eth0",
 		Plugins: map[string]agents.Plugin{"raw_exec": {Config: "enabled = true"}},
+	}
+	if n.number > 1 {
+		n.config.Peer = server
 	}
 	var errs []error
 	more := func(text string) string {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,6 +38,7 @@ func patient(t testing.TB) (context.Context, context.CancelFunc) {
 // Options say which agents there are and what they are told beyond what they all need.
 type Options struct {
 	Clients int  // nodes beside the server; 0: one node is server and client
+	Peers   int  // more servers, each on a node of its own, that the first can't act without
 	Consul  bool // every node has a Consul agent beside Nomad's
 	ACL     bool // Nomad's ACLs are on; Cluster.API has the management token
 
@@ -165,11 +167,14 @@ func Open(ctx context.Context, o Options) (c *Cluster, err error) {
 	if c.network, err = newNetwork(); err != nil {
 		return c, err
 	}
-	for i := range o.Clients + 1 {
+	for i := range 1 + o.Clients + o.Peers {
 		n := &Node{Name: fmt.Sprintf("client%d", i), cluster: c, number: i + 1}
-		n.Server, n.Client = i == 0, i > 0 || o.Clients == 0
-		if n.Server {
+		n.Server, n.Client = i == 0 || i > o.Clients, i > 0 && i <= o.Clients || o.Clients == 0 && i == 0
+		switch {
+		case i == 0:
 			n.Name = "server"
+		case n.Server:
+			n.Name = fmt.Sprintf("peer%d", i-o.Clients)
 		}
 		c.Nodes = append(c.Nodes, n)
 		if err := n.boot(); err != nil {
@@ -183,7 +188,7 @@ func Open(ctx context.Context, o Options) (c *Cluster, err error) {
 		if err := n.startAgents(ctx); err != nil {
 			return c, err
 		}
-		if n.Server && o.ACL {
+		if n == c.Nodes[0] && o.ACL {
 			if err := c.bootstrap(ctx); err != nil {
 				return c, err
 			}
@@ -205,7 +210,30 @@ func Open(ctx context.Context, o Options) (c *Cluster, err error) {
 			return c, err
 		}
 	}
-	return c, nil
+	return c, c.haveVotes(ctx)
+}
+
+// haveVotes waits until all servers have a vote.
+func (c *Cluster) haveVotes(ctx context.Context) error {
+	if c.o.Peers == 0 {
+		return nil
+	}
+	return agents.Retry(ctx, "votes of the servers", func() error {
+		raft, err := c.API.Operator().RaftGetConfiguration((&api.QueryOptions{}).WithContext(ctx))
+		if err != nil {
+			return err
+		}
+		votes := 0
+		for _, s := range raft.Servers {
+			if s.Voter {
+				votes++
+			}
+		}
+		if votes != 1+c.o.Peers {
+			return fmt.Errorf("%d of %d", votes, 1+c.o.Peers)
+		}
+		return nil
+	})
 }
 
 // Server is the node with the server.
@@ -213,11 +241,11 @@ func (c *Cluster) Server() *Node { return c.Nodes[0] }
 
 // Clients are the nodes that run jobs.
 func (c *Cluster) Clients() []*Node {
-	if len(c.Nodes) == 1 {
-		return c.Nodes
-	}
-	return c.Nodes[1:]
+	return slices.DeleteFunc(slices.Clone(c.Nodes), func(n *Node) bool { return !n.Client })
 }
+
+// Peers are the nodes of the further servers.
+func (c *Cluster) Peers() []*Node { return c.Nodes[len(c.Nodes)-c.o.Peers:] }
 
 // Dir is where everything of the cluster lies.
 func (c *Cluster) Dir() string { return c.dir }

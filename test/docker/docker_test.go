@@ -117,14 +117,20 @@ func shown(s string) string {
 	return s
 }
 
-// differences reads the rows | `case` | … of the document: case → the row's last cell.
+// differences are those of kcradle.
 func differences(t *testing.T) map[string]string {
+	t.Helper()
+	return rowsOf(t, "docker-differences.md")
+}
+
+// rowsOf reads the rows | `case` | … of a document: case → the row's last cell.
+func rowsOf(t *testing.T, document string) map[string]string {
 	t.Helper()
 	root, err := programs.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(filepath.Join(root, "docs", "docker-differences.md"))
+	text, err := os.ReadFile(filepath.Join(root, "docs", document))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -114,16 +114,21 @@ func (d *Daemon) log() string {
 
 // Load gives the daemon an image.
 func (d *Daemon) Load(ctx context.Context, reference string, image v1.Image) error {
+	return LoadInto(ctx, d.Host, d.dir, reference, image)
+}
+
+// LoadInto gives an image to whoever answers docker's API at host, by way of a directory.
+func LoadInto(ctx context.Context, host, dir, reference string, image v1.Image) error {
 	tag, err := name.NewTag(reference)
 	if err != nil {
 		return err
 	}
-	file := filepath.Join(d.dir, "load.tar")
+	file := filepath.Join(dir, "load.tar")
 	defer os.Remove(file)
 	if err := tarball.WriteToFile(file, tag, image); err != nil {
 		return fmt.Errorf("write %s: %w", reference, err)
 	}
-	if out, err := exec.CommandContext(ctx, "docker", "-H", d.Host, "load", "-i", file).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "docker", "-H", host, "load", "-i", file).CombinedOutput(); err != nil {
 		return fmt.Errorf("docker load %s: %w: %s", reference, err, bytes.TrimSpace(out))
 	}
 	return nil
