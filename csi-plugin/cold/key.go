@@ -6,8 +6,10 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"filippo.io/age"
@@ -26,6 +28,9 @@ type Key struct {
 // ReadKey reads the file that age-keygen makes.
 func ReadKey(path string) (*Key, error) {
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: copy the key that the other hosts have; for the first, age-keygen -o %s", err, path)
+	}
 	if err != nil {
 		return nil, err
 	}
