@@ -45,11 +45,16 @@ type pod struct {
 // start runs a script in a pod.
 func start(t *testing.T, script string, flags ...string) *pod {
 	t.Helper()
+	return startImage(t, "busybox", script, flags...)
+}
+
+func startImage(t *testing.T, name, script string, flags ...string) *pod {
+	t.Helper()
 	kcradle, err := programs.Path("kcradle")
 	if err != nil {
 		t.Fatal(err)
 	}
-	image, err := programs.Image("busybox")
+	image, err := programs.Image(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,12 +82,23 @@ func (p *pod) says(want string) {
 
 // TestVMFiles does with files on the filer, by a guest's kernel, what other tests do by hand: as several users, in two pods at once, and with many names.
 func TestVMFiles(t *testing.T) {
-	f := filertest.Start(t)
+	for _, engine := range []string{embedded, byGanesha} {
+		t.Run(engine, func(t *testing.T) { files(t, engine) })
+	}
+}
+
+func files(t *testing.T, engine string) {
+	f := filertest.Start(t, "--engine", engine)
 	host := f.Volume("v", 256<<20, map[string]string{"fs": "xfs"})
+	f.Volume("full", 16<<20, nil)
 	if err := os.Symlink("/etc/hostname", filepath.Join(host, "out")); err != nil {
 		t.Fatal(err)
 	}
 	writable, readable := f.Publish("v"), f.Publish("v", "--read-only")
+	devices := "no devices\n"
+	if engine == byGanesha {
+		devices = "" // which lead nowhere on this host
+	}
 	start(t, `cd /v; umask 022
 		set -C; echo one >exclusive; (echo two >exclusive) 2>/dev/null || echo refused; set +C; cat exclusive
 		echo two >>exclusive; cat exclusive; mv exclusive renamed; ln renamed hard; stat -c %h hard; rm renamed; cat hard
@@ -94,8 +110,9 @@ func TestVMFiles(t *testing.T) {
 		sed -i 's/.*1000.*//' /etc/passwd; echo 'u:x:1000:1000::/:/bin/sh' >>/etc/passwd; echo 'w:x:1001:1001::/:/bin/sh' >>/etc/passwd
 		su u -c 'echo mine >/v/everyone/u; chmod 600 /v/everyone/u; mkdir -m 700 /v/everyone/d; echo x >/v/everyone/d/x'
 		su w -c 'cat /v/everyone/u /v/everyone/d/x 2>/dev/null || echo not mine; rm -f /v/everyone/u 2>/dev/null || echo sticky; touch /v/nothing 2>/dev/null || echo closed'
-		stat -c %u:%g:%a everyone/u everyone/d/x`,
-		"--privileged", "--mount", writable.Mount("/v")).says(`refused
+		stat -c %u:%g:%a everyone/u everyone/d/x
+		dd if=/dev/zero of=/f/x bs=1M count=64 conv=fsync 2>&1 | grep -o 'No space left on device'; rm /f/x; echo room >/f/x && cat /f/x`,
+		"--privileged", "--mount", writable.Mount("/v"), "--mount", f.Publish("full").Mount("/f")).says(`refused
 one
 one
 two
@@ -109,14 +126,15 @@ one
 two
 hole out soft full
 the link leads to this pod
-no devices
-fifo
+` + devices + `fifo
 4755:1000
 not mine
 sticky
 closed
 1000:1000:600
 1000:1000:644
+No space left on device
+room
 `)
 	for name, want := range map[string]uint32{"everyone/u": 1000, "everyone/d": 1000, "hole": 1000, "soft": 0} {
 		var st unix.Stat_t
@@ -139,7 +157,7 @@ closed
 	// The other publication is of the same files, and changes none.
 	start(t, `cat /v/everyone/d/x; ls /v/many | wc -l; touch /v/new 2>/dev/null || echo refused; mount -o remount,rw /v 2>/dev/null; touch /v/new 2>/dev/null || echo refused`,
 		"--privileged", "--mount", readable.Mount("/v")).says("x\n9990\nrefused\nrefused\n")
-	if out, err := f.Command("publications"); err != nil || strings.Count(out, "\n") != 3 || strings.Contains(out, writable.Export) {
+	if out, err := f.Command("publications"); err != nil || strings.Count(out, "\n") != 4 || strings.Contains(out, writable.Export) {
 		t.Errorf("the publications: %v\n%s", err, out)
 	}
 }

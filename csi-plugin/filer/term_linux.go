@@ -121,6 +121,8 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	log.Info("serving", "engine", s.engine, "listen", t.listens, "address", address, "socket", s.socket, "version", version)
 	if t.nfs != nil {
 		t.group.Go(func() error { return t.nfs.Serve(ctx, listen) })
+	} else {
+		t.group.Go(func() error { return t.ganesha.Wait(ctx) })
 	}
 	if users != nil {
 		t.group.Go(func() error { return serveHTTP(ctx, users, t.usersHandler(s.users.nomad)) })

@@ -28,6 +28,7 @@ type child struct {
 	done     chan struct{}
 	out      *output
 	version3 bool
+	begun    time.Time
 }
 
 // start starts the process and waits until it serves.
@@ -42,7 +43,7 @@ func (s *Server) start() error {
 	if err != nil {
 		return err
 	}
-	c := &child{done: make(chan struct{}), out: &output{log: s.Log}, version3: registers()}
+	c := &child{done: make(chan struct{}), out: &output{log: s.Log}, version3: registers(), begun: time.Now()}
 	if err := s.configure(c.version3); err != nil {
 		return err
 	}

@@ -53,7 +53,7 @@ func (c configuration) String() string {
 	fmt.Fprintf(&b, "NFS_CORE_PARAM { Protocols = %s; Bind_Addr = %s; NFS_Port = %d; Enable_UDP = false; Enable_NLM = false; Enable_RQUOTA = false; mount_path_pseudo = true; fsid_device = %t; RPC_Max_Connections = 10000; }\n",
 		protocols, c.listen.Addr(), c.listen.Port(), !c.shared)
 	// All minor versions keep what they know in memory; that of 2 has not been tested.
-	fmt.Fprintf(&b, "NFSV4 { Minor_Versions = 0, 1; Lease_Lifetime = %d; Grace_Period = %d; RecoveryBackend = fs_ng; RecoveryRoot = %s; Server_Scope = %s; Server_Owner = %s; Only_Numeric_Owners = true; Delegations = false; }\n",
+	fmt.Fprintf(&b, "NFSV4 { Minor_Versions = 0, 1; Lease_Lifetime = %d; Grace_Period = %d; RecoveryBackend = fs_ng; RecoveryRoot = %s; Server_Scope = %s; Server_Owner = %s; Only_Numeric_Owners = true; Delegations = false; Max_Client_Ids = 16384; }\n",
 		leaseTime, graceTime, quote(c.recovery), quote(c.name), quote(c.name))
 	// The files are changed by other protocols, too: nothing is taken from a cache without a look at the file.
 	fmt.Fprintf(&b, "MDCACHE { Dir_Chunk = 0; }\nEXPORT_DEFAULTS { Access_Type = None; Protocols = %s; Transports = TCP; SecType = sys; Squash = No_Root_Squash; Attr_Expiration_Time = 0; }\n", protocols)

@@ -25,7 +25,7 @@ func TestConfiguration(t *testing.T) {
 		},
 	}
 	const want = `NFS_CORE_PARAM { Protocols = 4; Bind_Addr = 192.0.2.1; NFS_Port = 2049; Enable_UDP = false; Enable_NLM = false; Enable_RQUOTA = false; mount_path_pseudo = true; fsid_device = true; RPC_Max_Connections = 10000; }
-NFSV4 { Minor_Versions = 0, 1; Lease_Lifetime = 10; Grace_Period = 40; RecoveryBackend = fs_ng; RecoveryRoot = "/state/\"; } EXPORT {"; Server_Scope = "cradle-filer-00"; Server_Owner = "cradle-filer-00"; Only_Numeric_Owners = true; Delegations = false; }
+NFSV4 { Minor_Versions = 0, 1; Lease_Lifetime = 10; Grace_Period = 40; RecoveryBackend = fs_ng; RecoveryRoot = "/state/\"; } EXPORT {"; Server_Scope = "cradle-filer-00"; Server_Owner = "cradle-filer-00"; Only_Numeric_Owners = true; Delegations = false; Max_Client_Ids = 16384; }
 MDCACHE { Dir_Chunk = 0; }
 EXPORT_DEFAULTS { Access_Type = None; Protocols = 4; Transports = TCP; SecType = sys; Squash = No_Root_Squash; Attr_Expiration_Time = 0; }
 NFS_KRB5 { Active_krb5 = false; }

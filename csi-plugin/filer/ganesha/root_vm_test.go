@@ -390,6 +390,17 @@ func TestRootRefused(t *testing.T) {
 		t.Errorf("at a port that is taken: %v", err)
 	}
 	l.Close()
+	// Nor does it go on without being served.
+	w.must(w.s.Start())
+	w.s.giveUp = 0
+	w.s.Rest()
+	l, err = net.Listen("tcp", w.s.Listen.String())
+	w.must(err)
+	w.s.Wake()
+	if err := w.s.Wait(t.Context()); err == nil || !strings.Contains(err.Error(), "Address already in use") {
+		t.Errorf("at a port that was taken meanwhile: %v", err)
+	}
+	l.Close()
 	t.Setenv("PATH", t.TempDir())
 	if _, err := New(w.s.Config); err == nil || !strings.Contains(err.Error(), "install the packages nfs-ganesha and nfs-ganesha-vfs") {
 		t.Errorf("without the program: %v", err)

@@ -34,6 +34,7 @@ const (
 	drainTime  = 2 * time.Second // for calls that have begun
 
 	firstRetry, lastRetry = 100 * time.Millisecond, 5 * time.Second
+	giveUp                = 30 * time.Second // with a process that does not start
 )
 
 // portmapper is rpcbind's socket.
@@ -64,6 +65,8 @@ type Server struct {
 	cancel context.CancelFunc
 	group  sync.WaitGroup
 	wake   chan struct{}
+	giveUp time.Duration
+	broken chan error // why it gives up
 
 	mu      sync.Mutex // one change at a time
 	exports map[string]export
@@ -85,7 +88,7 @@ type ids struct {
 // New returns a server without exports.
 func New(c Config) (*Server, error) {
 	sum := sha256.Sum256(append([]byte("name of "), c.Key...))
-	s := &Server{Config: c, name: "cradle-filer-" + hex.EncodeToString(sum[:8]), exports: map[string]export{}, wake: make(chan struct{}, 1)}
+	s := &Server{Config: c, name: "cradle-filer-" + hex.EncodeToString(sum[:8]), exports: map[string]export{}, wake: make(chan struct{}, 1), giveUp: giveUp, broken: make(chan error, 1)}
 	if !c.Listen.IsValid() || c.Listen.Port() == 0 {
 		return nil, fmt.Errorf("%s: NFS-Ganesha has to be told an address and a port", c.Listen)
 	}
@@ -213,30 +216,54 @@ func (s *Server) Start() error {
 	return nil
 }
 
+// Wait returns when ctx ends, or with the reason when the process can't be started any more.
+func (s *Server) Wait(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-s.broken:
+		return err
+	}
+}
+
 // supervise starts the process again when it has ended, or when it may be there again.
 func (s *Server) supervise() {
 	wait := firstRetry
+	var since time.Time // it does not start
 	for retry := (<-chan time.Time)(nil); ; {
 		var ended <-chan struct{}
 		s.now.Lock()
-		if s.child != nil {
-			ended = s.child.done
-		}
+		c := s.child
 		s.now.Unlock()
+		if c != nil && retry == nil {
+			ended = c.done
+		}
 		select {
 		case <-s.ctx.Done():
 			return
 		case <-s.wake:
 		case <-ended:
+			if time.Since(c.begun) < lastRetry { // it may do so again
+				retry = time.After(wait)
+				wait = min(2*wait, lastRetry)
+				continue
+			}
+			wait = firstRetry
 		case <-retry:
 		}
 		retry = nil
 		if again, err := s.ensure(); err != nil {
 			s.Log.Error("NFS-Ganesha", "error", err)
+			if since.IsZero() {
+				since = time.Now()
+			} else if time.Since(since) > s.giveUp {
+				s.broken <- err
+				return
+			}
 			retry = time.After(wait)
 			wait = min(2*wait, lastRetry)
 		} else if again {
-			wait = firstRetry
+			since = time.Time{}
 		}
 	}
 }
