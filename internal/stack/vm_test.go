@@ -309,3 +309,34 @@ func down(t *testing.T, s *Stack) {
 		t.Errorf("after down there is\n%s", strings.Join(left, "\n"))
 	}
 }
+
+// A context of the same name that leads elsewhere is left alone, and the user is told; one's own is found again, and removed where it was made.
+func TestDockerContext(t *testing.T) {
+	elsewhere, own := t.TempDir(), t.TempDir()
+	t.Setenv("DOCKER_CONFIG", elsewhere)
+	if _, err := docker(t.Context(), elsewhere, "context", "create", dockerContext, "--docker", "host=tcp://cloud.example.org:2376"); err != nil {
+		t.Fatal(err)
+	}
+	s := &Stack{dir: t.TempDir()}
+	if err := s.addContext(t.Context()); err == nil || !strings.Contains(err.Error(), "leads to tcp://cloud.example.org:2376: docker context rm cradle") {
+		t.Errorf("a context that leads elsewhere: %v", err)
+	}
+	if s.record.Docker != "" {
+		t.Errorf("it is noted as the stack's own, in %s", s.record.Docker)
+	}
+	t.Setenv("DOCKER_CONFIG", own)
+	for range 2 {
+		if err := s.addContext(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("DOCKER_CONFIG", elsewhere)
+	if err := s.removeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]string{elsewhere: "cradle\ndefault", own: "default"} {
+		if got, err := docker(t.Context(), dir, "context", "ls", "-q"); err != nil || strings.TrimSpace(got) != want {
+			t.Errorf("there are %q, %v; want %q", got, err, want)
+		}
+	}
+}
