@@ -49,6 +49,8 @@ type cli struct {
 	verbose  bool
 	cold     coldFlags
 	ceph     cephFlags
+
+	local bool // what open has said of the backend
 }
 
 // cephFlags say which cluster, and as whom.

@@ -42,6 +42,7 @@ Interrupted, the same command goes on where it was. Nomad's address and token ar
 	f.StringVar(&m.size, "size", "", "its size: 10GiB (default: the volume's)")
 	f.StringVar(&m.zone, "zone", "", "the zone that it is to be in (default: the node that has the volume)")
 	f.StringVar(&m.to, "to", "", "the node that it is to be on, by name")
+	f.StringVar(&m.plugin, "plugin", "", "the plugin that is to have it, by its id in Nomad (default: the volume's, or any on the node)")
 	f.StringVar(&m.namespace, "namespace", env("NOMAD_NAMESPACE", api.DefaultNamespace), "the namespace of both")
 	_ = cmd.MarkFlagRequired("as")
 	cmd.AddCommand(c.copyParts()...)
@@ -50,8 +51,8 @@ Interrupted, the same command goes on where it was. Nomad's address and token ar
 
 // A move of a volume's files to a new volume.
 type move struct {
-	c                                    *cli
-	as, class, size, zone, to, namespace string
+	c                                            *cli
+	as, class, size, zone, to, plugin, namespace string
 }
 
 // passes is how often what has arrived is compared. Where nobody writes to the volume the second time nothing differs.
@@ -78,8 +79,8 @@ func (m *move) run(ctx context.Context, id string) error {
 		return err
 	}
 	to := from
-	if m.zone != "" && from.zone() != m.zone || m.to != "" {
-		if to, err = n.placeAt(ctx, m.to, m.zone); err != nil {
+	if m.zone != "" && from.zone() != m.zone || m.to != "" || m.plugin != "" && m.plugin != from.plugin {
+		if to, err = n.placeAt(ctx, m.to, m.zone, m.plugin); err != nil {
 			return err
 		}
 	}
@@ -182,9 +183,18 @@ func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c
 	if c.Parameters["class"] != v.Context["class"] {
 		want.MountOptions, want.RequestedCapabilities = nil, capabilities(c.Parameters["class"])
 	}
-	now, err := n.registered(ctx, m.as)
+	var where bytes.Buffer
+	var at located
+	err := n.exec(ctx, to, nil, &where, "copy", "where", m.as)
 	if err == nil {
-		err = n.register(ctx, now, to.has(&want))
+		err = json.Unmarshal(where.Bytes(), &at)
+	}
+	var now *api.CSIVolume
+	if err == nil {
+		now, err = n.registered(ctx, m.as)
+	}
+	if err == nil {
+		err = n.register(ctx, now, to.knows(&want, at.Local))
 	}
 	if err == nil {
 		err = n.exec(ctx, to, nil, io.Discard, "copy", "end", m.as)
@@ -194,6 +204,11 @@ func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c
 	}
 	fmt.Fprintf(m.c.stdout, "volume %s on node %s has what %s has: %d files and directories, %v were sent\n", m.as, to.node.Name, v.ID, sent.Entries, spec.Bytes(sent.Bytes))
 	return nil
+}
+
+// A located says where a volume can be used.
+type located struct {
+	Local bool `json:"local"` // on its node alone
 }
 
 // capabilities of a class whose files a host mounts.
@@ -216,6 +231,7 @@ func (c *cli) copyParts() (all []*cobra.Command) {
 	}{
 		{"send", "write what makes a volume like this one that has what is listed on standard input", c.copySend},
 		{"receive", "make a volume like the one that is sent on standard input", c.copyReceive},
+		{"where", "say where a volume can be used", c.copyWhere},
 		{"end", "a volume is whole", c.copyEnd},
 	} {
 		all = append(all, c.copyPart(part.name, part.short, part.do))
@@ -240,11 +256,12 @@ func (c *cli) copyPart(name, short string, do func(ctx context.Context, b volume
 			if err := c.as(endpoint); err != nil {
 				return err
 			}
-			b, _, err := c.open(cmd.Context())
+			b, local, err := c.open(cmd.Context())
 			if err != nil {
 				return err
 			}
 			defer b.Close()
+			c.local = local
 			stop := keepAlive(c.stderr)
 			defer stop()
 			return do(cmd.Context(), b, args[0], cmd.InOrStdin())
@@ -399,6 +416,10 @@ func (c *cli) copyReceive(ctx context.Context, b volume.Backend, id string, stdi
 			return json.NewEncoder(c.stdout).Encode(changes)
 		})
 	})
+}
+
+func (c *cli) copyWhere(context.Context, volume.Backend, string, io.Reader) error {
+	return json.NewEncoder(c.stdout).Encode(located{Local: c.local})
 }
 
 func (c *cli) copyEnd(ctx context.Context, b volume.Backend, id string, _ io.Reader) error {

@@ -57,7 +57,7 @@ func (r *restore) run(ctx context.Context, id string) error {
 		return err
 	}
 	defer n.client.Close()
-	p, err := n.placeAt(ctx, r.to, "")
+	p, err := n.placeAt(ctx, r.to, "", "")
 	if err != nil {
 		return err
 	}

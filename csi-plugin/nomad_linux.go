@@ -50,16 +50,27 @@ func (p *place) zone() string {
 }
 
 // has is how Nomad is to know a volume that is there.
-func (p *place) has(v *api.CSIVolume) *api.CSIVolume {
+func (p *place) has(v *api.CSIVolume) *api.CSIVolume { return p.knows(v, true) }
+
+// knows is has for a volume that is on the node alone, where that is local, or wherever the plugin is in its zone.
+func (p *place) knows(v *api.CSIVolume, local bool) *api.CSIVolume {
+	segments := maps.Clone(p.node.CSINodePlugins[p.plugin].NodeInfo.AccessibleTopology.Segments)
+	if !local {
+		delete(segments, rpc.TopologyHost)
+	}
+	var where []*api.CSITopology
+	if len(segments) > 0 {
+		where = []*api.CSITopology{{Segments: segments}}
+	}
 	return &api.CSIVolume{
 		ID: v.ID, Name: v.Name, ExternalID: v.ExternalID, Namespace: v.Namespace, MountOptions: v.MountOptions, Parameters: v.Parameters, Context: v.Context,
 		Capacity: v.Capacity, RequestedCapacityMin: v.RequestedCapacityMin, RequestedCapacityMax: v.RequestedCapacityMax, RequestedCapabilities: v.RequestedCapabilities,
-		PluginID: p.plugin, Topologies: []*api.CSITopology{p.node.CSINodePlugins[p.plugin].NodeInfo.AccessibleTopology},
+		PluginID: p.plugin, Topologies: where,
 	}
 }
 
-// placeAt looks for the node of a name, or any in a zone.
-func (n *nomad) placeAt(ctx context.Context, name, zone string) (*place, error) {
+// placeAt looks for the node of a name, or any in a zone, with a plugin of an id, or any.
+func (n *nomad) placeAt(ctx context.Context, name, zone, plugin string) (*place, error) {
 	all, _, err := n.client.Nodes().List(query(ctx, ""))
 	if err != nil {
 		return nil, err
@@ -73,7 +84,7 @@ func (n *nomad) placeAt(ctx context.Context, name, zone string) (*place, error) 
 		if stub.Status != api.NodeStatusReady {
 			continue
 		}
-		p, err := n.place(ctx, stub.ID, "")
+		p, err := n.place(ctx, stub.ID, plugin)
 		if err != nil {
 			return nil, err
 		}
@@ -87,6 +98,8 @@ func (n *nomad) placeAt(ctx context.Context, name, zone string) (*place, error) 
 		return nil, fmt.Errorf("--to %s: Nomad has no such node; \"nomad node status\" lists them", name)
 	case zone != "":
 		return nil, fmt.Errorf("--zone %s: in it "+list, zone)
+	case plugin != "":
+		return nil, fmt.Errorf("--plugin %s: "+list, plugin)
 	}
 	return nil, fmt.Errorf("--to %s: on it "+list, name)
 }
