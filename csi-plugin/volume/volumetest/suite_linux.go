@@ -151,7 +151,7 @@ func (b *bench) clear(ids ...string) {
 // Run runs the suite.
 func (s Suite) Run(t *testing.T) {
 	s.Methods(t)
-	t.Run("Killed", s.testKilled)
+	s.Killed(t)
 }
 
 // Methods runs the tests of these names, all where there are none, but does not kill anything.
@@ -366,7 +366,7 @@ func fill(path string, size int64) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-func (b *bench) blocks() bool { return slices.Contains(b.suite.Classes, volume.LV2) }
+func (b *bench) blocks() bool { return b.suite.blocks() }
 
 func testRaw(b *bench) {
 	if !b.blocks() {

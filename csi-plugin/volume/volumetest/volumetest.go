@@ -25,4 +25,7 @@ type Suite struct {
 
 	Classes []string // that the backend has
 	FS      []string // that its block volumes can have
+
+	// Slow has what was killed be repeated after each step, and looked at, or removed without that, after each third one alone.
+	Slow bool
 }
