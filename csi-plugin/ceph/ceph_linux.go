@@ -50,6 +50,7 @@ type Config struct {
 type Backend struct {
 	pools  []Pool
 	config Config
+	boot   string // this host's boot_id
 }
 
 // Open takes pools into use. The cluster need not be reachable.
@@ -64,7 +65,11 @@ func Open(pools []Pool, c Config) (*Backend, error) {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	return &Backend{pools, c}, nil
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, err
+	}
+	return &Backend{pools, c, strings.TrimSpace(string(boot))}, nil
 }
 
 // Close does nothing: all is in the cluster.
@@ -94,6 +99,7 @@ func (b *Backend) with(ctx context.Context, do func(context.Context, *session) e
 const (
 	volumeKey    = "org.cradlestack.volume"
 	snapshotsKey = "org.cradlestack.snapshot."
+	attachedKey  = "org.cradlestack.attachment."
 )
 
 func snapshotKey(name string) string { return snapshotsKey + hex.EncodeToString([]byte(name)) }
@@ -116,6 +122,13 @@ type taken struct {
 	Hidden    bool      `json:"hidden,omitempty"` // for a clone, while that is made
 }
 
+// An attached is what has a volume mounted by a key of its own. It is written before the key is made, and goes after it.
+type attached struct {
+	Host   string `json:"host"`
+	Boot   string `json:"boot"`             // the host's boot_id: with another one everything that it had mounted is gone
+	Target string `json:"target,omitempty"` // where a guest's is published; "" is the host's own mount, and what begins as copying one for a copy
+}
+
 // A found is a subvolume.
 type found struct {
 	record
@@ -126,6 +139,7 @@ type found struct {
 	data      string // the data pool
 	size, has int64
 	snapshots map[string]taken // what there may be
+	attached  map[string]attached
 }
 
 func (f *found) volume() volume.Volume {
@@ -146,7 +160,7 @@ func command(words string, args ...[]string) []string {
 
 // look reads what there is of a subvolume.
 func (s *session) look(ctx context.Context, p Pool, id string) (*found, error) {
-	f := &found{pool: p, id: id, snapshots: map[string]taken{}}
+	f := &found{pool: p, id: id, snapshots: map[string]taken{}, attached: map[string]attached{}}
 	var info struct {
 		Path      string          `json:"path"`
 		Namespace string          `json:"pool_namespace"`
@@ -171,6 +185,13 @@ func (s *session) look(ctx context.Context, p Pool, id string) (*found, error) {
 			if name, err := hex.DecodeString(name); err == nil && json.Unmarshal([]byte(text), &t) == nil {
 				f.snapshots[string(name)] = t
 			}
+		}
+		if name, ok := strings.CutPrefix(key, attachedKey); ok {
+			var a attached
+			if err := json.Unmarshal([]byte(text), &a); err != nil {
+				return nil, fmt.Errorf("subvolume %s/%s/%s: its metadata %s: %w", p.FS, p.Group, id, key, err)
+			}
+			f.attached[name] = a
 		}
 	}
 	text, ok := texts[volumeKey]
@@ -415,7 +436,7 @@ func (s *session) make(ctx context.Context, p Pool, r volume.Request, size int64
 			return nil, err
 		}
 	}
-	f := &found{pool: p, id: r.Name, size: size, snapshots: map[string]taken{}}
+	f := &found{pool: p, id: r.Name, size: size, snapshots: map[string]taken{}, attached: map[string]attached{}}
 	f.record = record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC().Round(0), Generation: r.Generation}
 	args := command("fs subvolume create", f.of("--namespace-isolated", "--mode", "755"))
 	if size > 0 {
@@ -445,13 +466,18 @@ func (s *session) discard(ctx context.Context, f *found) error {
 	if err := s.uncopied(ctx, f); err != nil {
 		return err
 	}
-	if err := s.elsewhere(ctx, f, f.path, filepath.Dir(f.path)); err != nil {
-		return fmt.Errorf("volume %s: another call makes it: %w", f.id, err)
+	if err := s.elsewhere(ctx, f, f.path, filepath.Dir(f.path)); errors.Is(err, volume.ErrInUse) {
+		return fmt.Errorf("volume %s: %w: another host makes it", f.id, volume.ErrBusy)
+	} else if err != nil {
+		return err
 	}
 	for name := range f.snapshots {
 		if err := s.drop(ctx, f, name); err != nil {
 			return err
 		}
+	}
+	if err := s.revokeAll(ctx, f); err != nil {
+		return err
 	}
 	return s.remove(ctx, f)
 }
@@ -510,8 +536,18 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 
 // unused says, with an ErrInUse, who has the volume mounted: this host, or any other client of the cluster.
 func (s *session) unused(ctx context.Context, f *found) error {
-	if st, err := s.b.mounting(f.id).state(); err != nil {
+	m := s.b.mounting(f.id)
+	if st, err := m.state(); err != nil {
 		return err
+	} else if st == living {
+		if idle, err := m.idle(); err != nil {
+			return err
+		} else if !idle {
+			return fmt.Errorf("%w: this host has it mounted", volume.ErrInUse)
+		}
+		if err := s.unstage(ctx, m); err != nil {
+			return err
+		}
 	} else if st != absent {
 		return fmt.Errorf("%w: this host has it mounted", volume.ErrInUse)
 	}
@@ -521,19 +557,51 @@ func (s *session) unused(ctx context.Context, f *found) error {
 	return s.elsewhere(ctx, f, f.path, filepath.Dir(f.path))
 }
 
-// uncopied ends what an interrupted call of this host has left mounted to copy a volume, which is locked.
+// uncopied ends what interrupted calls of this host have left mounted to copy a volume, which is locked, or its snapshots. A call that is at work is an ErrBusy.
 func (s *session) uncopied(ctx context.Context, f *found) error {
-	m := s.b.mounting(copying + f.id)
-	if err := m.down(ctx); err != nil {
-		return err
+	return s.copies(ctx, f, func(ctx context.Context, target string) error {
+		if err := s.b.mounting(target).down(ctx); err != nil {
+			return err
+		}
+		return s.revoke(ctx, f, target)
+	})
+}
+
+// copies calls do for each copy of a volume, which is locked, that was begun on this host and that nobody makes any more. One that somebody makes is an ErrBusy.
+func (s *session) copies(ctx context.Context, f *found, do func(ctx context.Context, target string) error) error {
+	for _, a := range f.attached {
+		if a.Host != s.b.config.Host || !strings.HasPrefix(a.Target, copying) {
+			continue
+		}
+		clone := strings.Trim(a.Target, copying)
+		if clone == f.id { // whose lock is the caller's
+			if err := do(ctx, a.Target); err != nil {
+				return err
+			}
+			continue
+		}
+		busy := true
+		err := s.b.locks().Alone(ctx, clone, func(ctx context.Context) error {
+			busy = false
+			return do(ctx, a.Target)
+		})
+		if err == nil && busy {
+			err = fmt.Errorf("%w: it is cloned to volume %s", volume.ErrBusy, clone)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return s.revoke(ctx, f, s.b.attachment(m.name))
+	return nil
 }
 
 // elsewhere says, with an ErrInUse, which client of the cluster has one of a volume's directories mounted. Locks are a host's own: by this alone other hosts know
 // that a volume is copied, which is done from the directory above its files (copied).
 func (s *session) elsewhere(ctx context.Context, f *found, dirs ...string) error {
 	clients, err := s.b.clients(ctx, f, dirs...)
+	if i := slices.IndexFunc(clients, func(c sessionOf) bool { return c.Metadata.Root != f.path }); i >= 0 {
+		return fmt.Errorf("%w: host %s clones it", volume.ErrBusy, clients[i].Metadata.Hostname)
+	}
 	if err == nil && len(clients) > 0 {
 		err = fmt.Errorf("%w: host %s has it mounted; where that host is lost, its session ends within five minutes", volume.ErrInUse, clients[0].Metadata.Hostname)
 	}

@@ -26,6 +26,18 @@ func TestRootSoakCeph(t *testing.T) {
 	t.Run("Hangs", testHangs)
 	t.Run("Elsewhere", testElsewhere)
 	t.Run("Evicted", testEvicted)
+	t.Run("LongClone", testLongClone)
+	t.Run("Rebooted", testRebooted)
+	t.Run("Abandoned", testAbandoned)
+	t.Run("Daemons", testDaemons)
+	t.Run("Full", testFull)
+	t.Run("Names", testNames)
+}
+
+// TestRootSoakCephKilled kills every call at every step.
+func TestRootSoakCephKilled(t *testing.T) {
+	lab(t)
+	suite.Killed(t)
 }
 
 // What is mounted and does not answer is told, and neither waited for nor taken for dead.
@@ -76,10 +88,11 @@ func testElsewhere(t *testing.T) {
 		must(t, s.record(ctx, to))
 		to, err = s.look(ctx, to.pool, to.id)
 		must(t, err)
-		source, err := s.opened(ctx, from, filepath.Dir(from.path), ".", true)
+		source, err := s.opened(ctx, from, ":clone:", filepath.Dir(from.path), ".", true)
 		must(t, err)
-		target, err := s.opened(ctx, to, to.path, ".", false)
+		target, err := s.opened(ctx, to, ":clone", to.path, ".", false)
 		must(t, err)
+		must(t, mount.Unlock(ctx, "origin", "clone"))
 		for _, look := range []bool{true, false} {
 			if found := repaired(t, &other, look); len(found) != 0 {
 				t.Errorf("another host repairs %q", found)
@@ -90,7 +103,7 @@ func testElsewhere(t *testing.T) {
 			"a second clone": cloned, "the snapshot is deleted": other.DeleteSnapshot(ctx, kept),
 			"the clone is deleted": other.Delete(ctx, "clone"), "the origin is deleted": other.Delete(ctx, "origin"),
 		} {
-			if !errors.Is(err, volume.ErrInUse) {
+			if !errors.Is(err, volume.ErrBusy) {
 				t.Errorf("%s meanwhile: %v", what, err)
 			}
 		}
@@ -165,5 +178,303 @@ func testEvicted(t *testing.T) {
 		t.Errorf("unpublished: %t, %v", mounted, err)
 	}
 	must(t, b.Unstage(ctx, "v"))
+	must(t, b.Delete(ctx, "v"))
+}
+
+// A clone that takes long keeps nobody from using what it is made of; what would take that away is refused at once, and works when the clone is there.
+func testLongClone(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(ctx, gfs("origin"))
+	must(t, err)
+	dir := staged(t, b, "origin")
+	for i := range 300 {
+		must(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), []byte(strings.Repeat("x", 1000)), 0o600))
+	}
+	kept := volume.SnapshotID{Volume: "origin", Name: "kept"}
+	_, err = b.Snapshot(ctx, volume.SnapshotRequest{ID: kept})
+	must(t, err)
+	for _, origin := range []volume.Origin{{Volume: "origin"}, {Snapshot: kept}} {
+		clone := gfs("clone")
+		clone.Origin = origin
+		cloned := make(chan error, 1)
+		go func() {
+			_, err := b.Clone(ctx, clone, nil)
+			cloned <- err
+		}()
+		point := b.point(":clone")
+		for {
+			mounted, err := mount.Is(point)
+			must(t, err)
+			if mounted {
+				break
+			}
+			select {
+			case err := <-cloned:
+				t.Fatalf("it came to its end before it was mounted: %v", err)
+			case <-time.After(time.Millisecond):
+			}
+		}
+		pid := fuseOf(t, point)
+		must(t, syscall.Kill(pid, syscall.SIGSTOP))
+		for what, err := range map[string]error{"delete": b.Delete(ctx, "origin"), "delete the snapshot": b.DeleteSnapshot(ctx, kept)} {
+			if !errors.Is(err, volume.ErrBusy) {
+				t.Errorf("%s meanwhile: %v; want %v", what, err, volume.ErrBusy)
+			}
+		}
+		must(t, os.WriteFile(filepath.Join(dir, "0"), []byte("later"), 0o600))
+		must(t, b.Unstage(ctx, "origin"))
+		dir = staged(t, b, "origin")
+		_, err = b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "origin", Name: "meanwhile"}})
+		must(t, err)
+		if n, err := b.Expand(ctx, "origin", 128<<20, 0); err != nil || n != 128<<20 {
+			t.Errorf("expand meanwhile: %d, %v", n, err)
+		}
+		if found := repaired(t, b, false); len(found) != 0 {
+			t.Errorf("repaired meanwhile: %q", found)
+		}
+		must(t, syscall.Kill(pid, syscall.SIGCONT))
+		must(t, <-cloned)
+		at := staged(t, b, "clone")
+		entries, err := os.ReadDir(at)
+		text, rerr := os.ReadFile(filepath.Join(at, "0"))
+		if err != nil || rerr != nil || len(entries) != 300 || len(text) != 1000 {
+			t.Errorf("the clone has %d files, %v, the first with %d bytes, %v", len(entries), err, len(text), rerr)
+		}
+		must(t, b.Unstage(ctx, "clone"))
+		must(t, b.Delete(ctx, "clone"))
+		must(t, b.DeleteSnapshot(ctx, volume.SnapshotID{Volume: "origin", Name: "meanwhile"}))
+		must(t, os.WriteFile(filepath.Join(dir, "0"), []byte(strings.Repeat("x", 1000)), 0o600))
+	}
+	must(t, b.DeleteSnapshot(ctx, kept))
+	must(t, b.Unstage(ctx, "origin"))
+	must(t, b.Delete(ctx, "origin"))
+}
+
+// The keys of what a host had mounted when it went down are removed as it comes up, with its sessions; those of other hosts stay.
+func testRebooted(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	other := *b
+	other.config.Host, other.config.Dir = "other", t.TempDir()
+	direct := gfs("direct")
+	direct.Direct = true
+	for _, r := range []volume.Request{gfs("v"), direct} {
+		_, err = b.Create(ctx, r)
+		must(t, err)
+	}
+	_, err = b.Stage(ctx, "v", volume.Use{As: volume.AsFiles})
+	must(t, err)
+	staged(t, &other, "v")
+	_, err = b.Attach(ctx, "direct", "/alloc/'ä%1", false)
+	must(t, err)
+	_, err = other.Attach(ctx, "direct", "/alloc/2", false)
+	must(t, err)
+	must(t, syscall.Kill(fuseOf(t, b.point("v")), syscall.SIGKILL))
+	must(t, mount.Detach(b.point("v")))
+
+	again := *b
+	again.boot, again.config.Dir = "another", t.TempDir()
+	keys := func() int {
+		all, err := keysOf(t, b.pools[0].Group)
+		must(t, err)
+		return len(all)
+	}
+	for _, look := range []bool{true, false} {
+		found := strings.Join(repaired(t, &again, look), "\n")
+		for _, want := range []string{"volume v: the key of what this host had mounted before", "volume direct: the key of what this host had mounted at /alloc/'ä%1 before"} {
+			if !strings.Contains(found, want) {
+				t.Errorf("look: %t: %s; want %s", look, found, want)
+			}
+		}
+		if n := keys(); look && n != 4 || !look && n != 2 {
+			t.Errorf("look: %t: %d keys", look, n)
+		}
+	}
+	if found := repaired(t, &again, false); len(found) != 0 {
+		t.Errorf("again: %q", found)
+	}
+	must(t, os.WriteFile(filepath.Join(staged(t, &other, "v"), "file"), []byte("x"), 0o600))
+	if text, err := os.ReadFile(filepath.Join(staged(t, &again, "v"), "file")); err != nil || string(text) != "x" {
+		t.Errorf("staged again: %q, %v", text, err)
+	}
+	must(t, again.Unstage(ctx, "v"))
+	must(t, other.Unstage(ctx, "v"))
+	must(t, again.Delete(ctx, "v"))
+	must(t, again.Delete(ctx, "direct")) // with the key of who has not detached it
+	if n := keys(); n != 0 {
+		t.Errorf("%d keys are left", n)
+	}
+}
+
+// Each daemon of the cluster may be killed and come back: who writes goes on, and so do calls.
+func testDaemons(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(ctx, gfs("v"))
+	must(t, err)
+	dir := staged(t, b, "v")
+	for i, d := range [][2]string{{"ceph-mds", "a"}, {"ceph-mgr", "x"}, {"ceph-mon", "a"}} {
+		written := make(chan error, 1)
+		stop := make(chan struct{})
+		go func() {
+			var err error
+			for n := 0; err == nil; n++ {
+				select {
+				case <-stop:
+					written <- nil
+					return
+				default:
+				}
+				name, text := filepath.Join(dir, fmt.Sprint(n%10)), fmt.Sprint(n)
+				if err = os.WriteFile(name, []byte(text), 0o600); err == nil {
+					var got []byte
+					if got, err = os.ReadFile(name); err == nil && string(got) != text {
+						err = fmt.Errorf("%s has %q and not %q", name, got, text)
+					}
+				}
+			}
+			written <- err
+		}()
+		cluster.Kill(d[0])
+		id := fmt.Sprint("during", i)
+		_, err := b.Create(ctx, gfs(id))
+		if err != nil && !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("create without %s: %v", d[0], err)
+		}
+		must(t, cluster.Daemon(d[0], d[1]))
+		for begin := time.Now(); ; time.Sleep(time.Second) {
+			if _, err = b.Create(ctx, gfs(id)); err == nil {
+				break
+			}
+			if !errors.Is(err, volume.ErrUnavailable) || time.Since(begin) > 5*time.Minute {
+				t.Fatalf("create with %s again: %v", d[0], err)
+			}
+		}
+		must(t, os.WriteFile(filepath.Join(dir, "after"), []byte(id), 0o600))
+		close(stop)
+		if err := <-written; err != nil {
+			t.Errorf("without %s: %v", d[0], err)
+		}
+		must(t, b.Delete(ctx, id))
+	}
+}
+
+// A cluster that is full says so to who writes; nothing hangs, what is there can be read and removed, and after that there is room again.
+func testFull(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(ctx, gfs("v"))
+	must(t, err)
+	dir := staged(t, b, "v")
+	must(t, os.WriteFile(filepath.Join(dir, "before"), make([]byte, 8<<20), 0o600))
+	limit := func(n string) {
+		t.Helper()
+		_, err := cluster.Ceph(ctx, "osd", "pool", "set-quota", "data", "max_bytes", n)
+		must(t, err)
+	}
+	until := func(what string, done func() bool) {
+		t.Helper()
+		for begin := time.Now(); !done(); time.Sleep(time.Second) {
+			if time.Since(begin) > 2*time.Minute {
+				t.Fatalf("%s: not within 2 minutes", what)
+			}
+		}
+	}
+	limit("1")
+	defer limit("0")
+	write := func() error {
+		f, err := os.OpenFile(filepath.Join(dir, "more"), os.O_WRONLY|os.O_CREATE, 0o600)
+		if err == nil {
+			_, err = f.Write(make([]byte, 1<<20))
+			err = errors.Join(err, f.Sync(), f.Close())
+		}
+		return err
+	}
+	until("a full pool", func() bool {
+		err := write()
+		if err != nil && !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+			t.Fatalf("written to a full pool: %v", err)
+		}
+		return err != nil
+	})
+	if _, err := b.Create(ctx, gfs("w")); !errors.Is(err, volume.ErrNoSpace) {
+		t.Errorf("create a volume in a full pool: %v", err)
+	}
+	if data, err := os.ReadFile(filepath.Join(dir, "before")); err != nil || len(data) != 8<<20 {
+		t.Errorf("read of a full pool: %d bytes, %v", len(data), err)
+	}
+	must(t, os.Remove(filepath.Join(dir, "before")))
+	limit("0")
+	until("room", func() bool { return write() == nil })
+	_, err = b.Create(ctx, gfs("w"))
+	must(t, err)
+}
+
+// The longest name, and one that looks like a path or an option, are names as others are.
+func testNames(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	for _, id := range []string{strings.Repeat("n", volume.MaxName), "0..", "a--group_name", "a.b_c-d"} {
+		_, err := b.Create(ctx, gfs(id))
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(staged(t, b, id), "file"), []byte(id), 0o600))
+		snap := volume.SnapshotID{Volume: id, Name: id}
+		_, err = b.Snapshot(ctx, volume.SnapshotRequest{ID: snap})
+		must(t, err)
+		clone := gfs("c" + id[1:])
+		clone.Origin.Snapshot = snap
+		_, err = b.Clone(ctx, clone, nil)
+		must(t, err)
+		if text, err := os.ReadFile(filepath.Join(staged(t, b, clone.Name), "file")); err != nil || string(text) != id {
+			t.Errorf("the clone of %s has %q, %v", id, text, err)
+		}
+		must(t, b.DeleteSnapshot(ctx, snap))
+		for _, id := range []string{id, clone.Name} {
+			must(t, b.Unstage(ctx, id))
+			must(t, b.Delete(ctx, id))
+		}
+	}
+}
+
+// What nobody has is unmounted, unless somebody is at work in it.
+func testAbandoned(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(ctx, gfs("v"))
+	must(t, err)
+	abandoned := func() string {
+		t.Helper()
+		source, err := b.Stage(ctx, "v", volume.Use{As: volume.AsFiles})
+		must(t, err)
+		if found := repaired(t, b, false); len(found) != 0 {
+			t.Errorf("just mounted: %q", found)
+		}
+		long := time.Now().Add(-2 * idling)
+		must(t, os.Chtimes(b.mounting("v").file("used"), long, long))
+		return source.Directory
+	}
+	dir := abandoned()
+	root, err := os.OpenRoot(dir)
+	must(t, err)
+	repaired(t, b, false)
+	must(t, root.WriteFile("file", []byte("x"), 0o600))
+	if err := b.Delete(ctx, "v"); !errors.Is(err, volume.ErrInUse) {
+		t.Errorf("delete what somebody has open: %v", err)
+	}
+	must(t, root.Close())
+	if found := repaired(t, b, false); len(found) != 1 || !strings.Contains(found[0], "volume v: mounted, and at no place") {
+		t.Errorf("found %q", found)
+	}
+	if mounted, err := mount.Is(dir); err != nil || mounted {
+		t.Errorf("mounted: %t, %v", mounted, err)
+	}
+	abandoned()
 	must(t, b.Delete(ctx, "v"))
 }

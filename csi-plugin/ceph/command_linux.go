@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode/utf16"
 
 	"golang.org/x/sys/unix"
 
@@ -69,7 +70,7 @@ func explained(text string) error {
 		for _, r := range refusals {
 			if errno == r.errno && strings.Contains(what, r.text) {
 				if errno == "EACCES" || errno == "EPERM" {
-					what += ": does the plugin's key have the capabilities that docs/csi.md names?"
+					what += ": does the plugin's key have what ceph-client.sh gives it (docs/operate.md, CephFS)?"
 				}
 				return fmt.Errorf("%w: %s", r.is, what)
 			}
@@ -283,13 +284,21 @@ func (b *Backend) tell(ctx context.Context, out any, args ...string) error {
 	return nil
 }
 
-// quoted is JSON in which nothing ends a shell's quotation, and nothing is one of Python's configparser, which ceph keeps metadata by.
+// quoted is JSON of ASCII in which nothing ends a shell's quotation, and nothing is one of Python's configparser, which ceph keeps metadata by.
 func quoted(v any) string {
 	text, err := json.Marshal(v)
 	if err != nil {
 		panic(err) // it holds nothing that could not be written
 	}
-	return strings.NewReplacer("'", `\u0027`, "%", `\u0025`).Replace(string(text))
+	var b strings.Builder
+	for _, unit := range utf16.Encode([]rune(string(text))) {
+		if unit < 0x7f && unit != '\'' && unit != '%' {
+			b.WriteByte(byte(unit))
+		} else {
+			fmt.Fprintf(&b, `\u%04x`, unit)
+		}
+	}
+	return b.String()
 }
 
 // unique sorts and drops what is there twice.

@@ -39,7 +39,7 @@ const reading = "allow service mon r, allow service mds r, allow service osd r, 
 
 // key makes a client that can do nothing but read, or read and write, the files below a path and the objects in the volume's namespace. A key that an earlier
 // volume of the name has left is replaced.
-func (s *session) key(ctx context.Context, f *found, attachment, path string, readOnly bool) (*spec.CephVolume, error) {
+func (s *session) key(ctx context.Context, f *found, target, path string, readOnly bool) (*spec.CephVolume, error) {
 	if f.namespace == "" {
 		return nil, fmt.Errorf("volume %s: its subvolume has no namespace of its own, so that no key could be for it alone", f.id)
 	}
@@ -47,11 +47,17 @@ func (s *session) key(ctx context.Context, f *found, attachment, path string, re
 	if readOnly {
 		access = "r"
 	}
+	attachment := s.b.attachment(target)
 	c := &spec.CephVolume{FileSystem: f.pool.FS, Path: path, Client: f.clientsOf() + attachment, ReadOnly: readOnly}
 	var err error
 	if c.Monitors, err = s.monitors(ctx); err != nil {
 		return nil, err
 	}
+	a := attached{Host: s.b.config.Host, Boot: s.b.boot, Target: target}
+	if err := s.run(ctx, nil, command("fs subvolume metadata set", f.of(attachedKey+attachment, quoted(a)))...); err != nil {
+		return nil, err
+	}
+	f.attached[attachment] = a
 	var all []struct {
 		Key string `json:"key"`
 	}
@@ -63,7 +69,7 @@ func (s *session) key(ctx context.Context, f *found, attachment, path string, re
 	}
 	err = get()
 	if errors.Is(err, errInvalid) { // it has other capabilities
-		if err = s.revoke(ctx, f, attachment); err == nil {
+		if err = s.unkey(ctx, f, attachment); err == nil {
 			err = get()
 		}
 	}
@@ -99,48 +105,51 @@ func (s *session) monitors(ctx context.Context) (all []string, err error) {
 	return all, nil
 }
 
-// revoke removes a key, and ends the session of who still has one with it: what that writes from now on is refused.
-func (s *session) revoke(ctx context.Context, f *found, attachment string) error {
-	client := f.clientsOf() + attachment
-	if err := s.run(ctx, nil, "auth", "rm", "client."+client); err != nil && !errors.Is(err, volume.ErrNotFound) {
+// revoke removes the key of what is attached at a target, if there is one, and ends the session of who still has one with it: what that writes from now on is
+// refused.
+func (s *session) revoke(ctx context.Context, f *found, target string) error {
+	attachment := s.b.attachment(target)
+	if _, ok := f.attached[attachment]; !ok {
+		return nil
+	}
+	if err := s.unkey(ctx, f, attachment); err != nil {
 		return err
 	}
-	err := s.run(ctx, nil, command("fs subvolume evict", f.of(client))...)
+	return s.detached(ctx, f, attachment)
+}
+
+// unkey removes a key, with the session of who has one by it.
+func (s *session) unkey(ctx context.Context, f *found, attachment string) error {
+	client := f.clientsOf() + attachment
+	err := s.run(ctx, nil, "auth", "rm", "client."+client)
+	if err == nil || errors.Is(err, volume.ErrNotFound) {
+		err = s.run(ctx, nil, command("fs subvolume evict", f.of(client))...)
+	}
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
 	}
 	return err
 }
 
-// keys are the names of all clients that this package has made.
-func (s *session) keys(ctx context.Context) (all []string, err error) {
-	var dump struct {
-		All []struct {
-			Entity string `json:"entity"`
-		} `json:"auth_dump"`
-	}
-	if err := s.run(ctx, &dump, "auth", "ls"); err != nil {
-		return nil, err
-	}
-	for _, one := range dump.All {
-		if client, ok := strings.CutPrefix(one.Entity, "client."); ok && strings.HasPrefix(client, "cradle:") {
-			all = append(all, client)
-		}
-	}
-	return all, nil
-}
-
-// revokeAll removes a volume's keys. Nobody has it mounted.
-func (s *session) revokeAll(ctx context.Context, f *found) error {
-	all, err := s.keys(ctx)
-	if err != nil {
+// detached removes the note of an attachment that has no key any more.
+func (s *session) detached(ctx context.Context, f *found, attachment string) error {
+	err := s.run(ctx, nil, command("fs subvolume metadata rm", f.of(attachedKey+attachment))...)
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return err
 	}
-	for _, client := range all {
-		if strings.HasPrefix(client, f.clientsOf()) {
-			if err := s.run(ctx, nil, "auth", "rm", "client."+client); err != nil && !errors.Is(err, volume.ErrNotFound) {
-				return err
-			}
+	delete(f.attached, attachment)
+	return nil
+}
+
+// revokeAll removes the keys of a volume that nobody has mounted, and that is to go: those of lost hosts as well.
+func (s *session) revokeAll(ctx context.Context, f *found) error {
+	for attachment := range f.attached {
+		err := s.run(ctx, nil, "auth", "rm", "client."+f.clientsOf()+attachment)
+		if err != nil && !errors.Is(err, volume.ErrNotFound) {
+			return err
+		}
+		if err := s.detached(ctx, f, attachment); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -232,8 +241,35 @@ func (m *mounting) errHangs() error {
 	return fmt.Errorf("%w: what is mounted on %s does not answer: see \"ceph status\"", volume.ErrUnavailable, m.point())
 }
 
+// idling is after how long nobody who has staged a volume can still be about to mount it at its place.
+const idling = 5 * time.Minute
+
+// idle says whether a mount was left by a call that did not come to its end: it is at no other place, and was not asked for of late.
+func (m *mounting) idle() (bool, error) {
+	used, err := os.Stat(m.file("used"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil || time.Since(used.ModTime()) < idling {
+		return false, err
+	}
+	others, err := m.others()
+	return len(others) == 0, err
+}
+
+// use says that a mount is asked for now.
+func (m *mounting) use() error {
+	if err := os.MkdirAll(m.file(""), 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(m.file("used"), nil, 0o600)
+}
+
 // up mounts, unless that is done. made is called for the key when one is needed.
 func (m *mounting) up(ctx context.Context, made func() (*spec.CephVolume, error)) error {
+	if err := m.use(); err != nil {
+		return err
+	}
 	switch st, err := m.state(); {
 	case err != nil:
 		return err
@@ -404,6 +440,13 @@ func outlive(pid int) {
 
 // down unmounts, and returns when all that was written is in the cluster.
 func (m *mounting) down(ctx context.Context) error {
+	if err := m.unmount(ctx); err != nil {
+		return err
+	}
+	return m.forget()
+}
+
+func (m *mounting) unmount(ctx context.Context) error {
 	st, err := m.state()
 	switch {
 	case err != nil:
@@ -418,13 +461,15 @@ func (m *mounting) down(ctx context.Context) error {
 			err = fmt.Errorf("%s: %w: end what still uses it", m.point(), volume.ErrInUse)
 		}
 	}
-	if err == nil {
-		err = m.wait(ctx, func(mounted, running bool) bool { return !mounted && !running })
-	}
 	if err != nil {
 		return err
 	}
-	return errors.Join(os.RemoveAll(m.file("")), gone(os.Remove(m.point())))
+	return m.wait(ctx, func(mounted, running bool) bool { return !mounted && !running })
+}
+
+// forget removes the files of what is not mounted any more.
+func (m *mounting) forget() error {
+	return errors.Join(gone(os.Remove(m.point())), os.RemoveAll(m.file("")))
 }
 
 func gone(err error) error {
@@ -510,17 +555,17 @@ type opened struct {
 	end  func() error
 }
 
-// copying begins the name of what is mounted for a copy. No volume's begins so.
+// copying begins the name of what is mounted for a copy, of which the name of the clone follows; what that is made of has another one at its end. No volume's
+// begins so.
 const copying = ":"
 
-// opened mounts a path for a key of its own, and opens a part of it.
-func (s *session) opened(ctx context.Context, f *found, path, part string, readOnly bool) (*opened, error) {
-	m := s.b.mounting(copying + f.id) // while this process has the volume
+// opened mounts a path for a key of its own, and opens a part of it. The name is of the mount, copying and the clone, whose lock is held.
+func (s *session) opened(ctx context.Context, f *found, name, path, part string, readOnly bool) (*opened, error) {
+	m := s.b.mounting(name)
 	if err := m.down(ctx); err != nil {
 		return nil, err
 	}
-	attachment := s.b.attachment(m.name)
-	err := m.start(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, attachment, path, readOnly) })
+	err := m.start(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, name, path, readOnly) })
 	if err != nil {
 		return nil, err
 	}
@@ -533,7 +578,7 @@ func (s *session) opened(ctx context.Context, f *found, path, part string, readO
 		if err := m.down(ctx); err != nil {
 			return err
 		}
-		return s.revoke(ctx, f, attachment)
+		return s.revoke(ctx, f, name)
 	}
 	if o.root, err = os.OpenRoot(filepath.Join(m.point(), part)); err != nil {
 		return nil, errors.Join(err, o.end())
@@ -568,7 +613,7 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (source 
 }
 
 func (s *session) up(ctx context.Context, f *found) error {
-	return s.b.mounting(f.id).up(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, s.b.attachment(""), f.path, false) })
+	return s.b.mounting(f.id).up(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, "", f.path, false) })
 }
 
 // Unstage is volume.Backend's.
@@ -590,7 +635,7 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 	if others, err := m.others(); err != nil || len(others) > 0 {
 		return err
 	}
-	if err := m.down(ctx); err != nil {
+	if err := m.unmount(ctx); err != nil { // which needs no cluster that answers commands
 		return fmt.Errorf("unstage volume %s: %w", id, err)
 	}
 	s, err := b.session(ctx)
@@ -598,14 +643,22 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 		return err
 	}
 	defer s.close()
-	f, err := s.find(ctx, id)
+	return s.unstage(ctx, m)
+}
+
+// unstage unmounts a volume, which is locked, and removes the host's key.
+func (s *session) unstage(ctx context.Context, m *mounting) error {
+	if err := m.unmount(ctx); err != nil {
+		return err
+	}
+	f, err := s.find(ctx, m.name)
 	if err == nil {
-		err = s.revoke(ctx, f, b.attachment(""))
+		err = s.revoke(ctx, f, "")
 	}
-	if errors.Is(err, volume.ErrNotFound) {
-		return nil
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return err
 	}
-	return err
+	return m.forget() // only now: it says that there is a key
 }
 
 // Attach is volume.Attacher's.
@@ -621,7 +674,7 @@ func (b *Backend) Attach(ctx context.Context, id, target string, readOnly bool) 
 		if err != nil {
 			return err
 		}
-		c, err := s.key(ctx, f, b.attachment(target), f.path, readOnly)
+		c, err := s.key(ctx, f, target, f.path, readOnly)
 		v = spec.Volume{Name: id, Class: f.Class, Ceph: c}
 		return err
 	}, id)
@@ -636,7 +689,7 @@ func (b *Backend) Detach(ctx context.Context, id, target string) error {
 	return b.with(ctx, func(ctx context.Context, s *session) error {
 		f, err := s.find(ctx, id)
 		if err == nil && f.Direct {
-			err = s.revoke(ctx, f, b.attachment(target))
+			err = s.revoke(ctx, f, target)
 		}
 		if errors.Is(err, volume.ErrNotFound) {
 			return nil

@@ -13,7 +13,7 @@ import (
 )
 
 // Repair is volume.Repairer's: it mounts again what a ceph-fuse that has died has left, unmounts what a copy has, and removes volumes, and snapshots for clones,
-// that were not completed, and keys of volumes that are not there any more.
+// that were not completed, and keys of what this host had mounted before it was started again.
 func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) error {
 	entries, err := os.ReadDir(filepath.Join(b.config.Dir, "run"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -26,7 +26,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 	defer s.close()
 	for _, e := range entries {
 		name := e.Name()
-		id, copied := strings.CutPrefix(name, copying)
+		id, copied := strings.Trim(name, copying), strings.HasPrefix(name, copying)
 		err := b.locks().Alone(ctx, id, func(ctx context.Context) error {
 			m := b.mounting(name)
 			st, err := m.state()
@@ -37,21 +37,25 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 				return m.errHangs()
 			}
 			if copied {
-				report(fmt.Sprintf("%s: mounted to copy volume %s, and the copy did not come to its end", m.point(), id))
+				report(fmt.Sprintf("%s: mounted to make volume %s, and the copy did not come to its end", m.point(), id))
 				if look {
 					return nil
 				}
-				if err := m.down(ctx); err != nil {
+				return m.down(ctx)
+			}
+			if st == living {
+				idle, err := m.idle()
+				if err != nil || !idle {
 					return err
 				}
-				f, err := s.find(ctx, id)
-				if errors.Is(err, volume.ErrNotFound) {
+				report(fmt.Sprintf("volume %s: mounted, and at no place: its attachment, or a copy of its files, did not come to its end", id))
+				if look {
 					return nil
 				}
-				if err != nil {
+				if err := s.unstage(ctx, m); !errors.Is(err, volume.ErrInUse) { // by who copies it
 					return err
 				}
-				return s.revoke(ctx, f, b.attachment(name))
+				return nil
 			}
 			if st != dead {
 				return nil
@@ -73,9 +77,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 			return err
 		}
 	}
-	there := map[string]bool{}
-	err = s.each(ctx, func(f *found) error {
-		there[f.clientsOf()] = true
+	return s.each(ctx, func(f *found) error {
 		if f.whole() {
 			return s.repair(ctx, f, look, report)
 		}
@@ -101,10 +103,6 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 			return s.discard(ctx, now)
 		})
 	})
-	if err != nil {
-		return err
-	}
-	return s.repairKeys(ctx, there, look, report)
 }
 
 // copiedElsewhere says whether a call of another host copies a volume, or makes it.
@@ -115,63 +113,94 @@ func (s *session) copiedElsewhere(ctx context.Context, f *found, look bool, dirs
 		}
 	}
 	err := s.elsewhere(ctx, f, dirs...)
-	if errors.Is(err, volume.ErrInUse) {
+	if errors.Is(err, volume.ErrInUse) || errors.Is(err, volume.ErrBusy) {
 		return true, nil
 	}
 	return false, err
 }
 
-// repair removes snapshots for clones.
+// repair removes what interrupted copies of a volume have left, with their snapshots, and the keys of what this host had mounted before it was started again.
 func (s *session) repair(ctx context.Context, f *found, look bool, report func(string)) error {
-	for name, t := range f.snapshots {
-		if !t.Hidden {
-			continue
+	if !f.leftovers(s.b) {
+		return nil
+	}
+	return s.b.locks().Alone(ctx, f.id, func(ctx context.Context) error {
+		f, err := s.look(ctx, f.pool, f.id)
+		if errors.Is(err, volume.ErrNotFound) {
+			return nil
 		}
-		err := s.b.locks().Alone(ctx, f.id, func(ctx context.Context) error {
-			if busy, err := s.copiedElsewhere(ctx, f, look, filepath.Dir(f.path)); err != nil || busy {
-				return err
-			}
-			report(fmt.Sprintf("%s@%s: it was for a clone, and the call did not come to its end", f.id, name))
-			if look {
-				return nil
-			}
-			return s.drop(ctx, f, name)
-		})
 		if err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-// repairKeys removes keys of volumes of these pools that are not there.
-func (s *session) repairKeys(ctx context.Context, there map[string]bool, look bool, report func(string)) error {
-	all, err := s.keys(ctx)
-	if err != nil {
-		return err
-	}
-	for _, client := range all {
-		for _, p := range s.b.pools {
-			f := &found{pool: p}
-			id, _, ok := strings.Cut(strings.TrimPrefix(client, strings.TrimSuffix(f.clientsOf(), ":")), ":")
-			f.id = id
-			if !ok || !strings.HasPrefix(client, strings.TrimSuffix((&found{pool: p}).clientsOf(), ":")) || !volume.ValidName(id) || there[f.clientsOf()] {
+		left := false
+		copied := s.copies(ctx, f, func(ctx context.Context, target string) error {
+			left = true
+			report(fmt.Sprintf("volume %s: it was copied to volume %s, and the call did not come to its end", f.id, strings.Trim(target, copying)))
+			if look {
+				return nil
+			}
+			if err := s.b.mounting(target).down(ctx); err != nil {
+				return err
+			}
+			return s.revoke(ctx, f, target)
+		})
+		if copied != nil && !errors.Is(copied, volume.ErrBusy) {
+			return copied
+		}
+		for _, a := range f.attached {
+			if a.Host != s.b.config.Host || a.Boot == s.b.boot || strings.HasPrefix(a.Target, copying) {
 				continue
 			}
-			err := s.b.locks().Alone(ctx, id, func(ctx context.Context) error {
-				if _, err := s.look(ctx, p, id); !errors.Is(err, volume.ErrNotFound) {
-					return err
-				}
-				report("client." + client + ": the key of a volume that is not there any more")
-				if look {
-					return nil
-				}
-				return s.run(ctx, nil, "auth", "rm", "client."+client)
-			})
-			if err != nil {
+			report(fmt.Sprintf("volume %s: the key of what this host had mounted%s before it was started again", f.id, at(a.Target)))
+			if look {
+				continue
+			}
+			if err := s.revoke(ctx, f, a.Target); err != nil {
 				return err
 			}
 		}
+		if copied != nil { // by a call that is at work
+			return nil
+		}
+		for name, t := range f.snapshots {
+			if !t.Hidden {
+				continue
+			}
+			if !left || !look { // what this host has left would look like a copy
+				if busy, err := s.copiedElsewhere(ctx, f, look, filepath.Dir(f.path)); err != nil || busy {
+					return err
+				}
+			}
+			report(fmt.Sprintf("%s@%s: it was for a clone, and the call did not come to its end", f.id, name))
+			if look {
+				continue
+			}
+			if err := s.drop(ctx, f, name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// leftovers says whether something of a volume may have been left.
+func (f *found) leftovers(b *Backend) bool {
+	for _, t := range f.snapshots {
+		if t.Hidden {
+			return true
+		}
 	}
-	return nil
+	for _, a := range f.attached {
+		if a.Host == b.config.Host && (a.Boot != b.boot || strings.HasPrefix(a.Target, copying)) {
+			return true
+		}
+	}
+	return false
+}
+
+func at(target string) string {
+	if target == "" {
+		return ""
+	}
+	return " at " + target
 }

@@ -213,6 +213,7 @@ func (b *Backend) Clone(ctx context.Context, r volume.Request, _ volume.Hold) (v
 	if !volume.ValidName(origin) {
 		return v, fmt.Errorf("%s: %w", r.Origin, volume.ErrNotFound)
 	}
+	// The clone's lock is held to the end; the origin's until what is copied is mounted, as that takes as long as it does.
 	err = b.with(ctx, func(ctx context.Context, s *session) error {
 		f, err := s.find(ctx, r.Name)
 		switch {
@@ -316,13 +317,20 @@ func (s *session) copied(ctx context.Context, to, from *found, snapshot string) 
 		return nil, err
 	}
 	// Of the subvolume <path>/<uuid>, <path>/.snap/<snapshot>/<uuid> is what it was; nothing can be mounted from within .snap.
-	source, err := s.opened(ctx, from, filepath.Dir(from.path), filepath.Join(".snap", snapshot, filepath.Base(from.path)), true)
+	source, err := s.opened(ctx, from, copying+to.id+copying, filepath.Dir(from.path), filepath.Join(".snap", snapshot, filepath.Base(from.path)), true)
 	if err != nil {
 		return nil, err
 	}
-	target, err := s.opened(ctx, to, to.path, ".", false)
+	target, err := s.opened(ctx, to, copying+to.id, to.path, ".", false)
 	if err != nil {
 		return nil, errors.Join(err, source.end())
+	}
+	if err := mount.Unlock(ctx, from.id, to.id); err != nil {
+		return nil, errors.Join(err, source.end(), target.end())
+	}
+	// Locks are a host's own. Each has noted by now that it copies, so that of two at least one finds the other here.
+	if err := s.unchanged(ctx, to, from, snapshot, was); err != nil {
+		return nil, errors.Join(err, source.end(), target.end())
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	r, w := io.Pipe()
@@ -337,10 +345,11 @@ func (s *session) copied(ctx context.Context, to, from *found, snapshot string) 
 		}
 		return errors.Join(err, r.CloseWithError(err))
 	})
-	if err := errors.Join(g.Wait(), source.end(), target.end()); err != nil {
-		return nil, err
+	err = g.Wait()
+	if err == nil { // as long as nobody who asks whether it is copied is told no
+		err = s.unchanged(ctx, to, from, snapshot, was)
 	}
-	return to, s.unchanged(ctx, to, from, snapshot, was)
+	return to, errors.Join(err, source.end(), target.end())
 }
 
 // unchanged says whether a copy is whole: a snapshot that was removed meanwhile has looked like one with fewer files, and what another host has made is not this copy.
@@ -353,8 +362,16 @@ func (s *session) unchanged(ctx context.Context, to, from *found, snapshot, was 
 		return fmt.Errorf("snapshot %s@%s, while it was copied: %w", from.id, snapshot, err)
 	}
 	made, err := s.look(ctx, to.pool, to.id)
-	if err == nil && made.path != to.path {
-		err = fmt.Errorf("%w: another call makes it", volume.ErrUnavailable)
+	if err != nil {
+		return err
 	}
-	return err
+	if made.path != to.path {
+		return fmt.Errorf("%w: another call makes it", volume.ErrUnavailable)
+	}
+	for _, a := range made.attached {
+		if a.Host != s.b.config.Host {
+			return fmt.Errorf("%w: host %s makes it", volume.ErrBusy, a.Host)
+		}
+	}
+	return nil
 }

@@ -18,9 +18,7 @@ import (
 func Lock(ctx context.Context, f *os.File, names ...string) (*os.File, error) {
 	offsets := make([]int64, len(names))
 	for i, name := range names {
-		h := fnv.New64a()
-		h.Write([]byte(name))
-		offsets[i] = int64(h.Sum64() >> 2)
+		offsets[i] = lockOffset(name)
 	}
 	slices.Sort(offsets) // in one order, so that no two wait for each other
 	for _, at := range offsets {
@@ -30,6 +28,12 @@ func Lock(ctx context.Context, f *os.File, names ...string) (*os.File, error) {
 		}
 	}
 	return f, nil
+}
+
+func lockOffset(name string) int64 {
+	h := fnv.New64a()
+	h.Write([]byte(name))
+	return int64(h.Sum64() >> 2)
 }
 
 // Locks is the file of a backend's locks, which Lock takes.
@@ -46,6 +50,15 @@ func (l Locks) Take(ctx context.Context, names ...string) (held context.Context,
 		return nil, nil, err
 	}
 	return context.WithValue(ctx, heldKey{}, f), func() { f.Close() }, nil
+}
+
+// Unlock ends the lock of a name before the others that ctx, from Take, has; not where keep, which goes on, shares its byte.
+func Unlock(ctx context.Context, name, keep string) error {
+	at := lockOffset(name)
+	if at == lockOffset(keep) {
+		return nil
+	}
+	return os.NewSyscallError("fcntl", unix.FcntlFlock(Held(ctx).Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK, Start: at, Len: 1}))
 }
 
 // atWork is how long Alone waits for another process to be done.

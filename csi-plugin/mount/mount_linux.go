@@ -185,7 +185,8 @@ func Empty(target string) error {
 // Unmount removes all that is mounted at target; nothing is no error. What is busy is an error that wraps EBUSY. What was written is on the
 // device then, also where a mount namespace that was copied from this host's keeps the file system mounted.
 func Unmount(target string) error {
-	if mounted, err := Is(target); err == nil && mounted {
+	at, err := At(target)
+	if err == nil && at != nil && !strings.HasPrefix(at.FSType, "fuse") { // which has no such thing, and may not answer
 		if err := Sync(target); err != nil && !dead(err) {
 			return err
 		}

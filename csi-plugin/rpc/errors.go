@@ -26,6 +26,7 @@ func translate(err error) error {
 		{volume.ErrNotFound, codes.NotFound},
 		{volume.ErrExists, codes.AlreadyExists},
 		{mount.ErrOccupied, codes.AlreadyExists},
+		{volume.ErrBusy, codes.Aborted},
 		{volume.ErrInUse, codes.FailedPrecondition},
 		{volume.ErrForeign, codes.FailedPrecondition},
 		{volume.ErrNoSpace, codes.ResourceExhausted},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -284,7 +285,14 @@ func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	if err != nil {
 		return nil, err
 	}
-	fi, err := os.Stat(path)
+	var fi fs.FileInfo
+	var files spec.VolumeStats
+	err = answered(path, func() (err error) {
+		if fi, err = os.Stat(path); err == nil && fi.IsDir() {
+			files, err = mount.Stats(path)
+		}
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -302,7 +310,7 @@ func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 			return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{bytes(v.Size, 0, 0)}}, nil
 		}
 	default:
-		stats, err = mount.Stats(path)
+		stats = files
 	}
 	if err != nil {
 		return nil, err
@@ -311,6 +319,21 @@ func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 		bytes(int64(stats.Total), int64(stats.Used), int64(stats.Available)),
 		{Unit: csi.VolumeUsage_INODES, Total: int64(stats.Inodes), Used: int64(stats.InodesUsed), Available: int64(stats.InodesAvailable)},
 	}}, nil
+}
+
+// patience is how long a mount may take to answer: of a cluster that does not it never would.
+const patience = 20 * time.Second
+
+// answered does something to what is mounted at path, unless that does not answer.
+func answered(path string, do func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- do() }() // until the mount answers, or ends
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(patience):
+		return fmt.Errorf("%s: %w: what is mounted there does not answer", path, volume.ErrUnavailable)
+	}
 }
 
 // at finds a volume that is published or staged at a path.

@@ -2,7 +2,7 @@
 // volume.Backend. It translates between CSI and package volume and decides nothing about storage; no backend is imported here.
 //
 // Calls for one volume wait for each other, those for different volumes run at the same time. Nomad takes Aborted for final,
-// so a second call for a busy volume is not refused, and ends only with its own deadline.
+// so a second call for a busy volume is not refused, and ends only with its own deadline. Aborted is what would wait for a copy that may take hours.
 package rpc
 
 import (

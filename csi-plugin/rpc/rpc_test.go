@@ -27,6 +27,7 @@ func TestTranslate(t *testing.T) {
 		{fmt.Errorf("volume v: %w", volume.ErrExists), codes.AlreadyExists},
 		{fmt.Errorf("volume v: %w", volume.ErrInUse), codes.FailedPrecondition},
 		{fmt.Errorf("volume v: %w", volume.ErrForeign), codes.FailedPrecondition},
+		{fmt.Errorf("delete volume v: %w", volume.ErrBusy), codes.Aborted},
 		{fmt.Errorf("volume v: %w", volume.ErrNoSpace), codes.ResourceExhausted},
 		{fmt.Errorf("volume v: %w", volume.ErrRange), codes.OutOfRange},
 		{volume.Invalid("parameter fs", "no"), codes.InvalidArgument},

@@ -10,6 +10,7 @@ var (
 	ErrNotFound    = errors.New("not found")
 	ErrExists      = errors.New("exists, and is another")
 	ErrInUse       = errors.New("in use")
+	ErrBusy        = errors.New("another call is at work") // for longer than one waits for
 	ErrNoSpace     = errors.New("no space")
 	ErrRange       = errors.New("size out of range")
 	ErrInvalid     = errors.New("invalid")

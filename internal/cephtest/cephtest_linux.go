@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -28,7 +29,7 @@ type Cluster struct {
 
 	dir       string
 	namespace *netnstest.Namespace
-	daemons   map[string]*exec.Cmd
+	daemons   map[string]*daemon
 }
 
 const packages = "apt-get install ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse ceph-common"
@@ -44,7 +45,7 @@ func Start(ctx context.Context, dir string) (_ *Cluster, err error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{Host: namespace.Host, Conf: filepath.Join(dir, "ceph.conf"), dir: dir, namespace: namespace, daemons: map[string]*exec.Cmd{}}
+	c := &Cluster{Host: namespace.Host, Conf: filepath.Join(dir, "ceph.conf"), dir: dir, namespace: namespace, daemons: map[string]*daemon{}}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	defer func() {
@@ -163,26 +164,42 @@ func (c *Cluster) Daemon(program, id string) error {
 	}
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // with the thread that starts it
+	started, ended := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		defer close(ended)
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		return err
 	}
-	c.daemons[program] = cmd
+	c.daemons[program] = &daemon{cmd.Process, ended}
 	return nil
+}
+
+// A daemon is one that was started.
+type daemon struct {
+	*os.Process
+	ended chan struct{}
 }
 
 // Kill kills a daemon.
 func (c *Cluster) Kill(program string) {
-	if cmd := c.daemons[program]; cmd != nil {
-		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-		_ = cmd.Wait()
+	if d := c.daemons[program]; d != nil {
+		_ = syscall.Kill(-d.Pid, syscall.SIGKILL)
+		<-d.ended
 		delete(c.daemons, program)
 	}
 }
 
 // Signal sends one to a daemon: SIGSTOP makes it hang.
 func (c *Cluster) Signal(program string, s syscall.Signal) error {
-	return syscall.Kill(-c.daemons[program].Process.Pid, s)
+	return syscall.Kill(-c.daemons[program].Pid, s)
 }
 
 // Ceph runs a command of the program ceph as client.admin, and returns what it writes.
@@ -193,6 +210,24 @@ func (c *Cluster) Ceph(ctx context.Context, args ...string) (string, error) {
 	}
 	return out, err
 }
+
+// Plugin makes the client of a plugin that has a subvolume group, of the group's name, as an operator does: by examples/nomad/volumes/ceph-client.sh, whose path
+// is script. It returns the file with its key.
+func (c *Cluster) Plugin(ctx context.Context, script, group string) (keyring string, err error) {
+	cmd := exec.CommandContext(ctx, "sh", script, FS, group, group)
+	cmd.Env = append(os.Environ(), "CEPH_CONF="+c.Conf)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	text, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %s", script, err, errs.String())
+	}
+	keyring = filepath.Join(c.dir, group+".keyring")
+	return keyring, os.WriteFile(keyring, text, 0o600)
+}
+
+// Namespace is the name of its network namespace.
+func (c *Cluster) Namespace() string { return c.namespace.Name() }
 
 func (c *Cluster) command(ctx context.Context, in io.Reader, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "ceph", append([]string{"-c", c.Conf}, args...)...)

@@ -52,6 +52,9 @@ func New(kind string) (_ *Namespace, err error) {
 	return s, nil
 }
 
+// Name is what ip netns knows it by.
+func (s *Namespace) Name() string { return s.name }
+
 // Command is a command that runs in the namespace, in a mount namespace of its own.
 func (s *Namespace) Command(ctx context.Context, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", s.name}, args...)...)
@@ -71,10 +74,8 @@ func sweep(kind string) error {
 		if _, err := fmt.Sscanf(name, kind+"-%d-%d", &pid, &n); err != nil || syscall.Kill(pid, 0) == nil {
 			continue
 		}
-		out, err := exec.Command("ip", "netns", "pids", name).Output()
-		if err != nil {
-			continue // somebody else is sweeping
-		}
+		// None where the test had mounts of its own, which its namespace was in, or where somebody else is sweeping.
+		out, _ := exec.Command("ip", "netns", "pids", name).Output()
 		for field := range strings.FieldsSeq(string(out)) {
 			if pid, err := strconv.Atoi(field); err == nil {
 				_ = syscall.Kill(pid, syscall.SIGKILL)
