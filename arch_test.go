@@ -102,7 +102,7 @@ var mayImport = map[string][]string{
 	"docs":            {},
 	"examples/images": {},
 	"examples/stack":  {"internal/stack"},
-	"test":            {"spec", "driver-cradle/wire", "internal/cgroup", "internal/mountns", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/locked", "internal/netnstest", "internal/stack"}, // end to end: through the programs, not around them
+	"test":            {"spec", "driver-cradle/wire", "internal/cephtest", "internal/cgroup", "internal/mountns", "internal/nomadtest", "internal/nfstest", "internal/filertest", "internal/locked", "internal/netnstest", "internal/stack"}, // end to end: through the programs, not around them
 }
 
 // testsMayImport is what tests may import beyond that: the agent's run it in a real machine.
@@ -122,7 +122,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/translate":         {"internal/golden"},
 	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
-	"csi-plugin":                  {"internal/mountns", "internal/nomadtest", "test/dockerd", "test/programs"},
+	"csi-plugin":                  {"internal/cephtest", "internal/mountns", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"terraform-provider":          {"internal/golden", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/ceph":             {"csi-plugin/volume/volumetest", "internal/cephtest"},

@@ -185,12 +185,18 @@ func testDrain(s *stack) {
 // betweenKills runs a command that is killed at random moments, until it comes to its end or was killed often enough.
 func (s *stack) betweenKills(enough int, args ...string) (kills int) {
 	s.t.Helper()
+	return s.betweenKillsWithin(time.Second, enough, args...)
+}
+
+// betweenKillsWithin is betweenKills for a command that takes longer than most.
+func (s *stack) betweenKillsWithin(most time.Duration, enough int, args ...string) (kills int) {
+	s.t.Helper()
 	for kills < enough {
 		cmd, out := s.csi(args...)
 		if err := s.Server().Launch(cmd); err != nil {
 			s.t.Fatal(err)
 		}
-		time.AfterFunc(mathrand.N(time.Second), func() { cmd.Process.Kill() })
+		time.AfterFunc(mathrand.N(most), func() { cmd.Process.Kill() })
 		err := cmd.Wait()
 		if err == nil {
 			return kills

@@ -52,10 +52,10 @@ func eachSanity(t *testing.T, kinds map[string]string) {
 	}
 }
 
-// sanity runs csi-sanity against a plugin whose files are in dir.
-func sanity(t *testing.T, dir string, pool pool, parameters string) {
+// sanity runs csi-sanity against a plugin whose files are in dir, and which goes on.
+func sanity(t *testing.T, dir string, pool pool, parameters string) (endpoint string) {
 	file := func(name string) string { return filepath.Join(dir, name) }
-	endpoint := serve(t, dir, pool)
+	endpoint = serve(t, dir, pool)
 	if err := os.WriteFile(file("parameters.yaml"), []byte(parameters+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -99,6 +99,7 @@ func sanity(t *testing.T, dir string, pool pool, parameters string) {
 	if passed < 70 {
 		t.Errorf("only %d specs passed", passed)
 	}
+	return endpoint
 }
 
 // A pool is a plugin's.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 
@@ -87,14 +88,8 @@ func (w *network) plug(number, pid int) (netip.Addr, error) {
 		return netip.Addr{}, err
 	}
 	defer node.Close()
-	address := func(g netip.Prefix) netip.Prefix {
-		b := g.Addr().AsSlice()
-		b[len(b)-1] = byte(number)
-		a, _ := netip.AddrFromSlice(b)
-		return netip.PrefixFrom(a, g.Bits())
-	}
-	own := address(gateway)
-	if err := errors.Join(up(node, "lo"), up(node, "eth0", own, address(gateway6))); err != nil {
+	own := numbered(gateway, number)
+	if err := errors.Join(up(node, "lo"), up(node, "eth0", own, numbered(gateway6, number))); err != nil {
 		return netip.Addr{}, err
 	}
 	for _, g := range []netip.Prefix{gateway, gateway6} {
@@ -118,6 +113,51 @@ func (w *network) unplug(number int) error {
 		return err
 	}
 	return nil
+}
+
+// Attach puts another network namespace, by its name in /run/netns, at the switch: nodes reach the address that it has. It ends with either.
+func (c *Cluster) Attach(namespace string, address netip.Addr) error {
+	space, err := os.Open(filepath.Join("/run/netns", namespace))
+	if err != nil {
+		return err
+	}
+	defer space.Close()
+	const number = 200 // of no node
+	w := c.network
+	if err := w.handle.LinkAdd(&netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: port(number), MasterIndex: w.bridge.Attrs().Index},
+		PeerName:  "switch0", PeerNamespace: netlink.NsFd(int(space.Fd())),
+	}); err != nil {
+		return fmt.Errorf("add veth: %w", err)
+	}
+	there, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())))
+	if err != nil {
+		return err
+	}
+	defer there.Close()
+	by := numbered(gateway, number)
+	if err := errors.Join(up(w.handle, port(number)), up(there, "switch0", by)); err != nil {
+		return err
+	}
+	if err := w.handle.RouteAdd(&netlink.Route{
+		Dst: &net.IPNet{IP: address.AsSlice(), Mask: net.CIDRMask(address.BitLen(), address.BitLen())}, Gw: by.Addr().AsSlice(),
+	}); err != nil {
+		return fmt.Errorf("route to %s: %w", address, err)
+	}
+	return onThread(func() error { // what nodes send to their gateway it hands on
+		if err := unix.Setns(int(w.space.Fd()), unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0)
+	})
+}
+
+// numbered is a node's address in a network.
+func numbered(g netip.Prefix, number int) netip.Prefix {
+	b := g.Addr().AsSlice()
+	b[len(b)-1] = byte(number)
+	a, _ := netip.AddrFromSlice(b)
+	return netip.PrefixFrom(a, g.Bits())
 }
 
 func port(number int) string { return "port" + strconv.Itoa(number) }
