@@ -216,9 +216,10 @@ func testLongClone(t *testing.T) {
 			case <-time.After(time.Millisecond):
 			}
 		}
+		deleted := b.Delete(ctx, "origin") // which waits until the copy has begun
 		pid := fuseOf(t, point)
 		must(t, syscall.Kill(pid, syscall.SIGSTOP))
-		for what, err := range map[string]error{"delete": b.Delete(ctx, "origin"), "delete the snapshot": b.DeleteSnapshot(ctx, kept)} {
+		for what, err := range map[string]error{"delete": deleted, "delete the snapshot": b.DeleteSnapshot(ctx, kept)} {
 			if !errors.Is(err, volume.ErrBusy) {
 				t.Errorf("%s meanwhile: %v; want %v", what, err, volume.ErrBusy)
 			}

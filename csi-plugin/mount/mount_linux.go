@@ -16,20 +16,13 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// Is says whether something is mounted at path. A path that is not there is no mount.
+// Is says whether something is mounted at path. A path that is not there is no mount. What is mounted is not asked: it may not answer.
 func Is(path string) (bool, error) {
-	mounted, err := mountinfo.Mounted(path)
-	if errors.Is(err, fs.ErrNotExist) { // also of a mount whose file system is no more, as that of a ceph-fuse whose session the cluster has ended
-		at, err := At(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			err = nil
-		}
-		return at != nil, err
+	at, err := At(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
 	}
-	if dead(err) {
-		return true, nil
-	}
-	return mounted, err
+	return at != nil, err
 }
 
 // dead says whether an error is what a FUSE file system gives whose program has ended, or has lost its cluster: nothing but a mount does.
