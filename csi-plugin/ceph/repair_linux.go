@@ -144,7 +144,8 @@ func (s *session) repair(ctx context.Context, f *found, look bool, report func(s
 			}
 			return s.revoke(ctx, f, target)
 		})
-		if copied != nil && !errors.Is(copied, volume.ErrBusy) {
+		busy := errors.Is(copied, volume.ErrBusy)
+		if copied != nil && !busy {
 			return copied
 		}
 		for _, a := range f.attached {
@@ -159,7 +160,7 @@ func (s *session) repair(ctx context.Context, f *found, look bool, report func(s
 				return err
 			}
 		}
-		if copied != nil { // by a call that is at work
+		if busy {
 			return nil
 		}
 		for name, t := range f.snapshots {
