@@ -216,16 +216,17 @@ func testLongClone(t *testing.T) {
 			case <-time.After(time.Millisecond):
 			}
 		}
-		deleted := b.Delete(ctx, "origin") // which waits until the copy has begun
+		// Each waits until the copy has begun.
+		unsnapped := b.DeleteSnapshot(ctx, kept)
 		pid := fuseOf(t, point)
 		must(t, syscall.Kill(pid, syscall.SIGSTOP))
-		for what, err := range map[string]error{"delete": deleted, "delete the snapshot": b.DeleteSnapshot(ctx, kept)} {
+		must(t, os.WriteFile(filepath.Join(dir, "0"), []byte("later"), 0o600))
+		must(t, b.Unstage(ctx, "origin"))
+		for what, err := range map[string]error{"delete": b.Delete(ctx, "origin"), "delete the snapshot": unsnapped} {
 			if !errors.Is(err, volume.ErrBusy) {
 				t.Errorf("%s meanwhile: %v; want %v", what, err, volume.ErrBusy)
 			}
 		}
-		must(t, os.WriteFile(filepath.Join(dir, "0"), []byte("later"), 0o600))
-		must(t, b.Unstage(ctx, "origin"))
 		dir = staged(t, b, "origin")
 		_, err = b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "origin", Name: "meanwhile"}})
 		must(t, err)
