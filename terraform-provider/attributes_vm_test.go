@@ -24,7 +24,7 @@ type effect string
 const (
 	inPlace  effect = "update"
 	replaced effect = "delete+create"
-	unseen   effect = "" // write-only: another attribute beside it brings it
+	unseen   effect = "" // write-only: another attribute beside it brings another value
 	// planned is replaced where nothing here could take the change: it is planned, and not applied.
 	planned effect = "planned"
 )
@@ -61,6 +61,8 @@ var attributes = map[string][]attribute{
 	"cradle_pod": {
 		{path: "name", from: "named", to: "renamed", effect: replaced},
 		{path: "namespace", to: "other", effect: replaced},
+		{path: "namespace", from: "other", effect: replaced},
+		{path: "once", to: true, effect: replaced, with: object{"replicas": nil, "service": nil, "zone": "nowhere", "wait_for": "none"}},
 		{path: "replicas", from: 0, to: 2, effect: inPlace, with: object{"zone": "nowhere", "wait_for": "none"}},
 		{path: "cpus", to: 2, effect: inPlace},
 		{path: "memory", to: "512 MiB", effect: inPlace},
@@ -153,13 +155,16 @@ var attributes = map[string][]attribute{
 	"cradle_volume": {
 		{path: "name", from: "named", to: "renamed", effect: replaced},
 		{path: "namespace", to: "other", effect: replaced},
+		{path: "namespace", from: "other", effect: replaced},
 		{path: "plugin", to: "another", effect: planned},
 		{path: "class", to: "lv2", effect: replaced, replaces: []string{"access_mode", "attach", "class"}},
 		{path: "size", from: "16MiB", to: "32 MiB", effect: inPlace},
 		{path: "zone", to: "north", effect: planned},
 		{path: "access_mode", to: "single-node-writer", effect: replaced},
+		{path: "access_mode", from: "single-node-writer", effect: replaced},
 		{path: "attachment_mode", to: "block-device", effect: replaced, with: object{"class": "lv2"}},
 		{path: "attach", to: "host", effect: replaced, with: object{"class": "lv2"}},
+		{path: "attach", from: "host", effect: replaced, with: object{"class": "lv2"}},
 		{path: "snapshots", from: "hourly=2", to: "hourly=3", effect: replaced},
 		{path: "snapshots", to: "hourly=3", effect: replaced},
 		{path: "parameters", from: object{"fs": "ext4"}, effect: replaced, with: object{"class": "lv2"}},
@@ -171,20 +176,21 @@ var attributes = map[string][]attribute{
 		{path: "volume", from: "${cradle_volume.source.name}", to: "${cradle_volume.sink.name}", effect: replaced},
 		{path: "name", from: "named", to: "renamed", effect: replaced},
 		{path: "namespace", to: "${cradle_volume.elsewhere.namespace}", effect: replaced},
+		{path: "namespace", from: "${cradle_volume.elsewhere.namespace}", effect: replaced},
 		{path: "plugin", to: "another", effect: planned},
 	},
 }
 
 // elsewhere are attributes whose change needs pods that run, or cradle-filer: a test of their own changes them.
 var elsewhere = map[string][]string{
-	"cradle_pod":     {"networks", "networks.aliases", "once"}, // TestSoakTerraformNetworks
-	"cradle_volume":  {"rollback_to"},                          // TestSoakTerraformRollback
-	"cradle_network": {"name", "namespace", "labels"},          // TestSoakTerraformNetworks
+	"cradle_pod":     {"networks", "networks.aliases"}, // TestSoakTerraformNetworks
+	"cradle_volume":  {"rollback_to"},                  // TestSoakTerraformRollback
+	"cradle_network": {"name", "namespace", "labels"},  // TestSoakTerraformNetworks
 }
 
 // told are attributes that are only read.
 var told = map[string][]string{
-	"cradle_pod":      {"id", "status", "env_index", "beyond", "instances", "instances.id", "instances.node", "instances.status", "instances.address", "instances.ports", "instances.images"},
+	"cradle_pod":      {"id", "status", "env_index", "beyond", "instances", "instances.id", "instances.node", "instances.status", "instances.address", "instances.ports", "instances.images", "container.secret_env_names"},
 	"cradle_volume":   {"id", "external_id", "capacity", "undo_snapshot"},
 	"cradle_snapshot": {"id", "size", "created_at"},
 	"cradle_network":  {"id", "network_id"},
@@ -398,7 +404,7 @@ func TestTerraformAttributes(t *testing.T) {
 		}
 		name := one.resource(one.kind, one.label, true)["name"].(string)
 		was, there := made[name]
-		if is, still := now[name]; !still || one.effect == replaced && there || one.effect != replaced && is != was {
+		if is, still := now[name]; !still || one.path == "name" && there || one.path == "once" && is == was || one.effect != replaced && is != was {
 			t.Errorf("%s: job %s was made at %d, and is that of %d", one.address(), name, was, is)
 		}
 	}
@@ -413,7 +419,7 @@ func TestTerraformAttributes(t *testing.T) {
 			}
 			id = volume + "@" + id
 		}
-		if one.path == "namespace" {
+		if r["namespace"] != nil {
 			id = "other/" + id
 		}
 		ids[one.address()] = id

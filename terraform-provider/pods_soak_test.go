@@ -291,5 +291,16 @@ resource "cradle_pod" "p" {
 	}
 	w.apply(hcl("exec sleep 100000", ""))
 	w.unchanged()
+
+	// Health checks of containers are waited for, as long as is said.
+	checked := func(check, timeout string) string {
+		return strings.Replace(hcl("exec sleep 100000", `wait_timeout = "`+timeout+`"`), "stop_signal", "healthcheck = "+check+"\n    stop_signal", 1)
+	}
+	w.write(checked(`{ test = ["CMD-SHELL", "echo it is ill; false"], interval = "1s", retries = 1 }`, "10m"))
+	w.fails([]string{"container main is unhealthy. Its check says: it is ill"}, "apply", "-auto-approve", "-no-color")
+	w.write(checked(`{ test = ["CMD-SHELL", "false"], interval = "1h" }`, "12s"))
+	w.fails([]string{"The pod is not healthy", "default/fails: not within 12s"}, "apply", "-auto-approve", "-no-color")
+	w.apply(checked(`{ test = ["CMD-SHELL", "true"], interval = "1s" }`, "10m"))
+	w.unchanged()
 	w.run("destroy", "-auto-approve", "-no-color")
 }

@@ -126,6 +126,18 @@ resource "cradle_pod" "web" {
 		return strings.HasSuffix(strings.TrimSpace(out), "served red")
 	})
 	w.run("destroy", "-auto-approve", "-no-color")
+
+	// What is destroyed before an apply has taken it over, docker forgets as well. It can't be made a pod that Nomad keeps running.
+	other := run("run", "-d", "--name", "other", "--stop-signal", "SIGKILL", "busybox", "sleep", "100000")
+	short := func(more string) string {
+		return fmt.Sprintf("provider \"cradle\" {}\nresource \"cradle_pod\" \"other\" {\n  name = \"docker-%s\"\n  %s\n  container {\n    name  = \"main\"\n    image = \"oci:/nowhere\"\n  }\n}\n", other, more)
+	}
+	w.write(short("once = true"))
+	w.run("import", "-no-color", "cradle_pod.other", "other")
+	w.write(short(""))
+	w.fails([]string{"A container of docker's runs once"}, "plan", "-no-color")
+	w.write("provider \"cradle\" {}\n")
+	w.run("apply", "-auto-approve", "-no-color")
 	if out := run("ps", "-aq"); out != "" {
 		t.Errorf("docker ps has %q", out)
 	}
@@ -139,7 +151,7 @@ resource "cradle_pod" "web" {
 		}
 	}
 	err = filepath.WalkDir(c.Dir(), func(path string, d os.DirEntry, err error) error {
-		if err == nil && strings.Contains(d.Name(), id) {
+		if err == nil && (strings.Contains(d.Name(), id) || strings.Contains(d.Name(), other)) {
 			t.Errorf("%s is left", path)
 		}
 		return nil //nolint:nilerr // it goes meanwhile

@@ -6,9 +6,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -79,7 +84,7 @@ func (w *workspace) write(hcl string) {
 }
 
 // start begins a command of Terraform's, in the node where there is a cluster.
-func (w *workspace) start(out *bytes.Buffer, args ...string) *exec.Cmd {
+func (w *workspace) start(out io.Writer, args ...string) *exec.Cmd {
 	w.t.Helper()
 	args = append([]string{"-chdir=" + w.dir}, args...)
 	cmd := exec.Command(w.terraform, args...)
@@ -133,28 +138,61 @@ func (w *workspace) fails(want []string, args ...string) {
 	}
 }
 
-// refuses says that validation tells of a mistake at its line, and returns all that it tells.
-func (w *workspace) refuses(line, want string) string {
+// A mistake is one line of a resource, beside which there is more of it; or in it, at its %s.
+type mistake struct{ line, rest, want string }
+
+// refuses says that validation tells of each mistake, in a resource of its own, at its line. It returns all that is told.
+func (w *workspace) refuses(mistakes []mistake, resource func(n int, m mistake) string) string {
 	w.t.Helper()
-	out, code := w.try("validate", "-json")
+	hcl, lines := later, map[int]mistake{}
+	for n, m := range mistakes {
+		text := resource(n, m)
+		before, _, ok := strings.Cut(text, m.line+"\n")
+		if !ok {
+			w.t.Fatalf("%q is not in\n%s", m.line, text)
+		}
+		lines[1+strings.Count(header+hcl+before, "\n")] = m
+		hcl += text
+	}
+	w.write(hcl)
+	out, _ := w.try("validate", "-json")
 	var v struct {
 		Diagnostics []struct {
 			Severity, Detail string
-			Snippet          struct{ Code string }
+			Range            struct{ Start struct{ Line int } }
 		}
 	}
 	if i := strings.Index(out, "{"); i < 0 || json.Unmarshal([]byte(out[i:]), &v) != nil {
 		w.t.Fatal(out)
 	}
-	found := false
 	for _, d := range v.Diagnostics {
-		found = found || d.Severity == "error" && strings.Contains(d.Detail, want) && strings.TrimSpace(d.Snippet.Code) == line
+		m, ok := lines[d.Range.Start.Line]
+		switch {
+		case d.Severity != "error":
+		case !ok:
+			w.t.Errorf("line %d is refused: %s", d.Range.Start.Line, d.Detail)
+		case strings.Contains(d.Detail, m.want):
+			m.want = ""
+			lines[d.Range.Start.Line] = m
+		}
 	}
-	if code == 0 || !found {
-		w.t.Errorf("%s: exit code %d, want %q there:\n%s", line, code, want, out)
+	for n, m := range lines {
+		if m.want != "" {
+			w.t.Errorf("%s in line %d: not told %q:\n%s", m.line, n, m.want, out)
+		}
 	}
 	return out
 }
+
+// later is what is known only after an apply.
+const later = `
+resource "terraform_data" "later" {
+  input = "later"
+}
+locals {
+  later = terraform_data.later.output
+}
+`
 
 // flatten undoes how Terraform breaks and frames its diagnostics.
 func flatten(out string) string {
@@ -216,10 +254,9 @@ func openFake(t *testing.T) *httptest.Server {
 	return s
 }
 
-// Mistakes are told before anything is made, at their line.
+// Mistakes are told before anything is made, at their line: also beside what is not known yet.
 func TestTerraformValidates(t *testing.T) {
-	w := openWorkspace(t, nil)
-	for _, c := range []struct{ line, rest, want string }{
+	openWorkspace(t, nil).refuses([]mistake{
 		{`size = "ten"`, ``, `size "ten": unit "ten" is none of`},
 		{`size = "0"`, ``, `there has to be something`},
 		{`name = "../etc"`, ``, `"../etc" is no name`},
@@ -236,20 +273,21 @@ func TestTerraformValidates(t *testing.T) {
 		{`parameters = { class = "lv2" }`, ``, `It is an attribute of the volume`},
 		{`parameters = { cold = "hourly=1" }`, ``, `It is for block volumes`},
 		{`parameters = { iops = "100" }`, ``, `kept by the guest's machine`},
-	} {
+		{`size = "ten"`, "zone = local.later\nparameters = { fs = local.later }", `unit "ten" is none of`},
+		{`attach = "direct"`, `name = local.later`, `Only block volumes can be attached by a guest itself`},
+	}, func(n int, m mistake) string {
 		name := "name = \"v\"\n"
-		if strings.HasPrefix(c.line, "name") {
+		if strings.HasPrefix(m.line, "name") || strings.HasPrefix(m.rest, "name") {
 			name = ""
 		}
-		w.write("resource \"cradle_volume\" \"v\" {\n" + name + c.rest + "\n" + c.line + "\n}\n")
-		w.refuses(c.line, c.want)
-	}
+		return fmt.Sprintf("resource \"cradle_volume\" \"v%d\" {\n%s%s\n%s\n}\n", n, name, m.rest, m.line)
+	})
 }
 
 // A pod's mistakes are told at their line, too.
 func TestTerraformValidatesPods(t *testing.T) {
-	w := openWorkspace(t, nil)
-	for _, c := range []struct{ line, rest, want string }{
+	container := "container {\nname = \"c\"\nimage = \"busybox\"\n%s\n}"
+	out := openWorkspace(t, nil).refuses([]mistake{
 		{`memory = "lots"`, ``, `size "lots": unit "lots" is none of`},
 		{`name = "Web"`, ``, `"Web" is no name`},
 		{`wait_timeout = "soon"`, ``, `duration "soon" is not such as 1m30s`},
@@ -272,24 +310,54 @@ func TestTerraformValidatesPods(t *testing.T) {
 		{`labels = { "kr.ingress.80" = "https://a.example.org" }`, "container {\nname = \"c\"\nimage = \"busybox\"\n%s\n}", `kr.ingress.80 is not supported yet`},
 		{`labels = { "kr.zone" = "north" }`, "container {\nname = \"c\"\nimage = \"busybox\"\n%s\n}", `write the pod's zone`},
 		{`replicas = 2`, "container {\nname = \"c\"\nimage = \"busybox\"\nmount {\nvolume = \"v\"\npath = \"/v\"\n}\n}", `Volume v is for one pod at a time`},
-	} {
-		hcl := "resource \"cradle_pod\" \"p\" {\n"
-		if !strings.HasPrefix(c.line, "name") {
+		// What Nomad would refuse.
+		{`name = "a_b"`, "service {\nport = 80\n%s\n}\nport {\nport = 80\n}", `"a_b" is no name of a service`},
+		{`catalog = "consul"`, "network = \"bridge\"\nservice {\nname = \"s\"\nport = 80\n}\nservice {\nname = \"t\"\nport = 80\n%s\n}", `another one is in nomad`},
+		{`catalog = "consul"`, "networks = { shop = {} }\nservice {\nname = \"s\"\nport = 80\n%s\n}", `its networks are in Nomad's`},
+		{`name = "twice"`, "network = \"bridge\"\nservice {\nport = 80\nname = \"twice\" #\n}\nservice {\nport = 80\n%s\n}", `is the 1. block of that kind`},
+		{`check = { type = "http" }`, "network = \"bridge\"\nservice {\nname = \"s\"\nport = 80\n%s\n}", `write path = "/"`},
+		{`check = { type = "http", path = "http://a" }`, "network = \"bridge\"\nservice {\nname = \"s\"\nport = 80\n%s\n}", `write it from /`},
+		{`check = { interval = "500ms" }`, "network = \"bridge\"\nservice {\nname = \"s\"\nport = 80\n%s\n}", `500ms is too short`},
+		{`restart = { interval = "1s" }`, ``, `1s is too short: at least 5s`},
+		{`restart = { attempts = 100, delay = "1m" }`, ``, `100 attempts with a delay of 1m0s do not fit into an interval of 30m0s`},
+		{`restart = { attempts = 0, mode = "delay" }`, ``, `leave mode out`},
+		{`rollout = { min_healthy = "10m" }`, ``, `let deadline be longer`},
+		{`operator = "~"`, "constraint {\nattribute = \"a\"\nvalue = \"b\"\n%s\n}", `"~" is none of =`},
+		{`attribute = ""`, "constraint {\nvalue = \"b\"\n%s\n}", `It is missing: write such as ${attr.cpu.arch}`},
+		{`value = ""`, "constraint {\nattribute = \"a\"\n%s\n}", `= compares the attribute with it`},
+		{`value = "("`, "constraint {\nattribute = \"a\"\noperator = \"regexp\"\n%s\n}", `missing closing )`},
+		{`value = "a"`, "constraint {\nattribute = \"a\"\noperator = \"is_set\"\n%s\n}", `compares with nothing`},
+		{`value = "0"`, "constraint {\nattribute = \"a\"\noperator = \"distinct_property\"\n%s\n}", `"0" is no number of pods`},
+
+		// What is not known yet keeps nothing else from being looked at.
+		{`memory = "1KiB"`, "namespace = local.later\nreplicas = length(local.later)\nrestart = local.later == \"later\" ? {} : null", `is too small to boot`},
+		{`working_dir = "rel"`, "container {\nname = local.later\nimage = local.later\ncommand = [local.later]\nenv = { A = local.later }\nhealthcheck = local.later == \"later\" ? { test = [\"NONE\"] } : null\n%s\n}", `"rel" is not absolute`},
+		{`path = "relative"`, "container {\nname = \"c\"\nimage = local.later\nmount {\nscratch = local.later\n%s\n}\n}", `no clean absolute path`},
+		{`port = 81`, "hostname = local.later\nport {\nport = 80\n}\nservice {\nname = local.later\n%s\n}", `port 81 is reached by nobody`},
+		{`labels = { "kr.ingress.80" = local.later }`, container, `kr.ingress.80 is not supported yet`},
+		{`wait_for = "completed"`, `zone = local.later`, `set once = true`},
+		{`network = "user"`, "zone = local.later\nnetworks = { shop = { aliases = [local.later] } }", `Pods of a network reach each other in their node's bridge`},
+		{`secret_env_version = null`, "container {\nname = local.later\nimage = \"busybox\"\nsecret_env = { A = local.later }\n%s\n}", `it needs a text beside it that changes with it`},
+		{`memory = "1KiB"`, "container {\nname = \"c\"\nimage = \"busybox\"\n}\ncontainer {\nname = \"d\"\nimage = local.later\n%s\n}", `is too small; at least`},
+		{`after = [{ container = "nobody" }]`, "container {\nname = \"c\"\nimage = local.later\n%s\n}", `the pod has no container "nobody"`},
+		{`cap_add = ["NONE"]`, "container {\nname = \"c\"\nimage = local.later\n%s\n}", `"NONE" is no capability`},
+	}, func(n int, m mistake) string {
+		hcl := fmt.Sprintf("resource \"cradle_pod\" \"p%d\" {\n", n)
+		if !strings.HasPrefix(m.line, "name") || strings.Contains(m.rest, "%s") {
 			hcl += "name = \"p\"\n"
 		}
-		if strings.Contains(c.rest, "%s") {
-			hcl += fmt.Sprintf(c.rest, c.line)
+		if strings.Contains(m.rest, "%s") {
+			hcl += fmt.Sprintf(m.rest, m.line)
 		} else {
-			hcl += c.line + "\n" + c.rest
+			hcl += m.line + "\n" + m.rest
 		}
 		if !strings.Contains(hcl, "container {") {
 			hcl += "\ncontainer {\nname = \"c\"\nimage = \"busybox\"\n}"
 		}
-		w.write(hcl + "\n}\n")
-		out := w.refuses(c.line, c.want)
-		if strings.Contains(out, "hidden") {
-			t.Errorf("a secret is told:\n%s", out)
-		}
+		return hcl + "\n}\n"
+	})
+	if strings.Contains(out, "hidden") {
+		t.Errorf("a secret is told:\n%s", out)
 	}
 }
 
@@ -389,7 +457,8 @@ resource "cradle_pod" "blocks" {
     command     = terraform_data.list.output
     env         = { (local.text) = local.text }
     labels      = { A = local.text }
-    secret_env  = { A = local.text }
+    secret_env  = { B = local.text }
+    secret_env_version = local.text
     healthcheck = local.yes ? { test = terraform_data.list.output } : null
     after       = [for name in terraform_data.list.output : { container = name }]
     dynamic "mount" {
@@ -419,6 +488,62 @@ resource "cradle_pod" "texts" {
     command = [local.text]
   }
 }
+resource "cradle_pod" "parts" {
+  name     = "parts"
+  replicas = 2
+  network  = local.text
+  container {
+    name       = "one"
+    image      = "busybox"
+    entrypoint = terraform_data.list.output
+    command    = []
+    mount {
+      path   = "/a"
+      volume = local.text
+      shared = true
+    }
+    mount {
+      path   = "/b"
+      volume = "b"
+      shared = local.yes
+    }
+    mount {
+      path    = "/c"
+      scratch = local.text
+    }
+  }
+  container {
+    name  = local.text
+    image = "busybox"
+    after = [{ container = "one" }]
+  }
+  container {
+    name  = "three"
+    image = "busybox"
+    after = [{ container = "later" }]
+  }
+  port {
+    port      = 80
+    host_port = 8080
+    protocol  = local.yes ? "udp" : "tcp"
+  }
+  port {
+    port      = 81
+    host_port = 8080
+  }
+  service {
+    name = "s"
+    port = 90
+  }
+  service {
+    name    = "s"
+    port    = local.yes ? 81 : 90
+    catalog = local.yes ? "nomad" : "consul"
+  }
+  constraint {
+    operator = local.yes ? "distinct_hosts" : "="
+  }
+}
 resource "cradle_network" "n" {
   name      = "n"
   namespace = local.text
@@ -443,8 +568,8 @@ resource "cradle_snapshot" "s" {
 }
 `, nomad.URL))
 	all, _ := w.plan()
-	for _, address := range []string{"cradle_pod.blocks", "cradle_pod.texts", "cradle_network.n", "cradle_volume.v", "cradle_snapshot.s"} {
-		if c := all[address]; c.actions() != "create" || c.Change.AfterUnknown["namespace"] != true {
+	for _, address := range []string{"cradle_pod.blocks", "cradle_pod.texts", "cradle_pod.parts", "cradle_network.n", "cradle_volume.v", "cradle_snapshot.s"} {
+		if c := all[address]; c.actions() != "create" || (c.Change.AfterUnknown["namespace"] == true) != (address != "cradle_pod.parts") {
 			t.Errorf("%s is planned as %q: %v", address, c.actions(), c.Change.AfterUnknown)
 		}
 	}
@@ -485,6 +610,7 @@ resource "cradle_volume" "v" {
 			t.Errorf("the token is in the output:\n%s", out)
 		}
 	}
+	testReachesByTLS(w, plan)
 	w.write(`
 resource "terraform_data" "later" {
   input = "http://127.0.0.1:4646"
@@ -496,6 +622,62 @@ resource "cradle_volume" "v" {
   name = "v"
 }`)
 	w.fails([]string{"Not known yet", "address = terraform_data.later.output"}, "plan", "-no-color")
+}
+
+// testReachesByTLS is a Nomad that answers only clients with a certificate, and of its region.
+func testReachesByTLS(w *workspace, plan func(env ...string) (string, int)) {
+	nomad := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("region") != "north" {
+			http.Error(w, "no path to region", http.StatusInternalServerError)
+			return
+		}
+		fmt.Fprintln(w, `"127.0.0.1:4647"`)
+	}))
+	nomad.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
+	nomad.Config.ErrorLog = log.New(io.Discard, "", 0)
+	nomad.StartTLS()
+	w.t.Cleanup(nomad.Close)
+	cert, key := filepath.Join(w.dir, "cert.pem"), filepath.Join(w.dir, "key.pem")
+	own := nomad.TLS.Certificates[0] // the client's as well
+	der, err := x509.MarshalPKCS8PrivateKey(own.PrivateKey)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: own.Certificate[0]}, key: {Type: "PRIVATE KEY", Bytes: der}} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	env := []string{"NOMAD_ADDR=" + nomad.URL, "NOMAD_CACERT=" + cert, "NOMAD_CLIENT_CERT=" + cert, "NOMAD_CLIENT_KEY=" + key, "NOMAD_REGION=north"}
+	for _, c := range []struct {
+		env  []string
+		want string
+	}{
+		{env[:1], "certificate"},                    // unknown authority
+		{env[:2], "certificate required"},           // of the client
+		{env[:4], "no path to region"},              // the wrong one
+		{slices.Concat(env[:3], env[4:]), "NOMAD_"}, // no key
+		{env, ""},
+	} {
+		out, code := plan(c.env...)
+		if (code == 0) != (c.want == "") || !strings.Contains(flatten(out), c.want) {
+			w.t.Errorf("%v: exit code %d, want %q:\n%s", c.env, code, c.want, out)
+		}
+	}
+	w.write(fmt.Sprintf(`
+provider "cradle" {
+  address   = %q
+  region    = "north"
+  ca_file   = %q
+  cert_file = %[2]q
+  key_file  = %q
+}
+resource "cradle_volume" "v" {
+  name = "v"
+}`, nomad.URL, cert, key))
+	if out, code := plan("NOMAD_ADDR=http://127.0.0.1:1", "NOMAD_REGION=south"); code != 0 {
+		w.t.Errorf("attributes do not come before the environment:\n%s", out)
+	}
 }
 
 // What make install-provider installs, terraform init finds, and no registry is asked.

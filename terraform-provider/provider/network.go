@@ -79,9 +79,7 @@ func (r *networkResource) ModifyPlan(ctx context.Context, req resource.ModifyPla
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	if config.Namespace.IsNull() && plan.Namespace.IsUnknown() {
-		plan.Namespace = types.StringValue(r.namespace)
-	}
+	fill(&plan.Namespace, config.Namespace, r.namespace)
 	if !plan.Name.IsUnknown() && !plan.Namespace.IsUnknown() {
 		plan.ID = types.StringValue(objectID(plan.Namespace.ValueString(), plan.Name.ValueString()))
 	}
@@ -287,8 +285,10 @@ func (m *podModel) checkNetworks() (diags diag.Diagnostics) {
 		for _, own := range m.names(name, nil) {
 			seen[own] = true
 		}
-		for _, alias := range strs(n.Aliases) { // Terraform finds no line for what is deeper than the network
+		for i, alias := range strs(n.Aliases) { // Terraform finds no line for what is deeper than the network
 			switch {
+			case n.Aliases.Elements()[i].IsUnknown():
+				continue
 			case !aliasRule.MatchString(alias):
 				diags.AddAttributeError(at, "Not possible", fmt.Sprintf("%q is no name: write letters, digits, _, . and -, at most 253", alias))
 			case seen[alias]:

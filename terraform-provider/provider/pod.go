@@ -8,7 +8,6 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/nomad/api"
@@ -53,199 +52,6 @@ func (r *podResource) Configure(_ context.Context, req resource.ConfigureRequest
 	r.cluster = configured(req.ProviderData)
 }
 
-// ValidateConfig looks at a pod as a whole, as soon as all of it is known.
-func (r *podResource) ValidateConfig(ctx context.Context, req resource.ValidateConfigRequest, resp *resource.ValidateConfigResponse) {
-	if !req.Config.Raw.IsFullyKnown() {
-		return // the plan is looked at again
-	}
-	var m podModel
-	if resp.Diagnostics.Append(req.Config.Get(ctx, &m)...); resp.Diagnostics.HasError() {
-		return
-	}
-	resp.Diagnostics.Append(m.check()...)
-}
-
-// check tells what no job can say of what is written.
-func (m *podModel) check() (diags diag.Diagnostics) {
-	containers := path.Root("container")
-	if len(m.Containers) == 0 {
-		diags.AddError("No container", "A pod has at least one container block.")
-		return diags
-	}
-	diags.Append(m.checkNetworks()...)
-	diags.Append(m.checkOnce()...)
-	kinds := map[string]string{} // of volumes, by their names
-	for i := range m.Containers {
-		c, at := &m.Containers[i], containers.AtListIndex(i)
-		for name := range c.Labels.Elements() {
-			if problem := labelProblem(name); problem != "" {
-				diags.AddAttributeError(at.AtName("labels").AtMapKey(name), "Not possible", problem)
-			}
-		}
-		if i > 0 {
-			if !c.StopTimeout.IsNull() {
-				diags.AddAttributeError(at.AtName("stop_timeout"), "Of the first container alone", "stop_timeout of a further container has no place in a job: leave it out, or let that container be the first.")
-			}
-		} else if !c.Memory.IsNull() {
-			diags.AddAttributeError(at.AtName("memory"), "Of further containers", "What the first container may use is the pod's: set the pod's memory.")
-		}
-		both := pairs(c.Secrets)
-		for name := range both {
-			if _, ok := c.Env.Elements()[name]; ok {
-				diags.AddAttributeError(at.AtName("env").AtMapKey(name), "Said twice", name+" is in secret_env as well: leave one of them out.")
-			}
-		}
-		if len(both) > 0 && c.SecretsAt.IsNull() {
-			diags.AddAttributeError(at.AtName("secret_env_version"), "Missing", "Terraform does not see a change of secret_env: it needs a text beside it that changes with it.")
-		}
-		for j, mount := range c.Mounts {
-			said := 0
-			for _, s := range []types.String{mount.Volume, mount.Scratch, mount.HostPath} {
-				if s.ValueString() != "" {
-					said++
-				}
-			}
-			if said != 1 {
-				diags.AddAttributeError(at.AtName("mount").AtListIndex(j), "Not one thing", "A mount is one of volume, scratch and host_path.")
-			}
-			for kind, name := range map[string]types.String{"volume": mount.Volume, "scratch": mount.Scratch} {
-				if kind == "volume" && mount.Shared.ValueBool() {
-					kind = "volume with shared = true"
-				}
-				if other := kinds[name.ValueString()]; name.ValueString() != "" && other != "" && other != kind {
-					diags.AddAttributeError(at.AtName("mount").AtListIndex(j), "Two things by a name", fmt.Sprintf("%s is a %s of this pod, and a %s: give the scratch volume another name, or say of both mounts whether the volume is shared.", name.ValueString(), other, kind))
-				}
-				kinds[name.ValueString()] = kind
-			}
-			if mount.Shared.ValueBool() && mount.Volume.ValueString() == "" {
-				diags.AddAttributeError(at.AtName("mount").AtListIndex(j).AtName("shared"), "Not of this mount", "Only a volume can be shared with other pods.")
-			}
-			if mount.Volume.ValueString() != "" && !mount.Shared.ValueBool() && !mount.ReadOnly.ValueBool() && m.Replicas.ValueInt64() > 1 {
-				diags.AddAttributeError(path.Root("replicas"), "One at a time", "Volume "+mount.Volume.ValueString()+" is for one pod at a time: set shared = true with a volume of class nfs or gfs, or have one pod.")
-			}
-		}
-	}
-	if diags.HasError() {
-		return diags
-	}
-	filled := *m // what has a default is null in a configuration
-	if filled.Memory.IsNull() {
-		filled.Memory = newSize(spec.DefaultMemory)
-	}
-	p, o := filled.pod(nil)
-	_, err := nomadjob.Job(p, o)
-	diags.Append(wrong(err)...)
-	return diags
-}
-
-// checkOnce tells what a pod that runs once has not.
-func (m *podModel) checkOnce() (diags diag.Diagnostics) {
-	if !m.Once.ValueBool() {
-		if m.WaitFor.ValueString() == waitEnded {
-			diags.AddAttributeError(path.Root("wait_for"), "Of pods that run once", "Nomad keeps this pod running: set once = true, or wait until it is running or healthy.")
-		}
-		return diags
-	}
-	for name, said := range map[string]bool{
-		"restart": !m.Restart.usual(), "rollout": !m.Rollout.usual(), "service": len(m.Services) > 0, "replicas": !m.Replicas.IsNull() && m.Replicas.ValueInt64() != 1,
-	} {
-		if said {
-			diags.AddAttributeError(path.Root(name), "Not of pods that run once", "A pod with once = true is started one time: leave "+name+" out.")
-		}
-	}
-	if m.WaitFor.ValueString() == waitHealthy {
-		diags.AddAttributeError(path.Root("wait_for"), "Not of pods that run once", "Wait until it is running or completed.")
-	}
-	return diags
-}
-
-// usual says whether nothing is said but what is so by default, as in what Terraform writes of an import.
-func (r *restartModel) usual() bool {
-	d := nomadjob.DefaultRestart
-	return r == nil || saysNo(r.Attempts, d.Attempts) && (r.Interval.IsNull() || r.Interval.duration() == d.Interval) && (r.Delay.IsNull() || r.Delay.duration() == d.Delay) && r.Mode.ValueString() != "delay"
-}
-
-func (r *rolloutModel) usual() bool {
-	d := nomadjob.DefaultUpdate
-	return r == nil || saysNo(r.MaxParallel, d.MaxParallel) && (r.MinHealthy.IsNull() || r.MinHealthy.duration() == d.MinHealthy) && (r.Deadline.IsNull() || r.Deadline.duration() == d.Deadline) && !r.Revert.ValueBool()
-}
-
-// saysNo says whether a number is none but the default.
-func saysNo(n types.Int64, otherwise int) bool {
-	return n.IsNull() || n.ValueInt64() == int64(otherwise)
-}
-
-// labelProblem is what is wrong with a label that docker's API reads, and pods of Terraform have attributes for, or nobody serves yet.
-func labelProblem(name string) string {
-	switch {
-	case strings.HasPrefix(name, "kr.ingress."), name == "kr.res.snp", name == "kr.network.policy":
-		return name + " is not supported yet: nothing would come of it. Leave it out; tags of a service are for ingresses that read Nomad's or Consul's catalog."
-	case name == "kr.zone", name == "kr.res.mem", name == "kr.res.cpu":
-		return name + " is for docker's API: write the pod's " + map[string]string{"kr.zone": "zone", "kr.res.mem": "memory", "kr.res.cpu": "cpus"}[name] + "."
-	}
-	return ""
-}
-
-// wrong makes what a job's translation says a diagnostic at the attribute that it speaks of.
-func wrong(err error) (diags diag.Diagnostics) {
-	if err == nil {
-		return nil
-	}
-	if all, ok := err.(interface{ Unwrap() []error }); ok {
-		for _, one := range all.Unwrap() {
-			diags.Append(wrong(one)...)
-		}
-		return diags
-	}
-	var field *spec.Error
-	if !errors.As(err, &field) {
-		diags.AddError("Not a pod", err.Error())
-		return diags
-	}
-	if at, ok := attribute(field.Field); ok {
-		diags.AddAttributeError(at, "Not possible", field.Field+": "+field.Message)
-	} else {
-		diags.AddError("Not possible", field.Field+": "+field.Message)
-	}
-	return diags
-}
-
-// attribute is where a field of a pod is written: containers[0].workingDir is container[0].working_dir.
-func attribute(field string) (at path.Path, ok bool) {
-	field = strings.TrimPrefix(strings.TrimPrefix(field, "network."), "resources.")
-	for i, part := range strings.Split(field, ".") {
-		name, index, indexed := strings.Cut(strings.TrimSuffix(part, "]"), "[")
-		renamed, known := map[string]string{
-			"containers": "container", "publish": "port", "mounts": "mount", "hostIp": "host_ip", "hostPort": "host_port", "workingDir": "working_dir", "stopSignal": "stop_signal",
-			"stopTimeout": "stop_timeout", "capAdd": "cap_add", "capDrop": "cap_drop", "endpoints": "service", "scratch": "disk",
-		}[name]
-		switch {
-		case known:
-			name = renamed
-		case i > 0 && (name == "name" || name == "image" || name == "port" || name == "command" || name == "entrypoint" || name == "user" || name == "env" || name == "path" || name == "subpath" || name == "healthcheck"):
-		case i == 0 && (name == "hostname" || name == "memory" || name == "cpus" || name == "name"):
-		default:
-			return at, i > 0 // as far as it has a name here
-		}
-		if i == 0 {
-			at = path.Root(name)
-		} else {
-			at = at.AtName(name)
-		}
-		if indexed {
-			n := 0
-			if _, err := fmt.Sscan(index, &n); err != nil {
-				return at, true
-			}
-			if name != "container" && name != "port" && name != "mount" && name != "service" {
-				return at, true
-			}
-			at = at.AtListIndex(n)
-		}
-	}
-	return at, true
-}
-
 // ModifyPlan shows what follows from what is written, says why a pod would be made anew, and has pods changed that somebody has stopped, that have failed, or
 // that an apply has left with a former environment. What it leaves as it is, settled knows as well.
 func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
@@ -254,6 +60,10 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	}
 	there := !req.State.Raw.IsNull()
 	if partly(req.Config.Raw) { // Terraform asks again before it applies
+		var namespace types.String
+		if resp.Diagnostics.Append(req.Config.GetAttribute(ctx, path.Root("namespace"), &namespace)...); namespace.IsNull() {
+			resp.Diagnostics.Append(resp.Plan.SetAttribute(ctx, path.Root("namespace"), r.namespace)...)
+		}
 		r.renames(ctx, there, &req, resp)
 		return
 	}
@@ -266,20 +76,13 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	if config.Namespace.IsNull() && plan.Namespace.IsUnknown() {
-		plan.Namespace = types.StringValue(r.namespace)
+	fill(&plan.Namespace, config.Namespace, r.namespace)
+	fill(&plan.Network, config.Network, defaultNetwork(len(plan.Networks) > 0))
+	if !plan.Once.IsUnknown() {
+		fill(&plan.WaitFor, config.WaitFor, defaultWaitFor(plan.Once.ValueBool()))
 	}
-	if config.Network.IsNull() {
-		plan.Network = types.StringValue(networkUser)
-		if len(plan.Networks) > 0 {
-			plan.Network = types.StringValue(networkBridge)
-		}
-	}
-	if config.WaitFor.IsNull() && !plan.Once.IsUnknown() {
-		plan.WaitFor = types.StringValue(waitHealthy)
-		if plan.Once.ValueBool() {
-			plan.WaitFor = types.StringValue(waitEnded)
-		}
+	for i := range min(len(plan.Containers), len(config.Containers)) {
+		plan.Containers[i].SecretNames = secretNames(config.Containers[i].Secrets)
 	}
 	if there {
 		plan.inOrder(&state, &config)
@@ -299,7 +102,7 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 		}
 	}
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
-	if there && state.Status.ValueString() != statusStopped && state.Status.ValueString() != statusFailed && len(stale) == 0 {
+	if there && runs(state.Status.ValueString()) && len(stale) == 0 {
 		// Where a size is only written in another way, or a list in another order, nothing will change.
 		same := resp.Plan
 		if d := same.Set(ctx, &again); !d.HasError() && same.Raw.Equal(req.State.Raw) {
@@ -309,21 +112,57 @@ func (r *podResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanReq
 	r.renames(ctx, there, &req, resp)
 }
 
+// defaultNetwork is that of pods on networks, and of others.
+func defaultNetwork(networked bool) string {
+	if networked {
+		return networkBridge
+	}
+	return networkUser
+}
+
+func defaultWaitFor(once bool) string {
+	if once {
+		return waitEnded
+	}
+	return waitHealthy
+}
+
+// runs says whether a pod of this status is left as it is.
+func runs(status string) bool {
+	return status != "" && status != statusStopped && status != statusFailed
+}
+
 // renames says why a pod would be made anew.
 func (r *podResource) renames(ctx context.Context, there bool, req *resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
 	if !there {
 		return
 	}
 	for _, name := range []string{"name", "namespace"} {
-		var id, is, to types.String
+		var id, is, to, said types.String
+		resp.Diagnostics.Append(req.Config.GetAttribute(ctx, path.Root(name), &said)...)
 		resp.Diagnostics.Append(req.State.GetAttribute(ctx, path.Root("id"), &id)...)
 		resp.Diagnostics.Append(req.State.GetAttribute(ctx, path.Root(name), &is)...)
 		resp.Diagnostics.Append(resp.Plan.GetAttribute(ctx, path.Root(name), &to)...)
 		if !resp.Diagnostics.HasError() && !is.Equal(to) {
 			resp.RequiresReplace.Append(path.Root(name))
 			resp.Diagnostics.AddAttributeWarning(path.Root(name), "The pod will be ended",
-				fmt.Sprintf("%s is what Nomad knows a job by: %s is stopped, and another one is started.", name, id.ValueString()))
+				fmt.Sprintf("%s is what Nomad knows a job by: %s is stopped, and another one is started.%s", name, id.ValueString(), byDefault(name, said, to)))
 		}
+	}
+	var is, to types.Bool
+	var beyond types.List
+	var id types.String
+	for at, into := range map[string]any{"once": &is, "beyond": &beyond, "id": &id} {
+		resp.Diagnostics.Append(req.State.GetAttribute(ctx, path.Root(at), into)...)
+	}
+	resp.Diagnostics.Append(resp.Plan.GetAttribute(ctx, path.Root("once"), &to)...)
+	switch {
+	case resp.Diagnostics.HasError() || is.Equal(to) || is.IsNull():
+	case slices.Contains(strs(beyond), beyondDocker):
+		resp.Diagnostics.AddAttributeError(path.Root("once"), "A container of docker's runs once", "Nomad changes no job's type: set once = true, or write it as another cradle_pod, and docker rm -f it.")
+	default:
+		resp.RequiresReplace.Append(path.Root("once"))
+		resp.Diagnostics.AddAttributeWarning(path.Root("once"), "The pod will be ended", fmt.Sprintf("Nomad changes no job's type: %s is stopped, and another one is started.", id.ValueString()))
 	}
 }
 
@@ -550,8 +389,13 @@ func (w *wish) is(f *foundPod) bool {
 // register makes Nomad run what is wished, waits as the model says, and reads what has come of it. The model's status is unknown where nothing was registered.
 func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *podModel) (diags diag.Diagnostics) {
 	m.Status = types.StringUnknown()
-	if _, err := nomadjob.Job(w.pod, w.options); err != nil { // before anything is written
+	first, err := nomadjob.Job(w.pod, w.options) // before anything is written
+	if err != nil {
 		return wrong(err)
+	}
+	if err := r.accepts(ctx, first, w.options.Namespace); err != nil {
+		diags.Append(failed("The pod was not started", w.object(), err))
+		return diags
 	}
 	if err := r.store(ctx, w); err != nil {
 		diags.Append(failed("The pod was not started", w.object(), err))
@@ -613,6 +457,15 @@ func (r *podResource) register(ctx context.Context, w *wish, is *foundPod, m *po
 		}
 	}
 	return diags
+}
+
+// accepts says what Nomad would refuse of a job.
+func (c *cluster) accepts(ctx context.Context, job *api.Job, namespace string) error {
+	said, _, err := c.nomad.Jobs().Validate(job, c.write(ctx, namespace))
+	if err == nil && said.Error != "" {
+		err = errors.New("Nomad refuses the job: " + said.Error) //nolint:staticcheck // a name
+	}
+	return err
 }
 
 func deref[T any](p *T) (v T) {
@@ -777,10 +630,6 @@ func (r *podResource) Update(ctx context.Context, req resource.UpdateRequest, re
 		w.keep(is.options)
 		w.goOn(is)
 		if is.isDocker() {
-			if !w.once() {
-				resp.Diagnostics.AddAttributeError(path.Root("once"), "A container of docker's runs once", "Nomad changes no job's type: set once = true, or write it as another cradle_pod, and docker rm -f it.")
-				return
-			}
 			if err := r.take(ctx, is); err != nil {
 				resp.Diagnostics.Append(failed("The container was not taken over", m.ID.ValueString(), err))
 				return
@@ -816,6 +665,11 @@ func (r *podResource) Delete(ctx context.Context, req resource.DeleteRequest, re
 	defer cancel()
 	job, _, err := r.nomad.Jobs().Info(name, r.query(ctx, namespace))
 	reads := m.EnvIndex.ValueInt64() != 0 || len(m.Networks) > 0 || err == nil && nomadjob.ReadsVariable(job)
+	if err == nil { // of a container that was imported, and not taken over yet
+		if f := (&foundPod{job: job, options: &nomadjob.Options{Namespace: namespace}}); f.isDocker() {
+			err = r.take(ctx, f)
+		}
+	}
 	if err == nil {
 		_, _, err = r.nomad.Jobs().Deregister(name, false, r.write(ctx, namespace))
 	}

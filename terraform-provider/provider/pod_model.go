@@ -95,6 +95,7 @@ type containerModel struct {
 	Env          types.Map     `tfsdk:"env"`
 	Secrets      types.Map     `tfsdk:"secret_env"`
 	SecretsAt    types.String  `tfsdk:"secret_env_version"`
+	SecretNames  types.List    `tfsdk:"secret_env_names"`
 	User         types.String  `tfsdk:"user"`
 	WorkingDir   types.String  `tfsdk:"working_dir"`
 	StopSignal   types.String  `tfsdk:"stop_signal"`
@@ -267,6 +268,23 @@ func (m *podModel) pod(secrets []map[string]string) (*spec.Pod, nomadjob.Options
 		o.Meta = map[string]string{secretsMeta: string(text)}
 	}
 	return p, o
+}
+
+// secretNames are the names of what nobody is told the values of.
+func secretNames(secrets types.Map) types.List {
+	if secrets.IsUnknown() {
+		return types.ListUnknown(types.StringType)
+	}
+	return textsOf(slices.Collect(maps.Keys(secrets.Elements())))
+}
+
+// textsOf is a list in order, null for an empty one.
+func textsOf(all []string) types.List {
+	if len(all) == 0 {
+		return types.ListNull(types.StringType)
+	}
+	all = slices.Sorted(slices.Values(all))
+	return nowList(types.ListNull(types.StringType), &all)
 }
 
 // environment is a container's: NAME=value, sorted.
@@ -511,7 +529,7 @@ func (m *containerModel) read(c *spec.PodContainer, p *spec.Pod, own bool, secre
 			env[name] = value
 		}
 	}
-	m.Env, m.Secrets = nowMap(m.Env, env), types.MapNull(types.StringType)
+	m.Env, m.Secrets, m.SecretNames = nowMap(m.Env, env), types.MapNull(types.StringType), textsOf(secrets)
 	m.User, m.WorkingDir, m.StopSignal = nowText(m.User, c.User), nowText(m.WorkingDir, c.WorkingDir), nowText(m.StopSignal, c.StopSignal)
 	stop := time.Duration(0)
 	if c.StopTimeout != nil {

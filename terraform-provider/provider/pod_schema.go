@@ -27,6 +27,9 @@ const (
 	waitEnded   = "completed"
 )
 
+// catalogNomad is Nomad's own list of services.
+const catalogNomad = "nomad"
+
 func text(description string, validators ...validator.String) schema.StringAttribute {
 	return schema.StringAttribute{Optional: true, MarkdownDescription: description, Validators: validators}
 }
@@ -87,15 +90,17 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 	kept := []planmodifier.String{stringplanmodifier.UseStateForUnknown()}
 	restart, rollout := nomadjob.DefaultRestart, nomadjob.DefaultUpdate
 	duration := durationType{}
+	memory := bytesOf(spec.DefaultMemory, "What the containers may use together, up to whole MiB. Default: `256MiB`.")
+	memory.PlanModifiers = []planmodifier.String{sameMemory{}}
 	resp.Schema = schema.Schema{
-		MarkdownDescription: "A pod, or several equal ones, that Nomad keeps running: a microVM with one or more containers. Everything but its name and namespace changes in place: new pods take the place of the former ones, as `rollout` says.",
+		MarkdownDescription: "A pod, or several equal ones, that Nomad keeps running: a microVM with one or more containers. Everything but `name`, `namespace` and `once` changes in place: new pods take the place of the former ones, as `rollout` says.",
 		Attributes: map[string]schema.Attribute{
 			"id":        schema.StringAttribute{Computed: true, PlanModifiers: kept, MarkdownDescription: "NAMESPACE/NAME."},
 			"name":      schema.StringAttribute{Required: true, Validators: podName, MarkdownDescription: "Of the job: lower-case letters, digits, `_`, `.` and `-`. Another name is another pod."},
 			"namespace": schema.StringAttribute{Optional: true, Computed: true, PlanModifiers: kept, Validators: notEmpty, MarkdownDescription: "Nomad's namespace. Default: the provider's. Another one is another pod."},
 			"replicas":  numberOf(1, "How many equal pods. Default: 1.", 0, 10000),
-			"cpus":      numberOf(1, "Processors of the machine, 100 MHz of its node reserved for each. Default: 1.", 1, 256),
-			"memory":    bytesOf(spec.DefaultMemory, "What the containers may use together, up to whole MiB. Default: `256MiB`."),
+			"cpus":      numberOf(1, "Processors of the machine, 100 MHz of its node reserved for each. Default: 1.", 1, spec.MaxCPUs),
+			"memory":    memory,
 			"disk":      bytesOf(0, "The disk for what containers write to their images and to scratch volumes. Default: the node's driver's."),
 			"hostname":  text("Of all containers. Default: the beginning of the pod's id."),
 			"network": schema.StringAttribute{
@@ -112,7 +117,7 @@ func (r *podResource) Schema(_ context.Context, _ resource.SchemaRequest, resp *
 			},
 			"once": schema.BoolAttribute{
 				Optional: true, Computed: true, Default: booldefault.StaticBool(false),
-				MarkdownDescription: "Run it to its end, and not again before it is changed. An apply waits for that, and fails when it has failed. Default: `false`: Nomad keeps it running.",
+				MarkdownDescription: "Run it to its end, and not again before it is changed. An apply waits for that, and fails when it has failed. Default: `false`: Nomad keeps it running. Another value is another pod.",
 			},
 			"variant":      text("The boot package that it needs: `default`, `stock`. Default: its node's."),
 			"replace_lost": schema.BoolAttribute{Optional: true, Computed: true, Default: booldefault.StaticBool(true), MarkdownDescription: "Start the pod elsewhere when its node is lost. Default: `true`."},
@@ -181,7 +186,7 @@ func serviceBlock() schema.NestedBlockObject {
 	return schema.NestedBlockObject{Attributes: map[string]schema.Attribute{
 		"name":    schema.StringAttribute{Required: true, MarkdownDescription: "By which it is found."},
 		"port":    schema.Int64Attribute{Required: true, Validators: []validator.Int64{between{1, 65535}}, MarkdownDescription: "Of the pod: a `port` of it, or any in the `bridge` network."},
-		"catalog": textOf("nomad", "Where: `nomad` or `consul`.", oneOf("nomad", "consul")...),
+		"catalog": textOf(catalogNomad, "Where: `nomad` or `consul`.", oneOf(catalogNomad, "consul")...),
 		"tags":    texts("More about it."),
 		"check": schema.SingleNestedAttribute{
 			Optional: true, MarkdownDescription: "How it is found out whether it is well.",
@@ -215,6 +220,7 @@ func containerBlock() schema.NestedBlockObject {
 				ElementType: types.StringType, Optional: true, WriteOnly: true, Sensitive: true, Validators: envNames,
 				MarkdownDescription: "More of the environment, which is in no plan and no state: a Nomad variable that the job alone reads. Terraform does not see a change of it: change `secret_env_version` with it.",
 			},
+			"secret_env_names":   schema.ListAttribute{ElementType: types.StringType, Computed: true, MarkdownDescription: "The names in `secret_env`: a plan shows which come and go, and which an imported pod has."},
 			"secret_env_version": text("Another text here brings the values of `secret_env` to the pods."),
 			"user":               text("Name or id, with `:group`. Default: the image's."),
 			"working_dir":        text("Default: the image's."),

@@ -37,7 +37,7 @@ func planned(edit func(*podModel)) *podModel {
 func plannedContainer(name string, edit func(*containerModel)) containerModel {
 	none := types.ListNull(types.StringType)
 	c := containerModel{
-		Name: str(name), Image: str("registry.example.org/" + name), Entrypoint: none, Command: none, Env: types.MapNull(types.StringType), Secrets: types.MapNull(types.StringType), CapAdd: none, CapDrop: none,
+		Name: str(name), Image: str("registry.example.org/" + name), Entrypoint: none, Command: none, Env: types.MapNull(types.StringType), Secrets: types.MapNull(types.StringType), SecretNames: none, CapAdd: none, CapDrop: none,
 		Labels: types.MapNull(types.StringType), Restart: str(restartNo), Mounts: []mountModel{},
 	}
 	if edit != nil {

@@ -127,7 +127,7 @@ func (p *cradle) Configure(ctx context.Context, req provider.ConfigureRequest, r
 	}
 	nomad, err := api.NewClient(settings)
 	if err != nil {
-		resp.Diagnostics.AddError("No client for Nomad", err.Error())
+		resp.Diagnostics.AddError("No client for Nomad", err.Error()+": see the provider's address, cert_file and key_file, or NOMAD_ADDR, NOMAD_CLIENT_CERT and NOMAD_CLIENT_KEY")
 		return
 	}
 	resp.Diagnostics.Append(greet(ctx, nomad, settings)...)

@@ -128,6 +128,8 @@ func TestInterruptedApply(t *testing.T) {
 		switch {
 		case in.Method == http.MethodPut && in.URL.Path == "/v1/jobs":
 			_, _ = out.Write([]byte(`{"EvalID": "e", "JobModifyIndex": 7}`))
+		case in.URL.Path == "/v1/validate/job":
+			_, _ = out.Write([]byte(`{}`))
 		case in.URL.Path == "/v1/evaluation/e":
 			interrupt()
 			<-in.Context().Done()

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/types/basetypes"
 	"github.com/hashicorp/terraform-plugin-go/tftypes"
 
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -112,6 +113,14 @@ func (v quantity[U]) number() int64 {
 
 func (v quantity[U]) known() bool { return !v.IsNull() && !v.IsUnknown() }
 
+// or is the number as a time, or what is so where nothing is said, or not yet.
+func (v quantity[U]) or(otherwise time.Duration) time.Duration {
+	if v.known() {
+		return v.duration()
+	}
+	return otherwise
+}
+
 // same says whether both are known, and of the same number.
 func (v quantity[U]) same(o quantity[U]) bool {
 	return v.known() && o.known() && v.number() == o.number()
@@ -155,6 +164,22 @@ func (m sameQuantity[U]) MarkdownDescription(ctx context.Context) string { retur
 
 func (sameQuantity[U]) PlanModifyString(_ context.Context, req planmodifier.StringRequest, resp *planmodifier.StringResponse) {
 	if was, is := (quantity[U]{req.StateValue}), (quantity[U]{req.PlanValue}); was.same(is) {
+		resp.PlanValue = req.StateValue
+	}
+}
+
+// sameMemory is the plan modifier that keeps a pod's memory which is the same to a job, as it has whole MiB.
+type sameMemory struct{}
+
+func (sameMemory) Description(context.Context) string {
+	return "Two texts for the same number of whole MiB are no change."
+}
+
+func (m sameMemory) MarkdownDescription(ctx context.Context) string { return m.Description(ctx) }
+
+func (sameMemory) PlanModifyString(_ context.Context, req planmodifier.StringRequest, resp *planmodifier.StringResponse) {
+	was, is := sizeValue{req.StateValue}, sizeValue{req.PlanValue}
+	if was.known() && is.known() && nomadjob.MemoryMB(spec.Bytes(was.number())) == nomadjob.MemoryMB(spec.Bytes(is.number())) {
 		resp.PlanValue = req.StateValue
 	}
 }

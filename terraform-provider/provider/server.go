@@ -17,6 +17,8 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/tfsdk"
 	"github.com/hashicorp/terraform-plugin-go/tfprotov6"
 	"github.com/hashicorp/terraform-plugin-go/tftypes"
+
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
 )
 
 // Server is what Terraform talks to. Of what it asks for each resource of a plan most changes nothing, and the framework takes long to find that out: it goes
@@ -42,8 +44,8 @@ type quick struct {
 
 // A steady resource says what its methods for the framework say where nothing changes.
 type steady interface {
-	// unchanged reads what there is into a state. It is false where that is for the framework to tell.
-	unchanged(ctx context.Context, state *tfsdk.State) (bool, diag.Diagnostics)
+	// there reads what there is into a state. It is false where that is for the framework to tell.
+	there(ctx context.Context, state *tfsdk.State) (bool, diag.Diagnostics)
 	// settled says whether ModifyPlan leaves a plan as it is that has what the state has.
 	settled(config, state map[string]tftypes.Value) bool
 }
@@ -84,25 +86,37 @@ func (s *server) UpgradeResourceState(ctx context.Context, req *tfprotov6.Upgrad
 	return s.ProviderServer.UpgradeResourceState(ctx, req)
 }
 
-// ReadResource tells that what there is is what the state has.
+// ReadResource tells what there is.
 func (s *server) ReadResource(ctx context.Context, req *tfprotov6.ReadResourceRequest) (*tfprotov6.ReadResourceResponse, error) {
-	if q := s.quick[req.TypeName]; q != nil && s.provider.cluster != nil && q.same(ctx, s.provider.cluster, req) {
-		return &tfprotov6.ReadResourceResponse{NewState: req.CurrentState, Private: req.Private}, nil
+	if q := s.quick[req.TypeName]; q != nil && s.provider.cluster != nil {
+		if now := q.read(ctx, s.provider.cluster, req); now != nil {
+			return &tfprotov6.ReadResourceResponse{NewState: now, Private: req.Private}, nil
+		}
 	}
 	return s.ProviderServer.ReadResource(ctx, req)
 }
 
-func (q *quick) same(ctx context.Context, c *cluster, req *tfprotov6.ReadResourceRequest) bool {
+// read is nil where that is for the framework.
+func (q *quick) read(ctx context.Context, c *cluster, req *tfprotov6.ReadResourceRequest) *tfprotov6.DynamicValue {
 	if req.CurrentState == nil || bytes.Contains(req.Private, []byte(staleKey)) {
-		return false
+		return nil
 	}
 	was, err := req.CurrentState.Unmarshal(q.object)
 	if err != nil || !was.IsFullyKnown() || !q.tree.whole(was) {
-		return false
+		return nil
 	}
 	now := tfsdk.State{Raw: was, Schema: q.schema}
-	is, diags := q.made(c).unchanged(ctx, &now)
-	return is && len(diags) == 0 && now.Raw.Equal(was)
+	is, diags := q.made(c).there(ctx, &now)
+	switch {
+	case !is || len(diags) > 0:
+		return nil
+	case now.Raw.Equal(was):
+		return req.CurrentState
+	}
+	if v, err := tfprotov6.NewDynamicValue(q.object, now.Raw); err == nil {
+		return &v
+	}
+	return nil
 }
 
 // PlanResourceChange tells that nothing is to be changed.
@@ -247,7 +261,7 @@ func growAttribute(ctx context.Context, a schema.Attribute) (*branch, error) {
 	}
 	for _, m := range modifiers {
 		switch m {
-		case sameQuantity[inBytes]{}, sameQuantity[inTime]{}, stringplanmodifier.UseStateForUnknown(), int64planmodifier.UseStateForUnknown(): // the state's, where it is planned
+		case sameQuantity[inBytes]{}, sameQuantity[inTime]{}, sameMemory{}, stringplanmodifier.UseStateForUnknown(), int64planmodifier.UseStateForUnknown(): // the state's, where it is planned
 		case none{}:
 			b.emptied = true
 		default:
@@ -343,7 +357,7 @@ func child(v tftypes.Value, key any) tftypes.Value {
 	return tftypes.Value{}
 }
 
-func (r *podResource) unchanged(ctx context.Context, state *tfsdk.State) (bool, diag.Diagnostics) {
+func (r *podResource) there(ctx context.Context, state *tfsdk.State) (bool, diag.Diagnostics) {
 	var m podModel
 	if diags := state.Get(ctx, &m); diags.HasError() {
 		return false, diags
@@ -367,22 +381,43 @@ func (r *podResource) settled(config, state map[string]tftypes.Value) bool {
 	if v := state["once"]; v.IsNull() || v.As(&once) != nil {
 		return false
 	}
-	network, until := networkUser, waitHealthy
-	if networked {
-		network = networkBridge
+	byDefault := func(name, otherwise string) bool {
+		return !config[name].IsNull() || textOfValue(state[name]) == otherwise
 	}
-	if once {
-		until = waitEnded
-	}
-	status := textOfValue(state["status"])
 	return textOfValue(state["id"]) == objectID(textOfValue(state["namespace"]), textOfValue(state["name"])) &&
-		(!config["network"].IsNull() || textOfValue(state["network"]) == network) &&
-		(!config["wait_for"].IsNull() || textOfValue(state["wait_for"]) == until) &&
+		byDefault("namespace", r.namespace) && byDefault("network", defaultNetwork(networked)) && byDefault("wait_for", defaultWaitFor(once)) &&
 		(!config["node"].IsNull() || networked || state["node"].IsNull()) &&
-		status != "" && status != statusStopped && status != statusFailed
+		secretsAsSaid(config["container"], state["container"]) && runs(textOfValue(state["status"]))
 }
 
-func (r *volumeResource) unchanged(ctx context.Context, state *tfsdk.State) (bool, diag.Diagnostics) {
+// secretsAsSaid says whether the names of the secrets that containers have are those that a configuration gives them.
+func secretsAsSaid(config, state tftypes.Value) bool {
+	var said, are []tftypes.Value
+	if config.As(&said) != nil || state.As(&are) != nil || len(said) != len(are) {
+		return false
+	}
+	for i := range are {
+		var secrets map[string]tftypes.Value
+		if v := child(said[i], "secret_env"); !v.IsNull() && v.As(&secrets) != nil {
+			return false
+		}
+		var names []tftypes.Value
+		if v := child(are[i], "secret_env_names"); !v.IsNull() && v.As(&names) != nil {
+			return false
+		}
+		if len(names) != len(secrets) {
+			return false
+		}
+		for _, name := range names {
+			if _, ok := secrets[textOfValue(name)]; !ok {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func (r *volumeResource) there(ctx context.Context, state *tfsdk.State) (bool, diag.Diagnostics) {
 	var m volumeModel
 	if diags := state.Get(ctx, &m); diags.HasError() {
 		return false, diags
@@ -395,6 +430,14 @@ func (r *volumeResource) unchanged(ctx context.Context, state *tfsdk.State) (boo
 	return true, state.Set(ctx, &m)
 }
 
-func (r *volumeResource) settled(_, state map[string]tftypes.Value) bool {
+func (r *volumeResource) settled(config, state map[string]tftypes.Value) bool {
+	class := textOfValue(state["class"])
+	for name, otherwise := range map[string]string{
+		"namespace": r.namespace, "plugin": r.volumePlugin, "access_mode": nomadjob.AccessMode(class), "attachment_mode": defaultAttachmentMode, "attach": defaultAttach(class),
+	} {
+		if config[name].IsNull() && textOfValue(state[name]) != otherwise {
+			return false
+		}
+	}
 	return textOfValue(state["id"]) == objectID(textOfValue(state["namespace"]), textOfValue(state["name"]))
 }

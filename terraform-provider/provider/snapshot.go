@@ -70,23 +70,22 @@ func (r *snapshotResource) ModifyPlan(ctx context.Context, req resource.ModifyPl
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	if config.Namespace.IsNull() && plan.Namespace.IsUnknown() {
-		plan.Namespace = types.StringValue(r.namespace)
-	}
-	if config.Plugin.IsNull() && plan.Plugin.IsUnknown() {
-		plan.Plugin = types.StringValue(r.volumePlugin)
-	}
+	fill(&plan.Namespace, config.Namespace, r.namespace)
+	fill(&plan.Plugin, config.Plugin, r.volumePlugin)
 	resp.Diagnostics.Append(resp.Plan.Set(ctx, &plan)...)
 	if state.ID.IsNull() {
 		return
 	}
 	for _, a := range []struct {
-		name   string
-		is, to attr.Value
-	}{{"volume", state.Volume, plan.Volume}, {"name", state.Name, plan.Name}, {"namespace", state.Namespace, plan.Namespace}, {"plugin", state.Plugin, plan.Plugin}} {
+		name         string
+		is, to, said attr.Value
+	}{
+		{"volume", state.Volume, plan.Volume, config.Volume}, {"name", state.Name, plan.Name, config.Name}, {"namespace", state.Namespace, plan.Namespace, config.Namespace},
+		{"plugin", state.Plugin, plan.Plugin, config.Plugin},
+	} {
 		if !a.is.Equal(a.to) {
 			resp.RequiresReplace.Append(path.Root(a.name))
-			resp.Diagnostics.AddAttributeWarning(path.Root(a.name), "The snapshot will be lost", fmt.Sprintf("Nothing of a snapshot can be changed: %s is deleted, and one of today is taken.", state.ID.ValueString()))
+			resp.Diagnostics.AddAttributeWarning(path.Root(a.name), "The snapshot will be lost", fmt.Sprintf("Nothing of a snapshot can be changed: %s is deleted, and one of today is taken.%s", state.ID.ValueString(), byDefault(a.name, a.said, a.to)))
 		}
 	}
 }

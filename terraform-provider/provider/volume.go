@@ -187,7 +187,7 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 	if resp.Diagnostics.HasError() {
 		return
 	}
-	r.fill(&config, &plan, &state)
+	r.fill(&config, &plan)
 	rolls := there && !plan.RollbackTo.IsNull() && !plan.RollbackTo.Equal(state.RollbackTo)
 	switch {
 	case rolls:
@@ -203,26 +203,26 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 		return
 	}
 	for _, a := range []struct {
-		name   string
-		is, to attr.Value
+		name         string
+		is, to, said attr.Value
 	}{
-		{"name", state.Name, plan.Name},
-		{"namespace", state.Namespace, plan.Namespace},
-		{"plugin", state.Plugin, plan.Plugin},
-		{"class", state.Class, plan.Class},
-		{"zone", state.Zone, plan.Zone},
-		{"access_mode", state.AccessMode, plan.AccessMode},
-		{"attachment_mode", state.AttachmentMode, plan.AttachmentMode},
-		{"attach", state.Attach, plan.Attach},
-		{"snapshots", state.Snapshots, plan.Snapshots},
-		{"parameters", state.Parameters, plan.Parameters},
-		{"snapshot_id", state.SnapshotID, plan.SnapshotID},
-		{"clone_id", state.CloneID, plan.CloneID},
+		{"name", state.Name, plan.Name, config.Name},
+		{"namespace", state.Namespace, plan.Namespace, config.Namespace},
+		{"plugin", state.Plugin, plan.Plugin, config.Plugin},
+		{"class", state.Class, plan.Class, config.Class},
+		{"zone", state.Zone, plan.Zone, config.Zone},
+		{"access_mode", state.AccessMode, plan.AccessMode, config.AccessMode},
+		{"attachment_mode", state.AttachmentMode, plan.AttachmentMode, config.AttachmentMode},
+		{"attach", state.Attach, plan.Attach, config.Attach},
+		{"snapshots", state.Snapshots, plan.Snapshots, config.Snapshots},
+		{"parameters", state.Parameters, plan.Parameters, config.Parameters},
+		{"snapshot_id", state.SnapshotID, plan.SnapshotID, config.SnapshotID},
+		{"clone_id", state.CloneID, plan.CloneID, config.CloneID},
 	} {
 		if !a.is.Equal(a.to) && !(saysNothing(a.is) && saysNothing(a.to)) {
 			resp.RequiresReplace.Append(path.Root(a.name))
 			resp.Diagnostics.AddAttributeWarning(path.Root(a.name), "The volume's content will be lost",
-				fmt.Sprintf("%s of a volume can't be changed: %s is deleted with all that is in it, and made anew.", a.name, state.ID.ValueString()))
+				fmt.Sprintf("%s of a volume can't be changed: %s is deleted with all that is in it, and made anew.%s", a.name, state.ID.ValueString(), byDefault(a.name, a.said, a.to)))
 		}
 	}
 	if len(resp.RequiresReplace) > 0 {
@@ -240,6 +240,14 @@ func (r *volumeResource) ModifyPlan(ctx context.Context, req resource.ModifyPlan
 	}
 }
 
+// byDefault tells where a value comes from that is in no configuration.
+func byDefault(name string, said, to attr.Value) string {
+	if !said.IsNull() || to.IsNull() || to.IsUnknown() {
+		return ""
+	}
+	return fmt.Sprintf(" The configuration says no %s, which is %s by default.", name, to)
+}
+
 // saysNothing says whether a text or a map is empty, or not there.
 func saysNothing(v attr.Value) bool {
 	switch v := v.(type) {
@@ -251,37 +259,41 @@ func saysNothing(v attr.Value) bool {
 	return false
 }
 
-// fill sets what the configuration leaves out, where it is known before the volume is made.
-func (r *volumeResource) fill(config, plan, state *volumeModel) {
-	first := func(into *types.String, config types.String, otherwise string) {
-		if config.IsNull() && into.IsUnknown() {
-			*into = types.StringValue(otherwise)
-		}
-	}
-	first(&plan.Namespace, config.Namespace, r.namespace)
-	first(&plan.Plugin, config.Plugin, r.volumePlugin)
+// fill sets what the configuration leaves out, where it is known before the volume is made: also where it has said something else before.
+func (r *volumeResource) fill(config, plan *volumeModel) {
+	fill(&plan.Namespace, config.Namespace, r.namespace)
+	fill(&plan.Plugin, config.Plugin, r.volumePlugin)
 	if !plan.Namespace.IsUnknown() && !plan.Name.IsUnknown() {
 		plan.ID = types.StringValue(objectID(plan.Namespace.ValueString(), plan.Name.ValueString()))
 	}
-	if plan.Class.IsUnknown() {
+	fill(&plan.AttachmentMode, config.AttachmentMode, defaultAttachmentMode)
+	if class := plan.Class.ValueString(); !plan.Class.IsUnknown() {
+		fill(&plan.AccessMode, config.AccessMode, nomadjob.AccessMode(class))
+		fill(&plan.Attach, config.Attach, defaultAttach(class))
 		return
 	}
-	class := plan.Class.ValueString()
-	if !state.Class.IsNull() && !state.Class.Equal(plan.Class) { // what it was by default is another class's
-		if config.AccessMode.IsNull() {
-			plan.AccessMode = types.StringUnknown()
-		}
-		if config.Attach.IsNull() {
-			plan.Attach = types.StringUnknown()
+	for into, config := range map[*types.String]types.String{&plan.AccessMode: config.AccessMode, &plan.Attach: config.Attach} {
+		if config.IsNull() {
+			*into = types.StringUnknown()
 		}
 	}
-	first(&plan.AccessMode, config.AccessMode, nomadjob.AccessMode(class))
-	first(&plan.AttachmentMode, config.AttachmentMode, string(api.CSIVolumeAttachmentModeFilesystem))
-	attach := attachHost
+}
+
+// fill makes what a configuration leaves out what it is by default.
+func fill(plan *types.String, config types.String, otherwise string) {
+	if config.IsNull() {
+		*plan = types.StringValue(otherwise)
+	}
+}
+
+// defaultAttachmentMode is that of all classes.
+const defaultAttachmentMode = string(api.CSIVolumeAttachmentModeFilesystem)
+
+func defaultAttach(class string) string {
 	if class == volume.LV2 {
-		attach = attachDirect
+		return attachDirect
 	}
-	first(&plan.Attach, config.Attach, attach)
+	return attachHost
 }
 
 func objectID(namespace, name string) string { return namespace + "/" + name }
