@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -178,7 +179,25 @@ job "user" {
 }`, image))
 	c.UntilRunning(w.t, job)
 	w.fails([]string{"The volume is in use", "job user has it"}, "destroy", "-auto-approve", "-no-color", "-target=cradle_volume.files")
-	c.Stop(w.t, job)
 	w.run("apply", "-auto-approve", "-no-color") // what went before that
+	w.unchanged()
+
+	// With prevent_destroy_if_in_use = false a destruction waits for the pod's end.
+	grown := strings.Replace(volumes, `"64MiB"
+  snapshot_id`, `"128MiB"
+  snapshot_id`, 1)
+	w.write(strings.Replace(grown, `  size = var.size`, "  size = var.size\n  prevent_destroy_if_in_use = false", 1))
+	w.run("apply", "-auto-approve", "-no-color")
+	var out bytes.Buffer
+	cmd := w.start(&out, "destroy", "-auto-approve", "-no-color", "-target=cradle_volume.files")
+	eventually(w.t, c, "a destruction that waits", func() bool {
+		_, _, err := c.API.CSIVolumes().Info("copy", nil) // it goes before
+		return err != nil
+	})
+	c.Stop(w.t, job)
+	if err := cmd.Wait(); err != nil {
+		w.t.Errorf("a destruction that waits: %v\n%s", err, &out)
+	}
+	w.apply(grown)
 	w.unchanged()
 }
