@@ -11,3 +11,8 @@ import (
 // takes over on purpose; Consul loses its leader. Nothing that was acknowledged is lost or becomes older, never do two of them answer, and no client sees more than a
 // pause.
 func TestRootSoakFailover(t *testing.T) { failOver(t, 50, 5*time.Second) }
+
+// TestRootSoakGaneshaFailover does the same to filers with NFS-Ganesha.
+func TestRootSoakGaneshaFailover(t *testing.T) {
+	ganeshaFailOver(t, 5, 5*time.Second, "killed", "switched", "stopped", "frozen", "suspended")
+}

@@ -112,6 +112,7 @@ var drills = []struct {
 type pair struct {
 	t        testing.TB
 	lease    time.Duration
+	flags    []string // of each filer
 	dir      string
 	pool     string
 	id       string
@@ -189,7 +190,7 @@ func (p *pair) from(ctx context.Context, host, network, address string) (net.Con
 	return (&net.Dialer{Timeout: time.Second}).DialContext(ctx, network, address)
 }
 
-func newPair(t testing.TB, lease time.Duration) *pair {
+func newPair(t testing.TB, lease time.Duration, flags ...string) *pair {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("this needs root")
@@ -198,7 +199,7 @@ func newPair(t testing.TB, lease time.Duration) *pair {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pair{t: t, lease: lease, dir: dir, pool: filepath.Join(dir, "pool"), id: fmt.Sprintf("fo%d", os.Getpid()), programs: map[string]string{}}
+	p := &pair{t: t, lease: lease, flags: flags, dir: dir, pool: filepath.Join(dir, "pool"), id: fmt.Sprintf("fo%d", os.Getpid()), programs: map[string]string{}}
 	for _, name := range []string{"cradle-filer", "cradle-csi"} {
 		if p.programs[name], err = programs.Path(name); err != nil {
 			t.Fatal(err)
@@ -380,8 +381,10 @@ func (h *host) socket() string { return h.file(h.name + "/api.sock") }
 
 func (h *host) startFiler() {
 	h.t.Helper()
-	cmd := h.start(&h.log, h.programs["cradle-filer"], "serve", "--set", "files", "--member", h.name, "--socket", h.socket(), "--pool", h.pool, "--floating", serviceAddress+"/24@eth0",
-		"--webdav", ":8443", "--s3", ":9000", "--tls-cert", h.file("tls.crt"), "--tls-key", h.file("tls.key"), "--rate", "0", "--lease", h.lease.String())
+	cmd := h.start(&h.log, append([]string{
+		h.programs["cradle-filer"], "serve", "--set", "files", "--member", h.name, "--socket", h.socket(), "--pool", h.pool, "--floating", serviceAddress + "/24@eth0",
+		"--webdav", ":8443", "--s3", ":9000", "--tls-cert", h.file("tls.crt"), "--tls-key", h.file("tls.key"), "--rate", "0", "--lease", h.lease.String(),
+	}, h.flags...)...)
 	ended := make(chan struct{})
 	h.filer, h.ended = cmd.Process, ended
 	go func() {
@@ -426,7 +429,7 @@ func (h *host) processes() (pids []int) {
 	}
 	for _, path := range commands {
 		command, err := os.ReadFile(path)
-		if err != nil || !strings.Contains(string(command), "cradle-filer\x00serve") && !strings.Contains(string(command), "\x00warden") && !strings.Contains(string(command), "cradle-s3") {
+		if err != nil || !strings.Contains(string(command), "cradle-filer\x00serve") && !strings.Contains(string(command), "\x00warden") && !strings.Contains(string(command), "cradle-s3") && !strings.Contains(string(command), "ganesha.nfsd") {
 			continue
 		}
 		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
