@@ -151,8 +151,10 @@ func (f *Filer) certify() error {
 // Run starts the filer, at the same address as before, and returns when it answers.
 func (f *Filer) Run() {
 	f.t.Helper()
-	f.cmd = exec.Command(f.filer, append([]string{"serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
-		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--s3", net.JoinHostPort(f.Host, s3Port), "--tls-cert", f.CA(), "--tls-key", f.key()}, f.flags...)...)
+	f.cmd = exec.Command(f.filer, append([]string{
+		"serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
+		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--s3", net.JoinHostPort(f.Host, s3Port), "--tls-cert", f.CA(), "--tls-key", f.key(),
+	}, f.flags...)...)
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)

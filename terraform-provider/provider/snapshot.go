@@ -80,7 +80,9 @@ func (r *snapshotResource) ModifyPlan(ctx context.Context, req resource.ModifyPl
 		name         string
 		is, to, said attr.Value
 	}{
-		{"volume", state.Volume, plan.Volume, config.Volume}, {"name", state.Name, plan.Name, config.Name}, {"namespace", state.Namespace, plan.Namespace, config.Namespace},
+		{"volume", state.Volume, plan.Volume, config.Volume},
+		{"name", state.Name, plan.Name, config.Name},
+		{"namespace", state.Namespace, plan.Namespace, config.Namespace},
 		{"plugin", state.Plugin, plan.Plugin, config.Plugin},
 	} {
 		if !a.is.Equal(a.to) {
