@@ -655,6 +655,9 @@ func (b *Backend) Expand(ctx context.Context, id string, size, limit int64) (n i
 
 // Capacity is volume.Backend's.
 func (b *Backend) Capacity(ctx context.Context, params volume.Parameters) (n int64, err error) {
+	if params.Class == volume.NFS { // of a caller who names no class
+		params.Class = volume.GFS
+	}
 	p, err := b.check(&volume.Request{Name: "new", Size: 1, Parameters: params})
 	if err != nil {
 		return 0, err

@@ -189,7 +189,7 @@ func testLongClone(t *testing.T) {
 	_, err = b.Create(ctx, gfs("origin"))
 	must(t, err)
 	dir := staged(t, b, "origin")
-	for i := range 300 {
+	for i := range 2000 {
 		must(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), []byte(strings.Repeat("x", 1000)), 0o600))
 	}
 	kept := volume.SnapshotID{Volume: "origin", Name: "kept"}
@@ -218,8 +218,6 @@ func testLongClone(t *testing.T) {
 		}
 		// Each waits until the copy has begun.
 		unsnapped := b.DeleteSnapshot(ctx, kept)
-		pid := fuseOf(t, point)
-		must(t, syscall.Kill(pid, syscall.SIGSTOP))
 		must(t, os.WriteFile(filepath.Join(dir, "0"), []byte("later"), 0o600))
 		must(t, b.Unstage(ctx, "origin"))
 		for what, err := range map[string]error{"delete": b.Delete(ctx, "origin"), "delete the snapshot": unsnapped} {
@@ -236,12 +234,11 @@ func testLongClone(t *testing.T) {
 		if found := repaired(t, b, false); len(found) != 0 {
 			t.Errorf("repaired meanwhile: %q", found)
 		}
-		must(t, syscall.Kill(pid, syscall.SIGCONT))
 		must(t, <-cloned)
 		at := staged(t, b, "clone")
 		entries, err := os.ReadDir(at)
 		text, rerr := os.ReadFile(filepath.Join(at, "0"))
-		if err != nil || rerr != nil || len(entries) != 300 || len(text) != 1000 {
+		if err != nil || rerr != nil || len(entries) != 2000 || len(text) != 1000 {
 			t.Errorf("the clone has %d files, %v, the first with %d bytes, %v", len(entries), err, len(text), rerr)
 		}
 		must(t, b.Unstage(ctx, "clone"))

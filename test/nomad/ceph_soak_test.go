@@ -209,13 +209,13 @@ m=$(wc -l 2>/dev/null </v/%[2]s || echo 0); test $m -ge $o || { echo "stale: $m 
 			})
 		}
 	}
+	if out := r.says(one, "quota", "cluster", "dd if=/dev/zero of=/v/big bs=1M count=200 2>&1 | grep -o 'No space left on device\\|Disk quota exceeded\\|Quota exceeded'; rm /v/big"); out == "" {
+		t.Error("200 MiB are written to a volume of 64 MiB")
+	}
 	start("cluster")
 	goOn("its start")
 	if text := r.Logs(t, writers["cluster-a"], "main", "stdout"); !strings.HasPrefix(text, " /v ceph\n") {
 		t.Errorf("the guest's mount: %.80s", text)
-	}
-	if out := r.says(one, "quota", "cluster", "dd if=/dev/zero of=/v/big bs=1M count=200 2>&1 | grep -o 'No space left on device\\|Disk quota exceeded\\|Quota exceeded'; rm /v/big"); out == "" {
-		t.Error("200 MiB are written to a volume of 64 MiB")
 	}
 	r.volume("cluster", `"64MiB"`, `"96MiB"`)
 	r.CLI(t, "volume", "snapshot", "create", "cluster", "running")
