@@ -10,7 +10,7 @@ import (
 )
 
 // recorded is the state of today's schema; the next schema that reads another one gets a file beside it.
-const recorded = "testdata/state/2026-11.tfstate"
+const recorded = "testdata/state/2026-11-27.tfstate"
 
 // States that earlier versions of the provider have written are read: a plan changes nothing, and an apply and a destruction go on from there. With -update
 // one that is not there yet is written; one that is there stays, since that is what it is for.
