@@ -244,7 +244,9 @@ func TestVMRun(t *testing.T) {
 	h.want("hello", "run", "--rm", "busybox", "echo", "hello")
 	h.want("", "ps", "-aq")
 	h.wantError(3, "", "run", "--rm", "--network", "none", "busybox", "sh", "-c", "test $(wc -l </proc/net/route) -le 1 && exit 3")
-	h.wantError(127, "executable file not found", "run", "--rm", "busybox", "nosuchcommand")
+	h.wantError(125, "network nosuch not found", "run", "--rm", "--network", "nosuch", "busybox", "true")
+	h.want("", "ps", "-aq")
+	h.wantError(127, "exit status 127: docker: Error response from daemon: failed to create task.*executable file not found", "run", "--rm", "busybox", "nosuchcommand") // and nothing before it
 	h.wantError(125, "No such image: missing:latest|Unable to find image", "run", "--rm", "missing")
 	out, err := h.try("some input\n", "run", "--rm", "-i", "busybox", "cat")
 	if err != nil || out != "some input\n" {

@@ -85,7 +85,7 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 		if c.Joins != "" {
 			now, err := t.get(ctx, c.ID)
 			if isNotFound(err) {
-				return false, errGone
+				return true, nil
 			}
 			if err != nil || now.Run < next {
 				return false, err
@@ -106,14 +106,14 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 		}
 		now, err := t.get(ctx, c.ID)
 		if isNotFound(err) {
-			return false, errGone
+			return true, nil
 		}
 		return now != nil && now.Last.Number >= next, err
 	}); err != nil {
 		return err
 	}
 	if s.phase != phaseRunning {
-		return nil // it did not start, or is over: start and wait say how
+		return nil // it did not start, is over, or was removed: start and wait say how
 	}
 	query := url.Values{"stream": {"1"}, "logs": {"1"}}
 	if next > 1 { // what earlier runs have said is in the log as well
@@ -151,8 +151,6 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 	splice(t.server.ctx, client, conn)
 	return nil
 }
-
-var errGone = fmt.Errorf("the container was removed")
 
 // A watchedClient's context ends when it goes away while nobody reads from it yet. What it sends meanwhile is kept for who reads later.
 type watchedClient struct {

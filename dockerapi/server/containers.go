@@ -583,7 +583,8 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *http.Request, t *tenant
 	}
 	if last != nil {
 		answer.StatusCode = int64(last.ExitCode)
-		if last.Error != "" {
+		// Why it did not start who starts it is told, and who waits for its removal only hears that it is gone, as with dockerd.
+		if last.Error != "" && (condition != container.WaitConditionRemoved || !last.StartedAt.IsZero()) {
 			answer.Error = &container.WaitExitError{Message: last.Error}
 		}
 	}

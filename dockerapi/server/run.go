@@ -128,8 +128,21 @@ type ending struct {
 	done chan struct{} // closed when it is noted in the record, or is left to Nomad
 }
 
-// start starts a container for a client and returns when it runs.
-func (t *tenant) start(ctx context.Context, id string) error { return t.begin(ctx, id, anyRun) }
+// start starts a container for a client and returns when it runs. One that is to be removed at its end goes where it can't be started: docker run --rm waits for that.
+func (t *tenant) start(ctx context.Context, id string) error {
+	err := t.begin(ctx, id, anyRun)
+	if err == nil || isNotModified(err) {
+		return err
+	}
+	r, rerr := t.get(ctx, id)
+	if rerr == nil && r.Host.AutoRemove && (r.Want != wantRunning || r.ended()) {
+		rerr = t.remove(ctx, r, true)
+	}
+	if isNotFound(rerr) {
+		rerr = nil
+	}
+	return errors.Join(err, rerr)
+}
 
 // anyRun is whichever of a container's runs is the newest.
 const anyRun = -1
@@ -141,7 +154,6 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 	}
 	var wait []*attachment
 	already, late := false, false
-	alone := false // there is nothing to join
 	placed := func() {}
 	defer func() { placed() }()
 	var ended run
@@ -174,7 +186,7 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 		}
 		if r.Joins != "" {
 			x, _, err := t.joinsInto(ctx, r)
-			if alone = err != nil; alone {
+			if err != nil {
 				return false, err
 			}
 			r.Within, r.Began = x.Run, time.Now().UTC()
@@ -186,9 +198,6 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 		r.place, err = t.enter(ctx, r)
 		return true, err
 	})
-	if alone && r != nil && r.Host.AutoRemove {
-		return errors.Join(err, t.remove(context.WithoutCancel(ctx), r, true))
-	}
 	if err != nil || late {
 		return err
 	}
