@@ -69,7 +69,7 @@ func TestUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	f := &filer{backend: b, state: state, audit: newAudit(state, log), log: log, entered: map[string]bool{}, long: t.Context()}
+	f := &filer{backend: b, dir: t.TempDir(), state: state, audit: newAudit(state, log), log: log, entered: map[string]bool{}, long: t.Context()}
 	s := httptest.NewServer(f.usersHandler(n))
 	t.Cleanup(s.Close)
 	as := func(token, namespace string) api.Client {
