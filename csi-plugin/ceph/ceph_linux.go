@@ -559,21 +559,24 @@ func (s *session) unused(ctx context.Context, f *found) error {
 
 // uncopied ends what interrupted calls of this host have left mounted to copy a volume, which is locked, or its snapshots. A call that is at work is an ErrBusy.
 func (s *session) uncopied(ctx context.Context, f *found) error {
-	return s.copies(ctx, f, func(ctx context.Context, target string) error {
-		if err := s.b.mounting(target).down(ctx); err != nil {
-			return err
-		}
-		return s.revoke(ctx, f, target)
-	})
+	return s.copies(ctx, f, func(ctx context.Context, target string) error { return s.uncopy(ctx, f, target) })
+}
+
+// uncopy ends what is mounted to copy a volume.
+func (s *session) uncopy(ctx context.Context, f *found, target string) error {
+	if err := s.b.mounting(target).down(ctx); err != nil {
+		return err
+	}
+	return s.revoke(ctx, f, target)
 }
 
 // copies calls do for each copy of a volume, which is locked, that was begun on this host and that nobody makes any more. One that somebody makes is an ErrBusy.
 func (s *session) copies(ctx context.Context, f *found, do func(ctx context.Context, target string) error) error {
 	for _, a := range f.attached {
-		if a.Host != s.b.config.Host || !strings.HasPrefix(a.Target, copying) {
+		clone, copied := cloneOf(a.Target)
+		if a.Host != s.b.config.Host || !copied {
 			continue
 		}
-		clone := strings.Trim(a.Target, copying)
 		if clone == f.id { // whose lock is the caller's
 			if err := do(ctx, a.Target); err != nil {
 				return err

@@ -559,6 +559,11 @@ type opened struct {
 // begins so.
 const copying = ":"
 
+// cloneOf is the clone for which something of that name is mounted, if it is for a copy; else the volume.
+func cloneOf(name string) (id string, copied bool) {
+	return strings.Trim(name, copying), strings.HasPrefix(name, copying)
+}
+
 // opened mounts a path for a key of its own, and opens a part of it. The name is of the mount, copying and the clone, whose lock is held.
 func (s *session) opened(ctx context.Context, f *found, name, path, part string, readOnly bool) (*opened, error) {
 	m := s.b.mounting(name)

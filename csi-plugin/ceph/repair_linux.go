@@ -26,7 +26,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 	defer s.close()
 	for _, e := range entries {
 		name := e.Name()
-		id, copied := strings.Trim(name, copying), strings.HasPrefix(name, copying)
+		id, copied := cloneOf(name)
 		err := b.locks().Alone(ctx, id, func(ctx context.Context) error {
 			m := b.mounting(name)
 			st, err := m.state()
@@ -135,14 +135,12 @@ func (s *session) repair(ctx context.Context, f *found, look bool, report func(s
 		left := false
 		copied := s.copies(ctx, f, func(ctx context.Context, target string) error {
 			left = true
-			report(fmt.Sprintf("volume %s: it was copied to volume %s, and the call did not come to its end", f.id, strings.Trim(target, copying)))
+			clone, _ := cloneOf(target)
+			report(fmt.Sprintf("volume %s: it was copied to volume %s, and the call did not come to its end", f.id, clone))
 			if look {
 				return nil
 			}
-			if err := s.b.mounting(target).down(ctx); err != nil {
-				return err
-			}
-			return s.revoke(ctx, f, target)
+			return s.uncopy(ctx, f, target)
 		})
 		busy := errors.Is(copied, volume.ErrBusy)
 		if copied != nil && !busy {

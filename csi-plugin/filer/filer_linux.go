@@ -31,7 +31,6 @@ import (
 type filer struct {
 	backend    volume.Backend
 	engine     nfs.Engine
-	options    string // for its clients
 	engineName string
 	dir        string
 	state      string // with what outlasts a reboot, such as grants/ID.json
@@ -52,12 +51,14 @@ type filer struct {
 	entered map[string]bool // volumes whose files this process itself works with
 }
 
-// Options for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
-const (
-	patience        = ",hard,timeo=100,retrans=3"
-	embeddedOptions = "vers=3" + patience
-	ganeshaOptions  = ganesha.Version + patience
-)
+// options are for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
+func (f *filer) options() string {
+	version := "vers=3"
+	if f.engineName == byGanesha {
+		version = ganesha.Version
+	}
+	return version + ",hard,timeo=100,retrans=3"
+}
 
 func (f *filer) published() records[api.Publication] {
 	return records[api.Publication]{filepath.Join(f.kept, "publications"), "publication"}
@@ -83,14 +84,14 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 		p.Export = former.Export
 	case err == nil || errors.Is(err, fs.ErrNotExist):
 		separator := "/"
-		if f.options != embeddedOptions {
+		if f.engineName == byGanesha {
 			separator = "." // all clients of NFS-Ganesha see the directories on the way to an export
 		}
 		p.Export = "/" + p.Volume + separator + strings.ToLower(rand.Text())
 	default:
 		return p, err
 	}
-	p.Address, p.Options = f.address, f.options
+	p.Address, p.Options = f.address, f.options()
 	if err := f.hasFiles(ctx, p.Volume); err != nil {
 		return p, err
 	}
@@ -111,7 +112,7 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 // served says whether a publication is one of this engine, whose paths and handles are none of another's.
 func (f *filer) served(p api.Publication) bool {
 	its, _, _ := strings.Cut(p.Options, ",")
-	own, _, _ := strings.Cut(f.options, ",")
+	own, _, _ := strings.Cut(f.options(), ",")
 	return its == own
 }
 

@@ -55,7 +55,6 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	t.group, ctx = errgroup.WithContext(ctx)
 	var listen net.Listener // nil where another process does
 	var engine nfs.Engine
-	options := embeddedOptions
 	if s.engine == embedded {
 		if listen, err = net.Listen("tcp", s.listen); err != nil {
 			return nil, fmt.Errorf("--listen: %w", err)
@@ -76,7 +75,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 			return nil, fmt.Errorf("--engine ganesha: %w", err)
 		}
 		t.close = append(t.close, func() {}) // as the first is the listener
-		t.listens, engine, options = at.Listen, t.ganesha, ganeshaOptions
+		t.listens, engine = at.Listen, t.ganesha
 	}
 	address, err := reachable(s.address, t.listens)
 	if err != nil {
@@ -90,7 +89,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		t.close = append(t.close, func() { users.Close() })
 	}
 	t.filer = &filer{
-		backend: at.backend, engine: engine, engineName: s.engine, options: options, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
+		backend: at.backend, engine: engine, engineName: s.engine, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
 		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash,
 	}
 	t.long, t.stop = context.WithCancelCause(ctx)
