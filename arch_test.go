@@ -123,7 +123,7 @@ var testsMayImport = map[string][]string{
 	"bali":                        {"internal/nomadtest", "test/s3server"},
 	"dockerapi":                   {"internal/golden", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/cephtest", "internal/mountns", "internal/nomadtest", "test/dockerd", "test/programs"},
-	"terraform-provider":          {"internal/golden", "internal/nomadjob", "internal/nomadtest", "test/programs"},
+	"terraform-provider":          {"internal/golden", "internal/locked", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},
 	"csi-plugin/ceph":             {"csi-plugin/volume/volumetest", "internal/cephtest"},
 	"csi-plugin/dir":              {"csi-plugin/volume/volumetest"},

@@ -29,23 +29,7 @@ import (
 // startCeph is a cluster, and the flags of a plugin that has its group cradle there.
 func startCeph(t *testing.T) (*cephtest.Cluster, []string) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "cephtest-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := cephtest.Start(t.Context(), dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(c.Log())
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-		os.RemoveAll(dir)
-	})
+	c := cephtest.Lab(t)
 	keyring, err := c.Plugin(t.Context(), "../examples/nomad/volumes/ceph-client.sh", "cradle")
 	if err != nil {
 		t.Fatal(err)

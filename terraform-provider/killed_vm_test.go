@@ -3,20 +3,19 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/nomad/api"
 
+	"github.com/cradlestack/cradlestack/internal/locked"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
@@ -49,7 +48,7 @@ func testKilled(t *testing.T, n int) {
 	// kill runs terraform until so many are there, and kills it with its provider, or that alone. It says whether terraform was still at it.
 	kill := func(alone bool, enough func(n int, said string) bool, args ...string) bool {
 		t.Helper()
-		var out said
+		var out locked.Buffer
 		cmd := w.start(&out, append(args, "-auto-approve", "-no-color", "-lock=false", "-parallelism=20")...)
 		ended := make(chan error, 1)
 		go func() { ended <- cmd.Wait() }()
@@ -100,24 +99,6 @@ func testKilled(t *testing.T, n int) {
 	if entries, err := os.ReadDir(filepath.Join(c.Server().Dir, "volumes")); err != nil || len(entries) != 1 || entries[0].Name() != ".lock" {
 		t.Errorf("left in the pool: %v, %v", entries, err)
 	}
-}
-
-// said is what a program that runs has written.
-type said struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (s *said) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.text.Write(b)
-}
-
-func (s *said) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.text.String()
 }
 
 // providerOf is the provider that a terraform has started, by its process group; noProcess when that has ended.

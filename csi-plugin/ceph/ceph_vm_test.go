@@ -36,25 +36,8 @@ var (
 // lab is one cluster for the tests of a test with its subtests.
 func lab(t *testing.T) *cephtest.Cluster {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "cephtest-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := cephtest.Start(t.Context(), dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(c.Log())
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-		os.RemoveAll(dir)
-	})
-	cluster = c
-	return c
+	cluster = cephtest.Lab(t)
+	return cluster
 }
 
 // fresh is a pool that is empty, on a host of its own: CONF|GROUP|DIRECTORY.

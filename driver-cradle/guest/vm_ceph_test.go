@@ -17,18 +17,7 @@ import (
 // TestVMCeph: two machines have one directory of a CephFS, each by its own kernel; what one has written the other reads, the quota is the size that they see,
 // and the key is nowhere that a container sees.
 func TestVMCeph(t *testing.T) {
-	c, err := cephtest.Start(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(c.Log())
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	c := cephtest.Lab(t)
 	ceph := func(args ...string) string {
 		t.Helper()
 		out, err := c.Ceph(t.Context(), args...)

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/cradlestack/cradlestack/internal/netnstest"
@@ -33,6 +34,29 @@ type Cluster struct {
 }
 
 const packages = "apt-get install ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse ceph-common"
+
+// Lab starts a cluster for a test, which ends with it.
+func Lab(t testing.TB) *Cluster {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "cephtest-") // for unix sockets, t.TempDir's paths are too long
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Start(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(c.Log())
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		os.RemoveAll(dir)
+	})
+	return c
+}
 
 // Start starts a cluster, and returns when its file system can be used. Its files are below dir.
 func Start(ctx context.Context, dir string) (_ *Cluster, err error) {

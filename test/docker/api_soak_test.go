@@ -3,18 +3,17 @@
 package docker
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/cradlestack/cradlestack/internal/locked"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/dockerd"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -99,7 +98,7 @@ func TestVMSoakAPISameAsDockerd(t *testing.T) {
 	t.Setenv("CALLER_VARIABLE", "from the caller")
 	all := images(t)
 	d, a := newDocker(t, dir, all), newAPI(t, dir, all)
-	listed := rowsOf(t, "dockerapi-differences.md")
+	differ := differences(t, "dockerapi-differences.md", "cradle-dockerapi")
 	slots := make(chan struct{}, 4)
 	for i, c := range append(append([]testCase{}, cases...), commandCases...) {
 		if c.image == "" {
@@ -121,27 +120,7 @@ func TestVMSoakAPISameAsDockerd(t *testing.T) {
 				}
 				return script(t, d.host, container, own, c.script)
 			}
-			var want, got outcome
-			var both sync.WaitGroup
-			both.Go(func() { want = run(d) })
-			both.Go(func() { got = run(a) })
-			both.Wait()
-			if t.Failed() {
-				return
-			}
-			if c.onlyCode || c.onlyFailure {
-				want.stderr, got.stderr = "", ""
-			}
-			if c.onlyFailure && want.code != 0 && got.code != 0 {
-				got.code = want.code
-			}
-			reason, differs := listed[c.name]
-			switch {
-			case want == got && differs:
-				t.Errorf("no difference any more; take it out of docs/dockerapi-differences.md (%s)", reason)
-			case want != got && !differs:
-				t.Errorf("dockerd %s\ncradle-dockerapi %s", want, got)
-			}
+			differ.compare(t, c, func() outcome { return run(d) }, func() outcome { return run(a) })
 		})
 	}
 }
@@ -163,7 +142,7 @@ func newAPI(t *testing.T, dir string, all map[string]v1.Image) *dockerSide {
 	socket := filepath.Join(node.Dir, "a.sock")
 	cmd := node.Command(context.Background(), program, "serve", "--socket", socket, "--images", filepath.Join(node.Dir, "registry"), "--registry-listen", "127.0.0.1:5000", "--pods", filepath.Join(node.Dir, "cradle"))
 	cmd.Env = c.Env()
-	var log bytes.Buffer
+	var log locked.Buffer
 	cmd.Stderr = &log
 	if err := node.Launch(cmd); err != nil {
 		t.Fatal(err)

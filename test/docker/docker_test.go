@@ -54,7 +54,7 @@ func TestVMSameAsDocker(t *testing.T) {
 	all := images(t)
 	d := newDocker(t, dir, all)
 	k := newKcradle(t, dir, all)
-	listed := differences(t)
+	differ := kcradleDiffers(t)
 	for i, c := range cases {
 		if c.image == "" {
 			c.image = "plain"
@@ -62,27 +62,7 @@ func TestVMSameAsDocker(t *testing.T) {
 		container := fmt.Sprintf("case%d", i)
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			var want, got outcome
-			var both sync.WaitGroup
-			both.Go(func() { want = d.run(t, c, container) })
-			both.Go(func() { got = k.run(t, c, container) })
-			both.Wait()
-			if t.Failed() {
-				return
-			}
-			if c.onlyCode || c.onlyFailure {
-				want.stderr, got.stderr = "", ""
-			}
-			if c.onlyFailure && want.code != 0 && got.code != 0 {
-				got.code = want.code
-			}
-			reason, differs := listed[c.name]
-			switch {
-			case want == got && differs:
-				t.Errorf("no difference any more; take it out of docs/docker-differences.md (%s)", reason)
-			case want != got && !differs:
-				t.Errorf("docker %s\nkcradle %s", want, got)
-			}
+			differ.compare(t, c, func() outcome { return d.run(t, c, container) }, func() outcome { return k.run(t, c, container) })
 		})
 	}
 }
@@ -98,7 +78,7 @@ func TestCasesAreNamedOnce(t *testing.T) {
 	if len(seen) < 60 {
 		t.Errorf("%d cases; at least 60 are promised", len(seen))
 	}
-	for name := range differences(t) {
+	for name := range kcradleDiffers(t).listed {
 		if !seen[name] {
 			t.Errorf("docs/docker-differences.md lists %q, which is no case", name)
 		}
@@ -117,14 +97,14 @@ func shown(s string) string {
 	return s
 }
 
-// differences are those of kcradle.
-func differences(t *testing.T) map[string]string {
-	t.Helper()
-	return rowsOf(t, "docker-differences.md")
+// A comparison is of dockerd with something, whose differences a document lists: case → the row's last cell.
+type comparison struct {
+	document, with string
+	listed         map[string]string
 }
 
-// rowsOf reads the rows | `case` | … of a document: case → the row's last cell.
-func rowsOf(t *testing.T, document string) map[string]string {
+// differences reads the rows | `case` | … of a document.
+func differences(t *testing.T, document, with string) comparison {
 	t.Helper()
 	root, err := programs.Root()
 	if err != nil {
@@ -138,7 +118,39 @@ func rowsOf(t *testing.T, document string) map[string]string {
 	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+/[^`]+|diff|export)` \\|.*\\| ([^|]+) \\|$").FindAllSubmatch(text, -1) {
 		listed[string(row[1])] = string(row[2])
 	}
-	return listed
+	return comparison{document, with, listed}
+}
+
+// kcradleDiffers is what kcradle does otherwise.
+func kcradleDiffers(t *testing.T) comparison {
+	t.Helper()
+	return differences(t, "docker-differences.md", "kcradle")
+}
+
+// compare runs a case on both at once.
+func (d comparison) compare(t *testing.T, c testCase, docker, other func() outcome) {
+	t.Helper()
+	var want, got outcome
+	var both sync.WaitGroup
+	both.Go(func() { want = docker() })
+	both.Go(func() { got = other() })
+	both.Wait()
+	if t.Failed() {
+		return
+	}
+	if c.onlyCode || c.onlyFailure {
+		want.stderr, got.stderr = "", ""
+	}
+	if c.onlyFailure && want.code != 0 && got.code != 0 {
+		got.code = want.code
+	}
+	reason, differs := d.listed[c.name]
+	switch {
+	case want == got && differs:
+		t.Errorf("no difference any more; take it out of docs/%s (%s)", d.document, reason)
+	case want != got && !differs:
+		t.Errorf("dockerd %s\n%s %s", want, d.with, got)
+	}
 }
 
 // execute runs a command and takes an outcome from it.

@@ -28,24 +28,9 @@ type reef struct {
 }
 
 func startReef(t *testing.T) *reef {
-	dir, err := os.MkdirTemp("", "cephtest-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := cephtest.Start(t.Context(), dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(c.Log())
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-		os.RemoveAll(dir)
-	})
+	c := cephtest.Lab(t)
 	r := &reef{storehouse: &storehouse{t: t, used: map[string]bool{}}, ceph: c}
+	var err error
 	if r.root, err = programs.Root(); err != nil {
 		t.Fatal(err)
 	}
