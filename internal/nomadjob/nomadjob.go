@@ -296,8 +296,8 @@ func RemoveDisk(id, namespace, node, disk string) *api.Job {
 		ID: ptr(id), Name: ptr(id), Type: ptr(api.JobTypeBatch), Datacenters: []string{"*"}, Constraints: []*api.Constraint{api.NewConstraint(nodeTarget, "=", node)},
 		TaskGroups: []*api.TaskGroup{{
 			Name: ptr(group), Count: ptr(1), EphemeralDisk: &api.EphemeralDisk{SizeMB: ptr(diskMB), Sticky: ptr(false), Migrate: ptr(false)},
-			// A pod that still ends has the disk: it is free in a moment.
-			RestartPolicy:    &api.RestartPolicy{Attempts: ptr(10), Interval: ptr(time.Hour), Delay: ptr(time.Second), Mode: ptr("fail"), RenderTemplates: ptr(false)},
+			// A pod that still ends has the disk: mostly it is free in a moment, but a node that is back may have started it once more before it heard that it is to end.
+			RestartPolicy:    &api.RestartPolicy{Attempts: ptr(10), Interval: ptr(30 * time.Second), Delay: ptr(time.Second), Mode: ptr("delay"), RenderTemplates: ptr(false)},
 			ReschedulePolicy: &api.ReschedulePolicy{Attempts: ptr(0), Unlimited: ptr(false)},
 			Tasks: []*api.Task{{
 				Name: "remove", Driver: Driver, Config: map[string]any{"disk_action": "remove", "disk_id": disk},
