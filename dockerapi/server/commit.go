@@ -90,7 +90,7 @@ func (t *tenant) readLayer(ctx context.Context, c *record, pause bool, read func
 					t.server.Log.Error("let a container go on after a commit", "container", c.ID, "error", err)
 				}
 			}()
-		} else if !isConflictStatus(err) { // it is paused already, or between two runs
+		} else if !isTaken(err) { // it is paused already, or between two runs
 			return err
 		}
 	}
@@ -105,11 +105,6 @@ func (t *tenant) readLayer(ctx context.Context, c *record, pause bool, read func
 		return dockerhttp.Errorf(http.StatusInternalServerError, "the files of container %s: the pod has stopped sending them: %v", c.ID, body.err)
 	}
 	return err
-}
-
-func isConflictStatus(err error) bool {
-	var e dockerhttp.Error
-	return errors.As(err, &e) && e.Status == http.StatusConflict
 }
 
 // A brokenReader remembers why reading has failed.

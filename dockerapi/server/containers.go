@@ -186,7 +186,8 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	if err := dockerhttp.Decode(w, r, &request); err != nil {
 		return err
 	}
-	name, err := translate.Name(or(dockerhttp.Parameter(r, "name"), randomName()))
+	given := dockerhttp.Parameter(r, "name")
+	name, err := translate.Name(or(given, randomName()))
 	if err != nil {
 		return err
 	}
@@ -244,11 +245,16 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	} else if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
 		return dockerhttp.Invalid("%v", err)
 	}
-	if err := t.takeName(ctx, name, id); err != nil {
+	err = t.takeName(ctx, rec.Name, id)
+	for given == "" && isTaken(err) {
+		rec.Name = randomName()
+		err = t.takeName(ctx, rec.Name, id)
+	}
+	if err != nil {
 		return err
 	}
 	if err := t.useVolumes(ctx, c); err != nil {
-		return errors.Join(err, t.freeName(context.WithoutCancel(ctx), name, id))
+		return errors.Join(err, t.freeName(context.WithoutCancel(ctx), rec.Name, id))
 	}
 	for _, v := range c.Volumes {
 		rec.Volumes = append(rec.Volumes, v.Name)
@@ -263,7 +269,7 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 		clear := context.WithoutCancel(ctx)
 		_, verr := t.nomad.Variables().Delete(nomadjob.EnvPath(rec.jobID()), t.write(clear))
 		_, rerr := t.nomad.Variables().Delete(recordPrefix+id, t.write(clear))
-		return errors.Join(err, t.freeName(clear, name, id), verr, rerr)
+		return errors.Join(err, t.freeName(clear, rec.Name, id), verr, rerr)
 	}
 	t.emitContainer(rec, events.ActionCreate, nil)
 	return dockerhttp.Answer(w, http.StatusCreated, container.CreateResponse{ID: id, Warnings: append([]string{}, c.Warnings...)})

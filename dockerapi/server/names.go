@@ -1,9 +1,6 @@
 package server
 
-import (
-	"crypto/rand"
-	"encoding/binary"
-)
+import "math/rand/v2"
 
 var (
 	qualities = []string{
@@ -22,8 +19,9 @@ var (
 
 // randomName is for a container that was given none.
 func randomName() string {
-	var b [5]byte
-	_, _ = rand.Read(b[:]) // never fails
-	n := binary.BigEndian.Uint32(b[:4])
-	return qualities[n%uint32(len(qualities))] + "_" + things[(n>>12)%uint32(len(things))] + "_" + string('a'+rune(b[4]%26)) + string('a'+rune(n>>24%26)%26)
+	return oneOf(qualities) + "_" + oneOf(things) + "_" + string(letter()) + string(letter())
 }
+
+func oneOf(of []string) string { return of[rand.IntN(len(of))] }
+
+func letter() rune { return 'a' + rand.N('z'-'a'+1) }

@@ -268,9 +268,15 @@ func (t *tenant) freeName(ctx context.Context, name, id string) error {
 	return err
 }
 
-func isNotFound(err error) bool {
+func isNotFound(err error) bool { return isAnswer(err, http.StatusNotFound) }
+
+// isTaken says whether what is asked for conflicts with what there is.
+func isTaken(err error) bool { return isAnswer(err, http.StatusConflict) }
+
+// isAnswer says whether an error is what a client is told with this status.
+func isAnswer(err error, status int) bool {
 	var e dockerhttp.Error
-	return errors.As(err, &e) && e.Status == http.StatusNotFound
+	return errors.As(err, &e) && e.Status == status
 }
 
 // find reads the record of what a client calls ID, name, or the beginning of an id; in this order, as docker does.

@@ -508,7 +508,7 @@ func (s *Server) pruneVolumes(w http.ResponseWriter, r *http.Request, t *tenant)
 		if len(v.users) > 0 || !every && !anonymous || !f.Labels("label", v.Labels, false) || !f.Labels("label!", v.Labels, true) {
 			continue
 		}
-		if err := t.deleteVolume(r.Context(), v.Name); isConflict409(err) {
+		if err := t.deleteVolume(r.Context(), v.Name); isTaken(err) {
 			continue // a job that is not docker's has it
 		} else if err != nil {
 			return err
@@ -518,11 +518,6 @@ func (s *Server) pruneVolumes(w http.ResponseWriter, r *http.Request, t *tenant)
 	}
 	t.emitPrune(events.VolumeEventType, report.SpaceReclaimed)
 	return dockerhttp.Answer(w, http.StatusOK, report)
-}
-
-func isConflict409(err error) bool {
-	var e dockerhttp.Error
-	return errors.As(err, &e) && e.Status == http.StatusConflict
 }
 
 // volumeUsage is docker system df, its volumes: how large they may become, as what they take only their nodes know.
