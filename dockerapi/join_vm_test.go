@@ -4,14 +4,17 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/internal/locked"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
@@ -34,6 +37,30 @@ func killPlugin(t *testing.T, n *nomadtest.Node) {
 	if killed == 0 {
 		t.Fatal("there is no plugin")
 	}
+}
+
+// eventFormat shows an event's action, and how it has ended.
+const eventFormat = "{{.Action}}{{with .Actor.Attributes.exitCode}} {{.}}{{end}}"
+
+// listen has docker events tell what happens from now on to what a filter lets through. told is what it has told so far.
+func (h *host) listen(filter string) (told func() []string) {
+	h.t.Helper()
+	var out locked.Buffer
+	cmd := h.command(h.t.Context(), "events", "--since", fmt.Sprint(time.Now().Unix()), "--filter", filter, "--format", eventFormat)
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return func() []string { return strings.Split(strings.TrimSpace(out.String()), "\n") }
+}
+
+// hasAll says whether all lines are among others.
+func hasAll(all, lines []string) bool {
+	return !slices.ContainsFunc(lines, func(line string) bool { return !slices.Contains(all, line) })
 }
 
 const composed = `
@@ -95,8 +122,10 @@ func TestVMJoin(t *testing.T) {
 	h.run("rm", "-f", "donor")
 	step("short ones have come and gone")
 
-	// One of another image, with a volume of its own.
-	h.run("run", "-d", "--name", "side", "--restart", "unless-stopped", "-v", "/data", "--network", "container:web", "debian", "bash", "-c", "echo out; echo err >&2; echo kept >>/data/file; trap 'echo bye; exit 7' TERM; sleep 10000 & wait")
+	// One of another image, with a volume of its own. Who listens for what happens to it alone hears of it, though nothing was wanted of the pod before.
+	since := time.Now()
+	told := h.listen("container=side")
+	h.run("run", "-d", "--name", "side", "--restart", "unless-stopped", "--health-cmd", "test -e /data/file", "--health-interval", "1s", "-l", "tier=side", "-v", "/data", "--network", "container:web", "debian", "bash", "-c", "echo out; echo err >&2; echo kept >>/data/file; trap 'echo bye; exit 7' TERM; sleep 10000 & wait")
 	h.want("container:"+id+" running "+id[:12], "inspect", "-f", "{{.HostConfig.NetworkMode}} {{.State.Status}} {{.Config.Hostname}}", "side")
 	kept := func(n int) {
 		t.Helper()
@@ -108,6 +137,17 @@ func TestVMJoin(t *testing.T) {
 	kept(1)
 	h.want("side\nweb", "ps", "--format", "{{.Names}}")
 	h.untilSaid("out", "side")
+	h.wantError(4, "", "exec", "side", "sh", "-c", "exit 4")
+	h.until("side to be healthy", func() bool { return h.run("inspect", "-f", "{{.State.Health.Status}}", "side") == "healthy" })
+	inside := []string{"create", "start", "health_status: healthy", "exec_create: sh -c exit 4", "exec_start: sh -c exit 4", "exec_die 4"}
+	h.until("what happens to side to be told", func() bool { return hasAll(told(), inside) })
+	past := strings.Split(h.run("events", "--since", fmt.Sprint(since.Unix()), "--until", fmt.Sprint(time.Now().Unix()+1), "--filter", "label=tier=side", "--format", eventFormat), "\n")
+	if !hasAll(past, inside) {
+		t.Errorf("of the past of side is told %q", past)
+	}
+	if n := strings.Count(strings.Join(told(), "\n")+"\n", "start\n"); n != 1 {
+		t.Errorf("side's start is told %d times: %q", n, told())
+	}
 	h.wantError(1, "--memory of one that joins can't be more", "update", "--memory", "1g", "--memory-swap", "-1", "side")
 	h.run("update", "--memory", "64m", "--cpus", "0.5", "side")
 	h.want("67108864\n50000 100000", "exec", "side", "cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max")

@@ -38,7 +38,8 @@ const eventDelay = 50 * time.Millisecond
 // An event is docker's message, with what tells whether two of a container's starts and ends are the same.
 type event struct {
 	events.Message
-	Run int `json:"run,omitempty"` // of the container
+	Run int    `json:"run,omitempty"` // of the container
+	In  string `json:"in,omitempty"`  // the container that it has joined, by its id
 
 	inside bool // the pod has told it
 }
@@ -258,5 +259,5 @@ func containerEvent(r *record, action events.Action, more map[string]string) eve
 	maps.Copy(all, r.Config.Labels)
 	all["image"], all["name"] = r.Config.Image, r.Name
 	maps.Copy(all, more)
-	return event{Message: events.Message{Type: events.ContainerEventType, Action: action, Actor: events.Actor{ID: r.ID, Attributes: all}}, Run: r.Run}
+	return event{Message: events.Message{Type: events.ContainerEventType, Action: action, Actor: events.Actor{ID: r.ID, Attributes: all}}, Run: r.Run, In: r.Joins}
 }

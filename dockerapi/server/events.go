@@ -49,10 +49,14 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request, t *tenant) error
 		return err
 	}
 	out := &eventWriter{wanted: wanted, w: w, lives: map[string]life{}}
+	wants, err := t.wantedPods(ctx, wanted)
+	if err != nil {
+		return err
+	}
 	if wanted.Since.IsZero() && wanted.Until.IsZero() {
 		past = nil
 	} else {
-		past = append(past, t.pastOfPods(ctx, wanted, joined)...)
+		past = append(past, t.pastOfPods(ctx, wanted, wants, joined)...)
 		slices.SortStableFunc(past, byTime)
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -71,8 +75,9 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request, t *tenant) error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	live := make(chan []event)
-	work.Go(func() { t.followLog(ctx, log, live) })
-	work.Go(func() { t.followPods(ctx, wanted, joined, live) })
+	pods := &podFollower{tenant: t, wants: wants, live: live, work: &work, followed: map[string]bool{}}
+	work.Go(func() { t.followLog(ctx, log, live, func(e *event) { pods.joined(ctx, wanted, e, joined) }) })
+	work.Go(func() { pods.run(ctx, joined) })
 	var held []event // of the log and of pods, which do not come in order
 	var settled <-chan time.Time
 	for {
@@ -170,7 +175,8 @@ func (o *eventWriter) last(ctx context.Context, log *eventReader, held []event) 
 	return nil
 }
 
-func (t *tenant) followLog(ctx context.Context, log *eventReader, live chan<- []event) {
+// followLog tells what is new in the log, and looks at each event before.
+func (t *tenant) followLog(ctx context.Context, log *eventReader, live chan<- []event, look func(*event)) {
 	for ctx.Err() == nil {
 		some, err := log.next(ctx)
 		if err != nil {
@@ -179,6 +185,9 @@ func (t *tenant) followLog(ctx context.Context, log *eventReader, live chan<- []
 			case <-time.After(streamRetry):
 			}
 			continue
+		}
+		for i := range some {
+			look(&some[i])
 		}
 		select {
 		case live <- some:
@@ -200,8 +209,27 @@ func (w *watch) running() map[string]*api.AllocationListStub {
 	return all
 }
 
+// wantedPods says which pods may tell a client what it wants: by the record of the container whose pod it is. What has joined that may be wanted as well.
+func (t *tenant) wantedPods(ctx context.Context, wanted *dockerhttp.EventsRequest) (func(*record) bool, error) {
+	wants := func(r *record) bool {
+		like := containerEvent(r, "", nil)
+		return wanted.WantsActor(&like.Message)
+	}
+	all, err := t.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	hosts := map[string]bool{}
+	for _, r := range all {
+		if r.Joins != "" && wants(r) {
+			hosts[r.Joins] = true
+		}
+	}
+	return func(r *record) bool { return hosts[r.ID] || wants(r) }, nil
+}
+
 // pastOfPods asks all running pods what has happened in them until a client has joined.
-func (t *tenant) pastOfPods(ctx context.Context, wanted *dockerhttp.EventsRequest, joined time.Time) []event {
+func (t *tenant) pastOfPods(ctx context.Context, wanted *dockerhttp.EventsRequest, wants func(*record) bool, joined time.Time) []event {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
 	until := joined
@@ -221,7 +249,7 @@ func (t *tenant) pastOfPods(ctx context.Context, wanted *dockerhttp.EventsReques
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			// A pod that has just ended has nothing to tell that is not in the log.
-			_ = t.podEvents(ctx, id, alloc, wanted, since, until, func(m event) {
+			_ = t.podEvents(ctx, id, alloc, wants, since, until, func(m event) {
 				mu.Lock()
 				defer mu.Unlock()
 				past = append(past, m)
@@ -232,30 +260,72 @@ func (t *tenant) pastOfPods(ctx context.Context, wanted *dockerhttp.EventsReques
 	return past
 }
 
-// followPods tells what happens in all pods from a time on.
-func (t *tenant) followPods(ctx context.Context, wanted *dockerhttp.EventsRequest, from time.Time, live chan<- []event) {
-	var work sync.WaitGroup
-	defer work.Wait()
-	followed := map[string]bool{} // by allocation
-	_ = t.watch.until(ctx, func() (bool, error) {
+// A podFollower tells a client what happens in pods.
+type podFollower struct {
+	tenant *tenant
+	wants  func(*record) bool
+	live   chan<- []event
+	work   *sync.WaitGroup // of what it has begun
+
+	mu       sync.Mutex
+	followed map[string]bool // by allocation
+}
+
+// run follows all pods from a time on.
+func (f *podFollower) run(ctx context.Context, from time.Time) {
+	known := map[string]bool{} // allocations that were seen
+	_ = f.tenant.watch.until(ctx, func() (bool, error) {
 		now := map[string]bool{}
-		for id, alloc := range t.watch.running() {
-			if now[alloc.ID] = true; !followed[alloc.ID] {
-				work.Go(func() { t.followPod(ctx, id, alloc, wanted, from, live) })
+		for id, alloc := range f.tenant.watch.running() {
+			if now[alloc.ID] = true; !known[alloc.ID] {
+				f.follow(ctx, id, alloc, f.wants, from)
 			}
 		}
-		followed = now
+		known = now
 		return false, nil
 	})
 }
 
+// joined follows a pod of which nothing was wanted before, when a container has joined it that is. What was before a time is of no interest.
+func (f *podFollower) joined(ctx context.Context, wanted *dockerhttp.EventsRequest, e *event, from time.Time) {
+	if e.In == "" || e.Action != events.ActionStart || !wanted.WantsActor(&e.Message) {
+		return
+	}
+	if alloc := f.tenant.watch.running()[e.In]; alloc != nil {
+		if begun := time.Unix(0, e.TimeNano).Add(-podClock); begun.After(from) {
+			from = begun
+		}
+		f.follow(ctx, e.In, alloc, func(*record) bool { return true }, from)
+	}
+}
+
+// podClock is how much a pod's clock may differ from the server's.
+const podClock = time.Second
+
+// follow follows a pod, if nobody does.
+func (f *podFollower) follow(ctx context.Context, id string, alloc *api.AllocationListStub, wants func(*record) bool, from time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.followed[alloc.ID] {
+		return
+	}
+	f.followed[alloc.ID] = true
+	f.work.Go(func() {
+		f.followPod(ctx, id, alloc, wants, from)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.followed, alloc.ID)
+	})
+}
+
 // followPod goes on where its stream breaks, for as long as the pod runs.
-func (t *tenant) followPod(ctx context.Context, id string, alloc *api.AllocationListStub, wanted *dockerhttp.EventsRequest, from time.Time, live chan<- []event) {
+func (f *podFollower) followPod(ctx context.Context, id string, alloc *api.AllocationListStub, wants func(*record) bool, from time.Time) {
+	t := f.tenant
 	for ctx.Err() == nil {
-		err := t.podEvents(ctx, id, alloc, wanted, from.Add(1), time.Time{}, func(m event) {
+		err := t.podEvents(ctx, id, alloc, wants, from.Add(1), time.Time{}, func(m event) {
 			from = time.Unix(0, m.TimeNano)
 			select {
-			case live <- []event{m}:
+			case f.live <- []event{m}:
 			case <-ctx.Done():
 			}
 		})
@@ -269,16 +339,17 @@ func (t *tenant) followPod(ctx context.Context, id string, alloc *api.Allocation
 	}
 }
 
-// podEvents tells what happens in a container's pod. Without until it ends with the pod, which is an error. It returns nil where nothing is wanted of the pod.
-func (t *tenant) podEvents(ctx context.Context, id string, alloc *api.AllocationListStub, wanted *dockerhttp.EventsRequest, since, until time.Time, tell func(event)) error {
-	c, err := t.get(ctx, id)
+// podEvents tells what happens to the containers in a container's pod: to it, and to those that have joined it. Without until it ends with the pod, which is an error. It
+// returns nil where nothing is wanted of the pod.
+func (t *tenant) podEvents(ctx context.Context, id string, alloc *api.AllocationListStub, wants func(*record) bool, since, until time.Time, tell func(event)) error {
+	own, err := t.get(ctx, id)
 	if err != nil {
 		return err
 	}
-	run := c.Run
-	if like := containerEvent(c, "", nil); !wanted.WantsActor(&like.Message) {
+	if !wants(own) {
 		return nil
 	}
+	run := own.Run
 	q := url.Values{"since": {unixTime(since)}}
 	if !until.IsZero() {
 		q.Set("until", unixTime(until))
@@ -290,6 +361,7 @@ func (t *tenant) podEvents(ctx context.Context, id string, alloc *api.Allocation
 	}
 	defer told.Close()
 	in := json.NewDecoder(told)
+	known := map[string]*record{id: own} // as they were last
 	for {
 		var m events.Message
 		if err := in.Decode(&m); err != nil {
@@ -298,14 +370,26 @@ func (t *tenant) podEvents(ctx context.Context, id string, alloc *api.Allocation
 			}
 			return err
 		}
-		if m.Actor.ID != id || !ofPod(m.Action) {
+		if !ofPod(m.Action) {
 			continue
 		}
-		if now, err := t.get(ctx, id); err == nil { // it may have another name by now
-			c = now
+		c := known[m.Actor.ID]
+		if now, err := t.get(ctx, m.Actor.ID); err == nil { // it may have another name by now
+			c, known[m.Actor.ID] = now, now
 		}
-		tell(ofContainer(c, run, m))
+		switch {
+		case c == nil: // it is gone, and the log tells of that
+		case c.ID == id:
+			tell(ofContainer(c, run, m))
+		case c.Joins == id && (!ofRun(m.Action) || !time.Unix(0, m.TimeNano).Before(c.Began)): // of its earlier runs the log has the starts and ends
+			tell(ofContainer(c, c.Run, m))
+		}
 	}
+}
+
+// ofRun says whether an event is one of a run's, which are told once.
+func ofRun(a events.Action) bool {
+	return a == events.ActionStart || a == events.ActionDie || a == events.ActionOOM
 }
 
 func unixTime(at time.Time) string { return fmt.Sprintf("%d.%09d", at.Unix(), at.Nanosecond()) }
@@ -313,7 +397,7 @@ func unixTime(at time.Time) string { return fmt.Sprintf("%d.%09d", at.Unix(), at
 // ofPod says whether an event is the pod's to tell. Of the others the server knows more.
 func ofPod(a events.Action) bool {
 	switch a {
-	case events.ActionCreate, events.ActionStop, events.ActionKill, events.ActionRestart, events.ActionUpdate,
+	case events.ActionCreate, events.ActionDestroy, events.ActionStop, events.ActionKill, events.ActionRestart, events.ActionUpdate,
 		events.ActionAttach, events.ActionArchivePath, events.ActionExtractToDir, events.ActionExport:
 		return false
 	}
