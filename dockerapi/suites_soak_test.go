@@ -38,8 +38,7 @@ type suite struct {
 	env    []string                                     // of its programs
 	at     func(h *host, home string) ([]string, error) // where its programs find the server, where not by DOCKER_HOST: more of their environment
 	more   []string                                     // of serve's options
-	images map[string][]string                          // that it wants: names by the example image that they get
-	late   string                                       // nginx that begins some seconds after its container
+	images map[string][]string                          // that it wants: names by the example image that they get, with what altered changes
 }
 
 // A suiteTest is a line of a list.
@@ -250,7 +249,7 @@ func (s *suite) table(t *testing.T, tests []*suiteTest) string {
 var moby = suite{
 	name: "moby", env: []string{"DOCKER_REMOTE_DAEMON=1"},
 	images: map[string][]string{
-		"busybox": {"busybox:latest", "busybox:glibc", "hello-world:frozen", "hello-world:amd64", "hello-world:arm64"},
+		"busybox": {"busybox:latest", "busybox:glibc", "hello-world:frozen", "hello-world:amd64", "hello-world:arm64", "arm32v7/hello-world:latest"},
 		"debian":  {"debian:bookworm-slim"},
 	},
 }
@@ -270,22 +269,33 @@ func (s *suite) host(t *testing.T) *host {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if names[0] == "alpine:latest" {
-			img = likeAlpine(t, img)
-		}
-		h.run("load", "-q", "-i", archive(t, names[0], img))
-		for _, name := range names[1:] {
-			if name == "nginx:alpine" {
-				h.run("load", "-q", "-i", archive(t, name, nginxAlpine(t, img)))
+		for i, name := range names {
+			alter := altered[name]
+			if i > 0 && alter == nil {
+				h.run("tag", names[0], name)
 				continue
 			}
-			h.run("tag", names[0], name)
-		}
-		if from == "nginx" && s.late != "" {
-			h.run("load", "-q", "-i", archive(t, s.late, late(t, img)))
+			own := img
+			if alter != nil {
+				own = alter(t, img)
+			}
+			if i == 0 {
+				img = own
+			}
+			h.run("load", "-q", "-i", archive(t, name, own))
 		}
 	}
 	return h
+}
+
+// altered are names whose images differ from the example images in what their tests look at.
+var altered = map[string]func(*testing.T, v1.Image) v1.Image{
+	"alpine:latest":                likeAlpine,
+	"alpine/socat:latest":          datagrams,
+	"arm32v7/hello-world:latest":   forARM,
+	"influxdb:1.8.10-alpine":       pinged,
+	"menedev/delayed-nginx:1.15.2": late,
+	"nginx:alpine":                 nginxAlpine,
 }
 
 // likeAlpine is busybox with what alpine has: /var/run is /run.
@@ -320,7 +330,7 @@ func nginxAlpine(t *testing.T, img v1.Image) v1.Image {
 			t.Fatal(err)
 		}
 		files := []tar.Header{{Name: "usr/bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(len(program))}}
-		for _, name := range []string{"nc", "wget"} {
+		for _, name := range []string{"ash", "nc", "wget"} {
 			files = append(files, tar.Header{Name: "usr/bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777})
 		}
 		return withFiles(t, img, program, files...)
@@ -358,13 +368,40 @@ func withFiles(t *testing.T, img v1.Image, content []byte, files ...tar.Header) 
 // late is an image whose command begins some seconds later.
 func late(t *testing.T, img v1.Image) v1.Image {
 	t.Helper()
+	return configured(t, img, func(c *v1.ConfigFile) {
+		c.Config.Entrypoint = append([]string{"sh", "-c", `sleep 5; exec "$0" "$@"`}, c.Config.Entrypoint...)
+	})
+}
+
+// datagrams is busybox that answers at UDP port 8080, whatever its arguments.
+func datagrams(t *testing.T, img v1.Image) v1.Image {
+	t.Helper()
+	return configured(t, img, func(c *v1.ConfigFile) { c.Config.Entrypoint = []string{"sh", "-c", "exec nc -l -u -p 8080 -e cat"} })
+}
+
+// pinged is nginx that answers as influxdb does whether it is there.
+func pinged(t *testing.T, img v1.Image) v1.Image {
+	t.Helper()
+	conf := []byte("server { listen 8086; location /ping { return 204; } }\n")
+	return withFiles(t, img, conf, tar.Header{Name: "etc/nginx/conf.d/ping.conf", Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(conf))})
+}
+
+// forARM is an image that says it is of another platform than the nodes are.
+func forARM(t *testing.T, img v1.Image) v1.Image {
+	t.Helper()
+	return configured(t, img, func(c *v1.ConfigFile) { c.Architecture, c.Variant = "arm", "v7" })
+}
+
+// configured is an image with another configuration.
+func configured(t *testing.T, img v1.Image, change func(*v1.ConfigFile)) v1.Image {
+	t.Helper()
 	c, err := img.ConfigFile()
-	if err != nil {
-		t.Fatal(err)
+	if err == nil {
+		c = c.DeepCopy()
+		change(c)
+		img, err = mutate.ConfigFile(img, c)
 	}
-	c = c.DeepCopy()
-	c.Config.Entrypoint = append([]string{"sh", "-c", `sleep 5; exec "$0" "$@"`}, c.Config.Entrypoint...)
-	if img, err = mutate.ConfigFile(img, c); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
 	return img
@@ -378,14 +415,16 @@ func TestVMMoby(t *testing.T) {
 }
 
 var testcontainers = suite{
-	name: "testcontainers", env: []string{"TESTCONTAINERS_RYUK_DISABLED=true"},
+	// Where it runs in a container itself it would look for published ports at the gateway.
+	name: "testcontainers", env: []string{"TESTCONTAINERS_RYUK_DISABLED=true", "TESTCONTAINERS_HOST_OVERRIDE=localhost"},
 	images: map[string][]string{
-		"busybox": {"alpine:latest", "bash:5.2.26"},
-		"nginx":   {"nginx:latest", "nginx:alpine", "nginx:mainline"},
-		"redis":   {"redis:latest"},
-		"mariadb": {"mysql:8.0.36"},
+		"busybox":  {"alpine:latest", "registry.hub.docker.com/library/alpine:latest", "alpine/socat:latest"},
+		"debian":   {"bash:5.2.26", "public.ecr.aws/amazonlinux/amazonlinux:2023"},
+		"nginx":    {"nginx:latest", "nginx:alpine", "nginx:mainline", "menedev/delayed-nginx:1.15.2", "influxdb:1.8.10-alpine"},
+		"redis":    {"redis:latest"},
+		"mariadb":  {"mysql:8.0.36"},
+		"postgres": {"postgis/postgis:latest"},
 	},
-	late: "menedev/delayed-nginx:1.15.2",
 }
 
 var composeE2E = suite{

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,7 +17,9 @@ import (
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/term"
 
+	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
+	"github.com/cradlestack/cradlestack/internal/tunnel"
 )
 
 // attachContainer connects a client with a container that runs, or with its next run: docker run attaches first and starts then.
@@ -129,13 +132,14 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 		}
 	}
 	p := t.podWith(c, s.alloc)
-	request, err := p.request(ctx, http.MethodPost, p.inside("/attach"), query, nil)
-	if err != nil {
-		return err
+	answer, conn, err := p.attach(ctx, query)
+	// The driver has told that it runs, and Nomad's servers do not know it yet.
+	for deadline := time.Now().Add(podTimeout); errors.Is(err, tunnel.ErrNotRunning) && !t.over(&record{ID: c.ID, Run: next}) && time.Now().Before(deadline); {
+		if !sleepFor(ctx, 100*time.Millisecond) {
+			break
+		}
+		answer, conn, err = p.attach(ctx, query)
 	}
-	request.Header.Set("Connection", "Upgrade")
-	request.Header.Set("Upgrade", "tcp")
-	answer, conn, err := p.send(ctx, request)
 	if err != nil {
 		if t.over(&record{ID: c.ID, Run: next}) {
 			return nil
@@ -150,6 +154,17 @@ func (t *tenant) attachNext(ctx context.Context, client net.Conn, c *record, q u
 	a.done()
 	splice(t.server.ctx, client, conn)
 	return nil
+}
+
+// attach asks the pod for the container's streams.
+func (p *pod) attach(ctx context.Context, query url.Values) (*http.Response, net.Conn, error) {
+	request, err := p.request(ctx, http.MethodPost, p.inside("/attach"), query, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	request.Header.Set("Connection", "Upgrade")
+	request.Header.Set("Upgrade", "tcp")
+	return p.send(ctx, request)
 }
 
 // A watchedClient's context ends when it goes away while nobody reads from it yet. What it sends meanwhile is kept for who reads later.
@@ -244,7 +259,7 @@ const podWait = 10 * time.Second
 func checkPlatform(p string) error {
 	parts := strings.Split(p, "/")
 	if parts[0] != "linux" || len(parts) > 1 && parts[1] != "amd64" && parts[1] != "x86_64" {
-		return dockerhttp.Errorf(http.StatusNotFound, "no node runs containers of platform %s: they are linux/amd64", p)
+		return dockerhttp.Errorf(http.StatusNotFound, "no node runs containers of platform %s: they are %s", p, translate.Platform)
 	}
 	return nil
 }

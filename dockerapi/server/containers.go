@@ -207,6 +207,10 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	if err != nil {
 		return err
 	}
+	if image.Platform != "" && dockerhttp.Parameter(r, "platform") != "" {
+		return dockerhttp.Errorf(http.StatusNotFound, "image with reference %s was found but does not match the specified platform: wanted %s, actual: %s",
+			request.Config.Image, translate.Platform, image.Platform)
+	}
 	joins, err := t.joinTarget(ctx, request.HostConfig)
 	if err != nil {
 		return err
@@ -470,7 +474,12 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	if runs {
 		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
 		err = p.call(ctx, http.MethodPost, p.inside("/restart"), c.ending(r.URL.Query()), nil, nil)
-		runs = !errors.Is(err, tunnel.ErrNotRunning) || !t.hasEnded(ctx, c, err)
+		var refused dockerhttp.Error
+		if errors.As(err, &refused) && refused.Status == http.StatusConflict { // its pod has just ended, and Nomad does not know it yet
+			runs = !t.hasEnded(ctx, c, tunnel.ErrNotRunning)
+		} else {
+			runs = !errors.Is(err, tunnel.ErrNotRunning) || !t.hasEnded(ctx, c, err)
+		}
 	}
 	if !runs {
 		if err = t.start(ctx, c.ID); isNotModified(err) {

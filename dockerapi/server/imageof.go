@@ -54,7 +54,11 @@ func (s *Server) registryImage(ctx context.Context, t *tenant, ref string) (*tra
 	if s.RegistryHost == "" {
 		return nil, dockerhttp.NewError(http.StatusServiceUnavailable, "nodes don't find the images of this server: its operator has to start it with --registry-listen")
 	}
-	return &translate.Image{Reference: i.NodeReference(s.RegistryHost), Audience: i.WorkloadAudience(), ID: i.ID.String(), Config: i.Config.Config}, nil
+	image := &translate.Image{Reference: i.NodeReference(s.RegistryHost), Audience: i.WorkloadAudience(), ID: i.ID.String(), Config: i.Config.Config}
+	if os, architecture := i.Config.OS, i.Config.Architecture; os+"/"+architecture != translate.Platform && architecture != "" {
+		image.Platform = strings.TrimSuffix(os+"/"+architecture+"/"+i.Config.Variant, "/")
+	}
+	return image, nil
 }
 
 // nodeReference is what a node pulls to run a container: where its image was found when the container was made, and from where nodes find the registry now.

@@ -35,6 +35,9 @@ import (
 // Own is the name that every pod's own container has inside of the pod, and that its task has. Docker's name of the container can change.
 const Own = "main"
 
+// Platform is that of the nodes.
+const Platform = "linux/amd64"
+
 // Networks that are always there.
 const (
 	Bridge = "bridge"
@@ -47,6 +50,7 @@ type Image struct {
 	Audience  string // of the identity with which they ask for it, "" where they need none
 	ID        string // of the configuration, sha256:…
 	Config    dockerspec.DockerOCIImageConfig
+	Platform  string // linux/arm/v7, where nodes run another one
 }
 
 // Rules are what an operator allows and has chosen.
@@ -102,6 +106,9 @@ func Create(r *container.CreateRequest, id string, image *Image, rules Rules) (*
 	}
 	b.pod = &spec.Pod{Name: Own, Containers: []spec.PodContainer{{Name: Own, Image: image.Reference}}}
 	b.own = &b.pod.Containers[0]
+	if image.Platform != "" { // moby daemon/create.go
+		b.warn("The requested image's platform (" + image.Platform + ") does not match the detected host platform (" + Platform + ") and no specific platform was requested")
+	}
 	if err := checkJoin(r); err != nil {
 		return nil, err
 	}
