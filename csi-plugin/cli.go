@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -45,6 +46,7 @@ type cli struct {
 	zone     string
 	metrics  string
 	filer    string
+	filerKey string
 	networks []string
 	verbose  bool
 	cold     coldFlags
@@ -89,7 +91,8 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
 	f.StringVar(&c.nomad, "nomad", command.TaskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
 	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
-	f.StringVar(&c.filer, "filer", "", "socket of the cradle-filer that serves file volumes to guests: "+api.Socket)
+	f.StringVar(&c.filer, "filer", "", "socket of the cradle-filer that serves file volumes to guests: "+api.Socket+"; or HOST:PORT of any filer of a set, which takes --filer-key: files.service.consul:"+api.PeersPort)
+	f.StringVar(&c.filerKey, "filer-key", "", "file with the key of the set that --filer is of: handles.key of its state directory, which is in the pool")
 	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
@@ -204,6 +207,9 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	var filer *api.Client
 	if c.filer != "" {
 		filer = &api.Client{Socket: c.filer}
+		if !strings.Contains(c.filer, "/") {
+			filer = &api.Client{Address: c.filer, KeyFile: c.filerKey}
+		}
 	}
 	var networks []netip.Prefix
 	for _, text := range c.networks {

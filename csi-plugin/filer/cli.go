@@ -28,6 +28,8 @@ type cli struct {
 	stdout, stderr io.Writer
 
 	socket    string
+	address   string
+	keyFile   string
 	url       string
 	namespace string
 	output    string
@@ -42,17 +44,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 func (c *cli) command() *cobra.Command {
 	root := command.Root("cradle-filer", "serve file volumes over NFS, WebDAV and S3", version)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("CRADLE_FILER_SOCKET"), api.Socket), "unix socket that the filer is controlled by ($CRADLE_FILER_SOCKET)")
+	root.PersistentFlags().StringVar(&c.address, "filer", os.Getenv("CRADLE_FILER"), "HOST:PORT of any filer of a set, such as files.service.consul:"+api.PeersPort+", instead of the socket; it takes --filer-key ($CRADLE_FILER)")
+	root.PersistentFlags().StringVar(&c.keyFile, "filer-key", os.Getenv("CRADLE_FILER_KEY"), "file with the key of the set that --filer is of: handles.key of its state directory ($CRADLE_FILER_KEY)")
 	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(),
 		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand(), c.switchCommand(), c.wardenCommand(),
 		c.snapshotCommand(), c.snapshotsCommand(), c.rollbackCommand(), c.diffCommand())
 	return root
 }
 
-func (c *cli) filer() api.Client { return api.Client{Socket: c.socket} }
+func (c *cli) filer() api.Client {
+	return api.Client{Socket: c.socket, Address: c.address, KeyFile: c.keyFile}
+}
 
 // volumes is the filer for what users do: root by its socket, others by its API.
 func (c *cli) volumes() api.Client {
-	return api.Client{Socket: c.socket, URL: c.url, Token: os.Getenv("NOMAD_TOKEN"), Namespace: c.namespace}
+	return api.Client{Socket: c.socket, Address: c.address, KeyFile: c.keyFile, URL: c.url, Token: os.Getenv("NOMAD_TOKEN"), Namespace: c.namespace}
 }
 
 func (c *cli) formatFlag(cmd *cobra.Command) {
@@ -235,7 +241,7 @@ func printSet(w io.Writer, s api.Set) (state string) {
 func (c *cli) switchCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "switch", Short: "have another filer of the set take over, such as before maintenance", Args: cobra.NoArgs,
-		Long: `Have another filer of the set take over from the active one, which is asked by its own socket. Calls that have begun are answered before; clients go on with the other one.
+		Long: `Have another filer of the set take over from the active one; any of them can be asked. Calls that have begun are answered before; clients go on with the other one.
 It returns when that serves.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.filer().Switch(cmd.Context()) },
 	}

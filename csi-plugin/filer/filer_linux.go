@@ -42,6 +42,7 @@ type filer struct {
 	webdav     *webdav.Server  // nil where that is not served
 	s3         *s3.Server      // so is this
 	urls       urls
+	metrics    *metrics
 	audit      *audit
 	address    string
 	log        *slog.Logger
@@ -256,8 +257,14 @@ func (f *filer) publications() ([]api.Publication, error) {
 }
 
 func (f *filer) status() (api.Status, error) {
+	s, _, err := f.census()
+	return s, err
+}
+
+// census is the filer's status, and the volumes that are published or granted.
+func (f *filer) census() (s api.Status, volumes map[string]bool, err error) {
 	all, err := f.publications()
-	volumes := map[string]bool{}
+	volumes = map[string]bool{}
 	for _, p := range all {
 		volumes[p.Volume] = true
 	}
@@ -265,9 +272,10 @@ func (f *filer) status() (api.Status, error) {
 	for _, g := range grants {
 		volumes[g.Volume] = true
 	}
-	return api.Status{
+	s = api.Status{
 		Version: version, Since: f.since, Engine: f.engineName, Address: f.address, Volumes: len(volumes), Publications: len(all), Grants: len(grants), WebDAV: f.urls.webdav, S3: f.urls.s3,
-	}, errors.Join(err, gerr)
+	}
+	return s, volumes, errors.Join(err, gerr)
 }
 
 // mounted is where a published volume's files are.

@@ -74,7 +74,7 @@ func (w *gateways) serve(ctx context.Context, g *errgroup.Group, f *filer) (clos
 			return nil, err
 		}
 		f.webdav = webdav.New(filepath.Join(f.state, "webdav"), w.perSecond, f.log)
-		f.webdav.Lease = f.lease
+		f.webdav.Lease, f.webdav.Meter, f.webdav.Synced = f.lease, f.metrics.meter("webdav"), f.metrics.synced("webdav")
 	}
 	if w.s3 != "" {
 		if buckets, f.urls.s3, err = open("--s3", w.s3); err != nil {
@@ -90,7 +90,7 @@ func (w *gateways) serve(ctx context.Context, g *errgroup.Group, f *filer) (clos
 		if f.s3, err = s3.New(w.program, filepath.Join(f.dir, "s3"), w.perSecond, f.log); err != nil {
 			return nil, fmt.Errorf("--s3-program: %w", err)
 		}
-		f.s3.Lease, f.s3.Leash = f.lease, f.leash
+		f.s3.Lease, f.s3.Leash, f.s3.Meter, f.s3.Synced = f.lease, f.leash, f.metrics.meter("s3"), f.metrics.synced("s3")
 	}
 	if f.webdav != nil {
 		g.Go(func() error { return f.webdav.Serve(ctx, dav) })

@@ -85,6 +85,7 @@ func (m *member) hold(ctx context.Context, session string, former tenure) (took 
 
 // serves says whether, and by what, this member serves from now on.
 func (m *member) serves(t *term) {
+	m.metrics.serves(t)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.term, m.since = t, time.Now()
@@ -229,7 +230,7 @@ func (h *hold) take() (*term, error) {
 	h.ganesha = t.ganesha
 	h.mu.Unlock()
 	h.member.mu.Lock()
-	h.tenure.Serving, h.tenure.Pool, h.tenure.Address = true, id, t.address
+	h.tenure.Serving, h.tenure.Pool, h.tenure.Address, h.tenure.Control = true, id, t.address, h.peers.address
 	tenure := h.tenure
 	h.member.mu.Unlock()
 	if h.at != nil {

@@ -24,6 +24,7 @@ type tenure struct {
 	Member  string    `json:"member"`
 	Session string    `json:"session"` // of this tenure, and no other
 	Address string    `json:"address,omitempty"`
+	Control string    `json:"control,omitempty"` // host:port where other members reach it
 	Since   time.Time `json:"since"`
 	Why     string    `json:"why"`            // it moved there
 	Pool    string    `json:"pool,omitempty"` // that the set has

@@ -41,11 +41,14 @@ type server struct {
 	users   usersAPI
 	set     setFlags
 	verbose bool
+
+	collected string // the address of metrics
+	metrics   *metrics
 	gateways
 }
 
 func (c *cli) serveCommand() *cobra.Command {
-	s := &server{cli: c}
+	s := &server{cli: c, metrics: newMetrics()}
 	cmd := &cobra.Command{
 		Use: "serve", Short: "serve the file volumes of this host", Args: cobra.NoArgs,
 		Long: `Serve the file volumes that cradle-csi keeps on this host, as far as they are published (NFS) or granted (WebDAV, S3). It can be killed and started again at any time: clients
@@ -62,6 +65,7 @@ wait meanwhile, and go on with the files that they have open.`,
 	s.gateways.flags(f)
 	s.users.flags(f)
 	s.set.flags(f)
+	f.StringVar(&s.collected, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9810")
 	f.BoolVar(&s.verbose, "verbose", false, "log more")
 	return cmd
 }
@@ -87,8 +91,15 @@ func (s *server) run(ctx context.Context) error {
 		return err
 	}
 	defer control.Close()
+	collected, err := s.metrics.listen(s.collected, log)
+	if err != nil {
+		return err
+	}
+	if collected != nil {
+		defer collected.Close()
+	}
 	if s.set.name != "" {
-		return s.runSet(ctx, control, log)
+		return s.runSet(ctx, control, collected, log)
 	}
 	b, err := s.open()
 	if err != nil {
@@ -102,7 +113,11 @@ func (s *server) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.metrics.serves(t)
 	t.group.Go(func() error { return serveHTTP(t.long, control, t.handler()) })
+	if collected != nil {
+		t.group.Go(func() error { return serveHTTP(t.long, collected, s.metrics.handler()) })
+	}
 	<-t.long.Done()
 	return errors.Join(t.end(context.Cause(t.long)), t.saveReplies())
 }

@@ -27,6 +27,7 @@ import (
 
 type setFlags struct {
 	name, member, consul, floating string
+	peers, peersKey                string
 	lease                          time.Duration
 }
 
@@ -35,6 +36,8 @@ func (s *setFlags) flags(f *pflag.FlagSet) {
 	f.StringVar(&s.member, "member", "", "name of this filer in its set (default: the host's)")
 	f.StringVar(&s.consul, "consul", "", "address of this host's Consul agent (default: $CONSUL_HTTP_ADDR, else 127.0.0.1:8500)")
 	f.StringVar(&s.floating, "floating", "", "ADDRESS/BITS@INTERFACE: the address that the active filer of the set gets (default: clients find it by Consul's DNS)")
+	f.StringVar(&s.peers, "peers", ":"+api.PeersPort, "address that other filers of the set, and commands and cradle-csi on other hosts, reach this one at")
+	f.StringVar(&s.peersKey, "peers-key", "", "file with the key that they show, the same for all of the set (default: handles.key in the state directory)")
 	f.DurationVar(&s.lease, "lease", 5*time.Second, "how long another filer of the set waits before it takes over from one of which it does not know that it has ended")
 }
 
@@ -61,6 +64,7 @@ type member struct {
 	pool   pool
 	at     *floating // nil for none
 	warden *warden
+	peers  *peers
 	ask    chan chan error // to switch
 	exit   func()          // at once
 
@@ -74,7 +78,7 @@ type member struct {
 	former heldBefore
 }
 
-func (s *server) runSet(ctx context.Context, control net.Listener, log *slog.Logger) (err error) {
+func (s *server) runSet(ctx context.Context, control, collected net.Listener, log *slog.Logger) (err error) {
 	m := &member{server: s, log: log, ask: make(chan chan error), exit: func() { os.Exit(1) }, since: time.Now()}
 	if m.set.member == "" {
 		if m.set.member, err = os.Hostname(); err != nil {
@@ -104,9 +108,11 @@ func (s *server) runSet(ctx context.Context, control net.Listener, log *slog.Log
 		return fmt.Errorf("--consul: %w", err)
 	}
 	m.lock = lock{client, m.set.name}
-	if m.pool, err = m.sharedDirectories(); err != nil {
+	shared, err := m.sharedDirectories()
+	if err != nil {
 		return err
 	}
+	m.pool = shared
 	if err := m.clear(); err != nil { // what a process that was killed has left
 		return err
 	}
@@ -114,16 +120,27 @@ func (s *server) runSet(ctx context.Context, control net.Listener, log *slog.Log
 	if err != nil {
 		return err
 	}
-	m.warden, err = startWarden(charge{m.set.consul, m.set.name, m.set.member, m.set.floating}, s.stderr)
+	// The address that moves is not this host's now.
+	m.peers = &peers{file: cmp.Or(m.set.peersKey, filepath.Join(shared.state, "handles.key"))}
+	others, err := m.peers.listen(m.set.peers)
 	if err != nil {
 		return errors.Join(err, health.Close())
+	}
+	m.warden, err = startWarden(charge{m.set.consul, m.set.name, m.set.member, m.set.floating}, s.stderr)
+	if err != nil {
+		return errors.Join(err, health.Close(), others.Close())
 	}
 	defer m.warden.close()
 	serving, end := context.WithCancel(context.WithoutCancel(ctx))
 	var g sync.WaitGroup
 	defer g.Wait()
 	defer end()
-	for l, h := range map[net.Listener]http.Handler{health: m.health(), control: m.control()} {
+	m.metrics.consul = m.hasConsul
+	served := map[net.Listener]http.Handler{health: m.health(), control: m.control(), others: m.control()}
+	if collected != nil {
+		served[collected] = m.metrics.handler()
+	}
+	for l, h := range served {
 		g.Go(func() {
 			if err := serveHTTP(serving, l, h); err != nil {
 				log.Error("serve", "listen", l.Addr(), "error", err)
@@ -306,6 +323,12 @@ func (m *member) noConsul(err error) {
 	m.reason = err
 }
 
+func (m *member) hasConsul() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.away.IsZero()
+}
+
 func (m *member) consulAnswers() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -433,17 +456,10 @@ func (m *member) control() http.Handler {
 	mux := http.NewServeMux()
 	handle := handleJSON(mux, m.log)
 	handle("GET /status", func(r *http.Request) (any, error) { return m.status(r.Context()) })
-	handle("POST /switch", func(r *http.Request) (any, error) { return struct{}{}, m.switchOver(r.Context()) })
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		m.mu.Lock()
-		t, active := m.term, m.tenure
-		m.mu.Unlock()
-		if t == nil {
-			answerJSON(w, nil, fmt.Errorf("%w: this filer stands by; ask that of %s, which is active", volume.ErrUnavailable, active.Member))
-			return
-		}
-		gateway.Under(t.lease, t.handler()).ServeHTTP(w, r)
-	})
+	switchOver := http.NewServeMux()
+	handleJSON(switchOver, m.log)("POST /switch", func(r *http.Request) (any, error) { return struct{}{}, m.switchOver(r.Context()) })
+	mux.HandleFunc("POST /switch", m.byTheActive(func(*term) http.Handler { return switchOver }))
+	mux.HandleFunc("/", m.byTheActive(func(t *term) http.Handler { return gateway.Under(t.lease, t.handler()) }))
 	return mux
 }
 

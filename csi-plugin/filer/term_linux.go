@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -28,7 +29,8 @@ type term struct {
 	group   *errgroup.Group
 	cancel  context.CancelCauseFunc // ends the conversations with clients
 	stop    context.CancelCauseFunc // ends what is done for long, such as rollbacks
-	close   []func()                // what begin has opened, in its order
+	listen  net.Listener            // of NFS; nil where another process has it
+	close   []func()                // what else begin has opened, in its order
 }
 
 // A place is what a term is about: the volumes, and where what belongs to them is kept.
@@ -53,16 +55,14 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	}()
 	ctx, t.cancel = context.WithCancelCause(ctx)
 	t.group, ctx = errgroup.WithContext(ctx)
-	var listen net.Listener // nil where another process does
 	var engine nfs.Engine
 	if s.engine == embedded {
-		if listen, err = net.Listen("tcp", s.listen); err != nil {
+		if t.listen, err = net.Listen("tcp", s.listen); err != nil {
 			return nil, fmt.Errorf("--listen: %w", err)
 		}
-		t.close = append(t.close, func() { listen.Close() })
-		t.listens = listen.Addr().(*net.TCPAddr).AddrPort()
+		t.listens = t.listen.Addr().(*net.TCPAddr).AddrPort()
 		t.nfs = nfs.New(key, log)
-		t.nfs.Lease = by
+		t.nfs.Lease, t.nfs.Done, t.nfs.Synced = by, s.metrics.done, s.metrics.synced("nfs")
 		engine = t.nfs
 	} else {
 		at := ganesha.Config{
@@ -74,7 +74,6 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		if t.ganesha, err = ganesha.New(at); err != nil {
 			return nil, fmt.Errorf("--engine ganesha: %w", err)
 		}
-		t.close = append(t.close, func() {}) // as the first is the listener
 		t.listens, engine = at.Listen, t.ganesha
 	}
 	address, err := reachable(s.address, t.listens)
@@ -90,7 +89,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	}
 	t.filer = &filer{
 		backend: at.backend, engine: engine, engineName: s.engine, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
-		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash,
+		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash, metrics: s.metrics,
 	}
 	t.long, t.stop = context.WithCancelCause(ctx)
 	closeGateways, err := s.gateways.serve(ctx, t.group, t.filer)
@@ -119,7 +118,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	by.Open()
 	log.Info("serving", "engine", s.engine, "listen", t.listens, "address", address, "socket", s.socket, "version", version)
 	if t.nfs != nil {
-		t.group.Go(func() error { return t.nfs.Serve(ctx, listen) })
+		t.group.Go(func() error { return t.nfs.Serve(ctx, t.listen) })
 	} else {
 		t.group.Go(func() error { return t.ganesha.Wait(ctx) })
 	}
@@ -134,10 +133,10 @@ func (t *term) put() {
 	if t.stop != nil {
 		t.stop(lease.ErrEnded)
 	}
-	for i := len(t.close) - 1; i > 0; i-- {
-		t.close[i]()
+	for _, f := range slices.Backward(t.close) {
+		f()
 	}
-	t.close = t.close[:min(1, len(t.close))]
+	t.close = nil
 	if t.filer != nil {
 		if err := t.engine.Close(); err != nil {
 			t.log.Warn("end NFS", "error", err)
@@ -150,9 +149,8 @@ func (t *term) end(cause error) error {
 	t.cancel(cause)
 	err := t.group.Wait()
 	t.put()
-	for _, f := range t.close {
-		f()
+	if t.listen != nil {
+		t.listen.Close()
 	}
-	t.close = nil
 	return err
 }

@@ -40,6 +40,8 @@ type Filer struct {
 	filer   string
 	csi     string
 	cmd     *exec.Cmd
+	ended   chan struct{} // closed at the process's end, of which it had
+	outcome error
 	log     locked.Buffer
 	volumes []string
 }
@@ -159,13 +161,22 @@ func (f *Filer) Run() {
 	if err := f.cmd.Start(); err != nil {
 		f.t.Fatal(err)
 	}
+	cmd, ended := f.cmd, make(chan struct{})
+	f.ended = ended
+	go func() {
+		defer close(ended)
+		f.outcome = cmd.Wait()
+	}()
 	ctx, cancel := context.WithTimeout(f.t.Context(), 5*time.Minute)
 	defer cancel()
 	for exec.CommandContext(ctx, f.filer, "status", "--socket", f.socket()).Run() != nil {
-		if ctx.Err() != nil {
-			f.t.Fatalf("the filer does not answer:\n%s", f.log.String())
+		select {
+		case <-ended:
+			f.t.Fatalf("the filer has ended: %v", f.outcome) // its log is told at the test's end
+		case <-ctx.Done():
+			f.t.Fatal("the filer does not answer")
+		case <-time.After(20 * time.Millisecond):
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 }
 
@@ -175,9 +186,9 @@ func (f *Filer) Signal(s os.Signal) {
 	if err := f.cmd.Process.Signal(s); err != nil {
 		f.t.Fatal(err)
 	}
-	err := f.cmd.Wait()
-	if s == syscall.SIGTERM && err != nil {
-		f.t.Errorf("the filer's end: %v\n%s", err, f.log.String())
+	<-f.ended
+	if s == syscall.SIGTERM && f.outcome != nil {
+		f.t.Errorf("the filer's end: %v\n%s", f.outcome, f.log.String())
 	}
 }
 
@@ -286,9 +297,21 @@ func (f *Filer) end() {
 	}
 }
 
+func (f *Filer) runs() bool {
+	if f.ended == nil {
+		return false
+	}
+	select {
+	case <-f.ended:
+		return false
+	default:
+		return true
+	}
+}
+
 func (f *Filer) clear() error {
 	var errs []error
-	if f.cmd != nil && f.cmd.Process != nil && f.cmd.ProcessState == nil {
+	if f.runs() {
 		out, err := f.Command("publications", "-o", "json")
 		var all []Publication
 		if err == nil {
@@ -309,7 +332,7 @@ func (f *Filer) clear() error {
 			errs = append(errs, err)
 		}
 		f.cmd.Process.Signal(syscall.SIGTERM)
-		f.cmd.Wait()
+		<-f.ended
 	}
 	for _, name := range f.volumes {
 		errs = append(errs, f.hostVolume("delete", name, 0, nil))

@@ -148,7 +148,10 @@ func portsOf(p agents.Ports, name string) []int {
 
 // ports are all of the stack's, as Nomad reads them.
 func (s *Stack) ports() string {
-	all := []string{strconv.Itoa(s.nfsPort())}
+	var all []string
+	for _, port := range []int{s.nfsPort(), s.filerAPIPort(), s.webdavPort(), s.s3Port()} {
+		all = append(all, strconv.Itoa(port))
+	}
 	for _, name := range order {
 		for _, port := range portsOf(agents.DefaultPorts(s.record.Offset), name) {
 			all = append(all, strconv.Itoa(port))

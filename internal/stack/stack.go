@@ -425,8 +425,8 @@ func (s *Stack) env() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	text := fmt.Sprintf("export NOMAD_ADDR=%s\nexport NOMAD_TOKEN=%s\nexport CONSUL_HTTP_ADDR=%s\nexport CRADLE_FILER_SOCKET=%s\nexport NOMAD_VAR_images=oci:%s\nexport PATH=%s:$PATH\n",
-		config.NomadAddr(), token, config.ConsulAddr(), s.filerSocket(), filepath.Join(cache, "cradlestack", "images"), strings.Join(path, ":"))
+	text := fmt.Sprintf("export NOMAD_ADDR=%s\nexport NOMAD_TOKEN=%s\nexport CONSUL_HTTP_ADDR=%s\nexport CRADLE_FILER_SOCKET=%s\nexport CRADLE_FILER_API=%s\nexport CRADLE_FILER_WEBDAV=%s\nexport CRADLE_FILER_S3=%s\nexport NOMAD_VAR_images=oci:%s\nexport PATH=%s:$PATH\n",
+		config.NomadAddr(), token, config.ConsulAddr(), s.filerSocket(), filerURL(s.filerAPIPort()), filerURL(s.webdavPort()), filerURL(s.s3Port()), filepath.Join(cache, "cradlestack", "images"), strings.Join(path, ":"))
 	if s.record.Docker != "" {
 		text += "export DOCKER_CONTEXT=" + dockerContext + "\n"
 	}

@@ -23,7 +23,7 @@ func TestVMDemo(t *testing.T) {
 	if err := run(t.Context(), &out); err != nil {
 		t.Fatalf("%v\n%s", err, &out)
 	}
-	for _, want := range []string{"cradle\t42", "PONG", "nginx", "in the pod", "hello from a microVM", "volume\t42", "in a microVM", "chair, lamp"} {
+	for _, want := range []string{"cradle\t42", "PONG", "nginx", "in the pod", "hello from a microVM", "volume\t42", "in a microVM", "chair, lamp", "Dear bank", "Dear customer"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the demo does not show %q:\n%s", want, &out)
 		}

@@ -41,7 +41,7 @@ func (d *demo) nomad(ctx context.Context) error {
 	if _, err := d.command(ctx, "nomad", "node", "status"); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) error{d.web, d.terraform, d.batch, d.update, d.docker} {
+	for _, part := range []func(context.Context) error{d.web, d.terraform, d.batch, d.update, d.docker, d.files} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -116,6 +116,58 @@ func (d *demo) docker(ctx context.Context) error {
 	}
 	_, err = d.command(ctx, docker("ps")...)
 	return err
+}
+
+// files shows a volume that a pod has mounted by NFS, back to its snapshot, and the same file by WebDAV and S3.
+func (d *demo) files(ctx context.Context) error {
+	d.title("cradle-filer: a pod mounts a volume by NFS; a snapshot, and back to it")
+	docker := func(args ...string) []string { return append([]string{"docker", "--context", "cradle"}, args...) }
+	desk := func(args ...string) []string { return append(docker("exec", "desk"), args...) }
+	for _, args := range [][]string{
+		docker("volume", "create", "--driver", "nfs", "-o", "attach=direct", "-o", "size=64M", "letters"), docker("run", "-d", "--name", "desk", "-v", "letters:/letters", "busybox", "sleep", "1d"),
+	} {
+		if _, err := d.command(ctx, args...); err != nil {
+			return err
+		}
+	}
+	if err := d.expect(ctx, "/letters nfs", desk("grep", "/letters", "/proc/mounts")...); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		desk("sh", "-c", "echo 'Dear bank' >/letters/first"), {"cradle-filer", "snapshot", "letters", "before"}, desk("sh", "-c", "echo oops >/letters/first"),
+		{"cradle-filer", "diff", "letters", "before"}, {"cradle-filer", "rollback", "letters", "before"},
+	} {
+		if _, err := d.command(ctx, args...); err != nil {
+			return err
+		}
+	}
+	if err := d.expect(ctx, "Dear bank", desk("cat", "/letters/first")...); err != nil {
+		return err
+	}
+	d.title("cradle-filer: the same file by WebDAV and S3, which are for those who have a grant")
+	granted, err := d.command(ctx, "cradle-filer", "grant", "default.letters", "--id", "me")
+	if err != nil {
+		return err
+	}
+	_, secret, _ := strings.Cut(granted, "secret")
+	secret, _, _ = strings.Cut(strings.TrimSpace(secret), "\n")
+	curl := func(args ...string) []string {
+		return append([]string{"curl", "--silent", "--show-error", "--fail", "--max-time", "60", "--user", "me:" + secret}, args...)
+	}
+	webdav, s3 := os.Getenv("CRADLE_FILER_WEBDAV")+"/default.letters/", os.Getenv("CRADLE_FILER_S3")+"/default.letters/"
+	if err := d.expect(ctx, "Dear bank", curl(webdav+"first")...); err != nil {
+		return err
+	}
+	if err := d.expect(ctx, "Dear bank", curl("--aws-sigv4", "aws:amz:us-east-1:s3", "--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD", s3+"first")...); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(d.dir, "answer"), []byte("Dear customer\n"), 0o600); err != nil {
+		return err
+	}
+	if _, err := d.command(ctx, curl("--upload-file", "answer", webdav)...); err != nil {
+		return err
+	}
+	return d.expect(ctx, "Dear customer", desk("cat", "/letters/answer")...)
 }
 
 // plugin gives docker its compose, and the demo's directory the example.

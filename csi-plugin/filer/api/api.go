@@ -1,5 +1,5 @@
-// Package api is what cradle-filer answers on its unix socket and to Nomad's users, and the client of it. Whoever may open the socket decides who sees which
-// volume: it is root's. It knows volumes, and no protocol that they are served by.
+// Package api is what cradle-filer answers on its unix socket, to who has the key of its set, and to Nomad's users, and the client of it. Whoever may open the
+// socket, or has that key, decides who sees which volume: both are root's. It knows volumes, and no protocol that they are served by.
 //
 //	PUT    /publications/{id}       Publication → Publication, with all that a client needs; again: the same
 //	DELETE /publications/{id}       its clients see nothing any more; one that is not there is no error
@@ -149,11 +149,14 @@ type remoteError struct {
 func (e *remoteError) Error() string { return e.message }
 func (e *remoteError) Unwrap() error { return e.is }
 
-// A Client calls a filer, at its socket or as one of Nomad's users.
+// A Client calls a filer: at its socket, or from another host as who has the key of its set, or as one of Nomad's users.
 type Client struct {
 	Socket string
 
-	URL              string // "" for the socket
+	Address string // host:port of any filer of a set; "" for the socket
+	KeyFile string // which has the set's key
+
+	URL              string // "" for root
 	Token, Namespace string // Nomad's
 }
 
@@ -217,11 +220,15 @@ func (c Client) Switch(ctx context.Context) error {
 func (c Client) call(ctx context.Context, method, path string, in, out any) error {
 	at := c.Socket
 	var err error
-	if c.URL == "" {
-		err = jsonhttp.Call(ctx, c.Socket, method, path, in, out)
-	} else {
+	switch {
+	case c.URL != "":
 		at = c.URL
 		err = c.ask(ctx, method, path, in, out)
+	case c.Address != "":
+		at = c.Address
+		err = c.askPeer(ctx, method, path, in, out)
+	default:
+		err = jsonhttp.Call(ctx, c.Socket, method, path, in, out)
 	}
 	var refusal *jsonhttp.Refusal
 	var unreached *net.OpError

@@ -4,9 +4,11 @@ package gateway
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -21,9 +23,9 @@ const (
 )
 
 // Serve answers clients on l, which may be one of TLS, until ctx ends, then those whose requests had begun, as far as the lease lets it. maxHeader bounds a
-// request's head.
-func Serve(ctx context.Context, l net.Listener, handler http.Handler, maxHeader int, by *lease.Lease, log *slog.Logger) error {
-	h := &http.Server{Handler: Under(by, handler), ReadHeaderTimeout: headerTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+// request's head. meter is told of all of them; it may be nil.
+func Serve(ctx context.Context, l net.Listener, handler http.Handler, maxHeader int, by *lease.Lease, meter Meter, log *slog.Logger) error {
+	h := &http.Server{Handler: meter.around(Under(by, handler)), ReadHeaderTimeout: headerTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
@@ -85,6 +87,71 @@ func (a *answer) WriteHeader(code int) {
 func (a *answer) Write(p []byte) (int, error) {
 	a.check()
 	return a.ResponseWriter.Write(p)
+}
+
+// A Meter is told of each request at its end: how it was answered, 0 where that was broken off, and how many bytes of content came and went.
+type Meter func(method string, code int, in, out int64)
+
+func (m Meter) around(handler http.Handler) http.Handler {
+	if m == nil {
+		return handler
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a := &metered{ResponseWriter: w}
+		in := &counted{ReadCloser: r.Body}
+		if r.Body != nil && r.Body != http.NoBody {
+			r.Body = in
+		}
+		broken := true
+		defer func() {
+			if broken {
+				a.code = 0
+			}
+			m(r.Method, a.code, in.n.Load(), a.n)
+		}()
+		handler.ServeHTTP(a, r)
+		broken = false
+		if a.code == 0 {
+			a.code = http.StatusOK // as net/http answers for a handler that has said nothing
+		}
+	})
+}
+
+type metered struct {
+	http.ResponseWriter
+	code int
+	n    int64
+}
+
+// Unwrap is for http.ResponseController.
+func (a *metered) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+func (a *metered) WriteHeader(code int) {
+	if code >= 200 && a.code == 0 {
+		a.code = code
+	}
+	a.ResponseWriter.WriteHeader(code)
+}
+
+func (a *metered) Write(p []byte) (int, error) {
+	if a.code == 0 {
+		a.code = http.StatusOK
+	}
+	n, err := a.ResponseWriter.Write(p)
+	a.n += int64(n)
+	return n, err
+}
+
+// A counted body may be read by others than the handler, which has returned meanwhile.
+type counted struct {
+	io.ReadCloser
+	n atomic.Int64
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.n.Add(int64(n))
+	return n, err
 }
 
 // Limiter has so many requests a second done, twice as many at a time, of 0 all.

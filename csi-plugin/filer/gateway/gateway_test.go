@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
@@ -49,5 +50,40 @@ func TestUnder(t *testing.T) {
 	l.End()
 	if code, _, err := get("/says"); code != http.StatusServiceUnavailable || err != nil || done != 1 {
 		t.Errorf("after the end: %d, %v, done %d times", code, err, done)
+	}
+}
+
+// TestMeter: what is answered is counted as it was, and what is not as broken off.
+func TestMeter(t *testing.T) {
+	type request struct {
+		method  string
+		code    int
+		in, out int64
+	}
+	told := make(chan request, 1)
+	m := Meter(func(method string, code int, in, out int64) { told <- request{method, code, in, out} })
+	mux := http.NewServeMux()
+	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) })
+	mux.HandleFunc("/silent", func(http.ResponseWriter, *http.Request) {})
+	mux.HandleFunc("/aborts", func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusCreated)
+		panic(http.ErrAbortHandler)
+	})
+	s := httptest.NewServer(m.around(mux))
+	defer s.Close()
+	for _, c := range []struct {
+		path, body string
+		want       request
+	}{
+		{"/echo", "content", request{"POST", 200, 7, 7}}, {"/silent", "", request{"POST", 200, 0, 0}}, {"/aborts", "", request{"POST", 0, 0, 0}}, {"/absent", "", request{"POST", 404, 0, 19}},
+	} {
+		resp, err := http.Post(s.URL+c.path, "text/plain", strings.NewReader(c.body))
+		if err == nil {
+			_, _ = io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+		if got := <-told; got != c.want {
+			t.Errorf("%s: %+v, not %+v", c.path, got, c.want)
+		}
 	}
 }

@@ -1,6 +1,8 @@
 package nfs
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -249,7 +251,11 @@ func (x *exchange) persist(o object) error {
 
 // sync is fsync or syncfs. An error is told once by the kernel, but may be about data that other clients have written and not committed.
 func (x *exchange) sync(fd int, how func(int) error) error {
+	began := time.Now()
 	err := how(fd)
+	if x.Synced != nil {
+		x.Synced(time.Since(began))
+	}
 	if err != nil {
 		x.lost()
 		x.log.Error("what was written is not on stable storage", "volume", x.export.Volume, "error", err)

@@ -10,6 +10,23 @@ var mountProcedures = [...]procedure{
 	{run: nothing}, // EXPORT
 }
 
+// procedureNames are those of NFS by number.
+var procedureNames = [len(nfsProcedures)]string{
+	"NULL", "GETATTR", "SETATTR", "LOOKUP", "ACCESS", "READLINK", "READ", "WRITE", "CREATE", "MKDIR", "SYMLINK", "MKNOD", "REMOVE", "RMDIR", "RENAME", "LINK", "READDIR", "READDIRPLUS",
+	"FSSTAT", "FSINFO", "PATHCONF", "COMMIT",
+}
+
+// name is what is counted of a call: there are as many as this server knows procedures, whatever clients send.
+func (c call) name() string {
+	switch {
+	case c.program == programMount:
+		return "MOUNT"
+	case c.program == programNFS && c.version == version3 && c.proc < uint32(len(procedureNames)):
+		return procedureNames[c.proc]
+	}
+	return "other"
+}
+
 // mnt gives the handle of an export's root to who knows its path. Whatever is wrong, the answer is the same.
 func mnt(x *exchange) status {
 	path := x.args.opaque(MaxPath)

@@ -47,6 +47,11 @@ type Server struct {
 	// Lease is asked before each call and before each reply. It is set before Serve; nil is for a server that nobody takes over from.
 	Lease *lease.Lease
 
+	// Done is told of each call that was answered, with the lengths of call and reply; Synced how long it took to bring data to stable storage. They are set
+	// before Serve, or nil.
+	Done   func(procedure, status string, in, out int)
+	Synced func(took time.Duration)
+
 	key []byte
 	log *slog.Logger
 
@@ -406,9 +411,13 @@ func (c *conversation) answer(ctx context.Context, record []byte) error {
 	if err != nil {
 		return err
 	}
+	n := len(reply)
 	err = c.send(reply)
 	if x.buffer != nil {
 		give(x.buffer)
+	}
+	if err == nil && c.Done != nil {
+		c.Done(call.name(), x.outcome.String(), len(record), n)
 	}
 	return err
 }
@@ -541,7 +550,8 @@ type exchange struct {
 	call
 	out     encoder
 	of      *limits
-	release func()    // what was reserved for the reply
+	release func() // what was reserved for the reply
+	outcome status
 	later   bool      // the client is to ask again
 	export  *exported // that is being worked in
 	buffer  []byte    // that the reply is in, where it is a large one
@@ -577,7 +587,9 @@ func (x *exchange) reply() []byte {
 	x.out = accept(x.xid, acceptSuccess)
 	start := len(x.out.b)
 	defer x.leave()
-	switch s := p.run(x); s {
+	s := p.run(x)
+	x.outcome = s
+	switch s {
 	case ok:
 	case garbage:
 		return accept(x.xid, acceptGarbage).b

@@ -39,6 +39,21 @@ const (
 	garbage status = ^status(0) // no status of the protocol: the arguments can't be read
 )
 
+var statusNames = map[status]string{
+	ok: "OK", errPerm: "PERM", errNoEnt: "NOENT", errIO: "IO", errNXIO: "NXIO", errAcces: "ACCES", errExist: "EXIST", errXDev: "XDEV", errNoDev: "NODEV", errNotDir: "NOTDIR",
+	errIsDir: "ISDIR", errInval: "INVAL", errFBig: "FBIG", errNoSpc: "NOSPC", errROFS: "ROFS", errMLink: "MLINK", errNameTooLong: "NAMETOOLONG", errNotEmpty: "NOTEMPTY",
+	errDQuot: "DQUOT", errStale: "STALE", errBadHandle: "BADHANDLE", errNotSync: "NOT_SYNC", errNotSupp: "NOTSUPP", errTooSmall: "TOOSMALL", errServerFault: "SERVERFAULT",
+	errJukebox: "JUKEBOX", garbage: "GARBAGE",
+}
+
+// String is the status as RFC 1813 names it, without NFS3ERR_.
+func (s status) String() string {
+	if name, known := statusNames[s]; known {
+		return name
+	}
+	return "other"
+}
+
 // statuses are the errors that clients can be told; what is not here is errIO.
 var statuses = map[syscall.Errno]status{
 	syscall.EPERM: errPerm, syscall.ENOENT: errNoEnt, syscall.ENXIO: errNXIO, syscall.EACCES: errAcces, syscall.EEXIST: errExist,

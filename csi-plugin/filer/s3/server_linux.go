@@ -32,8 +32,11 @@ const (
 
 // A Server serves volumes to those who have grants.
 type Server struct {
-	Lease *lease.Lease // that requests are answered under; it is set before Serve
-	Leash *os.File     // each process has it open: who reads at its other end knows when the last one has ended. It is set before Serve
+	Lease *lease.Lease  // that requests are answered under; it is set before Serve
+	Meter gateway.Meter // so is this, or nil
+	Leash *os.File      // each process has it open: who reads at its other end knows when the last one has ended. It is set before Serve
+
+	Synced func(took time.Duration) // is told how long it took to bring a change to stable storage; it is set before Serve, or nil
 
 	program string
 	dir     string
@@ -148,7 +151,7 @@ func (s *Server) Rest() {
 
 // Serve answers clients on l until ctx ends, then those whose requests had begun.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	return gateway.Serve(ctx, l, s, 64<<10, s.Lease, s.log)
+	return gateway.Serve(ctx, l, s, 64<<10, s.Lease, s.Meter, s.log)
 }
 
 // ServeHTTP answers a request.
@@ -216,7 +219,12 @@ func (g *granted) failed(w http.ResponseWriter, r *http.Request, err error) {
 // persist puts what a request has changed on stable storage before it is answered.
 func (g *granted) persist(r *http.Response) error {
 	if r.Request.Method != http.MethodGet && r.Request.Method != http.MethodHead && r.StatusCode < 300 {
-		return unix.Syncfs(int(g.root.Fd()))
+		began := time.Now()
+		err := unix.Syncfs(int(g.root.Fd()))
+		if g.server.Synced != nil {
+			g.server.Synced(time.Since(began))
+		}
+		return err
 	}
 	return nil
 }

@@ -100,7 +100,7 @@ func (c change) put(name string, r io.Reader, admit func(isNew bool) error) (now
 	case explain(err).code != http.StatusNotFound:
 		return info{}, false, err
 	}
-	if err := f.Sync(); err != nil {
+	if err := c.timed(f.Sync); err != nil {
 		return info{}, false, err
 	}
 	if created, err = c.replace(part, name, admit); err != nil {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/net/webdav"
 	"golang.org/x/sys/unix"
@@ -19,8 +20,9 @@ import (
 
 // A volume is a directory that is served.
 type volume struct {
-	root  *os.Root
-	locks *locks
+	root   *os.Root
+	locks  *locks
+	synced func(took time.Duration) // nil where nobody asks
 
 	mu    sync.Mutex
 	parts int // in its temporary directory
@@ -100,7 +102,17 @@ func (v *volume) sync(dir string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(v.timed(d.Sync), d.Close())
+}
+
+// timed does what brings something to stable storage.
+func (v *volume) timed(sync func() error) error {
+	began := time.Now()
+	err := sync()
+	if v.synced != nil {
+		v.synced(time.Since(began))
+	}
+	return err
 }
 
 // syncAll does that with the whole file system.
@@ -109,7 +121,7 @@ func (v *volume) syncAll() error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
+	return errors.Join(v.timed(func() error { return unix.Syncfs(int(d.Fd())) }), d.Close())
 }
 
 // part is a new name in the temporary directory. done removes what is there then, and the directory with the last one.

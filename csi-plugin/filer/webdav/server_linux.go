@@ -34,7 +34,9 @@ const (
 
 // A Server serves volumes to those who have grants.
 type Server struct {
-	Lease *lease.Lease // that requests are answered under; it is set before Serve
+	Lease  *lease.Lease             // that requests are answered under; it is set before Serve
+	Meter  gateway.Meter            // so is this, or nil
+	Synced func(took time.Duration) // is told how long it took to bring something to stable storage; it is set before Allow, or nil
 
 	dir  string  // of locks
 	rate float64 // requests a second of each grant
@@ -84,6 +86,7 @@ func (s *Server) Allow(g Grant) error {
 		if err != nil {
 			return fmt.Errorf("volume %s over WebDAV: %w", g.Volume, err)
 		}
+		v.synced = s.Synced
 		o = &opened{volume: v, root: g.Root}
 		s.volumes[g.Volume] = o
 	}
@@ -140,7 +143,7 @@ func (s *Server) Close() {
 
 // Serve answers clients on l, which may be one of TLS, until ctx ends, then those whose requests had begun.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	return gateway.Serve(ctx, l, s, 32<<10, s.Lease, s.log)
+	return gateway.Serve(ctx, l, s, 32<<10, s.Lease, s.Meter, s.log)
 }
 
 // admit finds the grant that a request shows.
