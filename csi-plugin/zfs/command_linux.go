@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -52,16 +54,22 @@ func zfs(ctx context.Context, args ...string) (string, error) { return command(c
 
 func command(ctx context.Context, name string, args ...string) (string, error) {
 	var out bytes.Buffer
-	err := execute(ctx, func(cmd *exec.Cmd) error {
+	err := execute(ctx, func(cmd *exec.Cmd, zpool string) error {
 		cmd.Stdout = &out
-		return cmd.Run()
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		return await(cmd, zpool)
 	}, name, args...)
+	if errors.Is(err, errSuspended) {
+		return "", err // the program may still write
+	}
 	return out.String(), err
 }
 
 // stream runs the program zfs, and gives what it writes to read as it comes.
 func stream(ctx context.Context, read func(io.Reader) error, args ...string) error {
-	return execute(ctx, func(cmd *exec.Cmd) error {
+	return execute(ctx, func(cmd *exec.Cmd, zpool string) error {
 		out, err := cmd.StdoutPipe()
 		if err == nil {
 			err = cmd.Start()
@@ -69,20 +77,76 @@ func stream(ctx context.Context, read func(io.Reader) error, args ...string) err
 		if err != nil {
 			return err
 		}
+		whole := make(chan struct{})
+		var watch sync.WaitGroup
+		watch.Go(func() {
+			if suspension(whole, zpool) != nil {
+				out.Close()
+			}
+		})
 		rerr := read(out)
+		close(whole)
+		watch.Wait()
 		if rerr != nil {
 			_ = cmd.Process.Kill()
 		}
-		if err := cmd.Wait(); rerr == nil {
+		if err := await(cmd, zpool); rerr == nil || errors.Is(err, errSuspended) {
 			return err
 		}
 		return rerr
 	}, "zfs", args...)
 }
 
-func execute(ctx context.Context, run func(*exec.Cmd) error, name string, args ...string) error {
+// errSuspended is that all I/O of a zpool waits for a person.
+var errSuspended = fmt.Errorf("%w: it is suspended, as its disks failed: nothing in it is read or written before they are back and \"zpool clear\" was run; see \"zpool status\"", volume.ErrUnavailable)
+
+// suspended tells it of a zpool, without asking ZFS, which may hold its answer back meanwhile (zpoolprops(7), failmode=wait).
+func suspended(zpool string) error {
+	state, err := os.ReadFile("/proc/spl/kstat/zfs/" + zpool + "/state")
+	if err == nil && strings.TrimSpace(string(state)) == "SUSPENDED" {
+		return fmt.Errorf("zpool %s: %w", zpool, errSuspended)
+	}
+	return nil // also of one that is not there: ZFS says so itself
+}
+
+// suspension waits until a zpool is suspended, or done is closed.
+func suspension(done <-chan struct{}, zpool string) error {
+	for {
+		select {
+		case <-done:
+			return nil
+		case <-time.After(time.Second):
+			if err := suspended(zpool); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// await waits for a program's end. In a zpool that is suspended it has none, not even by a signal: it is left alone then, with its locks, and ends once the zpool
+// is there again.
+func await(cmd *exec.Cmd, zpool string) error {
+	ended := make(chan struct{})
+	var err error
+	go func() {
+		defer close(ended)
+		err = cmd.Wait()
+	}()
+	if err := suspension(ended, zpool); err != nil {
+		return err
+	}
+	<-ended
+	return err
+}
+
+// execute has run do with a program, whose last argument is a zpool or something in one.
+func execute(ctx context.Context, run func(_ *exec.Cmd, zpool string) error, name string, args ...string) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
+	}
+	pool := zpool(args[len(args)-1])
+	if err := suspended(pool); err != nil {
+		return err
 	}
 	path, err := exec.LookPath(name)
 	for _, dir := range []string{"/usr/sbin/", "/sbin/", "/usr/local/sbin/"} {
@@ -102,9 +166,9 @@ func execute(ctx context.Context, run func(*exec.Cmd) error, name string, args .
 	if f := mount.Held(ctx); f != nil {
 		cmd.ExtraFiles = []*os.File{f}
 	}
-	err = run(cmd)
-	if err == nil {
-		return nil
+	err = run(cmd, pool)
+	if err == nil || errors.Is(err, errSuspended) {
+		return err // of a program that was left alone, what it says is still being read
 	}
 	what := name + " " + args[0]
 	text := strings.TrimSpace(errs.String())

@@ -246,6 +246,84 @@ func TestPoolMissing(t *testing.T) {
 	}
 }
 
+// A pool whose disks fail is suspended, and then holds back whatever asks it for something. Calls say so, the one under which it happened as well; a volume in a pool
+// beside it is there, and all goes on once the disks are back.
+func TestSuspended(t *testing.T) {
+	// It has less space than the file there says: inLab has mounted it, as ZFS opens files where the machine's first process sees them.
+	const disks = "/failing"
+	file := filepath.Join(disks, "a")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, 512<<20)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "zpool", "create", "-O", "mountpoint=none", "-O", "compression=off", "failing", file)
+	t.Cleanup(func() { run(t, "zpool", "destroy", "failing") })
+	other := suite().New(t)
+	b, err := Open(t.Context(), []Pool{{"default", other}, {"failing", "failing/cradle"}}, "/run/cradle/failing.lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	must[volume.Volume](t)(b.Create(t.Context(), block("other")))
+	r := block("v")
+	r.Pool, r.Size, r.Direct = "failing", 256<<20, true
+	must[volume.Volume](t)(b.Create(t.Context(), r))
+	s := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}
+	must[volume.Snapshot](t)(b.Snapshot(t.Context(), s))
+	source := must[volume.Source](t)(b.Stage(t.Context(), "v", volume.Use{As: volume.AsGuest}))
+	writer := exec.Command("dd", "if=/dev/urandom", "of="+source.Guest.Block.Path, "bs=1M", "count=100", "conv=fsync")
+	if err := writer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; err == nil; n++ { // until one meets it
+		more := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s" + strconv.Itoa(n)}}
+		if _, err = b.Snapshot(t.Context(), more); err == nil {
+			err = b.DeleteSnapshot(t.Context(), more.ID)
+		}
+	}
+	wants(t, err, errSuspended, "the call that met it")
+	t.Log(err)
+	again := r
+	again.Name = "w"
+	for what, call := range map[string]func() error{
+		"Ready":          func() error { return b.Ready(t.Context()) },
+		"List":           func() error { _, err := b.List(t.Context()); return err },
+		"Get":            func() error { _, err := b.Get(t.Context(), "v"); return err },
+		"Capacity":       func() error { _, err := b.Capacity(t.Context(), r.Parameters); return err },
+		"Create":         func() error { _, err := b.Create(t.Context(), again); return err },
+		"DeleteSnapshot": func() error { return b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "w", Name: "t"}) },
+		"Delete":         func() error { return b.Delete(t.Context(), "w") },
+		"Repair":         func() error { return b.Repair(t.Context(), true, func(string) {}) },
+		"Open": func() error {
+			_, err := Open(t.Context(), []Pool{{"failing", "failing/cradle"}}, "/run/cradle/failing.lock")
+			return err
+		},
+	} {
+		wants(t, call(), errSuspended, what)
+	}
+	if v := must[volume.Volume](t)(b.Get(t.Context(), "other")); v.ID != "other" {
+		t.Errorf("beside it: %+v", v)
+	}
+	// What the program that was left alone works on has its lock: who waits for that does so until his time is up.
+	brief, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := b.Delete(brief, "v"); !errors.Is(err, errSuspended) && !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Delete of the volume whose call hangs: %v", err)
+	}
+
+	run(t, "mount", "-o", "remount,size=600m", disks)
+	run(t, "zpool", "clear", "failing")
+	if err := writer.Wait(); err != nil {
+		t.Errorf("who wrote: %v", err)
+	}
+	for _, s := range must[[]volume.Snapshot](t)(b.Snapshots(t.Context(), "v")) { // the one that was left alone may be among them
+		if err := b.DeleteSnapshot(t.Context(), s.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := errors.Join(b.Ready(t.Context()), b.Delete(t.Context(), "v")); err != nil {
+		t.Error(err)
+	}
+}
+
 // Names may be as long as CSI allows, of a snapshot with its volume's as ZFS does.
 func TestLongNames(t *testing.T) {
 	b, dataset := open(t)

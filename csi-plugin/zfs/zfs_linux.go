@@ -545,10 +545,13 @@ func (b *Backend) Capacity(ctx context.Context, params volume.Parameters) (int64
 // Ready is volume.Backend's. A degraded pool still keeps volumes.
 func (b *Backend) Ready(ctx context.Context) error {
 	for _, p := range b.pools {
-		zpool, _, _ := strings.Cut(p.Dataset, "/")
+		zpool := zpool(p.Dataset)
 		out, err := command(ctx, "zpool", "list", "-H", "-o", "health,readonly", zpool)
+		if err != nil && !errors.Is(err, volume.ErrUnavailable) {
+			err = fmt.Errorf("%w: %w", volume.ErrUnavailable, err)
+		}
 		if err != nil {
-			return fmt.Errorf("pool %s: %w: %w", p.Name, volume.ErrUnavailable, err)
+			return fmt.Errorf("pool %s: %w", p.Name, err)
 		}
 		switch health, readOnly, _ := strings.Cut(strings.TrimSpace(out), "\t"); {
 		case health != "ONLINE" && health != "DEGRADED":

@@ -72,7 +72,7 @@ func inLab(t *testing.T, script string) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte("set -e\n"+script+"echo all passed\n"), 0o755); err != nil {
+	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte("set -e\nmkdir /failing\nmount -t tmpfs -o size=80m failing /failing\n"+script+"echo all passed\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	var console bytes.Buffer
