@@ -6,6 +6,7 @@
 package spec
 
 import (
+	"fmt"
 	"strings"
 	"time"
 )
@@ -241,6 +242,16 @@ type CephVolume struct {
 // Mount is the volume's source and options for mount(2), type ceph, with the secret but without Options (linux/Documentation/filesystems/ceph.rst).
 func (c *CephVolume) Mount() (source string, options []string) {
 	return strings.Join(c.Monitors, ",") + ":" + c.Path, []string{"name=" + c.Client, "secret=" + c.Secret, "mds_namespace=" + c.FileSystem, "ms_mode=prefer-crc"}
+}
+
+// CephCoherent says whether a kernel of that release, as uname(2) tells it, reads right a CephFS file to which others append: Linux from 6.9 on, and the boot package
+// default's own (docs/decisions/0028).
+func CephCoherent(release string) bool {
+	var major, minor int
+	if n, _ := fmt.Sscanf(release, "%d.%d", &major, &minor); n < 2 {
+		return false
+	}
+	return major > 6 || major == 6 && minor >= 9 || strings.HasSuffix(release, "-cradle")
 }
 
 // A TmpfsVolume lives in the guest's memory and is counted there.

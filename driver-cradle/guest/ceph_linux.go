@@ -12,6 +12,13 @@ import (
 
 // mountCeph mounts a directory of a CephFS by the kernel's own client. The key is in the kernel's memory alone, and /proc/mounts does not tell it.
 func mountCeph(c *spec.CephVolume, at string) error {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return fmt.Errorf("uname: %w", err)
+	}
+	if release := unix.ByteSliceToString(uts.Release[:]); !spec.CephCoherent(release) {
+		return fmt.Errorf("this boot package's kernel, %s, reads files of CephFS wrong to which others append (Linux before 6.9): use the package %q", release, "default")
+	}
 	flags, data := parseMountOptions(0, c.Options)
 	source, own := c.Mount()
 	for _, o := range own {

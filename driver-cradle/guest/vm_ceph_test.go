@@ -4,6 +4,7 @@ package guest_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -14,9 +15,9 @@ import (
 	"github.com/cradlestack/cradlestack/spec"
 )
 
-// TestVMCeph: two machines have one directory of a CephFS, each by its own kernel; what one has written the other reads, the quota is the size that they see,
-// and the key is nowhere that a container sees.
-func TestVMCeph(t *testing.T) {
+// cephVolume makes a cluster with a volume of 64 MiB.
+func cephVolume(t *testing.T) spec.CephVolume {
+	t.Helper()
 	c := cephtest.Lab(t)
 	ceph := func(args ...string) string {
 		t.Helper()
@@ -34,25 +35,33 @@ func TestVMCeph(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &made); err != nil || len(made) != 1 {
 		t.Fatalf("%s: %v", out, err)
 	}
-	volume := spec.CephVolume{Monitors: []string{c.Host + ":3300"}, FileSystem: cephtest.FS, Path: path, Client: "cradle:v", Secret: made[0].Key}
-	pod := func(name, script string, v spec.CephVolume) podSpec {
-		p := podSpec{net: vmm.Net{Mode: vmm.NetUser}}
-		p.ifs = []wire.Interface{{
-			Name: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")},
-			Routes: []wire.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.0.2.2")}},
-		}}
-		p.Volumes = []spec.Volume{{Name: "v", Ceph: &v}}
-		p.Containers = []spec.Container{with(sh(name, script), "v:/v")}
-		return p
-	}
+	return spec.CephVolume{Monitors: []string{c.Host + ":3300"}, FileSystem: cephtest.FS, Path: path, Client: "cradle:v", Secret: made[0].Key}
+}
+
+// cephPod is a pod that has the volume at /v, and a network that leads to the cluster.
+func cephPod(name, script string, v spec.CephVolume) podSpec {
+	p := podSpec{net: vmm.Net{Mode: vmm.NetUser}}
+	p.ifs = []wire.Interface{{
+		Name: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")},
+		Routes: []wire.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.0.2.2")}},
+	}}
+	p.Volumes = []spec.Volume{{Name: "v", Ceph: &v}}
+	p.Containers = []spec.Container{with(sh(name, script), "v:/v")}
+	return p
+}
+
+// TestVMCeph: two machines have one directory of a CephFS, each by its own kernel; what one has written the other reads, the quota is the size that they see,
+// and the key is nowhere that a container sees.
+func TestVMCeph(t *testing.T) {
+	volume := cephVolume(t)
 	wrong := volume
 	wrong.Secret = "AQBY1QhruhogIhAAQz+rIO5WEUFPXC0trpAo4A=="
-	if _, err := tryBoot(t, pod("c", "true", wrong)); err == nil || !strings.Contains(err.Error(), "volume v: ceph ") || strings.Contains(err.Error(), wrong.Secret) {
+	if _, err := tryBoot(t, cephPod("c", "true", wrong)); err == nil || !strings.Contains(err.Error(), "volume v: ceph ") || strings.Contains(err.Error(), wrong.Secret) {
 		t.Errorf("a wrong key: %v", err)
 	}
-	first := boots(t, pod("first", `echo one > /v/one; touch /v/ready
+	first := boots(t, cephPod("first", `echo one > /v/one; touch /v/ready
 until [ -e /v/tried ]; do sleep 0.2; done; cat /v/two; df -k /v | tail -n 1 | awk '{ print $(NF-4) }'; grep ' /v ' /proc/mounts | sed 's/.*secret=\([^,]*\).*/\1/'`, volume))
-	second := boots(t, pod("second", `until [ -e /v/ready ]; do sleep 0.2; done; cat /v/one; echo two > /v/two; touch /v/tried`, volume))
+	second := boots(t, cephPod("second", `until [ -e /v/ready ]; do sleep 0.2; done; cat /v/one; echo two > /v/two; touch /v/tried`, volume))
 	second.ends()
 	first.ends()
 	second.printed("second", "one\n")
@@ -64,7 +73,40 @@ until [ -e /v/tried ]; do sleep 0.2; done; cat /v/two; df -k /v | tail -n 1 | aw
 	}
 	read := volume
 	read.ReadOnly = true
-	m := boots(t, pod("reader", "cat /v/two; touch /v/x 2>/dev/null || echo refused", read))
+	m := boots(t, cephPod("reader", "cat /v/two; touch /v/x 2>/dev/null || echo refused", read))
 	m.ends()
 	m.printed("reader", "two\nrefused\n")
+}
+
+// TestVMCephGrowing: a file to which one machine appends is to the other one, at every moment, what was written until then: nothing is there twice, nothing is
+// missing, and never is there less of it, however it is read.
+func TestVMCephGrowing(t *testing.T) {
+	volume := cephVolume(t)
+	// Lines of one length would hide one that is there twice in place of the next.
+	const lines = 300
+	writer := boots(t, cephPod("writer", fmt.Sprintf(`until [ -e /v/ready ]; do sleep 0.1; done
+n=0; while [ $n -lt %d ]; do n=$((n+1)); echo $n >>/v/f; done; echo written`, lines), volume))
+	reader := boots(t, cephPod("reader", fmt.Sprintf(`: >/v/f; touch /v/ready; had=0; bad=0
+check() { # NAME COMMAND…: what it says is 1, 2, …
+	name=$1; shift
+	got=$("$@" | awk '$0 != NR && !wrong { print "line " NR " is " $0; wrong = 1 } END { print NR }')
+	case $got in
+	*line*) echo "$name: $got"; bad=$((bad+1));;
+	*) [ $got -ge $had ] || { echo "$name: $got lines after $had"; bad=$((bad+1)); }; had=$got;;
+	esac
+}
+rounds=0
+until [ $had -ge %d ] || [ $bad -ge 5 ]; do
+	check "sendfile(2)" cat /v/f
+	check "read(2)" dd if=/v/f bs=64k 2>/dev/null
+	rounds=$((rounds+1))
+done
+echo "$had lines, $bad wrong"; echo "$rounds rounds" >&2`, lines), volume))
+	writer.ends()
+	reader.ends()
+	stdout, stderr := reader.logs("reader")
+	if want := fmt.Sprintf("%d lines, 0 wrong\n", lines); stdout != want {
+		t.Errorf("it says\n%swant %s", stdout, want)
+	}
+	t.Log(stderr)
 }
