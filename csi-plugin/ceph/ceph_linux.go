@@ -564,7 +564,7 @@ func (s *session) uncopied(ctx context.Context, f *found) error {
 
 // uncopy ends what is mounted to copy a volume.
 func (s *session) uncopy(ctx context.Context, f *found, target string) error {
-	if err := s.b.mounting(target).down(ctx); err != nil {
+	if err := s.b.mounting(target).away(ctx); err != nil {
 		return err
 	}
 	return s.revoke(ctx, f, target)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
 	"github.com/cradlestack/cradlestack/internal/cephtest"
 )
 
@@ -27,6 +29,7 @@ func TestRootSoakCeph(t *testing.T) {
 	t.Run("Elsewhere", testElsewhere)
 	t.Run("Evicted", testEvicted)
 	t.Run("LongClone", testLongClone)
+	t.Run("StoppedClone", testStoppedClone)
 	t.Run("Rebooted", testRebooted)
 	t.Run("Abandoned", testAbandoned)
 	t.Run("Daemons", testDaemons)
@@ -88,9 +91,9 @@ func testElsewhere(t *testing.T) {
 		must(t, s.record(ctx, to))
 		to, err = s.look(ctx, to.pool, to.id)
 		must(t, err)
-		source, err := s.opened(ctx, from, ":clone:", filepath.Dir(from.path), ".", true)
+		source, err := s.lend(ctx, from, ":clone:", filepath.Dir(from.path), true)
 		must(t, err)
-		target, err := s.opened(ctx, to, ":clone", to.path, ".", false)
+		target, err := s.lend(ctx, to, ":clone", to.path, false)
 		must(t, err)
 		must(t, mount.Unlock(ctx, "origin", "clone"))
 		for _, look := range []bool{true, false} {
@@ -107,7 +110,7 @@ func testElsewhere(t *testing.T) {
 				t.Errorf("%s meanwhile: %v", what, err)
 			}
 		}
-		must(t, errors.Join(source.end(), target.end()))
+		must(t, errors.Join(s.giveBack(ctx, from, source, nil), s.giveBack(ctx, to, target, nil)))
 		was, err := s.takenAt(ctx, from, hidden)
 		must(t, err)
 		must(t, s.unchanged(ctx, to, from, hidden, was))
@@ -249,6 +252,96 @@ func testLongClone(t *testing.T) {
 	must(t, b.DeleteSnapshot(ctx, kept))
 	must(t, b.Unstage(ctx, "origin"))
 	must(t, b.Delete(ctx, "origin"))
+}
+
+// A copy whose mount hangs holds up no other call. It ends with the call that makes it, and with the process that does; the same call makes a whole clone then.
+func testStoppedClone(t *testing.T) {
+	ctx := t.Context()
+	storage := fresh(t)
+	b, err := open(storage)
+	must(t, err)
+	for _, id := range []string{"v", "other"} { // v is cloned to w, as volumetest does
+		_, err = b.Create(ctx, gfs(id))
+		must(t, err)
+	}
+	dir := staged(t, b, "v")
+	for i := range 500 {
+		must(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), []byte("x"), 0o600))
+	}
+	clone := gfs("w")
+	clone.Origin.Volume, clone.Size = "v", 2*clone.Size
+	point := b.point(":w")
+	// copies waits until files are copied, and returns the process that does it.
+	copies := func(ended chan error) (pid int) {
+		t.Helper()
+		for {
+			links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+			for _, link := range links {
+				if to, _ := os.Readlink(link); strings.HasPrefix(to, point+"/") {
+					pid, err := strconv.Atoi(strings.Split(link, "/")[2])
+					must(t, err)
+					return pid
+				}
+			}
+			select {
+			case err := <-ended:
+				t.Fatalf("it has ended before it copied a file: %v", err)
+			case <-time.After(time.Millisecond):
+			}
+		}
+	}
+	for what, begin := range map[string]func() (end func(), ended chan error){
+		"the call ends": func() (func(), chan error) {
+			ctx, cancel := context.WithCancel(ctx)
+			ended := make(chan error, 1)
+			go func() {
+				_, err := b.Clone(ctx, clone, nil)
+				ended <- err
+			}()
+			return cancel, ended
+		},
+		"the plugin is killed": func() (func(), chan error) {
+			cmd := volumetest.Operation(storage, "clone")
+			must(t, cmd.Start())
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			return func() { _ = cmd.Process.Kill() }, ended
+		},
+	} {
+		end, ended := begin()
+		pid := copies(ended)
+		fuse := fuseOf(t, point)
+		must(t, syscall.Kill(fuse, syscall.SIGSTOP))
+		for range 3 {
+			_, err := b.Stage(ctx, "other", volume.Use{As: volume.AsFiles})
+			must(t, err)
+			must(t, b.Unstage(ctx, "other"))
+		}
+		end()
+		if err := <-ended; err == nil {
+			t.Errorf("%s: the clone has succeeded", what)
+		}
+		must(t, syscall.Kill(fuse, syscall.SIGCONT))
+		for begin := time.Now(); syscall.Kill(pid, 0) == nil; time.Sleep(10 * time.Millisecond) {
+			if time.Since(begin) > time.Minute {
+				t.Fatalf("%s: process %d, which copies, goes on", what, pid)
+			}
+		}
+		_, err := b.Clone(ctx, clone, nil)
+		must(t, err)
+		entries, err := os.ReadDir(staged(t, b, "w"))
+		if err != nil || len(entries) != 500 {
+			t.Errorf("%s: the clone has %d files, %v", what, len(entries), err)
+		}
+		must(t, b.Unstage(ctx, "w"))
+		must(t, b.Delete(ctx, "w"))
+		if found := repaired(t, b, true); len(found) != 0 {
+			t.Errorf("%s: left: %q", what, found)
+		}
+	}
+	must(t, b.Unstage(ctx, "v"))
+	must(t, b.Delete(ctx, "v"))
+	must(t, b.Delete(ctx, "other"))
 }
 
 // The keys of what a host had mounted when it went down are removed as it comes up, with its sessions; those of other hosts stay.

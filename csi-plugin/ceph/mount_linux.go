@@ -339,8 +339,12 @@ func (m *mounting) start(ctx context.Context, made func() (*spec.CephVolume, err
 	return m.fuse(ctx, c)
 }
 
-// kernel says whether this host's kernel has a client for CephFS.
+// kernel says whether this host's kernel has a client for CephFS, and one that is coherent.
 func kernel() bool {
+	var uts unix.Utsname
+	if unix.Uname(&uts) != nil || !spec.CephCoherent(unix.ByteSliceToString(uts.Release[:])) {
+		return false
+	}
 	text, err := os.ReadFile("/proc/filesystems")
 	return err == nil && slices.Contains(strings.Fields(string(text)), "ceph")
 }
@@ -349,7 +353,7 @@ func kernel() bool {
 func (m *mounting) fuse(ctx context.Context, c *spec.CephVolume) error {
 	path, err := exec.LookPath("ceph-fuse")
 	if err != nil {
-		return fmt.Errorf("%w: this host's kernel has no CephFS (modprobe ceph), and the program ceph-fuse is missing: apt-get install ceph-fuse", volume.ErrUnavailable)
+		return fmt.Errorf("%w: this host's kernel has no CephFS (modprobe ceph, Linux 6.9), and the program ceph-fuse is missing: apt-get install ceph-fuse", volume.ErrUnavailable)
 	}
 	held, running, err := m.alive()
 	if err != nil {
@@ -467,6 +471,22 @@ func (m *mounting) unmount(ctx context.Context) error {
 	return m.wait(ctx, func(mounted, running bool) bool { return !mounted && !running })
 }
 
+// away unmounts what was mounted for a copy that nobody makes any more, also where it hangs, or where the process that copies has not ended yet: what that does from
+// now on fails.
+func (m *mounting) away(ctx context.Context) error {
+	mounted, err := mount.Is(m.point())
+	if err == nil && mounted {
+		err = m.drop()
+	}
+	if err == nil {
+		err = m.wait(ctx, func(mounted, running bool) bool { return !mounted && !running })
+	}
+	if err != nil {
+		return err
+	}
+	return m.forget()
+}
+
 // forget removes the files of what is not mounted any more.
 func (m *mounting) forget() error {
 	return errors.Join(gone(os.Remove(m.point())), os.RemoveAll(m.file("")))
@@ -548,13 +568,6 @@ func known(options string) (some []string) {
 	return some
 }
 
-// An opened is a part of a file system that is mounted for as long as it is copied.
-type opened struct {
-	*mounting
-	root *os.Root
-	end  func() error
-}
-
 // copying begins the name of what is mounted for a copy, of which the name of the clone follows; what that is made of has another one at its end. No volume's
 // begins so.
 const copying = ":"
@@ -564,31 +577,27 @@ func cloneOf(name string) (id string, copied bool) {
 	return strings.Trim(name, copying), strings.HasPrefix(name, copying)
 }
 
-// opened mounts a path for a key of its own, and opens a part of it. The name is of the mount, copying and the clone, whose lock is held.
-func (s *session) opened(ctx context.Context, f *found, name, path, part string, readOnly bool) (*opened, error) {
+// lend mounts a path for a copy, by a key of its own. The name is of the mount, copying and the clone, whose lock is held.
+func (s *session) lend(ctx context.Context, f *found, name, path string, readOnly bool) (*mounting, error) {
 	m := s.b.mounting(name)
-	if err := m.down(ctx); err != nil {
+	if err := m.away(ctx); err != nil {
 		return nil, err
 	}
-	err := m.start(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, name, path, readOnly) })
+	if err := m.start(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, name, path, readOnly) }); err != nil {
+		return nil, errors.Join(err, s.uncopy(ctx, f, name))
+	}
+	return m, nil
+}
+
+// giveBack is lend's end. What an err has interrupted need not come to its own.
+func (s *session) giveBack(ctx context.Context, f *found, m *mounting, err error) error {
 	if err != nil {
-		return nil, err
+		return s.uncopy(ctx, f, m.name)
 	}
-	o := &opened{mounting: m}
-	o.end = func() error {
-		if o.root != nil {
-			o.root.Close()
-			o.root = nil
-		}
-		if err := m.down(ctx); err != nil {
-			return err
-		}
-		return s.revoke(ctx, f, name)
+	if err := m.down(ctx); err != nil {
+		return err
 	}
-	if o.root, err = os.OpenRoot(filepath.Join(m.point(), part)); err != nil {
-		return nil, errors.Join(err, o.end())
-	}
-	return o, nil
+	return s.revoke(ctx, f, m.name)
 }
 
 // Stage is volume.Backend's. A volume is mounted once on a host.

@@ -29,19 +29,19 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 		id, copied := cloneOf(name)
 		err := b.locks().Alone(ctx, id, func(ctx context.Context) error {
 			m := b.mounting(name)
+			if copied {
+				report(fmt.Sprintf("%s: mounted to make volume %s, and the copy did not come to its end", m.point(), id))
+				if look {
+					return nil
+				}
+				return m.away(ctx)
+			}
 			st, err := m.state()
 			if err != nil {
 				return err
 			}
 			if st == hanging { // as all others do then, each for its time: a plugin would not begin
 				return m.errHangs()
-			}
-			if copied {
-				report(fmt.Sprintf("%s: mounted to make volume %s, and the copy did not come to its end", m.point(), id))
-				if look {
-					return nil
-				}
-				return m.down(ctx)
 			}
 			if st == living {
 				idle, err := m.idle()

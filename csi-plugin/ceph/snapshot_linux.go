@@ -6,15 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"io"
 	"path/filepath"
 	"slices"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
-	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -317,39 +313,29 @@ func (s *session) copied(ctx context.Context, to, from *found, snapshot string) 
 		return nil, err
 	}
 	// Of the subvolume <path>/<uuid>, <path>/.snap/<snapshot>/<uuid> is what it was; nothing can be mounted from within .snap.
-	source, err := s.opened(ctx, from, copying+to.id+copying, filepath.Dir(from.path), filepath.Join(".snap", snapshot, filepath.Base(from.path)), true)
+	source, err := s.lend(ctx, from, copying+to.id+copying, filepath.Dir(from.path), true)
 	if err != nil {
 		return nil, err
 	}
-	target, err := s.opened(ctx, to, copying+to.id, to.path, ".", false)
+	target, err := s.lend(ctx, to, copying+to.id, to.path, false)
 	if err != nil {
-		return nil, errors.Join(err, source.end())
+		return nil, errors.Join(err, s.uncopy(ctx, from, source.name))
+	}
+	back := func(err error) error {
+		return errors.Join(err, s.giveBack(ctx, from, source, err), s.giveBack(ctx, to, target, err))
 	}
 	if err := mount.Unlock(ctx, from.id, to.id); err != nil {
-		return nil, errors.Join(err, source.end(), target.end())
+		return nil, back(err)
 	}
 	// Locks are a host's own. Each has noted by now that it copies, so that of two at least one finds the other here.
 	if err := s.unchanged(ctx, to, from, snapshot, was); err != nil {
-		return nil, errors.Join(err, source.end(), target.end())
+		return nil, back(err)
 	}
-	g, gctx := errgroup.WithContext(ctx)
-	r, w := io.Pipe()
-	g.Go(func() error {
-		err := tree.Send(gctx, source.root, ".", nil, w)
-		return errors.Join(err, w.CloseWithError(err))
-	})
-	g.Go(func() error {
-		_, err := tree.Receive(gctx, target.root, r)
-		if err == nil {
-			err = mount.SyncRoot(target.root)
-		}
-		return errors.Join(err, r.CloseWithError(err))
-	})
-	err = g.Wait()
+	err = transfer(ctx, source, filepath.Join(".snap", snapshot, filepath.Base(from.path)), target)
 	if err == nil { // as long as nobody who asks whether it is copied is told no
 		err = s.unchanged(ctx, to, from, snapshot, was)
 	}
-	return to, errors.Join(err, source.end(), target.end())
+	return to, back(err)
 }
 
 // unchanged says whether a copy is whole: a snapshot that was removed meanwhile has looked like one with fewer files, and what another host has made is not this copy.

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,13 +39,16 @@ const packages = "apt-get install ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse 
 // Lab starts a cluster for a test, which ends with it.
 func Lab(t testing.TB) *Cluster {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "cephtest-") // for unix sockets, t.TempDir's paths are too long
+	dir, err := os.MkdirTemp("", fmt.Sprintf("cephtest-%d-", os.Getpid())) // for unix sockets, t.TempDir's paths are too long
 	if err != nil {
 		t.Fatal(err)
 	}
 	c, err := Start(t.Context(), dir)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if err := sweep(); err != nil { // their daemons went with their namespaces, as this one's was made
+		t.Error(err)
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -56,6 +60,29 @@ func Lab(t testing.TB) *Cluster {
 		os.RemoveAll(dir)
 	})
 	return c
+}
+
+// sweep removes the directories of tests that were killed, and ends what has their file systems mounted.
+func sweep() error {
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), "cephtest-*-*"))
+	for _, dir := range dirs {
+		var pid int
+		if _, err := fmt.Sscanf(filepath.Base(dir), "cephtest-%d-", &pid); err != nil || syscall.Kill(pid, 0) == nil {
+			continue
+		}
+		names, _ := filepath.Glob("/proc/[0-9]*/comm")
+		for _, name := range names {
+			if text, _ := os.ReadFile(name); string(text) != "ceph-fuse\n" {
+				continue
+			}
+			args, _ := os.ReadFile(filepath.Join(filepath.Dir(name), "cmdline"))
+			if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name))); err == nil && bytes.Contains(args, []byte("\x00"+dir+"/ceph.conf\x00")) {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return err
 }
 
 // Start starts a cluster, and returns when its file system can be used. Its files are below dir.

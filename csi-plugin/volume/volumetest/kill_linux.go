@@ -113,8 +113,8 @@ func trace(cmd *exec.Cmd, n int) (killed bool, err error) {
 	}
 }
 
-// child is the command that performs an operation in a process of its own.
-func child(storage, operation string) *exec.Cmd {
+// Operation is the command that performs one of the operations that Killed kills, in a process of its own.
+func Operation(storage, operation string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), childStorage+"="+storage, childOperation+"="+operation, "GOMAXPROCS=1", "GOGC=off")
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr

@@ -318,7 +318,7 @@ func (s Suite) testKilled(t *testing.T) {
 						op.before(b)
 					}
 					prepared = false
-					was, err := killed(child(b.storage, op.name), n)
+					was, err := killed(Operation(b.storage, op.name), n)
 					if err != nil {
 						t.Fatalf("killed at step %d: %v", n, err)
 					}
