@@ -121,7 +121,7 @@ var testsMayImport = map[string][]string{
 	"dockerapi/registry":          {"test/s3server"},
 	"dockerapi/translate":         {"internal/golden"},
 	"bali":                        {"internal/nomadtest", "test/s3server"},
-	"dockerapi":                   {"internal/golden", "internal/locked", "internal/nomadtest", "test/dockerd", "test/programs"},
+	"dockerapi":                   {"internal/golden", "internal/locked", "internal/nomadjob", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"csi-plugin":                  {"internal/cephtest", "internal/mountns", "internal/nomadtest", "test/dockerd", "test/programs"},
 	"terraform-provider":          {"internal/golden", "internal/locked", "internal/nomadjob", "internal/nomadtest", "test/programs"},
 	"csi-plugin/cold":             {"test/s3server"},

@@ -4,7 +4,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -14,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cradlestack/cradlestack/internal/nomadjob"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
@@ -97,6 +100,68 @@ func TestVMSoakAttendantLeft(t *testing.T) {
 	h.run("cp", "looked:/file", file)
 	h.run("start", "looked")
 	h.want("0", "wait", "looked")
+}
+
+// A server is killed while it removes a container whose volume another one inherits. The next one goes on, unasked, and the other one has what was on it.
+func TestVMSoakHandedOverKilled(t *testing.T) {
+	h := openHost(t)
+	h.run("run", "-d", "--name", "old", "-v", "/data", "busybox", "sh", "-c", "echo kept >/data/file; sync; exec sleep 10000")
+	h.until("old to have written", func() bool { out, _ := h.try("", "exec", "old", "cat", "/data/file"); return out == "kept\n" })
+	h.run("create", "--name", "heir", "-v", h.run("inspect", "-f", "{{range .Mounts}}{{.Name}}{{end}}", "old")+":/data", "busybox", "sh", "-c", "cat /data/file; exec sleep 10000")
+	heir := h.run("inspect", "-f", "{{.Id}}", "heir")
+	rm := h.command(t.Context(), "rm", "-f", "old")
+	if err := rm.Start(); err != nil {
+		t.Fatal(err)
+	}
+	h.until("heir's disk to be looked at", func() bool {
+		all, _, err := h.c.API.Jobs().Allocations("docker-at-"+heir, true, nil)
+		return err == nil && len(all) > 0
+	})
+	h.kill()
+	rm.Wait()
+	h.serve()
+	h.until("old to be gone", func() bool { return h.run("ps", "-aq", "--filter", "name=old") == "" })
+	h.run("start", "heir")
+	h.untilSaid("kept", "heir")
+}
+
+// A disk that is in use for longer than a pod takes to end, as that of a node which is back and has started its pod once more, is removed when it is free.
+func TestVMSoakDiskInUse(t *testing.T) {
+	h := openHost(t)
+	id := h.run("run", "-d", "--name", "uses", "busybox", "sleep", "10000")
+	kept := filepath.Join(h.c.Server().Dir, "cradle", "disks", h.space, id)
+	if _, err := os.Stat(kept); err != nil {
+		t.Fatal(err)
+	}
+	nodes, _, err := h.c.API.Nodes().List(nil)
+	if err != nil || len(nodes) != 1 {
+		t.Fatalf("%d nodes, %v", len(nodes), err)
+	}
+	job := nomadjob.RemoveDisk("removes", h.space, nodes[0].ID, id)
+	if _, _, err := h.c.API.Jobs().Register(job, nil); err != nil {
+		t.Fatal(err)
+	}
+	h.until("Nomad to have tried it often", func() bool {
+		all, _, err := h.c.API.Jobs().Allocations("removes", true, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range all {
+			if nomadtest.Ended(a) {
+				t.Fatalf("the job that removes the disk has ended while that is in use: %s %+v", a.ClientStatus, a.TaskStates)
+			}
+			if s := a.TaskStates["remove"]; s != nil && s.Restarts > 11 {
+				return true
+			}
+		}
+		return false
+	})
+	h.want("true", "inspect", "-f", "{{.State.Running}}", "uses")
+	h.run("kill", "uses")
+	h.until("the disk to be removed", func() bool { _, err := os.Stat(kept); return errors.Is(err, fs.ErrNotExist) })
+	if _, _, err := h.c.API.Jobs().Deregister("removes", true, nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // oneRound is a container from run to rm.

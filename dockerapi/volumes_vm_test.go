@@ -85,7 +85,7 @@ func TestVMVolumes(t *testing.T) {
 	h.want("local local "+nameless, "volume", "inspect", "-f", "{{.Driver}} {{.Scope}} {{.Name}}", nameless)
 	h.want(nameless, "volume", "ls", "-q", "--filter", "driver=local")
 	h.wantError(1, "volume is in use", "volume", "rm", nameless)
-	h.wantError(125, "give it a name there", "run", "-v", nameless+":/data", "busybox", "true")
+	h.wantError(125, "give it a name there", "run", "-v", nameless+":/other", "busybox", "true")
 	h.run("rm", "-v", "nameless")
 	h.wantError(1, "no such volume", "volume", "inspect", nameless)
 	// One whose name nobody has chosen goes with docker volume prune, others stay.

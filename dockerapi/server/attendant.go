@@ -169,6 +169,11 @@ func (t *tenant) endStray(id string) {
 }
 
 func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.AllocationListStub, error) {
+	if r.Want == wantRemoved || r.stillInherits() != nil { // its volumes are handed over, by its pod and another one that may have the same disks
+		bare := *r
+		bare.Pod = withoutDisks(r.Pod)
+		r = &bare
+	}
 	job, err := t.server.jobOf(r, t.Namespace, true)
 	if err != nil {
 		return nil, err

@@ -21,7 +21,6 @@ import (
 
 	"github.com/cradlestack/cradlestack/dockerapi/translate"
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
-	"github.com/cradlestack/cradlestack/internal/nomadjob"
 	"github.com/cradlestack/cradlestack/internal/tunnel"
 )
 
@@ -242,10 +241,15 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 	}
 	rec.Bridged = rec.onNetworks()
 	if joins != nil {
+		rec.Joins, rec.Config.Hostname, rec.Config.Domainname = joins.ID, joins.Config.Hostname, joins.Config.Domainname
+	}
+	if err := t.inherit(ctx, c, rec); err != nil {
+		return err
+	}
+	if joins != nil {
 		if _, err := sharedVolumes(joins, c.Pod); err != nil {
 			return err
 		}
-		rec.Joins, rec.Config.Hostname, rec.Config.Domainname = joins.ID, joins.Config.Hostname, joins.Config.Domainname
 	} else if _, err := s.jobOf(rec, t.Namespace, false); err != nil { // what it can't say is said now
 		return dockerhttp.Invalid("%v", err)
 	}
@@ -269,11 +273,12 @@ func (s *Server) createContainer(w http.ResponseWriter, r *http.Request, t *tena
 		both.Go(func() error { return t.putVariables(ctx, rec) })
 	}
 	both.Go(func() error { return t.put(ctx, rec) })
-	if err := both.Wait(); err != nil {
-		clear := context.WithoutCancel(ctx)
-		_, verr := t.nomad.Variables().Delete(nomadjob.EnvPath(rec.jobID()), t.write(clear))
-		_, rerr := t.nomad.Variables().Delete(recordPrefix+id, t.write(clear))
-		return errors.Join(err, t.freeName(clear, rec.Name, id), verr, rerr)
+	err = both.Wait()
+	if err == nil {
+		err = t.checkHolders(ctx, rec)
+	}
+	if err != nil {
+		return errors.Join(err, t.takeBack(context.WithoutCancel(ctx), rec))
 	}
 	t.emitContainer(rec, events.ActionCreate, nil)
 	return dockerhttp.Answer(w, http.StatusCreated, container.CreateResponse{ID: id, Warnings: append([]string{}, c.Warnings...)})

@@ -146,8 +146,7 @@ func mountPoints(c *record) []container.MountPoint {
 			case v.Class != "":
 				p.Type, p.Name, p.Driver, p.Source = mount.TypeVolume, v.Name, v.Class, volumeSource(v.Name)
 			default:
-				sum := sha256.Sum256([]byte(c.ID + v.Name))
-				p.Type, p.Name, p.Driver, p.Mode = mount.TypeVolume, hex.EncodeToString(sum[:]), onDisk, ""
+				p.Type, p.Name, p.Driver, p.Mode = mount.TypeVolume, c.anonymousName(v.Name), onDisk, ""
 			}
 		}
 		out = append(out, p)

@@ -83,6 +83,9 @@ type record struct {
 	Within int       `json:"within,omitempty"`
 	Began  time.Time `json:"began,omitzero"`
 
+	// Inherits are its volumes without a name that were other containers' before, by what they are called in its pod.
+	Inherits map[string]inheritance `json:"inherits,omitempty"`
+
 	place string // the node where the newest run has to be, "" for any; known while it is started
 	index uint64 // of the variable
 }

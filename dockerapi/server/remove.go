@@ -33,6 +33,9 @@ func (t *tenant) remove(ctx context.Context, r *record, force bool) error {
 			return fmt.Errorf("remove container %s: %w", r.ID, err)
 		}
 	}
+	if err := t.handOver(ctx, r); err != nil {
+		return fmt.Errorf("remove container %s: %w", r.ID, err)
+	}
 	g, together := errgroup.WithContext(ctx)
 	g.Go(func() error { return t.purge(together, r.jobID()) })
 	g.Go(func() error { return t.purge(together, attendantID(r)) })

@@ -171,6 +171,9 @@ func (t *tenant) begin(ctx context.Context, id string, after int) error {
 				return false, nil
 			}
 		}
+		if err := r.stillInherits(); err != nil {
+			return false, err
+		}
 		if !r.ended() && r.Run > 0 { // its end is not noted yet
 			r.Last = endOf(r.Run, t.watch.state(r))
 			ended = r.Last

@@ -110,6 +110,21 @@ func anonymousOf(c *record) (all []*namedVolume) {
 	return all
 }
 
+// anonymousIn are the volumes without a name of all containers, each with those that have it, or are to have it.
+func anonymousIn(containers []*record) (all []*namedVolume) {
+	byName := map[string]*namedVolume{}
+	for _, c := range containers {
+		for _, v := range anonymousOf(c) {
+			if known := byName[v.Name]; known != nil {
+				known.users = append(known.users, c.ID)
+				continue
+			}
+			byName[v.Name], all = v, append(all, v)
+		}
+	}
+	return all
+}
+
 // volumeSource is where docker says that a volume is. Nobody finds it there: its node has it.
 func volumeSource(name string) string { return "/volumes/" + name }
 
@@ -152,11 +167,9 @@ func (t *tenant) anonymous(ctx context.Context, name string) (*namedVolume, erro
 	if err != nil {
 		return nil, err
 	}
-	for _, c := range containers {
-		for _, v := range anonymousOf(c) {
-			if v.Name == name {
-				return v, nil
-			}
+	for _, v := range anonymousIn(containers) {
+		if v.Name == name {
+			return v, nil
 		}
 	}
 	return nil, noVolume(name)
@@ -193,9 +206,7 @@ func (t *tenant) volumes(ctx context.Context) ([]*namedVolume, error) {
 	for _, v := range found {
 		v.users = usersOf(containers, v.Name)
 	}
-	for _, c := range containers {
-		found = append(found, anonymousOf(c)...)
-	}
+	found = append(found, anonymousIn(containers)...)
 	slices.SortFunc(found, func(a, b *namedVolume) int { return strings.Compare(a.Name, b.Name) })
 	return found, nil
 }

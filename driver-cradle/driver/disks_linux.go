@@ -251,7 +251,7 @@ func (d *Driver) actOnDisks(t *drivers.TaskConfig, cfg *taskConfig, s *state) er
 			err = s.disks.remove(diskOf(t, cfg.DiskID), t.ID, found)
 		}
 		if err != nil {
-			return fmt.Errorf("remove disk %s: %w", cfg.DiskID, err)
+			return err // which names the disk; wrapped, Nomad would not see that it may try again
 		}
 	}
 	dir := s.dirOf(t.ID, t.Name)
