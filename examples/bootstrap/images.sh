@@ -33,7 +33,7 @@ cradle-csi() {
   for program in mkfs.xfs xfs_growfs; do add xfsprogs "$program"; done
 }
 
-cradle-filer() { own cradle-filer; }
+cradle-filer() { own cradle-filer; own cradle-s3; }
 
 cradle-dockerapi() { own cradle-dockerapi; }
 

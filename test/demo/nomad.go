@@ -134,8 +134,11 @@ func (d *demo) files(ctx context.Context) error {
 		return err
 	}
 	for _, args := range [][]string{
-		desk("sh", "-c", "echo 'Dear bank' >/letters/first"), {"cradle-filer", "snapshot", "letters", "before"}, desk("sh", "-c", "echo oops >/letters/first"),
-		{"cradle-filer", "diff", "letters", "before"}, {"cradle-filer", "rollback", "letters", "before"},
+		desk("sh", "-c", "echo 'Dear bank' >/letters/first"),
+		{"cradle-filer", "snapshot", "letters", "before"},
+		desk("sh", "-c", "echo oops >/letters/first"),
+		{"cradle-filer", "diff", "letters", "before"},
+		{"cradle-filer", "rollback", "letters", "before"},
 	} {
 		if _, err := d.command(ctx, args...); err != nil {
 			return err
