@@ -222,6 +222,13 @@ func TestVMImagesInUse(t *testing.T) {
 		id[name] = h.run("images", "-q", "--no-trunc", name)
 	}
 	up, idle := h.run("run", "-d", "running:1", "sleep", "1000"), h.run("create", "--name", "idle", "idle:1")
+	// Nothing is built here, and so there is no cache of it that docker system prune could not remove.
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM running:1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.wantError(1, "images are not built here: build with docker buildx on your own machine .*docker load", "build", dir)
+	h.want("Total reclaimed space: 0B", "system", "prune", "-f", "--filter", "label=nobody=has-it")
 	used := "conflict: unable to remove repository reference \"%s:1\" .must force. - container %.12s is using its referenced image %.12s"
 	h.wantError(1, fmt.Sprintf(used, "running", up, id["running"][7:]), "rmi", "running:1")
 	h.wantError(1, fmt.Sprintf(used, "idle", idle, id["idle"][7:]), "rmi", "idle:1")

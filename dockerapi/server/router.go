@@ -117,10 +117,9 @@ func (rt *router) onName(method, prefix, suffix string, h handler) {
 
 // What docker's API has and this one has not, and what to do instead.
 var unsupported = map[string]string{
-	"POST /build":       noBuild,
-	"POST /build/prune": noBuild,
-	"POST /session":     noBuild,
-	"POST /grpc":        noBuild,
+	"POST /build":   noBuild,
+	"POST /session": noBuild,
+	"POST /grpc":    noBuild,
 	"/swarm":            noSwarm, "/swarm/": noSwarm, "/nodes": noSwarm, "/nodes/": noSwarm, "/services": noSwarm, "/services/": noSwarm,
 	"/tasks": noSwarm, "/tasks/": noSwarm, "/secrets": noSwarm, "/secrets/": noSwarm, "/configs": noSwarm, "/configs/": noSwarm,
 	"/plugins": noPlugins, "/plugins/": noPlugins,

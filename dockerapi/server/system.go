@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/nomad/api"
+	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/system"
 
 	"github.com/cradlestack/cradlestack/internal/dockerhttp"
@@ -18,6 +19,9 @@ func (s *Server) systemRoutes(on *router) {
 	on.open("GET /_ping", dockerhttp.Ping) // HEAD as well
 	on.open("GET /version", s.version)
 	on.on("GET /info", s.info)
+	on.on("POST /build/prune", func(w http.ResponseWriter, _ *http.Request, _ *tenant) error { // docker system prune asks for it: nothing is built, and nothing of it kept
+		return dockerhttp.Answer(w, http.StatusOK, build.CachePruneReport{CachesDeleted: []string{}})
+	})
 }
 
 func (s *Server) version(w http.ResponseWriter, r *http.Request) error {
