@@ -30,8 +30,8 @@ const (
 	nfsEntries = 300       // that are made, looked at and removed
 )
 
-// nfs: what one client has of the embedded engine and of NFS-Ganesha, both of which serve the same volume: by version 3, which both speak, over one connection, past all
-// caches but the servers'.
+// nfs: what one client has of the embedded engine and of NFS-Ganesha: by version 3, which both speak, over one connection, past all caches but the servers'. Each has a
+// volume of its own, as the file system of NFS-Ganesha's is mounted another way: with dirsync.
 func (b *bench) nfs(ctx context.Context) (err error) {
 	dir := filepath.Join(b.dir, "nfs")
 	space, err := netnstest.New("bench")
@@ -43,25 +43,28 @@ func (b *bench) nfs(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	volume := func(operation string) error {
+	volume := func(operation, id string) error {
 		cmd := exec.CommandContext(context.WithoutCancel(ctx), csi, "host-volume", operation, "--pool", filepath.Join(dir, "pool"))
-		cmd.Env = append(os.Environ(), "DHV_VOLUME_ID=vol", "DHV_VOLUMES_DIR="+filepath.Join(dir, "mounts"), fmt.Sprint("DHV_CAPACITY_MIN_BYTES=", 4*nfsFile), "DHV_PARAMETERS={}")
+		cmd.Env = append(os.Environ(), "DHV_VOLUME_ID="+id, "DHV_VOLUMES_DIR="+filepath.Join(dir, "mounts"), fmt.Sprint("DHV_CAPACITY_MIN_BYTES=", 4*nfsFile), "DHV_PARAMETERS={}")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("cradle-csi host-volume %s: %w: %s", operation, err, out)
 		}
 		return nil
 	}
-	if err := volume("create"); err != nil {
-		return err
+	engines := []string{"embedded", "ganesha"}
+	for _, id := range engines {
+		if err := volume("create", id); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, volume("delete", id)) }()
 	}
-	defer func() { err = errors.Join(err, volume("delete")) }()
 	var clients []*nfsClient
 	defer func() {
 		for _, c := range clients {
 			err = errors.Join(err, c.close())
 		}
 	}()
-	for i, engine := range []string{"embedded", "ganesha"} {
+	for i, engine := range engines {
 		c, err := startFiler(ctx, space, dir, engine, fmt.Sprint(2049+i))
 		if err != nil {
 			return err
@@ -164,7 +167,7 @@ func startFiler(ctx context.Context, space *netnstest.Namespace, dir, engine, po
 			return nil, err
 		}
 	}
-	out, err := c.call("publish", "vol", "--client", "0.0.0.0/0", "-o", "json")
+	out, err := c.call("publish", engine, "--client", "0.0.0.0/0", "-o", "json")
 	if err != nil {
 		return nil, err
 	}

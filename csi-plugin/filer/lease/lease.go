@@ -22,11 +22,11 @@ type Lease struct {
 	paused  bool
 	ended   bool
 	working int
-	changed chan struct{} // closed when one of these is another
+	changed chan struct{} // closed when one of these is another; nil while nobody waits for that
 }
 
 // New returns a lease that does not hold yet.
-func New() *Lease { return &Lease{now: Now, paused: true, changed: make(chan struct{})} }
+func New() *Lease { return &Lease{now: Now, paused: true} }
 
 // Forever is a moment that does not come.
 const Forever = time.Duration(1<<63 - 1)
@@ -36,8 +36,18 @@ func (l *Lease) change(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	f()
-	close(l.changed)
-	l.changed = make(chan struct{})
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+}
+
+// next is closed at the next change. The lock is held.
+func (l *Lease) next() <-chan struct{} {
+	if l.changed == nil {
+		l.changed = make(chan struct{})
+	}
+	return l.changed
 }
 
 // Extend lets the lease hold until a moment, as Now counts, if that is later than what it had.
@@ -53,7 +63,7 @@ func (l *Lease) Lapse() { l.change(func() { l.until, l.paused = 0, true }) }
 // End ends the lease for good: who waits in Begin gets ErrEnded.
 func (l *Lease) End() { l.change(func() { l.ended = true }) }
 
-func (l *Lease) holds() bool { return !l.ended && l.now() < l.until }
+func (l *Lease) holds() bool { return !l.ended && (l.until == Forever || l.now() < l.until) }
 
 // Holds says whether what was done may be answered. It is asked once that is on stable storage: nobody else can have served meanwhile then.
 func (l *Lease) Holds() bool {
@@ -76,12 +86,11 @@ func (l *Lease) Begin(ctx context.Context) (end func(), err error) {
 		case l.ended:
 			l.mu.Unlock()
 			return nil, ErrEnded
-		case l.holds() && !l.paused:
-			l.working++
+		case l.begin():
 			l.mu.Unlock()
 			return l.finish, nil
 		}
-		changed := l.changed
+		changed := l.next()
 		l.mu.Unlock()
 		select {
 		case <-changed:
@@ -89,6 +98,25 @@ func (l *Lease) Begin(ctx context.Context) (end func(), err error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// TryBegin is Begin for a call that does not wait.
+func (l *Lease) TryBegin() (end func(), begun bool) {
+	if l == nil {
+		return func() {}, true
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.finish, l.begin()
+}
+
+// begin counts a call that may begin now. The lock is held.
+func (l *Lease) begin() bool {
+	if l.paused || !l.holds() {
+		return false
+	}
+	l.working++
+	return true
 }
 
 // Work is Begin for what prepares or ends the serving itself: it does not wait.
@@ -110,11 +138,12 @@ func (l *Lease) Lapsed() (lapsed, idle bool) {
 func (l *Lease) Idle(ctx context.Context) error {
 	for {
 		l.mu.Lock()
-		working, changed := l.working, l.changed
-		l.mu.Unlock()
-		if working == 0 {
+		if l.working == 0 {
+			l.mu.Unlock()
 			return nil
 		}
+		changed := l.next()
+		l.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():

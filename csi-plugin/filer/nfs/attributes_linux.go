@@ -32,8 +32,11 @@ var nfsProcedures = [...]procedure{
 	{run: commit, absent: 2},
 }
 
-// Procedures whose calls or replies can be large.
+// Procedures that the server knows more of.
 const (
+	procGetattr     = 1
+	procLookup      = 3
+	procAccess      = 4
 	procRead        = 6
 	procWrite       = 7
 	procReaddir     = 16
@@ -298,7 +301,8 @@ func access(x *exchange) status {
 		}
 	}
 	x.out.uint32(uint32(ok))
-	x.out.attributes(&o)
+	x.out.bool(true)
+	x.out.fattr(&o)
 	x.out.uint32(granted)
 	return ok
 }

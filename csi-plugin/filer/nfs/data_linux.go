@@ -37,6 +37,9 @@ func read(x *exchange) status {
 	if x.args.bad {
 		return garbage
 	}
+	if !x.waits && x.first().export != nil && x.first().export.slow.Load() {
+		return mustWait
+	}
 	o, s := x.file(handle, unix.O_RDONLY, unix.R_OK)
 	if s != ok {
 		return s
@@ -48,18 +51,19 @@ func read(x *exchange) status {
 	} else {
 		n = min(n, size-offset)
 	}
-	// The data goes to its place in the reply, after all that comes before it: status, attributes, count, end, length.
-	at := len(x.out.b) + 4 + 4 + fattrSize + 4 + 4 + 4
+	at := len(x.out.b) + beforeData
 	x.buffer = take(at + int(n) + pad(int(n)))
 	buffer := x.buffer
 	data := buffer[at : at+int(n)]
 	got := 0
 	for got < len(data) {
-		m, err := unix.Pread(o.fd, data[got:], int64(offset)+int64(got))
-		if err == unix.EINTR {
+		m, err := x.pread(o.fd, data[got:], int64(offset)+int64(got))
+		switch {
+		case err == unix.EINTR:
 			continue
-		}
-		if err != nil {
+		case err == unix.EAGAIN && !x.waits:
+			return mustWait
+		case err != nil:
 			return statusOf(err)
 		}
 		if m == 0 {
@@ -67,18 +71,32 @@ func read(x *exchange) status {
 		}
 		got += m
 	}
-	if err := o.stat(); err != nil {
-		return statusOf(err)
-	}
+	// The attributes are those from before: a client that has seen newer data than they say asks again, one with newer attributes than data would not.
 	x.out.b = append(buffer[:0], x.out.b...)
 	x.out.uint32(uint32(ok))
 	x.out.bool(true)
 	x.out.fattr(&o)
 	x.out.uint32(uint32(got))
-	x.out.bool(offset+uint64(got) >= uint64(o.st.Size))
+	x.out.bool(got < len(data) || offset+uint64(got) >= uint64(o.st.Size))
 	x.out.uint32(uint32(got))
 	x.out.b = append(buffer[:at+got], zeros[:pad(got)]...)
 	return ok
+}
+
+// beforeData is what a reply of READ has before the data, which goes to its place at once: status, attributes, count, end, length.
+const beforeData = 4 + 4 + fattrSize + 4 + 4 + 4
+
+// pread is pread(2), and where the call does not wait, of what is in memory.
+func (x *exchange) pread(fd int, data []byte, offset int64) (int, error) {
+	if x.waits {
+		return unix.Pread(fd, data, offset)
+	}
+	n, err := unix.Preadv2(fd, [][]byte{data}, offset, unix.RWF_NOWAIT)
+	if err == unix.EOPNOTSUPP {
+		x.export.slow.Store(true)
+		err = unix.EAGAIN
+	}
+	return n, err
 }
 
 // How stable a WRITE is (RFC 1813 §3.3.7, stable_how).

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +21,7 @@ type exported struct {
 	tree // the volume's files
 	fsid uint64
 	gone bool
+	slow atomic.Bool // its file system can't say whether reading would wait
 	limits
 	replied *replies
 

@@ -86,6 +86,9 @@ func lookup(x *exchange) status {
 	if dir.hides(name) {
 		return errNoEnt
 	}
+	if dir.leadsOn(name) && !x.waits {
+		return mustWait
+	}
 	o, err := x.child(dir, name)
 	if err != nil {
 		return statusOf(err)
@@ -97,8 +100,10 @@ func lookup(x *exchange) status {
 	}
 	x.out.uint32(uint32(ok))
 	x.out.opaque(found)
-	x.out.attributes(&o)
-	x.out.attributes(&dir)
+	for _, o := range []*object{&o, &dir} { // as they were when they were opened, just now
+		x.out.bool(true)
+		x.out.fattr(o)
+	}
 	return ok
 }
 

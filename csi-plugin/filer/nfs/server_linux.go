@@ -248,12 +248,15 @@ func addressOf(conn net.Conn) netip.Addr {
 // A conversation is one connection.
 type conversation struct {
 	*Server
-	conn    net.Conn
-	client  netip.Addr
+	conn   net.Conn
+	client netip.Addr
+
 	replied sync.Mutex
+	until   time.Time // the client has to take a reply
 }
 
-// converse answers the calls on a connection, several at a time and in no order.
+// converse answers the calls on a connection, several at a time and in no order. One that comes alone and need not wait for anything is done right here: another
+// goroutine would be woken on another processor, which takes longer than such a call.
 func (s *Server) converse(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
 	c := &conversation{Server: s, conn: conn, client: addressOf(conn)}
@@ -274,6 +277,13 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 			}
 			return
 		}
+		if r.Buffered() == 0 && len(record) <= smallCall {
+			if err = c.answer(ctx, record, false); !errors.Is(err, errWait) {
+				release()
+				c.ends(ctx, err)
+				continue
+			}
+		}
 		if calls.Acquire(ctx, 1) != nil {
 			release()
 			return
@@ -281,10 +291,15 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 		g.Go(func() {
 			defer calls.Release(1)
 			defer release()
-			if err := c.answer(ctx, record); err != nil && ctx.Err() == nil {
-				conn.Close() // which ends the loop; at the server's end others still have their replies to send
-			}
+			c.ends(ctx, c.answer(ctx, record, true))
 		})
+	}
+}
+
+// ends closes the connection after an error, which ends its loop. At the server's end others still have their replies to send.
+func (c *conversation) ends(ctx context.Context, err error) {
+	if err != nil && ctx.Err() == nil {
+		c.conn.Close()
 	}
 }
 
@@ -294,7 +309,6 @@ const smallCall = 16 << 10
 // read takes the next call from the connection; none where it was answered already. One that needs memory of its own has to be a WRITE with a valid
 // handle.
 func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte, release func(), err error) {
-	c.conn.SetReadDeadline(time.Time{})
 	if ctx.Err() != nil {
 		return nil, nil, context.Cause(ctx)
 	}
@@ -302,7 +316,13 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 	if err != nil {
 		return nil, nil, err
 	}
-	c.conn.SetReadDeadline(time.Now().Add(patience))
+	if n > r.Buffered() {
+		c.conn.SetReadDeadline(time.Now().Add(patience))
+		defer c.conn.SetReadDeadline(time.Time{})
+		if ctx.Err() != nil { // whose end has set another one
+			return nil, nil, context.Cause(ctx)
+		}
+	}
 	head, err := r.Peek(min(n, smallCall))
 	if err != nil {
 		return nil, nil, err
@@ -316,16 +336,17 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		if call.program != programNFS || call.version != version3 || call.proc != procWrite {
 			return nil, nil, fmt.Errorf("%w: %d bytes that are no data for a file", errRecord, n)
 		}
-		e := c.exportOf(call)
+		e := c.exportOf(call).export
 		if e == nil {
 			return nil, nil, c.passOver(r, n, call)
 		}
 		of = []limits{e.limits, c.limits}
 	}
+	takes := int64(room(n))
 	for i, l := range of {
-		if err := l.calling.Acquire(ctx, int64(n)); err != nil {
+		if err := l.calling.Acquire(ctx, takes); err != nil {
 			for _, l := range of[:i] {
-				l.calling.Release(int64(n))
+				l.calling.Release(takes)
 			}
 			return nil, nil, err
 		}
@@ -334,7 +355,7 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 	release = func() {
 		give(record)
 		for _, l := range of {
-			l.calling.Release(int64(n))
+			l.calling.Release(takes)
 		}
 	}
 	if _, err := io.ReadFull(r, record); err != nil {
@@ -367,42 +388,79 @@ func (c *conversation) send(reply []byte) error {
 	if !c.Lease.Holds() {
 		return errLapsed
 	}
-	c.conn.SetWriteDeadline(time.Now().Add(patience))
+	if now := time.Now(); c.until.Sub(now) < patience {
+		c.until = now.Add(patience + patience/4)
+		c.conn.SetWriteDeadline(c.until)
+	}
 	_, err := c.conn.Write(seal(reply))
 	return err
 }
 
-// large buffers are used again.
-var large = sync.Pool{New: func() any { return new([maxRecord]byte) }}
+// Buffers of some sizes are used again.
+var (
+	page = sync.Pool{New: func() any { return new([pageBuffer]byte) }}
+	most = sync.Pool{New: func() any { return new([maxRecord]byte) }}
+)
 
-const largeFrom = 32 << 10
+const (
+	pageFrom, pageBuffer = 1 << 10, 8 << 10 // one page of a file, and what is around it
+	mostFrom             = 32 << 10
+)
+
+// room is the size of the buffer for n bytes.
+func room(n int) int {
+	switch {
+	case n >= mostFrom:
+		return maxRecord
+	case n >= pageFrom && n <= pageBuffer:
+		return pageBuffer
+	}
+	return n
+}
 
 func take(n int) []byte {
-	if n < largeFrom {
-		return make([]byte, n)
+	switch room(n) {
+	case maxRecord:
+		return most.Get().(*[maxRecord]byte)[:n]
+	case pageBuffer:
+		return page.Get().(*[pageBuffer]byte)[:n]
 	}
-	return large.Get().(*[maxRecord]byte)[:n]
+	return make([]byte, n)
 }
 
 func give(b []byte) {
-	if cap(b) == maxRecord {
-		large.Put((*[maxRecord]byte)(b[:maxRecord]))
+	switch cap(b) {
+	case maxRecord:
+		most.Put((*[maxRecord]byte)(b[:maxRecord]))
+	case pageBuffer:
+		page.Put((*[pageBuffer]byte)(b[:pageBuffer]))
 	}
 }
 
-// answer does one call and sends its reply.
-func (c *conversation) answer(ctx context.Context, record []byte) error {
+// errWait is what a call that does not wait comes to when it would have to. Nothing has been done of it.
+var errWait = errors.New("it has to wait")
+
+// answer does one call and sends its reply. One that is not to wait is done right now, or not at all.
+func (c *conversation) answer(ctx context.Context, record []byte, waits bool) error {
 	call, reply, err := parseCall(record)
 	if err != nil {
 		return err
 	}
-	end, err := c.Lease.Begin(ctx)
-	if err != nil {
-		return err
+	if !waits && !call.brief() {
+		return errWait
+	}
+	end, begun := c.Lease.TryBegin()
+	if !begun && !waits {
+		return errWait
+	}
+	if !begun {
+		if end, err = c.Lease.Begin(ctx); err != nil {
+			return err
+		}
 	}
 	defer end()
-	x := &exchange{conversation: c, call: call, release: func() {}}
-	defer func() { x.release() }()
+	x := &exchange{conversation: c, call: call, waits: waits}
+	defer x.release()
 	if reply == nil && call.once() {
 		reply, err = x.onlyOnce(ctx, identify(c.client, record))
 	} else if reply == nil {
@@ -413,18 +471,39 @@ func (c *conversation) answer(ctx context.Context, record []byte) error {
 	}
 	n := len(reply)
 	err = c.send(reply)
-	if x.buffer != nil {
-		give(x.buffer)
-	}
 	if err == nil && c.Done != nil {
 		c.Done(call.name(), x.outcome.String(), len(record), n)
 	}
 	return err
 }
 
+// maxBrief bytes are read by a call that does not wait: its reply has room in the connection as a rule, and others are not kept for long.
+const maxBrief = 64 << 10
+
+// brief says whether a call needs nothing, as a rule, but what the kernel has in memory.
+func (c call) brief() bool {
+	if c.program != programNFS || c.version != version3 {
+		return false
+	}
+	switch c.proc {
+	case procGetattr, procLookup, procAccess:
+		return true
+	case procRead:
+		return c.count() <= maxBrief
+	}
+	return false
+}
+
+// count is how much a READ wants.
+func (c call) count() uint32 {
+	c.args.opaque(maxHandle)
+	c.args.uint64()
+	return c.args.uint32()
+}
+
 // onlyOnce is done for a call that may be the repetition of one.
 func (x *exchange) onlyOnce(ctx context.Context, id callID) (reply []byte, err error) {
-	e := x.exportOf(x.call)
+	e := x.first().export
 	if e == nil {
 		return x.done(ctx)
 	}
@@ -453,82 +532,96 @@ func (x *exchange) onlyOnce(ctx context.Context, id callID) (reply []byte, err e
 // errRepeated is a call that was being done, and then was not: its client asks again once more.
 var errRepeated = errors.New("a repeated call that was not done")
 
-// done does the call, once there is room for the reply.
+// done does the call, once there is room for the reply and it is its turn.
 func (x *exchange) done(ctx context.Context) ([]byte, error) {
-	release, err := x.reserve(ctx)
-	if err != nil {
-		return nil, err
-	}
-	x.release = release
-	return x.work(ctx)
-}
-
-// reserve waits until there is memory for the reply.
-func (x *exchange) reserve(ctx context.Context) (release func(), err error) {
-	e := x.exportOf(x.call)
-	if e == nil {
-		return func() {}, nil // its reply is a refusal, or the handle of a root
-	}
-	n := x.most()
-	if err := e.replies.Acquire(ctx, n); err != nil {
-		return nil, err
-	}
-	if err := x.replies.Acquire(ctx, n); err != nil {
-		e.replies.Release(n)
-		return nil, err
-	}
-	x.of = &e.limits
-	return func() {
-		x.replies.Release(n)
-		e.replies.Release(n)
-	}, nil
-}
-
-// work does the call when it is its turn.
-func (x *exchange) work(ctx context.Context) ([]byte, error) {
-	if x.of != nil {
-		if err := x.of.working.Acquire(ctx, 1); err != nil {
+	if e := x.first().export; e != nil { // else its reply is a refusal, or the handle of a root
+		x.bytes = x.atMost()
+		for i, l := range []limits{e.limits, x.limits} {
+			if err := x.acquire(ctx, l.replies, x.bytes); err != nil {
+				return nil, err
+			}
+			x.reserved[i] = l.replies
+		}
+		if err := x.acquire(ctx, e.working, 1); err != nil {
 			return nil, err
 		}
-		defer x.of.working.Release(1)
+		defer e.working.Release(1)
 	}
-	if err := x.working.Acquire(ctx, 1); err != nil {
+	if err := x.acquire(ctx, x.working, 1); err != nil {
 		return nil, err
 	}
 	defer x.working.Release(1)
-	return x.reply(), nil
+	return x.reply()
 }
 
-// exportOf is the export that the call's first argument is a valid handle of, nil where it is none.
-func (s *Server) exportOf(c call) *exported {
-	if c.program != programNFS || c.version != version3 {
+// acquire takes some of what there is, as soon as there is so much.
+func (x *exchange) acquire(ctx context.Context, of *semaphore.Weighted, n int64) error {
+	switch {
+	case x.waits:
+		return of.Acquire(ctx, n)
+	case of.TryAcquire(n):
 		return nil
 	}
-	handle := c.args.opaque(maxHandle)
-	t, well := tagOf(handle)
+	return errWait
+}
+
+// release is called once the reply is sent, or there is none.
+func (x *exchange) release() {
+	give(x.buffer)
+	for _, of := range x.reserved {
+		if of != nil {
+			of.Release(x.bytes)
+		}
+	}
+}
+
+// A target is what a valid handle leads to; without an export, it was none.
+type target struct {
+	export    *exported
+	handle    []byte
+	reference reference
+}
+
+// exportOf is what the call's first argument leads to.
+func (s *Server) exportOf(c call) (t target) {
+	if c.program != programNFS || c.version != version3 {
+		return t
+	}
+	t.handle = c.args.opaque(maxHandle)
+	its, well := tagOf(t.handle)
 	if !well {
-		return nil
+		return t
 	}
 	s.mu.RLock()
-	e := s.tags[t]
+	e := s.tags[its]
 	s.mu.RUnlock()
 	if e == nil {
-		return nil
+		return t
 	}
-	if _, well := e.sealer.open(handle); !well {
-		return nil
+	if t.reference, well = e.sealer.open(t.handle); well {
+		t.export = e
 	}
-	return e
+	return t
 }
 
-// most is how long the reply can be.
-func (x *exchange) most() int64 {
+// first is exportOf this call.
+func (x *exchange) first() target {
+	if !x.looked {
+		x.target, x.looked = x.exportOf(x.call), true
+	}
+	return x.target
+}
+
+// is says whether a handle is the one that was looked at, and not another of the same bytes at most.
+func (t target) is(handle []byte) bool {
+	return t.export != nil && len(handle) == len(t.handle) && &handle[0] == &t.handle[0]
+}
+
+// atMost is how much memory the reply can take.
+func (x *exchange) atMost() int64 {
 	switch x.proc {
 	case procRead:
-		args := x.args
-		args.opaque(maxHandle)
-		args.uint64()
-		return int64(min(args.uint32(), maxData)) + smallReply
+		return int64(room(smallReply + int(min(x.count(), maxData))))
 	case procReaddir, procReaddirplus:
 		return maxList + smallReply
 	}
@@ -548,17 +641,22 @@ const (
 type exchange struct {
 	*conversation
 	call
+	waits   bool // for memory, its turn or the disk, as long as it takes
 	out     encoder
-	of      *limits
-	release func() // what was reserved for the reply
 	outcome status
 	later   bool      // the client is to ask again
 	export  *exported // that is being worked in
 	buffer  []byte    // that the reply is in, where it is a large one
+
+	looked bool // at the first handle
+	target target
+
+	bytes    int64 // reserved for the reply
+	reserved [2]*semaphore.Weighted
 }
 
 // reply does the call.
-func (x *exchange) reply() []byte {
+func (x *exchange) reply() ([]byte, error) {
 	var table []procedure
 	switch x.program {
 	case programNFS:
@@ -566,23 +664,23 @@ func (x *exchange) reply() []byte {
 	case programMount:
 		table = mountProcedures[:]
 	default:
-		return accept(x.xid, acceptProgUnavail).b
+		return accept(x.xid, acceptProgUnavail).b, nil
 	}
 	if x.version != version3 {
 		e := accept(x.xid, acceptProgMismatch)
 		e.uint32(version3)
 		e.uint32(version3)
-		return e.b
+		return e.b, nil
 	}
 	if x.proc >= uint32(len(table)) {
-		return accept(x.xid, acceptProcUnavail).b
+		return accept(x.xid, acceptProcUnavail).b, nil
 	}
 	p := table[x.proc]
 	if p.run == nil { // NULL, and those without arguments and results
-		return accept(x.xid, acceptSuccess).b
+		return accept(x.xid, acceptSuccess).b, nil
 	}
 	if x.program == programNFS && x.flavor != authSys {
-		return refuse(x.xid, authTooWeak)
+		return refuse(x.xid, authTooWeak), nil
 	}
 	x.out = accept(x.xid, acceptSuccess)
 	start := len(x.out.b)
@@ -591,8 +689,10 @@ func (x *exchange) reply() []byte {
 	x.outcome = s
 	switch s {
 	case ok:
+	case mustWait:
+		return nil, errWait
 	case garbage:
-		return accept(x.xid, acceptGarbage).b
+		return accept(x.xid, acceptGarbage).b, nil
 	default:
 		x.later = s == errJukebox
 		x.out.b = x.out.b[:start]
@@ -601,7 +701,7 @@ func (x *exchange) reply() []byte {
 			x.out.uint32(0)
 		}
 	}
-	return x.out.b
+	return x.out.b, nil
 }
 
 // A procedure writes its whole reply, or returns why there is none.
@@ -624,7 +724,12 @@ func (x *exchange) enter(handle []byte) (r reference, s status) {
 		if e == nil {
 			return r, errStale
 		}
-		e.RLock()
+		if !e.TryRLock() {
+			if !x.waits {
+				return r, mustWait
+			}
+			e.RLock()
+		}
 		x.export = e
 		if e.gone || !e.admits(x.client) {
 			return r, errStale
@@ -635,8 +740,13 @@ func (x *exchange) enter(handle []byte) (r reference, s status) {
 	} else if x.export.tag != t {
 		return r, errXDev
 	}
-	if r, well = x.export.sealer.open(handle); !well {
+	if first := x.first(); first.export == x.export && first.is(handle) {
+		r = first.reference
+	} else if r, well = x.export.sealer.open(handle); !well {
 		return r, errBadHandle
+	}
+	if r.snapshot != (snapshotID{}) && !x.waits { // which may have to be mounted
+		return r, mustWait
 	}
 	return r, ok
 }

@@ -36,7 +36,9 @@ const (
 	errServerFault status = 10006
 	errJukebox     status = 10008 // later: the client asks again by itself
 
-	garbage status = ^status(0) // no status of the protocol: the arguments can't be read
+	// No statuses of the protocol:
+	garbage  status = ^status(0)  // the arguments can't be read
+	mustWait status = garbage - 1 // the call is one that does not wait, and nothing was done
 )
 
 var statusNames = map[status]string{
