@@ -57,6 +57,10 @@ func (b *bench) nfs(ctx context.Context) (err error) {
 			return err
 		}
 		defer func() { err = errors.Join(err, volume("delete", id)) }()
+		// As long as the host has it mounted without, the filer's mount has no dirsync either.
+		if err := syscall.Unmount(filepath.Join(dir, "mounts", id), 0); err != nil {
+			return fmt.Errorf("unmount volume %s from the host: %w", id, err)
+		}
 	}
 	var clients []*nfsClient
 	defer func() {
