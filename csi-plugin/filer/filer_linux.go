@@ -137,7 +137,7 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 		f.log.Warn("after a power cut files of this volume may have the names that they had some seconds before: its file system is mounted without dirsync, on the host as well or by the operator", "volume", p.Volume)
 	}
 	return f.engine.Export(nfs.Export{
-		Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Shared: at.Root != "/", Hidden: webdav.Hidden, Snapshots: f.seen(p.Volume),
+		Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden, Snapshots: f.seen(p.Volume),
 	})
 }
 

@@ -88,7 +88,7 @@ func slicesOf(all ...[]byte) (b []byte) {
 
 // TestRootSoakGaneshaLocks: what a client has open and locked it has again at the filer that takes over, and nobody else.
 func TestRootSoakGaneshaLocks(t *testing.T) {
-	p := newPair(t, 3*time.Second, "--engine", "ganesha", "--trust-clients")
+	p := newPair(t, 3*time.Second, "--engine", "ganesha")
 	active, _ := p.active()
 	if err := os.WriteFile(filepath.Join(p.pool, "vol", "data", "lock"), nil, 0o600); err != nil {
 		t.Fatal(err)

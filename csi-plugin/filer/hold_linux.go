@@ -276,7 +276,7 @@ func (h *hold) stop(t *term, why string) {
 	defer stuck.Stop()
 	var errs []error
 	if t != nil {
-		if orderly && t.ganesha != nil {
+		if orderly && t.ganesha != nil && t.ganesha.Trust {
 			// Its clients lose their connections with the process. If they don't hear of that, they go on at once when another one has the address.
 			t.ganesha.Drain()
 			h.freeAddress()

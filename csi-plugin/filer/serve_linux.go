@@ -61,7 +61,7 @@ wait meanwhile, and go on with the files that they have open.`,
 	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
 	f.StringVar(&s.state, "state", "", "directory (default "+usualState+", of a set: in the first pool) for grants, WebDAV's locks, the audit log, and the key of file handles: with another key, clients lose the files that they have open")
 	f.StringVar(&s.engine, "engine", embedded, "what serves NFS: "+embedded+", or "+byGanesha+" (the packages nfs-ganesha and nfs-ganesha-vfs), with NFS 4.1 and locks between clients")
-	f.BoolVar(&s.trust, "trust-clients", false, "with --engine "+byGanesha+": serve volumes without a size as well, whose files clients could reach that have another volume of the pool and make up file handles")
+	f.BoolVar(&s.trust, "trust-clients", false, "with --engine "+byGanesha+": have it talk to clients itself, over version 3 as well where there is a portmapper; those that make up file handles reach all files of a file system then")
 	s.gateways.flags(f)
 	s.users.flags(f)
 	s.set.flags(f)

@@ -56,10 +56,12 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	ctx, t.cancel = context.WithCancelCause(ctx)
 	t.group, ctx = errgroup.WithContext(ctx)
 	var engine nfs.Engine
-	if s.engine == embedded {
+	if s.engine == embedded || !s.trust {
 		if t.listen, err = net.Listen("tcp", s.listen); err != nil {
 			return nil, fmt.Errorf("--listen: %w", err)
 		}
+	}
+	if s.engine == embedded {
 		t.listens = t.listen.Addr().(*net.TCPAddr).AddrPort()
 		t.nfs = nfs.New(key, log)
 		t.nfs.Lease, t.nfs.Done, t.nfs.Synced = by, s.metrics.done, s.metrics.synced("nfs")
@@ -120,7 +122,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	if t.nfs != nil {
 		t.group.Go(func() error { return t.nfs.Serve(ctx, t.listen) })
 	} else {
-		t.group.Go(func() error { return t.ganesha.Wait(ctx) })
+		t.group.Go(func() error { return t.ganesha.Serve(ctx, t.listen) })
 	}
 	if users != nil {
 		t.group.Go(func() error { return serveHTTP(ctx, users, t.usersHandler(s.users.nomad)) })

@@ -150,7 +150,7 @@ func startFiler(ctx context.Context, space *netnstest.Namespace, dir, engine, po
 		return out, err
 	}
 	// The portmapper's socket is this namespace's own, as its command has a mount namespace as well.
-	const script = `mount -t tmpfs tmpfs /run && if [ "$4" = ganesha ]; then rpcbind -f & until [ -S /run/rpcbind.sock ]; do sleep 0.05; done; fi; "$0" serve --socket "$1" --pool "$2" --state "$3" --engine "$4" --listen "$5"; status=$?; kill %1 2>/dev/null; exit $status`
+	const script = `mount -t tmpfs tmpfs /run && trust=; if [ "$4" = ganesha ]; then trust=--trust-clients; rpcbind -f & until [ -S /run/rpcbind.sock ]; do sleep 0.05; done; fi; "$0" serve --socket "$1" --pool "$2" --state "$3" --engine "$4" $trust --listen "$5"; status=$?; kill %1 2>/dev/null; exit $status`
 	c.cmd = space.Command(ctx, "bash", "-c", script, filer, socket, filepath.Join(dir, "pool"), filepath.Join(home, "state"), engine, net.JoinHostPort(space.Host, port))
 	c.cmd.Stdout, c.cmd.Stderr = &c.log, &c.log
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

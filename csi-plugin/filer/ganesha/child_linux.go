@@ -43,7 +43,7 @@ func (s *Server) start() error {
 	if err != nil {
 		return err
 	}
-	c := &child{done: make(chan struct{}), out: &output{log: s.Log}, version3: registers(), begun: time.Now()}
+	c := &child{done: make(chan struct{}), out: &output{log: s.Log}, version3: s.front == nil && registers(), begun: time.Now()}
 	if err := s.configure(c.version3); err != nil {
 		return err
 	}
@@ -91,8 +91,15 @@ func (s *Server) spawn(c *child) error {
 	started := make(chan error)
 	s.group.Go(func() {
 		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := c.cmd.Start()
+		var err error
+		if s.front == nil {
+			defer runtime.UnlockOSThread()
+		} else {
+			err = s.front.enter()
+		}
+		if err == nil {
+			err = c.cmd.Start()
+		}
 		started <- err
 		if err == nil {
 			c.cmd.Wait()

@@ -4,6 +4,7 @@ package ganesha
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -55,6 +57,7 @@ func newWorld(t *testing.T) *world {
 	// A name that the configuration has to be told with care.
 	w := &world{t: t, base: filepath.Join(t.TempDir(), `with "quotes"; } \ and # more`), by: lease.New()}
 	w.by.Extend(lease.Forever)
+	w.by.Open()
 	for _, name := range []string{"v", "w"} {
 		root, image := w.root(name), filepath.Join(w.base, name+".img")
 		if err := errors.Join(os.MkdirAll(root, 0o755), os.WriteFile(image, nil, 0o600), os.Truncate(image, 32<<20)); err != nil {
@@ -74,20 +77,31 @@ func newWorld(t *testing.T) *world {
 func (w *world) root(name string) string { return filepath.Join(w.base, name) }
 
 // open makes a server at a port that was free a moment ago.
-func (w *world) open() {
+func (w *world) open(trust ...bool) {
 	w.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	at := l.Addr().(*net.TCPAddr).AddrPort()
-	l.Close()
-	w.s, err = New(Config{Listen: at, State: filepath.Join(w.base, "state"), Run: filepath.Join(w.base, "run"), Key: bytes.Repeat([]byte{7}, 32), Lease: w.by, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))})
+	if len(trust) > 0 {
+		l.Close()
+	}
+	w.s, err = New(Config{Listen: at, State: filepath.Join(w.base, "state"), Run: filepath.Join(w.base, "run"), Key: bytes.Repeat([]byte{7}, 32), Lease: w.by, Trust: len(trust) > 0, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))})
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	s := w.s
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	if len(trust) == 0 {
+		go func() { served <- s.Serve(ctx, l) }()
+	} else {
+		served <- nil
+	}
 	w.t.Cleanup(func() {
-		if err := w.s.Close(); err != nil {
+		cancel()
+		if err := errors.Join(s.Close(), <-served); err != nil {
 			w.t.Error(err)
 		}
 	})
@@ -104,10 +118,8 @@ func (w *world) must(err error) {
 	}
 }
 
-// Operations and statuses of NFSv4 (RFC 7530 §16, §13.1).
+// Statuses of NFSv4 (RFC 7530 §13.1).
 const (
-	opCommit, opCreate, opGetattr, opGetfh, opLookup, opLookupp, opPutfh, opPutrootfh, opWrite = 5, 6, 9, 10, 15, 16, 22, 24, 38
-
 	statusOK, statusNoEnt, statusAccess, statusStale, statusBadHandle = 0, 2, 13, 70, 10001
 )
 
@@ -120,14 +132,21 @@ func op(number uint32, args ...[]byte) []byte {
 	return append(binary.BigEndian.AppendUint32(nil, number), bytes.Join(args, nil)...)
 }
 
-// compound does operations of version 4.0 in one call, as root. It returns the status, and what the last operation that was done has answered after its own.
-func (w *world) compound(ops ...[]byte) (status uint32, result []byte) {
-	w.t.Helper()
-	call := binary.BigEndian.AppendUint32(nil, 1)
+func number(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
+
+// request is a call of version 4.0, as root.
+func request(ops ...[]byte) []byte {
+	call := number(1)
 	for _, v := range []uint32{0, 2, 100003, 4, 1, 1, 24, 0, 1, 0x78000000, 0, 0, 0, 0, 0, 0, 0, uint32(len(ops))} { // AUTH_SYS, machine "x"; no verifier; no tag, minor version 0
 		call = binary.BigEndian.AppendUint32(call, v)
 	}
-	call = append(call, bytes.Join(ops, nil)...)
+	return append(call, bytes.Join(ops, nil)...)
+}
+
+// compound does operations of version 4.0 in one call, as root. It returns the status, and what the last operation that was done has answered after its own.
+func (w *world) compound(ops ...[]byte) (status uint32, result []byte) {
+	w.t.Helper()
+	call := request(ops...)
 	var reply []byte
 	var err error
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) { // the server may be starting, or ending
@@ -154,6 +173,7 @@ func (w *world) exchange(call []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Minute))
 	if _, err := conn.Write(append(binary.BigEndian.AppendUint32(nil, 1<<31|uint32(len(call))), call...)); err != nil {
 		return nil, err
 	}
@@ -217,17 +237,14 @@ func TestRootConfinement(t *testing.T) {
 	}
 	forged := bytes.Clone(file)
 	copy(forged[2:4], v[2:4]) // the number of v's export
-	if s := w.opens(forged); s != statusStale && s != statusBadHandle {
+	if s := w.opens(forged); s != statusBadHandle {
 		t.Errorf("a file of another volume, by this one's number: %d", s)
 	}
-	// Each other handle that differs in a bit leads to something of v, or nowhere.
 	for i := range len(v) * 8 {
 		forged := bytes.Clone(v)
 		forged[i/8] ^= 1 << (i % 8)
-		if s := w.opens(forged); s == statusOK {
-			if s, result := w.compound(op(opPutfh, opaque(forged)), op(opLookup, opaque([]byte("of-w"))), op(opGetfh)); s == statusOK {
-				t.Errorf("handle %x leads to another volume: %x", forged, result)
-			}
+		if s := w.opens(forged); s != statusBadHandle {
+			t.Errorf("a handle with another bit %d: %d", i, s)
 		}
 	}
 	for _, names := range [][]string{{"v.secret", "..", "w.secret"}, {"v.secret", "..", "..", "etc"}, {"v.secret", "link", "passwd"}, {"v.secret", "../w"}, {"v"}, {"v.secret", "lost+found", "..", "..", "w.secret"}} {
@@ -243,12 +260,115 @@ func TestRootConfinement(t *testing.T) {
 	}
 	run(t, "umount", w.root("v"))
 	for _, e := range []nfs.Export{
-		{Path: "/d.secret", Root: w.base, Volume: "d", Clients: prefixes("127.0.0.1/32"), Shared: true},
 		{Path: "/d.secret", Root: filepath.Join(w.base, "none"), Volume: "d", Clients: prefixes("127.0.0.1/32")},
 		{Path: "/d.secret", Root: "/proc", Volume: "d", Clients: prefixes("127.0.0.1/32")},
 	} {
 		if err := w.s.Export(e); err == nil {
 			t.Errorf("%+v is exported", e)
+		}
+	}
+}
+
+// TestRootForged: of two volumes that are directories of one file system, a client of one makes up handles of the other, and of what is beside them. NFS-Ganesha would
+// open all of that.
+func TestRootForged(t *testing.T) {
+	w := newWorld(t)
+	shared := w.root("v")
+	for _, name := range []string{"a", "b"} {
+		dir := filepath.Join(shared, name)
+		w.must(os.Mkdir(dir, 0o755))
+		w.must(os.WriteFile(filepath.Join(dir, "of-"+name), []byte(name), 0o644))
+		run(t, "mount", "--bind", dir, dir)
+		t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	}
+	kernel := func(names ...string) []byte {
+		t.Helper()
+		h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, filepath.Join(append([]string{shared}, names...)...), 0)
+		w.must(err)
+		return h.Bytes()
+	}
+	a, b := w.export("v/a", "127.0.0.1/32"), w.export("v/b", "127.0.0.1/32")
+	a.Path, b.Path = "/a.secret", "/b.secret"
+	outside := map[string][]byte{"another volume": kernel("b"), "its file": kernel("b", "of-b"), "the pool": kernel(), "what is in the pool": kernel("of-v")}
+	for _, trust := range []bool{true, false} {
+		if !trust {
+			w.must(w.s.Close())
+			w.open()
+		} else {
+			w.must(w.s.Close())
+			w.open(true)
+		}
+		w.must(w.s.Export(a))
+		w.must(w.s.Export(b))
+		w.must(w.s.Start())
+		s, file := w.handle("a.secret", "of-a")
+		if s != statusOK || w.opens(file) != statusOK {
+			t.Fatalf("the volume is not served: %d", s)
+		}
+		own := kernel("a", "of-a")
+		raw := file
+		if !trust {
+			raw = file[:len(file)-macSize]
+		}
+		if bytes.Count(raw, own) != 1 {
+			t.Fatalf("handle %x has not %x in it", raw, own)
+		}
+		if s := w.opens(raw); !trust && s != statusBadHandle {
+			t.Errorf("a handle without authentication: %d", s)
+		}
+		for what, its := range outside {
+			forged := bytes.Replace(raw, own, its, 1)
+			if trust {
+				if s := w.opens(forged); s != statusOK {
+					t.Errorf("where clients are trusted, %s by a handle that is made up: %d", what, s)
+				}
+				continue
+			}
+			other := newSeal([]byte("of another filer"))
+			for how, mac := range map[string][]byte{"no": nil, "the other's": file[len(raw):], "zero": make([]byte, macSize), "another key's": other.mac(forged), "a long": make([]byte, 64)} {
+				if s := w.opens(slices.Concat(forged, mac)); s != statusBadHandle {
+					t.Errorf("%s, with %s authentication: %d", what, how, s)
+				}
+			}
+			// Nothing else stands between.
+			if s := w.opens(slices.Concat(forged, w.s.front.mac(forged))); s != statusOK {
+				t.Errorf("%s, as if it were authentic: %d", what, s)
+			}
+		}
+		if trust {
+			continue
+		}
+		// An authentic handle is its clients' alone, whatever else they may have.
+		_, file = w.handle("b.secret", "of-b")
+		b.Clients = prefixes("10.255.255.0/24")
+		w.must(w.s.Export(b))
+		if s := w.opens(file); s != statusAccess && s != statusStale {
+			t.Errorf("a file of a volume that is another client's now: %d", s)
+		}
+		copy(file[2:4], raw[2:4])
+		if s := w.opens(file); s != statusBadHandle {
+			t.Errorf("by the number of an export that is its own: %d", s)
+		}
+		s, result := w.compound(op(opPutrootfh), op(opReaddir, make([]byte, 16), number(1000), number(1000), number(1), number(1<<attributeFilehandle)))
+		if s != statusOK || !bytes.Contains(result, []byte("a.secret")) || bytes.Contains(result, []byte("b.secret")) {
+			t.Errorf("the root has %q, %d", result, s)
+		}
+		// What can't be read to its end is not passed on: there could be handles in it.
+		hidden := op(opPutfh, opaque(bytes.Replace(raw, own, kernel("b"), 1)))
+		for what, before := range map[string][]byte{
+			"of version 4.1 that is known to be last": op(42), "that there is none of": op(9999), "with too many attributes": op(opGetattr, number(4), make([]byte, 16)),
+			"with a delegation": op(opOpen, make([]byte, 20), opaque(nil), number(0), number(2), make([]byte, 16), opaque([]byte("x"))),
+		} {
+			if reply, err := w.exchange(request(before, hidden, op(opGetattr, number(1), number(2)))); err == nil {
+				t.Errorf("an operation %s, and a handle after it, is answered by %x", what, reply)
+			}
+		}
+		// By version 3 there is nothing.
+		call := request()
+		binary.BigEndian.PutUint32(call[16:], 3)
+		reply, err := w.exchange(call)
+		if w.must(err); binary.BigEndian.Uint32(reply[20:]) != 2 { // PROG_MISMATCH
+			t.Errorf("version 3 is answered by %x", reply)
 		}
 	}
 }
@@ -272,9 +392,16 @@ func TestRootProcess(t *testing.T) {
 		if c := w.s.alive(); c != nil {
 			t.Errorf("%s: there is a process", what)
 		}
-		if conn, err := net.Dial("tcp", w.s.Listen.String()); err == nil {
-			conn.Close()
-			t.Errorf("%s: somebody listens", what)
+		conn, err := net.Dial("tcp", w.s.Listen.String())
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		call := request(op(opPutrootfh))
+		conn.Write(append(binary.BigEndian.AppendUint32(nil, 1<<31|uint32(len(call))), call...))
+		conn.SetReadDeadline(time.Now().Add(2 * firstRetry))
+		if n, err := conn.Read(make([]byte, 1)); n > 0 || err == nil {
+			t.Errorf("%s: somebody answers", what)
 		}
 	}
 	here := func(what string) {
@@ -319,6 +446,7 @@ func TestRootProcess(t *testing.T) {
 	w.must(w.s.Start())
 	away("without a lease")
 	w.by.Extend(lease.Forever)
+	w.by.Open()
 	w.s.Wake()
 	here("with a lease")
 
@@ -384,6 +512,8 @@ func TestRootStable(t *testing.T) {
 // TestRootRefused: what keeps it from starting is said.
 func TestRootRefused(t *testing.T) {
 	w := newWorld(t)
+	w.must(w.s.Close())
+	w.open(true) // else it is not at the port
 	l, err := net.Listen("tcp", w.s.Listen.String())
 	w.must(err)
 	if err := w.s.Start(); err == nil || !strings.Contains(err.Error(), "Address already in use") {
@@ -397,7 +527,7 @@ func TestRootRefused(t *testing.T) {
 	l, err = net.Listen("tcp", w.s.Listen.String())
 	w.must(err)
 	w.s.Wake()
-	if err := w.s.Wait(t.Context()); err == nil || !strings.Contains(err.Error(), "Address already in use") {
+	if err := w.s.Serve(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "Address already in use") {
 		t.Errorf("at a port that was taken meanwhile: %v", err)
 	}
 	l.Close()
@@ -410,7 +540,7 @@ func TestRootRefused(t *testing.T) {
 	}
 }
 
-// TestRootVersion3: where there is a portmapper, clients of version 3 find the server by it.
+// TestRootVersion3: where clients are trusted and there is a portmapper, those of version 3 find the server by it.
 func TestRootVersion3(t *testing.T) {
 	const inside = "GANESHA_TEST_INSIDE"
 	if os.Getenv(inside) == "" {
@@ -433,6 +563,8 @@ func TestRootVersion3(t *testing.T) {
 		return
 	}
 	w := newWorld(t)
+	w.must(w.s.Close())
+	w.open(true)
 	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
 	w.must(w.s.Export(w.export("w", "10.255.255.255/32")))
 	w.must(w.s.Start())

@@ -47,7 +47,7 @@ type Config struct {
 	Run    string // directory for what does not
 	Key    []byte // that nobody else has; the server's name is made of it
 	Shared bool   // the file systems are other hosts' as well
-	Trust  bool   // that clients make up no file handles: an export may have its file system together with others
+	Trust  bool   // that clients make up no file handles: nothing is between them and NFS-Ganesha, which may speak version 3 then
 
 	Lease *lease.Lease // that it serves under; nil holds for ever
 	Leash *os.File     // the process has it open: who reads at its other end knows when that has ended. nil for none
@@ -60,6 +60,7 @@ type Server struct {
 	program string
 	lock    *os.File // which the process has open as well: nobody else starts one before its end
 	name    string
+	front   *front // nil if clients are trusted
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -110,6 +111,11 @@ func New(c Config) (*Server, error) {
 	}
 	if s.ids.Of == nil {
 		s.ids.Of = map[string]uint16{}
+	}
+	if !c.Trust {
+		if s.front, err = newFront(c.Key, c.Lease, c.Log); err != nil {
+			return nil, err
+		}
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
@@ -216,8 +222,16 @@ func (s *Server) Start() error {
 	return nil
 }
 
-// Wait returns when ctx ends, or with the reason when the process can't be started any more.
-func (s *Server) Wait(ctx context.Context) error {
+// Serve returns when ctx ends, or with the reason when the process can't be started any more. Clients that are not trusted connect to l, and keep their connections
+// after Close: until ctx or the lease ends.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	var g sync.WaitGroup
+	defer g.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if s.front != nil {
+		g.Go(func() { s.front.serve(ctx, l) })
+	}
 	select {
 	case <-ctx.Done():
 		return nil
@@ -328,9 +342,6 @@ func (s *Server) Export(e nfs.Export) error {
 	e.Root = root
 	if err := check(e); err != nil {
 		return err
-	}
-	if e.Shared && !s.Trust {
-		return fmt.Errorf("export of volume %s: its files are in a file system with those of other volumes, which NFS-Ganesha keeps apart from clients that make up no file handles alone. Make the volume with a size, or serve with --trust-clients, or with --engine embedded", e.Volume)
 	}
 	if err := reopens(root); err != nil {
 		return fmt.Errorf("export of volume %s: %s: its file system can't be served: %w; take one with file handles, such as ext4, xfs, btrfs or zfs", e.Volume, root, err)
@@ -456,7 +467,9 @@ func (s *Server) configFile() string { return filepath.Join(s.Run, "ganesha.conf
 // configure writes what the process reads.
 func (s *Server) configure(version3 bool) error {
 	c := configuration{listen: s.Listen, version3: version3, recovery: s.State, name: s.name, shared: s.Shared, exports: s.exports}
-	if c.listen.Addr().IsUnspecified() {
+	if s.front != nil && c.listen.Addr().Is4() {
+		c.listen = netip.AddrPortFrom(netip.IPv4Unspecified(), c.listen.Port())
+	} else if s.front != nil || c.listen.Addr().IsUnspecified() {
 		c.listen = netip.AddrPortFrom(unspecified(), c.listen.Port())
 	}
 	temporary := s.configFile() + ".new"
@@ -545,10 +558,13 @@ func (s *Server) Close() error {
 	defer s.mu.Unlock()
 	s.serving = false
 	s.stop()
-	if s.lock == nil {
-		return nil
+	var errs []error
+	if s.front != nil {
+		errs = append(errs, s.front.close())
 	}
-	err := s.lock.Close()
-	s.lock = nil
-	return err
+	if s.lock != nil {
+		errs = append(errs, s.lock.Close())
+		s.lock = nil
+	}
+	return errors.Join(errs...)
 }

@@ -37,7 +37,6 @@ type Export struct {
 	Volume   string         // clients that see the same volume by several exports can tell by the file system's id
 	ReadOnly bool           // nothing is changed through it
 	Clients  []netip.Prefix // whose calls are answered; others learn nothing
-	Shared   bool           // the directory's file system has files besides: those are kept from clients by the engine alone
 	Hidden   []string       // names in the root, of files that help to serve it otherwise: they are neither shown nor changed
 
 	Snapshots *Snapshots // nil for none
