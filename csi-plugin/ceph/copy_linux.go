@@ -92,19 +92,22 @@ func transfer(ctx context.Context, from *mounting, part string, to *mounting) er
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		err = cmd.Wait()
+	}()
 	select {
-	case err = <-ended:
+	case <-ended:
 	case <-ctx.Done():
 		_ = cmd.Process.Kill()
-		err := errors.Join(context.Cause(ctx), from.drop(), to.drop()) // it ends once no call of its waits for an answer
+		why := errors.Join(context.Cause(ctx), from.drop(), to.drop()) // it ends once no call of its waits for an answer
 		select {
 		case <-ended:
 		case <-time.After(patience):
-			err = fmt.Errorf("%w; process %d, which copied, does not end", err, cmd.Process.Pid)
+			why = fmt.Errorf("%w; process %d, which copied, does not end", why, cmd.Process.Pid)
 		}
-		return err
+		return why
 	}
 	if err == nil {
 		return nil

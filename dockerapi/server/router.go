@@ -120,7 +120,7 @@ var unsupported = map[string]string{
 	"POST /build":   noBuild,
 	"POST /session": noBuild,
 	"POST /grpc":    noBuild,
-	"/swarm":            noSwarm, "/swarm/": noSwarm, "/nodes": noSwarm, "/nodes/": noSwarm, "/services": noSwarm, "/services/": noSwarm,
+	"/swarm":        noSwarm, "/swarm/": noSwarm, "/nodes": noSwarm, "/nodes/": noSwarm, "/services": noSwarm, "/services/": noSwarm,
 	"/tasks": noSwarm, "/tasks/": noSwarm, "/secrets": noSwarm, "/secrets/": noSwarm, "/configs": noSwarm, "/configs/": noSwarm,
 	"/plugins": noPlugins, "/plugins/": noPlugins,
 	"GET /containers/{id}/attach/ws":         "attaching over a websocket is not supported: use POST /containers/{id}/attach",
