@@ -131,9 +131,23 @@ func TestParseNetDev(t *testing.T) {
 	}
 }
 
+func TestFramesOfLines(t *testing.T) {
+	var b strings.Builder
+	out, _ := outputs(&b, false, true, true, true)
+	out.Write([]byte("ab\n\nc"))
+	if got := b.String(); got != "\x01\x00\x00\x00\x00\x00\x00\x03ab\n\x01\x00\x00\x00\x00\x00\x00\x01\n\x01\x00\x00\x00\x00\x00\x00\x01c" {
+		t.Errorf("got %q", got)
+	}
+	b.Reset()
+	const lines = framePayload // of a byte and its end: more than one buffer
+	if n, err := out.Write([]byte(strings.Repeat("x\n", lines))); n != 2*lines || err != nil || b.Len() != lines*(frameHeader+2) {
+		t.Errorf("wrote %d as %d: %v", n, b.Len(), err)
+	}
+}
+
 func TestFrames(t *testing.T) {
 	var b strings.Builder
-	out, errs := outputs(&b, false, true, true)
+	out, errs := outputs(&b, false, true, true, false)
 	out.Write([]byte("ab"))
 	errs.Write([]byte("c"))
 	if got := b.String(); got != "\x01\x00\x00\x00\x00\x00\x00\x02ab\x02\x00\x00\x00\x00\x00\x00\x01c" {
@@ -143,7 +157,7 @@ func TestFrames(t *testing.T) {
 	if n, err := out.Write(make([]byte, framePayload+1)); n != framePayload+1 || err != nil || b.Len() != n+2*frameHeader {
 		t.Errorf("wrote %d as %d: %v", n, b.Len(), err)
 	}
-	if out, errs := outputs(&b, true, true, true); out != &b || errs != nil {
+	if out, errs := outputs(&b, true, true, true, true); out != &b || errs != nil {
 		t.Error("a terminal's stream is not raw")
 	}
 }

@@ -1,6 +1,7 @@
 package vdocker
 
 import (
+	"bytes"
 	"bufio"
 	"context"
 	"encoding/binary"
@@ -55,6 +56,7 @@ func detachKeys(r *http.Request, text string) ([]byte, error) {
 type frames struct {
 	w      io.Writer
 	stream stdio.Stream
+	lines  bool // a piece for each line, as clients have it of docker logs
 	buf    []byte
 }
 
@@ -64,30 +66,42 @@ const (
 )
 
 func (f *frames) Write(p []byte) (n int, err error) {
-	for len(p) > 0 {
-		piece := p[:min(len(p), framePayload)]
-		f.buf = append(f.buf[:0], byte(f.stream), 0, 0, 0, 0, 0, 0, 0)
-		binary.BigEndian.PutUint32(f.buf[4:], uint32(len(piece)))
-		f.buf = append(f.buf, piece...)
+	for n < len(p) {
+		end := n
+		for f.buf = f.buf[:0]; end < len(p) && len(f.buf) < framePayload; {
+			piece := f.piece(p[end:])
+			f.buf = append(f.buf, byte(f.stream), 0, 0, 0)
+			f.buf = binary.BigEndian.AppendUint32(f.buf, uint32(len(piece)))
+			f.buf = append(f.buf, piece...)
+			end += len(piece)
+		}
 		if _, err := f.w.Write(f.buf); err != nil {
 			return n, err
 		}
-		n += len(piece)
-		p = p[len(piece):]
+		n = end
 	}
 	return n, nil
 }
 
+// piece is what of p the next frame takes.
+func (f *frames) piece(p []byte) []byte {
+	p = p[:min(len(p), framePayload)]
+	if end := bytes.IndexByte(p, '\n'); f.lines && end >= 0 {
+		return p[:end+1]
+	}
+	return p
+}
+
 // outputs makes the writers for a container's streams on top of w; unwanted ones are nil.
-func outputs(w io.Writer, tty, stdout, stderr bool) (out, errs io.Writer) {
+func outputs(w io.Writer, tty, stdout, stderr, lines bool) (out, errs io.Writer) {
 	if stdout {
 		out = w
 		if !tty {
-			out = &frames{w: w, stream: stdio.Stdout}
+			out = &frames{w: w, stream: stdio.Stdout, lines: lines}
 		}
 	}
 	if stderr && !tty {
-		errs = &frames{w: w, stream: stdio.Stderr}
+		errs = &frames{w: w, stream: stdio.Stderr, lines: lines}
 	}
 	return out, errs
 }
@@ -119,7 +133,7 @@ func (a *api) logs(w http.ResponseWriter, r *http.Request, c *guest.Container) e
 	tty := c.Spec().TTY
 	out := http.NewResponseController(w)
 	lo.Idle = out.Flush
-	lo.Stdout, lo.Stderr = outputs(w, tty, stdout, stderr)
+	lo.Stdout, lo.Stderr = outputs(w, tty, stdout, stderr, true)
 	w.Header().Set("Content-Type", mediaType(tty))
 	w.WriteHeader(http.StatusOK)
 	if lo.Follow {
@@ -288,7 +302,7 @@ func (a *api) serveStreams(ctx context.Context, gone context.CancelCauseFunc, w 
 	var c *client
 	out := lateWriter{}
 	o := s.attach
-	o.Stdout, o.Stderr = outputs(&out, s.tty, s.stdout, s.stderr)
+	o.Stdout, o.Stderr = outputs(&out, s.tty, s.stdout, s.stderr, false)
 	if s.stdin {
 		o.Stdin = &lateInput{&c}
 		if s.tty {
@@ -307,7 +321,7 @@ func (a *api) serveStreams(ctx context.Context, gone context.CancelCauseFunc, w 
 		}
 		if err := s.began(); err != nil {
 			// As docker: the connection is a stream already, so the reason goes there.
-			text, _ := outputs(c, s.tty, true, true)
+			text, _ := outputs(c, s.tty, true, true, false)
 			fmt.Fprintf(text, "%s\r\n", err)
 			return err
 		}
