@@ -22,6 +22,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/hashicorp/nomad/api"
+
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 )
 
@@ -246,18 +248,25 @@ func TestVMAskedAtTheEnd(t *testing.T) {
 	}
 }
 
+// forgotten has Nomad forget a container that has ended.
+func (h *host) forgotten(name string) {
+	h.t.Helper()
+	job := "docker-" + h.run("inspect", "-f", "{{.Id}}", name)
+	h.until("Nomad to forget its job", func() bool {
+		if err := h.c.API.System().GarbageCollect(); err != nil {
+			h.t.Fatal(err)
+		}
+		jobs, _, err := h.c.API.Jobs().List(&api.QueryOptions{Namespace: h.space, Prefix: job})
+		return err == nil && len(jobs) == 0
+	})
+}
+
 // Nomad forgets a stopped container's job and allocations. The container is there all the same, with everything of it.
 func TestVMForgotten(t *testing.T) {
 	h := openHost(t)
 	h.run("run", "-d", "--name", "kept", "-e", "A=1", "-l", "tier=back", "busybox", "sh", "-c", "echo run $A; test -e /more && exit 6; echo written >/file; exit 5")
 	h.want("5", "wait", "kept")
-	h.until("Nomad to forget its job", func() bool {
-		if err := h.c.API.System().GarbageCollect(); err != nil {
-			t.Fatal(err)
-		}
-		jobs, _, err := h.c.API.Jobs().PrefixList("docker-")
-		return err == nil && len(jobs) == 0
-	})
+	h.forgotten("kept")
 	h.want("kept", "ps", "-a", "--filter", "label=tier=back", "--filter", "exited=5", "--format", "{{.Names}}")
 	h.want("exited 5", "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "kept")
 	h.run("rename", "kept", "renamed")

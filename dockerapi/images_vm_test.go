@@ -280,6 +280,7 @@ func TestVMCommit(t *testing.T) {
 	h.want("700 5 6 2 1 2", "run", "--rm", "committed:1", "sh", "-c", "echo $(stat -c %a /made/dir) $(stat -c '%u %g %h' /made/file) $A $B; test ! -e /says; test ! -e /volume/file")
 	h.run("exec", "made", "sh", "-c", "echo later >/made/file")
 	h.run("kill", "made")
+	h.forgotten("made")
 	h.run("commit", "made", "committed:2")
 	h.want("later", "run", "--rm", "committed:2", "cat", "/made/soft")
 	h.run("create", "--name", "never", "base:1")

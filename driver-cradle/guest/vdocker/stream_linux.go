@@ -1,8 +1,8 @@
 package vdocker
 
 import (
-	"bytes"
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
