@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -246,6 +247,17 @@ func TestVMAskedAtTheEnd(t *testing.T) {
 		h.run("start", "ends")
 		h.untilSaid(strings.TrimSpace(strings.Repeat("said\n", i+2)), "ends")
 	}
+	// That one may be on its way out, by this server or another one.
+	h.run("kill", "ends")
+	attendant := "docker-at-" + h.run("inspect", "-f", "{{.Id}}", "ends")
+	for range 6 {
+		h.run("cp", "ends:/file", "-")
+		if _, _, err := h.c.API.Jobs().Deregister(attendant, false, &api.WriteOptions{Namespace: h.space}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(rand.N(150 * time.Millisecond))
+	}
+	h.run("cp", "ends:/file", "-")
 }
 
 // forgotten has Nomad forget a container that has ended.

@@ -3,8 +3,10 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -71,6 +73,7 @@ func testKilled(t *testing.T, n int) {
 			t.Fatal(err)
 		}
 		failed := <-ended != nil
+		w.restore()
 		t.Logf("terraform %s was killed when %d of %d were there", args[0], made(), whole)
 		return err == nil && failed
 	}
@@ -99,6 +102,26 @@ func testKilled(t *testing.T, n int) {
 	if entries, err := os.ReadDir(filepath.Join(c.Server().Dir, "volumes")); err != nil || len(entries) != 1 || entries[0].Name() != ".lock" {
 		t.Errorf("left in the pool: %v, %v", entries, err)
 	}
+}
+
+// restore does what docs/terraform.md says where a Terraform that was killed has left an empty state: it empties its file before it writes what is new.
+func (w *workspace) restore() {
+	w.t.Helper()
+	path := filepath.Join(w.dir, "terraform.tfstate")
+	if text, err := os.ReadFile(path); err != nil || json.Valid(text) {
+		return
+	}
+	was, err := os.ReadFile(path + ".backup")
+	if errors.Is(err, fs.ErrNotExist) { // there was none before: an apply takes over what is there
+		return
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, was, 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Log("Terraform was killed while it wrote its state: that of before is back")
 }
 
 // providerOf is the provider that a terraform has started, by its process group; noProcess when that has ended.

@@ -190,8 +190,13 @@ func (t *tenant) startAttendant(ctx context.Context, r *record) (*api.Allocation
 	delete(task.Config, "ports")
 	delete(task.Config, "host_ips")
 	task.Config["lifecycle"] = map[string]any{"hold": attendantHold.String()}
-	// A pod tells of its container's end before it is gone itself, and it has the disk as long.
+	// A pod tells of its container's end before it is gone itself, and it has the disk as long. So has an attendant that is being ended, maybe by another server.
+	attempts, interval := 10, time.Minute
+	job.TaskGroups[0].RestartPolicy.Attempts, job.TaskGroups[0].RestartPolicy.Interval = &attempts, &interval
 	if err := t.awaitOver(ctx, r.jobID()); err != nil {
+		return nil, err
+	}
+	if err := t.awaitEnding(ctx, id); err != nil {
 		return nil, err
 	}
 	if err := t.awaitVolumes(ctx, r, id); err != nil {
@@ -285,6 +290,16 @@ func (t *tenant) awaitOver(ctx context.Context, id string) error {
 		t.watch.mu.Lock()
 		defer t.watch.mu.Unlock()
 		return t.watch.jobs[id].over(), nil
+	})
+}
+
+// awaitEnding waits for what still runs of a job that is stopped.
+func (t *tenant) awaitEnding(ctx context.Context, id string) error {
+	return t.watch.until(ctx, func() (bool, error) {
+		t.watch.mu.Lock()
+		defer t.watch.mu.Unlock()
+		j := t.watch.jobs[id]
+		return j == nil || !j.stopped || j.over(), nil
 	})
 }
 
