@@ -244,14 +244,14 @@ func (c *CephVolume) Mount() (source string, options []string) {
 	return strings.Join(c.Monitors, ",") + ":" + c.Path, []string{"name=" + c.Client, "secret=" + c.Secret, "mds_namespace=" + c.FileSystem, "ms_mode=prefer-crc"}
 }
 
-// CephCoherent says whether a kernel of that release, as uname(2) tells it, reads right a CephFS file to which others append: Linux from 6.9 on, and the boot package
-// default's own (docs/decisions/0028).
+// CephCoherent says whether a kernel of that release, as uname(2) tells it, reads right a CephFS file to which others append, and survives that others cut it: Linux
+// from 6.12.7 on, and the boot package default's own (docs/decisions/0028).
 func CephCoherent(release string) bool {
-	var major, minor int
-	if n, _ := fmt.Sscanf(release, "%d.%d", &major, &minor); n < 2 {
+	var major, minor, patch int
+	if n, _ := fmt.Sscanf(release, "%d.%d.%d", &major, &minor, &patch); n < 2 {
 		return false
 	}
-	return major > 6 || major == 6 && minor >= 9 || strings.HasSuffix(release, "-cradle")
+	return major > 6 || major == 6 && (minor > 12 || minor == 12 && patch >= 7) || strings.HasSuffix(release, "-cradle")
 }
 
 // A TmpfsVolume lives in the guest's memory and is counted there.

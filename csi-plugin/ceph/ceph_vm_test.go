@@ -333,6 +333,25 @@ func testFiles(t *testing.T) {
 		t.Errorf("expand: %d, %v", n, err)
 	}
 	must(t, fill(20<<20))
+	as := func(caps, script string) error {
+		cmd := exec.CommandContext(ctx, "setpriv", "--reuid", "4242", "--regid", "4242", "--clear-groups", "--inh-caps", caps, "--ambient-caps", caps, "sh", "-c", script)
+		cmd.Dir = dir
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, out)
+		}
+		return err
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "roots"), []byte("x"), 0o600))
+	if err := as("+chown,+dac_override,+fowner,+fsetid", "echo y >>roots && echo x >made && chown 5:6 made && chmod 4711 made && mv made roots"); err != nil {
+		t.Errorf("a pod's QEMU, which is not root: %v", err)
+	}
+	if err := as("-all", "echo y >>roots"); err == nil {
+		t.Error("anybody writes to root's files")
+	}
+	if err := as("-all", "echo x >made"); err == nil {
+		t.Error("anybody makes files in root's directory")
+	}
 	if _, err := b.Expand(ctx, "v", 1<<20, 2<<20); !errors.Is(err, volume.ErrRange) {
 		t.Errorf("shrink: %v", err)
 	}

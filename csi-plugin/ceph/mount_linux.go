@@ -353,7 +353,7 @@ func kernel() bool {
 func (m *mounting) fuse(ctx context.Context, c *spec.CephVolume) error {
 	path, err := exec.LookPath("ceph-fuse")
 	if err != nil {
-		return fmt.Errorf("%w: this host's kernel has no CephFS (modprobe ceph, Linux 6.9), and the program ceph-fuse is missing: apt-get install ceph-fuse", volume.ErrUnavailable)
+		return fmt.Errorf("%w: this host's kernel has no CephFS (modprobe ceph, Linux 6.12.7), and the program ceph-fuse is missing: apt-get install ceph-fuse", volume.ErrUnavailable)
 	}
 	held, running, err := m.alive()
 	if err != nil {
@@ -377,7 +377,8 @@ func (m *mounting) fuse(ctx context.Context, c *spec.CephVolume) error {
 		options += ",ro"
 	}
 	args := append(m.b.client("client."+c.Client, keyring), "-f", m.point(), "-r", c.Path, "--client_fs", c.FileSystem, "-o", options,
-		"--fuse_disable_pagecache=true", // or a read may be of what the host's kernel remembers
+		"--fuse_disable_pagecache=true",   // or a read may be of what the host's kernel remembers
+		"--fuse_default_permissions=true", // the kernel asks for a process's capabilities, and not ceph-fuse for root: a pod's QEMU serves files by some of these alone
 		"--client_mount_timeout="+fmt.Sprint(int(patience.Seconds())), "--log_file=", "--admin_socket=", "--log_to_stderr=true", "--err_to_stderr=true")
 	if strings.HasPrefix(m.name, copying) {
 		args = append(args, "--client_oc=false") // an error of writing is the writer's, who does not ask for it again: FUSE has no syncfs

@@ -17,7 +17,7 @@ func mountCeph(c *spec.CephVolume, at string) error {
 		return fmt.Errorf("uname: %w", err)
 	}
 	if release := unix.ByteSliceToString(uts.Release[:]); !spec.CephCoherent(release) {
-		return fmt.Errorf("this boot package's kernel, %s, reads files of CephFS wrong to which others append (Linux before 6.9): use the package %q", release, "default")
+		return fmt.Errorf("this boot package's kernel, %s, reads files of CephFS wrong to which others write (Linux before 6.12.7): use the package %q", release, "default")
 	}
 	flags, data := parseMountOptions(0, c.Options)
 	source, own := c.Mount()

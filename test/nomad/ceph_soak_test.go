@@ -173,7 +173,7 @@ m=$(wc -l 2>/dev/null </v/%[2]s || echo 0); test $m -ge $o || { echo "stale: $m 
 		t.Helper()
 		text := r.Logs(t, writers[name], "main", "stdout")
 		if strings.Contains(text, "failed") || strings.Contains(text, "stale") {
-			t.Fatalf("%s says %s", name, text[max(0, len(text)-200):])
+			t.Fatalf("%s says %s\n%s", name, text[max(0, len(text)-200):], r.Logs(t, writers[name], "main", "stderr"))
 		}
 		lines := strings.Split(text[:strings.LastIndexByte(text, '\n')+1], "\n")
 		if len(lines) < 3 {
