@@ -35,6 +35,7 @@ func TestRootSoakCeph(t *testing.T) {
 	t.Run("Daemons", testDaemons)
 	t.Run("Full", testFull)
 	t.Run("Names", testNames)
+	t.Run("Monitors", testMonitors)
 }
 
 // TestRootSoakCephKilled kills every call at every step.
@@ -505,6 +506,44 @@ func testFull(t *testing.T) {
 	until("room", func() bool { return write() == nil })
 	_, err = b.Create(ctx, gfs("w"))
 	must(t, err)
+}
+
+// Where the monitors get other addresses, who writes goes on, and what is mounted from then on, by hosts and guests, goes to those.
+func testMonitors(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	direct := gfs("direct")
+	direct.Direct = true
+	for _, r := range []volume.Request{gfs("v"), gfs("later"), direct} {
+		_, err = b.Create(ctx, r)
+		must(t, err)
+	}
+	attached := func(want string) {
+		t.Helper()
+		v, err := b.Attach(ctx, "direct", "/alloc/1", false)
+		must(t, err)
+		if len(v.Ceph.Monitors) != 1 || !strings.HasSuffix(v.Ceph.Monitors[0], want) {
+			t.Errorf("a guest is to mount from %q; want %s", v.Ceph.Monitors, want)
+		}
+	}
+	dir := staged(t, b, "v")
+	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("before"), 0o600))
+	attached(":3300")
+	must(t, cluster.MoveMonitor(ctx))
+	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("after"), 0o600))
+	attached(":3301")
+	staged(t, b, "later")
+	other := *b
+	other.config.Host, other.config.Dir = "other", t.TempDir()
+	if text, err := os.ReadFile(filepath.Join(staged(t, &other, "v"), "file")); err != nil || string(text) != "after" {
+		t.Errorf("read from another host: %q, %v", text, err)
+	}
+	if stats, err := mount.Stats(dir); err != nil || stats.Total != 64<<20 { // which a monitor answers
+		t.Errorf("%v, %v", stats.Total, err)
+	}
+	must(t, b.Detach(ctx, "direct", "/alloc/1"))
+	must(t, b.Delete(ctx, "direct"))
 }
 
 // The longest name, and one that looks like a path or an option, are names as others are.

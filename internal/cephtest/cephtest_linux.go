@@ -207,8 +207,8 @@ func (c *Cluster) start(ctx context.Context) error {
 }
 
 // Daemon starts one of the cluster's daemons, which does not run: ceph-mon a, ceph-mgr x, ceph-osd 0 or ceph-mds a. What a store in memory had is gone.
-func (c *Cluster) Daemon(program, id string) error {
-	cmd := c.namespace.Command(context.Background(), program, "-f", "-c", c.Conf, "-i", id)
+func (c *Cluster) Daemon(program, id string, options ...string) error {
+	cmd := c.namespace.Command(context.Background(), append([]string{program, "-f", "-c", c.Conf, "-i", id}, options...)...)
 	log, err := os.OpenFile(filepath.Join(c.dir, program+".out"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -231,6 +231,51 @@ func (c *Cluster) Daemon(program, id string) error {
 	}
 	c.daemons[program] = &daemon{cmd.Process, ended}
 	return nil
+}
+
+// MoveMonitor gives the monitor another address, as an operator does: one more is added there, ceph.conf names it, and the former one is removed.
+func (c *Cluster) MoveMonitor(ctx context.Context) error {
+	const id = "b"
+	data, monmap := filepath.Join(c.dir, "mon-"+id), filepath.Join(c.dir, "monmap-"+id)
+	if err := os.Mkdir(data, 0o700); err != nil {
+		return err
+	}
+	if _, err := c.Ceph(ctx, "mon", "getmap", "-o", monmap); err != nil {
+		return err
+	}
+	if err := c.run(ctx, "ceph-mon", "-c", c.Conf, "-i", id, "--mon-data", data, "--mkfs", "--monmap", monmap, "--keyring", filepath.Join(c.dir, "keyring")); err != nil {
+		return err
+	}
+	former := c.daemons["ceph-mon"]
+	address := fmt.Sprintf("[v2:%[1]s:3301,v1:%[1]s:6790]", c.Host)
+	if err := c.Daemon("ceph-mon", id, "--mon-data", data, "--public-addrv", address); err != nil {
+		return err
+	}
+	defer func() {
+		_ = syscall.Kill(-former.Pid, syscall.SIGKILL)
+		<-former.ended
+	}()
+	for {
+		out, err := c.Ceph(ctx, "quorum_status", "-f", "json")
+		if err == nil && strings.Contains(out, `"quorum_names":["a","b"]`) {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the second monitor has not joined: %s, %w", out, err)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+	text, err := os.ReadFile(c.Conf)
+	if err != nil {
+		return err
+	}
+	text = bytes.Replace(text, fmt.Appendf(nil, "[v2:%[1]s:3300,v1:%[1]s:6789]", c.Host), []byte(address), 1)
+	if err := os.WriteFile(c.Conf, text, 0o600); err != nil {
+		return err
+	}
+	_, err = c.Ceph(ctx, "mon", "rm", "a")
+	return err
 }
 
 // A daemon is one that was started.
