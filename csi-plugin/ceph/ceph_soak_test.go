@@ -33,6 +33,7 @@ func TestRootSoakCeph(t *testing.T) {
 	t.Run("Rebooted", testRebooted)
 	t.Run("Abandoned", testAbandoned)
 	t.Run("Daemons", testDaemons)
+	t.Run("Store", testStore)
 	t.Run("Full", testFull)
 	t.Run("Names", testNames)
 	t.Run("Monitors", testMonitors)
@@ -453,6 +454,43 @@ func testDaemons(t *testing.T) {
 			t.Errorf("without %s: %v", d[0], err)
 		}
 		must(t, b.Delete(ctx, id))
+	}
+}
+
+// Object stores that do not answer hold up calls for a while and no longer, and nothing is lost of what was written meanwhile.
+func testStore(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(ctx, gfs("v"))
+	must(t, err)
+	file := filepath.Join(staged(t, b, "v"), "file")
+	must(t, os.WriteFile(file, []byte("before"), 0o600))
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	must(t, err)
+	must(t, cluster.Signal("ceph-osd", syscall.SIGSTOP))
+	again := func() { must(t, cluster.Signal("ceph-osd", syscall.SIGCONT)) }
+	defer again()
+	written := make(chan error, 1)
+	go func() { // it may wait
+		_, err := f.WriteString("meanwhile")
+		written <- errors.Join(err, f.Close())
+	}()
+	_, created := b.Create(ctx, gfs("w"))
+	unstaged := b.Unstage(ctx, "v")
+	for what, err := range map[string]error{"create": created, "unstage": unstaged} {
+		t.Logf("%s: %v", what, err)
+		if err != nil && !errors.Is(err, volume.ErrUnavailable) && !errors.Is(err, volume.ErrInUse) {
+			t.Errorf("%s without object stores: %v", what, err)
+		}
+	}
+	again()
+	must(t, <-written)
+	_, err = b.Create(ctx, gfs("w"))
+	must(t, err)
+	must(t, b.Unstage(ctx, "v"))
+	if text, err := os.ReadFile(filepath.Join(staged(t, b, "v"), "file")); err != nil || string(text) != "meanwhile" {
+		t.Errorf("what was written meanwhile: %q, %v", text, err)
 	}
 }
 

@@ -48,7 +48,8 @@ var refusals = []struct {
 	{"EEXIST", "", errExists},
 	{"ENOSPC", "", volume.ErrNoSpace},
 	{"EDQUOT", "", volume.ErrNoSpace},
-	{"EINVAL", "invalid command", volume.ErrUnavailable}, // no manager is active, which knows it
+	{"EINVAL", "invalid command", volume.ErrUnavailable},     // no manager is active, which knows it
+	{"EINVAL", "No space left on device", volume.ErrNoSpace}, // "exception in subvolume metadata: …", of a manager that could not write it
 	{"EINVAL", "", errInvalid},
 	{"EAGAIN", "", volume.ErrUnavailable},
 	{"ETIMEDOUT", "", volume.ErrUnavailable},
