@@ -230,7 +230,7 @@ func (s *session) ended(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		s.dead = context.Cause(ctx)
 	case s.late.Load():
-		s.dead = fmt.Errorf("%w: the cluster has not answered for %v: see \"ceph status\": are a manager and a metadata server active?", volume.ErrUnavailable, answering)
+		s.dead = fmt.Errorf("%w: the cluster has not answered for %v: see \"ceph status\": do a manager, a metadata server and the object stores answer?", volume.ErrUnavailable, answering)
 	case strings.TrimSpace(said) != "":
 		s.dead = fmt.Errorf("%w: the cluster is not reachable: %s", volume.ErrUnavailable, lastLine(strings.TrimSpace(said)))
 	default:
