@@ -158,27 +158,37 @@ func command(words string, args ...[]string) []string {
 	return append(strings.Fields(words), slices.Concat(args...)...)
 }
 
+// What "fs subvolume info" answers.
+type subvolumeInfo struct {
+	Path      string          `json:"path"`
+	Namespace string          `json:"pool_namespace"`
+	Pool      string          `json:"data_pool"`
+	Quota     json.RawMessage `json:"bytes_quota"` // a number, or "infinite"
+	Used      int64           `json:"bytes_used"`
+}
+
 // look reads what there is of a subvolume.
 func (s *session) look(ctx context.Context, p Pool, id string) (*found, error) {
-	f := &found{pool: p, id: id, snapshots: map[string]taken{}, attached: map[string]attached{}}
-	var info struct {
-		Path      string          `json:"path"`
-		Namespace string          `json:"pool_namespace"`
-		Pool      string          `json:"data_pool"`
-		Quota     json.RawMessage `json:"bytes_quota"` // a number, or "infinite"
-		Used      int64           `json:"bytes_used"`
-	}
+	f := &found{pool: p, id: id}
+	var info subvolumeInfo
 	if err := s.run(ctx, &info, command("fs subvolume info", f.of())...); err != nil {
 		return nil, err
 	}
-	if json.Unmarshal(info.Quota, &f.size) != nil {
-		f.size = 0
-	}
-	f.path, f.namespace, f.data, f.has = info.Path, info.Namespace, info.Pool, info.Used
 	var texts map[string]string
 	if err := s.run(ctx, &texts, command("fs subvolume metadata ls", f.of())...); err != nil {
 		return nil, err
 	}
+	return f.is(info, texts)
+}
+
+// is makes it what Ceph says of it, and its metadata.
+func (f *found) is(info subvolumeInfo, texts map[string]string) (*found, error) {
+	p, id := f.pool, f.id
+	f.snapshots, f.attached = map[string]taken{}, map[string]attached{}
+	if json.Unmarshal(info.Quota, &f.size) != nil {
+		f.size = 0
+	}
+	f.path, f.namespace, f.data, f.has = info.Path, info.Namespace, info.Pool, info.Used
 	for key, text := range texts {
 		if name, ok := strings.CutPrefix(key, snapshotsKey); ok {
 			var t taken
@@ -235,9 +245,7 @@ func (s *session) volume(ctx context.Context, id string) (*found, error) {
 
 // ids of the subvolumes of a pool.
 func (s *session) ids(ctx context.Context, p Pool) ([]string, error) {
-	var all []struct {
-		Name string `json:"name"`
-	}
+	var all []named
 	err := s.run(ctx, &all, "fs", "subvolume", "ls", p.FS, "--group_name", p.Group)
 	if errors.Is(err, errNoGroup) {
 		return nil, nil
@@ -245,13 +253,7 @@ func (s *session) ids(ctx context.Context, p Pool) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pool %s: %w", p.Name, err)
 	}
-	var ids []string
-	for _, one := range all {
-		if volume.ValidName(one.Name) {
-			ids = append(ids, one.Name)
-		}
-	}
-	return unique(ids), nil
+	return slices.DeleteFunc(names(all), func(id string) bool { return !volume.ValidName(id) }), nil
 }
 
 // each calls do with every subvolume that there is. One that can't be read is left to whoever asks for it by name.
@@ -261,19 +263,43 @@ func (s *session) each(ctx context.Context, do func(*found) error) error {
 		if err != nil {
 			return err
 		}
-		for _, id := range ids {
-			f, err := s.look(ctx, p, id)
-			if s.dead != nil || errors.Is(err, volume.ErrUnavailable) {
+		all, err := s.b.lookAll(ctx, p, ids)
+		if err != nil {
+			return err
+		}
+		for _, f := range all {
+			if err := do(f); err != nil {
 				return err
-			}
-			if err == nil {
-				if err := do(f); err != nil {
-					return err
-				}
 			}
 		}
 	}
 	return nil
+}
+
+// lookAll reads what there is of subvolumes that can be read.
+func (b *Backend) lookAll(ctx context.Context, p Pool, ids []string) (all []*found, err error) {
+	var asked []question
+	for _, id := range ids {
+		asked = append(asked, (&found{pool: p, id: id}).question("info"), (&found{pool: p, id: id}).question("metadata ls"))
+	}
+	answers, err := b.ask(ctx, asked)
+	if err != nil {
+		return nil, err
+	}
+	for i, id := range ids {
+		var info subvolumeInfo
+		var texts map[string]string
+		err := errors.Join(answers[2*i].read(&info), answers[2*i+1].read(&texts))
+		if errors.Is(err, volume.ErrUnavailable) {
+			return nil, err
+		}
+		if err == nil {
+			if f, err := (&found{pool: p, id: id}).is(info, texts); err == nil {
+				all = append(all, f)
+			}
+		}
+	}
+	return all, nil
 }
 
 // Get is volume.Backend's.

@@ -36,6 +36,7 @@ func TestRootSoakCeph(t *testing.T) {
 	t.Run("Store", testStore)
 	t.Run("Full", testFull)
 	t.Run("Names", testNames)
+	t.Run("Many", testMany)
 	t.Run("Monitors", testMonitors)
 }
 
@@ -544,6 +545,40 @@ func testFull(t *testing.T) {
 	until("room", func() bool { return write() == nil })
 	_, err = b.Create(ctx, gfs("w"))
 	must(t, err)
+}
+
+// Five hundred volumes are listed.
+func testMany(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	const many = 500
+	first, err := b.Create(ctx, gfs("v000"))
+	must(t, err)
+	var made []question
+	for i := 1; i < many; i++ {
+		f := &found{pool: b.pools[0], id: fmt.Sprintf("v%03d", i), record: record{Version: 1, Parameters: first.Parameters}}
+		create, set := f.question("create"), f.question("metadata set")
+		set["key_name"], set["value"] = volumeKey, quoted(f.record)
+		made = append(made, create, set)
+	}
+	answers, err := b.ask(ctx, made)
+	must(t, err)
+	for _, a := range answers {
+		must(t, a.err)
+	}
+	begin := time.Now()
+	all, err := b.List(ctx)
+	must(t, err)
+	if len(all) != many || all[many-1].ID != fmt.Sprintf("v%03d", many-1) || all[0] != first {
+		t.Errorf("%d volumes, %+v", len(all), all)
+	}
+	t.Logf("%d volumes are listed in %v", many, time.Since(begin))
+	begin = time.Now()
+	_, err = b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v000", Name: "s"}}) // looks at the names of all
+	must(t, err)
+	t.Logf("and one gets a snapshot in %v", time.Since(begin))
+	must(t, b.DeleteSnapshot(ctx, volume.SnapshotID{Volume: "v000", Name: "s"}))
 }
 
 // Where the monitors get other addresses, who writes goes on, and what is mounted from then on, by hosts and guests, goes to those.

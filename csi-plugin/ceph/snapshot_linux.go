@@ -16,25 +16,36 @@ import (
 
 // snapshots are the names of those that a subvolume has, also of those that an administrator took.
 func (s *session) snapshots(ctx context.Context, f *found) ([]string, error) {
-	var all []struct {
-		Name string `json:"name"`
-	}
+	var all []named
 	if err := s.run(ctx, &all, command("fs subvolume snapshot ls", f.of())...); err != nil {
 		return nil, err
 	}
-	var names []string
+	return names(all), nil
+}
+
+// named is one of a list that Ceph answers with.
+type named struct {
+	Name string `json:"name"`
+}
+
+func names(all []named) (some []string) {
 	for _, one := range all {
-		names = append(names, one.Name)
+		some = append(some, one.Name)
 	}
-	return unique(names), nil
+	return unique(some)
 }
 
 // known are the snapshots of a volume that a user knows.
-func (s *session) known(ctx context.Context, f *found) (all []volume.Snapshot, err error) {
+func (s *session) known(ctx context.Context, f *found) ([]volume.Snapshot, error) {
 	names, err := s.snapshots(ctx, f)
 	if err != nil {
 		return nil, err
 	}
+	return s.ofUsers(ctx, f, names)
+}
+
+// ofUsers are those of a volume's snapshots that a user knows.
+func (s *session) ofUsers(ctx context.Context, f *found, names []string) (all []volume.Snapshot, err error) {
 	for _, name := range names {
 		t, ours := f.snapshots[name]
 		if t.Hidden || !volume.ValidName(name) {
@@ -94,18 +105,37 @@ func (b *Backend) Snapshots(ctx context.Context, id string) (all []volume.Snapsh
 
 // all are the snapshots of all volumes.
 func (s *session) all(ctx context.Context) (all []volume.Snapshot, err error) {
+	var volumes []*found
+	var asked []question
 	err = s.each(ctx, func(f *found) error {
-		if !f.whole() {
-			return nil
+		if f.whole() {
+			volumes, asked = append(volumes, f), append(asked, f.question("snapshot ls"))
 		}
-		some, err := s.known(ctx, f)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	answers, err := s.b.ask(ctx, asked)
+	if err != nil {
+		return nil, err
+	}
+	for i, f := range volumes {
+		var has []named
+		err := answers[i].read(&has)
+		var some []volume.Snapshot
+		if err == nil {
+			some, err = s.ofUsers(ctx, f, names(has))
+		}
 		if errors.Is(err, volume.ErrNotFound) {
-			return nil // deleted meanwhile
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			return nil, err
 		}
 		all = append(all, some...)
-		return err
-	})
-	return all, err
+	}
+	return all, nil
 }
 
 // Snapshot is volume.Snapshotter's. The metadata server takes it in an instant, of what clients have written by then.
