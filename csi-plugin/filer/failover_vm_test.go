@@ -33,6 +33,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	consulapi "github.com/hashicorp/consul/api"
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
@@ -119,6 +120,8 @@ type pair struct {
 	programs map[string]string
 	roots    *x509.CertPool
 	hosts    []*host // a, b, c
+
+	management, token string // Consul's: the tests' own, and the filers', which may do what docs/nfs.md says and nothing else
 }
 
 type host struct {
@@ -199,7 +202,7 @@ func newPair(t testing.TB, lease time.Duration, flags ...string) *pair {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pair{t: t, lease: lease, flags: flags, dir: dir, pool: filepath.Join(dir, "pool"), id: fmt.Sprintf("fo%d", os.Getpid()), programs: map[string]string{}}
+	p := &pair{t: t, lease: lease, flags: flags, dir: dir, pool: filepath.Join(dir, "pool"), id: fmt.Sprintf("fo%d", os.Getpid()), programs: map[string]string{}, management: uuid.NewString()}
 	for _, name := range []string{"cradle-filer", "cradle-csi"} {
 		if p.programs[name], err = programs.Path(name); err != nil {
 			t.Fatal(err)
@@ -227,7 +230,7 @@ func newPair(t testing.TB, lease time.Duration, flags ...string) *pair {
 		}
 		p.hosts = append(p.hosts, h)
 		config := consulapi.DefaultNonPooledConfig()
-		config.Address = "127.0.0.1:8500"
+		config.Address, config.Token = "127.0.0.1:8500", p.management
 		config.Transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 			return p.from(ctx, name, network, address)
 		}
@@ -246,6 +249,7 @@ func newPair(t testing.TB, lease time.Duration, flags ...string) *pair {
 		}
 		return nil
 	})
+	p.eventually("Consul makes a token", p.makeToken)
 	for _, h := range p.hosts[:2] {
 		h.startFiler()
 	}
@@ -329,6 +333,7 @@ func (p *pair) certify() {
 func (h *host) start(out io.Writer, args ...string) *exec.Cmd {
 	cmd := exec.Command("ip", append([]string{"netns", "exec", h.ns(h.name)}, args...)...)
 	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Env = append(os.Environ(), consulapi.HTTPTokenEnvName+"="+h.token)
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
 	}
@@ -351,17 +356,48 @@ disable_update_check = true
 leave_on_terminate = false
 log_level = "warn"
 performance { raft_multiplier = 1 }
+acl {
+  enabled = true
+  default_policy = "deny"
+  tokens {
+    initial_management = %[4]q
+    agent = %[4]q
+  }
+}
 ports {
   grpc = -1
   grpc_tls = -1
   serf_wan = -1
   dns = 8600
 }
-`, h.name, h.file("consul-"+h.name), h.address)
+`, h.name, h.file("consul-"+h.name), h.address, h.management)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		h.t.Fatal(err)
 	}
 	h.consul = h.start(&h.agent, h.programs["consul"], "agent", "-config-file", config)
+}
+
+// makeToken makes the filers' token, of the policy that docs/nfs.md has.
+func (p *pair) makeToken() error {
+	docs, err := os.ReadFile("../../docs/nfs.md")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, policy, found := strings.Cut(string(docs), "```hcl\n# policy.hcl\n")
+	policy, _, ends := strings.Cut(policy, "```")
+	if !found || !ends {
+		p.t.Fatal("docs/nfs.md has no policy for Consul")
+	}
+	acl := p.hosts[0].api.ACL()
+	made, _, err := acl.PolicyCreate(&consulapi.ACLPolicy{Name: "filers-" + uuid.NewString(), Rules: policy}, nil)
+	if err != nil {
+		return err
+	}
+	token, _, err := acl.TokenCreate(&consulapi.ACLToken{Policies: []*consulapi.ACLLink{{ID: made.ID}}}, nil)
+	if err == nil {
+		p.token = token.SecretID
+	}
+	return err
 }
 
 // leader is the host whose Consul leads, nil if there is none.
@@ -500,6 +536,18 @@ func (p *pair) moved(to *host) {
 		s, err := to.status()
 		if err == nil && (s.Set.Active != to.name || !s.Set.Serving) {
 			err = fmt.Errorf("it says %+v", *s.Set)
+		}
+		return err
+	})
+}
+
+// named waits until Consul's DNS names that host for the set, and no other.
+func (p *pair) named(h *host) {
+	p.t.Helper()
+	p.eventually("Consul's DNS names "+h.name, func() error {
+		all, _, err := h.api.Health().Service("files", "", true, nil)
+		if err == nil && (len(all) != 1 || all[0].Node.Node != h.name || all[0].Service.Address != serviceAddress) {
+			err = fmt.Errorf("it names %d, %+v", len(all), all)
 		}
 		return err
 	})

@@ -24,6 +24,7 @@ import (
 func TestRootStandby(t *testing.T) {
 	p := newPair(t, 3*time.Second)
 	active, other := p.active()
+	p.named(active)
 	must := func(out string, err error) string {
 		t.Helper()
 		if err != nil {
@@ -82,11 +83,13 @@ func TestRootStandby(t *testing.T) {
 	if s, err := other.status(); err != nil || s.Set.Active != other.name {
 		t.Errorf("then %+v is active, %v", s.Set, err)
 	}
+	p.named(other)
 	active.again()
 	_, other = p.active()
 	// And switch, by the one that stands by.
 	must(other.command("switch"))
 	p.moved(other)
+	p.named(other)
 	_, other = p.active()
 	must(other.command("unpublish", "meanwhile", "by-standby"))
 	if out := must(other.command("publications", "-o", "json")); strings.TrimSpace(out) != "[]" {
