@@ -478,6 +478,10 @@ func (m *mounting) away(ctx context.Context) error {
 	mounted, err := mount.Is(m.point())
 	if err == nil && mounted {
 		err = m.drop()
+	} else if err == nil {
+		if _, err := os.Lstat(m.file("")); errors.Is(err, fs.ErrNotExist) { // or what wait makes there would be left by who is killed, without a note in the cluster
+			return gone(os.Remove(m.point()))
+		}
 	}
 	if err == nil {
 		err = m.wait(ctx, func(mounted, running bool) bool { return !mounted && !running })
