@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,16 +38,18 @@ func openNomad(address, plugin string) (*nomad, error) {
 	return &nomad{client, plugin}, nil
 }
 
+func tokenOf(r *http.Request) string {
+	// No token would be this process's.
+	return cmp.Or(r.Header.Get(api.TokenHeader), "00000000-0000-0000-0000-000000000000")
+}
+
+func namespaceOf(r *http.Request) string {
+	return cmp.Or(r.URL.Query().Get("namespace"), nomadapi.DefaultNamespace)
+}
+
 // admit asks Nomad with the caller's token whether it may read or change a volume: it has to have csi-read-volume or csi-write-volume in the namespace.
 func (n *nomad) admit(r *http.Request, id string, change bool) (caller, error) {
-	token := r.Header.Get(api.TokenHeader)
-	if token == "" {
-		token = "00000000-0000-0000-0000-000000000000" // no token would be this process's
-	}
-	namespace := r.URL.Query().Get("namespace")
-	if namespace == "" {
-		namespace = nomadapi.DefaultNamespace
-	}
+	token, namespace := tokenOf(r), namespaceOf(r)
 	c := caller{namespace: namespace}
 	if change {
 		c.who = n.who(r.Context(), token)

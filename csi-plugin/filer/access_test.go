@@ -76,6 +76,10 @@ func TestUsers(t *testing.T) {
 		return api.Client{URL: s.URL + "/", Token: token, Namespace: namespace}
 	}
 
+	others := api.Grant{ID: "x", Volume: "w", Tenant: &api.Tenant{Namespace: "other", Name: "others", Volume: "data"}}
+	if err := f.granted().write(others.ID, others); err != nil {
+		t.Fatal(err)
+	}
 	if taken, err := as("writer", "tenant").Snapshot(t.Context(), "data", "s"); err != nil || taken.Name != "s" || taken.Automatic {
 		t.Errorf("who may takes %+v, %v", taken, err)
 	}
@@ -101,7 +105,14 @@ func TestUsers(t *testing.T) {
 		_, diff := client.Diff(t.Context(), c.volume, "s", "")
 		_, take := client.Snapshot(t.Context(), c.volume, "t")
 		_, roll := client.Rollback(t.Context(), c.volume, api.Rollback{Snapshot: "s"})
-		for what, err := range map[string]error{"snapshot": take, "rollback": roll} {
+		_, give := client.Grant(t.Context(), api.Grant{ID: "mine", Volume: c.volume})
+		if err := client.Revoke(t.Context(), "others"); !errors.Is(err, volume.ErrNotFound) {
+			t.Errorf("%s: revoke: %v", name, err)
+		}
+		if all, err := client.Grants(t.Context()); err != nil || len(all) > 0 {
+			t.Errorf("%s: grants: %+v, %v", name, all, err)
+		}
+		for what, err := range map[string]error{"snapshot": take, "rollback": roll, "grant": give} {
 			if !errors.Is(err, c.want) {
 				t.Errorf("%s: %s: %v", name, what, err)
 			}
@@ -111,6 +122,9 @@ func TestUsers(t *testing.T) {
 				t.Errorf("%s: %s: %v", name, what, err)
 			}
 		}
+	}
+	if left, err := f.granted().all(); err != nil || len(left) != 1 {
+		t.Errorf("there are the grants %+v, %v", left, err)
 	}
 	all, err := b.Snapshots(t.Context(), "")
 	if err != nil || len(all) != 1 {
@@ -139,7 +153,7 @@ func TestUsers(t *testing.T) {
 	}
 	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
 	var first event
-	if err := json.Unmarshal([]byte(lines[0]), &first); err != nil || len(lines) != 17 {
+	if err := json.Unmarshal([]byte(lines[0]), &first); err != nil || len(lines) != 25 {
 		t.Fatalf("audit.log has %d lines, the first %q, %v", len(lines), lines[0], err)
 	}
 	if first.What != "snapshot" || first.Who != "the writer 0-1" || first.Namespace != "tenant" || first.Volume != "data" || first.Snapshot != "s" || first.Error != "" {

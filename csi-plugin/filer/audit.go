@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// An audit is a file with a line for each thing that somebody has done to a volume's snapshots, or was not let do. Each is on stable storage before the caller
+// An audit is a file with a line for each thing that somebody has done to a volume's snapshots and a namespace's grants, or was not let do. Each is on stable storage before the caller
 // gets an answer.
 type audit struct {
 	path string
@@ -37,6 +37,7 @@ type event struct {
 	Snapshot  string    `json:"snapshot,omitempty"`
 	Path      string    `json:"path,omitempty"`
 	Undo      string    `json:"undo,omitempty"`
+	Grant     string    `json:"grant,omitempty"` // its name in the namespace
 	Error     string    `json:"error,omitempty"`
 }
 

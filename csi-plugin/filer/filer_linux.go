@@ -48,6 +48,7 @@ type filer struct {
 	log        *slog.Logger
 	since      time.Time
 
+	tenants sync.Mutex      // one of their grants at a time, with its Variable
 	mu      sync.Mutex      // one change at a time
 	entered map[string]bool // volumes whose files this process itself works with
 }

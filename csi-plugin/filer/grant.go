@@ -14,13 +14,17 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 )
 
+// grantVariables is where the Variables of namespaces' grants are, unless they are asked for elsewhere.
+const grantVariables = "cradle-filer/"
+
 func (c *cli) grantCommand() *cobra.Command {
 	var g api.Grant
-	var user string
+	var user, variable string
 	cmd := &cobra.Command{
 		Use: "grant VOLUME", Short: "let somebody use a volume over WebDAV and S3, and say how", Args: cobra.ExactArgs(1),
 		Long: `Let whoever knows a secret use a volume over WebDAV and S3. The secret is made here and printed; a grant of the same name has the same one until it is revoked.
-Grants outlast reboots.`,
+Grants outlast reboots. With --api it is a grant of a namespace: who may change the volume there can make it, under a name that is the namespace's own, and its secret is
+in a Variable of that namespace, for jobs to read.`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			g.Volume = args[0]
 			if g.ID == "" {
@@ -29,10 +33,19 @@ Grants outlast reboots.`,
 			if g.UID, g.GID, err = parseUser(user); err != nil {
 				return err
 			}
-			if g, err = c.filer().Grant(cmd.Context(), g); err != nil {
+			switch {
+			case c.url != "":
+				g.Tenant = &api.Tenant{Variable: variable}
+			case variable != "":
+				return errors.New("--variable: it is for --api, by which a grant is a namespace's")
+			}
+			if g, err = c.volumes().Grant(cmd.Context(), g); err != nil {
 				return err
 			}
 			return c.print(g, func(w io.Writer) {
+				if g.Tenant != nil {
+					fmt.Fprintf(w, "grant\t%s of namespace %s\nvariable\t%s\n", g.Tenant.Name, g.Tenant.Namespace, g.Tenant.Variable)
+				}
 				fmt.Fprintf(w, "user\t%s\nsecret\t%s\n", g.ID, g.Secret)
 				if g.WebDAV != "" {
 					fmt.Fprintf(w, "webdav\t%s\n", g.WebDAV)
@@ -44,10 +57,11 @@ Grants outlast reboots.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&g.ID, "id", "", "name of the grant, with which its user logs in (default a new one)")
+	f.StringVar(&g.ID, "id", "", "name of the grant, with which its user logs in, unless it is a namespace's (default a new one)")
 	f.BoolVar(&g.ReadOnly, "read-only", false, "nothing can be changed by it")
 	f.StringVar(&user, "user", "0:0", "UID[:GID] of whom belongs what is made: that of the containers which use the volume")
-	c.formatFlag(cmd)
+	f.StringVar(&variable, "variable", "", "with --api, path of the Variable that is written (default "+grantVariables+"NAME); jobs read nomad/jobs/JOB without a policy")
+	c.userFlags(cmd)
 	return cmd
 }
 
@@ -66,34 +80,43 @@ func parseUser(text string) (uid, gid int, err error) {
 }
 
 func (c *cli) revokeCommand() *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use: "revoke GRANT…", Short: "end grants: nobody gets in by them any more", Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var errs []error
 			for _, id := range args {
-				errs = append(errs, c.filer().Revoke(cmd.Context(), id))
+				errs = append(errs, c.volumes().Revoke(cmd.Context(), id))
 			}
 			return errors.Join(errs...)
 		},
 	}
+	c.apiFlags(cmd)
+	return cmd
 }
 
 func (c *cli) grantsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "grants", Short: "list who may use what over WebDAV and S3", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := c.filer().Grants(cmd.Context())
+			all, err := c.volumes().Grants(cmd.Context())
 			if err != nil {
 				return err
 			}
 			return c.print(all, func(w io.Writer) {
-				fmt.Fprintln(w, "GRANT\tVOLUME\tACCESS\tUSER")
+				fmt.Fprintln(w, "GRANT\tVOLUME\tACCESS\tUSER\tNAMESPACE\tVARIABLE")
 				for _, g := range all {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%d:%d\n", g.ID, g.Volume, access(g.ReadOnly), g.UID, g.GID)
+					id, of, t := g.ID, g.Volume, api.Tenant{Namespace: "-", Variable: "-"}
+					if g.Tenant != nil {
+						t = *g.Tenant
+						if c.url != "" { // as who asks calls them
+							id, of = t.Name, t.Volume
+						}
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%d:%d\t%s\t%s\n", id, of, access(g.ReadOnly), g.UID, g.GID, t.Namespace, t.Variable)
 				}
 			})
 		},
 	}
-	c.formatFlag(cmd)
+	c.userFlags(cmd)
 	return cmd
 }

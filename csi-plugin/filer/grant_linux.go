@@ -33,6 +33,8 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	switch {
 	case err == nil && former.Volume != g.Volume:
 		return g, fmt.Errorf("grant %s %w: it is of volume %s", g.ID, volume.ErrExists, former.Volume)
+	case err == nil && whose(former) != whose(g):
+		return g, fmt.Errorf("grant %s %w: it is %s's", g.ID, volume.ErrExists, whose(former))
 	case err == nil:
 		g.Secret = former.Secret
 	case errors.Is(err, fs.ErrNotExist):
@@ -56,6 +58,14 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	}
 	f.log.Info("granted", "grant", g.ID, "volume", g.Volume, "read-only", g.ReadOnly)
 	return f.urls.complete(g), nil
+}
+
+// whose grant it is.
+func whose(g api.Grant) string {
+	if g.Tenant == nil {
+		return "root"
+	}
+	return "namespace " + g.Tenant.Namespace
 }
 
 // admit lets a grant's user in.

@@ -154,6 +154,9 @@ func (m *metrics) listen(address string, log *slog.Logger) (net.Listener, error)
 	if address == "" {
 		return nil, nil
 	}
+	if host, port, err := net.SplitHostPort(address); err == nil && host == "" {
+		address = net.JoinHostPort("127.0.0.1", port) // who may ask is not asked: another network has to be said
+	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("--metrics: %w", err)

@@ -14,10 +14,10 @@ import (
 
 // TestRootMetrics: each protocol's requests, refusals, bytes and syncs are counted, what is served, and how old the newest snapshot is.
 func TestRootMetrics(t *testing.T) {
-	f := filertest.Start(t, "--metrics", "127.0.0.1:0") // in the log is which port that is
+	f := filertest.Start(t, "--metrics", ":0") // in the log is which port that is
 	f.Volume("vol", 64<<20, nil)
 	p, g := f.Publish("vol"), f.Grant("vol", "--id", "me")
-	at := regexp.MustCompile(`msg="serving metrics" url=(\S+)`).FindStringSubmatch(f.Log())
+	at := regexp.MustCompile(`msg="serving metrics" url=(http://127\.0\.0\.1:\S+)`).FindStringSubmatch(f.Log())
 	if at == nil {
 		t.Fatal("the filer does not say where its metrics are")
 	}

@@ -65,7 +65,7 @@ wait meanwhile, and go on with the files that they have open.`,
 	s.gateways.flags(f)
 	s.users.flags(f)
 	s.set.flags(f)
-	f.StringVar(&s.collected, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9810")
+	f.StringVar(&s.collected, "metrics", "", "address to serve Prometheus metrics on, at /metrics, to whoever reaches it: 10.0.0.1:9810, or :9810 for 127.0.0.1 alone")
 	f.BoolVar(&s.verbose, "verbose", false, "log more")
 	return cmd
 }
@@ -298,7 +298,7 @@ func (f *filer) handler() http.Handler {
 		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&g); err != nil {
 			return nil, volume.Invalid("grant", "%v", err)
 		}
-		g.ID = r.PathValue("id")
+		g.ID, g.Tenant = r.PathValue("id"), nil
 		return f.grant(r.Context(), g)
 	})
 	handle("DELETE /grants/{id}", func(r *http.Request) (any, error) {

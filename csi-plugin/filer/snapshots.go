@@ -15,10 +15,14 @@ import (
 
 // userFlags are of the commands that Nomad's users have as well as root.
 func (c *cli) userFlags(cmd *cobra.Command) {
+	c.apiFlags(cmd)
+	c.formatFlag(cmd)
+}
+
+func (c *cli) apiFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&c.url, "api", os.Getenv("CRADLE_FILER_API"), "URL of the filer's API ($CRADLE_FILER_API), which takes $NOMAD_TOKEN (default: the socket, which is root's)")
 	f.StringVar(&c.namespace, "namespace", cmp.Or(os.Getenv("NOMAD_NAMESPACE"), "default"), "Nomad's namespace of the volume ($NOMAD_NAMESPACE), with --api")
-	c.formatFlag(cmd)
 }
 
 // stamp is the time in names of snapshots that nobody has named.

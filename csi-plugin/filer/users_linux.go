@@ -67,11 +67,29 @@ func (u *usersAPI) listen() (net.Listener, error) {
 func (f *filer) usersHandler(n *nomad) http.Handler {
 	mux := http.NewServeMux()
 	f.handleSnapshots(mux, n.admit)
+	f.handleGrants(mux, n)
 	return gateway.Under(f.lease, mux)
 }
 
+// An admission says who the caller is, and that Nomad lets it read or change a volume.
+type admission func(r *http.Request, id string, change bool) (caller, error)
+
+// change does what is told in the audit log, whatever becomes of the caller meanwhile, as long as this filer may.
+func (f *filer) change(r *http.Request, admit admission, e event, do func(ctx context.Context, c caller, e *event) (any, error)) (out any, err error) {
+	c, err := admit(r, e.Volume, true)
+	e.Who, e.Namespace = c.who, c.namespace
+	if err == nil {
+		ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
+		defer cancel(nil)
+		defer context.AfterFunc(f.long, func() { cancel(context.Cause(f.long)) })()
+		out, err = do(ctx, c, &e)
+	}
+	f.audit.write(e, err)
+	return out, err
+}
+
 // handleSnapshots answers what is about volumes' snapshots, to those whom admit lets.
-func (f *filer) handleSnapshots(mux *http.ServeMux, admit func(r *http.Request, id string, change bool) (caller, error)) {
+func (f *filer) handleSnapshots(mux *http.ServeMux, admit admission) {
 	handle := handleJSON(mux, f.log)
 	handle("GET /volumes/{id}/snapshots", func(r *http.Request) (any, error) {
 		c, err := admit(r, r.PathValue("id"), false)
@@ -87,33 +105,19 @@ func (f *filer) handleSnapshots(mux *http.ServeMux, admit func(r *http.Request, 
 		}
 		return f.diff(r.Context(), c.volume, r.URL.Query().Get("from"), r.URL.Query().Get("to"))
 	})
-	// change does what is told in the audit log, whatever becomes of the caller meanwhile, as long as this filer may.
-	change := func(r *http.Request, e event, do func(ctx context.Context, id string, e *event) (any, error)) (out any, err error) {
-		id := r.PathValue("id")
-		c, err := admit(r, id, true)
-		e.Who, e.Namespace, e.Volume = c.who, c.namespace, id
-		if err == nil {
-			ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
-			defer cancel(nil)
-			defer context.AfterFunc(f.long, func() { cancel(context.Cause(f.long)) })()
-			out, err = do(ctx, c.volume, &e)
-		}
-		f.audit.write(e, err)
-		return out, err
-	}
 	handle("PUT /volumes/{id}/snapshots/{name}", func(r *http.Request) (any, error) {
 		name := r.PathValue("name")
-		return change(r, event{What: "snapshot", Snapshot: name}, func(ctx context.Context, id string, _ *event) (any, error) {
-			return f.snapshot(ctx, id, name)
+		return f.change(r, admit, event{What: "snapshot", Volume: r.PathValue("id"), Snapshot: name}, func(ctx context.Context, c caller, _ *event) (any, error) {
+			return f.snapshot(ctx, c.volume, name)
 		})
 	})
 	handle("POST /volumes/{id}/rollback", func(r *http.Request) (any, error) {
-		return change(r, event{What: "rollback"}, func(ctx context.Context, id string, e *event) (any, error) {
+		return f.change(r, admit, event{What: "rollback", Volume: r.PathValue("id")}, func(ctx context.Context, c caller, e *event) (any, error) {
 			var asked api.Rollback
 			if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&asked); err != nil {
 				return nil, volume.Invalid("rollback", "%v", err)
 			}
-			done, err := f.rollback(ctx, id, asked)
+			done, err := f.rollback(ctx, c.volume, asked)
 			e.Snapshot, e.Path, e.Undo = asked.Snapshot, asked.Path, done.Undo
 			return done, err
 		})

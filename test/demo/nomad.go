@@ -148,14 +148,19 @@ func (d *demo) files(ctx context.Context) error {
 		return err
 	}
 	d.title("cradle-filer: the same file by WebDAV and S3, which are for those who have a grant")
-	granted, err := d.command(ctx, "cradle-filer", "grant", "default.letters", "--id", "me")
-	if err != nil {
+	if _, err := d.command(ctx, "cradle-filer", "grant", "letters", "--id", "me"); err != nil {
 		return err
 	}
-	_, secret, _ := strings.Cut(granted, "secret")
-	secret, _, _ = strings.Cut(strings.TrimSpace(secret), "\n")
+	var login []string
+	for _, item := range []string{"user", "secret"} {
+		value, err := d.command(ctx, "nomad", "var", "get", "-item", item, "cradle-filer/me")
+		if err != nil {
+			return err
+		}
+		login = append(login, strings.TrimSpace(value))
+	}
 	curl := func(args ...string) []string {
-		return append([]string{"curl", "--silent", "--show-error", "--fail", "--max-time", "60", "--user", "me:" + secret}, args...)
+		return append([]string{"curl", "--silent", "--show-error", "--fail", "--max-time", "60", "--user", strings.Join(login, ":")}, args...)
 	}
 	webdav, s3 := os.Getenv("CRADLE_FILER_WEBDAV")+"/default.letters/", os.Getenv("CRADLE_FILER_S3")+"/default.letters/"
 	if err := d.expect(ctx, "Dear bank", curl(webdav+"first")...); err != nil {

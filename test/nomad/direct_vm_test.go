@@ -30,8 +30,8 @@ type storehouse struct {
 	used  map[string]bool // volumes that there are
 }
 
-// startStorehouse starts the node with both plugins. agent is more of its configuration.
-func startStorehouse(t *testing.T, agent string) *storehouse {
+// startStorehouse starts the node with both plugins. agent is more of its configuration, and with are changes of how it is started.
+func startStorehouse(t *testing.T, agent string, with ...func(*nomadtest.Options)) *storehouse {
 	s := &storehouse{t: t, used: map[string]bool{}}
 	var err error
 	if s.root, err = programs.Root(); err != nil {
@@ -43,6 +43,9 @@ func startStorehouse(t *testing.T, agent string) *storehouse {
 	o := nomadtest.Options{Drivers: []string{"raw_exec"}, Agent: agent, Keep: []string{"volumes", "filer", "nomad/client/csi", "/run/cradle"}}
 	if err := o.Cradle(""); err != nil {
 		t.Fatal(err)
+	}
+	for _, change := range with {
+		change(&o)
 	}
 	s.Cluster = nomadtest.Start(t, o)
 	s.node = s.Clients()[0]

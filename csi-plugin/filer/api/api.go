@@ -12,13 +12,16 @@
 //	GET    /status                  Status
 //	POST   /switch                  another filer of the set takes over
 //
-// To Nomad's users it answers what is about their volumes' snapshots alone. They show a token in the header X-Nomad-Token; {id} is Nomad's, of the
-// parameter namespace.
+// To Nomad's users it answers what is about their volumes' snapshots and their namespaces' grants alone. They show a token in the header X-Nomad-Token; {id} of a
+// volume is Nomad's, and that of a grant one of the namespace's own, of the parameter namespace.
 //
 //	GET    /volumes/{id}/snapshots          []Snapshot, by time
 //	PUT    /volumes/{id}/snapshots/{name}   takes one → Snapshot; again: the same
 //	POST   /volumes/{id}/rollback           Rollback → RolledBack
 //	GET    /volumes/{id}/diff?from=&to=     []tree.Difference of a snapshot to another, or to the volume
+//	PUT    /grants/{id}                     Grant → Grant; its secret is in the Variable as well. Again: the same
+//	DELETE /grants/{id}                     nobody gets in by it any more, and the Variable is gone
+//	GET    /grants                          []Grant of the namespace, without secrets
 package api
 
 import (

@@ -14,10 +14,20 @@ type Grant struct {
 	UID      int    `json:"uid"` // whom belongs what is made
 	GID      int    `json:"gid"`
 
+	Tenant *Tenant `json:"tenant,omitempty"` // whose it is; nil for root's
+
 	// What the filer adds.
 	Secret string `json:"secret,omitempty"` // the password; lists have none
 	WebDAV string `json:"webdav,omitempty"` // URL of the volume
 	S3     string `json:"s3,omitempty"`     // URL of the service, where the volume's name can be that of a bucket
+}
+
+// A Tenant is one of Nomad's namespaces, to which a grant belongs.
+type Tenant struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`     // of the grant, in the namespace: others may have one of the same name
+	Volume    string `json:"volume"`   // as Nomad calls it
+	Variable  string `json:"variable"` // path of the namespace's Variable that the secret is in
 }
 
 // Grant lets somebody use a volume, and says how.
