@@ -16,13 +16,17 @@ import (
 // empty: each name has one byte of what it could hold, and two names that share one wait for each other. The lock ends when the file, and
 // every copy of it that a child process has, is closed.
 func Lock(ctx context.Context, f *os.File, names ...string) (*os.File, error) {
+	return lock(ctx, f, nil, names...)
+}
+
+func lock(ctx context.Context, f *os.File, hopeless func() error, names ...string) (*os.File, error) {
 	offsets := make([]int64, len(names))
 	for i, name := range names {
 		offsets[i] = lockOffset(name)
 	}
 	slices.Sort(offsets) // in one order, so that no two wait for each other
 	for _, at := range offsets {
-		if err := lockByte(ctx, f, at); err != nil {
+		if err := lockByte(ctx, f, at, hopeless); err != nil {
 			f.Close()
 			return nil, fmt.Errorf("lock volume %s: %w", names[0], err)
 		}
@@ -42,9 +46,14 @@ type Locks string
 // Take takes the locks of these names until unlock. The programs that run with the context which it returns, and are given what Held has, have them as well:
 // they outlast this process where those do.
 func (l Locks) Take(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
+	return l.TakeUnless(ctx, nil, names...)
+}
+
+// TakeUnless is Take that gives up with the error of hopeless, which is asked every second while somebody else has the locks.
+func (l Locks) TakeUnless(ctx context.Context, hopeless func() error, names ...string) (held context.Context, unlock func(), err error) {
 	f, err := os.OpenFile(string(l), os.O_RDWR|os.O_CREATE, 0o600)
 	if err == nil {
-		f, err = Lock(ctx, f, names...)
+		f, err = lock(ctx, f, hopeless, names...)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -87,12 +96,33 @@ func Held(ctx context.Context) *os.File {
 	return f
 }
 
-func lockByte(ctx context.Context, f *os.File, at int64) error {
+// Keep is another hold of the locks that a context has, if any: they last until release as well, whatever becomes of the first one.
+func Keep(ctx context.Context) (kept context.Context, release func(), err error) {
+	f := Held(ctx)
+	if f == nil {
+		return ctx, func() {}, nil
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0) // of the same open file, which the locks are of
+	if err != nil {
+		return nil, nil, os.NewSyscallError("fcntl", err)
+	}
+	other := os.NewFile(uintptr(fd), f.Name())
+	return context.WithValue(ctx, heldKey{}, other), func() { other.Close() }, nil
+}
+
+func lockByte(ctx context.Context, f *os.File, at int64, hopeless func() error) error {
 	l := unix.Flock_t{Type: unix.F_WRLCK, Start: at, Len: 1}
+	asked := time.Now()
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 		err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l)
 		if !errors.Is(err, unix.EAGAIN) {
 			return err
+		}
+		if hopeless != nil && time.Since(asked) > time.Second {
+			asked = time.Now()
+			if err := hopeless(); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():

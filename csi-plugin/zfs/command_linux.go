@@ -125,18 +125,36 @@ func suspension(done <-chan struct{}, zpool string) error {
 
 // await waits for a program's end. In a zpool that is suspended it has none, not even by a signal: it is left alone then, with its locks, and ends once the zpool
 // is there again.
-func await(cmd *exec.Cmd, zpool string) error {
+func await(cmd *exec.Cmd, zpool string) error { return unlessSuspended(zpool, cmd.Wait) }
+
+// unlessSuspended waits for the end of do, which it leaves alone where the zpool is suspended.
+func unlessSuspended(zpool string, do func() error) error {
 	ended := make(chan struct{})
 	var err error
 	go func() {
 		defer close(ended)
-		err = cmd.Wait()
+		err = do()
 	}()
 	if err := suspension(ended, zpool); err != nil {
 		return err
 	}
 	<-ended
 	return err
+}
+
+// reaching has do open, read or write a dataset's device, which in a zpool that is suspended comes to no end. What is left alone then keeps the context's locks.
+func reaching(ctx context.Context, dataset string, do func(context.Context) error) error {
+	if err := suspended(zpool(dataset)); err != nil {
+		return err
+	}
+	kept, release, err := mount.Keep(ctx)
+	if err != nil {
+		return err
+	}
+	return unlessSuspended(zpool(dataset), func() error {
+		defer release()
+		return do(kept)
+	})
 }
 
 // execute has run do with a program, whose last argument is a zpool or something in one.

@@ -127,7 +127,7 @@ func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volum
 	if err := volume.CheckName("snapshot name", id.Name); err != nil {
 		return volume.Snapshot{}, err
 	}
-	ctx, unlock, err := b.locks.Take(ctx, id.Volume, "@"+id.Name)
+	ctx, unlock, err := b.take(ctx, id.Volume, "@"+id.Name)
 	if err != nil {
 		return volume.Snapshot{}, err
 	}
@@ -194,7 +194,7 @@ func (f *found) take(ctx context.Context, name string, rec record, hold volume.H
 			return err
 		}
 		if len(points) > 0 {
-			if err := mount.Sync(points[0]); err != nil {
+			if err := reaching(ctx, f.dataset, func(context.Context) error { return mount.Sync(points[0]) }); err != nil {
 				return err
 			}
 		}
@@ -205,7 +205,7 @@ func (f *found) take(ctx context.Context, name string, rec record, hold volume.H
 
 // DeleteSnapshot is volume.Snapshotter's.
 func (b *Backend) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error {
-	ctx, unlock, err := b.locks.Take(ctx, id.Volume, "@"+id.Name)
+	ctx, unlock, err := b.take(ctx, id.Volume, "@"+id.Name)
 	if err != nil {
 		return err
 	}
@@ -252,7 +252,7 @@ func (b *Backend) Clone(ctx context.Context, r volume.Request, hold volume.Hold)
 	if err := volume.CheckName("volume name", r.Name); err != nil {
 		return volume.Volume{}, err
 	}
-	ctx, unlock, err := b.locks.Take(ctx, r.Name, origin)
+	ctx, unlock, err := b.take(ctx, r.Name, origin)
 	if err != nil {
 		return volume.Volume{}, err
 	}
@@ -379,7 +379,7 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 	if !volume.ValidName(id) {
 		return nil
 	}
-	ctx, unlock, err := b.locks.Take(ctx, id)
+	ctx, unlock, err := b.take(ctx, id)
 	if err != nil {
 		return err
 	}

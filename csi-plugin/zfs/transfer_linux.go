@@ -131,7 +131,7 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 	if err != nil {
 		return volume.Volume{}, err
 	}
-	ctx, unlock, err := b.locks.Take(ctx, r.Name)
+	ctx, unlock, err := b.take(ctx, r.Name)
 	if err != nil {
 		return volume.Volume{}, err
 	}

@@ -269,6 +269,18 @@ func TestSuspended(t *testing.T) {
 	s := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}
 	must[volume.Snapshot](t)(b.Snapshot(t.Context(), s))
 	source := must[volume.Source](t)(b.Stage(t.Context(), "v", volume.Use{As: volume.AsGuest}))
+	// One that has a lock and reaches for a device, which comes to no end.
+	held, unlock, err := b.take(t.Context(), "reaching")
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := make(chan struct{})
+	reached := make(chan error)
+	go func() {
+		err := reaching(held, "failing/cradle/v", func(context.Context) error { <-again; return nil })
+		unlock()
+		reached <- err
+	}()
 	writer := exec.Command("dd", "if=/dev/urandom", "of="+source.Guest.Block.Path, "bs=1M", "count=100", "conv=fsync")
 	if err := writer.Start(); err != nil {
 		t.Fatal(err)
@@ -281,14 +293,25 @@ func TestSuspended(t *testing.T) {
 	}
 	wants(t, err, errSuspended, "the call that met it")
 	t.Log(err)
-	again := r
-	again.Name = "w"
+	wants(t, <-reached, errSuspended, "who reached for a device")
+	locked := func() error {
+		brief, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		_, unlock, err := b.locks.Take(brief, "reaching")
+		if err == nil {
+			unlock()
+		}
+		return err
+	}
+	wants(t, locked(), context.DeadlineExceeded, "the lock of what was left alone")
+	second := r
+	second.Name = "w"
 	for what, call := range map[string]func() error{
 		"Ready":          func() error { return b.Ready(t.Context()) },
 		"List":           func() error { _, err := b.List(t.Context()); return err },
 		"Get":            func() error { _, err := b.Get(t.Context(), "v"); return err },
 		"Capacity":       func() error { _, err := b.Capacity(t.Context(), r.Parameters); return err },
-		"Create":         func() error { _, err := b.Create(t.Context(), again); return err },
+		"Create":         func() error { _, err := b.Create(t.Context(), second); return err },
 		"DeleteSnapshot": func() error { return b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "w", Name: "t"}) },
 		"Delete":         func() error { return b.Delete(t.Context(), "w") },
 		"Repair":         func() error { return b.Repair(t.Context(), true, func(string) {}) },
@@ -302,17 +325,20 @@ func TestSuspended(t *testing.T) {
 	if v := must[volume.Volume](t)(b.Get(t.Context(), "other")); v.ID != "other" {
 		t.Errorf("beside it: %+v", v)
 	}
-	// What the program that was left alone works on has its lock: who waits for that does so until his time is up.
-	brief, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
-	if err := b.Delete(brief, "v"); !errors.Is(err, errSuspended) && !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Delete of the volume whose call hangs: %v", err)
-	}
+	// What the program that was left alone works on has its lock: who waits for that is told why.
+	wants(t, b.Delete(t.Context(), "v"), errSuspended, "Delete of the volume whose call hangs")
+	wants(t, b.Delete(t.Context(), "reaching"), errSuspended, "Delete of what is locked")
+	close(again)
 
 	run(t, "mount", "-o", "remount,size=600m", disks)
 	run(t, "zpool", "clear", "failing")
 	if err := writer.Wait(); err != nil {
 		t.Errorf("who wrote: %v", err)
+	}
+	for end := time.Now().Add(time.Minute); locked() != nil; {
+		if time.Now().After(end) {
+			t.Fatal("the lock of what was left alone does not end with it")
+		}
 	}
 	for _, s := range must[[]volume.Snapshot](t)(b.Snapshots(t.Context(), "v")) { // the one that was left alone may be among them
 		if err := b.DeleteSnapshot(t.Context(), s.ID); err != nil {

@@ -58,6 +58,19 @@ const (
 	maxPool    = maxDataset - len("/") - volume.MaxName - len("@deleted:") - 20
 )
 
+// take takes locks of volumes. Who has them may wait for a zpool that is suspended: who waits for them in turn is told so.
+func (b *Backend) take(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
+	return b.locks.TakeUnless(ctx, func() error {
+		if !slices.ContainsFunc(b.pools, func(p Pool) bool { return suspended(zpool(p.Dataset)) != nil }) {
+			return nil
+		}
+		if _, err := b.find(ctx, names[0]); errors.Is(err, errSuspended) {
+			return err
+		}
+		return nil
+	}, names...)
+}
+
 // Close does nothing: all is in ZFS.
 func (b *Backend) Close() error { return nil }
 
@@ -263,7 +276,7 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 	if err != nil {
 		return volume.Volume{}, err
 	}
-	ctx, unlock, err := b.locks.Take(ctx, r.Name)
+	ctx, unlock, err := b.take(ctx, r.Name)
 	if err != nil {
 		return volume.Volume{}, err
 	}
@@ -324,7 +337,7 @@ func step(blockSize spec.Bytes) int64 { return max(int64(blockSize), 4096) }
 
 // Stage is volume.Backend's.
 func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (volume.Source, error) {
-	ctx, unlock, err := b.locks.Take(ctx, id)
+	ctx, unlock, err := b.take(ctx, id)
 	if err != nil {
 		return volume.Source{}, err
 	}
@@ -367,8 +380,12 @@ func (f *found) stage(ctx context.Context, use volume.Use) (volume.Source, error
 		if err := f.mark(ctx, volume.Guest); err != nil || !use.ReadOnly {
 			return volume.Source{Device: device}, err
 		}
-		l, err := mount.Attach(device, true)
-		return volume.Source{Device: l.Device}, err
+		var l mount.Loop
+		err = reaching(ctx, f.dataset, func(context.Context) (err error) { l, err = mount.Attach(device, true); return err })
+		if err != nil {
+			return volume.Source{}, err
+		}
+		return volume.Source{Device: l.Device}, nil
 	default:
 		return volume.Source{Device: device, FSType: f.FS}, f.format(ctx, device)
 	}
@@ -380,12 +397,15 @@ func (f *found) format(ctx context.Context, device string) error {
 	case volume.Guest:
 		return fmt.Errorf("%w: a task has had the volume as a block device, and what is on it now could attack this host's kernel; attach it as a block device", volume.ErrForeign)
 	case volume.Blank:
-		disk, err := os.OpenFile(device, os.O_RDWR, 0)
+		err := reaching(ctx, f.dataset, func(ctx context.Context) error {
+			disk, err := os.OpenFile(device, os.O_RDWR, 0)
+			if err != nil {
+				return err
+			}
+			defer disk.Close()
+			return mount.Format(ctx, disk, f.FS, mount.Held(ctx))
+		})
 		if err != nil {
-			return err
-		}
-		defer disk.Close()
-		if err := mount.Format(ctx, disk, f.FS, mount.Held(ctx)); err != nil {
 			return err
 		}
 		return f.mark(ctx, volume.Trusted)
@@ -409,6 +429,15 @@ const blkZName = 0x8100127d
 // device finds the zvol's device node, which comes a moment after the zvol. Where there is udev a link leads to it; a node's own name does
 // not say whose it is.
 func (f *found) device(ctx context.Context) (string, error) {
+	var node string
+	err := reaching(ctx, f.dataset, func(ctx context.Context) (err error) { node, err = f.node(ctx); return err })
+	if err != nil {
+		return "", err // not node, which what was left alone may still write
+	}
+	return node, nil
+}
+
+func (f *found) node(ctx context.Context) (string, error) {
 	for wait := time.Millisecond; ; wait *= 2 {
 		if device, err := filepath.EvalSymlinks("/dev/zvol/" + f.dataset); err == nil {
 			if name, err := zvolName(device); err == nil && name == f.dataset {
@@ -454,7 +483,7 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 	if !volume.ValidName(id) {
 		return nil
 	}
-	ctx, unlock, err := b.locks.Take(ctx, id)
+	ctx, unlock, err := b.take(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -491,7 +520,7 @@ func (f *found) release(ctx context.Context) error {
 
 // Expand is volume.Expander's.
 func (b *Backend) Expand(ctx context.Context, id string, size, limit int64) (int64, error) {
-	ctx, unlock, err := b.locks.Take(ctx, id)
+	ctx, unlock, err := b.take(ctx, id)
 	if err != nil {
 		return 0, err
 	}
