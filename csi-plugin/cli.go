@@ -205,11 +205,12 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		}
 	}
 	var filer *api.Client
-	if c.filer != "" {
+	shared := c.filer != "" && !strings.Contains(c.filer, "/")
+	switch {
+	case shared:
+		filer = &api.Client{Address: c.filer, KeyFile: c.filerKey}
+	case c.filer != "":
 		filer = &api.Client{Socket: c.filer}
-		if !strings.Contains(c.filer, "/") {
-			filer = &api.Client{Address: c.filer, KeyFile: c.filerKey}
-		}
 	}
 	var networks []netip.Prefix
 	for _, text := range c.networks {
@@ -259,7 +260,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	registry := prometheus.NewRegistry()
 	s := rpc.New(rpc.Config{
-		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local, Cold: taken, Owner: owner,
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local && !shared, Shared: shared, Cold: taken, Owner: owner,
 		Version: version, Filer: filer, Networks: networks, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)

@@ -57,6 +57,9 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err == nil && s.served(r.Parameters) && s.config.Filer == nil {
 		err = invalid("parameter attach: this plugin has no filer that a guest could mount the volume from; start it with --filer, or use attach=host")
 	}
+	if err == nil && s.config.Shared && (r.Block() || r.Size > 0) {
+		err = invalid("volume %s: one on the pool of a set of filers is of class nfs or gfs, and without a size: what has one is an image, which two hosts must not mount", r.Name)
+	}
 	if err == nil {
 		err = s.reachable(req.GetAccessibilityRequirements())
 	}

@@ -53,6 +53,7 @@ type Config struct {
 	Cold chan<- struct{}
 
 	Filer     *api.Client    // that serves file volumes to guests; nil for none
+	Shared    bool           // the filer is one of a set: the pool is on all hosts that make volumes, and holds nothing that one host alone may have mounted
 	Networks  []netip.Prefix // of pods, besides this host's own addresses and bridges
 	DirectDir string         // where records of directly attached volumes are: spec.DirectDir
 	Log       *slog.Logger

@@ -34,32 +34,11 @@ func TestVMFiler(t *testing.T) {
 	xfs := []string{"mount_options {}", "mount_options {\n  fs_type = \"xfs\"\n}"}
 	s.volume("shared", append(xfs, `"64MiB"`, `"320MiB"`)...)
 
-	const writes = "n=0; while :; do n=$((n+1)); echo $n >>/v/%[1]s && sync /v/%[1]s || { echo failed; exit 1; }; echo $n; sleep 0.1; done"
 	const anyone, bridge = "multi-node-multi-writer", "network {\n mode = \"bridge\"\n}"
-	lines := map[string]string{} // of a job → its allocation
-	for name, network := range map[string]string{"bridged": bridge, "plain": ""} {
-		job := s.Run(t, s.shared(name, "service", network, anyone, false, fmt.Sprintf(writes, name)))
-		lines[name] = s.UntilRunning(t, job).ID
-	}
-	last := func(name string) int {
-		text := s.Logs(t, lines[name], "main", "stdout")
-		said := strings.Fields(text[:strings.LastIndexByte(text, '\n')+1])
-		if len(said) == 0 {
-			return 0
-		}
-		n, err := strconv.Atoi(said[len(said)-1])
-		if err != nil || n != len(said) {
-			t.Fatalf("%s says %q after %d lines", name, said[len(said)-1], len(said))
-		}
-		return n
-	}
-	goOn := func(after string) {
-		t.Helper()
-		for name := range lines {
-			from := last(name)
-			s.eventually(fmt.Sprintf("%s going on after %s", name, after), func() bool { return last(name) >= from+3 })
-		}
-	}
+	w := &appenders{storehouse: s}
+	w.start("bridged", bridge)
+	w.start("plain", "")
+	lines, goOn, last := w.allocs, w.goOn, w.last
 	goOn("its start")
 
 	s.kill("cradle-filer")
@@ -98,4 +77,45 @@ func TestVMFiler(t *testing.T) {
 	}
 	s.released("shared")
 	s.CLI(t, "volume", "snapshot", "delete", "cradle", "shared@running")
+}
+
+// Appenders are pods that append lines to files of theirs in the volume shared, and say each number when its line is on the filer's disk.
+type appenders struct {
+	*storehouse
+	allocs map[string]string // of a job → its allocation
+}
+
+// start starts one, whose file is called as it. more is of its job's group.
+func (w *appenders) start(name, more string) {
+	w.t.Helper()
+	const script = "n=0; while :; do n=$((n+1)); echo $n >>/v/%[1]s && sync /v/%[1]s || { echo failed; exit 1; }; echo $n; sleep 0.1; done"
+	job := w.Run(w.t, w.shared(name, "service", more, "multi-node-multi-writer", false, fmt.Sprintf(script, name)))
+	if w.allocs == nil {
+		w.allocs = map[string]string{}
+	}
+	w.allocs[name] = w.UntilRunning(w.t, job).ID
+}
+
+// last is the number that one has said last; it has said all before.
+func (w *appenders) last(name string) int {
+	w.t.Helper()
+	text := w.Logs(w.t, w.allocs[name], "main", "stdout")
+	said := strings.Fields(text[:strings.LastIndexByte(text, '\n')+1])
+	if len(said) == 0 {
+		return 0
+	}
+	n, err := strconv.Atoi(said[len(said)-1])
+	if err != nil || n != len(said) {
+		w.t.Fatalf("%s says %q after %d lines", name, said[len(said)-1], len(said))
+	}
+	return n
+}
+
+// goOn waits until each has said more.
+func (w *appenders) goOn(after string) {
+	w.t.Helper()
+	for name := range w.allocs {
+		from := w.last(name)
+		w.eventually(fmt.Sprintf("%s going on after %s", name, after), func() bool { return w.last(name) >= from+3 })
+	}
 }

@@ -1,0 +1,34 @@
+# A set of filers, on every node that has the file system at /mnt/shared: one of them serves its volumes at the floating address, another takes over when that ends.
+#
+# The plugin on such nodes has, in cradle-csi.nomad.hcl:
+#     "--pool", "/mnt/shared/volumes", "--filer", "files.service.consul:2051", "--filer-key", "/mnt/shared/volumes/.cradle-filer@state/handles.key"
+# where files.service.consul is looked up in Consul's DNS; else the floating address stands there.
+job "cradle-filers" {
+  type = "system"
+
+  group "cradle-filer" {
+    # Pods that have files open wait until one serves again, and go on.
+    restart {
+      interval = "1m"
+      attempts = 20
+      delay    = "1s"
+      mode     = "delay"
+    }
+
+    task "cradle-filer" {
+      driver = "raw_exec"
+
+      # It lets another one serve before it ends.
+      kill_signal  = "SIGTERM"
+      kill_timeout = "20s"
+
+      config {
+        command = "/usr/local/bin/cradle-filer"
+        args = [
+          "serve", "--set", "files", "--member", "${node.unique.name}", "--floating", "10.1.2.9/24@eth0",
+          "--pool", "/mnt/shared/volumes",
+        ]
+      }
+    }
+  }
+}
