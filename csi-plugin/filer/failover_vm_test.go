@@ -46,7 +46,7 @@ import (
 )
 
 // TestRootFailover does to the active one of two filers, once each, what TestRootSoakFailover does again and again.
-func TestRootFailover(t *testing.T) { failOver(t, len(drills), 3*time.Second) }
+func TestRootFailover(t *testing.T) { failOver(t, len(drills), 3*time.Second, embedded) }
 
 // The drills: what is done to the active filer, or around it. Each returns once another one is to be active, or that is not to be expected.
 var drills = []struct {
@@ -565,6 +565,7 @@ type writer struct {
 	name  string
 	write func(piece int, data []byte) error // until it is acknowledged; an error is one that a client would see
 	read  func(piece int) ([]byte, error)
+	path  func(piece int) (file string, at int64) // in the pool
 
 	mu    sync.Mutex // between a write and what is known of it
 	known [pieces]int
@@ -595,7 +596,7 @@ func (w *writer) run(ctx context.Context, t testing.TB) {
 }
 
 // check reads all, by the protocol and on the pool: the last version is there, and no other.
-func (w *writer) check(t testing.TB, path func(piece int) (string, int64)) {
+func (w *writer) check(t testing.TB) {
 	t.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -608,7 +609,7 @@ func (w *writer) check(t testing.TB, path func(piece int) (string, int64)) {
 		if err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%s: piece %d is not version %d: %.60q, %v", w.name, piece, version, got, err)
 		}
-		name, at := path(piece)
+		name, at := w.path(piece)
 		f, err := os.Open(name)
 		if err == nil {
 			got = make([]byte, len(want))
@@ -621,8 +622,8 @@ func (w *writer) check(t testing.TB, path func(piece int) (string, int64)) {
 	}
 }
 
-func failOver(t *testing.T, rounds int, lease time.Duration) {
-	p := newPair(t, lease)
+func failOver(t *testing.T, rounds int, lease time.Duration, engine string) {
+	p := newPair(t, lease, "--engine", engine)
 	active, _ := p.active()
 	run := func(args ...string) string {
 		t.Helper()
@@ -641,14 +642,16 @@ func failOver(t *testing.T, rounds int, lease time.Duration) {
 	nfs := &nfsClient{pair: p, address: pub.Address}
 	defer nfs.close()
 	dav := &http.Client{Transport: &http.Transport{DialContext: p.dial, TLSClientConfig: &tls.Config{RootCAs: p.roots, MinVersion: tls.VersionTLS12}}, Timeout: 10 * time.Second}
-	handle := nfs.open(pub.Export, "nfs")
 	locked := lockDAV(t, dav, grant)
 	objects := p.objects(t, grant)
+	file := filepath.Join(data, "nfs")
+	overNFS := nfs.writer4
+	if engine == embedded {
+		overNFS = nfs.writer3
+	}
+	handle, first := overNFS(pub.Export, file)
 	writers := []*writer{
-		{
-			name: "NFS", write: func(piece int, b []byte) error { return nfs.write(handle, piece*4096, b, piece%2 == 0) },
-			read: func(piece int) ([]byte, error) { return nfs.read(handle, piece*4096, len(content("NFS", piece, 1))) },
-		},
+		first,
 		{
 			name: "WebDAV", write: func(piece int, b []byte) error {
 				header := http.Header{}
@@ -661,6 +664,7 @@ func failOver(t *testing.T, rounds int, lease time.Duration) {
 			read: func(piece int) ([]byte, error) {
 				return ask(dav, grant, http.MethodGet, fmt.Sprint("dav-", piece), nil, nil, http.StatusOK)
 			},
+			path: func(piece int) (string, int64) { return filepath.Join(data, fmt.Sprint("dav-", piece)), 0 },
 		},
 		{
 			name: "S3", write: func(piece int, b []byte) error {
@@ -680,12 +684,8 @@ func failOver(t *testing.T, rounds int, lease time.Duration) {
 				})
 				return b, err
 			},
+			path: func(piece int) (string, int64) { return filepath.Join(data, fmt.Sprint("s3-", piece)), 0 },
 		},
-	}
-	paths := []func(int) (string, int64){
-		func(piece int) (string, int64) { return filepath.Join(data, "nfs"), int64(piece) * 4096 },
-		func(piece int) (string, int64) { return filepath.Join(data, fmt.Sprint("dav-", piece)), 0 },
-		func(piece int) (string, int64) { return filepath.Join(data, fmt.Sprint("s3-", piece)), 0 },
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var g sync.WaitGroup
@@ -726,11 +726,11 @@ func failOver(t *testing.T, rounds int, lease time.Duration) {
 			progress()
 		}
 		line := ""
-		for i, w := range writers {
+		for _, w := range writers {
 			slow := time.Duration(w.slow.Load())
 			pauses[d.name+", "+w.name] = append(pauses[d.name+", "+w.name], slow)
 			line += fmt.Sprintf("  %s %.2fs", w.name, slow.Seconds())
-			w.check(t, paths[i])
+			w.check(t)
 		}
 		t.Logf("round %d, %s: the longest call%s", round+1, d.name, line)
 		if t.Failed() {
@@ -940,6 +940,17 @@ func (c *nfsClient) read(handle []byte, offset, n int) ([]byte, error) {
 	at := 4 + 4 + 84 + 4 + 4 // status, attributes, count, end
 	got := reply[at+4:]
 	return got[:min(n, len(got))], nil
+}
+
+// writer3 makes a file, and writes it by version 3.
+func (c *nfsClient) writer3(export, file string) (handle []byte, w *writer) {
+	c.t.Helper()
+	handle = c.open(export, filepath.Base(file))
+	return handle, &writer{
+		name: "NFS", write: func(piece int, b []byte) error { return c.write(handle, piece*4096, b, piece%2 == 0) },
+		read: func(piece int) ([]byte, error) { return c.read(handle, piece*4096, len(content("NFS", piece, 1))) },
+		path: func(piece int) (string, int64) { return file, int64(piece) * 4096 },
+	}
 }
 
 // ask makes a request until it is answered: connections that end, and 503, are what clients of HTTP try again at.

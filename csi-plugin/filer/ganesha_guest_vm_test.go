@@ -56,3 +56,42 @@ func TestVMGaneshaLocks(t *testing.T) {
 	one.says("given back\n0\n")
 	two.says("taken\ntaken\nfree\n")
 }
+
+// TestVMGaneshaRollback: a pod that has files open and one locked goes on with them when the volume is rolled back under it, and sees what they were; another volume's
+// pod sees nothing but a pause.
+func TestVMGaneshaRollback(t *testing.T) {
+	f := filertest.Start(t, "--engine", "ganesha")
+	host := f.Volume("v", 64<<20, nil)
+	f.Volume("w", 64<<20, nil)
+	p, q := f.Publish("v"), f.Publish("w")
+	p.Options += ",actimeo=1"
+	wait := func(name string) {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+			if _, err := os.Stat(filepath.Join(host, name)); err == nil {
+				return
+			} else if time.Now().After(end) {
+				t.Fatalf("the pod makes no %s\n%s", name, f.Log())
+			}
+		}
+	}
+	// What a descriptor reads twice is read from the server, as is what it has written.
+	pod := startImage(t, "debian", `cd /v; echo first >file; mkdir d; echo a >d/a; exec 4<file 9>lock; flock 9 || echo no lock; touch ready
+		until [ -e taken ]; do sleep 0.2; done
+		echo second >file; rm -r d; mkdir d; echo b >d/b; echo new >new; sync; exec 8>/w/log; touch changed; i=0
+		while [ -e changed ]; do i=$((i+1)); echo $i >&8 || echo lost; sleep 0.2; done
+		cat file d/a; cat <&4; ls -A | tr '\n' ' '; ls d; (exec 9<&-; exec 7>lock; flock -n 7 && echo stolen || echo kept); echo third >file && cat file; [ "$(wc -l </w/log)" = $i ] || echo missing`,
+		"--mount", p.Mount("/v"), "--mount", q.Mount("/w"))
+	wait("ready")
+	f.Must("snapshot", "v", "s")
+	if err := os.WriteFile(filepath.Join(host, "taken"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	wait("changed")
+	f.Must("rollback", "v", "s")
+	pod.says("first\na\nfirst\nd file lock ready a\nkept\nthird\n")
+	f.Must("unpublish", p.ID)
+	for _, s := range snapshotsOf(t, f, "v") {
+		removeSnapshot(t, f, "v", s.Name)
+	}
+}
