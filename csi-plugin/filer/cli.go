@@ -229,6 +229,9 @@ func printSet(w io.Writer, s api.Set) (state string) {
 		fmt.Fprintf(w, "active\t%s, which answers nobody yet, as %s\n", s.Active, s.Why)
 	}
 	fmt.Fprintf(w, "standing by\t%s\n", cmp.Or(strings.Join(s.Standby, " "), "none"))
+	if s.Waits != "" {
+		fmt.Fprintf(w, "waits for\t%s\n", s.Waits)
+	}
 	if s.Consul != "" {
 		fmt.Fprintf(w, "Consul\t%s\n", s.Consul)
 	}

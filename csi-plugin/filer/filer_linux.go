@@ -36,6 +36,7 @@ type filer struct {
 	state      string // with what outlasts a reboot, such as grants/ID.json
 	kept       string // with publications/ID.json
 	shared     bool   // with other hosts
+	images     bool   // a volume with a size is one
 	lease      *lease.Lease
 	leash      *os.File        // of the processes that serve S3, in a set
 	long       context.Context // of what is done for long, which ends with the term
@@ -148,7 +149,7 @@ func (f *filer) hasFiles(ctx context.Context, id string) error {
 	switch {
 	case err == nil && v.Block():
 		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
-	case err == nil && f.shared && v.Size > 0:
+	case err == nil && f.shared && f.images && v.Size > 0:
 		err = volume.Invalid("volume "+v.ID, "it has a size, so its files are in an image, which two hosts must not mount; a set of filers serves volumes that are made without one")
 	}
 	return err

@@ -53,7 +53,7 @@ func (m *member) hold(ctx context.Context, session string, former tenure) (took 
 	taking := h.by.Work() // meanwhile the warden may have to kill
 	h.arm(true)
 	g.Go(h.rest)
-	t, err := h.take()
+	t, err := h.take(former)
 	taking()
 	why := ""
 	var asker chan error
@@ -89,6 +89,9 @@ func (m *member) serves(t *term) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.term, m.since = t, time.Now()
+	if t != nil {
+		m.waits = ""
+	}
 }
 
 // arm begins to extend the lease, or ends that.
@@ -201,7 +204,7 @@ func (h *hold) rest() {
 }
 
 // take takes the pool, and begins to serve from it.
-func (h *hold) take() (*term, error) {
+func (h *hold) take(before tenure) (*term, error) {
 	asked := lease.Now()
 	now, former, err := h.lock.holder(h.lost)
 	if err == nil && now != h.session {
@@ -213,7 +216,12 @@ func (h *hold) take() (*term, error) {
 	if err != nil {
 		return nil, err
 	}
-	at, id, err := h.pool.take(h.lost, former.Pool)
+	if h.hostID != "" {
+		if err := h.lock.alone(h.lost, h.set.member, h.hostID); err != nil {
+			return nil, err
+		}
+	}
+	at, id, err := h.pool.take(h.lost, former.Pool, before.Ended != "" || before.Serving || before.Session == "")
 	if err != nil {
 		return nil, err
 	}
@@ -238,6 +246,9 @@ func (h *hold) take() (*term, error) {
 			h.at.announce(t.long, func(err error) { h.log.Warn("neighbours", "error", err) })
 			return nil
 		})
+	}
+	if p, ok := h.pool.(*sharedZpools); ok {
+		t.group.Go(func() error { return p.guard(t.long) })
 	}
 	t.group.Go(func() error {
 		for ; t.long.Err() == nil; h.pause(t.long, 200*time.Millisecond) {
@@ -298,7 +309,7 @@ func (h *hold) stop(t *term, why string) {
 	}
 	h.arm(false)
 	h.by.Lapse()
-	errs = append(errs, h.clearMounts(), h.pool.give())
+	errs = append(errs, clearMounts(h.volumes()), h.give(context.Background()))
 	if err := errors.Join(errs...); err != nil {
 		h.log.Warn("give the pool back", "error", err)
 	}

@@ -154,6 +154,20 @@ func (l lock) members(ctx context.Context) (names []string, err error) {
 	return names, err
 }
 
+// hostID is what members tell theirs by, in Consul.
+const hostID = "hostid"
+
+// alone refuses a hostid that another member has as well: ZFS would take the two hosts for one, and let both import the same zpool.
+func (l lock) alone(ctx context.Context, member, id string) error {
+	all, _, err := l.client.Health().Service(l.membersService(), "", false, new(consulapi.QueryOptions).WithContext(ctx))
+	for _, e := range all {
+		if e.Service.ID != l.memberID(member) && e.Service.Meta[hostID] == id {
+			return fmt.Errorf("the host of %s has the same hostid, %s, as this one: remove /etc/hostid, run zgenhostid, and boot again", strings.TrimPrefix(e.Service.ID, l.membersService()+"-"), id)
+		}
+	}
+	return err
+}
+
 // fate says what has become of a member, as far as Consul knows.
 func (l lock) fate(ctx context.Context, member string) string {
 	all, _, err := l.client.Health().Service(l.membersService(), "", false, new(consulapi.QueryOptions).WithContext(ctx))

@@ -14,11 +14,12 @@ import (
 // A pool is what the members of a set share, and one at a time uses.
 type pool interface {
 	// take takes it into use here. Whoever had it before can't write any more: the lock is held, and its lease has passed. id is what the pool was known by, or ""
-	// of one that no member has taken yet.
-	take(ctx context.Context, id string) (at place, now string, err error)
+	// of one that no member has taken yet. settled says that whoever had the lock
+	// before is past its own take.
+	take(ctx context.Context, id string, settled bool) (at place, now string, err error)
 
-	// give gives it back. Nothing of it is open any more.
-	give() error
+	// give gives it back, also what a former process had. Nothing of it is open any more.
+	give(ctx context.Context) error
 }
 
 // sharedDirectories are directories of a file system that all members have mounted, which shows to each at once what another has written.
@@ -48,34 +49,42 @@ func (s *server) sharedDirectories() (*sharedDirectories, error) {
 const setState = ".cradle-filer@state"
 
 // take refuses what is not the set's pool, such as an empty directory that its file system is not mounted on.
-func (p *sharedDirectories) take(_ context.Context, id string) (at place, now string, err error) {
+func (p *sharedDirectories) take(ctx context.Context, id string, _ bool) (at place, now string, err error) {
 	for _, path := range p.paths {
 		if _, err := os.Stat(path); err != nil {
 			return at, "", fmt.Errorf("pool: %w: mount the file system that the set shares", err)
 		}
 	}
 	if id != "" {
-		if _, err := os.Stat(filepath.Join(p.state, "handles.key")); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(p.state, handlesKey)); errors.Is(err, fs.ErrNotExist) {
 			return at, "", fmt.Errorf("%s is not there, and the set has had it: mount the file system that it shares", p.state)
 		}
 	}
-	key, err := readKey(p.state)
-	if err != nil {
+	if now, err = identify(p.state, id); err != nil {
 		return at, "", err
 	}
-	sum := sha256.Sum256(append([]byte("pool of "), key[:]...))
-	if now = hex.EncodeToString(sum[:8]); id != "" && id != now {
-		return at, "", fmt.Errorf("%s is of another set of volumes than this one has had: mount the file system that it shares, or restore handles.key", p.state)
-	}
-	b, err := p.server.open()
+	b, err := p.server.open(ctx)
 	if err != nil {
 		return at, "", err
 	}
 	p.opened = b
-	return place{backend: b, state: p.state, kept: p.state, shared: true}, now, nil
+	return place{backend: b, state: p.state, kept: p.state, shared: true, images: true}, now, nil
 }
 
-func (p *sharedDirectories) give() error {
+// identify says what a pool is known by, which is not to be another one than before.
+func identify(state, id string) (now string, err error) {
+	key, err := readKey(state)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(append([]byte("pool of "), key[:]...))
+	if now = hex.EncodeToString(sum[:8]); id != "" && id != now {
+		return "", fmt.Errorf("%s is of another set of volumes than this one has had: mount the file system that it shares, or restore handles.key", state)
+	}
+	return now, nil
+}
+
+func (p *sharedDirectories) give(context.Context) error {
 	if p.opened == nil {
 		return nil
 	}

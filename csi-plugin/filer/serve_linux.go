@@ -26,12 +26,14 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
 	"github.com/cradlestack/cradlestack/internal/durable"
 )
 
 // A server is the command's flags.
 type server struct {
 	*cli
+	backend string
 	pools   []string
 	listen  string
 	address string
@@ -56,7 +58,8 @@ wait meanwhile, and go on with the files that they have open.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	f := cmd.Flags()
-	f.StringArrayVar(&s.pools, "pool", []string{"/var/lib/cradle/volumes"}, "the directory that the volumes are in, or NAME=DIRECTORY, as cradle-csi has it; more than once")
+	f.StringVar(&s.backend, "backend", onDirectories, "what keeps the volumes, as cradle-csi has it: "+onDirectories+", "+onZFS)
+	f.StringArrayVar(&s.pools, "pool", nil, "the directory or dataset that the volumes are in, or NAME=DIRECTORY, as cradle-csi has it; more than once (default of --backend "+onDirectories+": "+usualPool+")")
 	f.StringVar(&s.listen, "listen", ":2049", "address to serve NFS on")
 	f.StringVar(&s.address, "address", "", "HOST or HOST:PORT that clients reach it by (default: that of --listen, or this host's)")
 	f.StringVar(&s.state, "state", "", "directory (default "+usualState+", of a set: in the first pool) for grants, WebDAV's locks, the audit log, and the key of file handles: with another key, clients lose the files that they have open")
@@ -77,6 +80,8 @@ func (s *server) run(ctx context.Context) error {
 	switch {
 	case s.engine != embedded && s.engine != byGanesha:
 		return fmt.Errorf("--engine %s: it is %s or %s", s.engine, embedded, byGanesha)
+	case s.backend != onDirectories && s.backend != onZFS:
+		return fmt.Errorf("--backend %s: it is %s or %s", s.backend, onDirectories, onZFS)
 	case s.trust && s.engine == embedded:
 		return errors.New("--trust-clients is for --engine " + byGanesha + ": the other trusts none")
 	}
@@ -101,7 +106,7 @@ func (s *server) run(ctx context.Context) error {
 	if s.set.name != "" {
 		return s.runSet(ctx, control, collected, log)
 	}
-	b, err := s.open()
+	b, err := s.open(ctx)
 	if err != nil {
 		return err
 	}
@@ -159,7 +164,25 @@ func (t *term) loadReplies() error {
 
 const repliesFile = "replies"
 
-func (s *server) open() (*dir.Backend, error) {
+// The backends.
+const onDirectories, onZFS = "dir", "zfs"
+
+const usualPool = "/var/lib/cradle/volumes"
+
+// A keeper is a backend that holds something open.
+type keeper interface {
+	volume.Backend
+	io.Closer
+}
+
+func (s *server) open(ctx context.Context) (keeper, error) {
+	if s.backend == onZFS {
+		datasets, err := s.datasets()
+		if err != nil {
+			return nil, err
+		}
+		return openZFS(ctx, datasets)
+	}
 	pools, err := s.directories()
 	if err != nil {
 		return nil, err
@@ -167,8 +190,30 @@ func (s *server) open() (*dir.Backend, error) {
 	return dir.Open(pools)
 }
 
-func (s *server) directories() (pools []dir.Pool, err error) {
+func openZFS(ctx context.Context, datasets []zfs.Pool) (*zfs.Backend, error) {
+	return zfs.Open(ctx, datasets, "/run/cradle/zfs.lock")
+}
+
+func (s *server) datasets() (pools []zfs.Pool, err error) {
 	for _, p := range s.pools {
+		name, dataset, err := volume.SplitPool(p)
+		if err != nil {
+			return nil, err
+		}
+		pools = append(pools, zfs.Pool{Name: name, Dataset: dataset})
+	}
+	if len(pools) == 0 {
+		return nil, errors.New("--pool: name the dataset that volumes are kept below, such as tank/cradle")
+	}
+	return pools, nil
+}
+
+func (s *server) directories() (pools []dir.Pool, err error) {
+	all := s.pools
+	if len(all) == 0 {
+		all = []string{usualPool}
+	}
+	for _, p := range all {
 		name, path, err := volume.SplitPool(p)
 		if err == nil {
 			path, err = filepath.Abs(path)
@@ -178,18 +223,17 @@ func (s *server) directories() (pools []dir.Pool, err error) {
 		}
 		pools = append(pools, dir.Pool{Name: name, Path: path})
 	}
-	if len(pools) == 0 {
-		return nil, errors.New("--pool: name the directory that volumes are kept in")
-	}
 	return pools, nil
 }
+
+const handlesKey = "handles.key"
 
 // readKey reads the key of file handles, or makes one.
 func readKey(state string) (key [nfs.KeySize]byte, err error) {
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return key, err
 	}
-	path := filepath.Join(state, "handles.key")
+	path := filepath.Join(state, handlesKey)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		data = make([]byte, nfs.KeySize)

@@ -23,6 +23,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
 )
 
 type setFlags struct {
@@ -45,6 +46,7 @@ const (
 	leaseLeast, leaseMost = 2 * time.Second, time.Minute
 
 	drainTime  = 5 * time.Second  // for calls that have begun, at a switch
+	giveTime   = 8 * time.Second  // for a pool that something still has open
 	endTime    = 10 * time.Second // for what can't be ended but by itself
 	switchTime = 5 * time.Second  // for the other one to serve
 
@@ -64,6 +66,8 @@ type member struct {
 	pool   pool
 	at     *floating // nil for none
 	warden *warden
+	hostID string   // of ZFS; "" where that is not the pool's
+	leash  *os.File // the warden's: what has it open is waited for
 	peers  *peers
 	ask    chan chan error // to switch
 	exit   func()          // at once
@@ -74,6 +78,7 @@ type member struct {
 	since  time.Time
 	away   time.Time // since when Consul does not answer; zero while it does
 	reason error     // it does not
+	waits  string    // why it has the lock and can't serve; "" if it can
 
 	former heldBefore
 }
@@ -108,12 +113,28 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 		return fmt.Errorf("--consul: %w", err)
 	}
 	m.lock = lock{client, m.set.name}
-	shared, err := m.sharedDirectories()
-	if err != nil {
-		return err
+	var zpools []string
+	keyFile := m.set.peersKey
+	if s.backend == onZFS {
+		shared, err := m.sharedZpools()
+		if err != nil {
+			return err
+		}
+		if m.hostID, err = zfs.HostID(); err != nil {
+			return err
+		}
+		if keyFile == "" {
+			return errors.New("--peers-key: name the file with the key that the filers of the set show each other, the same for all: one that stands by has none of what is in the pool (head -c 32 /dev/urandom)")
+		}
+		m.pool, zpools = shared, shared.names
+	} else {
+		shared, err := m.sharedDirectories()
+		if err != nil {
+			return err
+		}
+		m.pool, keyFile = shared, cmp.Or(keyFile, filepath.Join(shared.state, handlesKey))
 	}
-	m.pool = shared
-	if err := m.clear(); err != nil { // what a process that was killed has left
+	if err := m.clear(ctx); err != nil { // what a process that was killed has left
 		return err
 	}
 	health, err := net.Listen("tcp", "127.0.0.1:0")
@@ -121,12 +142,12 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 		return err
 	}
 	// The address that moves is not this host's now.
-	m.peers = &peers{file: cmp.Or(m.set.peersKey, filepath.Join(shared.state, "handles.key"))}
+	m.peers = &peers{file: keyFile}
 	others, err := m.peers.listen(m.set.peers)
 	if err != nil {
 		return errors.Join(err, health.Close())
 	}
-	m.warden, err = startWarden(charge{m.set.consul, m.set.name, m.set.member, m.set.floating}, s.stderr)
+	m.warden, err = startWarden(charge{m.set.consul, m.set.name, m.set.member, m.set.floating, m.volumes(), zpools}, s.stderr)
 	if err != nil {
 		return errors.Join(err, health.Close(), others.Close())
 	}
@@ -159,7 +180,13 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 	defer m.deregister(m.lock.memberID(m.set.member))
 	g.Go(func() { m.nameActive(serving, health.Addr().String()) })
 	log.Info("standing by", "set", m.set.name, "member", m.set.member, "socket", s.socket, "version", version)
+	m.leash = m.warden.leash
 	for ctx.Err() == nil {
+		if err := m.give(ctx); err != nil {
+			log.Error("give the pool back", "error", err)
+			m.pause(ctx, time.Second)
+			continue
+		}
 		m.register(ctx, health.Addr().String())
 		session, former, err := m.campaign(ctx)
 		if err != nil {
@@ -171,9 +198,14 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 		}
 		took, err := m.hold(ctx, session, former)
 		m.unsession(session, took)
+		m.waitsFor(err)
 		if err != nil {
 			log.Error("could not serve", "error", err)
-			m.pause(ctx, 10*time.Second)
+			pause := 10 * time.Second
+			if errors.Is(err, volume.ErrUnavailable) {
+				pause = 2 * time.Second
+			}
+			m.pause(ctx, pause)
 		}
 	}
 	if errors.Is(context.Cause(ctx), errNoWarden) {
@@ -192,17 +224,41 @@ func (m *member) pause(ctx context.Context, d time.Duration) {
 }
 
 // clear takes away what a host that is not the active one does not have.
-func (m *member) clear() error {
-	err := m.clearMounts()
+func (m *member) clear(ctx context.Context) error {
+	err := clearMounts(m.volumes())
 	if m.at != nil {
 		err = errors.Join(err, m.at.remove())
 	}
-	return err
+	return errors.Join(err, m.give(ctx))
 }
 
-func (m *member) clearMounts() error {
+// give gives the pool back.
+func (m *member) give(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, giveTime)
+	defer cancel()
+	return m.pool.give(ctx)
+}
+
+// waitsFor tells to status why this member does not serve although it could have.
+func (m *member) waitsFor(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.waits = ""; err != nil {
+		m.waits = err.Error()
+	}
+}
+
+func (m *member) waitsNow() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.waits
+}
+
+// volumes is the directory where volumes are mounted.
+func (s *server) volumes() string { return filepath.Join(filepath.Dir(s.socket), "volumes") }
+
+func clearMounts(mounts string) error {
 	var errs []error
-	mounts := filepath.Join(filepath.Dir(m.socket), "volumes")
 	entries, err := os.ReadDir(mounts)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, err)
@@ -244,7 +300,7 @@ func (m *member) check(health, path string) *consulapi.AgentServiceCheck {
 func (m *member) register(ctx context.Context, health string) {
 	for ; ctx.Err() == nil; m.pause(ctx, 250*time.Millisecond) {
 		err := m.lock.client.Agent().ServiceRegisterOpts(&consulapi.AgentServiceRegistration{
-			ID: m.lock.memberID(m.set.member), Name: m.lock.membersService(), Check: m.check(health, "/member"),
+			ID: m.lock.memberID(m.set.member), Name: m.lock.membersService(), Check: m.check(health, "/member"), Meta: map[string]string{hostID: m.hostID},
 		}, consulapi.ServiceRegisterOpts{}.WithContext(ctx))
 		if err == nil {
 			return
@@ -494,6 +550,7 @@ func (m *member) status(ctx context.Context) (s api.Status, err error) {
 		lapsed, _ := t.lease.Lapsed()
 		set.Active, set.Serving = m.set.member, !lapsed
 	}
+	set.Waits = m.waitsNow()
 	all, err := m.lock.members(ctx)
 	for _, name := range all {
 		if name != set.Active {

@@ -39,6 +39,7 @@ type place struct {
 	state   string // what outlasts a reboot
 	kept    string // publications, and replies that the next process is to know
 	shared  bool   // with other hosts
+	images  bool   // a volume with a size is one
 }
 
 // begin serves what is published and granted, under the lease, until ctx ends. Whoever may use the lease does so from here on: it is opened once all is there.
@@ -90,7 +91,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		t.close = append(t.close, func() { users.Close() })
 	}
 	t.filer = &filer{
-		backend: at.backend, engine: engine, engineName: s.engine, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, audit: newAudit(at.state, log), address: address, log: log,
+		backend: at.backend, engine: engine, engineName: s.engine, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, images: at.images, audit: newAudit(at.state, log), address: address, log: log,
 		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash, metrics: s.metrics,
 	}
 	t.long, t.stop = context.WithCancelCause(ctx)

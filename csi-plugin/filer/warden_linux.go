@@ -56,6 +56,8 @@ type charge struct {
 	Set      string
 	Member   string
 	Floating string
+	Volumes  string   // the directory that they are mounted in
+	Zpools   []string // that go with the lock
 }
 
 // startWarden starts one for this process.
@@ -180,6 +182,14 @@ func (c charge) watch(pipe *os.File, pidfd int, log *slog.Logger) error {
 	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 1000)
 	log.Info("the filer has ended")
 	errs := []error{c.freeAddress()}
+	if len(c.Zpools) > 0 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := exportZpools(ctx, c.Volumes, c.Zpools); err != nil {
+			return errors.Join(append(errs, err)...) // nobody is told that this host has nothing any more
+		}
+		log.Info("gave the pool back", "zpools", c.Zpools)
+	}
 	config := consulConfig(c.Consul)
 	client, err := consulapi.NewClient(config)
 	if err == nil {

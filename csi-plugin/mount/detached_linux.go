@@ -3,6 +3,7 @@ package mount
 import (
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,6 +20,9 @@ func Detached(device, fsType string, readOnly bool) (*os.Root, error) {
 	err = unix.FsconfigSetString(fs, "source", device)
 	if err == nil && fsType == "xfs" {
 		err = unix.FsconfigSetFlag(fs, "nouuid") // a clone has its origin's uuid
+	}
+	if err == nil && fsType == ZFS && strings.Contains(device, "@") {
+		err = unix.FsconfigSetFlag(fs, "ro") // as a snapshot is, if it is already mounted
 	}
 	if err == nil {
 		err = unix.FsconfigCreate(fs)

@@ -88,6 +88,11 @@ func (l Locks) Alone(ctx context.Context, name string, do func(context.Context) 
 	return do(context.WithoutCancel(held))
 }
 
+// Holding has the programs that run with a context keep f open, as they do locks: its end says that they have ended.
+func Holding(ctx context.Context, f *os.File) context.Context {
+	return context.WithValue(ctx, heldKey{}, f)
+}
+
 type heldKey struct{}
 
 // Held is the file whose locks a context was returned with, nil where it was not.

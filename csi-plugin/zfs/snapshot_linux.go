@@ -216,6 +216,9 @@ func (b *Backend) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 		if s, err = f.snap(ctx, id.Name); err == nil {
 			err = s.drop(ctx)
 		}
+		if err == nil || errors.Is(err, volume.ErrNotFound) {
+			err = errors.Join(err, f.sweep(ctx))
+		}
 	}
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
@@ -226,10 +229,24 @@ func (b *Backend) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	return nil
 }
 
-// drop removes a snapshot. One that clones need goes with the last of them, and until then has another name.
+// sweep removes snapshots that were deleted while somebody looked at them.
+func (f *found) sweep(ctx context.Context) error {
+	all, err := snaps(ctx, f.dataset, 1)
+	for _, s := range all {
+		if err == nil && s.left() && strings.HasPrefix(s.id().Name, deleted) {
+			if err = s.drop(ctx); errors.Is(err, errBusy) || errors.Is(err, errNoDataset) {
+				err = nil
+			}
+		}
+	}
+	return err
+}
+
+// drop removes a snapshot. One that clones need goes with the last of them, and until then has another name; so has one that somebody looks at.
 func (s snap) drop(ctx context.Context) error {
 	_, err := zfs(ctx, "destroy", s.name)
-	if !errors.Is(err, errChildren) {
+	looked := errors.Is(err, errBusy) && !s.hidden() && !s.Block()
+	if !errors.Is(err, errChildren) && !looked {
 		return err
 	}
 	name := s.name
@@ -239,7 +256,9 @@ func (s snap) drop(ctx context.Context) error {
 			return err
 		}
 	}
-	_, err = zfs(ctx, "destroy", "-d", name)
+	if _, err = zfs(ctx, "destroy", "-d", name); looked && errors.Is(err, errBusy) {
+		err = nil
+	}
 	return err
 }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # lab.sh build        build a machine that has ZFS, from the distribution's packages alone (contrib is on main's mirror)
 # lab.sh run JOBDIR   boot it, emulated, and run JOBDIR/run.sh inside: JOBDIR travels in, the console comes out
+#                     ($ZFSLAB_DISK: the disk's file, which several machines may have at once; $ZFSLAB_NET: QEMU's -netdev, and $ZFSLAB_MAC)
 #
 # It is cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/zfslab-KEY, where KEY hashes how it is built; that takes 3 minutes on two idle
 # cores. Nothing of the host is changed. Needs root, and qemu-system-x86 mmdebstrap cpio zstd make gcc.
@@ -82,15 +83,18 @@ run() {
   tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
   [ -e "$W/initramfs.zst" ] || { echo "lab.sh: not built: run $0 build" >&2; exit 1; }
   tar -C "$job" -hcf "$tmp/job.tar" .; truncate -s %1M "$tmp/job.tar"
-  truncate -s 4G "$tmp/disk"
-  # one partition of type 83 over sectors 2048…8388607 (the MBR's first entry, and its signature)
-  printf '\0\0\0\0\x83\0\0\0\x00\x08\x00\x00\x00\xf8\x7f\x00' | dd of="$tmp/disk" bs=1 seek=446 conv=notrunc status=none
-  printf '\x55\xaa' | dd of="$tmp/disk" bs=1 seek=510 conv=notrunc status=none
-  timeout "${ZFSLAB_TIMEOUT:-300}" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu qemu64 -smp 1 -m 1536 -nodefaults -vga none -no-user-config -nographic -serial stdio -no-reboot \
+  local disk=${ZFSLAB_DISK:-$tmp/disk}
+  if [ ! -s "$disk" ]; then
+    truncate -s 4G "$disk"
+    # one partition of type 83 over sectors 2048…8388607 (the MBR's first entry, and its signature)
+    printf '\0\0\0\0\x83\0\0\0\x00\x08\x00\x00\x00\xf8\x7f\x00' | dd of="$disk" bs=1 seek=446 conv=notrunc status=none
+    printf '\x55\xaa' | dd of="$disk" bs=1 seek=510 conv=notrunc status=none
+  fi
+  timeout --foreground "${ZFSLAB_TIMEOUT:-300}" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu qemu64 -smp 1 -m 1536 -nodefaults -vga none -no-user-config -nographic -serial stdio -no-reboot \
     -kernel "$W/vmlinuz" -initrd "$W/initramfs.zst" -append "console=ttyS0 quiet reboot=t panic=-1 mitigations=off nopti init_on_alloc=0 zfs.zfs_arc_max=402653184" \
-    -drive id=d0,file="$tmp/disk",format=raw,if=none,cache=unsafe -device virtio-blk-pci,drive=d0 \
+    -drive id=d0,file="$disk",format=raw,if=none,cache=unsafe,file.locking=off -device virtio-blk-pci,drive=d0 \
     -drive id=d1,file="$tmp/job.tar",format=raw,if=none -device virtio-blk-pci,drive=d1 \
-    -netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile= </dev/null | tee "$tmp/console"
+    -netdev "${ZFSLAB_NET:-user},id=n0" -device virtio-net-pci,netdev=n0,mac="${ZFSLAB_MAC:-52:54:00:12:34:56}",romfile= </dev/null | tee "$tmp/console"
   grep -q 'lab.sh: exit 0' "$tmp/console"
 }
 

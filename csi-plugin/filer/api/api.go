@@ -86,6 +86,7 @@ type Set struct {
 	ActiveSince time.Time `json:"activeSince"`
 	Why         string    `json:"why"` // it moved there
 	Standby     []string  `json:"standby,omitempty"`
+	Waits       string    `json:"waits,omitempty"`  // for what the member that answers this waits, which could not serve when it had the lock
 	Consul      string    `json:"consul,omitempty"` // why it is not to be relied on; "" while it answers
 }
 

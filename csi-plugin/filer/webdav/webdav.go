@@ -47,5 +47,5 @@ func (g Grant) knows(secret string) bool {
 // temporary is the directory in a volume's root for uploads that are not whole and for what is being removed. It is there as long as there is something in it.
 const temporary = ".cradle-webdav"
 
-// Hidden are names in a volume's root of files that help to serve it, by this package and over S3: they are none of the volume's.
-var Hidden = []string{temporary, ".sgwtmp"}
+// Hidden are names in a volume's root of files that help to serve it, by this package and over S3, and of what ZFS has there besides: they are none of the volume's.
+var Hidden = []string{temporary, ".sgwtmp", ".zfs"}

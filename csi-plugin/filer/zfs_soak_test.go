@@ -1,0 +1,413 @@
+//go:build vm && soak
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/internal/locked"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// A machine is one that has ZFS, a disk that another one has as well, and a filer of their set, which is started again when it ends.
+type machine struct {
+	*pair
+	name, address string
+	net           *http.Client
+	qemu          *exec.Cmd
+	console       locked.Buffer
+}
+
+// boot starts it, and waits until it takes commands.
+func (m *machine) boot(lab, disk string) {
+	m.t.Helper()
+	job := m.file(m.name)
+	m.qemu = exec.Command("ip", "netns", "exec", m.ns("sw"), lab, "run", job)
+	m.qemu.Env = append(os.Environ(), "TMPDIR="+m.dir, "ZFSLAB_TIMEOUT=7200", "ZFSLAB_DISK="+disk, "ZFSLAB_NET=tap,ifname="+m.name+",script=no,downscript=no", "ZFSLAB_MAC=52:54:00:77:00:0"+m.address[len(m.address)-1:])
+	m.qemu.Stdout, m.qemu.Stderr = &m.console, &m.console
+	m.qemu.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := m.qemu.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	m.eventually(m.name+" takes commands", func() error {
+		_, err := m.run("true")
+		return err
+	})
+}
+
+// lose ends it, as a power cut does.
+func (m *machine) lose() {
+	if m.qemu == nil {
+		return
+	}
+	_ = unix.Kill(-m.qemu.Process.Pid, unix.SIGKILL)
+	_ = m.qemu.Wait()
+	m.qemu = nil
+}
+
+// run has its shell do something.
+func (m *machine) run(script string) (string, error) {
+	resp, err := m.net.Post("http://"+m.address+":8080/cgi-bin/run", "text/plain", strings.NewReader(script+"\n"))
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	out, err := io.ReadAll(resp.Body)
+	text, ok := strings.CutSuffix(string(out), "exit 0\n")
+	if err == nil && !ok {
+		err = fmt.Errorf("%s: %s: %.2000s", m.name, script, out)
+	}
+	return text, err
+}
+
+func (m *machine) must(script string) string {
+	m.t.Helper()
+	out, err := m.run(script)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return out
+}
+
+func (m *machine) status() (s api.Status, err error) {
+	out, err := m.run("./cradle-filer status -o json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &s)
+	}
+	if err == nil && s.Set == nil {
+		err = errors.New("it is of no set")
+	}
+	return s, err
+}
+
+// pids are of the processes with such a command line.
+func (m *machine) pids(command string) string {
+	m.t.Helper()
+	out := m.must("ps | grep '[" + command[:1] + "]" + command[1:] + "' | awk '{print $1}'")
+	pids := strings.Join(strings.Fields(out), " ")
+	if pids == "" {
+		m.t.Fatalf("%s has no process %s", m.name, command)
+	}
+	return pids
+}
+
+func (m *machine) hasPool() bool {
+	out, err := m.run("zpool list -H -o name") // which waits for an import that is at work
+	return err == nil && slices.Contains(strings.Fields(out), "tank")
+}
+
+// zfsDrills are what happens to the active filer, or its machine.
+var zfsDrills = []struct {
+	name string
+	do   func(active, other *machine, boot func(*machine))
+}{
+	{"switched", func(active, _ *machine, _ func(*machine)) { active.must("./cradle-filer switch") }},
+	{"killed", func(active, _ *machine, _ func(*machine)) { active.must("kill -9 " + active.pids("cradle-filer serve")) }},
+	// Continued where another one is active: if it is there still.
+	{"frozen", func(active, other *machine, _ func(*machine)) {
+		pid := active.pids("cradle-filer serve")
+		active.must("kill -STOP " + pid)
+		other.serves()
+		active.must("kill -CONT " + pid + " || true")
+	}},
+	// Nobody is left to export the zpool: the one that is started again does, whichever serves then.
+	{"killed with its warden", func(active, _ *machine, _ func(*machine)) {
+		active.must("kill -9 " + active.pids("exe warden") + " " + active.pids("cradle-filer serve"))
+	}},
+	{"host lost", func(active, other *machine, boot func(*machine)) {
+		active.lose()
+		other.serves()
+		boot(active)
+	}},
+}
+
+func (m *machine) serves() {
+	m.t.Helper()
+	m.eventually(m.name+" serves", func() error {
+		s, err := m.status()
+		if err == nil && (s.Set.Active != m.name || !s.Set.Serving) {
+			err = fmt.Errorf("it says %+v", *s.Set)
+		}
+		return err
+	})
+}
+
+// TestVMSoakFilerZFS: two machines have one disk with a zpool, and a filer each. Again and again the active one is switched, killed, frozen, killed with its warden, or its
+// machine is lost, while clients write: nothing that was acknowledged is lost or becomes older, no client sees more than a pause, and never have both the zpool imported,
+// nor does one get it by force while the other has it.
+func TestVMSoakFilerZFS(t *testing.T) { zfsFailOver(t, 25) }
+
+func zfsFailOver(t *testing.T, rounds int) {
+	root, err := programs.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lab := filepath.Join(root, "tools/zfs/lab.sh")
+	if out, err := exec.Command(lab, "build").CombinedOutput(); err != nil {
+		t.Fatalf("%s build: %v\n%s", lab, err, out)
+	}
+	p := &pair{t: t, dir: t.TempDir(), id: fmt.Sprintf("fz%d", os.Getpid()), programs: map[string]string{}}
+	for _, name := range []string{"cradle-filer", "cradle-csi"} {
+		if p.programs[name], err = programs.Path(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if p.programs["consul"], err = programs.Tool("consul"); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"sw", "c", "cl"} {
+		p.ip("netns", "add", p.ns(name))
+		t.Cleanup(func() { p.ip("netns", "del", p.ns(name)) })
+		p.ip("-n", p.ns(name), "link", "set", "lo", "up")
+	}
+	p.certify()
+	p.ip("-n", p.ns("sw"), "link", "add", "name", "bridge0", "type", "bridge")
+	p.ip("-n", p.ns("sw"), "link", "set", "bridge0", "up")
+	for i, name := range []string{"c", "cl"} {
+		p.ip("-n", p.ns("sw"), "link", "add", "name", name, "type", "veth", "peer", "name", "eth0", "netns", p.ns(name))
+		p.ip("-n", p.ns("sw"), "link", "set", "dev", name, "master", "bridge0", "up")
+		p.ip("-n", p.ns(name), "addr", "add", fmt.Sprintf("10.77.0.%d/24", 3+i), "dev", "eth0")
+		p.ip("-n", p.ns(name), "link", "set", "eth0", "up")
+	}
+	var agent locked.Buffer
+	server := exec.Command("ip", "netns", "exec", p.ns("c"), p.programs["consul"], "agent", "-server", "-bootstrap-expect=1", "-node=c", "-bind=10.77.0.3", "-data-dir="+p.file("consul"), "-log-level=warn")
+	server.Stdout, server.Stderr = &agent, &agent
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = server.Process.Kill()
+		_ = server.Wait()
+	}()
+	if err := os.WriteFile(p.file("peers.key"), bytes.Repeat([]byte("k"), 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	disk := p.file("disk")
+	client := &http.Client{Transport: &http.Transport{DialContext: p.dial, DisableKeepAlives: true}, Timeout: time.Minute}
+	var both [2]*machine
+	for i, name := range []string{"a", "b"} {
+		m := &machine{pair: p, name: name, address: fmt.Sprintf("10.77.0.%d", i+1), net: client}
+		both[i] = m
+		p.ip("-n", p.ns("sw"), "tuntap", "add", name, "mode", "tap")
+		p.ip("-n", p.ns("sw"), "link", "set", "dev", name, "master", "bridge0", "up")
+		m.prepare()
+		defer func() {
+			m.lose()
+			if t.Failed() {
+				text := m.console.String()
+				t.Logf("%s:\n%s", m.name, text[max(0, len(text)-12<<10):])
+			}
+		}()
+	}
+	var g sync.WaitGroup
+	for i, m := range both {
+		if i == 0 {
+			m.boot(lab, disk)
+			m.must(`zpool create -o cachefile=none -O mountpoint=none tank /dev/vda1
+DHV_VOLUME_ID=vol DHV_VOLUMES_DIR=/mounts DHV_CAPACITY_MIN_BYTES=67108864 DHV_PARAMETERS={} ./cradle-csi host-volume create --backend zfs --pool tank/cradle
+umount /mounts/* 2>/dev/null || true
+zpool export tank`)
+		} else {
+			m.boot(lab, disk)
+		}
+	}
+	for _, m := range both {
+		m.must("touch /start")
+	}
+	settled := func() error {
+		for _, m := range both {
+			s, err := m.status()
+			if err == nil && (!s.Set.Serving || len(s.Set.Standby) != 1) {
+				err = fmt.Errorf("%s says %+v", m.name, *s.Set)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	p.eventually("a filer serves, and the other stands by", settled)
+	active := func() (active, other *machine) {
+		s, err := both[0].status()
+		if err == nil && s.Set.Active == both[1].name {
+			return both[1], both[0]
+		}
+		return both[0], both[1]
+	}
+	a, _ := active()
+	var pub api.Publication
+	var grant api.Grant
+	if err := errors.Join(json.Unmarshal([]byte(a.must("./cradle-filer publish vol --client 10.77.0.0/24 -o json")), &pub), json.Unmarshal([]byte(a.must("./cradle-filer grant vol -o json")), &grant)); err != nil {
+		t.Fatal(err)
+	}
+	a.must("./cradle-filer snapshot vol before")
+	nfs := &nfsClient{pair: p, address: pub.Address}
+	defer nfs.close()
+	dav := &http.Client{Transport: &http.Transport{DialContext: p.dial, TLSClientConfig: &tls.Config{RootCAs: p.roots, MinVersion: tls.VersionTLS12}}, Timeout: 10 * time.Second}
+	handle := nfs.open(pub.Export, "nfs")
+	writers := []*writer{
+		{
+			name: "NFS", write: func(piece int, b []byte) error { return nfs.write(handle, piece*4096, b, piece%2 == 0) },
+			read: func(piece int) ([]byte, error) { return nfs.read(handle, piece*4096, len(content("NFS", piece, 1))) },
+		},
+		{
+			name: "WebDAV", write: func(piece int, b []byte) error {
+				_, err := ask(dav, grant, http.MethodPut, fmt.Sprint("dav-", piece), b, nil, http.StatusCreated, http.StatusNoContent)
+				return err
+			},
+			read: func(piece int) ([]byte, error) {
+				return ask(dav, grant, http.MethodGet, fmt.Sprint("dav-", piece), nil, nil, http.StatusOK)
+			},
+		},
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer g.Wait()
+	defer cancel()
+	for _, w := range writers {
+		g.Go(func() { w.run(ctx, t) })
+	}
+	var looked atomic.Int64
+	g.Go(func() { // one that has the zpool both before and after the other one is seen to have it, has it at the same time
+		for i := 0; ctx.Err() == nil; i++ {
+			one, two := both[i%2], both[(i+1)%2]
+			if one.hasPool() && two.hasPool() && one.hasPool() {
+				t.Errorf("%s and %s have the zpool imported at the same time", one.name, two.name)
+			}
+			looked.Add(1)
+		}
+	})
+	progress := func() {
+		t.Helper()
+		var before []int64
+		for _, w := range writers {
+			before = append(before, w.acks.Load())
+		}
+		p.eventually("the writers go on", func() error {
+			for i, w := range writers {
+				if w.acks.Load() < before[i]+5 && !t.Failed() {
+					return fmt.Errorf("%s does not", w.name)
+				}
+			}
+			return nil
+		})
+	}
+	pauses := map[string][]time.Duration{}
+	for round := range rounds {
+		d := zfsDrills[round%len(zfsDrills)]
+		progress()
+		a, b := active()
+		if out, err := b.run("zpool import -f -N tank"); err == nil || !strings.Contains(err.Error(), "imported on") {
+			t.Errorf("%s gets the zpool by force, while %s has it: %s, %v", b.name, a.name, out, err)
+		}
+		for _, w := range writers {
+			w.slow.Store(0)
+		}
+		d.do(a, b, func(m *machine) {
+			m.boot(lab, disk)
+			m.must("touch /start")
+		})
+		progress()
+		p.eventually("a filer serves, and the other stands by", settled)
+		progress()
+		line := ""
+		for _, w := range writers {
+			slow := time.Duration(w.slow.Load())
+			pauses[d.name+", "+w.name] = append(pauses[d.name+", "+w.name], slow)
+			line += fmt.Sprintf("  %s %.1fs", w.name, slow.Seconds())
+			w.check(t)
+		}
+		now, _ := active()
+		t.Logf("round %d, %s: %s serves after %s; the longest call%s", round+1, d.name, now.name, a.name, line)
+		if t.Failed() {
+			return
+		}
+	}
+	for _, d := range zfsDrills {
+		for _, w := range writers {
+			if all := pauses[d.name+", "+w.name]; len(all) > 0 {
+				slices.Sort(all)
+				t.Logf("%-32s median %6.2fs  worst %6.2fs  of %d", d.name+", "+w.name, all[len(all)/2].Seconds(), all[len(all)-1].Seconds(), len(all))
+			}
+		}
+	}
+	cancel()
+	g.Wait()
+	if looked.Load() == 0 {
+		t.Error("nobody has looked at who has the zpool")
+	}
+	a, b := active()
+	if out := a.must("./cradle-filer diff vol before"); !strings.Contains(out, "dav-0") {
+		t.Errorf("what is new since the snapshot is\n%s", out)
+	}
+	a.must("./cradle-filer rollback vol before")
+	if out := a.must("./cradle-filer diff vol before"); strings.Contains(out, "dav-0") {
+		t.Errorf("after the rollback there is\n%s", out)
+	}
+	t.Log("\n" + a.must("./cradle-filer status"))
+	if out := a.must("zpool scrub -w tank; zpool status tank"); !strings.Contains(out, "No known data errors") {
+		t.Errorf("the zpool is not well:\n%s", out)
+	}
+	a.must("./cradle-filer unpublish " + pub.ID + " && ./cradle-filer revoke " + grant.ID)
+	a.must("./cradle-filer switch")
+	b.serves()
+}
+
+// prepare makes what the machine is started with.
+func (m *machine) prepare() {
+	job := m.file(m.name)
+	if err := os.MkdirAll(filepath.Join(job, "cgi-bin"), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	for name, path := range map[string]string{
+		"cradle-filer": m.programs["cradle-filer"], "cradle-csi": m.programs["cradle-csi"], "consul": m.programs["consul"],
+		"peers.key": m.file("peers.key"), "tls.crt": m.file("tls.crt"), "tls.key": m.file("tls.key"),
+	} {
+		if err := os.Symlink(path, filepath.Join(job, name)); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	run := fmt.Sprintf(`set -e
+hostname %[1]s
+printf '%[2]s' >/etc/hostid
+ip addr flush dev eth0; ip addr add %[3]s/24 dev eth0
+echo 127.0.0.1 localhost >/etc/hosts
+httpd -p 8080 -h /job
+./consul agent -node=%[1]s -bind=%[3]s -retry-join=10.77.0.3 -retry-interval=1s -data-dir=/consul -log-level=warn &
+# There is no udev here, for which zpool import would wait half a minute, nor directories of disks alone.
+mkdir /wrapped /import
+ln -s /dev/vda1 /import/
+
+printf '#!/bin/sh\nexport ZFS_VDEV_DEVID_OPT_OUT=YES ZPOOL_IMPORT_PATH=/import\nexec /sbin/zpool "$@"\n' >/wrapped/zpool
+chmod +x /wrapped/zpool
+export PATH=/wrapped:$PATH
+until [ -e /start ]; do sleep 0.2; done
+while :; do
+  GOTRACEBACK=all ./cradle-filer serve --set files --member %[1]s --backend zfs --pool tank/cradle --peers-key peers.key --floating %[4]s/24@eth0 --webdav :8443 --tls-cert tls.crt --tls-key tls.key --rate 0 || true
+  sleep 0.5
+done
+`, m.name, `\1\1\1\`+m.address[len(m.address)-1:], m.address, serviceAddress)
+	cgi := "#!/bin/sh\nexport PATH=/wrapped:$PATH\nprintf 'Content-Type: text/plain\\r\\n\\r\\n'\ncd /job\nsh 2>&1\necho \"exit $?\"\n"
+	if err := errors.Join(os.WriteFile(filepath.Join(job, "run.sh"), []byte(run), 0o755), os.WriteFile(filepath.Join(job, "cgi-bin/run"), []byte(cgi), 0o755)); err != nil {
+		m.t.Fatal(err)
+	}
+}

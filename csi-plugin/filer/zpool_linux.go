@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
+)
+
+// sharedZpools are datasets of zpools on disks that all members' hosts reach, and that one of them has imported.
+type sharedZpools struct {
+	member   *member
+	datasets []zfs.Pool
+	names    []string // of the zpools
+}
+
+func (m *member) sharedZpools() (*sharedZpools, error) {
+	p := &sharedZpools{member: m}
+	var err error
+	if p.datasets, err = m.datasets(); err == nil {
+		p.names, err = zfs.Zpools(p.datasets)
+	}
+	if err == nil && m.state != "" {
+		err = errors.New("--state: a set on ZFS keeps that in a file system of its first pool, so that it goes with the volumes; leave it out")
+	}
+	return p, err
+}
+
+// state is where the file system is mounted that what belongs to the set is kept in: among the volumes, by a name that is none of a volume's.
+func (p *sharedZpools) state() string { return filepath.Join(p.member.volumes(), "filer:state") }
+
+func (p *sharedZpools) take(ctx context.Context, id string, settled bool) (at place, now string, err error) {
+	importing := mount.Holding(ctx, p.member.leash) // the warden waits for its end
+	for _, name := range p.names {
+		if err := zfs.Import(importing, name, id != "", settled); err != nil {
+			return at, "", err
+		}
+		p.member.log.Info("imported", "zpool", name)
+	}
+	b, err := openZFS(ctx, p.datasets)
+	if err != nil {
+		return at, "", err
+	}
+	dataset, err := b.StateDataset(ctx)
+	if err == nil {
+		err = mount.Place(ctx, dataset, "", mount.ZFS, p.state(), mount.Options{})
+	}
+	if err == nil {
+		now, err = identify(p.state(), id)
+	}
+	if err != nil {
+		return at, "", fmt.Errorf("pool %s: %w", p.datasets[0].Name, err)
+	}
+	return place{backend: b, state: p.state(), kept: p.state(), shared: true}, now, nil
+}
+
+func (p *sharedZpools) give(ctx context.Context) error {
+	return exportZpools(ctx, p.member.volumes(), p.names)
+}
+
+// exportZpools gives zpools back, of which nothing but volumes may be mounted. What was acknowledged is on stable storage.
+func exportZpools(ctx context.Context, volumes string, names []string) error {
+	err := clearMounts(volumes)
+	for _, name := range names {
+		err = errors.Join(err, zfs.Export(ctx, name))
+	}
+	return err
+}
+
+// guard keeps multihost on, without which another host could take a zpool that is in use. It returns when a zpool is suspended, or gone: another host may reach its disks.
+func (p *sharedZpools) guard(ctx context.Context) error {
+	for ; ctx.Err() == nil; p.member.pause(ctx, guardTime) {
+		for _, name := range p.names {
+			err := zfs.Guard(ctx, name)
+			switch {
+			case err == nil, ctx.Err() != nil:
+			case errors.Is(err, volume.ErrUnavailable):
+				return fmt.Errorf("zpool %s: %w", name, err)
+			default:
+				p.member.log.Error("keep multihost on", "zpool", name, "error", err)
+			}
+		}
+	}
+	return nil
+}
+
+const guardTime = 10 * time.Second
