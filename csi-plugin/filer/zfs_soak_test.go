@@ -122,7 +122,9 @@ var zfsDrills = []struct {
 	do   func(active, other *machine, boot func(*machine))
 }{
 	{"switched", func(active, _ *machine, _ func(*machine)) { active.must("./cradle-filer switch") }},
-	{"killed", func(active, _ *machine, _ func(*machine)) { active.must("kill -9 " + active.pids("cradle-filer serve")) }},
+	{"killed", func(active, _ *machine, _ func(*machine)) {
+		active.must("kill -9 " + active.pids("cradle-filer serve"))
+	}},
 	// Continued where another one is active: if it is there still.
 	{"frozen", func(active, other *machine, _ func(*machine)) {
 		pid := active.pids("cradle-filer serve")
