@@ -19,7 +19,10 @@ import (
 
 // TestVMSoakHosts does what takes more than one host.
 func TestVMSoakHosts(t *testing.T) {
-	s := startHosts(t)
+	testHosts(startHosts(t))
+}
+
+func testHosts(s *stack) {
 	testCopy(s)
 	testDrain(s)
 	testLost(s)
@@ -243,8 +246,10 @@ func (s *stack) socket() string {
 
 // TestVMSoakLost is the restore drill: what a job has written is copied, the volume is destroyed, and it is restored on the other node by a command that is
 // killed at random moments; there the job has to find every byte. It goes to and fro until 20 restores were interrupted.
-func TestVMSoakLost(t *testing.T) {
-	s := startHosts(t)
+func TestVMSoakLost(t *testing.T) { testRestores(startHosts(t)) }
+
+func testRestores(s *stack) {
+	t := s.t
 	from, to := s.Clients()[0], s.Clients()[1]
 	a := s.ledger(from)
 	kills, restored := 0, 0

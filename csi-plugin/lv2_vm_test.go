@@ -24,8 +24,14 @@ import (
 // startHosts is a Nomad with two nodes, each with a plugin of its own as the example says, and cold storage that both have.
 func startHosts(t *testing.T) *stack {
 	s := &stack{t: t}
+	s.startHosts()
+	return s
+}
+
+func (s *stack) startHosts() {
+	t := s.t
 	s.Cluster = nomadtest.Start(t, nomadtest.Options{
-		Clients: 2, Drivers: []string{"raw_exec", "exec"},
+		Clients: 2, Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
 		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}",
 		Keep:   []string{"volumes", "nomad/client/csi", "/run/cradle"},
 	})
@@ -45,7 +51,6 @@ func startHosts(t *testing.T) *stack {
 		s.healthy()
 	}
 	t.Cleanup(s.stopUsers)
-	return s
 }
 
 // on makes a node the one that is spoken of.
@@ -133,16 +138,47 @@ func (s *stack) ledger(n *nomadtest.Node) *api.AllocationListStub {
 	return s.UntilRunning(s.t, "keeps")
 }
 
-// destroyed ends that job once its files are written and copied, and takes the volume away without anybody's knowledge.
+// destroyed ends that job once its files are written and copied, and takes the volume away without anybody's knowledge; with zfs the whole pool.
 func (s *stack) destroyed(a *api.AllocationListStub) {
 	s.t.Helper()
 	s.UntilLogsHave(s.t, a.ID, "t", "stdout", "all is written")
 	s.copied("ledger")
 	s.Stop(s.t, "keeps")
 	s.released("ledger")
+	if s.zfs {
+		s.newZpool()
+		return
+	}
 	if err := os.RemoveAll(filepath.Join(s.node.Dir, "volumes/ledger")); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// newZpool destroys the node's zpool and makes it anew, as an operator does with new disks. The plugin is started again then, which makes its dataset.
+func (s *stack) newZpool() {
+	s.t.Helper()
+	name := s.node.Name
+	disk := strings.Fields(s.command("zpool", "list", "-H", "-P", "-v", "-o", "name", name))[1]
+	s.eventually("the end of the zpool", func() bool { return exec.Command("zpool", "destroy", "-f", name).Run() == nil }) // the plugin may just look at it
+	s.eventually("word of the missing zpool", func() bool {
+		_, stderr, code := s.TryCLI(s.t, "", "volume", "snapshot", "list", "-plugin", s.id)
+		return code != 0 && strings.Contains(stderr, "import its zpool")
+	})
+	s.command("zpool", "create", "-f", "-O", "mountpoint=none", name, disk)
+	if err := s.kill("cradle-csi"); err != nil {
+		s.t.Fatal(err)
+	}
+	s.eventually("the plugin's dataset", func() bool { return exec.Command("zfs", "list", s.dataset()).Run() == nil })
+}
+
+// command runs a program of the host's, which has to succeed.
+func (s *stack) command(name string, args ...string) string {
+	s.t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		s.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
 }
 
 // TestRootNomadHosts is the short form of what lv2_soak_test.go does with two hosts: a volume that was destroyed comes back on the other one, and its files are copied to one of another

@@ -5,7 +5,9 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,7 +25,11 @@ type stack struct {
 	node    *nomadtest.Node
 	id      string // the plugin's
 	plugins string // folder of host volume plugins
+	zfs     bool   // backend zfs, each node with a zpool of its name; else dir
 }
+
+// dataset is where the node's plugin keeps its volumes with zfs.
+func (s *stack) dataset() string { return s.node.Name + "/cradle" }
 
 // startStack runs the plugin as its example says.
 func startStack(t *testing.T) *stack {
@@ -35,19 +41,32 @@ func startStack(t *testing.T) *stack {
 // startNomad is a Nomad without the plugin.
 func startNomad(t *testing.T) *stack {
 	s := &stack{t: t, id: "cradle", plugins: t.TempDir()}
-	script := strings.ReplaceAll(s.example("cradle-host-volume"), "/var/lib/cradle/host-volumes", filepath.Join(s.plugins, "pool"))
+	s.start(strings.ReplaceAll(s.example("cradle-host-volume"), "/var/lib/cradle/host-volumes", filepath.Join(s.plugins, "pool")))
+	return s
+}
+
+// start runs a Nomad whose plugin of host volumes is a script.
+func (s *stack) start(script string) {
+	t := s.t
 	if err := os.WriteFile(filepath.Join(s.plugins, "cradle-host-volume"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	s.Cluster = nomadtest.Start(t, nomadtest.Options{
-		Drivers: []string{"raw_exec", "exec"},
-		Client:  fmt.Sprintf("host_volume_plugin_dir = %q\nchroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", s.plugins),
+		Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
+		Client: fmt.Sprintf("host_volume_plugin_dir = %q\nchroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", s.plugins),
 		// Of the last two, empty folders stay: Nomad's, and the one of the records, which empty looks into.
 		Keep: []string{"volumes", "nomad/client/csi", "/run/cradle", "nomad/host_volumes"},
 	})
 	s.node = s.Clients()[0]
 	t.Cleanup(s.stopUsers)
-	return s
+}
+
+// drivers is what Nomad's are told.
+func (s *stack) drivers() map[string]nomadtest.Plugin {
+	if s.zfs { // that machine's root is its initramfs, which nothing can be pivoted from
+		return map[string]nomadtest.Plugin{"exec": {Config: "no_pivot_root = true"}}
+	}
+	return nil
 }
 
 // stopUsers ends the jobs that have volumes while there is a plugin that can unmount them.
@@ -100,6 +119,9 @@ func (s *stack) example(name string) string {
 		s.t.Fatal(err)
 	}
 	changes := []string{"/usr/local/bin/cradle-csi", filepath.Join(root, "bin/cradle-csi")}
+	if s.node != nil && s.zfs {
+		changes = append(changes, `"--pool", "/var/lib/cradle/volumes"`, fmt.Sprintf(`"--backend", "zfs", "--pool", %q`, s.dataset()))
+	}
 	if s.node != nil {
 		changes = append(changes, "/var/lib/cradle/volumes", filepath.Join(s.node.Dir, "volumes"), "/var/lib/nomad", filepath.Join(s.node.Dir, "nomad"),
 			"/srv/cradle-cold", filepath.Join(s.Dir(), "cold"), "/etc/cradle/cold.key", filepath.Join(s.Dir(), "key"))
@@ -223,6 +245,13 @@ func TestRootNomad(t *testing.T) {
 	s := startNomad(t)
 	s.part("Readme", testReadme) // which leaves the plugin
 	s.volume("pages")            // its automatic snapshots come within a minute
+	s.examples()
+	s.part("HostVolume", testHostVolume)
+}
+
+// examples goes through all of CSI's but the README, with a volume pages that was just made.
+func (s *stack) examples() {
+	s.t.Helper()
 	s.part("Files", testFiles)
 	s.part("SnapshotAndClone", testSnapshotAndClone)
 	s.part("Growth", testGrowth)
@@ -231,15 +260,14 @@ func TestRootNomad(t *testing.T) {
 	s.part("Shared", testShared)
 	s.part("Mistakes", testMistakes)
 	s.eventually("automatic snapshots", func() bool {
-		list := s.CLI(t, "volume", "snapshot", "list", "-plugin", "cradle")
+		list := s.CLI(s.t, "volume", "snapshot", "list", "-plugin", "cradle")
 		return strings.Contains(list, "pages@hourly-") && strings.Contains(list, "pages@monthly-")
 	})
 	for _, name := range []string{"database", "disk", "guest", "pages"} { // and the automatic ones with it
-		s.CLI(t, "volume", "delete", name)
+		s.CLI(s.t, "volume", "delete", name)
 	}
 	s.empty()
 	s.part("Doctor", testDoctor)
-	s.part("HostVolume", testHostVolume)
 }
 
 // part runs a part of a test, which ends with it.
@@ -325,8 +353,8 @@ func testAttachedByTheGuest(s *stack) {
 	if d.Target != target || d.Volume.Name != "guest" || d.Volume.Block == nil || d.Limits.IOPS != 2000 || d.Limits.Bandwidth != 100<<20 {
 		s.t.Errorf("the record is %s", data)
 	}
-	if fi, err := os.Stat(d.Volume.Block.Path); err != nil || fi.Size() != 1<<30 {
-		s.t.Errorf("the image: %v, %v", fi, err)
+	if size, err := sizeOf(d.Volume.Block.Path); err != nil || size != 1<<30 {
+		s.t.Errorf("the image or device has %d bytes, %v", size, err)
 	}
 	if out, stderr, code := s.TryCLI(s.t, "", "volume", "delete", "guest"); code == 0 {
 		s.t.Errorf("a volume in use is deleted: %s%s", out, stderr)
@@ -337,6 +365,16 @@ func testAttachedByTheGuest(s *stack) {
 		_, err := os.Stat(s.node.Path(file))
 		return os.IsNotExist(err)
 	})
+}
+
+// sizeOf is a file's or device's.
+func sizeOf(path string) (int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return f.Seek(0, io.SeekEnd)
 }
 
 func testShared(s *stack) {
@@ -429,8 +467,11 @@ func testReadme(s *stack) {
 // empty checks that nothing is left of any volume.
 func (s *stack) empty() {
 	s.t.Helper()
-	entries, err := os.ReadDir(filepath.Join(s.node.Dir, "volumes"))
-	if err != nil || len(entries) != 1 || entries[0].Name() != ".lock" {
+	if s.zfs {
+		if out, err := exec.Command("zfs", "list", "-H", "-r", "-t", "all", "-o", "name", s.dataset()).CombinedOutput(); err != nil || strings.TrimSpace(string(out)) != s.dataset() {
+			s.t.Errorf("left in the pool: %s, %v", out, err)
+		}
+	} else if entries, err := os.ReadDir(filepath.Join(s.node.Dir, "volumes")); err != nil || len(entries) != 1 || entries[0].Name() != ".lock" {
 		s.t.Errorf("left in the pool: %v, %v", entries, err)
 	}
 	if records, err := os.ReadDir(s.node.Path(spec.DirectDir)); len(records) > 0 || err != nil && !os.IsNotExist(err) {
@@ -443,8 +484,10 @@ func (s *stack) empty() {
 
 // TestRootNomadKilled kills the plugin, and then the whole node, under a job that writes: mounts outlive the plugin, and what was synced
 // outlives the node.
-func TestRootNomadKilled(t *testing.T) {
-	s := startStack(t)
+func TestRootNomadKilled(t *testing.T) { testKilled(startStack(t)) }
+
+func testKilled(s *stack) {
+	t := s.t
 	s.volume("database")
 	const script = "i=$($b cat /v/last || echo 0); while :; do i=$(($i+1)); echo $i >/v/new; $b sync -f /v; $b mv /v/new /v/last; if test -e /v/end; then exit; fi; $b sleep 0.01; done"
 	job := s.Run(t, use{job: "write", volume: "database", script: script}.hcl())
@@ -522,9 +565,18 @@ func testDoctor(s *stack) {
 	}
 	s.plugin()
 
-	pool := filepath.Join(s.node.Dir, "volumes")
-	if err := os.MkdirAll(filepath.Join(pool, ".half"), 0o700); err != nil {
-		t.Fatal(err)
+	pool, half := filepath.Join(s.node.Dir, "volumes"), ""
+	if s.zfs {
+		pool = s.dataset()
+		half = pool + "/receive:half: a copy to or from cold storage did not come to its end"
+		if out, err := exec.Command("zfs", "create", "-s", "-V", "16M", pool+"/receive:half").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	} else {
+		half = pool + "/.half: it was not completed"
+		if err := os.MkdirAll(filepath.Join(pool, ".half"), 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
 	gone := filepath.Join(s.node.Dir, "tmp/target")
 	record := fmt.Sprintf(`{"version": 1, "target": %q, "volume": {"name": "gone", "block": {"path": "/image"}}, "control": "/run/x.sock"}`, gone)
@@ -542,7 +594,11 @@ func testDoctor(s *stack) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		out, err := s.node.Output(t.Context(), filepath.Join(root, "bin/cradle-csi"), append([]string{"doctor", "--pool", pool, "--nomad", "http://127.0.0.1:4646"}, more...)...)
+		backend := "dir"
+		if s.zfs {
+			backend = "zfs"
+		}
+		out, err := s.node.Output(t.Context(), filepath.Join(root, "bin/cradle-csi"), append([]string{"doctor", "--backend", backend, "--pool", pool, "--nomad", "http://127.0.0.1:4646"}, more...)...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -550,7 +606,7 @@ func testDoctor(s *stack) {
 	}
 	wants := []string{
 		"/per-alloc/" + a.ID + "/database/rw-file-system-single-node-writer: still mounted, and allocation " + a.ID + " has ended",
-		pool + "/.half: it was not completed",
+		half,
 		"volume gone: the record of an attachment at " + gone,
 	}
 	for _, look := range []bool{true, false} {

@@ -35,6 +35,12 @@ is 'nothing to repair' "$($doctor)"
 // inLab runs a shell script in a machine that has ZFS, beside the tests' programs.
 func inLab(t *testing.T, script string) {
 	t.Helper()
+	inLabWith(t, script, func(string) {})
+}
+
+// inLabWith is inLab for a script that finds more files in its directory.
+func inLabWith(t *testing.T, script string, more func(dir string)) {
+	t.Helper()
 	root, err := programs.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -57,7 +63,7 @@ func inLab(t *testing.T, script string) {
 	build("zfs.test", "./csi-plugin/zfs", "zfslab")
 	build("dir.test", "./csi-plugin/dir", "vm")
 	if strings.Contains(script, "./csi.test") {
-		build("csi.test", "./csi-plugin", "vm,zfslab")
+		build("csi.test", "./csi-plugin", "vm,soak,zfslab")
 	}
 	sanity, err := programs.Tool("csi-sanity")
 	if err != nil {
@@ -72,6 +78,7 @@ func inLab(t *testing.T, script string) {
 			t.Fatal(err)
 		}
 	}
+	more(job)
 	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte("set -e\nmkdir /failing\nmount -t tmpfs -o size=80m failing /failing\n"+script+"echo all passed\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}

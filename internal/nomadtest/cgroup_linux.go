@@ -81,21 +81,6 @@ func makeCgroup(name string) error {
 	}
 	for _, h := range all {
 		dir := filepath.Join(h.path, name)
-		if h.v2 {
-			// What the parent does not hand down its children don't have. Where v1 has the controllers, there are none.
-			controllers, err := os.ReadFile(filepath.Join(filepath.Dir(dir), "cgroup.controllers"))
-			if err != nil {
-				return err
-			}
-			for c := range strings.FieldsSeq(string(controllers)) {
-				if !slices.Contains(needed, c) {
-					continue
-				}
-				if err := os.WriteFile(filepath.Join(filepath.Dir(dir), "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
-					return fmt.Errorf("hand controller %s down to cgroup %s: %w", c, name, err)
-				}
-			}
-		}
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
@@ -109,6 +94,34 @@ func makeCgroup(name string) error {
 				if err != nil {
 					return err
 				}
+			}
+		}
+	}
+	return nil
+}
+
+// handDown gives the cgroups in this one its controllers: what it does not hand down they don't have. Where v1 has the controllers, there are none. No process may be in
+// it, unless it is the root of all.
+func handDown(name string) error {
+	all, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	for _, h := range all {
+		if !h.v2 {
+			continue
+		}
+		dir := filepath.Join(h.path, name)
+		controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+		if err != nil {
+			return err
+		}
+		for c := range strings.FieldsSeq(string(controllers)) {
+			if !slices.Contains(needed, c) {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
+				return fmt.Errorf("hand controller %s of cgroup %s down: %w", c, name, err)
 			}
 		}
 	}

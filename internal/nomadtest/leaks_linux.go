@@ -294,7 +294,7 @@ func (n *Node) links(all inventory) error {
 		return err
 	}
 	defer space.Close()
-	h, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())))
+	h, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())), unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}

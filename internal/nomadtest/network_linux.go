@@ -46,7 +46,7 @@ func newNetwork() (w *network, err error) {
 			w.close()
 		}
 	}()
-	if w.handle, err = netlink.NewHandleAt(netns.NsHandle(int(w.space.Fd()))); err != nil {
+	if w.handle, err = netlink.NewHandleAt(netns.NsHandle(int(w.space.Fd())), unix.NETLINK_ROUTE); err != nil {
 		return nil, err
 	}
 	if err := w.handle.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "switch"}}); err != nil {
@@ -83,7 +83,7 @@ func (w *network) plug(number, pid int) (netip.Addr, error) {
 	if err := up(w.handle, port(number)); err != nil {
 		return netip.Addr{}, err
 	}
-	node, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())))
+	node, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())), unix.NETLINK_ROUTE)
 	if err != nil {
 		return netip.Addr{}, err
 	}
@@ -130,7 +130,7 @@ func (c *Cluster) Attach(namespace string, address netip.Addr) error {
 	}); err != nil {
 		return fmt.Errorf("add veth: %w", err)
 	}
-	there, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())))
+	there, err := netlink.NewHandleAt(netns.NsHandle(int(space.Fd())), unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}

@@ -57,9 +57,6 @@ func (n *Node) boot() (err error) {
 	if err := makeCgroup(n.cgroup()); err != nil {
 		return err
 	}
-	if err := makeCgroup(n.leaf()); err != nil {
-		return err
-	}
 	cmd := self(initName, n.Name, n.Dir, n.cgroup(), n.leaf())
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
 	out, err := cmd.StdoutPipe()
@@ -133,7 +130,7 @@ func setUp(name, dir, cgroup, leaf string) error {
 	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 		return fmt.Errorf("unshare cgroups: %w", err)
 	}
-	if err := joinCgroup(leaf); err != nil {
+	if err := errors.Join(makeCgroup(leaf), joinCgroup(leaf), handDown(cgroup)); err != nil {
 		return err
 	}
 	if err := unix.Sethostname([]byte(name)); err != nil {

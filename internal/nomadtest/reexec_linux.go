@@ -64,7 +64,7 @@ func startKeeper(id, dir string) (*keeper, error) {
 	if err := k.cmd.Start(); err != nil {
 		return nil, errors.Join(err, os.Remove(dir))
 	}
-	if err := makeCgroup(id); err != nil {
+	if err := errors.Join(handDown(""), makeCgroup(id), handDown(id)); err != nil {
 		return nil, errors.Join(err, k.close())
 	}
 	return k, nil

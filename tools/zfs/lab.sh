@@ -2,6 +2,7 @@
 # lab.sh build        build a machine that has ZFS, from the distribution's packages alone (contrib is on main's mirror)
 # lab.sh run JOBDIR   boot it, emulated, and run JOBDIR/run.sh inside: JOBDIR travels in, the console comes out
 #                     ($ZFSLAB_DISK: the disk's file, which several machines may have at once; $ZFSLAB_NET: QEMU's -netdev, and $ZFSLAB_MAC)
+#                     ($ZFSLAB_CPUS, 1; $ZFSLAB_MEMORY in MiB, 1536; $ZFSLAB_TIMEOUT in seconds, 300)
 #
 # It is cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/zfslab-KEY, where KEY hashes how it is built; that takes 3 minutes on two idle
 # cores. Nothing of the host is changed. Needs root, and qemu-system-x86 mmdebstrap cpio zstd make gcc.
@@ -48,7 +49,7 @@ build() {
   cp -L "$R/bin/busybox" "$I/bin/busybox"
   for m in drivers/virtio/virtio drivers/virtio/virtio_ring drivers/virtio/virtio_pci drivers/virtio/virtio_pci_modern_dev drivers/virtio/virtio_pci_legacy_dev \
            drivers/block/virtio_blk net/core/failover drivers/net/net_failover drivers/net/virtio_net net/sunrpc/sunrpc fs/nfs_common/grace fs/nfs_common/nfs_acl \
-           fs/lockd/lockd fs/netfs/netfs fs/fscache/fscache fs/nfs/nfs fs/nfs/nfsv3 fs/nfs/nfsv4 lib/libcrc32c fs/xfs/xfs drivers/block/loop; do
+           fs/lockd/lockd fs/netfs/netfs fs/fscache/fscache fs/nfs/nfs fs/nfs/nfsv3 fs/nfs/nfsv4 lib/libcrc32c fs/xfs/xfs drivers/block/loop net/802/stp net/llc/llc net/bridge/bridge drivers/net/veth; do
     [ ! -e "$M/$m.ko" ] || cp "$M/$m.ko" "$I/lib/modules/"
   done
   cp ko/*.ko "$I/lib/modules/"; strip --strip-debug "$I"/lib/modules/*.ko
@@ -62,6 +63,7 @@ load() { for pass in 1 2 3 4; do for m in "$@"; do [ -d /sys/module/$m ] || insm
 load virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk failover net_failover virtio_net
 load spl znvpair zavl zcommon zunicode zlua zzstd icp zfs
 load sunrpc grace nfs_acl lockd netfs fscache nfs nfsv3 nfsv4 libcrc32c xfs loop
+load llc stp bridge veth
 [ -d /sys/module/zfs ] || { echo "lab.sh: zfs did not load"; dmesg | tail -5; }
 ip link set lo up; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2
 mkdir -p /job; tar -xf /dev/vdb -C /job; cd /job; sh ./run.sh; echo "lab.sh: exit $?"
@@ -90,7 +92,7 @@ run() {
     printf '\0\0\0\0\x83\0\0\0\x00\x08\x00\x00\x00\xf8\x7f\x00' | dd of="$disk" bs=1 seek=446 conv=notrunc status=none
     printf '\x55\xaa' | dd of="$disk" bs=1 seek=510 conv=notrunc status=none
   fi
-  timeout --foreground "${ZFSLAB_TIMEOUT:-300}" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu qemu64 -smp 1 -m 1536 -nodefaults -vga none -no-user-config -nographic -serial stdio -no-reboot \
+  timeout --foreground "${ZFSLAB_TIMEOUT:-300}" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu qemu64 -smp "${ZFSLAB_CPUS:-1}" -m "${ZFSLAB_MEMORY:-1536}" -nodefaults -vga none -no-user-config -nographic -serial stdio -no-reboot \
     -kernel "$W/vmlinuz" -initrd "$W/initramfs.zst" -append "console=ttyS0 quiet reboot=t panic=-1 mitigations=off nopti init_on_alloc=0 zfs.zfs_arc_max=402653184" \
     -drive id=d0,file="$disk",format=raw,if=none,cache=unsafe,file.locking=off -device virtio-blk-pci,drive=d0 \
     -drive id=d1,file="$tmp/job.tar",format=raw,if=none -device virtio-blk-pci,drive=d1 \
