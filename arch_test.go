@@ -150,9 +150,9 @@ var onlyImporter = map[string][]string{
 	"github.com/u-root/u-root":               {"driver-cradle/boot"},
 	"github.com/moby/moby/client":            {"dockerapi/server", "driver-cradle/image", "driver-cradle/guest/vdocker", "driver-cradle/kcradle", "driver-cradle/pod", "internal/tunnel", "test"},
 	"github.com/spf13/cobra":                 {"driver-cradle/kcradle", "bali", "csi-plugin.", "csi-plugin/filer.", "dockerapi.", "internal/command"},
-	// csi-plugin itself: its tests call the plugin.
-	"github.com/container-storage-interface": {"csi-plugin/rpc", "csi-plugin.", "test/bench"},
-	"google.golang.org/grpc":                 {"csi-plugin/rpc", "csi-plugin.", "test/bench"},
+	// csi-plugin itself and the filer: their tests call the plugin.
+	"github.com/container-storage-interface": {"csi-plugin/rpc", "csi-plugin.", "csi-plugin/filer.", "test/bench"},
+	"google.golang.org/grpc":                 {"csi-plugin/rpc", "csi-plugin.", "csi-plugin/filer.", "test/bench"},
 
 	"github.com/hashicorp/terraform-plugin-framework": {"terraform-provider"},
 	"github.com/hashicorp/terraform-plugin-go":        {"terraform-provider"},

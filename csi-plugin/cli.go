@@ -207,6 +207,8 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	var filer *api.Client
 	shared := c.filer != "" && !strings.Contains(c.filer, "/")
 	switch {
+	case shared && c.filerKey == "":
+		return fmt.Errorf("--filer %s: it answers those who have the key of its set; name its file with --filer-key", c.filer)
 	case shared:
 		filer = &api.Client{Address: c.filer, KeyFile: c.filerKey}
 	case c.filer != "":

@@ -14,8 +14,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/cradlestack/cradlestack/internal/locked"
 	"github.com/cradlestack/cradlestack/internal/netnstest"
@@ -103,6 +106,80 @@ func (b *bench) nfs(ctx context.Context) (err error) {
 		}
 		rate := func(d time.Duration) string { return fmt.Sprintf("%.0f %s", row.amount/d.Seconds(), row.unit) }
 		b.table.compare("NFS: "+row.what, rate(all[0]), "NFS-Ganesha "+rate(all[1]), ratio(all[1], all[0]), 0, row.atLeast)
+	}
+	return b.directPath(ctx)
+}
+
+// directScript measures two directories in turns, by requests past the guest's page cache.
+const directScript = `cd / && clock() { read -r up idle </proc/uptime; echo "$up"; }
+for round in $(seq ROUNDS); do if [ $((round % 2)) = 0 ]; then set direct raw; else set raw direct; fi; for d; do
+  a=$(clock); dd if=/dev/zero of=/$d/large-$d bs=1M count=64 conv=fsync 2>/dev/null || exit 1; b=$(clock); echo "written $d $a $b"
+  a=$(clock); dd if=/$d/large-$d of=/dev/null bs=1M 2>/dev/null || exit 1; b=$(clock); echo "read $d $a $b"
+  a=$(clock); dd if=/$d/large-$d of=/dev/null bs=4k count=4000 2>/dev/null || exit 1; b=$(clock); echo "small $d $a $b"
+  a=$(clock); for i in $(seq 200); do : >/$d/entry-$i; done; rm /$d/entry-*; b=$(clock); echo "entries $d $a $b"
+done; done; echo end`
+
+// directPath: what a pod has of a file volume that cradle-csi publishes as a directory of the node, beside the same directory that the pod is given by hand, both by 9p.
+func (b *bench) directPath(ctx context.Context) (err error) {
+	p, err := b.startPlugin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
+	const name = "direct"
+	staging, target := filepath.Join(p.dir, "staging"), filepath.Join(p.dir, "target")
+	if err := p.create(ctx, name, 0, map[string]string{"class": "nfs"}); err != nil {
+		return err
+	}
+	late := context.WithoutCancel(ctx)
+	defer func() {
+		_, e1 := p.node.NodeUnpublishVolume(late, &csi.NodeUnpublishVolumeRequest{VolumeId: name, TargetPath: target})
+		_, e2 := p.node.NodeUnstageVolume(late, &csi.NodeUnstageVolumeRequest{VolumeId: name, StagingTargetPath: staging})
+		_, e3 := p.controller.DeleteVolume(late, &csi.DeleteVolumeRequest{VolumeId: name})
+		err = errors.Join(err, e1, e2, e3)
+	}()
+	if _, err := p.node.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: name, StagingTargetPath: staging, VolumeCapability: singleWriter()}); err != nil {
+		return err
+	}
+	if _, err := p.node.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: name, StagingTargetPath: staging, TargetPath: target, VolumeCapability: singleWriter()}); err != nil {
+		return err
+	}
+	busybox, err := programs.Image("busybox")
+	if err != nil {
+		return err
+	}
+	flags := append([]string{"--volume", target + ":/direct", "--volume", filepath.Join(p.pool, name, "data") + ":/raw"}, alone...)
+	at, err := b.summon(ctx, flags, busybox, "template", "sh", "-c", strings.Replace(directScript, "ROUNDS", fmt.Sprint(min(b.rounds, diskRounds)), 1))
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(at)
+	ctx, cancel := context.WithTimeout(ctx, diskTimeout)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, b.kcradle, "run", at).CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("\nend")) {
+		return fmt.Errorf("the pod that measures: %w: %s", errors.Join(err, ctx.Err()), out)
+	}
+	took := map[string][]time.Duration{}
+	for line := range strings.Lines(string(out)) {
+		var what, where string
+		var from, to float64
+		if n, _ := fmt.Sscan(line, &what, &where, &from, &to); n == 4 {
+			took[what+" "+where] = append(took[what+" "+where], time.Duration((to-from)*float64(time.Second)))
+		}
+	}
+	for _, row := range []struct {
+		name, what, unit string
+		amount           float64
+	}{
+		{"written", "64 MiB written, with fsync", "MB/s", nfsFile / 1e6},
+		{"read", "64 MiB read", "MB/s", nfsFile / 1e6},
+		{"small", "4 KiB read one after the other", "/s", 4000},
+		{"entries", "files made and removed", "/s", 200},
+	} {
+		direct, raw := median(took[row.name+" direct"]), median(took[row.name+" raw"])
+		rate := func(d time.Duration) string { return fmt.Sprintf("%.0f %s", row.amount/d.Seconds(), row.unit) }
+		b.table.compare("a file volume of the node's in a pod: "+row.what, rate(direct), "9p of the same directory "+rate(raw), ratio(raw, direct), 0, 0.8)
 	}
 	return nil
 }

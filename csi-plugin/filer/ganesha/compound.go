@@ -364,8 +364,12 @@ type question struct {
 func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
 	c := &cursor{b: record}
 	q.xid = c.number()
-	if c.number() != msgCall {
-		return [][]byte{record}, q, nil // the reply to a callback
+	switch c.number() {
+	case msgCall:
+	case msgReply:
+		return [][]byte{record}, q, nil // to a callback
+	default:
+		return nil, q, fmt.Errorf("neither a call nor a reply: %w", errCompound)
 	}
 	rpc, program, version, procedure := c.number(), c.number(), c.number(), c.number()
 	flavor := c.number()

@@ -41,6 +41,7 @@ type front struct {
 	lease *lease.Lease
 	log   *slog.Logger
 	large *semaphore.Weighted
+	most  int64 // connections
 
 	mu    sync.Mutex
 	space netns.NsHandle // closed at the end
@@ -48,7 +49,7 @@ type front struct {
 
 func newFront(key []byte, by *lease.Lease, log *slog.Logger) (*front, error) {
 	space, err := isolated()
-	return &front{seal: newSeal(key), lease: by, log: log, space: space, large: semaphore.NewWeighted(maxLarge)}, err
+	return &front{seal: newSeal(key), lease: by, log: log, space: space, large: semaphore.NewWeighted(maxLarge), most: maxConnections}, err
 }
 
 func (f *front) close() error {
@@ -140,7 +141,7 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 	defer g.Wait()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	connections := semaphore.NewWeighted(maxConnections)
+	connections := semaphore.NewWeighted(f.most)
 	for {
 		client, err := l.Accept()
 		if err != nil {

@@ -1,0 +1,153 @@
+//go:build vm
+
+package ganesha
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+)
+
+// A stage is a front, with a server in its network namespace that answers each call at once.
+type stage struct {
+	*front
+	l    net.Listener
+	from sync.Map // addresses of clients, as the server has seen them
+	open atomic.Int64
+}
+
+// newStage makes one for so many connections.
+func newStage(t *testing.T, most int64) *stage {
+	t.Helper()
+	by := lease.New()
+	by.Extend(lease.Forever)
+	by.Open()
+	f, err := newFront([]byte("key"), by, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.most = most
+	s := &stage{front: f}
+	if s.l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	listening := make(chan error)
+	var inner net.Listener
+	go func() {
+		runtime.LockOSThread() // for good
+		err := f.enter()
+		if err == nil {
+			inner, err = net.Listen("tcp", fmt.Sprintf(":%d", s.l.Addr().(*net.TCPAddr).Port))
+		}
+		listening <- err
+	}()
+	if err := <-listening; err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var g sync.WaitGroup
+	t.Cleanup(func() {
+		cancel()
+		inner.Close()
+		g.Wait()
+		if err := f.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	g.Go(func() {
+		for {
+			conn, err := inner.Accept()
+			if err != nil {
+				return
+			}
+			s.from.Store(conn.RemoteAddr().(*net.TCPAddr).IP.String(), true)
+			s.open.Add(1)
+			g.Go(func() {
+				defer s.open.Add(-1)
+				defer conn.Close()
+				for {
+					call, err := record(conn)
+					if err != nil {
+						return
+					}
+					reply := replyOf(words(opPutrootfh, 0))
+					copy(reply, call[:4])
+					if send(conn, [][]byte{reply}) != nil {
+						return
+					}
+				}
+			})
+		}
+	})
+	g.Go(func() { f.serve(ctx, s.l) })
+	return s
+}
+
+func record(conn net.Conn) ([]byte, error) {
+	head := make([]byte, 4)
+	if _, err := io.ReadFull(conn, head); err != nil {
+		return nil, err
+	}
+	b := make([]byte, binary.BigEndian.Uint32(head)&^(1<<31))
+	_, err := io.ReadFull(conn, b)
+	return b, err
+}
+
+// ask makes a call, and reads its answer.
+func ask(conn net.Conn, xid uint32) error {
+	call := callOf(words(opPutrootfh))
+	binary.BigEndian.PutUint32(call, xid)
+	if err := send(conn, [][]byte{call}); err != nil {
+		return err
+	}
+	reply, err := record(conn)
+	if err == nil && binary.BigEndian.Uint32(reply) != xid {
+		err = fmt.Errorf("call %d is answered by %x", xid, reply)
+	}
+	return err
+}
+
+// The server sees clients at their own addresses, of either version, which are none of this host's.
+func TestRootFrontAddresses(t *testing.T) {
+	s := newStage(t, maxConnections)
+	port := s.l.Addr().(*net.TCPAddr).Port
+	for _, c := range []struct{ client, server string }{{"10.98.7.6", "10.1.2.3"}, {"fd00::7:6", "fd00::1"}, {"2001:db8:77::9", "fd00::1"}} {
+		conn, err := s.dial(t.Context(), &net.TCPAddr{IP: net.ParseIP(c.client), Port: 700}, &net.TCPAddr{IP: net.ParseIP(c.server), Port: port})
+		if err != nil {
+			t.Errorf("as %s: %v", c.client, err)
+			continue
+		}
+		if err := ask(conn, 1); err != nil {
+			t.Errorf("as %s: %v", c.client, err)
+		}
+		conn.Close()
+		if _, ok := s.from.Load(c.client); !ok {
+			t.Errorf("the server has not seen %s", c.client)
+		}
+	}
+	conn, err := net.Dial("tcp", s.l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := errors.Join(ask(conn, 1), ask(conn, 2)); err != nil {
+		t.Error(err)
+	}
+	if err := send(conn, [][]byte{[]byte(strings.Repeat("x", 100))}); err != nil {
+		t.Error(err)
+	}
+	if _, err := record(conn); err == nil {
+		t.Error("nonsense is answered")
+	}
+}
