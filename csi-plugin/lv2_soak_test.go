@@ -165,24 +165,29 @@ echo x >deep/er/x; $b chmod 4751 deep/er/x; $b chown 1000:1001 deep/er/x; $b ln 
 
 // testDrain drains a node whose volume has one writer, and lets it come back: the job is placed anew without a person.
 func testDrain(s *stack) {
-	t := s.t
-	n := s.Clients()[0]
-	s.on(n)
+	s.on(s.Clients()[0])
 	s.volume("ledger", "cradle-node1", s.id)
-	s.Run(t, keeps("ledger"))
+	s.drained("ledger")
+	s.CLI(s.t, "volume", "delete", "ledger")
+}
+
+// drained is what testDrain does with a volume.
+func (s *stack) drained(volume string) {
+	s.t.Helper()
+	t := s.t
+	s.Run(t, keeps(volume))
 	a := s.UntilRunning(t, "keeps")
 	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
 	var id string
-	s.Until(t, "the node", func(st *nomadtest.State) bool { id = st.Node(n.Name).ID; return true })
+	s.Until(t, "the node", func(st *nomadtest.State) bool { id = st.Node(s.node.Name).ID; return true })
 	s.CLI(t, "node", "drain", "-enable", "-yes", "-ignore-system", "-deadline", "1m", id)
-	s.released("ledger")
+	s.released(volume)
 	s.CLI(t, "node", "drain", "-disable", "-yes", id)
 	if b := s.whole(); b.ID == a.ID {
 		t.Errorf("allocation %s was never drained", a.ID)
 	}
 	s.Stop(t, "keeps")
-	s.released("ledger")
-	s.CLI(t, "volume", "delete", "ledger")
+	s.released(volume)
 }
 
 // betweenKills runs a command that is killed at random moments, until it comes to its end or was killed often enough.

@@ -62,6 +62,15 @@ func TestZFSNomadKilled(t *testing.T) {
 	s.part("HostVolume", testHostVolume)
 }
 
+// TestZFSNomadDrained drains the node of a job that has a zvol.
+func TestZFSNomadDrained(t *testing.T) {
+	s := startZFSNomad(t)
+	s.volume("database")
+	s.drained("database")
+	s.CLI(t, "volume", "delete", "database")
+	s.empty()
+}
+
 // TestZFSNomadLive does what happens to volumes under jobs that go on.
 func TestZFSNomadLive(t *testing.T) {
 	s := startZFSNomad(t)

@@ -45,7 +45,7 @@ func TestVMSoakZFSSanity(t *testing.T) {
 
 // TestVMSoakZFSNomad runs a Nomad in that machine, and with it what users do with volumes: all that the examples show, and what happens under jobs that go on.
 func TestVMSoakZFSNomad(t *testing.T) {
-	for name, test := range map[string]string{"Examples": "TestZFSNomad", "Live": "TestZFSNomadLive", "Killed": "TestZFSNomadKilled"} {
+	for name, test := range map[string]string{"Examples": "TestZFSNomad", "Live": "TestZFSNomadLive", "Killed": "TestZFSNomadKilled", "Drained": "TestZFSNomadDrained"} {
 		t.Run(name, func(t *testing.T) { nomadInLab(t, test, "zpool create -f -O mountpoint=none server /dev/vda1") })
 	}
 }
