@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -114,8 +115,8 @@ func (b *bench) nfs(ctx context.Context) (err error) {
 const directScript = `cd / && clock() { read -r up idle </proc/uptime; echo "$up"; }
 for round in $(seq ROUNDS); do if [ $((round % 2)) = 0 ]; then set direct raw; else set raw direct; fi; for d; do
   a=$(clock); dd if=/dev/zero of=/$d/large-$d bs=1M count=64 conv=fsync 2>/dev/null || exit 1; b=$(clock); echo "written $d $a $b"
-  a=$(clock); dd if=/$d/large-$d of=/dev/null bs=1M 2>/dev/null || exit 1; b=$(clock); echo "read $d $a $b"
-  a=$(clock); dd if=/$d/large-$d of=/dev/null bs=4k count=4000 2>/dev/null || exit 1; b=$(clock); echo "small $d $a $b"
+  a=$(clock); for i in 1 2 3 4 5 6 7 8; do dd if=/$d/large-$d of=/dev/null bs=1M 2>/dev/null || exit 1; done; b=$(clock); echo "read $d $a $b"
+  a=$(clock); dd if=/$d/large-$d of=/dev/null bs=4k count=12000 2>/dev/null || exit 1; b=$(clock); echo "small $d $a $b"
   a=$(clock); for i in $(seq 200); do : >/$d/entry-$i; done; rm /$d/entry-*; b=$(clock); echo "entries $d $a $b"
 done; done; echo end`
 
@@ -173,11 +174,12 @@ func (b *bench) directPath(ctx context.Context) (err error) {
 		amount           float64
 	}{
 		{"written", "64 MiB written, with fsync", "MB/s", nfsFile / 1e6},
-		{"read", "64 MiB read", "MB/s", nfsFile / 1e6},
-		{"small", "4 KiB read one after the other", "/s", 4000},
+		{"read", "64 MiB read, 8 times", "MB/s", 8 * nfsFile / 1e6},
+		{"small", "4 KiB read one after the other", "/s", 12000},
 		{"entries", "files made and removed", "/s", 200},
 	} {
-		direct, raw := median(took[row.name+" direct"]), median(took[row.name+" raw"])
+		// What else the machine does only adds.
+		direct, raw := slices.Min(took[row.name+" direct"]), slices.Min(took[row.name+" raw"])
 		rate := func(d time.Duration) string { return fmt.Sprintf("%.0f %s", row.amount/d.Seconds(), row.unit) }
 		b.table.compare("a file volume of the node's in a pod: "+row.what, rate(direct), "9p of the same directory "+rate(raw), ratio(raw, direct), 0, 0.8)
 	}
