@@ -36,8 +36,21 @@ func (s *Server) start() error {
 	if err := s.lockRun(); err != nil {
 		return err
 	}
-	if err := s.clearRecovery(); err != nil {
+	stale, err := s.staleRecovery()
+	if err != nil {
 		return err
+	}
+	// What is in the state directory may be another filer's by now, which has begun a list of its own. What was there while the lease still held is not its.
+	s.now.Lock()
+	rests := s.rests()
+	s.now.Unlock()
+	if rests {
+		return errResting
+	}
+	for _, dir := range stale {
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
 	}
 	epoch, err := s.epoch()
 	if err != nil {
@@ -84,8 +97,7 @@ func (s *Server) start() error {
 func (s *Server) spawn(c *child) error {
 	s.now.Lock()
 	defer s.now.Unlock()
-	if s.resting || !s.Lease.Holds() {
-		s.resting = true
+	if s.rests() {
 		return errResting
 	}
 	started := make(chan error)
@@ -113,6 +125,12 @@ func (s *Server) spawn(c *child) error {
 	return nil
 }
 
+// rests says whether there must be no process now. The lock is held.
+func (s *Server) rests() bool {
+	s.resting = s.resting || !s.Lease.Holds()
+	return s.resting
+}
+
 // lockRun waits for the end of a process that one before this has left, which can be but a moment.
 func (s *Server) lockRun() error {
 	if s.lock == nil {
@@ -134,28 +152,26 @@ func (s *Server) lockRun() error {
 	return nil
 }
 
-// clearRecovery removes the lists of clients that processes were writing when they died. The one that counts is what the link leads to.
-func (s *Server) clearRecovery() error {
+// staleRecovery are the lists of clients that processes were writing when they died. The one that counts is what the link leads to.
+func (s *Server) staleRecovery() (stale []string, err error) {
 	dir := filepath.Join(s.State, "v4recov")
-	link := filepath.Join(dir, "node0")
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	current, err := os.Readlink(link)
+	current, err := os.Readlink(filepath.Join(dir, "node0"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return nil, err
 	}
-	var errs []error
 	for _, e := range entries {
 		if name := e.Name(); name != filepath.Base(current) && strings.HasPrefix(name, "node0.") {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
+			stale = append(stale, filepath.Join(dir, name))
 		}
 	}
-	return errors.Join(errs...)
+	return stale, nil
 }
 
 func (c *child) ended() bool {

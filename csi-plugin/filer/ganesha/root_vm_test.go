@@ -443,8 +443,16 @@ func TestRootProcess(t *testing.T) {
 	w.by.Lapse()
 	w.open()
 	w.must(w.s.Export(w.export("v", "127.0.0.1/32")))
+	others := filepath.Join(w.base, "state/v4recov/node0.others") // the list that another filer writes which has the lease
+	w.must(os.Mkdir(others, 0o700))
+	epoch, err := os.ReadFile(filepath.Join(w.base, "state/epoch"))
+	w.must(err)
 	w.must(w.s.Start())
 	away("without a lease")
+	if now, err := os.ReadFile(filepath.Join(w.base, "state/epoch")); err != nil || !bytes.Equal(now, epoch) {
+		t.Errorf("without a lease the epoch was %s and is %s, %v", epoch, now, err)
+	}
+	w.must(os.Remove(others)) // it has stayed
 	w.by.Extend(lease.Forever)
 	w.by.Open()
 	w.s.Wake()
