@@ -53,8 +53,8 @@ var mayImport = map[string][]string{
 	"csi-plugin/cold": {"csi-plugin/volume", "internal/durable"},
 
 	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
-	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                              // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease"},                                                                                                                         // exports, not volumes
+	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                // of cradle-csi as well, which calls the filer
+	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease"},                                                                                                                                           // exports, not volumes
 
 	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "internal/durable"}, // likewise
 
