@@ -130,3 +130,15 @@ func (w *watch) isEarly(alloc string) bool {
 	}
 	return false
 }
+
+// runs says whether Nomad's servers have an allocation as running.
+func (w *watch) runs(alloc string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, j := range w.jobs {
+		if a := j.allocs[alloc]; a != nil {
+			return a.ClientStatus == api.AllocClientStatusRunning
+		}
+	}
+	return false
+}

@@ -68,7 +68,25 @@ func (p *pod) dial(ctx context.Context) (net.Conn, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
-	return p.dialNow(ctx)
+	conn, err := p.dialNow(ctx)
+	for try := 0; try < reminders && errors.Is(err, tunnel.ErrNotStarted) && w.runs(p.alloc); try++ {
+		p.remind(ctx)
+		if !sleepFor(ctx, mostEarly) {
+			return nil, context.Cause(ctx)
+		}
+		conn, err = p.dialNow(ctx)
+	}
+	return conn, err
+}
+
+// reminders are how often a client is asked to look again.
+const reminders = 5
+
+// remind has the pod's client look at what it runs. Who asks Nomad's client for a task in the moment of its start may have it write what was before over what is (Nomad 1.11,
+// allocRunner.AllocState), and from then on refuse what the servers say is running. Any event of the task mends that: here that of a signal, which the driver refuses as it is none.
+func (p *pod) remind(ctx context.Context) {
+	err := p.tenant.nomad.Allocations().Signal(&api.Allocation{ID: p.alloc}, p.tenant.query(ctx), p.task, "0")
+	p.tenant.server.Log.Debug("a client did not know a task that runs", "allocation", p.alloc, "said", err)
 }
 
 func (p *pod) dialNow(ctx context.Context) (net.Conn, error) {

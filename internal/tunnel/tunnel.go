@@ -33,6 +33,8 @@ import (
 var (
 	ErrDenied     = errors.New("permission denied: the token needs the capability alloc-exec in the allocation's namespace")
 	ErrNotRunning = errors.New("the task is not running")
+	// ErrNotStarted is an ErrNotRunning, of a task that its client has not started as far as it tells.
+	ErrNotStarted = fmt.Errorf("%w yet", ErrNotRunning)
 )
 
 // A Target is a task that is a pod.
@@ -192,7 +194,9 @@ func refusal(text string) error {
 	switch {
 	case strings.Contains(lower, "permission denied"), strings.Contains(lower, "token not found"):
 		return fmt.Errorf("%w: %s", ErrDenied, text)
-	case strings.Contains(lower, "not running"), strings.Contains(lower, "not started"), strings.Contains(lower, "task not found"),
+	case strings.Contains(lower, "not started"):
+		return fmt.Errorf("%w: %s", ErrNotStarted, text)
+	case strings.Contains(lower, "not running"), strings.Contains(lower, "task not found"),
 		strings.Contains(lower, "unknown allocation"), strings.Contains(lower, "client status of allocation"), strings.Contains(lower, "the task has ended"):
 		return fmt.Errorf("%w: %s", ErrNotRunning, text)
 	}
