@@ -350,6 +350,7 @@ func (t *tenant) released(ctx context.Context, name, own string) (*api.CSIVolume
 	ctx, cancel := context.WithTimeoutCause(ctx, releaseTimeout, dockerhttp.Errorf(http.StatusConflict, "volume %s is still held by a pod that has ended: Nomad has not taken it back from its node", name))
 	defer cancel()
 	q := t.query(ctx)
+	q.WaitTime = releaseLook
 	for {
 		v, meta, err := t.nomad.CSIVolumes().Info(name, q)
 		if isStatus(err, http.StatusNotFound) {
@@ -387,6 +388,10 @@ func (t *tenant) released(ctx context.Context, name, own string) (*api.CSIVolume
 		q.WaitIndex = meta.LastIndex
 	}
 }
+
+// releaseLook is how long one query waits for a volume to be taken back. The index that Nomad gives with a volume may be that of a change which came after it was read (1.11,
+// CSIVolume.Get): who waits for the next one would wait for nothing.
+const releaseLook = 2 * time.Second
 
 // userOf is who has a volume, by the job; "" where that is a container that has ended or is gone, which Nomad hears later, or somebody who looks at
 // the disk of one for a moment.

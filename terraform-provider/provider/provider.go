@@ -176,8 +176,11 @@ func configured(data any) *cluster {
 }
 
 func (c *cluster) query(ctx context.Context, namespace string) *api.QueryOptions {
-	return (&api.QueryOptions{Namespace: namespace}).WithContext(ctx)
+	return (&api.QueryOptions{Namespace: namespace, WaitTime: longestWait}).WithContext(ctx)
 }
+
+// longestWait is how long a query waits for a change: the index that Nomad gives with an answer may be that of a change which came after it was read, and would be waited for in vain.
+const longestWait = 5 * time.Second
 
 func (c *cluster) write(ctx context.Context, namespace string) *api.WriteOptions {
 	return (&api.WriteOptions{Namespace: namespace}).WithContext(ctx)

@@ -238,7 +238,7 @@ func (c *cluster) done(ctx context.Context, namespace, name string) error {
 			}
 			return err
 		}
-		q.WaitIndex, q.WaitTime = meta.LastIndex, 10*time.Second
+		q.WaitIndex = meta.LastIndex
 	}
 }
 
