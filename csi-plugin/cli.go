@@ -154,15 +154,11 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 		b, err := dir.Open(all)
 		return b, true, err
 	case "zfs":
-		var all []zfs.Pool
-		for _, p := range pools {
-			name, dataset, err := volume.SplitPool(p)
-			if err != nil {
-				return nil, false, err
-			}
-			all = append(all, zfs.Pool{Name: name, Dataset: dataset})
+		all, err := zfs.ParsePools(pools)
+		if err != nil {
+			return nil, false, err
 		}
-		b, err := zfs.Open(ctx, all, "/run/cradle/zfs.lock")
+		b, err := zfs.Open(ctx, all, zfs.Locks)
 		return b, true, err
 	case "ceph":
 		var all []ceph.Pool

@@ -114,7 +114,7 @@ func (s *coldStore) open(pool string) coldBackend {
 	var b coldBackend
 	var err error
 	if s.dataset != "" {
-		b, err = zfs.Open(s.t.Context(), []zfs.Pool{{Name: "default", Dataset: s.dataset + "/" + pool}}, "/run/cradle/zfs.lock")
+		b, err = zfs.Open(s.t.Context(), []zfs.Pool{{Name: "default", Dataset: s.dataset + "/" + pool}}, zfs.Locks)
 	} else {
 		b, err = dir.Open([]dir.Pool{{Name: "default", Path: s.path(pool)}})
 	}

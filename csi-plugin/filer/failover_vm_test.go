@@ -573,6 +573,22 @@ type writer struct {
 	slow  atomic.Int64 // the longest, since it was asked for
 }
 
+// goingOn says whether all writers have got some more acknowledged since it was made.
+func goingOn(t testing.TB, writers []*writer) func() error {
+	var before []int64
+	for _, w := range writers {
+		before = append(before, w.acks.Load())
+	}
+	return func() error {
+		for i, w := range writers {
+			if w.acks.Load() < before[i]+5 && !t.Failed() {
+				return fmt.Errorf("%s does not", w.name)
+			}
+		}
+		return nil
+	}
+}
+
 const pieces = 8
 
 func (w *writer) run(ctx context.Context, t testing.TB) {
@@ -699,21 +715,7 @@ func failOver(t *testing.T, rounds int, lease time.Duration, engine string) {
 	}
 	var moves atomic.Int64
 	g.Go(func() { moves.Store(int64(p.probe(ctx, nfs, handle))) })
-	progress := func() {
-		t.Helper()
-		var before []int64
-		for _, w := range writers {
-			before = append(before, w.acks.Load())
-		}
-		p.eventually("the writers go on", func() error {
-			for i, w := range writers {
-				if w.acks.Load() < before[i]+5 && !t.Failed() {
-					return fmt.Errorf("%s does not", w.name)
-				}
-			}
-			return nil
-		})
-	}
+	progress := func() { t.Helper(); p.eventually("the writers go on", goingOn(t, writers)) }
 	pauses := map[string][]time.Duration{}
 	for round := range rounds {
 		d := drills[round%len(drills)]

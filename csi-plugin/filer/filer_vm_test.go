@@ -168,13 +168,7 @@ func TestVMFilerKilled(t *testing.T) {
 	host := f.Volume("v", 0, nil)
 	p := start(t, `cd /v; i=0; until [ -e stop ]; do i=$((i+1)); head -c 20000 /dev/urandom >/tmp/x; cp /tmp/x $i && sync $i || exit 1; echo $(sha256sum </tmp/x | cut -c1-64) $i; done`,
 		"--mount", f.Publish("v").Mount("/v"))
-	for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		if _, err := os.Stat(filepath.Join(host, "1")); err == nil {
-			break
-		} else if time.Now().After(end) {
-			t.Fatal("the pod does not write")
-		}
-	}
+	awaitFile(t, f, host, "1")
 	for range 6 {
 		time.Sleep(1500 * time.Millisecond) // some calls come in between, some meet nobody
 		f.Signal(syscall.SIGKILL)
@@ -258,16 +252,7 @@ func TestVMSnapshots(t *testing.T) {
 		touch changed
 		while [ -e changed ]; do sleep 0.2; done; cat file d/a; cat <&4; ls -A | tr '\n' ' '; ls .snapshots | wc -l; echo third >file; cat .snapshots/s/file file`,
 		"--mount", publication.Mount("/v"))
-	wait := func(name string) {
-		t.Helper()
-		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
-			if _, err := os.Stat(filepath.Join(host, name)); err == nil {
-				return
-			} else if time.Now().After(end) {
-				t.Fatalf("the pod makes no %s", name)
-			}
-		}
-	}
+	wait := func(name string) { t.Helper(); awaitFile(t, f, host, name) }
 	wait("ready")
 	f.Must("snapshot", "v", "s")
 	if err := os.WriteFile(filepath.Join(host, "taken"), nil, 0o644); err != nil {

@@ -19,16 +19,7 @@ func TestVMGaneshaLocks(t *testing.T) {
 	host := f.Volume("v", 64<<20, nil)
 	p := f.Publish("v")
 	p.Options += ",actimeo=1"
-	wait := func(name string) {
-		t.Helper()
-		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
-			if _, err := os.Stat(filepath.Join(host, name)); err == nil {
-				return
-			} else if time.Now().After(end) {
-				t.Fatalf("the pods make no %s\n%s", name, f.Log())
-			}
-		}
-	}
+	wait := func(name string) { t.Helper(); awaitFile(t, f, host, name) }
 	put := func(name string) {
 		t.Helper()
 		if err := os.WriteFile(filepath.Join(host, name), nil, 0o644); err != nil {
@@ -65,16 +56,7 @@ func TestVMGaneshaRollback(t *testing.T) {
 	f.Volume("w", 64<<20, nil)
 	p, q := f.Publish("v"), f.Publish("w")
 	p.Options += ",actimeo=1"
-	wait := func(name string) {
-		t.Helper()
-		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
-			if _, err := os.Stat(filepath.Join(host, name)); err == nil {
-				return
-			} else if time.Now().After(end) {
-				t.Fatalf("the pod makes no %s\n%s", name, f.Log())
-			}
-		}
-	}
+	wait := func(name string) { t.Helper(); awaitFile(t, f, host, name) }
 	// What a descriptor reads twice is read from the server, as is what it has written.
 	pod := startImage(t, "debian", `cd /v; echo first >file; mkdir d; echo a >d/a; exec 4<file 9>lock; flock 9 || echo no lock; touch ready
 		until [ -e taken ]; do sleep 0.2; done
@@ -93,5 +75,17 @@ func TestVMGaneshaRollback(t *testing.T) {
 	f.Must("unpublish", p.ID)
 	for _, s := range snapshotsOf(t, f, "v") {
 		removeSnapshot(t, f, "v", s.Name)
+	}
+}
+
+// awaitFile waits until a pod has made a file in a volume, which is a directory here.
+func awaitFile(t *testing.T, f *filertest.Filer, volume, name string) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(volume, name)); err == nil {
+			return
+		} else if time.Now().After(end) {
+			t.Fatalf("no pod makes %s\n%s", name, f.Log())
+		}
 	}
 }

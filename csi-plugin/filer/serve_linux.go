@@ -181,7 +181,7 @@ func (s *server) open(ctx context.Context) (keeper, error) {
 		if err != nil {
 			return nil, err
 		}
-		return openZFS(ctx, datasets)
+		return zfs.Open(ctx, datasets, zfs.Locks)
 	}
 	pools, err := s.directories()
 	if err != nil {
@@ -190,22 +190,11 @@ func (s *server) open(ctx context.Context) (keeper, error) {
 	return dir.Open(pools)
 }
 
-func openZFS(ctx context.Context, datasets []zfs.Pool) (*zfs.Backend, error) {
-	return zfs.Open(ctx, datasets, "/run/cradle/zfs.lock")
-}
-
 func (s *server) datasets() (pools []zfs.Pool, err error) {
-	for _, p := range s.pools {
-		name, dataset, err := volume.SplitPool(p)
-		if err != nil {
-			return nil, err
-		}
-		pools = append(pools, zfs.Pool{Name: name, Dataset: dataset})
-	}
-	if len(pools) == 0 {
+	if len(s.pools) == 0 {
 		return nil, errors.New("--pool: name the dataset that volumes are kept below, such as tank/cradle")
 	}
-	return pools, nil
+	return zfs.ParsePools(s.pools)
 }
 
 func (s *server) directories() (pools []dir.Pool, err error) {

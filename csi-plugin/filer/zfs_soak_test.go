@@ -298,21 +298,7 @@ zpool export tank`)
 			looked.Add(1)
 		}
 	})
-	progress := func() {
-		t.Helper()
-		var before []int64
-		for _, w := range writers {
-			before = append(before, w.acks.Load())
-		}
-		p.eventually("the writers go on", func() error {
-			for i, w := range writers {
-				if w.acks.Load() < before[i]+5 && !t.Failed() {
-					return fmt.Errorf("%s does not", w.name)
-				}
-			}
-			return nil
-		})
-	}
+	progress := func() { t.Helper(); p.eventually("the writers go on", goingOn(t, writers)) }
 	pauses := map[string][]time.Duration{}
 	for round := range rounds {
 		d := zfsDrills[round%len(zfsDrills)]

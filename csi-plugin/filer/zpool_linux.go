@@ -42,7 +42,7 @@ func (p *sharedZpools) take(ctx context.Context, id string, settled bool) (at pl
 		}
 		p.member.log.Info("imported", "zpool", name)
 	}
-	b, err := openZFS(ctx, p.datasets)
+	b, err := zfs.Open(ctx, p.datasets, zfs.Locks)
 	if err != nil {
 		return at, "", err
 	}

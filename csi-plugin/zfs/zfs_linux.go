@@ -32,7 +32,22 @@ type Backend struct {
 	locks mount.Locks
 }
 
-// Open takes pools into use. locks is the file for locks among processes of this host: /run/cradle/zfs.lock.
+// ParsePools reads pools as command lines name them: DATASET, or NAME=DATASET.
+func ParsePools(texts []string) (pools []Pool, err error) {
+	for _, text := range texts {
+		name, dataset, err := volume.SplitPool(text)
+		if err != nil {
+			return nil, err
+		}
+		pools = append(pools, Pool{Name: name, Dataset: dataset})
+	}
+	return pools, nil
+}
+
+// Locks is the file for locks among a host's processes.
+const Locks = "/run/cradle/zfs.lock"
+
+// Open takes pools into use. locks is a file for locks among processes: Locks, but for tests.
 func Open(ctx context.Context, pools []Pool, locks string) (*Backend, error) {
 	if len(pools) == 0 {
 		return nil, errors.New("no pool: name the dataset that volumes are kept below")

@@ -120,25 +120,22 @@ func isEarly(a *api.AllocationListStub) bool {
 }
 
 // isEarly says the same of an allocation by its id.
-func (w *watch) isEarly(alloc string) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, j := range w.jobs {
-		if a := j.allocs[alloc]; a != nil {
-			return isEarly(a)
-		}
-	}
-	return false
-}
+func (w *watch) isEarly(alloc string) bool { return isEarly(w.allocation(alloc)) }
 
 // runs says whether Nomad's servers have an allocation as running.
 func (w *watch) runs(alloc string) bool {
+	a := w.allocation(alloc)
+	return a != nil && a.ClientStatus == api.AllocClientStatusRunning
+}
+
+// allocation is what is known of one by its id, nil for nothing: it is not changed any more, but replaced.
+func (w *watch) allocation(id string) *api.AllocationListStub {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, j := range w.jobs {
-		if a := j.allocs[alloc]; a != nil {
-			return a.ClientStatus == api.AllocClientStatusRunning
+		if a := j.allocs[id]; a != nil {
+			return a
 		}
 	}
-	return false
+	return nil
 }
