@@ -395,7 +395,7 @@ func (t *tenant) stop(ctx context.Context, c *record, q url.Values) error {
 		return err
 	}
 	t.awaitEnd(c, p)
-	t.emitKill(c, stopSignal(c.Config, q.Get("signal")))
+	t.emitKill(ctx, c, stopSignal(c.Config, q.Get("signal")))
 	if err := p.call(ctx, http.MethodPost, p.inside("/stop"), c.ending(q), nil, nil); err != nil && !t.hasEnded(ctx, c, err) {
 		return err
 	}
@@ -477,7 +477,7 @@ func (s *Server) restartContainer(w http.ResponseWriter, r *http.Request, t *ten
 	p, err := t.running(c)
 	runs := err == nil
 	if runs {
-		t.emitKill(c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
+		t.emitKill(ctx, c, stopSignal(c.Config, dockerhttp.Parameter(r, "signal")))
 		err = p.call(ctx, http.MethodPost, p.inside("/restart"), c.ending(r.URL.Query()), nil, nil)
 		var refused dockerhttp.Error
 		if errors.As(err, &refused) && refused.Status == http.StatusConflict { // its pod has just ended, and Nomad does not know it yet
@@ -516,7 +516,7 @@ func (s *Server) killContainer(w http.ResponseWriter, r *http.Request, t *tenant
 		signal = signalOf(text, 0)
 	}
 	if signal != 0 { // else the pod refuses it
-		t.emitKill(c, signal)
+		t.emitKill(ctx, c, signal)
 	}
 	if c.Joins != "" && (signal == unix.SIGKILL || signal == stopSignal(c.Config, "")) { // its end is wanted: its policy does not have it follow the one that it has joined
 		if _, err := t.change(ctx, c.ID, func(now *record) (bool, error) {

@@ -190,7 +190,7 @@ func (t *tenant) writeSegment(ctx context.Context) error {
 // An eventReader reads the log.
 type eventReader struct {
 	tenant *tenant
-	index  uint64
+	index  uint64 // of the log, when it was read last
 	seen   map[string]segmentSeen
 }
 
@@ -200,38 +200,54 @@ type segmentSeen struct {
 	events int
 }
 
-// next gives what is new in the log, by time: all of it the first time, later it waits for something to be new.
-func (r *eventReader) next(ctx context.Context) ([]event, error) {
+// read gives what is new in the log, by time: all of it the first time.
+func (r *eventReader) read(ctx context.Context) ([]event, error) {
 	t := r.tenant
-	for {
-		q := t.query(ctx)
-		q.WaitIndex = r.index
-		all, meta, err := t.nomad.Variables().PrefixList(eventsPrefix, q)
-		if err != nil {
-			return nil, err
-		}
-		first := r.index == 0
-		var found []event
-		seen := map[string]segmentSeen{}
-		for _, v := range all {
-			s := r.seen[v.Path]
-			if s.index != v.ModifyIndex {
-				segment, err := t.segment(ctx, v.Path)
-				if errors.Is(err, api.ErrVariablePathNotFound) {
-					continue
-				}
-				if err != nil {
-					return nil, err
-				}
-				found = append(found, segment[min(s.events, len(segment)):]...)
-				s = segmentSeen{v.ModifyIndex, len(segment)}
+	all, meta, err := t.nomad.Variables().PrefixList(eventsPrefix, t.query(ctx))
+	if err != nil {
+		return nil, err
+	}
+	var found []event
+	seen := map[string]segmentSeen{}
+	for _, v := range all {
+		s := r.seen[v.Path]
+		if s.index != v.ModifyIndex {
+			segment, err := t.segment(ctx, v.Path)
+			if errors.Is(err, api.ErrVariablePathNotFound) {
+				continue
 			}
-			seen[v.Path] = s
+			if err != nil {
+				return nil, err
+			}
+			found = append(found, segment[min(s.events, len(segment)):]...)
+			s = segmentSeen{v.ModifyIndex, len(segment)}
 		}
-		r.index, r.seen = max(meta.LastIndex, 1), seen
-		if first || len(found) > 0 {
-			slices.SortStableFunc(found, byTime)
-			return found, nil
+		seen[v.Path] = s
+	}
+	r.index, r.seen = max(meta.LastIndex, 1), seen
+	slices.SortStableFunc(found, byTime)
+	return found, nil
+}
+
+// watchLog tells whenever the log is another than at an index.
+func (t *tenant) watchLog(ctx context.Context, index uint64, changed chan<- struct{}) {
+	for ctx.Err() == nil {
+		q := t.query(ctx)
+		q.WaitIndex = index
+		_, meta, err := t.nomad.Variables().PrefixList(eventsPrefix, q)
+		if err != nil {
+			select {
+			case <-ctx.Done():
+			case <-time.After(streamRetry):
+			}
+			continue
+		}
+		if now := max(meta.LastIndex, 1); now != index {
+			index = now
+			select {
+			case changed <- struct{}{}:
+			case <-ctx.Done():
+			}
 		}
 	}
 }

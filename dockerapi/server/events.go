@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -44,7 +45,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request, t *tenant) error
 		return err
 	}
 	log := &eventReader{tenant: t}
-	past, err := log.next(ctx)
+	past, err := log.read(ctx)
 	if err != nil {
 		return err
 	}
@@ -74,28 +75,41 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request, t *tenant) error
 	defer work.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	live := make(chan []event)
+	live, changed := make(chan event), make(chan struct{})
 	pods := &podFollower{tenant: t, wants: wants, live: live, work: &work, followed: map[string]bool{}}
-	work.Go(func() { t.followLog(ctx, log, live, func(e *event) { pods.joined(ctx, wanted, e, joined) }) })
+	work.Go(func() { t.watchLog(ctx, log.index, changed) })
 	work.Go(func() { pods.run(ctx, joined) })
 	var held []event // of the log and of pods, which do not come in order
 	var settled <-chan time.Time
 	for {
 		select {
-		case some := <-live:
-			if held = append(held, some...); settled == nil {
-				settled = time.After(eventSettle)
-			}
+		case e := <-live:
+			held = append(held, e)
+		case <-changed:
 		case <-settled:
+			settled = nil
+			some, err := log.read(ctx) // also for what pods told: the log may have what was before
+			if err != nil {
+				settled = time.After(streamRetry)
+				continue
+			}
+			for i := range some {
+				pods.joined(ctx, wanted, &some[i], joined)
+			}
+			held = append(held, some...)
 			slices.SortStableFunc(held, byTime)
 			if out.write(held) != nil {
 				return nil
 			}
-			held, settled = nil, nil
+			held = nil
+			continue
 		case <-ctx.Done():
 			cancel()
 			work.Wait()
 			return out.last(r.Context(), log, held)
+		}
+		if settled == nil {
+			settled = time.After(eventSettle)
 		}
 	}
 }
@@ -166,34 +180,12 @@ func (o *eventWriter) last(ctx context.Context, log *eventReader, held []event) 
 		return nil
 	case <-time.After(eventSettle):
 	}
-	log.index = 0 // what there is
-	if some, err := log.next(ctx); err == nil {
+	if some, err := log.read(ctx); err == nil {
 		held = append(held, some...)
 	}
 	slices.SortStableFunc(held, byTime)
 	_ = o.write(held) // the client has gone
 	return nil
-}
-
-// followLog tells what is new in the log, and looks at each event before.
-func (t *tenant) followLog(ctx context.Context, log *eventReader, live chan<- []event, look func(*event)) {
-	for ctx.Err() == nil {
-		some, err := log.next(ctx)
-		if err != nil {
-			select {
-			case <-ctx.Done():
-			case <-time.After(streamRetry):
-			}
-			continue
-		}
-		for i := range some {
-			look(&some[i])
-		}
-		select {
-		case live <- some:
-		case <-ctx.Done():
-		}
-	}
 }
 
 // running are the allocations of all pods that run, by their containers.
@@ -264,7 +256,7 @@ func (t *tenant) pastOfPods(ctx context.Context, wanted *dockerhttp.EventsReques
 type podFollower struct {
 	tenant *tenant
 	wants  func(*record) bool
-	live   chan<- []event
+	live   chan<- event
 	work   *sync.WaitGroup // of what it has begun
 
 	mu       sync.Mutex
@@ -292,15 +284,27 @@ func (f *podFollower) joined(ctx context.Context, wanted *dockerhttp.EventsReque
 		return
 	}
 	if alloc := f.tenant.watch.running()[e.In]; alloc != nil {
-		if begun := time.Unix(0, e.TimeNano).Add(-podClock); begun.After(from) {
+		if begun := time.Unix(0, e.TimeNano).Add(-podSkew); begun.After(from) {
 			from = begun
 		}
 		f.follow(ctx, e.In, alloc, func(*record) bool { return true }, from)
 	}
 }
 
-// podClock is how much a pod's clock may differ from the server's.
-const podClock = time.Second
+// podSkew is how much a pod's clock may differ from the server's.
+const podSkew = time.Second
+
+// A podClock is how far a pod's clock is behind the server's: no more than the least time that any of its events took to be here.
+type podClock struct{ behind time.Duration }
+
+func newPodClock() *podClock { return &podClock{math.MaxInt64} }
+
+// correct gives an event that has come now a time by the server's clock, so that it is told after what it follows from. A pod's events stay in order.
+func (c *podClock) correct(e *event, now time.Time) {
+	c.behind = min(c.behind, now.Sub(time.Unix(0, e.TimeNano)))
+	e.TimeNano += int64(c.behind)
+	e.Time = e.TimeNano / int64(time.Second)
+}
 
 // follow follows a pod, if nobody does.
 func (f *podFollower) follow(ctx context.Context, id string, alloc *api.AllocationListStub, wants func(*record) bool, from time.Time) {
@@ -321,11 +325,13 @@ func (f *podFollower) follow(ctx context.Context, id string, alloc *api.Allocati
 // followPod goes on where its stream breaks, for as long as the pod runs.
 func (f *podFollower) followPod(ctx context.Context, id string, alloc *api.AllocationListStub, wants func(*record) bool, from time.Time) {
 	t := f.tenant
+	clock := newPodClock()
 	for ctx.Err() == nil {
 		err := t.podEvents(ctx, id, alloc, wants, from.Add(1), time.Time{}, func(m event) {
 			from = time.Unix(0, m.TimeNano)
+			clock.correct(&m, time.Now())
 			select {
-			case f.live <- []event{m}:
+			case f.live <- m:
 			case <-ctx.Done():
 			}
 		})
@@ -473,9 +479,14 @@ func (n *netRecord) event(action events.Action, more map[string]string) event {
 	return event{Message: events.Message{Type: events.NetworkEventType, Action: action, Actor: events.Actor{ID: n.ID, Attributes: all}}}
 }
 
-// emitKill tells of a signal that is about to be sent, by its number as docker does: whoever hears first of the end that it brings tells of that.
-func (t *tenant) emitKill(r *record, signal unix.Signal) {
+// emitKill tells of a signal that is about to be sent, by its number as docker does. It is in the log before the end that it brings is told by anybody.
+func (t *tenant) emitKill(ctx context.Context, r *record, signal unix.Signal) {
 	t.emitContainer(r, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(signal))})
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	if err := t.flushEvents(ctx); err != nil { // they are written later
+		t.server.Log.Warn("write events", "namespace", t.Namespace, "error", err)
+	}
 }
 
 // signalOf reads a signal's name or number; otherwise is what is meant where nothing is said.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/nomad/api"
+	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"golang.org/x/sys/unix"
 
@@ -170,7 +171,7 @@ func TestEventLog(t *testing.T) {
 	next := 0
 	read := func() {
 		t.Helper()
-		some, err := reader.next(ctx)
+		some, err := reader.read(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -187,12 +188,12 @@ func TestEventLog(t *testing.T) {
 		to int
 	}{{a, 5}, {b, 8}, {a, 70}, {b, 300}} {
 		write(turn.by, next, turn.to)
-		for next < turn.to {
-			read()
+		if read(); next != turn.to {
+			t.Fatalf("%d events of %d are read", next, turn.to)
 		}
 	}
 	write(a, 300, 300+segments*segmentEvents*2)
-	all, err := (&eventReader{tenant: b}).next(ctx)
+	all, err := (&eventReader{tenant: b}).read(ctx)
 	if err != nil || len(v.byPath) != segments || len(all) < (segments-1)*segmentEvents {
 		t.Errorf("%d segments with %d events are kept, %v", len(v.byPath), len(all), err)
 	}
@@ -213,7 +214,7 @@ func TestEventLogWhileNomadIsDown(t *testing.T) {
 	if err := a.flushEvents(t.Context()); err != nil { // of what was emitted before
 		t.Fatal(err)
 	}
-	all, err := (&eventReader{tenant: b}).next(t.Context())
+	all, err := (&eventReader{tenant: b}).read(t.Context())
 	if err != nil || len(all) != 200 {
 		t.Fatalf("%d events, %v", len(all), err)
 	}
@@ -279,6 +280,35 @@ func TestEventsRoute(t *testing.T) {
 	}
 	if got := next(some); got != "2" {
 		t.Errorf("of event 2 alone is told %s", got)
+	}
+}
+
+// A signal is in the log, for every server, before it is sent.
+func TestEmitKill(t *testing.T) {
+	a, b := logged(t, newVariableStore())
+	a.emitKill(t.Context(), &record{Config: &container.Config{}}, unix.SIGKILL)
+	all, err := (&eventReader{tenant: b}).read(t.Context())
+	if err != nil || len(all) != 1 || all[0].Action != events.ActionKill {
+		t.Errorf("the log has %v, %v", all, err)
+	}
+}
+
+// Whether a pod's clock is behind or ahead, its events are told after what came before by the server's, and in their order.
+func TestPodClock(t *testing.T) {
+	begin := time.Now()
+	for _, skew := range []time.Duration{-time.Hour, -200 * time.Millisecond, 0, time.Second} {
+		clock := newPodClock()
+		last := begin.UnixNano()
+		for i, took := range []time.Duration{300, 20, 2, 90, 1, 5} { // milliseconds on its way
+			happened := begin.Add(time.Duration(i+1) * 300 * time.Millisecond)
+			came := happened.Add(took * time.Millisecond)
+			e := event{Message: events.Message{TimeNano: happened.Add(skew).UnixNano()}}
+			clock.correct(&e, came)
+			if e.TimeNano < happened.UnixNano() || e.TimeNano > came.UnixNano() || e.TimeNano < last || e.Time != e.TimeNano/1e9 {
+				t.Errorf("clock of %v: event %d of %v that came at %v is told at %v", skew, i, happened, came, time.Unix(0, e.TimeNano))
+			}
+			last = e.TimeNano
+		}
 	}
 }
 

@@ -83,7 +83,7 @@ func (t *tenant) killNow(ctx context.Context, r *record) error {
 		return nil //nolint:nilerr // it does not run
 	}
 	t.awaitEnd(r, p)
-	t.emitKill(r, unix.SIGKILL)
+	t.emitKill(ctx, r, unix.SIGKILL)
 	if err := p.call(ctx, http.MethodPost, p.inside("/kill"), nil, nil, nil); err != nil {
 		t.server.Log.Debug("kill a container before its removal", "container", r.ID, "error", err)
 		return nil // what does not answer, or has not begun, is Nomad's to end
