@@ -190,7 +190,6 @@ func (t *tenant) writeSegment(ctx context.Context) error {
 // An eventReader reads the log.
 type eventReader struct {
 	tenant *tenant
-	index  uint64 // of the log, when it was read last
 	seen   map[string]segmentSeen
 }
 
@@ -203,7 +202,7 @@ type segmentSeen struct {
 // read gives what is new in the log, by time: all of it the first time.
 func (r *eventReader) read(ctx context.Context) ([]event, error) {
 	t := r.tenant
-	all, meta, err := t.nomad.Variables().PrefixList(eventsPrefix, t.query(ctx))
+	all, _, err := t.nomad.Variables().PrefixList(eventsPrefix, t.query(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -224,13 +223,14 @@ func (r *eventReader) read(ctx context.Context) ([]event, error) {
 		}
 		seen[v.Path] = s
 	}
-	r.index, r.seen = max(meta.LastIndex, 1), seen
+	r.seen = seen
 	slices.SortStableFunc(found, byTime)
 	return found, nil
 }
 
-// watchLog tells whenever the log is another than at an index.
-func (t *tenant) watchLog(ctx context.Context, index uint64, changed chan<- struct{}) {
+// watchLog tells at once, and whenever the log has changed, that it is to be read. What Nomad answers it with is not: its index may be of a later change.
+func (t *tenant) watchLog(ctx context.Context, changed chan<- struct{}) {
+	index := uint64(0)
 	for ctx.Err() == nil {
 		q := t.query(ctx)
 		q.WaitIndex = index

@@ -77,7 +77,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request, t *tenant) error
 	defer cancel()
 	live, changed := make(chan event), make(chan struct{})
 	pods := &podFollower{tenant: t, wants: wants, live: live, work: &work, followed: map[string]bool{}}
-	work.Go(func() { t.watchLog(ctx, log.index, changed) })
+	work.Go(func() { t.watchLog(ctx, changed) })
 	work.Go(func() { pods.run(ctx, joined) })
 	var held []event // of the log and of pods, which do not come in order
 	var settled <-chan time.Time

@@ -299,9 +299,9 @@ func TestPodClock(t *testing.T) {
 	for _, skew := range []time.Duration{-time.Hour, -200 * time.Millisecond, 0, time.Second} {
 		clock := newPodClock()
 		last := begin.UnixNano()
-		for i, took := range []time.Duration{300, 20, 2, 90, 1, 5} { // milliseconds on its way
+		for i, took := range []int{300, 20, 2, 90, 1, 5} { // milliseconds on its way
 			happened := begin.Add(time.Duration(i+1) * 300 * time.Millisecond)
-			came := happened.Add(took * time.Millisecond)
+			came := happened.Add(time.Duration(took) * time.Millisecond)
 			e := event{Message: events.Message{TimeNano: happened.Add(skew).UnixNano()}}
 			clock.correct(&e, came)
 			if e.TimeNano < happened.UnixNano() || e.TimeNano > came.UnixNano() || e.TimeNano < last || e.Time != e.TimeNano/1e9 {
