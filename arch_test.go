@@ -54,14 +54,15 @@ var mayImport = map[string][]string{
 
 	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
 	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease"},                                                                                                                                           // exports, not volumes
+	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                                                                                             // exports, not volumes
 
 	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "internal/durable"}, // likewise
 
-	"csi-plugin/filer/lease":   {},
-	"csi-plugin/filer/gateway": {"csi-plugin/filer/lease"},
-	"csi-plugin/filer/webdav":  {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "internal/durable"}, // directories, not volumes
-	"csi-plugin/filer/s3":      {"csi-plugin/filer/gateway", "csi-plugin/filer/lease"},                     // so is this
+	"csi-plugin/filer/lease":     {},
+	"csi-plugin/filer/snapshots": {},
+	"csi-plugin/filer/gateway":   {"csi-plugin/filer/lease"},
+	"csi-plugin/filer/webdav":    {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots", "internal/durable"}, // directories, not volumes
+	"csi-plugin/filer/s3":        {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                     // so is this
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},

@@ -74,8 +74,9 @@ func (f *filer) admit(ctx context.Context, g api.Grant) error {
 		return nil
 	}
 	root, err := f.place(ctx, g.Volume)
+	seen := f.seen(g.Volume)
 	if err == nil && f.webdav != nil {
-		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID})
+		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen})
 	}
 	if err == nil && f.s3 != nil && s3.CheckBucket(g.Volume) == nil {
 		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID})

@@ -13,9 +13,10 @@ import (
 	"strings"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
-	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -40,32 +41,33 @@ func (f *filer) snapshotter(ctx context.Context, id string) (snapshotting, error
 	return b, nil
 }
 
-// seen are a volume's snapshots as NFS shows them.
-func (f *filer) seen(id string) *nfs.Snapshots {
+// seen are a volume's snapshots as the protocols show them.
+func (f *filer) seen(id string) *snapshots.Source {
 	b, ok := f.backend.(snapshotting)
 	if !ok {
 		return nil
 	}
-	return &nfs.Snapshots{
-		List: func() ([]nfs.Snapshot, error) {
+	return &snapshots.Source{
+		List: func() ([]snapshots.Snapshot, error) {
 			all, err := b.Snapshots(context.Background(), id)
 			if err != nil {
 				f.log.Warn("list snapshots", "volume", id, "error", err)
 			}
-			var seen []nfs.Snapshot
+			var seen []snapshots.Snapshot
 			for _, s := range all {
-				seen = append(seen, nfs.Snapshot{Name: s.ID.Name, Taken: s.Created})
+				seen = append(seen, snapshots.Snapshot{Name: s.ID.Name, Taken: s.Created})
 			}
 			return seen, err
 		},
-		Open: func(name string) (*os.File, error) {
+		Open: func(name string) (*os.Root, error) {
 			root, err := b.Browse(context.Background(), volume.SnapshotID{Volume: id, Name: name})
 			if err != nil {
 				f.log.Warn("show a snapshot", "volume", id, "snapshot", name, "error", err)
-				return nil, err
 			}
-			d, err := root.Open(".")
-			return d, errors.Join(err, root.Close())
+			if errors.Is(err, volume.ErrNotFound) {
+				err = fmt.Errorf("%w: %w", unix.ENOENT, err)
+			}
+			return root, err
 		},
 	}
 }
@@ -115,8 +117,8 @@ func (f *filer) rollback(ctx context.Context, id string, r api.Rollback) (api.Ro
 	if part == "" {
 		part = "."
 	}
-	if first, _, _ := strings.Cut(part, "/"); first == nfs.SnapshotsDir {
-		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", nfs.SnapshotsDir)
+	if first, _, _ := strings.Cut(part, "/"); first == snapshots.Dir {
+		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", snapshots.Dir)
 	}
 	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: "before-rollback-" + stamp()}
 	return f.makeAsItWas(ctx, p)

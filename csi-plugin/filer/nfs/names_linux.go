@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // maxName is the length of the longest name in a directory.
@@ -57,7 +59,7 @@ func (x *exchange) place(handle []byte, name string) (object, status) {
 	switch {
 	case x.export.ReadOnly || o.tree == nil:
 		s = errROFS
-	case o.leadsOn(name) && name == SnapshotsDir:
+	case o.leadsOn(name) && name == snapshots.Dir:
 		s = errExist
 	case o.hides(name):
 		s = errAcces

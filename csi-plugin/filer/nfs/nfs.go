@@ -1,5 +1,5 @@
 // Package nfs serves directories over NFS version 3 (RFC 1813) to Linux clients. An Engine does it: Server is the embedded one, in this
-// process; another is in filer/ganesha. It knows exports, not volumes, and imports the lease alone.
+// process; another is in filer/ganesha. It knows exports, not volumes, and imports the lease and the snapshots alone.
 //
 // Whoever can send packets is hostile until it has named an export's path, which holds a secret. Every length is bounded before
 // memory is taken for it; file handles are authenticated; no path is ever resolved, only one name in one directory at a time, and no symbolic link is
@@ -9,10 +9,10 @@ package nfs
 import (
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
-	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // An Engine serves exports.
@@ -39,24 +39,7 @@ type Export struct {
 	Clients  []netip.Prefix // whose calls are answered; others learn nothing
 	Hidden   []string       // names in the root, of files that help to serve it otherwise: they are neither shown nor changed
 
-	Snapshots *Snapshots // nil for none
-}
-
-// SnapshotsDir is where clients see the snapshots: a directory that each directory Root has and none lists.
-const SnapshotsDir = ".snapshots"
-
-// Snapshots are former states of what is exported. They may be other ones at any time.
-type Snapshots struct {
-	List func() ([]Snapshot, error)
-
-	// Open opens the root directory of one, through a mount that nothing can be written through. It is closed when nobody looks at it any more.
-	Open func(name string) (*os.File, error)
-}
-
-// A Snapshot has a name, by which clients see it. One that is taken at another time is another one.
-type Snapshot struct {
-	Name  string
-	Taken time.Time
+	Snapshots *snapshots.Source // nil for none
 }
 
 // MaxPath is the length of the longest path that can be mounted (RFC 1813 §5.1.1, MNTPATHLEN).

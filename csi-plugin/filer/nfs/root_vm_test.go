@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 	"github.com/cradlestack/cradlestack/internal/mountns"
 )
 
@@ -985,7 +986,7 @@ func TestRootRepeatedAtWork(t *testing.T) {
 func TestRootSnapshots(t *testing.T) {
 	w := serve(t)
 	var mu sync.Mutex
-	var all []Snapshot
+	var all []snapshots.Snapshot
 	var opened int
 	take := func(name string, taken int64) {
 		t.Helper()
@@ -996,17 +997,17 @@ func TestRootSnapshots(t *testing.T) {
 		t.Cleanup(func() { command(t, "umount", "--lazy", at) })
 		mu.Lock()
 		defer mu.Unlock()
-		all = append(all, Snapshot{name, time.Unix(taken, 0)})
+		all = append(all, snapshots.Snapshot{Name: name, Taken: time.Unix(taken, 0)})
 	}
-	w.export.Snapshots = &Snapshots{
-		List: func() ([]Snapshot, error) {
+	w.export.Snapshots = &snapshots.Source{
+		List: func() ([]snapshots.Snapshot, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			return slices.Clone(all), nil
 		},
-		Open: func(name string) (*os.File, error) {
+		Open: func(name string) (*os.Root, error) {
 			opened++
-			return os.Open(filepath.Join(w.above, "taken", name))
+			return os.OpenRoot(filepath.Join(w.above, "taken", name))
 		},
 	}
 	if err := w.server.Export(w.export); err != nil {
@@ -1038,7 +1039,7 @@ func TestRootSnapshots(t *testing.T) {
 		}
 		return bytes.Clone(d.take(fattrSize))
 	}
-	list := find(SnapshotsDir)
+	list := find(snapshots.Dir)
 	before := about(list)
 	take("first", 1000)
 	if bytes.Equal(about(list), before) {
@@ -1092,36 +1093,36 @@ func TestRootSnapshots(t *testing.T) {
 		if got := names(proc, list); !slices.Equal(got, []string{".", "..", "first", "second"}) {
 			t.Errorf("the snapshots are %v", got)
 		}
-		if proc == procReaddir && slices.Contains(names(proc, c.root), SnapshotsDir) {
+		if proc == procReaddir && slices.Contains(names(proc, c.root), snapshots.Dir) {
 			t.Error("the root lists them")
 		}
 	}
 	if opened != 0 {
 		t.Errorf("to list them opens %d", opened)
 	}
-	file := find(SnapshotsDir, "first", "file")
+	file := find(snapshots.Dir, "first", "file")
 	if s, text := c.read(file, 0, 10); s != ok || text != "then" {
 		t.Errorf("the first has %q, %d", text, s)
 	}
-	if s, text := c.read(find(SnapshotsDir, "second", "file"), 0, 10); s != ok || text != "now" || opened != 2 {
+	if s, text := c.read(find(snapshots.Dir, "second", "file"), 0, 10); s != ok || text != "now" || opened != 2 {
 		t.Errorf("the second has %q, %d, after %d were opened", text, s, opened)
 	}
 	number := func(handle []byte) uint64 { return binary.BigEndian.Uint64(about(handle)[fattrSize-32:]) }
 	seen := map[uint64]bool{}
-	for _, path := range [][]string{{"file"}, {}, {SnapshotsDir}, {SnapshotsDir, "first"}, {SnapshotsDir, "first", "file"}, {SnapshotsDir, "second"}, {SnapshotsDir, "second", "file"}} {
+	for _, path := range [][]string{{"file"}, {}, {snapshots.Dir}, {snapshots.Dir, "first"}, {snapshots.Dir, "first", "file"}, {snapshots.Dir, "second"}, {snapshots.Dir, "second", "file"}} {
 		if n := number(find(path...)); seen[n] {
 			t.Errorf("%v has the number of another", path)
 		} else {
 			seen[n] = true
 		}
 	}
-	for _, path := range [][]string{{SnapshotsDir, ".."}, {SnapshotsDir, "first", "..", ".."}, {SnapshotsDir, "first", "dir", "..", "..", ".", "second", "..", ".."}} {
+	for _, path := range [][]string{{snapshots.Dir, ".."}, {snapshots.Dir, "first", "..", ".."}, {snapshots.Dir, "first", "dir", "..", "..", ".", "second", "..", ".."}} {
 		if !bytes.Equal(find(path...), c.root) {
 			t.Errorf("%v is not the root", path)
 		}
 	}
-	for _, path := range [][]string{{SnapshotsDir, "first"}, {SnapshotsDir, "first", "dir"}, {"dir"}} {
-		if s, _ := c.lookup(find(path...), SnapshotsDir); s != errNoEnt {
+	for _, path := range [][]string{{snapshots.Dir, "first"}, {snapshots.Dir, "first", "dir"}, {"dir"}} {
+		if s, _ := c.lookup(find(path...), snapshots.Dir); s != errNoEnt {
 			t.Errorf("snapshots below %v: %d", path, s)
 		}
 	}
@@ -1132,7 +1133,7 @@ func TestRootSnapshots(t *testing.T) {
 	}
 
 	// Nothing can be changed there, nor the name be taken away.
-	first, dir := find(SnapshotsDir, "first"), find(SnapshotsDir, "first", "dir")
+	first, dir := find(snapshots.Dir, "first"), find(snapshots.Dir, "first", "dir")
 	for what, got := range map[string]status{
 		"write":           statusFrom(c.write(file, 0, "x", fileSync)),
 		"create":          statusFrom(c.create(dir, "x", unchecked, attributes(0o644))),
@@ -1160,9 +1161,9 @@ func TestRootSnapshots(t *testing.T) {
 		}
 	}
 	for what, got := range map[string]status{
-		"mkdir":  statusFrom(c.in(procMkdir, c.root, SnapshotsDir, attributes(0o755))),
-		"create": statusFrom(c.create(c.root, SnapshotsDir, guarded, attributes(0o644))),
-		"rmdir":  statusFrom(c.in(procRmdir, c.root, SnapshotsDir, nil)),
+		"mkdir":  statusFrom(c.in(procMkdir, c.root, snapshots.Dir, attributes(0o755))),
+		"create": statusFrom(c.create(c.root, snapshots.Dir, guarded, attributes(0o644))),
+		"rmdir":  statusFrom(c.in(procRmdir, c.root, snapshots.Dir, nil)),
 	} {
 		if got != errExist {
 			t.Errorf("%s of their directory: %d", what, got)
@@ -1187,7 +1188,7 @@ func TestRootSnapshots(t *testing.T) {
 	if s, _ := u.read(file, 0, 10); s != errAcces {
 		t.Errorf("another user reads a file of root's: %d", s)
 	}
-	if s, got := u.lookup(u.root, SnapshotsDir); s != ok || !bytes.Equal(got, list) {
+	if s, got := u.lookup(u.root, snapshots.Dir); s != ok || !bytes.Equal(got, list) {
 		t.Errorf("another user looks for snapshots: %d", s)
 	}
 
@@ -1222,7 +1223,7 @@ func TestRootSnapshots(t *testing.T) {
 	if s, _ := c.read(file, 0, 10); s != errStale {
 		t.Errorf("a file of a snapshot that was taken anew: %d", s)
 	}
-	if bytes.Equal(find(SnapshotsDir, "first", "file"), file) {
+	if bytes.Equal(find(snapshots.Dir, "first", "file"), file) {
 		t.Error("it has the same handle")
 	}
 }

@@ -10,12 +10,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // A snapshotID is how handles name a snapshot.
 type snapshotID [8]byte
 
-func (s Snapshot) id() (id snapshotID) {
+func idOf(s snapshots.Snapshot) (id snapshotID) {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s taken %d", s.Name, s.Taken.UnixNano()))
 	copy(id[:], sum[:])
 	return id
@@ -42,7 +44,7 @@ func (o object) leadsOn(name string) bool {
 	case !o.isRoot():
 		return false
 	case o.tree.snapshot == (snapshotID{}):
-		return name == SnapshotsDir && o.export.Snapshots != nil
+		return name == snapshots.Dir && o.export.Snapshots != nil
 	}
 	return name == ".."
 }
@@ -60,7 +62,7 @@ func (o object) beyond(name string) (object, error) {
 	if err != nil {
 		return object{fd: -1}, err
 	}
-	i := slices.IndexFunc(all, func(s Snapshot) bool { return s.Name == name })
+	i := slices.IndexFunc(all, func(s snapshots.Snapshot) bool { return s.Name == name })
 	if i < 0 {
 		return object{fd: -1}, unix.ENOENT
 	}
@@ -84,7 +86,7 @@ func (x *exported) snapshotList() (object, error) {
 	hash := sha256.New()
 	var newest time.Time
 	for _, s := range all {
-		id := s.id()
+		id := idOf(s)
 		hash.Write(id[:])
 		if s.Taken.After(newest) {
 			newest = s.Taken
@@ -104,14 +106,14 @@ func (l *listing) fillSnapshots(cookie uint64) (full bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	slices.SortFunc(all, func(a, b Snapshot) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(all, func(a, b snapshots.Snapshot) int { return strings.Compare(a.Name, b.Name) })
 	type entry struct {
 		name string
 		ino  uint64
 	}
 	entries := []entry{{".", l.dir.st.Ino}, {"..", l.dir.export.ino}}
 	for _, s := range all {
-		entries = append(entries, entry{s.Name, s.id().number()})
+		entries = append(entries, entry{s.Name, idOf(s).number()})
 	}
 	for i := min(cookie, uint64(len(entries))); i < uint64(len(entries)); i++ {
 		if !l.add(entries[i].ino, i+1, entries[i].name) {
@@ -139,22 +141,27 @@ func (x *exported) snapshotTree(id snapshotID) (*tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	i := slices.IndexFunc(all, func(s Snapshot) bool { return s.id() == id })
+	i := slices.IndexFunc(all, func(s snapshots.Snapshot) bool { return idOf(s) == id })
 	if i < 0 {
 		return nil, unix.ESTALE
 	}
 	return x.openSnapshot(all[i])
 }
 
-func (x *exported) openSnapshot(s Snapshot) (*tree, error) {
+func (x *exported) openSnapshot(s snapshots.Snapshot) (*tree, error) {
 	x.opening.Lock()
 	defer x.opening.Unlock()
-	id := s.id()
+	id := idOf(s)
 	if t := x.snapshots[id]; t != nil {
 		t.used = time.Now()
 		return t, nil
 	}
-	root, err := x.Snapshots.Open(s.Name)
+	top, err := x.Snapshots.Open(s.Name)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s of volume %s: %w", s.Name, x.Volume, err)
+	}
+	root, err := top.Open(".")
+	top.Close()
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s of volume %s: %w", s.Name, x.Volume, err)
 	}

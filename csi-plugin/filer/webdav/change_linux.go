@@ -231,16 +231,11 @@ func (c change) place(from, to string) (replaced bool, err error) {
 const maxDepth = 200
 
 // copy makes a copy of a file or directory, of the latter without what is in it unless deep says so. It is there whole or not at all.
-func (c change) copy(ctx context.Context, from, to string, deep bool) (replaced bool, err error) {
+func (c change) copy(ctx context.Context, source *file, to string, deep bool) (replaced bool, err error) {
 	parent, err := c.parent(to)
 	if err != nil {
 		return false, err
 	}
-	source, err := c.open(from)
-	if err != nil {
-		return false, err
-	}
-	defer source.Close()
 	part, done, err := c.part()
 	if err != nil {
 		return false, err
@@ -281,7 +276,7 @@ func (c change) copyDirectory(ctx context.Context, source *file, name string, pa
 	if err := c.root.Mkdir(name, 0o700); err != nil {
 		return err
 	}
-	from, err := c.root.OpenRoot(rel(source.name))
+	from, err := source.volume.root.OpenRoot(rel(source.name))
 	if err != nil {
 		return err
 	}

@@ -54,7 +54,7 @@ func TestRootLitmus(t *testing.T) {
 }
 
 func TestRootClients(t *testing.T) {
-	w := serve(t)
+	w := servePast(t)
 	dir := t.TempDir()
 	content := bytes.Repeat([]byte("0123456789abcdef"), 40_000)
 	for name, data := range map[string][]byte{"large": content, "small ü&%": []byte("small"), "empty": nil} {
@@ -74,6 +74,19 @@ func TestRootClients(t *testing.T) {
 		if data, err := os.ReadFile(part); err != nil || !bytes.Equal(data, content) {
 			t.Errorf("a download that went on: %d bytes, %v", len(data), err)
 		}
+		w.take("first", time.Now())
+		for destination, name := range map[string]string{w.url + "/back": ".snapshots/first/curl", w.url + "/back again": ".snapshots/first"} {
+			curl("--request", "COPY", "--header", "Destination: "+strings.ReplaceAll(destination, " ", "%20"), w.url+"/"+name)
+		}
+		if w.file("back") != string(content) || w.file("back again/curl") != string(content) {
+			t.Error("what came back is another file")
+		}
+		if out := curl("--range", "16-31", w.url+"/.snapshots/first/curl"); out != string(content[:16]) {
+			t.Errorf("in the snapshot it has %q", out)
+		}
+		for _, name := range []string{"back", "back%20again"} {
+			curl("--request", "DELETE", w.url+"/"+name)
+		}
 	})
 	t.Run("cadaver", func(t *testing.T) {
 		home := t.TempDir()
@@ -86,9 +99,9 @@ func TestRootClients(t *testing.T) {
 		got := filepath.Join(home, "got")
 		out := command(t, strings.Join([]string{
 			"mkcol cadaver", "cd cadaver", "put " + filepath.Join(dir, "large") + " one", "copy one two", "move two three", "lock one", "discover one", "propset one colour red", "propget one colour",
-			"put " + filepath.Join(dir, "empty") + " one", "unlock one", "ls", "get three " + got, "rm one", "quit", "",
+			"put " + filepath.Join(dir, "empty") + " one", "unlock one", "ls", "get three " + got, "rm one", "cd ../.snapshots", "ls", "cd first", "copy curl ../../cadaver/back", "quit", "",
 		}, "\n"), "cadaver", w.url+"/")
-		for _, want := range []string{"Value of colour is: red", "three"} {
+		for _, want := range []string{"Value of colour is: red", "three", "Coll:   first"} {
 			if !strings.Contains(out, want) {
 				t.Errorf("cadaver does not say %q", want)
 			}
@@ -97,8 +110,11 @@ func TestRootClients(t *testing.T) {
 		if err != nil || !bytes.Equal(data, content) || strings.Contains(out, "failed") {
 			t.Errorf("what cadaver got: %d bytes, %v\n%s", len(data), err, out)
 		}
-		if entries, err := os.ReadDir(filepath.Join(w.root, "cadaver")); err != nil || len(entries) != 1 || entries[0].Name() != "three" {
+		if entries, err := os.ReadDir(filepath.Join(w.root, "cadaver")); err != nil || len(entries) != 2 || entries[0].Name() != "back" || entries[1].Name() != "three" {
 			t.Errorf("cadaver has left %v, %v", entries, err)
+		}
+		if w.file("cadaver/back") != string(content) {
+			t.Error("what cadaver has brought back is another file")
 		}
 	})
 	t.Run("rclone", func(t *testing.T) {
@@ -118,6 +134,17 @@ func TestRootClients(t *testing.T) {
 		}
 		if out := rclone("lsf", "-R", "v:rclone"); out != "empty\nmoved\nsmall ü&%\n" {
 			t.Errorf("rclone lsf: %s", out)
+		}
+		if out := rclone("lsf", "v:"); strings.Contains(out, "snapshots") {
+			t.Errorf("rclone lsf of the volume: %s", out)
+		}
+		if out := rclone("lsf", "-R", "v:.snapshots"); out != "first/\nfirst/curl\n" {
+			t.Errorf("rclone lsf of the snapshots: %s", out)
+		}
+		rclone("check", "--download", "v:.snapshots/first", "v:", "--include", "curl")
+		rclone("copyto", "v:.snapshots/first/curl", "v:rclone/back") // by COPY
+		if w.file("rclone/back") != string(content) {
+			t.Error("what rclone has brought back is another file")
 		}
 		rclone("purge", "v:rclone")
 		if _, err := os.Stat(filepath.Join(w.root, "rclone")); err == nil {
@@ -165,6 +192,12 @@ func TestRootClients(t *testing.T) {
 		umount()
 		if data, err := os.ReadFile(filepath.Join(w.root, "renamed/new")); err != nil || !bytes.Equal(data, content) {
 			t.Errorf("davfs2 wrote %d bytes, %v", len(data), err)
+		}
+		// It looks for no name that was not listed, so that the snapshots are mounted by themselves.
+		command(t, "u\np\n", "mount.davfs", "-o", "ro,conf="+config, w.url+"/.snapshots/", at)
+		mounted = true
+		if data, err := os.ReadFile(filepath.Join(at, "first/curl")); err != nil || !bytes.Equal(data, content) {
+			t.Errorf("davfs2 reads of a snapshot %d bytes, %v", len(data), err)
 		}
 	})
 	if entries, err := os.ReadDir(w.locks); err != nil || len(entries) != 0 {

@@ -16,13 +16,17 @@ import (
 
 	"golang.org/x/net/webdav"
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // A volume is a directory that is served.
 type volume struct {
 	root   *os.Root
-	locks  *locks
+	locks  *locks                   // nil of a snapshot
 	synced func(took time.Duration) // nil where nobody asks
+
+	snapshots *snapshots.Opened // nil where there are none
 
 	mu    sync.Mutex
 	parts int // in its temporary directory
@@ -63,7 +67,11 @@ func visible(name string) error {
 
 // stat follows links in the volume. What is neither a file nor a directory is not there.
 func (v *volume) stat(name string) (fs.FileInfo, error) {
-	if err := visible(name); err != nil {
+	err := visible(name)
+	if err == nil && v.former(name) {
+		err = &fs.PathError{Op: "stat", Path: name, Err: fs.ErrNotExist}
+	}
+	if err != nil {
 		return nil, err
 	}
 	fi, err := v.root.Stat(rel(name))
@@ -180,7 +188,7 @@ func (f *file) Readdir(n int) ([]fs.FileInfo, error) {
 	all, err := f.File.Readdir(n)
 	seen := all[:0]
 	for _, fi := range all {
-		if f.name != "/" || !slices.Contains(Hidden, fi.Name()) {
+		if f.name != "/" || !slices.Contains(Hidden, fi.Name()) && !f.volume.former(fi.Name()) {
 			seen = append(seen, fi)
 		}
 	}

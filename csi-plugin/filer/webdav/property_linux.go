@@ -120,10 +120,14 @@ func (f *file) DeadProps() (map[xml.Name]webdav.Property, error) {
 		return nil, err
 	}
 	var active strings.Builder
-	for _, k := range f.volume.locks.on(f.name) {
-		active.WriteString(k.active(f.prefix))
+	kinds := ""
+	if f.volume.locks != nil {
+		kinds = supportedLock
+		for _, k := range f.volume.locks.on(f.name) {
+			active.WriteString(k.active(f.prefix))
+		}
 	}
-	more := []webdav.Property{live("lockdiscovery", active.String()), live("supportedlock", supportedLock)}
+	more := []webdav.Property{live("lockdiscovery", active.String()), live("supportedlock", kinds)}
 	var st unix.Statx_t
 	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &st); err == nil && st.Mask&unix.STATX_BTIME != 0 {
 		more = append(more, live("creationdate", time.Unix(st.Btime.Sec, 0).UTC().Format(time.RFC3339)))

@@ -23,6 +23,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // Bounds of what a client takes.
@@ -87,6 +88,9 @@ func (s *Server) Allow(g Grant) error {
 			return fmt.Errorf("volume %s over WebDAV: %w", g.Volume, err)
 		}
 		v.synced = s.Synced
+		if g.Snapshots != nil {
+			v.snapshots = snapshots.Open(g.Snapshots)
+		}
 		o = &opened{volume: v, root: g.Root}
 		s.volumes[g.Volume] = o
 	}
@@ -120,6 +124,7 @@ func (s *Server) Forbid(user string) {
 		o.grants--
 	} else {
 		delete(s.volumes, w.Volume)
+		o.volume.snapshots.Close()
 		o.volume.root.Close()
 	}
 }
@@ -271,6 +276,7 @@ type request struct {
 	r      *http.Request
 	server *Server
 	path   string // in the volume
+	from   place  // that it names
 	lists  []list // of its If header
 }
 
@@ -293,7 +299,9 @@ func (q *request) inside(p string) (string, bool) {
 
 func (q *request) serve() error {
 	var ok bool
-	if q.path, ok = q.inside(q.r.URL.Path); !ok {
+	q.path, ok = q.inside(q.r.URL.Path)
+	q.from = place{q.volume, q.prefix(), q.path}
+	if !ok {
 		if path.Clean(q.r.URL.Path) == "/" {
 			return q.top()
 		}
@@ -313,6 +321,13 @@ func (q *request) serve() error {
 			return err
 		}
 	}
+	if q.former(q.path) {
+		leave, err := q.enter()
+		if err != nil {
+			return err
+		}
+		defer leave()
+	}
 	switch q.r.Method {
 	case http.MethodOptions:
 		return q.options()
@@ -326,7 +341,7 @@ func (q *request) serve() error {
 	}[q.r.Method]
 	switch {
 	case do == nil:
-		q.w.Header().Set("Allow", allowed)
+		q.w.Header().Set("Allow", q.allowed())
 		return refuse(http.StatusMethodNotAllowed, "%.20q is not done here", q.r.Method)
 	case q.grant.ReadOnly:
 		return refuse(http.StatusForbidden, "user %s may only read", q.grant.User)
@@ -334,12 +349,18 @@ func (q *request) serve() error {
 	return do()
 }
 
-const allowed = "OPTIONS, GET, HEAD, PUT, DELETE, MKCOL, COPY, MOVE, PROPFIND, PROPPATCH, LOCK, UNLOCK"
+// allowed are the methods that there are for what a request names.
+func (q *request) allowed() string {
+	if q.from.volume != q.volume {
+		return strings.Join(formerMethods, ", ")
+	}
+	return "OPTIONS, GET, HEAD, PUT, DELETE, MKCOL, COPY, MOVE, PROPFIND, PROPPATCH, LOCK, UNLOCK"
+}
 
 func (q *request) options() error {
 	q.w.Header().Set("DAV", "1, 2, 3")
 	q.w.Header().Set("MS-Author-Via", "DAV") // without which Windows takes it for FrontPage's
-	q.w.Header().Set("Allow", allowed)
+	q.w.Header().Set("Allow", q.allowed())
 	q.w.WriteHeader(http.StatusOK)
 	return nil
 }
@@ -385,7 +406,11 @@ func (q *request) conditions() error {
 
 // tag is the entity tag of what is at a path, "" of nothing.
 func (q *request) tag(p string) string {
-	if fi, err := q.stat(p); err == nil {
+	at := place{volume: q.volume, path: p}
+	if p == q.path {
+		at = q.from
+	}
+	if fi, err := at.stat(at.path); err == nil {
 		return fi.(info).etag()
 	}
 	return ""
@@ -408,49 +433,57 @@ func (q *request) may(p string, names, tree bool) error {
 
 // get answers GET and HEAD, with ranges and conditions.
 func (q *request) get() error {
-	f, err := q.open(q.path)
+	if q.from.volume == nil {
+		return q.noFile()
+	}
+	f, err := q.from.open(q.from.path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	if f.info.IsDir() {
-		q.w.Header().Set("Allow", "OPTIONS, DELETE, COPY, MOVE, PROPFIND, PROPPATCH, LOCK, UNLOCK")
-		return refuse(http.StatusMethodNotAllowed, "%s is a directory: list it with a WebDAV client", q.path)
+		return q.noFile()
 	}
 	q.w.Header().Set("ETag", f.info.etag())
 	http.ServeContent(q.w, q.r, path.Base(q.path), f.info.ModTime(), f)
 	return nil
 }
 
+// noFile refuses a directory's content.
+func (q *request) noFile() error {
+	q.w.Header().Set("Allow", strings.NewReplacer("GET, HEAD, ", "", "PUT, ", "", "MKCOL, ", "").Replace(q.allowed()))
+	return refuse(http.StatusMethodNotAllowed, "%s is a directory: list it with a WebDAV client", q.path)
+}
+
 // propfind lists, one level at most (RFC 4918 §9.1 lets a server refuse more).
 func (q *request) propfind() error {
-	switch q.r.Header.Get("Depth") {
-	case "0":
-	case "1":
-		f, err := q.open(q.path)
-		if err != nil {
-			return err
-		}
-		many := false
-		if f.info.IsDir() {
-			many, err = f.tooMany(maxListed)
-		}
-		f.Close()
-		if err != nil {
-			return err
-		}
-		if many {
-			return refuse(http.StatusInsufficientStorage, "%s has more than %d names, which is too many for a listing", q.path, maxListed)
-		}
+	depth := q.r.Header.Get("Depth")
+	switch depth {
+	case "0", "1":
 	case "", "infinity":
 		return &refusal{code: http.StatusForbidden, condition: `<D:propfind-finite-depth/>`, err: errors.New("a listing has depth 0 or 1")}
 	default:
-		return bad("Depth: %.20q", q.r.Header.Get("Depth"))
+		return bad("Depth: %.20q", depth)
 	}
-	if _, err := q.stat(q.path); err != nil {
+	if q.from.volume == nil {
+		return q.listSnapshots()
+	}
+	f, err := q.from.open(q.from.path)
+	if err != nil {
 		return err
 	}
-	return q.list(view{q.volume, q.prefix()}, q.prefix(), q.prefix()+q.path)
+	many := false
+	if depth == "1" && f.info.IsDir() {
+		many, err = f.tooMany(maxListed)
+	}
+	f.Close()
+	if err != nil {
+		return err
+	}
+	if many {
+		return refuse(http.StatusInsufficientStorage, "%s has more than %d names, which is too many for a listing", q.path, maxListed)
+	}
+	return q.list(view{q.from.volume, q.from.prefix}, q.from.prefix, q.from.prefix+q.from.path)
 }
 
 // checkXML reads the body, refuses what is no XML, and lets others read it.
@@ -590,6 +623,8 @@ func (q *request) destination() (to string, err error) {
 		return "", refuse(http.StatusBadGateway, "Destination: %.200q is not in this volume", header)
 	case to == "/" || q.path == "/":
 		return "", refuse(http.StatusForbidden, "the volume itself can't be copied, moved or replaced")
+	case q.former(to):
+		return "", refuse(http.StatusForbidden, "Destination: %s: snapshots stay as they are", to)
 	case visible(to) != nil:
 		return "", refuse(http.StatusForbidden, "Destination: %s is this server's", to)
 	case to == q.path:
@@ -616,10 +651,14 @@ func explainParent(err error) error {
 }
 
 func (q *request) copyTo() error {
-	fi, err := q.stat(q.path)
+	if q.from.volume == nil {
+		return refuse(http.StatusForbidden, "%s: copy what is in a snapshot", q.path)
+	}
+	source, err := q.from.open(q.from.path)
 	if err != nil {
 		return err
 	}
+	defer source.Close()
 	to, err := q.destination()
 	if err != nil {
 		return err
@@ -628,13 +667,13 @@ func (q *request) copyTo() error {
 	switch {
 	case depth != "" && depth != "0" && depth != "infinity":
 		return bad("Depth: %.20q", depth)
-	case fi.IsDir() && below(to, q.path):
+	case source.info.IsDir() && below(to, q.path):
 		return refuse(http.StatusForbidden, "the destination is in the source")
 	}
 	if err := q.may(to, true, true); err != nil {
 		return err
 	}
-	replaced, err := q.copy(q.r.Context(), q.path, to, depth != "0")
+	replaced, err := q.copy(q.r.Context(), source, to, depth != "0")
 	if err != nil {
 		return err
 	}

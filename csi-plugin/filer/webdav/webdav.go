@@ -14,6 +14,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // A Grant lets whoever knows its secret use a directory.
@@ -24,6 +26,8 @@ type Grant struct {
 	Root     string // its directory
 	ReadOnly bool
 	UID, GID int // whom belongs what is made
+
+	Snapshots *snapshots.Source // of the directory; nil for none
 }
 
 func (g Grant) check() error {

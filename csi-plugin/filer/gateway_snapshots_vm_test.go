@@ -1,0 +1,104 @@
+//go:build vm
+
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/internal/filertest"
+)
+
+// TestRootSnapshotsByGateways: who has a grant reads the volume's snapshots, of whichever kind it is, brings back what was, and changes nothing in them; nobody reads
+// another's. What is deleted is gone although somebody has just looked at it.
+func TestRootSnapshotsByGateways(t *testing.T) {
+	f := filertest.Start(t)
+	grants := map[string]filertest.Grant{}
+	hosts := map[string]string{}
+	for name, size := range map[string]int64{"image": 64 << 20, "directory": 0} {
+		hosts[name] = f.Volume(name, size, nil)
+		grants[name] = f.Grant(name, "--user", "1000:1001")
+	}
+	curl := func(g filertest.Grant, args ...string) (string, error) {
+		return client(t, "curl", append([]string{"--silent", "--show-error", "--fail", "--path-as-is", "--cacert", f.CA(), "--user", g.ID + ":" + g.Secret}, args...)...)
+	}
+	for name, g := range grants {
+		t.Run(name, func(t *testing.T) {
+			others := map[string]string{"image": "directory", "directory": "image"}[name]
+			other := grants[others]
+			write := func(text string) {
+				t.Helper()
+				if err := errors.Join(os.MkdirAll(filepath.Join(hosts[name], "letters"), 0o755), os.WriteFile(filepath.Join(hosts[name], "letters/one"), []byte(text), 0o640)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			refused := func(want string, out string, err error) {
+				t.Helper()
+				if err == nil || !strings.Contains(out, want) {
+					t.Errorf("%v: %s; want %s", err, out, want)
+				}
+			}
+			says := func(want string, out string, err error) {
+				t.Helper()
+				if err != nil || out != want {
+					t.Errorf("%q, %v; want %q", out, err, want)
+				}
+			}
+			was := name + " then"
+			write(was)
+			f.Must("snapshot", name, "before")
+			write(name + " now")
+			one := g.WebDAV + ".snapshots/before/letters/one"
+			look := func() {
+				t.Helper()
+				out, err := curl(g, one)
+				says(was, out, err)
+				out, err = curl(g, "--range", "1-2", one)
+				says(was[1:3], out, err)
+			}
+			look()
+			f.Signal(syscall.SIGKILL)
+			f.Run()
+			look()
+			out, err := curl(g, "--request", "PROPFIND", "--header", "Depth: 1", g.WebDAV+".snapshots/")
+			if err != nil || !strings.Contains(out, "/"+name+"/.snapshots/before/<") {
+				t.Errorf("the snapshots are %s, %v", out, err)
+			}
+			out, err = curl(g, "--request", "PROPFIND", "--header", "Depth: 1", g.WebDAV)
+			if err != nil || strings.Contains(out, "snapshots") {
+				t.Errorf("the root is listed as %s, %v", out, err)
+			}
+			for _, args := range [][]string{{"--upload-file", "/etc/hostname"}, {"--request", "DELETE"}, {"--request", "MKCOL"}, {"--request", "MOVE", "--header", "Destination: " + g.WebDAV + "mine"}, {"--request", "LOCK"}, {"--request", "PROPPATCH"}} {
+				for _, at := range []string{one, g.WebDAV + ".snapshots/before", g.WebDAV + ".snapshots/new", g.WebDAV + ".snapshots"} {
+					out, err := curl(g, append(args, at)...)
+					refused("403", out, err)
+				}
+			}
+			out, err = curl(other, one)
+			refused("404", out, err)
+			out, err = curl(other, strings.Replace(one, "/"+name+"/", "/"+others+"/../"+name+"/", 1))
+			refused("404", out, err)
+			out, err = curl(other, strings.Replace(one, "/"+name+"/", "/"+others+"/", 1))
+			refused("404", out, err)
+			out, err = curl(filertest.Grant{ID: "nobody", Secret: g.Secret}, one)
+			refused("401", out, err)
+			out, err = curl(g, "--request", "COPY", "--header", "Destination: "+g.WebDAV+"letters/back", one)
+			says("", out, err)
+			for path, want := range map[string]string{"letters/back": was, "letters/one": name + " now"} {
+				if data, err := os.ReadFile(filepath.Join(hosts[name], path)); err != nil || string(data) != want {
+					t.Errorf("%s is %q, %v", path, data, err)
+				}
+			}
+			out, err = client(t, "stat", "--format", "%u:%g %a", filepath.Join(hosts[name], "letters/back"))
+			says("1000:1001 640\n", out, err)
+
+			removeSnapshot(t, f, name, "before")
+			out, err = curl(g, one)
+			refused("404", out, err)
+		})
+	}
+}
