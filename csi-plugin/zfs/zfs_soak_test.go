@@ -74,7 +74,7 @@ for program in iptables-save ip6tables-save; do printf '#!/bin/sh\n' >/bin/$prog
 echo root:x:0:0::/root:/bin/sh >/etc/passwd; echo nobody:x:65534:65534::/:/bin/sh >>/etc/passwd
 echo root:x:0: >/etc/group; echo nogroup:x:65534: >>/etc/group
 `+zpools+`
-./csi.test -test.v -test.timeout 2h -test.run '^`+test+`$'
+NOMADTEST_PATIENCE=10m ./csi.test -test.v -test.timeout 2h -test.run '^`+test+`$'
 `, func(dir string) {
 		root, err := programs.Root()
 		if err != nil {

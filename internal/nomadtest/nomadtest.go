@@ -27,8 +27,20 @@ import (
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
-// Patience bounds every wait. What takes longer hangs.
-const Patience = 3 * time.Minute
+// Patience bounds every wait. What takes longer hangs, but in a machine that is emulated, whose $NOMADTEST_PATIENCE says how long it may take.
+var Patience = patience()
+
+func patience() time.Duration {
+	text, ok := os.LookupEnv("NOMADTEST_PATIENCE")
+	if !ok {
+		return 3 * time.Minute
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d <= 0 {
+		panic(fmt.Sprintf("$NOMADTEST_PATIENCE: %q is no time to wait, such as 10m", text))
+	}
+	return d
+}
 
 // patient is the context of a wait. What cleans up after a test, whose own context has ended by then, waits as well.
 func patient(t testing.TB) (context.Context, context.CancelFunc) {
