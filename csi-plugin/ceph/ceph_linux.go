@@ -149,15 +149,6 @@ func (f *found) volume() volume.Volume {
 // whole says whether it is a volume. What is not was left by a call that did not come to its end.
 func (f *found) whole() bool { return f.Version == 1 && !f.Making }
 
-// of are the arguments of commands for one subvolume.
-func (f *found) of(more ...string) []string {
-	return append(append([]string{f.pool.FS, f.id}, more...), "--group_name", f.pool.Group)
-}
-
-func command(words string, args ...[]string) []string {
-	return append(strings.Fields(words), slices.Concat(args...)...)
-}
-
 // What "fs subvolume info" answers.
 type subvolumeInfo struct {
 	Path      string          `json:"path"`
@@ -171,11 +162,11 @@ type subvolumeInfo struct {
 func (s *session) look(ctx context.Context, p Pool, id string) (*found, error) {
 	f := &found{pool: p, id: id}
 	var info subvolumeInfo
-	if err := s.run(ctx, &info, command("fs subvolume info", f.of())...); err != nil {
+	if err := s.run(ctx, &info, f.of("info")); err != nil {
 		return nil, err
 	}
 	var texts map[string]string
-	if err := s.run(ctx, &texts, command("fs subvolume metadata ls", f.of())...); err != nil {
+	if err := s.run(ctx, &texts, f.of("metadata ls")); err != nil {
 		return nil, err
 	}
 	return f.is(info, texts)
@@ -246,7 +237,7 @@ func (s *session) volume(ctx context.Context, id string) (*found, error) {
 // ids of the subvolumes of a pool.
 func (s *session) ids(ctx context.Context, p Pool) ([]string, error) {
 	var all []named
-	err := s.run(ctx, &all, "fs", "subvolume", "ls", p.FS, "--group_name", p.Group)
+	err := s.run(ctx, &all, asks(manager, "fs subvolume ls", "vol_name", p.FS, "group_name", p.Group))
 	if errors.Is(err, errNoGroup) {
 		return nil, nil
 	}
@@ -263,7 +254,7 @@ func (s *session) each(ctx context.Context, do func(*found) error) error {
 		if err != nil {
 			return err
 		}
-		all, err := s.b.lookAll(ctx, p, ids)
+		all, err := s.lookAll(ctx, p, ids)
 		if err != nil {
 			return err
 		}
@@ -277,26 +268,14 @@ func (s *session) each(ctx context.Context, do func(*found) error) error {
 }
 
 // lookAll reads what there is of subvolumes that can be read.
-func (b *Backend) lookAll(ctx context.Context, p Pool, ids []string) (all []*found, err error) {
-	var asked []question
+func (s *session) lookAll(ctx context.Context, p Pool, ids []string) (all []*found, err error) {
 	for _, id := range ids {
-		asked = append(asked, (&found{pool: p, id: id}).question("info"), (&found{pool: p, id: id}).question("metadata ls"))
-	}
-	answers, err := b.ask(ctx, asked)
-	if err != nil {
-		return nil, err
-	}
-	for i, id := range ids {
-		var info subvolumeInfo
-		var texts map[string]string
-		err := errors.Join(answers[2*i].read(&info), answers[2*i+1].read(&texts))
-		if errors.Is(err, volume.ErrUnavailable) {
+		f, err := s.look(ctx, p, id)
+		switch {
+		case err == nil:
+			all = append(all, f)
+		case s.dead != nil || ctx.Err() != nil || errors.Is(err, volume.ErrUnavailable):
 			return nil, err
-		}
-		if err == nil {
-			if f, err := (&found{pool: p, id: id}).is(info, texts); err == nil {
-				all = append(all, f)
-			}
 		}
 	}
 	return all, nil
@@ -376,7 +355,7 @@ func (s *session) free(ctx context.Context, p Pool) (int64, error) {
 		Name string   `json:"name"`
 		Data []string `json:"data_pools"`
 	}
-	if err := s.run(ctx, &all, "fs", "ls"); err != nil {
+	if err := s.run(ctx, &all, asks(monitor, "fs ls")); err != nil {
 		return 0, err
 	}
 	data := ""
@@ -396,7 +375,7 @@ func (s *session) free(ctx context.Context, p Pool) (int64, error) {
 			} `json:"stats"`
 		} `json:"pools"`
 	}
-	if err := s.run(ctx, &df, "df"); err != nil {
+	if err := s.run(ctx, &df, asks(monitor, "df")); err != nil {
 		return 0, err
 	}
 	for _, pool := range df.Pools {
@@ -464,14 +443,14 @@ func (s *session) make(ctx context.Context, p Pool, r volume.Request, size int64
 	}
 	f := &found{pool: p, id: r.Name, size: size, snapshots: map[string]taken{}, attached: map[string]attached{}}
 	f.record = record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC().Round(0), Generation: r.Generation}
-	args := command("fs subvolume create", f.of("--namespace-isolated", "--mode", "755"))
+	create := f.of("create", "namespace_isolated", true, "mode", "755")
 	if size > 0 {
-		args = append(args, "--size", number(size))
+		create.and("size", size)
 	}
-	err := s.run(ctx, nil, args...)
+	err := s.run(ctx, nil, create)
 	if errors.Is(err, errNoGroup) {
-		if err = s.run(ctx, nil, "fs", "subvolumegroup", "create", p.FS, p.Group); err == nil {
-			err = s.run(ctx, nil, args...)
+		if err = s.run(ctx, nil, asks(manager, "fs subvolumegroup create", "vol_name", p.FS, "group_name", p.Group)); err == nil {
+			err = s.run(ctx, nil, create)
 		}
 	}
 	return f, err
@@ -479,10 +458,8 @@ func (s *session) make(ctx context.Context, p Pool, r volume.Request, size int64
 
 // record writes the volume's record.
 func (s *session) record(ctx context.Context, f *found) error {
-	return s.run(ctx, nil, command("fs subvolume metadata set", f.of(volumeKey, quoted(f.record)))...)
+	return s.run(ctx, nil, f.of("metadata set", "key_name", volumeKey, "value", quoted(f.record)))
 }
-
-func number(n int64) string { return fmt.Sprint(n) }
 
 // discard removes what a call has left that did not come to its end. What holds files and has no record is somebody else's.
 func (s *session) discard(ctx context.Context, f *found) error {
@@ -509,7 +486,7 @@ func (s *session) discard(ctx context.Context, f *found) error {
 }
 
 func (s *session) remove(ctx context.Context, f *found) error {
-	err := s.run(ctx, nil, command("fs subvolume rm", f.of())...)
+	err := s.run(ctx, nil, f.of("rm"))
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
 	}
@@ -627,7 +604,7 @@ func (s *session) copies(ctx context.Context, f *found, do func(ctx context.Cont
 // elsewhere says, with an ErrInUse, which client of the cluster has one of a volume's directories mounted. Locks are a host's own: by this alone other hosts know
 // that a volume is copied, which is done from the directory above its files (copied).
 func (s *session) elsewhere(ctx context.Context, f *found, dirs ...string) error {
-	clients, err := s.b.clients(ctx, f, dirs...)
+	clients, err := s.clients(ctx, f, dirs...)
 	if i := slices.IndexFunc(clients, func(c sessionOf) bool { return c.Metadata.Root != f.path }); i >= 0 {
 		return fmt.Errorf("%w: host %s clones it", volume.ErrBusy, clients[i].Metadata.Hostname)
 	}
@@ -647,9 +624,9 @@ type sessionOf struct {
 }
 
 // clients are those that have one of these directories of the volume mounted. Each has a session with the metadata server of rank 0, which has the root.
-func (b *Backend) clients(ctx context.Context, f *found, dirs ...string) (some []sessionOf, err error) {
+func (s *session) clients(ctx context.Context, f *found, dirs ...string) (some []sessionOf, err error) {
 	var all []sessionOf
-	err = b.tell(ctx, &all, "mds."+f.pool.FS+":0", "session", "ls")
+	err = s.run(ctx, &all, asks(f.pool.FS+":0", "session ls"))
 	for _, c := range all {
 		if slices.Contains(dirs, c.Metadata.Root) {
 			some = append(some, c)
@@ -674,7 +651,7 @@ func (b *Backend) Expand(ctx context.Context, id string, size, limit int64) (n i
 		if err := s.room(ctx, f.pool, id, n-f.size); err != nil {
 			return err
 		}
-		if err := s.run(ctx, nil, command("fs subvolume resize", f.of(number(n), "--no_shrink"))...); err != nil {
+		if err := s.run(ctx, nil, f.of("resize", "new_size", fmt.Sprint(n), "no_shrink", true)); err != nil {
 			return fmt.Errorf("expand volume %s: %w", id, err)
 		}
 		return nil

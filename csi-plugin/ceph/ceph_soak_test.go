@@ -153,7 +153,7 @@ func testEvicted(t *testing.T) {
 		must(t, b.with(ctx, func(ctx context.Context, s *session) error {
 			f, err := s.volume(ctx, "v")
 			must(t, err)
-			clients, err := b.clients(ctx, f, f.path)
+			clients, err := s.clients(ctx, f, f.path)
 			must(t, err)
 			if len(clients) != 1 {
 				t.Fatalf("clients %+v", clients)
@@ -555,18 +555,14 @@ func testMany(t *testing.T) {
 	const many = 500
 	first, err := b.Create(ctx, gfs("v000"))
 	must(t, err)
-	var made []question
-	for i := 1; i < many; i++ {
-		f := &found{pool: b.pools[0], id: fmt.Sprintf("v%03d", i), record: record{Version: 1, Parameters: first.Parameters}}
-		create, set := f.question("create"), f.question("metadata set")
-		set["key_name"], set["value"] = volumeKey, quoted(f.record)
-		made = append(made, create, set)
-	}
-	answers, err := b.ask(ctx, made)
-	must(t, err)
-	for _, a := range answers {
-		must(t, a.err)
-	}
+	must(t, b.with(ctx, func(ctx context.Context, s *session) error {
+		for i := 1; i < many; i++ {
+			f := &found{pool: b.pools[0], id: fmt.Sprintf("v%03d", i), record: record{Version: 1, Parameters: first.Parameters}}
+			must(t, s.run(ctx, nil, f.of("create")))
+			must(t, s.record(ctx, f))
+		}
+		return nil
+	}))
 	begin := time.Now()
 	all, err := b.List(ctx)
 	must(t, err)

@@ -3,6 +3,7 @@ package ceph
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -29,56 +31,51 @@ const (
 	answering  = time.Minute
 )
 
-// Errors of the program ceph beside the sentinels of package volume.
+// Errors of commands beside the sentinels of package volume.
 var (
 	errNoGroup = fmt.Errorf("subvolume group %w", volume.ErrNotFound)
 	errExists  = errors.New("exists already")
 	errInvalid = errors.New("refused")
 )
 
-// refusals are the names that ceph writes an errno by, with what they mean here; the text decides where one means several things (pybind/mgr/volumes).
+// refusals are the errors of commands, with what they mean here; the text decides where one means several things (pybind/mgr/volumes, mgr/DaemonServer.cc).
 var refusals = []struct {
-	errno, text string
-	is          error
+	errno syscall.Errno
+	text  string
+	is    error
 }{
-	{"ENOENT", "subvolume group ", errNoGroup},
-	{"ENOENT", "FS ", volume.ErrUnavailable},
-	{"ENOENT", "olume '", volume.ErrNotFound}, // also: subvolume
-	{"ENOENT", "", volume.ErrNotFound},
-	{"EEXIST", "", errExists},
-	{"ENOSPC", "", volume.ErrNoSpace},
-	{"EDQUOT", "", volume.ErrNoSpace},
-	{"EINVAL", "invalid command", volume.ErrUnavailable},     // no manager is active, which knows it
-	{"EINVAL", "No space left on device", volume.ErrNoSpace}, // "exception in subvolume metadata: …", of a manager that could not write it
-	{"EINVAL", "", errInvalid},
-	{"EAGAIN", "", volume.ErrUnavailable},
-	{"ETIMEDOUT", "", volume.ErrUnavailable},
-	{"EACCES", "", volume.ErrUnavailable},
-	{"EPERM", "", volume.ErrUnavailable},
-	{"EROFS", "", volume.ErrUnavailable},
-	{"ESHUTDOWN", "", volume.ErrUnavailable},
+	{unix.ENOENT, "subvolume group ", errNoGroup},
+	{unix.ENOENT, "FS ", volume.ErrUnavailable},
+	{unix.ENOENT, "olume '", volume.ErrNotFound}, // also: subvolume
+	{unix.ENOENT, "", volume.ErrNotFound},
+	{unix.EEXIST, "", errExists},
+	{unix.ENOSPC, "", volume.ErrNoSpace},
+	{unix.EDQUOT, "", volume.ErrNoSpace},
+	{unix.EINVAL, "No handler found", volume.ErrUnavailable}, // the manager has just begun, and does not know it yet
+	{unix.EOPNOTSUPP, "", volume.ErrUnavailable},             // as before, or "Module 'volumes' is not enabled"
+	{unix.ENOSYS, "", volume.ErrUnavailable},
+	{unix.EINVAL, "No space left on device", volume.ErrNoSpace}, // "exception in subvolume metadata: …", of a manager that could not write it
+	{unix.EINVAL, "", errInvalid},
+	{unix.EAGAIN, "", volume.ErrUnavailable},
+	{unix.ETIMEDOUT, "", volume.ErrUnavailable},
+	{unix.EACCES, "", volume.ErrUnavailable},
+	{unix.EPERM, "", volume.ErrUnavailable},
+	{unix.EROFS, "", volume.ErrUnavailable},
+	{unix.ESHUTDOWN, "", volume.ErrUnavailable},
 }
 
-// refused begins what ceph writes of a command that it did not do.
-const refused = "Error E"
-
-// explained makes an error of what ceph writes: "Error ENOENT: subvolume 'v' does not exist".
-func explained(text string) error {
-	text = strings.TrimSpace(text)
-	if i := strings.Index(text, refused); i >= 0 {
-		errno, what, _ := strings.Cut(text[i+len("Error "):], ": ")
-		what = firstLine(what)
-		for _, r := range refusals {
-			if errno == r.errno && strings.Contains(what, r.text) {
-				if errno == "EACCES" || errno == "EPERM" {
-					what += ": does the plugin's key have what ceph-client.sh gives it (docs/operate.md, CephFS)?"
-				}
-				return fmt.Errorf("%w: %s", r.is, what)
+// explained makes an error of what the cluster says of a command that it did not do.
+func explained(errno syscall.Errno, what string) error {
+	what = firstLine(strings.TrimSpace(what))
+	for _, r := range refusals {
+		if errno == r.errno && strings.Contains(what, r.text) {
+			if errno == unix.EACCES || errno == unix.EPERM {
+				what += ": does the plugin's key have what ceph-client.sh gives it (docs/operate.md, CephFS)?"
 			}
+			return fmt.Errorf("%w: %s", r.is, cmp.Or(what, errno.Error()))
 		}
-		return fmt.Errorf("%s: %s", errno, what)
 	}
-	return fmt.Errorf("%w: %s", volume.ErrUnavailable, lastLine(text)) // it did not come as far as to ask
+	return fmt.Errorf("%s: %s", unix.ErrnoName(errno), what)
 }
 
 func firstLine(s string) string {
@@ -91,59 +88,108 @@ func lastLine(s string) string {
 	return line[:min(len(line), 400)]
 }
 
-// A session is one run of the program ceph, which is told one command after the other: starting it takes longer than most of them.
+// asker does commands, one a line, by the library that the program ceph is made of (package ceph-common has both). That program takes a third of a second to ask what the
+// cluster's commands are, and some 50 ms of processor time to compare each with all of them; the library sends them as they are.
+const asker = `
+import json, rados, sys
+cluster = rados.Rados(conffile=sys.argv[1], name=sys.argv[2], conf=json.loads(sys.argv[3]))
+cluster.connect()
+files = None
+def done(to, command):
+    global files
+    if to == "mon":
+        return cluster.mon_command(command, b"")
+    if to == "mgr":
+        return cluster.mgr_command(command, b"")
+    if files is None:
+        import cephfs
+        files = cephfs.LibCephFS(rados_inst=cluster)
+        files.init()
+    return files.mds_command(to, command, b"")
+def text(said):
+    return said.decode(errors="replace") if isinstance(said, bytes) else said or ""
+for line in sys.stdin:
+    ret, out, said = done(*json.loads(line))
+    print(json.dumps([ret, text(out), text(said)]), flush=True)
+if files is not None:
+    files.shutdown()
+`
+
+// Whom a question is for, beside a metadata server.
+const (
+	monitor = "mon"
+	manager = "mgr"
+)
+
+// A question is a command with its arguments, by their names in Ceph (src/mon/MonCommands.h, src/pybind/mgr/volumes/module.py).
+type question struct {
+	to   string
+	args map[string]any
+}
+
+// asks is a question. What follows the command are names of arguments, each with its value.
+func asks(to, command string, args ...any) question {
+	q := question{to, map[string]any{"prefix": command, "format": "json"}}
+	return q.and(args...)
+}
+
+// and is the question with more arguments.
+func (q question) and(args ...any) question {
+	for i := 0; i+1 < len(args); i += 2 {
+		q.args[args[i].(string)] = args[i+1]
+	}
+	return q
+}
+
+// of is a question about a subvolume.
+func (f *found) of(what string, args ...any) question {
+	return asks(manager, "fs subvolume "+what, "vol_name", f.pool.FS, "sub_name", f.id, "group_name", f.pool.Group).and(args...)
+}
+
+// A session is one run of asker: beginning takes longer than most commands.
 type session struct {
 	b    *Backend
 	cmd  *exec.Cmd
 	in   io.WriteCloser
 	out  *bufio.Reader
-	errs *os.File
+	errs bytes.Buffer
 	late atomic.Bool
 	dead error
+	wait func() error
 }
 
 // session starts the program, which goes on should this process be killed, and has the context's lock meanwhile.
 func (b *Backend) session(ctx context.Context) (*session, error) {
-	cmd, err := b.program(ctx)
-	if err != nil {
-		return nil, err
-	}
-	errs, w, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	defer w.Close()
-	cmd.Stderr = w
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, errors.Join(err, errs.Close())
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, errors.Join(err, errs.Close())
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, errors.Join(err, errs.Close())
-	}
-	return &session{b: b, cmd: cmd, in: in, out: bufio.NewReaderSize(out, 64<<10), errs: errs}, nil
-}
-
-// program is the program ceph with what each of its calls has.
-func (b *Backend) program(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	path, err := exec.LookPath("ceph")
+	conf := map[string]string{"client_mount_timeout": connecting}
+	if b.config.Keyring != "" {
+		conf["keyring"] = b.config.Keyring
+	}
+	options, err := json.Marshal(conf)
 	if err != nil {
-		return nil, fmt.Errorf("%w: the program ceph is missing: apt-get install ceph-common", volume.ErrUnavailable)
+		return nil, err
 	}
-	cmd := exec.Command(path, append(b.client("client."+b.config.ID, b.config.Keyring), append([]string{"--connect-timeout", connecting, "-f", "json"}, args...)...)...)
-	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONUNBUFFERED=1"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	s := &session{b: b, cmd: exec.Command("/usr/bin/python3", "-I", "-c", asker, b.config.Conf, "client."+b.config.ID, string(options))}
+	s.cmd.Env = []string{"LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	s.cmd.Stderr = &s.errs
 	if f := mount.Held(ctx); f != nil {
-		cmd.ExtraFiles = []*os.File{f}
+		s.cmd.ExtraFiles = []*os.File{f}
 	}
-	return cmd, nil
+	if s.in, err = s.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	s.out, s.wait = bufio.NewReaderSize(out, 64<<10), sync.OnceValue(s.cmd.Wait)
+	if err := s.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("%w: %w: apt-get install ceph-common", volume.ErrUnavailable, err)
+	}
+	return s, nil
 }
 
 // client are the options that say which cluster, and as whom.
@@ -155,137 +201,86 @@ func (b *Backend) client(name, keyring string) []string {
 	return args
 }
 
+func (s *session) kill() { _ = s.cmd.Process.Kill() }
+
 // close ends the program.
 func (s *session) close() {
 	s.in.Close()
 	if s.dead != nil {
-		_ = s.cmd.Process.Kill()
+		s.kill()
 	}
-	defer time.AfterFunc(answering, func() { _ = s.cmd.Process.Kill() }).Stop()
-	_ = s.cmd.Wait()
-	s.errs.Close()
+	defer time.AfterFunc(answering, s.kill).Stop()
+	_ = s.wait()
 }
 
-// marker is the beginning of the answer to the command that follows each, by which one knows that it has ended.
-const marker = `{"fsid":`
-
 // run has a command done, and reads its answer into out, unless that is nil.
-func (s *session) run(ctx context.Context, out any, args ...string) error {
-	what := "ceph " + strings.Join(args[:min(len(args), 3)], " ")
+func (s *session) run(ctx context.Context, out any, q question) error {
 	if s.dead != nil {
 		return s.dead
 	}
-	if err := ctx.Err(); err != nil {
+	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	answer, err := s.ask(ctx, args)
+	answer, err := s.ask(ctx, q)
 	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+		return fmt.Errorf("ceph %s: %w", q.args["prefix"], err)
 	}
 	if out == nil {
 		return nil
 	}
-	if err := json.Unmarshal(answer, out); err != nil {
-		return fmt.Errorf("%s: its answer: %w", what, err)
+	if err := json.Unmarshal([]byte(answer), out); err != nil {
+		return fmt.Errorf("ceph %s: its answer: %w", q.args["prefix"], err)
 	}
 	return nil
 }
 
-func (s *session) ask(ctx context.Context, args []string) ([]byte, error) {
-	var line strings.Builder
-	for _, a := range args {
-		if strings.ContainsAny(a, "'\n\x00") {
-			return nil, fmt.Errorf("%q can't be part of a command", a)
-		}
-		line.WriteString("'" + a + "' ")
+func (s *session) ask(ctx context.Context, q question) (answer string, err error) {
+	command, err := json.Marshal(q.args)
+	if err != nil {
+		return "", err
 	}
-	kill := func() { _ = s.cmd.Process.Kill() }
-	limit := time.AfterFunc(answering, func() { s.late.Store(true); kill() })
-	defer limit.Stop()
-	defer context.AfterFunc(ctx, kill)()
-	_, werr := io.WriteString(s.in, line.String()+"\nfsid\n")
-	var answer []byte
-	for {
-		text, err := s.out.ReadBytes('\n')
-		if err != nil {
-			return nil, s.ended(ctx, errors.Join(werr, err))
-		}
-		if bytes.HasPrefix(text, []byte(marker)) {
-			break
-		}
-		answer = append(answer, text...)
+	line, err := json.Marshal([]string{q.to, string(command)})
+	if err != nil {
+		return "", err
 	}
-	// What it has written there it wrote before the marker's answer.
-	said := s.said()
-	if strings.Contains(said, refused) {
-		return nil, explained(said)
+	defer time.AfterFunc(answering, func() { s.late.Store(true); s.kill() }).Stop()
+	defer context.AfterFunc(ctx, s.kill)()
+	_, werr := s.in.Write(append(line, '\n'))
+	if line, err = s.out.ReadBytes('\n'); err != nil {
+		return "", s.ended(ctx, errors.Join(werr, err))
 	}
-	return bytes.TrimSpace(answer), nil
+	var code int
+	var said string
+	if err := json.Unmarshal(line, &[]any{&code, &answer, &said}); err != nil {
+		return "", s.ended(ctx, err)
+	}
+	if code != 0 {
+		return "", explained(syscall.Errno(max(code, -code)), said)
+	}
+	return answer, nil
 }
 
-// ended says why the program has.
+// ended says why the program has, or has to.
 func (s *session) ended(ctx context.Context, err error) error {
-	said := s.said()
+	s.kill()
+	_ = s.wait()
+	said := strings.TrimSpace(s.errs.String())
 	switch {
 	case ctx.Err() != nil:
 		s.dead = context.Cause(ctx)
 	case s.late.Load():
 		s.dead = fmt.Errorf("%w: the cluster has not answered for %v: see \"ceph status\": do a manager, a metadata server and the object stores answer?", volume.ErrUnavailable, answering)
-	case strings.TrimSpace(said) != "":
-		s.dead = fmt.Errorf("%w: the cluster is not reachable: %s", volume.ErrUnavailable, lastLine(strings.TrimSpace(said)))
+	case strings.Contains(said, "ModuleNotFoundError"):
+		s.dead = fmt.Errorf("%w: %s: apt-get install ceph-common", volume.ErrUnavailable, lastLine(said))
+	case said != "":
+		s.dead = fmt.Errorf("%w: the cluster is not reachable: %s", volume.ErrUnavailable, lastLine(said))
 	default:
-		s.dead = fmt.Errorf("%w: the program ceph has ended: %w", volume.ErrUnavailable, err)
+		s.dead = fmt.Errorf("%w: what asks the cluster has ended: %w", volume.ErrUnavailable, err)
 	}
 	return s.dead
 }
 
-// said is what is in the pipe of the standard error now.
-func (s *session) said() string {
-	var all []byte
-	raw, err := s.errs.SyscallConn()
-	if err != nil {
-		return ""
-	}
-	_ = raw.Read(func(fd uintptr) bool {
-		for buf := make([]byte, 4096); ; {
-			n, err := unix.Read(int(fd), buf)
-			if n <= 0 || err != nil {
-				return true
-			}
-			all = append(all, buf[:n]...)
-		}
-	})
-	return string(all)
-}
-
-// tell asks a daemon, which a session can't.
-func (b *Backend) tell(ctx context.Context, out any, args ...string) error {
-	what := "ceph tell " + strings.Join(args[:min(len(args), 3)], " ")
-	cmd, err := b.program(ctx, append([]string{"tell"}, args...)...)
-	if err != nil {
-		return err
-	}
-	var text, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &text, &errs
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	limit := time.AfterFunc(answering, func() { _ = cmd.Process.Kill() })
-	defer limit.Stop()
-	defer context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })()
-	if err := cmd.Wait(); err != nil {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return fmt.Errorf("%s: %w", what, explained(errs.String()))
-	}
-	if err := json.Unmarshal(text.Bytes(), out); err != nil {
-		return fmt.Errorf("%s: its answer: %w", what, err)
-	}
-	return nil
-}
-
-// quoted is JSON of ASCII in which nothing ends a shell's quotation, and nothing is one of Python's configparser, which ceph keeps metadata by.
+// quoted is JSON of ASCII in which nothing means something to Python's configparser, which ceph keeps metadata by, or ends a shell's quotation, for administrators.
 func quoted(v any) string {
 	text, err := json.Marshal(v)
 	if err != nil {

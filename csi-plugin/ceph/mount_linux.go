@@ -54,7 +54,7 @@ func (s *session) key(ctx context.Context, f *found, target, path string, readOn
 		return nil, err
 	}
 	a := attached{Host: s.b.config.Host, Boot: s.b.boot, Target: target}
-	if err := s.run(ctx, nil, command("fs subvolume metadata set", f.of(attachedKey+attachment, quoted(a)))...); err != nil {
+	if err := s.run(ctx, nil, f.of("metadata set", "key_name", attachedKey+attachment, "value", quoted(a))); err != nil {
 		return nil, err
 	}
 	f.attached[attachment] = a
@@ -62,10 +62,11 @@ func (s *session) key(ctx context.Context, f *found, target, path string, readOn
 		Key string `json:"key"`
 	}
 	get := func() error {
-		return s.run(ctx, &all, "auth", "get-or-create", "client."+c.Client,
+		return s.run(ctx, &all, asks(monitor, "auth get-or-create", "entity", "client."+c.Client, "caps", []string{
 			"mon", reading,
-			"mds", "allow "+access+" fsname="+f.pool.FS+" path="+path,
-			"osd", "allow "+access+" pool="+f.data+" namespace="+f.namespace)
+			"mds", "allow " + access + " fsname=" + f.pool.FS + " path=" + path,
+			"osd", "allow " + access + " pool=" + f.data + " namespace=" + f.namespace,
+		}))
 	}
 	err = get()
 	if errors.Is(err, errInvalid) { // it has other capabilities
@@ -92,7 +93,7 @@ func (s *session) monitors(ctx context.Context) (all []string, err error) {
 			} `json:"public_addrs"`
 		} `json:"mons"`
 	}
-	if err := s.run(ctx, &dump, "mon", "dump"); err != nil {
+	if err := s.run(ctx, &dump, asks(monitor, "mon dump")); err != nil {
 		return nil, err
 	}
 	for _, m := range dump.Mons {
@@ -121,9 +122,9 @@ func (s *session) revoke(ctx context.Context, f *found, target string) error {
 // unkey removes a key, with the session of who has one by it.
 func (s *session) unkey(ctx context.Context, f *found, attachment string) error {
 	client := f.clientsOf() + attachment
-	err := s.run(ctx, nil, "auth", "rm", "client."+client)
+	err := s.run(ctx, nil, asks(monitor, "auth rm", "entity", "client."+client))
 	if err == nil || errors.Is(err, volume.ErrNotFound) {
-		err = s.run(ctx, nil, command("fs subvolume evict", f.of(client))...)
+		err = s.run(ctx, nil, f.of("evict", "auth_id", client))
 	}
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
@@ -133,7 +134,7 @@ func (s *session) unkey(ctx context.Context, f *found, attachment string) error 
 
 // detached removes the note of an attachment that has no key any more.
 func (s *session) detached(ctx context.Context, f *found, attachment string) error {
-	err := s.run(ctx, nil, command("fs subvolume metadata rm", f.of(attachedKey+attachment))...)
+	err := s.run(ctx, nil, f.of("metadata rm", "key_name", attachedKey+attachment))
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return err
 	}
@@ -144,7 +145,7 @@ func (s *session) detached(ctx context.Context, f *found, attachment string) err
 // revokeAll removes the keys of a volume that nobody has mounted, and that is to go: those of lost hosts as well.
 func (s *session) revokeAll(ctx context.Context, f *found) error {
 	for attachment := range f.attached {
-		err := s.run(ctx, nil, "auth", "rm", "client."+f.clientsOf()+attachment)
+		err := s.run(ctx, nil, asks(monitor, "auth rm", "entity", "client."+f.clientsOf()+attachment))
 		if err != nil && !errors.Is(err, volume.ErrNotFound) {
 			return err
 		}

@@ -17,7 +17,7 @@ import (
 // snapshots are the names of those that a subvolume has, also of those that an administrator took.
 func (s *session) snapshots(ctx context.Context, f *found) ([]string, error) {
 	var all []named
-	if err := s.run(ctx, &all, command("fs subvolume snapshot ls", f.of())...); err != nil {
+	if err := s.run(ctx, &all, f.of("snapshot ls")); err != nil {
 		return nil, err
 	}
 	return names(all), nil
@@ -66,7 +66,7 @@ func (s *session) takenAt(ctx context.Context, f *found, name string) (string, e
 	var info struct {
 		Created string `json:"created_at"`
 	}
-	err := s.run(ctx, &info, command("fs subvolume snapshot info", f.of(name))...)
+	err := s.run(ctx, &info, f.of("snapshot info", "snap_name", name))
 	return info.Created, err
 }
 
@@ -105,37 +105,18 @@ func (b *Backend) Snapshots(ctx context.Context, id string) (all []volume.Snapsh
 
 // all are the snapshots of all volumes.
 func (s *session) all(ctx context.Context) (all []volume.Snapshot, err error) {
-	var volumes []*found
-	var asked []question
 	err = s.each(ctx, func(f *found) error {
-		if f.whole() {
-			volumes, asked = append(volumes, f), append(asked, f.question("snapshot ls"))
+		if !f.whole() {
+			return nil
 		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	answers, err := s.b.ask(ctx, asked)
-	if err != nil {
-		return nil, err
-	}
-	for i, f := range volumes {
-		var has []named
-		err := answers[i].read(&has)
-		var some []volume.Snapshot
-		if err == nil {
-			some, err = s.ofUsers(ctx, f, names(has))
-		}
+		some, err := s.known(ctx, f)
 		if errors.Is(err, volume.ErrNotFound) {
-			continue // deleted meanwhile
-		}
-		if err != nil {
-			return nil, err
+			return nil // deleted meanwhile
 		}
 		all = append(all, some...)
-	}
-	return all, nil
+		return err
+	})
+	return all, err
 }
 
 // Snapshot is volume.Snapshotter's. The metadata server takes it in an instant, of what clients have written by then.
@@ -179,23 +160,23 @@ func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (snap 
 }
 
 func (s *session) take(ctx context.Context, f *found, name string, t taken) error {
-	if err := s.run(ctx, nil, command("fs subvolume metadata set", f.of(snapshotKey(name), quoted(t)))...); err != nil {
+	if err := s.run(ctx, nil, f.of("metadata set", "key_name", snapshotKey(name), "value", quoted(t))); err != nil {
 		return err
 	}
 	f.snapshots[name] = t
-	return s.run(ctx, nil, command("fs subvolume snapshot create", f.of(name))...)
+	return s.run(ctx, nil, f.of("snapshot create", "snap_name", name))
 }
 
 // drop removes a snapshot, and then what is recorded of it; one that is not there is no error.
 func (s *session) drop(ctx context.Context, f *found, name string) error {
-	err := s.run(ctx, nil, command("fs subvolume snapshot rm", f.of(name))...)
+	err := s.run(ctx, nil, f.of("snapshot rm", "snap_name", name))
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return err
 	}
 	if _, ok := f.snapshots[name]; !ok {
 		return nil
 	}
-	err = s.run(ctx, nil, command("fs subvolume metadata rm", f.of(snapshotKey(name)))...)
+	err = s.run(ctx, nil, f.of("metadata rm", "key_name", snapshotKey(name)))
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
 	}
