@@ -4,11 +4,15 @@ package main
 
 import (
 	"errors"
+	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/minio/minio-go/v7"
 
 	"github.com/cradlestack/cradlestack/internal/filertest"
 )
@@ -96,7 +100,48 @@ func TestRootSnapshotsByGateways(t *testing.T) {
 			out, err = client(t, "stat", "--format", "%u:%g %a", filepath.Join(hosts[name], "letters/back"))
 			says("1000:1001 640\n", out, err)
 
+			// The same by S3.
+			c := objects(t, f, g)
+			const key = ".snapshots/before/letters/one"
+			read := func(c *minio.Client, bucket string) (string, error) {
+				o, err := c.GetObject(t.Context(), bucket, key, minio.GetObjectOptions{})
+				if err != nil {
+					return "", err
+				}
+				defer o.Close()
+				data, err := io.ReadAll(o)
+				return string(data), err
+			}
+			out, err = read(c, name)
+			says(was, out, err)
+			if _, err := c.CopyObject(t.Context(), minio.CopyDestOptions{Bucket: name, Object: "by-s3"}, minio.CopySrcOptions{Bucket: name, Object: key}); err != nil {
+				t.Error(err)
+			}
+			if data, err := os.ReadFile(filepath.Join(hosts[name], "by-s3")); err != nil || string(data) != was {
+				t.Errorf("brought back by S3 it is %q, %v", data, err)
+			}
+			if _, err := c.PutObject(t.Context(), name, key, strings.NewReader("x"), 1, minio.PutObjectOptions{}); minio.ToErrorResponse(err).Code != minio.AccessDenied {
+				t.Errorf("it was written: %v", err)
+			}
+			keys := map[string]int{}
+			for _, prefix := range []string{"", ".snapshots/"} {
+				for o := range c.ListObjects(t.Context(), name, minio.ListObjectsOptions{Prefix: prefix, Recursive: true}) {
+					keys[o.Key]++
+				}
+			}
+			if want := map[string]int{key: 1, "by-s3": 1, "letters/one": 1, "letters/back": 1}; !maps.Equal(keys, want) {
+				t.Errorf("the objects are %v, not %v", keys, want)
+			}
+			for _, bucket := range []string{name, others} {
+				if out, err := read(objects(t, f, other), bucket); err == nil {
+					t.Errorf("another reads %q", out)
+				}
+			}
+
 			removeSnapshot(t, f, name, "before")
+			if out, err := read(c, name); minio.ToErrorResponse(err).Code != minio.NoSuchKey {
+				t.Errorf("what was deleted is %q, %v", out, err)
+			}
 			out, err = curl(g, one)
 			refused("404", out, err)
 		})

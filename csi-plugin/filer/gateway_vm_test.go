@@ -102,31 +102,15 @@ func TestRootGateways(t *testing.T) {
 	}
 
 	// And S3, which has a process for each grant that uses it.
-	objects := func(g filertest.Grant) *minio.Client {
-		pem, err := os.ReadFile(f.CA())
-		if err != nil {
-			t.Fatal(err)
-		}
-		roots := x509.NewCertPool()
-		roots.AppendCertsFromPEM(pem)
-		c, err := minio.New(strings.Trim(strings.TrimPrefix(g.S3, "https://"), "/"), &minio.Options{
-			Creds: credentials.NewStaticV4(g.ID, g.Secret, ""), Secure: true, Region: "us-east-1",
-			Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
-	ok("", objects(g).FGetObject(t.Context(), "vol", "from-nfs", local("five"), minio.GetObjectOptions{}))
+	ok("", objects(t, f, g).FGetObject(t.Context(), "vol", "from-nfs", local("five"), minio.GetObjectOptions{}))
 	same(local("five"))
-	_, err := objects(g).FPutObject(t.Context(), "vol", "from-s3", local("one"), minio.PutObjectOptions{})
+	_, err := objects(t, f, g).FPutObject(t.Context(), "vol", "from-s3", local("one"), minio.PutObjectOptions{})
 	ok("", err)
 	ok(curl(g, "--output", local("two"), g.WebDAV+"from-s3"))
 	same(local("two"))
 	ok(client(t, "nfs-cp", nfsURL(p, "from-s3"), local("six")))
 	same(local("six"))
-	if err := objects(other).FGetObject(t.Context(), "vol", "from-nfs", local("seven"), minio.GetObjectOptions{}); err == nil {
+	if err := objects(t, f, other).FGetObject(t.Context(), "vol", "from-nfs", local("seven"), minio.GetObjectOptions{}); err == nil {
 		t.Error("another's bucket can be read")
 	}
 	if processes(t, f) == 0 {
@@ -167,7 +151,7 @@ func TestRootGateways(t *testing.T) {
 			}
 		}
 		f.Run()
-		ok("", objects(g).FGetObject(t.Context(), "vol", "from-nfs", local("five"), minio.GetObjectOptions{}))
+		ok("", objects(t, f, g).FGetObject(t.Context(), "vol", "from-nfs", local("five"), minio.GetObjectOptions{}))
 		if now := ok(f.Command("grants", "-o", "json")); now != list {
 			t.Errorf("after %v there are %s", s, now)
 		}
@@ -189,6 +173,25 @@ func TestRootGateways(t *testing.T) {
 	ok(curl(again, "--output", local("two"), again.WebDAV+"from-nfs"))
 	same(local("two"))
 	refused("403", "", second(curl(again, "--upload-file", local("one"), again.WebDAV+"new")))
+}
+
+// objects is a client of S3.
+func objects(t *testing.T, f *filertest.Filer, g filertest.Grant) *minio.Client {
+	t.Helper()
+	pem, err := os.ReadFile(f.CA())
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pem)
+	c, err := minio.New(strings.Trim(strings.TrimPrefix(g.S3, "https://"), "/"), &minio.Options{
+		Creds: credentials.NewStaticV4(g.ID, g.Secret, ""), Secure: true, Region: "us-east-1",
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // processes are how many serve S3 for the filer.

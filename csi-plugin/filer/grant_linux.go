@@ -79,7 +79,7 @@ func (f *filer) admit(ctx context.Context, g api.Grant) error {
 		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen})
 	}
 	if err == nil && f.s3 != nil && s3.CheckBucket(g.Volume) == nil {
-		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID})
+		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen})
 	}
 	return err
 }

@@ -249,7 +249,7 @@ func TestRootConfined(t *testing.T) {
 	w := serve(t)
 	other := w.root + "-other"
 	if err := errors.Join(os.Mkdir(other, 0o755), os.Symlink("/etc/passwd", filepath.Join(w.root, "absolute")), os.Symlink("../secret", filepath.Join(w.root, "up")),
-		os.Symlink("/proc/1/environ", filepath.Join(w.root, "proc")), os.Symlink("/", filepath.Join(w.root, "slash"))); err != nil {
+		os.Symlink("/proc/1/environ", filepath.Join(w.root, "proc")), os.Symlink("/proc/self/fd/3", filepath.Join(w.root, "configuration")), os.Symlink("/", filepath.Join(w.root, "slash"))); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.server.Allow(Grant{Key: "other", Secret: "other", Volume: "other", Root: other}); err != nil {
@@ -257,7 +257,7 @@ func TestRootConfined(t *testing.T) {
 	}
 	w.write("file", "content")
 	c := w.client("key", "secret")
-	for _, name := range []string{"absolute", "up", "../secret", "slash/etc/passwd", "slash/volumes/bucket/../../etc/passwd"} {
+	for _, name := range []string{"absolute", "up", "configuration", "../secret", "slash/etc/passwd", "slash/volumes/bucket/../../etc/passwd"} {
 		if got, err := get(t.Context(), c, name); err == nil {
 			t.Errorf("%s is %.40q", name, got)
 		}
@@ -309,7 +309,12 @@ func TestRootKilled(t *testing.T) {
 }
 
 func TestRootClients(t *testing.T) {
-	w := serve(t)
+	w := servePast(t)
+	w.write("before", "then")
+	w.take("first")
+	if err := os.Remove(filepath.Join(w.root, "before")); err != nil {
+		t.Fatal(err)
+	}
 	dir := t.TempDir()
 	content := bytes.Repeat([]byte("0123456789abcdef"), 12<<20/16)
 	for name, data := range map[string][]byte{"large": content, "small ü": []byte("small"), "empty": nil} {
@@ -355,6 +360,23 @@ func TestRootClients(t *testing.T) {
 	}
 	if out := s3cmd("ls", "s3://bucket/"); !strings.Contains(out, "s3://bucket/rclone/") {
 		t.Errorf("s3cmd ls: %s", out)
+	}
+	if out := rclone("lsf", "s:bucket/.snapshots") + rclone("lsf", "s:bucket/.snapshots/first"); out != "first/\nbefore\n" {
+		t.Errorf("rclone lsf of the snapshots: %s", out)
+	}
+	if out := rclone("cat", "s:bucket/.snapshots/first/before"); out != "then" {
+		t.Errorf("rclone cat: %s", out)
+	}
+	rclone("copyto", "s:bucket/.snapshots/first/before", "s:bucket/rclone/back")
+	if w.read("rclone/back") != "then" {
+		t.Error("what rclone has brought back is another file")
+	}
+	if out := s3cmd("ls", "s3://bucket/.snapshots/first/"); !strings.Contains(out, "s3://bucket/.snapshots/first/before") {
+		t.Errorf("s3cmd ls of a snapshot: %s", out)
+	}
+	s3cmd("cp", "s3://bucket/.snapshots/first/before", "s3://bucket/s3cmd/back")
+	if w.read("s3cmd/back") != "then" {
+		t.Error("what s3cmd has brought back is another file")
 	}
 	s3cmd("del", "--recursive", "--force", "s3://bucket/s3cmd/")
 	rclone("purge", "s:bucket/rclone")

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // A Grant lets whoever knows its secret use a directory.
@@ -20,6 +22,8 @@ type Grant struct {
 	Root     string // its directory
 	ReadOnly bool
 	UID, GID int // whom belongs what is made
+
+	Snapshots *snapshots.Source // of the directory; nil for none
 }
 
 // CheckBucket says why a name can't be a bucket's, as clients have it (AWS, "General purpose bucket naming rules").

@@ -23,6 +23,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 const (
@@ -67,6 +68,7 @@ type granted struct {
 	server *Server
 	limit  *rate.Limiter
 	root   *os.File
+	past   *snapshots.Opened // nil where there are none
 	proxy  *httputil.ReverseProxy
 	ctx    context.Context
 	end    context.CancelFunc
@@ -90,6 +92,9 @@ func (s *Server) Allow(g Grant) error {
 		return err
 	}
 	w := &granted{Grant: g, server: s, limit: gateway.Limiter(s.rate), root: root}
+	if g.Snapshots != nil {
+		w.past = snapshots.Open(g.Snapshots)
+	}
 	w.ctx, w.end = context.WithCancel(context.Background())
 	w.proxy = &httputil.ReverseProxy{
 		// The signature is of host, path and headers as the client has sent them.
@@ -122,6 +127,7 @@ func (s *Server) Forbid(key string) {
 	w.mu.Lock()
 	w.stop()
 	w.mu.Unlock()
+	w.past.Close()
 	w.root.Close()
 }
 
@@ -288,6 +294,7 @@ func (g *granted) stop() {
 type child struct {
 	cmd   *exec.Cmd
 	leash *os.File // it ends when this is closed, by whatever
+	guide *guide   // nil where there are no snapshots
 	run   string
 	done  chan struct{}
 }
@@ -303,6 +310,8 @@ type configuration struct {
 	ReadOnly bool   `json:"readOnly"`
 	UID      int    `json:"uid"`
 	GID      int    `json:"gid"`
+
+	Snapshots string `json:"snapshots"` // name of the socket in Run of a guide; "" for none
 }
 
 func (g *granted) start() (_ *child, err error) {
@@ -320,7 +329,11 @@ func (g *granted) start() (_ *child, err error) {
 	if err := os.Chown(c.run, g.UID, g.GID); err != nil {
 		return nil, err
 	}
-	data, err := json.Marshal(configuration{g.Root, g.Volume, c.run, mount, g.Key, g.Secret, g.ReadOnly, g.UID, g.GID})
+	at := configuration{Root: g.Root, Bucket: g.Volume, Run: c.run, Mount: mount, Key: g.Key, Secret: g.Secret, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID}
+	if g.past != nil {
+		at.Snapshots = guideSocket
+	}
+	data, err := json.Marshal(at)
 	if err != nil {
 		return nil, err
 	}
@@ -348,7 +361,14 @@ func (g *granted) start() (_ *child, err error) {
 	c.cmd.Env = []string{}
 	c.cmd.Stdout, c.cmd.Stderr = output, output
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS}
+	if g.past != nil {
+		if c.guide, err = g.newGuide(c.run); err != nil {
+			leash.Close()
+			return nil, err
+		}
+	}
 	if err := c.cmd.Start(); err != nil {
+		c.guide.close()
 		leash.Close()
 		return nil, fmt.Errorf("start %s: %w", g.server.program, err)
 	}
@@ -393,6 +413,7 @@ func (c *child) ended() bool {
 func (c *child) stop() {
 	c.cmd.Process.Kill()
 	<-c.done
+	c.guide.close()
 	c.leash.Close()
 	os.RemoveAll(filepath.Dir(c.run))
 }

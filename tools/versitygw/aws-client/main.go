@@ -1,6 +1,8 @@
 // Command aws-client does with a bucket what programs with the AWS SDK for Go do, and fails where it is not as S3 has it. Tests of cradle-filer run it:
 //
 //	AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… aws-client ENDPOINT BUCKET
+//
+// The bucket has a snapshot "first", in which there is an object "before" with the content "then" and nothing else.
 package main
 
 import (
@@ -40,7 +42,7 @@ func run(ctx context.Context, args []string) error {
 	for _, step := range []struct {
 		name string
 		do   func(context.Context) error
-	}{{"objects", c.objects}, {"an object in parts", c.parts}, {"presigned URLs", c.presigned}, {"lists", c.lists}, {"errors", c.errors}} {
+	}{{"objects", c.objects}, {"an object in parts", c.parts}, {"presigned URLs", c.presigned}, {"lists", c.lists}, {"errors", c.errors}, {"snapshots", c.snapshots}} {
 		if err := step.do(ctx); err != nil {
 			return fmt.Errorf("%s: %w", step.name, err)
 		}
@@ -201,5 +203,70 @@ func (c client) errors(ctx context.Context) error {
 		return err
 	}
 	_, err = c.S3.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &c.bucket, Key: aws.String("aws-once")})
+	return err
+}
+
+// snapshots are read, and copied out of, as the SDK does it, and not changed.
+func (c client) snapshots(ctx context.Context) error {
+	var found []string
+	for _, prefix := range []string{".snapshots/", ".snapshots/first/", ""} {
+		list, err := c.S3.ListObjectsV2(ctx, &s3.ListObjectsV2Input{Bucket: &c.bucket, Prefix: &prefix, Delimiter: aws.String("/")})
+		if err != nil {
+			return err
+		}
+		for _, p := range list.CommonPrefixes {
+			found = append(found, *p.Prefix)
+		}
+		for _, o := range list.Contents {
+			found = append(found, *o.Key)
+		}
+	}
+	const key = ".snapshots/first/before"
+	if fmt.Sprint(found) != "[.snapshots/first/ "+key+"]" {
+		return fmt.Errorf("there are %q", found)
+	}
+	if _, err := c.want(ctx, &s3.GetObjectInput{Key: aws.String(key)}, []byte("then")); err != nil {
+		return err
+	}
+	if _, err := c.want(ctx, &s3.GetObjectInput{Key: aws.String(key), Range: aws.String("bytes=1-2")}, []byte("he")); err != nil {
+		return err
+	}
+	if head, err := c.S3.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &c.bucket, Key: aws.String(key)}); err != nil || *head.ContentLength != 4 {
+		return fmt.Errorf("head: %+v, %w", head, err)
+	}
+	get, err := s3.NewPresignClient(c.S3).PresignGetObject(ctx, &s3.GetObjectInput{Bucket: &c.bucket, Key: aws.String(key)})
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, get.URL, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if err != nil || string(text) != "then" {
+		return fmt.Errorf("by a presigned URL it is %s %.200q, %w", resp.Status, text, err)
+	}
+	if _, err := c.S3.CopyObject(ctx, &s3.CopyObjectInput{Bucket: &c.bucket, Key: aws.String("aws-back"), CopySource: aws.String(c.bucket + "/" + key)}); err != nil {
+		return err
+	}
+	if _, err := c.want(ctx, &s3.GetObjectInput{Key: aws.String("aws-back")}, []byte("then")); err != nil {
+		return err
+	}
+	_, put := c.put(ctx, key, bytes.NewReader([]byte("now")))
+	_, del := c.S3.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &c.bucket, Key: aws.String(key)})
+	_, into := c.S3.CopyObject(ctx, &s3.CopyObjectInput{Bucket: &c.bucket, Key: aws.String(key), CopySource: aws.String(c.bucket + "/aws-back")})
+	_, parts := c.S3.CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{Bucket: &c.bucket, Key: aws.String(key)})
+	for what, err := range map[string]error{"put": put, "delete": del, "copy": into, "parts": parts} {
+		var refused smithy.APIError
+		if !errors.As(err, &refused) || refused.ErrorCode() != "AccessDenied" {
+			return fmt.Errorf("a snapshot was to be changed by %s: %w", what, err)
+		}
+	}
+	_, err = c.S3.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &c.bucket, Key: aws.String("aws-back")})
 	return err
 }

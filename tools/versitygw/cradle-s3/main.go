@@ -1,5 +1,5 @@
 // Command cradle-s3 serves one directory over S3, for cradle-filer, which starts it and forwards to it what is for that directory. It is versitygw's
-// posix gateway with tags of its own for files that were not written over S3.
+// posix gateway with tags of its own for files that were not written over S3, and with the directory's snapshots.
 //
 // It is confined first: it sees a file system of its own that holds the directory and nothing else, has no network, is the user to whom new files are to
 // belong, and has no capabilities but those over files. It ends with the process that has started it.
@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/versity/versitygw/backend"
 	"github.com/versity/versitygw/backend/meta"
 	"github.com/versity/versitygw/backend/posix"
 	"github.com/versity/versitygw/embedgw"
@@ -33,6 +34,8 @@ type config struct {
 	ReadOnly bool   `json:"readOnly"`
 	UID      int    `json:"uid"`
 	GID      int    `json:"gid"`
+
+	Snapshots string `json:"snapshots"` // name of the socket in Run where cradle-filer tells of the directory's snapshots; "" where there are none
 }
 
 func main() {
@@ -60,6 +63,9 @@ func run() error {
 		runtime.LockOSThread() // most of what follows is a thread's own
 		return c.confine()
 	}
+	if err := file.Close(); err != nil { // before a link to /proc/self/fd could lead to the secret
+		return err
+	}
 	go func() {
 		_, _ = leash.Read(make([]byte, 1)) // until the other end is closed
 		os.Exit(0)
@@ -69,11 +75,15 @@ func run() error {
 
 // serve serves until this process is killed.
 func (c config) serve() error {
-	backend, err := posix.New("/volumes", tags{}, posix.PosixOpts{ValidateBucketNames: false, Concurrency: 256, CopyObjectThreshold: math.MaxInt64})
+	files, err := posix.New("/volumes", tags{}, posix.PosixOpts{ValidateBucketNames: false, Concurrency: 256, CopyObjectThreshold: math.MaxInt64})
 	if err != nil {
 		return err
 	}
-	return embedgw.RunVersityGW(context.Background(), backend, &embedgw.Config{
+	var served backend.Backend = files
+	if c.Snapshots != "" {
+		served = &past{files, c.Bucket, "/run/" + c.Snapshots}
+	}
+	return embedgw.RunVersityGW(context.Background(), served, &embedgw.Config{
 		RootUserAccess: c.Key, RootUserSecret: c.Secret, Ports: []string{"/run/s3.sock"}, AdminPorts: []string{"/run/admin.sock"}, SocketPerm: "0600",
 		MaxConnections: 1024, MaxRequests: 512, AdminMaxConnections: 1, AdminMaxRequests: 1, MultipartMaxParts: 10_000,
 		Readonly: c.ReadOnly, Quiet: true, DisableACLs: true, DisableStrictBucketNames: true,
@@ -106,6 +116,9 @@ func identity(f *os.File, bucket, object string) (string, error) {
 // RetrieveAttribute is meta.MetadataStorer's. A tag with a hyphen is no digest of the content, as clients know from uploads in parts.
 func (t tags) RetrieveAttribute(f *os.File, bucket, object, attribute string) ([]byte, error) {
 	value, err := t.XattrMeta.RetrieveAttribute(f, bucket, object, attribute)
+	if errors.Is(err, unix.ENOTSUP) { // a link leads to where there are none
+		err = meta.ErrNoSuchKey
+	}
 	if attribute != etag || err != nil && !errors.Is(err, meta.ErrNoSuchKey) {
 		return value, err
 	}
