@@ -93,7 +93,11 @@ func (m *move) run(ctx context.Context, id string) error {
 	}
 	var sent tree.Changes
 	for range passes {
-		differed, err := m.pass(ctx, n, from, to, stored(v, id), c)
+		var differed tree.Changes
+		err := n.unlessCut(ctx, func() (err error) {
+			differed, err = m.pass(ctx, n, from, to, stored(v, id), c)
+			return err
+		})
 		if err != nil {
 			return err
 		}

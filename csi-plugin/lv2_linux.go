@@ -87,7 +87,10 @@ func (r *restore) run(ctx context.Context, id string) error {
 	if o.Node != p.node.Name { // else an interrupted call, or what has become of the node since
 		o.Generation++
 	}
-	if err := n.exec(ctx, p, nil, r.c.stdout, "lv2", "receive", stored(want, id), "--generation", strconv.Itoa(o.Generation), "--into", r.into); err != nil {
+	err = n.unlessCut(ctx, func() error {
+		return n.exec(ctx, p, nil, r.c.stdout, "lv2", "receive", stored(want, id), "--generation", strconv.Itoa(o.Generation), "--into", r.into)
+	})
+	if err != nil {
 		return err
 	}
 	o.Node, o.volume = p.node.Name, want

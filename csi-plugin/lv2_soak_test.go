@@ -114,9 +114,9 @@ func testCopy(s *stack) {
 	s.on(one)
 	s.volume("pages", `"cradle"`, `"`+s.id+`"`)
 	s.completes(use{job: "fill", volume: "pages", script: `cd /v; $b mkdir -p deep/er; for i in 1 2 3 4; do $b dd if=/dev/urandom of=deep/file$i bs=1M count=8 2>/dev/null; done
-echo x >deep/er/x; $b chmod 4751 deep/er/x; $b chown 1000:1001 deep/er/x; $b ln deep/er/x deep/hard; $b ln -s er/x deep/soft; $b truncate -s 1G sparse; $b sha256sum deep/file* >sums`})
+echo x >deep/er/x; $b chown 1000:1001 deep/er/x; $b chmod 4751 deep/er/x; $b ln deep/er/x deep/hard; $b ln -s er/x deep/soft; $b truncate -s 1G sparse; $b sha256sum deep/file* >sums`})
 	look := func(job, volume string) string {
-		return s.completes(use{job: job, volume: volume, script: `cd /v; $b sha256sum -c -s sums; $b readlink deep/soft; $b ls -A . deep; $b stat -c '%a %u %g %h %s %Y' deep/er/x deep/hard sparse; $b du sparse`})
+		return s.completes(use{job: job, volume: volume, script: `cd /v; $b sha256sum -c -s sums; $b readlink deep/soft; $b ls -A . deep; $b stat -c '%a %u %g %h %s %Y' deep/er/x deep/hard sparse; test "$($b du -k sparse | $b cut -f1)" -lt 1024 && echo holes`})
 	}
 	was := look("look1", "pages")
 	copied := func(from, to string, more ...string) {

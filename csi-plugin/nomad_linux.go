@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/nomad/api"
 
@@ -162,13 +164,41 @@ func (n *nomad) exec(ctx context.Context, p *place, stdin io.Reader, stdout io.W
 		stdin = bytes.NewReader(nil)
 	}
 	code, err := n.client.Allocations().Exec(ctx, p.alloc, p.task.Name, false, append([]string{program}, args...), stdin, stdout, heard{n.c.stderr}, nil, query(ctx, p.alloc.Namespace))
-	if err == nil && code != 0 {
+	switch {
+	case err == nil && code != 0:
 		err = fmt.Errorf("exit code %d", code)
+	case err != nil && ctx.Err() == nil && cut(err):
+		err = fmt.Errorf("%w: %w", errCut, err)
 	}
 	if err != nil {
 		return fmt.Errorf("cradle-csi %s on node %s: %w", strings.Join(args[:min(len(args), 3)], " "), p.node.Name, err)
 	}
 	return nil
+}
+
+// errCut is a connection that was lost while a command ran, which Nomad ends then.
+var errCut = errors.New("the connection is lost")
+
+// cut says whether an error is that of a connection. Nomad's library gives that of a websocket as a text alone.
+func cut(err error) bool {
+	var n net.Error
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || err.Error() == io.ErrUnexpectedEOF.Error() || errors.As(err, &n)
+}
+
+// unlessCut does what goes on where it was, a few times where connections are lost meanwhile.
+func (n *nomad) unlessCut(ctx context.Context, do func() error) error {
+	for tries := 1; ; tries++ {
+		err := do()
+		if !errors.Is(err, errCut) || tries == 5 {
+			return err
+		}
+		fmt.Fprintf(n.c.stderr, "%v; it goes on\n", err)
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 // heard is where a command's messages go.

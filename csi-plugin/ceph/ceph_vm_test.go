@@ -372,6 +372,14 @@ func testFiles(t *testing.T) {
 		t.Errorf("found %q", found)
 	}
 	repaired(t, b, false)
+	must(t, b.with(ctx, func(ctx context.Context, s *session) error {
+		f, err := s.volume(ctx, "v")
+		must(t, err)
+		if clients, err := s.clients(ctx, f, f.path); err != nil || len(clients) != 1 {
+			t.Errorf("the one that has died still has a session, with its files and locks: %+v, %v", clients, err)
+		}
+		return nil
+	}))
 	for _, at := range []string{dir, target} {
 		if fi, err := os.Stat(filepath.Join(at, "big")); err != nil || fi.Size() != 20<<20 {
 			t.Errorf("%s: repaired: %v", at, err)

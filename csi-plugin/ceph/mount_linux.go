@@ -121,11 +121,16 @@ func (s *session) revoke(ctx context.Context, f *found, target string) error {
 
 // unkey removes a key, with the session of who has one by it.
 func (s *session) unkey(ctx context.Context, f *found, attachment string) error {
-	client := f.clientsOf() + attachment
-	err := s.run(ctx, nil, asks(monitor, "auth rm", "entity", "client."+client))
-	if err == nil || errors.Is(err, volume.ErrNotFound) {
-		err = s.run(ctx, nil, f.of("evict", "auth_id", client))
+	err := s.run(ctx, nil, asks(monitor, "auth rm", "entity", "client."+f.clientsOf()+attachment))
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return err
 	}
+	return s.evict(ctx, f, attachment)
+}
+
+// evict ends the sessions of who has the volume mounted by a key.
+func (s *session) evict(ctx context.Context, f *found, attachment string) error {
+	err := s.run(ctx, nil, f.of("evict", "auth_id", f.clientsOf()+attachment))
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
 	}
@@ -633,7 +638,15 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (source 
 }
 
 func (s *session) up(ctx context.Context, f *found) error {
-	return s.b.mounting(f.id).up(ctx, func() (*spec.CephVolume, error) { return s.key(ctx, f, "", f.path, false) })
+	return s.b.mounting(f.id).up(ctx, func() (*spec.CephVolume, error) {
+		attachment := s.b.attachment("")
+		if _, ok := f.attached[attachment]; ok { // of a mount that is no more: its session would keep its files and locks for a minute
+			if err := s.evict(ctx, f, attachment); err != nil {
+				return nil, err
+			}
+		}
+		return s.key(ctx, f, "", f.path, false)
+	})
 }
 
 // Unstage is volume.Backend's.

@@ -1,0 +1,65 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path"
+	"strings"
+	"testing"
+
+	"github.com/gorilla/websocket"
+	"github.com/hashicorp/nomad/api"
+)
+
+// What was cut off goes on, and what has failed does not.
+func TestUnlessCut(t *testing.T) {
+	begun := 0
+	var ends func(*websocket.Conn)
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if path.Base(r.URL.Path) != "exec" {
+			_, _ = io.WriteString(w, "{}")
+			return
+		}
+		begun++
+		conn, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		ends(conn)
+		conn.Close()
+	}))
+	defer srv.Close()
+	client, err := api.NewClient(&api.Config{Address: srv.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	var said strings.Builder
+	n := &nomad{c: &cli{stderr: &said}, client: client}
+	p := &place{node: &api.Node{Name: "node1"}, alloc: &api.Allocation{ID: "a", NodeID: "n"}, task: &api.Task{Name: "t"}}
+	receive := func() error { return n.exec(t.Context(), p, nil, io.Discard, "lv2", "receive", "v") }
+	exits := func(code string) func(*websocket.Conn) {
+		return func(conn *websocket.Conn) {
+			_ = conn.WriteMessage(websocket.TextMessage, []byte(`{"exited": true, "result": {"exit_code": `+code+`}}`))
+		}
+	}
+
+	ends = func(*websocket.Conn) {
+		if begun == 2 {
+			ends = exits("0")
+		}
+	}
+	if err := n.unlessCut(t.Context(), receive); err != nil || begun != 3 {
+		t.Errorf("cut off twice: %v, begun %d times", err, begun)
+	}
+	if want := "cradle-csi lv2 receive v on node node1: the connection is lost"; strings.Count(said.String(), want) != 2 {
+		t.Errorf("told %q; want twice %q", said.String(), want)
+	}
+	begun, ends = 0, exits("3")
+	if err := n.unlessCut(t.Context(), receive); err == nil || errors.Is(err, errCut) || begun != 1 {
+		t.Errorf("what fails: %v, begun %d times", err, begun)
+	}
+}
