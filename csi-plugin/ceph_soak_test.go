@@ -206,7 +206,7 @@ func TestRootSoakCephCopy(t *testing.T) {
 	s.on(one)
 	s.volume("pages", `"cradle"`, `"`+s.id+`"`)
 	s.completes(use{job: "fill", volume: "pages", script: `cd /v; $b mkdir -p deep/er; for i in 1 2 3 4; do $b dd if=/dev/urandom of=deep/file$i bs=1M count=8 2>/dev/null; done
-echo x >deep/er/x; $b chmod 4751 deep/er/x; $b chown 1000:1001 deep/er/x; $b ln deep/er/x deep/hard; $b ln -s er/x deep/soft; $b truncate -s 20M sparse; $b sha256sum deep/file* sparse >sums`})
+echo x >deep/er/x; $b chown 1000:1001 deep/er/x; $b chmod 4751 deep/er/x; $b ln deep/er/x deep/hard; $b ln -s er/x deep/soft; $b truncate -s 20M sparse; $b sha256sum deep/file* sparse >sums`})
 	look := func(job, volume string) string {
 		t.Helper()
 		return s.completes(use{job: job, volume: volume, script: `cd /v; $b sha256sum -c -s sums; $b readlink deep/soft; $b ls -A . deep; $b stat -c '%a %u %g %h %s %Y' deep/er/x deep/hard sparse`})
