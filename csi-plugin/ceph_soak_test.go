@@ -13,7 +13,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -212,17 +211,7 @@ echo x >deep/er/x; $b chown 1000:1001 deep/er/x; $b chmod 4751 deep/er/x; $b ln 
 		return s.completes(use{job: job, volume: volume, script: `cd /v; $b sha256sum -c -s sums; $b readlink deep/soft; $b ls -A . deep; $b stat -c '%a %u %g %h %s %Y' deep/er/x deep/hard sparse`})
 	}
 	was := look("look1", "pages")
-	copied := func(from, to string, more ...string) {
-		t.Helper()
-		command := append([]string{"copy", from, "--as", to}, more...)
-		kills := s.betweenKillsWithin(10*time.Second, 5, command...)
-		out, err := s.try(command...)
-		if err != nil && !strings.Contains(out, "volume "+to+": it is there, and no copy that was begun") { // it came to its end just before it was killed
-			t.Fatalf("%v\n%s", err, out)
-		}
-		t.Logf("killed %d times; %s", kills, out)
-	}
-	copied("pages", "pages-gfs", "--class", "gfs", "--plugin", "cradle", "--size", "100MiB")
+	s.copiedUnderKills("pages", "pages-gfs", "--class", "gfs", "--plugin", "cradle", "--size", "100MiB")
 	v, _, err := s.API.CSIVolumes().Info("pages-gfs", nil)
 	if err != nil || v.PluginID != "cradle" || v.Context["class"] != "gfs" {
 		t.Fatalf("Nomad knows %+v, %v", v, err)
@@ -235,7 +224,7 @@ echo x >deep/er/x; $b chown 1000:1001 deep/er/x; $b chmod 4751 deep/er/x; $b ln 
 	if now := look("look2", "pages-gfs"); now != was {
 		t.Errorf("copied to CephFS:\n%s\nwant\n%s", now, was)
 	}
-	copied("pages-gfs", "pages-block", "--to", two.Name, "--class", "lv2")
+	s.copiedUnderKills("pages-gfs", "pages-block", "--to", two.Name, "--class", "lv2")
 	s.on(two)
 	if now := look("look3", "pages-block"); now != was {
 		t.Errorf("copied to a block volume:\n%s\nwant\n%s", now, was)

@@ -51,7 +51,11 @@ func testLost(s *stack) {
 	}
 	s.Until(t, "the loss of "+one.Name, func(st *nomadtest.State) bool { return st.Node(one.Name).Status == api.NodeStatusDown })
 	s.on(two)
-	t.Logf("interrupted %d times", s.betweenKills(5, "lv2", "restore", "ledger", "--to", two.Name))
+	most := time.Second
+	if s.zfs { // in a machine that is emulated
+		most = 20 * time.Second
+	}
+	t.Logf("interrupted %d times", s.betweenKills(most, 5, "lv2", "restore", "ledger", "--to", two.Name))
 	for range 2 { // the second time nothing is left to do
 		if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume ledger is on node "+two.Name+" now\n") {
 			t.Fatalf("%v\n%s", err, out)
@@ -119,22 +123,12 @@ echo x >deep/er/x; $b chown 1000:1001 deep/er/x; $b chmod 4751 deep/er/x; $b ln 
 		return s.completes(use{job: job, volume: volume, script: `cd /v; $b sha256sum -c -s sums; $b readlink deep/soft; $b ls -A . deep; $b stat -c '%a %u %g %h %s %Y' deep/er/x deep/hard sparse; test "$($b du -k sparse | $b cut -f1)" -lt 1024 && echo holes`})
 	}
 	was := look("look1", "pages")
-	copied := func(from, to string, more ...string) {
-		t.Helper()
-		command := append([]string{"copy", from, "--as", to}, more...)
-		kills := s.betweenKills(4, command...)
-		out, err := s.try(command...)
-		if err != nil && !strings.Contains(out, "volume "+to+": it is there, and no copy that was begun") { // it came to its end just before it was killed
-			t.Fatalf("%v\n%s", err, out)
-		}
-		t.Logf("killed %d times; %s", kills, out)
-	}
-	copied("pages", "pages-block", "--to", two.Name, "--class", "lv2")
+	s.copiedUnderKills("pages", "pages-block", "--to", two.Name, "--class", "lv2")
 	s.on(two)
 	if now := look("look2", "pages-block"); now != was {
 		t.Errorf("copied to a block volume:\n%s\nwant\n%s", now, was)
 	}
-	copied("pages-block", "pages-files", "--class", "nfs", "--size", "100MiB")
+	s.copiedUnderKills("pages-block", "pages-files", "--class", "nfs", "--size", "100MiB")
 	if now := look("look3", "pages-files"); now != was {
 		t.Errorf("copied to a volume of files:\n%s\nwant\n%s", now, was)
 	}
@@ -190,18 +184,29 @@ func (s *stack) drained(volume string) {
 	s.released(volume)
 }
 
-// betweenKills runs a command that is killed at random moments, until it comes to its end or was killed often enough.
-func (s *stack) betweenKills(enough int, args ...string) (kills int) {
+// copiedUnderKills copies a volume by a command that is killed at random moments, all over the time that it took when it was left alone.
+func (s *stack) copiedUnderKills(from, to string, more ...string) {
 	s.t.Helper()
-	most := time.Second
-	if s.zfs { // in a machine that is emulated
-		most = 30 * time.Second
+	command := append([]string{"copy", from, "--as", to}, more...)
+	begin := time.Now()
+	if out, err := s.try(command...); err != nil {
+		s.t.Fatalf("%v\n%s", err, out)
 	}
-	return s.betweenKillsWithin(most, enough, args...)
+	took := time.Since(begin)
+	s.CLI(s.t, "volume", "delete", to)
+	kills := s.betweenKills(took/2, 5, command...) // what goes on comes to its end the sooner
+	out, err := s.try(command...)
+	if err != nil && !strings.Contains(out, "volume "+to+": it is there, and no copy that was begun") { // it came to its end just before it was killed
+		s.t.Fatalf("%v\n%s", err, out)
+	}
+	s.t.Logf("it took %v, and was killed %d times; %s", took.Round(time.Millisecond), kills, out)
+	if kills == 0 {
+		s.t.Errorf("the copy of %s was not interrupted", from)
+	}
 }
 
-// betweenKillsWithin is betweenKills for a command that takes longer than most.
-func (s *stack) betweenKillsWithin(most time.Duration, enough int, args ...string) (kills int) {
+// betweenKills runs a command that is killed at random moments, until it comes to its end or was killed often enough.
+func (s *stack) betweenKills(most time.Duration, enough int, args ...string) (kills int) {
 	s.t.Helper()
 	for kills < enough {
 		cmd, out := s.csi(args...)
@@ -269,7 +274,7 @@ func testRestores(s *stack) {
 	for ; kills < 20; restored++ {
 		s.destroyed(a)
 		if took > 0 {
-			kills += s.betweenKillsWithin(took, min(5, 20-kills), "lv2", "restore", "ledger", "--to", to.Name)
+			kills += s.betweenKills(took, min(5, 20-kills), "lv2", "restore", "ledger", "--to", to.Name)
 		}
 		begin := time.Now()
 		if out, err := s.try("lv2", "restore", "ledger", "--to", to.Name); err != nil {
