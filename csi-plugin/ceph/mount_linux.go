@@ -180,10 +180,13 @@ func (m *mounting) file(name string) string {
 
 // alive opens the file that a ceph-fuse has locked for as long as it is there.
 func (m *mounting) alive() (f *os.File, running bool, err error) {
-	if err := os.MkdirAll(m.file(""), 0o700); err != nil {
-		return nil, false, err
+	f, err = os.OpenFile(m.file("alive"), os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(m.file(""), 0o700); err != nil {
+			return nil, false, err
+		}
+		f, err = os.OpenFile(m.file("alive"), os.O_RDWR|os.O_CREATE, 0o600)
 	}
-	f, err = os.OpenFile(m.file("alive"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, false, err
 	}

@@ -99,21 +99,39 @@ func (s *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	if v.Served() { // by the filer, which stages it as soon as somebody is to see it, or from the storage itself
-		return &csi.NodeStageVolumeResponse{}, nil
-	}
-	source, err := s.config.Backend.Stage(ctx, v.ID, use(v, w, false))
+	err = waits(ctx, v.ID, unlock, func(ctx context.Context) error {
+		if v.Served() { // by the filer, which stages it as soon as somebody is to see it, or from the storage itself
+			return nil
+		}
+		source, err := s.config.Backend.Stage(ctx, v.ID, use(v, w, false))
+		if err != nil || v.Direct || w.block {
+			return err
+		}
+		return mount.Place(ctx, source.Device, source.Directory, source.FSType, filepath.Clean(req.GetStagingTargetPath()), w.options)
+	})
 	if err != nil {
 		return nil, err
 	}
-	if !v.Direct && !w.block {
-		path := filepath.Clean(req.GetStagingTargetPath())
-		if err := mount.Place(ctx, source.Device, source.Directory, source.FSType, path, w.options); err != nil {
-			return nil, err
-		}
-	}
 	return &csi.NodeStageVolumeResponse{}, nil
+}
+
+// storing is how long a call waits for a volume's disk: one that has failed may never answer who mounts or unmounts.
+const storing = 90 * time.Second
+
+// waits does what has a volume's lock. Where that takes long it goes on without the call, and has the lock until it has come to its end.
+func waits(ctx context.Context, id string, unlock func(), do func(context.Context) error) error {
+	done := make(chan error, 1)
+	go func() {
+		defer unlock()
+		done <- do(context.WithoutCancel(ctx))
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	case <-time.After(storing):
+	}
+	return fmt.Errorf("volume %s: %w: its storage has not answered yet, and what was begun goes on: see dmesg, and zpool status where it is in a zpool", id, volume.ErrUnavailable)
 }
 
 func use(v volume.Volume, w wish, readOnly bool) volume.Use {
@@ -142,14 +160,16 @@ func (s *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolume
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	err = mount.Unmount(filepath.Clean(req.GetStagingTargetPath()))
-	if errors.Is(err, unix.EBUSY) {
-		return nil, failed("volume %s: %v: end what still uses it", req.GetVolumeId(), err)
-	}
-	if err == nil {
-		err = s.config.Backend.Unstage(ctx, req.GetVolumeId())
-	}
+	err = waits(ctx, req.GetVolumeId(), unlock, func(ctx context.Context) error {
+		err := mount.Unmount(filepath.Clean(req.GetStagingTargetPath()))
+		if errors.Is(err, unix.EBUSY) {
+			return failed("volume %s: %v: end what still uses it", req.GetVolumeId(), err)
+		}
+		if err != nil {
+			return err
+		}
+		return s.config.Backend.Unstage(ctx, req.GetVolumeId())
+	})
 	if err != nil {
 		return nil, err
 	}
