@@ -3,9 +3,10 @@
 //
 //	fileops check [-seed N] [-ops N] [-for DURATION] [-workers N] [-drop] [-without FEATURE,…] DIR REFERENCE
 //	fileops list DIR
+//	fileops map FILE [SEED]
 //
 // check prints what differs, the operations that led there and the seed that repeats them. list prints all that is in a directory, to be compared
-// with what another machine, or the same one after a restart, sees there.
+// with what another machine, or the same one after a restart, sees there. map says what a shared mapping of a file has, which it writes before if there is a seed.
 package main
 
 import (
@@ -36,17 +37,23 @@ func run(args []string, stdout io.Writer) error {
 			_, err = io.WriteString(stdout, list)
 		}
 		return err
+	case (len(args) == 2 || len(args) == 3) && args[0] == "map":
+		sum, err := mapFile(args[1], strings.Join(args[2:], ""))
+		if err == nil {
+			_, err = fmt.Fprintln(stdout, sum)
+		}
+		return err
 	case len(args) > 0 && args[0] == "check":
 		return check(args[1:], stdout)
 	}
-	return errors.New("usage: fileops check [flags] DIR REFERENCE, fileops list DIR")
+	return errors.New("usage: fileops check [flags] DIR REFERENCE, fileops list DIR, fileops map FILE [SEED]")
 }
 
 // features are what -without takes, each with what it stands for.
 var features = []string{
 	"maplinked (mappings of files with several names)", "mapappend (writing through mappings of files that are open for appending)",
 	"unlinked (files that are open and lose a name)", "unlinkedlinks (the same, of files that have others)", "nanoseconds (of times)", "linktimes (times of symbolic links)",
-	"reasons (why a name can't be had, where it is taken as well: NFS's client asks the server for that last)", "copyup (files that are open for reading while overlayfs copies them)",
+	"reasons (why a name can't be had, where it is taken as well: NFS's client asks the server for that last; version 4 says of a link that it is one)", "copyup (files that are open for reading while overlayfs copies them)",
 }
 
 func check(args []string, stdout io.Writer) error {

@@ -77,6 +77,10 @@ func (w *world) open() error {
 	err := w.both(fmt.Sprintf("open %q %#x %o", path, flags, mode), func(side int) string {
 		fd, err := unix.Open(w.at(side, path), flags|unix.O_CLOEXEC, mode)
 		if err != nil {
+			var st unix.Stat_t
+			if err == unix.ELOOP && w.missing["reasons"] && flags&unix.O_EXCL != 0 && unix.Lstat(w.at(side, path), &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFLNK {
+				err = unix.EEXIST
+			}
 			return errno(err)
 		}
 		h.fd[side] = fd

@@ -63,12 +63,8 @@ func kinds(t *testing.T) []kind {
 		})
 		return []string{"--mount", "type=nfs,source=nfs://" + server.Host + nfstest.Export + ",target=/v,options=vers=" + version}
 	}
-	filer := filertest.Start(t)
-	files := filer.Volume("files", 600<<20, nil)
-	production := filertest.Start(t, "--engine", "ganesha")
-	produced := production.Volume("files", 600<<20, nil)
 	ext4, xfs, root := filepath.Join(dir, "ext4.img"), filepath.Join(dir, "xfs.img"), filepath.Join(dir, "root.img")
-	return []kind{
+	return append([]kind{
 		{name: "overlay", without: "copyup"}, // the container's root, /v/d being in a layer of the image
 		{name: "scratch", flags: []string{"-v", "named:/v"}},
 		{name: "block ext4", flags: []string{"-v", ext4 + ":/v:size=600M"}, fsck: []string{"e2fsck", "-fn", ext4}},
@@ -78,13 +74,22 @@ func kinds(t *testing.T) []kind {
 		{name: "virtiofs", flags: []string{"-v", share("virtiofs") + ":/v:virtiofs"}, host: share("virtiofs"), without: "mapappend"},
 		{name: "NFS 3", flags: nfs("3"), host: filepath.Join(dir, "nfs3"), without: "unlinkedlinks,linktimes,reasons"},
 		{name: "NFS 4.2", flags: nfs("4.2"), host: filepath.Join(dir, "nfs4.2"), without: "unlinkedlinks,linktimes,reasons"},
+	}, engines(t)...)
+}
+
+// engines are the volumes of cradle-filer, one by each of its engines.
+func engines(t *testing.T) []kind {
+	t.Helper()
+	filer, production := filertest.Start(t), filertest.Start(t, "--engine", "ganesha")
+	files, produced := filer.Volume("files", 600<<20, nil), production.Volume("files", 600<<20, nil)
+	return []kind{
 		{name: "cradle-filer", flags: []string{"--mount", filer.Publish("files").Mount("/v")}, host: files, without: "unlinkedlinks,linktimes,reasons"},
 		{name: "cradle-filer by NFS-Ganesha", flags: []string{"--mount", production.Publish("files").Mount("/v")}, host: produced, without: "unlinkedlinks,linktimes,reasons"},
 	}
 }
 
 // Files on every kind of volume are what they are on a local file system, to the guest, after a restart of the pod, and to this host where it has them.
-func TestVMFileOperations(t *testing.T) { fileOperations(t, "-ops", "160") }
+func TestVMFileOperations(t *testing.T) { fileOperations(t, kinds(t), "-ops", "160") }
 
 // prepare is the path of kcradle, and a folder with this program and the image that has it.
 func prepare(t *testing.T) (kcradle, dir, image string) {
@@ -103,48 +108,51 @@ func prepare(t *testing.T) (kcradle, dir, image string) {
 	return kcradle, dir, image
 }
 
-func fileOperations(t *testing.T, how ...string) {
+func fileOperations(t *testing.T, kinds []kind, how ...string) {
+	t.Helper()
 	kcradle, dir, image := prepare(t)
-	for _, k := range kinds(t) {
-		t.Run(k.name, func(t *testing.T) {
-			pod := filepath.Join(t.TempDir(), "pod")
-			run := func(args ...string) string {
-				t.Helper()
-				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
-				defer cancel()
-				cmd := exec.CommandContext(ctx, kcradle, args...)
-				cmd.WaitDelay = time.Minute
-				var stdout, stderr bytes.Buffer
-				cmd.Stdout, cmd.Stderr = &stdout, &stderr
-				if err := cmd.Run(); err != nil {
-					t.Fatalf("kcradle %s: %v\n%s%s", args[0], err, &stdout, &stderr)
-				}
-				return stdout.String()
-			}
-			t.Cleanup(func() { exec.Command(kcradle, "rm", "-f", pod).Run() })
-			check := fmt.Sprintf("mkdir -p /v/d; test -e /v/done || /bin/fileops check -drop -workers 3 %s -without '%s' /v/d /reference >&2 || exit 9; touch /v/done; exec /bin/fileops list /v/d", strings.Join(how, " "), k.without)
-			args := append([]string{"summon", pod, "oci:" + image, "--privileged", "-m", "256m", "--tmpfs", "/reference:size=150m"}, k.flags...)
-			run(append(args, "--", "sh", "-c", check)...)
-			first := run("run", pod)
-			t.Log(did(t, kcradle, pod))
-			if len(strings.Split(first, "\n")) < 8 {
-				t.Errorf("only these files are left:\n%s", first)
-			}
-			if second := run("run", pod); second != first {
-				t.Errorf("after a restart of the pod:\n%s\nbefore:\n%s", second, first)
-			}
-			if k.host != "" {
-				var seen strings.Builder
-				if err := output(filepath.Join(dir, "fileops"), &seen, "list", filepath.Join(k.host, "d")); err != nil || seen.String() != first {
-					t.Errorf("this host sees (%v)\n%s\nthe guest\n%s", err, &seen, first)
-				}
-			}
-			if k.fsck != nil {
-				if out, err := exec.Command(k.fsck[0], k.fsck[1:]...).CombinedOutput(); err != nil {
-					t.Errorf("%v: %v\n%s", k.fsck, err, out)
-				}
-			}
-		})
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) { k.operations(t, kcradle, dir, image, how...) })
+	}
+}
+
+func (k kind) operations(t *testing.T, kcradle, dir, image string, how ...string) {
+	pod := filepath.Join(t.TempDir(), "pod")
+	run := func(args ...string) string {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, kcradle, args...)
+		cmd.WaitDelay = time.Minute
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err := cmd.Run(); err != nil {
+			t.Fatalf("kcradle %s: %v\n%s%s", args[0], err, &stdout, &stderr)
+		}
+		return stdout.String()
+	}
+	t.Cleanup(func() { exec.Command(kcradle, "rm", "-f", pod).Run() })
+	check := fmt.Sprintf("mkdir -p /v/d; test -e /v/done || /bin/fileops check -drop -workers 3 %s -without '%s' /v/d /reference >&2 || exit 9; touch /v/done; exec /bin/fileops list /v/d", strings.Join(how, " "), k.without)
+	args := append([]string{"summon", pod, "oci:" + image, "--privileged", "-m", "256m", "--tmpfs", "/reference:size=150m"}, k.flags...)
+	run(append(args, "--", "sh", "-c", check)...)
+	first := run("run", pod)
+	t.Log(did(t, kcradle, pod))
+	if len(strings.Split(first, "\n")) < 8 {
+		t.Errorf("only these files are left:\n%s", first)
+	}
+	if second := run("run", pod); second != first {
+		t.Errorf("after a restart of the pod:\n%s\nbefore:\n%s", second, first)
+	}
+	if k.host != "" {
+		var seen strings.Builder
+		if err := output(filepath.Join(dir, "fileops"), &seen, "list", filepath.Join(k.host, "d")); err != nil || seen.String() != first {
+			t.Errorf("this host sees (%v)\n%s\nthe guest\n%s", err, &seen, first)
+		}
+	}
+	if k.fsck != nil {
+		if out, err := exec.Command(k.fsck[0], k.fsck[1:]...).CombinedOutput(); err != nil {
+			t.Errorf("%v: %v\n%s", k.fsck, err, out)
+		}
 	}
 }
 
