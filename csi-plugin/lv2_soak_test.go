@@ -19,13 +19,13 @@ import (
 
 // TestVMSoakHosts does what takes more than one host.
 func TestVMSoakHosts(t *testing.T) {
-	testHosts(startHosts(t))
+	testHosts(startHosts(t), testCopy, testDrain, testLost)
 }
 
-func testHosts(s *stack) {
-	testCopy(s)
-	testDrain(s)
-	testLost(s)
+func testHosts(s *stack, tests ...func(*stack)) {
+	for _, test := range tests {
+		test(s)
+	}
 	for _, n := range s.Clients() {
 		s.on(n)
 		s.empty()

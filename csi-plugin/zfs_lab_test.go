@@ -89,8 +89,12 @@ func startZFSNomad(t *testing.T) *stack {
 	return s
 }
 
-// TestZFSNomadHosts is TestVMSoakHosts with a zpool on each host.
-func TestZFSNomadHosts(t *testing.T) { testHosts(startZFSHosts(t)) }
+// TestZFSNomadCopied, TestZFSNomadMoved and TestZFSNomadNodeLost are the parts of TestVMSoakHosts, with a zpool on each host.
+func TestZFSNomadCopied(t *testing.T) { testHosts(startZFSHosts(t), testCopy) }
+
+func TestZFSNomadMoved(t *testing.T) { testHosts(startZFSHosts(t), testDrain) }
+
+func TestZFSNomadNodeLost(t *testing.T) { testHosts(startZFSHosts(t), testLost) }
 
 // TestZFSNomadLost is TestVMSoakLost with a zpool on each host, which is destroyed.
 func TestZFSNomadLost(t *testing.T) { testRestores(startZFSHosts(t)) }

@@ -50,8 +50,12 @@ func TestVMSoakZFSNomad(t *testing.T) {
 	}
 }
 
-// TestVMSoakZFSHosts is TestVMSoakHosts with two nodes and two zpools.
-func TestVMSoakZFSHosts(t *testing.T) { nomadInLab(t, "TestZFSNomadHosts", twoZpools) }
+// TestVMSoakZFSHosts is TestVMSoakHosts with two nodes and two zpools, in a machine for each part.
+func TestVMSoakZFSHosts(t *testing.T) {
+	for name, test := range map[string]string{"Copied": "TestZFSNomadCopied", "Drained": "TestZFSNomadMoved", "Lost": "TestZFSNomadNodeLost"} {
+		t.Run(name, func(t *testing.T) { nomadInLab(t, test, twoZpools) })
+	}
+}
 
 // TestVMSoakZFSLost is the restore drill of TestVMSoakLost with two nodes and two zpools, of which the one that has the volume is destroyed.
 func TestVMSoakZFSLost(t *testing.T) { nomadInLab(t, "TestZFSNomadLost", twoZpools) }
