@@ -67,7 +67,7 @@ func keptDiskKilled(t *testing.T, rounds int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := nomadtest.Options{Client: "gc_max_allocs = 1000"}
+	o := nomadtest.Options{Client: "gc_max_allocs = 1000", Tolerate: forgottenLogs}
 	// A pod whose start Nomad has given up as the driver died is ended after that.
 	if err := o.Cradle(`    gc {
       orphan_delay = "20s"

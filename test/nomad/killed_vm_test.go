@@ -48,6 +48,9 @@ job "counts-%[1]d" {
   }
 }`
 
+// forgottenLogs are what Nomad leaves of a client that has started a task's log process, and is killed before it has told it what to read.
+var forgottenLogs = regexp.MustCompile(`^process \d+ of \d+: \S+/nomad logmon$`)
+
 // TestVMKilledInTheMiddle is the short form of the drill.
 func TestVMKilledInTheMiddle(t *testing.T) { killedInTheMiddle(t, 3) }
 
@@ -58,8 +61,7 @@ func killedInTheMiddle(t *testing.T, rounds int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Nomad leaves a task's log process that a client has started and was killed before it could tell it what to read.
-	o := nomadtest.Options{Client: "gc_max_allocs = 1000", Tolerate: regexp.MustCompile(`^process \d+ of \d+: \S+/nomad logmon$`)}
+	o := nomadtest.Options{Client: "gc_max_allocs = 1000", Tolerate: forgottenLogs}
 	if err := o.Cradle(`    gc {
       orphan_delay = "20s"
     }`); err != nil {
