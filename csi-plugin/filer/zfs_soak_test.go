@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/minio/minio-go/v7"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
@@ -169,7 +170,7 @@ func zfsFailOver(t *testing.T, rounds int) {
 		t.Fatalf("%s build: %v\n%s", lab, err, out)
 	}
 	p := &pair{t: t, dir: t.TempDir(), id: fmt.Sprintf("fz%d", os.Getpid()), programs: map[string]string{}}
-	for _, name := range []string{"cradle-filer", "cradle-csi"} {
+	for _, name := range []string{"cradle-filer", "cradle-s3", "cradle-csi"} {
 		if p.programs[name], err = programs.Path(name); err != nil {
 			t.Fatal(err)
 		}
@@ -262,10 +263,38 @@ zpool export tank`)
 	if err := errors.Join(json.Unmarshal([]byte(a.must("./cradle-filer publish vol --client 10.77.0.0/24 -o json")), &pub), json.Unmarshal([]byte(a.must("./cradle-filer grant vol -o json")), &grant)); err != nil {
 		t.Fatal(err)
 	}
-	a.must("./cradle-filer snapshot vol before")
 	nfs := &nfsClient{pair: p, address: pub.Address}
 	defer nfs.close()
 	dav := &http.Client{Transport: &http.Transport{DialContext: p.dial, TLSClientConfig: &tls.Config{RootCAs: p.roots, MinVersion: tls.VersionTLS12}}, Timeout: 10 * time.Second}
+	put := func(text string) {
+		t.Helper()
+		if _, err := ask(dav, grant, http.MethodPut, "letter", []byte(text), nil, http.StatusCreated, http.StatusNoContent); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("then")
+	a.must("./cradle-filer snapshot vol before")
+	put("now")
+	objects := p.objects(t, grant)
+	former := func() { // which is open then, when the zpool is to be exported
+		t.Helper()
+		text, err := ask(dav, grant, http.MethodGet, ".snapshots/before/letter", nil, nil, http.StatusOK)
+		if err != nil || string(text) != "then" {
+			t.Errorf("by WebDAV the snapshot has %q, %v", text, err)
+		}
+		err = tryS3(func(ctx context.Context) error {
+			o, err := objects.GetObject(ctx, "vol", ".snapshots/before/letter", minio.GetObjectOptions{})
+			if err != nil {
+				return err
+			}
+			defer o.Close()
+			text, err = io.ReadAll(o)
+			return err
+		})
+		if err != nil || string(text) != "then" {
+			t.Errorf("by S3 the snapshot has %q, %v", text, err)
+		}
+	}
 	handle := nfs.open(pub.Export, "nfs")
 	writers := []*writer{
 		{
@@ -307,6 +336,7 @@ zpool export tank`)
 		if out, err := b.run("zpool import -f -N tank"); err == nil || !strings.Contains(err.Error(), "imported on") {
 			t.Errorf("%s gets the zpool by force, while %s has it: %s, %v", b.name, a.name, out, err)
 		}
+		former()
 		for _, w := range writers {
 			w.slow.Store(0)
 		}
@@ -347,6 +377,24 @@ zpool export tank`)
 	if out := a.must("./cradle-filer diff vol before"); !strings.Contains(out, "dav-0") {
 		t.Errorf("what is new since the snapshot is\n%s", out)
 	}
+	for name, bring := range map[string]func() error{
+		"by-webdav": func() error {
+			_, err := ask(dav, grant, "COPY", ".snapshots/before/letter", nil, http.Header{"Destination": {grant.WebDAV + "by-webdav"}}, http.StatusCreated)
+			return err
+		},
+		"by-s3": func() error {
+			return tryS3(func(ctx context.Context) error {
+				_, err := objects.CopyObject(ctx, minio.CopyDestOptions{Bucket: "vol", Object: "by-s3"}, minio.CopySrcOptions{Bucket: "vol", Object: ".snapshots/before/letter"})
+				return err
+			})
+		},
+	} {
+		err := bring()
+		text, rerr := ask(dav, grant, http.MethodGet, name, nil, nil, http.StatusOK)
+		if err := errors.Join(err, rerr); err != nil || string(text) != "then" {
+			t.Errorf("what came back %s is %q, %v", name, text, err)
+		}
+	}
 	a.must("./cradle-filer rollback vol before")
 	if out := a.must("./cradle-filer diff vol before"); strings.Contains(out, "dav-0") {
 		t.Errorf("after the rollback there is\n%s", out)
@@ -367,7 +415,7 @@ func (m *machine) prepare() {
 		m.t.Fatal(err)
 	}
 	for name, path := range map[string]string{
-		"cradle-filer": m.programs["cradle-filer"], "cradle-csi": m.programs["cradle-csi"], "consul": m.programs["consul"],
+		"cradle-filer": m.programs["cradle-filer"], "cradle-s3": m.programs["cradle-s3"], "cradle-csi": m.programs["cradle-csi"], "consul": m.programs["consul"],
 		"peers.key": m.file("peers.key"), "tls.crt": m.file("tls.crt"), "tls.key": m.file("tls.key"),
 	} {
 		if err := os.Symlink(path, filepath.Join(job, name)); err != nil {
@@ -390,7 +438,7 @@ chmod +x /wrapped/zpool
 export PATH=/wrapped:$PATH
 until [ -e /start ]; do sleep 0.2; done
 while :; do
-  GOTRACEBACK=all ./cradle-filer serve --set files --member %[1]s --backend zfs --pool tank/cradle --peers-key peers.key --floating %[4]s/24@eth0 --webdav :8443 --tls-cert tls.crt --tls-key tls.key --rate 0 || true
+  GOTRACEBACK=all ./cradle-filer serve --set files --member %[1]s --backend zfs --pool tank/cradle --peers-key peers.key --floating %[4]s/24@eth0 --webdav :8443 --s3 :9000 --tls-cert tls.crt --tls-key tls.key --rate 0 || true
   sleep 0.5
 done
 `, m.name, `\1\1\1\`+m.address[len(m.address)-1:], m.address, serviceAddress)

@@ -62,12 +62,22 @@ func (c config) enterRoot() error {
 	if err := mount("proc", "proc", "proc", "proc", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "subset=pid"); err != nil {
 		return err
 	}
-	if err := unix.PivotRoot(".", "."); err != nil {
+	switch err := unix.PivotRoot(".", "."); {
+	case err == nil:
+		// The old root lies on the new one's place now (pivot_root(2), NOTES).
+		if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount old root: %w", err)
+		}
+	case errors.Is(err, unix.EINVAL):
+		// The host has its root in the initial RAM file system, which stays below all others. Nothing leads there: the capability to change the root is dropped.
+		if err := mount("new root over the old one", ".", "/", "", unix.MS_MOVE, ""); err != nil {
+			return err
+		}
+		if err := unix.Chroot("."); err != nil {
+			return fmt.Errorf("change root: %w", err)
+		}
+	default:
 		return fmt.Errorf("pivot root: %w", err)
-	}
-	// The old root lies on the new one's place now (pivot_root(2), NOTES).
-	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("unmount old root: %w", err)
 	}
 	if err := os.Chdir("/"); err != nil {
 		return err
