@@ -125,7 +125,7 @@ func TestVMJoin(t *testing.T) {
 	// One of another image, with a volume of its own. Who listens for what happens to it alone hears of it, though nothing was wanted of the pod before.
 	since := time.Now()
 	told := h.listen("container=side")
-	h.run("run", "-d", "--name", "side", "--restart", "unless-stopped", "--health-cmd", "test -e /data/file", "--health-interval", "1s", "-l", "tier=side", "-v", "/data", "--network", "container:web", "debian", "bash", "-c", "echo out; echo err >&2; echo kept >>/data/file; trap 'echo bye; exit 7' TERM; sleep 10000 & wait")
+	h.run("run", "-d", "--name", "side", "--restart", "unless-stopped", "--health-cmd", "test -e /data/file", "--health-interval", "1s", "-l", "tier=side", "-v", "/data", "--network", "container:web", "debian", "bash", "-c", "trap 'echo bye; exit 7' TERM; echo out; echo err >&2; echo kept >>/data/file; sleep 10000 & wait")
 	h.want("container:"+id+" running "+id[:12], "inspect", "-f", "{{.HostConfig.NetworkMode}} {{.State.Status}} {{.Config.Hostname}}", "side")
 	kept := func(n int) {
 		t.Helper()

@@ -209,7 +209,8 @@ func (n *Node) processes(all inventory) error {
 			continue
 		}
 		all["process "+name] = true
-		if err := n.mounts(all, p.PID, spaces); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		// One that has ended meanwhile has none; EINVAL is how the kernel says so of its mountinfo.
+		if err := n.mounts(all, p.PID, spaces); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
 			return err
 		}
 		if strings.HasPrefix(name, "plugin ") {

@@ -34,11 +34,11 @@ func (d *demo) terraform(ctx context.Context) error {
 			return err
 		}
 	}
-	page := []string{"sh", "-c", "curl --silent --show-error --fail --max-time 30 $(terraform -chdir=site output -raw page)"}
-	if err := d.until(ctx, "", page...); err != nil { // the pods are well; whoever writes the page may be a moment later
+	const page = "curl --silent --show-error --fail --max-time 30 $(terraform -chdir=site output -raw page)"
+	if err := d.until(ctx, "", "sh", "-c", page+" | grep -q microVM"); err != nil { // the pods are well; whoever writes the page may be a moment later, and it is empty before
 		return err
 	}
-	if err := d.expect(ctx, "hello from a microVM", page...); err != nil {
+	if err := d.expect(ctx, "hello from a microVM", "sh", "-c", page); err != nil {
 		return err
 	}
 	sql := func(statement string) []string {

@@ -188,7 +188,7 @@ var cases = []testCase{
 	// Dockerd may hear of the end before it hears of the reason: a second is between them.
 	{name: "limits/out of memory", flags: []string{"-m", "32m"}, dockerFlags: []string{"--memory-swap", "32m"}, cmd: sh("tail /dev/zero; code=$?; sleep 1; exit $code"), script: `
 		docker wait $c; docker inspect -f '{{.State.ExitCode}} {{.State.OOMKilled}} {{.State.Status}} {{.State.Running}}' $c`},
-	{name: "limits/processes", flags: []string{"--pids-limit", "12"}, cmd: sh("for i in $(seq 30); do sleep 2 & done 2>/dev/null; echo reached"), onlyCode: true},
+	{name: "limits/processes", flags: []string{"--pids-limit", "12"}, cmd: sh("for i in $(seq 30); do sleep 1000 & done 2>/dev/null; echo reached"), onlyCode: true},
 	{name: "limits/ulimits", flags: []string{"--ulimit", "nofile=100:200", "--ulimit", "core=0", "--ulimit", "nproc=50:60", "--ulimit", "fsize=1048576"}, cmd: sh("grep -E 'open files|core file|processes|file size' /proc/self/limits | sed 's/  */ /g'; head -c 2m /dev/zero >/tmp/f; echo $?")},
 	{name: "limits/open files can be raised up to the hard limit", flags: []string{"--ulimit", "nofile=64:100"}, cmd: sh("ulimit -n; ulimit -n 100 && ulimit -n; ulimit -n 101")},
 	{name: "limits/processors are inspected", flags: []string{"--cpus", "0.5", "--cpu-shares", "512"}, cmd: idle, script: `docker inspect -f '{{.HostConfig.NanoCpus}} {{.HostConfig.CpuShares}}' $c`},
