@@ -328,7 +328,7 @@ func (t *tenant) deleteFreed(ctx context.Context, name string) error {
 	defer cancel()
 	for {
 		err := t.nomad.CSIVolumes().DeleteOpts(&api.CSIVolumeDeleteRequest{ExternalVolumeID: name}, t.write(ctx))
-		if err == nil || isStatus(err, http.StatusNotFound) {
+		if err == nil || nomadjob.IsVolumeGone(err, name) {
 			return nil
 		}
 		if !strings.Contains(err.Error(), "in use") {

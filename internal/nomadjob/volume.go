@@ -3,6 +3,9 @@ package nomadjob
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
+	"net/http"
+	"strings"
 
 	"github.com/hashicorp/nomad/api"
 )
@@ -55,4 +58,14 @@ func VolumeName(namespace, name string) string {
 		full = full[:maxVolumeName-1-2*len(sum)] + "." + hex.EncodeToString(sum[:])
 	}
 	return full
+}
+
+// IsVolumeGone says whether Nomad has not deleted a volume because it has none of that id: who else deletes it was quicker. Nomad 1.11 has no status of its own for
+// that (nomad/csi_endpoint.go, CSIVolume.Delete; nomad/state/state_store.go, CSIVolumeDeregister).
+func IsVolumeGone(err error, id string) bool {
+	var answer api.UnexpectedResponseError
+	if !errors.As(err, &answer) {
+		return false
+	}
+	return answer.StatusCode() == http.StatusNotFound || strings.HasSuffix(strings.TrimSpace(answer.Body()), "volume not found: "+id)
 }

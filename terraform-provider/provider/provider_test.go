@@ -121,6 +121,25 @@ func TestVolumeNotFreed(t *testing.T) {
 	}
 }
 
+// A volume that somebody else deletes meanwhile, as Nomad does for a Terraform that was killed, is gone all the same; another volume's name is no such answer.
+func TestVolumeGone(t *testing.T) {
+	said := ""
+	nomad := httptest.NewServer(http.HandlerFunc(func(out http.ResponseWriter, in *http.Request) {
+		http.Error(out, said, http.StatusInternalServerError)
+	}))
+	defer nomad.Close()
+	client, err := api.NewClient(&api.Config{Address: nomad.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, gone := range map[string]bool{"volume not found: v": true, "volume not found: other-v": false, "volume not found: vv": false, "no leader": false} {
+		said = text
+		if err := (&cluster{nomad: client}).deleteFreed(t.Context(), "default", "v"); gone != (err == nil) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
 // An apply that is interrupted while it waits, and a Nomad that goes away then, leave the pod that was registered in the state, so that it can be destroyed.
 func TestInterruptedApply(t *testing.T) {
 	ctx, interrupt := context.WithCancel(t.Context())

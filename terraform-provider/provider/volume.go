@@ -525,13 +525,13 @@ func (c *cluster) release(ctx context.Context, namespace, name string, protected
 	}
 }
 
-// deleteFreed removes a volume when its node has let go of it. At the end of ctx it returns what kept the volume.
+// deleteFreed removes a volume when its node has let go of it. At the end of ctx it returns what kept the volume. Nomad may have it deleted already, for a Terraform that was killed.
 func (c *cluster) deleteFreed(ctx context.Context, namespace, name string) error {
 	var busy error
 	for {
 		err := c.nomad.CSIVolumes().DeleteOpts(&api.CSIVolumeDeleteRequest{ExternalVolumeID: name}, c.write(ctx, namespace))
 		switch {
-		case err == nil:
+		case err == nil, nomadjob.IsVolumeGone(err, name):
 			return nil
 		case ctx.Err() != nil:
 			return cmp.Or(busy, err)
