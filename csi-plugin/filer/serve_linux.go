@@ -285,16 +285,37 @@ func reachable(asked string, listens netip.AddrPort) (string, error) {
 	case !listens.Addr().IsUnspecified():
 		return listens.String(), nil
 	}
-	all, err := net.InterfaceAddrs()
+	all, err := net.Interfaces()
 	if err != nil {
 		return "", err
 	}
-	for _, a := range all {
-		if n, isNet := a.(*net.IPNet); isNet && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
-			return net.JoinHostPort(n.IP.String(), port), nil
+	ip, err := firstAddress(all, (*net.Interface).Addrs)
+	if err != nil {
+		return "", err
+	}
+	return net.JoinHostPort(ip.String(), port), nil
+}
+
+// firstAddress is the first IPv4 address of a host. One that a loopback interface has may be there for a service that moves, or belong to a program: it is taken where
+// there is no other.
+func firstAddress(all []net.Interface, addresses func(*net.Interface) ([]net.Addr, error)) (net.IP, error) {
+	for _, loopback := range []net.Flags{0, net.FlagLoopback} {
+		for _, i := range all {
+			if i.Flags&net.FlagLoopback != loopback {
+				continue
+			}
+			of, err := addresses(&i)
+			if err != nil {
+				return nil, fmt.Errorf("interface %s: %w", i.Name, err)
+			}
+			for _, a := range of {
+				if n, isNet := a.(*net.IPNet); isNet && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
+					return n.IP, nil
+				}
+			}
 		}
 	}
-	return "", errors.New("this host has no address that pods could reach; say one with --address")
+	return nil, errors.New("this host has no address that pods could reach; say one with --address")
 }
 
 // serveHTTP answers until ctx ends.
