@@ -256,7 +256,7 @@ func TestRootSources(t *testing.T) {
 
 	ssh := p.sshServer()
 	image := "sftp://root@" + ssh + p.dir + "/one.tar.gz"
-	p.sh("ssh-keyscan -t ed25519 -p " + ssh[strings.LastIndex(ssh, ":")+1:] + " 127.0.0.1 >known; ssh-keygen -q -t ed25519 -N '' -f stranger; touch nobody; mv one.tar.gz home/below; cp home/below one.tar.gz")
+	p.sh("ssh-keyscan -T 120 -t ed25519 -p " + ssh[strings.LastIndex(ssh, ":")+1:] + " 127.0.0.1 >known; ssh-keygen -q -t ed25519 -N '' -f stranger; touch nobody; mv one.tar.gz home/below; cp home/below one.tar.gz")
 	t.Setenv("SSH_AUTH_SOCK", "")
 	p.refused("the key of "+ssh+" is not known here", "run", "--known-hosts", "nobody", "--ssh-key", "login", image)
 	p.refused(ssh+" accepts none of 1 keys", "run", "--known-hosts", "known", "--ssh-key", "stranger", image)
