@@ -111,7 +111,7 @@ func TestVMControl(t *testing.T) {
 	cat.OpenStdin, cat.StdinOnce = true, true
 	health := sh("health", "echo up; sleep 1000")
 	health.Healthcheck = &spec.Healthcheck{Test: []string{"CMD-SHELL", "echo probed; test -e /ok"}, Interval: spec.Duration(200 * time.Millisecond), Retries: 2}
-	main := sh("main", "echo run; trap 'exit 0' TERM; sleep 1000 & wait")
+	main := sh("main", "trap 'exit 0' TERM; echo run; sleep 1000 & wait")
 	main.Lifecycle.Critical = true
 	p.Containers = []spec.Container{main, tty, cat, health}
 	p.Containers = append(p.Containers, settings(sh("dependent", "echo healthy now"), func(c *spec.Container) {
