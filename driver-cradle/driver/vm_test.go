@@ -393,6 +393,11 @@ func TestVMRecover(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		unread := func() string { // by Nomad's reader, whose it is
+			n, err := unix.IoctlGetInt(int(f.Fd()), unix.TIOCINQ) // FIONREAD
+			return fmt.Sprint(n, err)
+		}
+		eventually(t, unread, func(s string) bool { return s == fmt.Sprint(0, nil) })
 		if n, err := unix.Read(int(f.Fd()), make([]byte, 1)); err != unix.EAGAIN {
 			t.Errorf("nobody writes to %s: %d, %v", path, n, err)
 		}
