@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/driver-cradle/pod"
+	"github.com/cradlestack/cradlestack/internal/locked"
 )
 
 // Whatever kcradle is doing when it is killed, the next ones find their way: no process is left that nobody owns, no tap, mount or cgroup, no file that
@@ -124,8 +125,10 @@ func killedAtSteps(t *testing.T, n, rounds int) {
 	w.must(t, k("template", "gc")...)
 	w.must(t, k("images", "pull", image)...)
 	w.must(t, k("verify", dir)...)
-	cmd := w.start(t, io.Discard, k("run", dir)...)
-	within(t, "the pod runs after all that", func() bool { _, _, code := w.run(t, k("exec", dir, "true")...); return code == 0 })
+	out := new(locked.Buffer)
+	cmd := w.start(t, out, k("run", dir)...)
+	within(t, "the pod runs after all that", func() bool { return strings.Contains(out.String(), "up\n") })
+	w.must(t, k("exec", dir, "true")...)
 	w.must(t, k("stop", dir)...)
 	if code := exit(t, cmd); code != 0 {
 		t.Errorf("exit code %d", code)
