@@ -285,6 +285,13 @@ func reachable(asked string, listens netip.AddrPort) (string, error) {
 	case !listens.Addr().IsUnspecified():
 		return listens.String(), nil
 	}
+	// By the default route, if there is one: nothing is sent.
+	if c, err := net.Dial("udp4", "203.0.113.1:9"); err == nil {
+		defer c.Close()
+		if local, isUDP := c.LocalAddr().(*net.UDPAddr); isUDP && local.IP.IsGlobalUnicast() {
+			return net.JoinHostPort(local.IP.String(), port), nil
+		}
+	}
 	all, err := net.Interfaces()
 	if err != nil {
 		return "", err
@@ -305,8 +312,8 @@ func firstAddress(all []net.Interface, addresses func(*net.Interface) ([]net.Add
 				continue
 			}
 			of, err := addresses(&i)
-			if err != nil {
-				return nil, fmt.Errorf("interface %s: %w", i.Name, err)
+			if err != nil { // it has gone since
+				continue
 			}
 			for _, a := range of {
 				if n, isNet := a.(*net.IPNet); isNet && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
