@@ -434,7 +434,7 @@ func TestRootCacheAway(t *testing.T) {
 	}{
 		{"first, without parts", whole(one), "1h", 2, "RAN\none\n"},
 		{"asked", parts(one), "1h", 1, "RAN\none\n"},
-		{"silent", hanging, "500ms", 1, "no answer within 500ms"},
+		{"silent", hanging, "3s", 1, "no answer within 3s"},
 		{"ill", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, "1h", 1, "starting from the cache reason=\"503"},
 		{"forgetful", func(w http.ResponseWriter, r *http.Request) { http.NotFound(w, r) }, "1h", 1, "starting from the cache reason=\"the server answers 404"},
 		{"without parts, cut in the middle", part(one, len(one)/2, false), "1h", 2, "starting from the cache"},
