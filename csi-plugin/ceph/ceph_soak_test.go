@@ -4,6 +4,7 @@ package ceph
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -26,6 +27,7 @@ func TestRootSoakCeph(t *testing.T) {
 	t.Run("Suite", func(t *testing.T) { suite.Methods(t) })
 	t.Run("Hosts", func(t *testing.T) { testHosts(t, 1000) })
 	t.Run("Hangs", testHangs)
+	t.Run("Unanswered", testUnanswered)
 	t.Run("Elsewhere", testElsewhere)
 	t.Run("Evicted", testEvicted)
 	t.Run("LongClone", testLongClone)
@@ -65,6 +67,26 @@ func testHangs(t *testing.T) {
 	must(t, syscall.Kill(pid, syscall.SIGCONT))
 	if _, err := b.Stage(ctx, "v", volume.Use{As: volume.AsFiles}); err != nil {
 		t.Errorf("it answers again: %v", err)
+	}
+}
+
+// What asks a cluster that does not answer ends also when the plugin is gone, and with it what holds the volume.
+func testUnanswered(t *testing.T) {
+	b, err := open(fresh(t))
+	must(t, err)
+	_, err = b.Create(t.Context(), gfs("v"))
+	must(t, err)
+	s, err := b.session(t.Context())
+	must(t, err)
+	q := asks(manager, "fs subvolume ls", "vol_name", b.pools[0].FS, "group_name", b.pools[0].Group)
+	must(t, s.run(t.Context(), nil, q))
+	cluster.Kill("ceph-mgr")
+	defer func() { must(t, cluster.Daemon("ceph-mgr", "x")) }()
+	command, err := json.Marshal(q.args)
+	must(t, err)
+	must(t, json.NewEncoder(s.in).Encode([]string{q.to, string(command)}))
+	if err := s.wait(); err == nil || err.Error() != "signal: alarm clock" {
+		t.Errorf("it has ended with %v: %s", err, &s.errs)
 	}
 }
 

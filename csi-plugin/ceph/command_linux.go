@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +30,7 @@ import (
 const (
 	connecting = "10" // seconds until a monitor answers
 	answering  = time.Minute
+	longer     = 10 * time.Second // until the program that asks ends by itself
 )
 
 // Errors of commands beside the sentinels of package volume.
@@ -89,11 +91,15 @@ func lastLine(s string) string {
 }
 
 // asker does commands, one a line, by the library that the program ceph is made of (package ceph-common has both). That program takes a third of a second to ask what the
-// cluster's commands are, and some 50 ms of processor time to compare each with all of them; the library sends them as they are.
+// cluster's commands are, and some 50 ms of processor time to compare each with all of them; the library sends them as they are. What a cluster never answers ends it, also
+// when nobody is there to end it any more.
 const asker = `
-import json, rados, sys
+import json, rados, signal, sys
+patience = int(sys.argv[4])
+signal.alarm(patience)
 cluster = rados.Rados(conffile=sys.argv[1], name=sys.argv[2], conf=json.loads(sys.argv[3]))
 cluster.connect()
+signal.alarm(0)
 files = None
 def done(to, command):
     global files
@@ -109,8 +115,11 @@ def done(to, command):
 def text(said):
     return said.decode(errors="replace") if isinstance(said, bytes) else said or ""
 for line in sys.stdin:
+    signal.alarm(patience)
     ret, out, said = done(*json.loads(line))
     print(json.dumps([ret, text(out), text(said)]), flush=True)
+    signal.alarm(0)
+signal.alarm(patience)
 if files is not None:
     files.shutdown()
 `
@@ -171,7 +180,7 @@ func (b *Backend) session(ctx context.Context) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{b: b, cmd: exec.Command("/usr/bin/python3", "-I", "-c", asker, b.config.Conf, "client."+b.config.ID, string(options))}
+	s := &session{b: b, cmd: exec.Command("/usr/bin/python3", "-I", "-c", asker, b.config.Conf, "client."+b.config.ID, string(options), strconv.Itoa(int((answering + longer).Seconds())))}
 	s.cmd.Env = []string{"LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	s.cmd.Stderr = &s.errs
