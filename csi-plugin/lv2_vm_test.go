@@ -90,7 +90,13 @@ func (s *stack) try(args ...string) (string, error) {
 func (s *stack) copied(id string) {
 	s.t.Helper()
 	since := time.Now().Truncate(time.Second)
-	for _, field := range strings.Fields(s.CLI(s.t, "volume", "snapshot", "list", "-plugin", s.id)) {
+	var listed string
+	s.eventually("a list of snapshots", func() bool { // Nomad has to have heard that the plugin, which may just have been started, has such a list
+		out, _, code := s.TryCLI(s.t, "", "volume", "snapshot", "list", "-plugin", s.id)
+		listed = out
+		return code == 0
+	})
+	for _, field := range strings.Fields(listed) {
 		if strings.HasPrefix(field, id+"@cold-") {
 			s.CLI(s.t, "volume", "snapshot", "delete", s.id, field)
 		}

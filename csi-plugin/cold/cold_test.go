@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -431,6 +432,56 @@ func TestFormerVolume(t *testing.T) {
 	}
 	restored(t, v, former, 5*chunkSize)
 	restored(t, v, current, 5*chunkSize)
+}
+
+// snapshots are a volume's in a backend that knows what has changed since an earlier one.
+type snapshots struct {
+	Source
+	all   []volume.Snapshot
+	data  []byte // of the newest
+	since volume.SnapshotID
+}
+
+func (s *snapshots) Snapshots(context.Context, string) ([]volume.Snapshot, error) { return s.all, nil }
+
+func (s *snapshots) Open(_ context.Context, _, since volume.SnapshotID) (*volume.Blocks, error) {
+	s.since = since
+	b := blocks(s.data)
+	if since != (volume.SnapshotID{}) {
+		b.Whole, b.Data = false, nil
+	}
+	return b, nil
+}
+
+// A snapshot that was deleted, and taken again under its name, is another one: what has changed since is not told by it.
+func TestSnapshotTakenAgain(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	source := &snapshots{}
+	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil)
+	first, again, later := snapshot(1), snapshot(1), snapshot(2)
+	again.Created = again.Created.Add(30 * time.Second)
+	for i, step := range []struct {
+		all   []volume.Snapshot
+		seed  uint64
+		since volume.SnapshotID
+	}{
+		{[]volume.Snapshot{first}, 1, volume.SnapshotID{}},
+		{[]volume.Snapshot{again}, 2, volume.SnapshotID{}},
+		{[]volume.Snapshot{again, later}, 2, again.ID},
+		{[]volume.Snapshot{again, snapshot(3)}, 3, volume.SnapshotID{}},
+	} {
+		for i := range step.all {
+			step.all[i].Automatic = true
+		}
+		source.all, source.data = step.all, random(step.seed, 6*chunkSize)
+		c, _, err := k.save(t.Context(), vol, &state{})
+		if err != nil || source.since != step.since {
+			t.Fatalf("step %d: compared with %q, want %q, %v", i, source.since, step.since, err)
+		}
+		if !bytes.Equal(restored(t, v, c, len(source.data)), source.data) {
+			t.Errorf("step %d: what is restored is not what was copied", i)
+		}
+	}
 }
 
 func FuzzDecode(f *testing.F) {

@@ -163,7 +163,8 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state) {
 
 // save makes the copy of the newest snapshot, should there be none. The zero value is that there was nothing to do.
 func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, sent int64, err error) {
-	snap, err := k.newest(ctx, v.ID)
+	all, err := k.source.Snapshots(ctx, v.ID)
+	snap := newest(all)
 	if err != nil || snap.ID == (volume.SnapshotID{}) {
 		return c, 0, err
 	}
@@ -179,7 +180,7 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, s
 	if !base.Taken.Before(taken) {
 		return c, 0, nil
 	}
-	blocks, base, err := k.open(ctx, snap, base)
+	blocks, base, err := k.open(ctx, snap, all, base)
 	if err != nil {
 		return c, 0, fmt.Errorf("snapshot %s: %w", snap.ID, err)
 	}
@@ -197,15 +198,14 @@ func (k *Keeper) saved(s *state, taken time.Time) {
 	s.newest, s.known = taken, true
 }
 
-// newest is the volume's newest snapshot for cold storage; the zero value where there is none.
-func (k *Keeper) newest(ctx context.Context, id string) (newest volume.Snapshot, err error) {
-	all, err := k.source.Snapshots(ctx, id)
+// newest is the newest snapshot for cold storage; the zero value where there is none.
+func newest(all []volume.Snapshot) (newest volume.Snapshot) {
 	for _, s := range all {
 		if s.ForCold() && s.Created.After(newest.Created) {
 			newest = s
 		}
 	}
-	return newest, err
+	return newest
 }
 
 // newest is the newest copy of this very volume; the zero value where there is none.
@@ -219,14 +219,19 @@ func (v *Vault) newest(ctx context.Context, of volume.Volume) (newest Copy, err 
 	return newest, err
 }
 
-// open opens a snapshot to be compared with what the base is a copy of. A base that can't be read is none, and all is compared.
-func (k *Keeper) open(ctx context.Context, snap volume.Snapshot, base Copy) (*volume.Blocks, Copy, error) {
+// open opens a snapshot to be compared with what the base is a copy of. A base that can't be read is none, and all is compared; as it is where the base's snapshot has gone,
+// and another one, which was taken later, has its name.
+func (k *Keeper) open(ctx context.Context, snap volume.Snapshot, all []volume.Snapshot, base Copy) (*volume.Blocks, Copy, error) {
 	var since volume.SnapshotID
 	if base != (Copy{}) {
 		info, err := k.vault.Info(ctx, base)
 		switch {
 		case err == nil:
-			since = volume.SnapshotID{Volume: snap.ID.Volume, Name: info.Snapshot}
+			for _, s := range all {
+				if s.ID.Name == info.Snapshot && s.Created.Truncate(time.Second).Equal(base.Taken) {
+					since = s.ID
+				}
+			}
 		case errors.Is(err, ErrDamaged):
 			k.log.Error("cold storage: a copy can't be used", "error", err)
 			base = Copy{}
