@@ -98,7 +98,13 @@ func (s *stack) copied(id string) {
 	})
 	for _, field := range strings.Fields(listed) {
 		if strings.HasPrefix(field, id+"@cold-") {
-			s.CLI(s.t, "volume", "snapshot", "delete", s.id, field)
+			s.eventually("the end of "+field, func() bool { // it is in use as long as it is being copied
+				_, stderr, code := s.TryCLI(s.t, "", "volume", "snapshot", "delete", s.id, field)
+				if code != 0 && !strings.Contains(stderr, "in use") {
+					s.t.Fatalf("delete snapshot %s: %s", field, stderr)
+				}
+				return code == 0
+			})
 		}
 	}
 	if err := s.kill("cradle-csi"); err != nil {
