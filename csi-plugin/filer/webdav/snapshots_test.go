@@ -124,8 +124,10 @@ func TestSnapshots(t *testing.T) {
 		t.Errorf("OPTIONS: %v", h)
 	}
 	w.want(http.StatusMethodNotAllowed, "GET", "/.snapshots/first/dir", "")
-	for _, path := range []string{"/.snapshots/none", "/.snapshots/none/file", "/.snapshots/first/none", "/.snapshots/FIRST/file", "/.SNAPSHOTS", "/.snapshots./first", "/.snapshotsfirst", "/.snapshots/first/.sgwtmp", "/dir/.snapshots",
-		"/.snapshots/first/.snapshots", "/.snapshots/b&%3C%C3%BC%3E%20.+%C3%A4/file", "/.snapshots/first%00/file"} {
+	for _, path := range []string{
+		"/.snapshots/none", "/.snapshots/none/file", "/.snapshots/first/none", "/.snapshots/FIRST/file", "/.SNAPSHOTS", "/.snapshots./first", "/.snapshotsfirst", "/.snapshots/first/.sgwtmp", "/dir/.snapshots",
+		"/.snapshots/first/.snapshots", "/.snapshots/b&%3C%C3%BC%3E%20.+%C3%A4/file", "/.snapshots/first%00/file",
+	} {
 		w.want(http.StatusNotFound, "GET", path, "")
 		w.want(http.StatusNotFound, "PROPFIND", path, "", "Depth: 1")
 	}
