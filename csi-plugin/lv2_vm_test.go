@@ -48,7 +48,11 @@ func (s *stack) startHosts() {
 	}
 	for _, n := range s.Clients() {
 		s.on(n)
-		s.CLI(t, "job", "run", "-detach", "-var", "node="+n.Name, s.file(s.example("cradle-csi-host.nomad.hcl")))
+		job := s.example("cradle-csi-host.nomad.hcl")
+		if s.zfs { // where the copies' folder is in memory, which counts as that of who has written it
+			job = strings.Replace(job, `driver = "raw_exec"`, "driver = \"raw_exec\"\n      resources {\n        memory = 1024\n      }", 1)
+		}
+		s.CLI(t, "job", "run", "-detach", "-var", "node="+n.Name, s.file(job))
 	}
 	for _, n := range s.Clients() {
 		s.on(n)
