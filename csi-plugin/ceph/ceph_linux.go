@@ -486,11 +486,7 @@ func (s *session) discard(ctx context.Context, f *found) error {
 }
 
 func (s *session) remove(ctx context.Context, f *found) error {
-	err := s.run(ctx, nil, f.of("rm"))
-	if errors.Is(err, volume.ErrNotFound) {
-		return nil
-	}
-	return err
+	return s.removes(ctx, f.of("rm"))
 }
 
 // Delete is volume.Backend's.

@@ -243,6 +243,15 @@ func (s *session) run(ctx context.Context, out any, q question) error {
 	return nil
 }
 
+// removes has a command done that removes something, which may be gone already.
+func (s *session) removes(ctx context.Context, q question) error {
+	err := s.run(ctx, nil, q)
+	if errors.Is(err, volume.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
 func (s *session) ask(ctx context.Context, q question) (answer string, err error) {
 	command, err := json.Marshal(q.args)
 	if err != nil {

@@ -121,26 +121,24 @@ func (s *session) revoke(ctx context.Context, f *found, target string) error {
 
 // unkey removes a key, with the session of who has one by it.
 func (s *session) unkey(ctx context.Context, f *found, attachment string) error {
-	err := s.run(ctx, nil, asks(monitor, "auth rm", "entity", "client."+f.clientsOf()+attachment))
-	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+	if err := s.removeKey(ctx, f, attachment); err != nil {
 		return err
 	}
 	return s.evict(ctx, f, attachment)
 }
 
+func (s *session) removeKey(ctx context.Context, f *found, attachment string) error {
+	return s.removes(ctx, asks(monitor, "auth rm", "entity", "client."+f.clientsOf()+attachment))
+}
+
 // evict ends the sessions of who has the volume mounted by a key.
 func (s *session) evict(ctx context.Context, f *found, attachment string) error {
-	err := s.run(ctx, nil, f.of("evict", "auth_id", f.clientsOf()+attachment))
-	if errors.Is(err, volume.ErrNotFound) {
-		return nil
-	}
-	return err
+	return s.removes(ctx, f.of("evict", "auth_id", f.clientsOf()+attachment))
 }
 
 // detached removes the note of an attachment that has no key any more.
 func (s *session) detached(ctx context.Context, f *found, attachment string) error {
-	err := s.run(ctx, nil, f.of("metadata rm", "key_name", attachedKey+attachment))
-	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+	if err := s.removes(ctx, f.of("metadata rm", "key_name", attachedKey+attachment)); err != nil {
 		return err
 	}
 	delete(f.attached, attachment)
@@ -150,8 +148,7 @@ func (s *session) detached(ctx context.Context, f *found, attachment string) err
 // revokeAll removes the keys of a volume that nobody has mounted, and that is to go: those of lost hosts as well.
 func (s *session) revokeAll(ctx context.Context, f *found) error {
 	for attachment := range f.attached {
-		err := s.run(ctx, nil, asks(monitor, "auth rm", "entity", "client."+f.clientsOf()+attachment))
-		if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		if err := s.removeKey(ctx, f, attachment); err != nil {
 			return err
 		}
 		if err := s.detached(ctx, f, attachment); err != nil {

@@ -169,18 +169,13 @@ func (s *session) take(ctx context.Context, f *found, name string, t taken) erro
 
 // drop removes a snapshot, and then what is recorded of it; one that is not there is no error.
 func (s *session) drop(ctx context.Context, f *found, name string) error {
-	err := s.run(ctx, nil, f.of("snapshot rm", "snap_name", name))
-	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+	if err := s.removes(ctx, f.of("snapshot rm", "snap_name", name)); err != nil {
 		return err
 	}
 	if _, ok := f.snapshots[name]; !ok {
 		return nil
 	}
-	err = s.run(ctx, nil, f.of("metadata rm", "key_name", snapshotKey(name)))
-	if errors.Is(err, volume.ErrNotFound) {
-		return nil
-	}
-	return err
+	return s.removes(ctx, f.of("metadata rm", "key_name", snapshotKey(name)))
 }
 
 // DeleteSnapshot is volume.Snapshotter's.
