@@ -89,6 +89,21 @@ func (w *world) allow(g Grant) {
 	}
 }
 
+// process is the one that serves a grant.
+func (w *world) process(key string) (pid int) {
+	g := w.server.grants[key]
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.child.cmd.Process.Pid
+}
+
+func (w *world) kill(key string) {
+	w.t.Helper()
+	if err := unix.Kill(w.process(key), unix.SIGKILL); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 func (w *world) client(key, secret string) *minio.Client {
 	w.t.Helper()
 	c, err := minio.New(w.host, &minio.Options{Creds: credentials.NewStaticV4(key, secret, ""), Region: "us-east-1"})
@@ -297,13 +312,7 @@ func TestRootKilled(t *testing.T) {
 		if children(w.root) == "" {
 			t.Error("no process has the directory")
 		}
-		g := w.server.grants["key"]
-		g.mu.Lock()
-		pid := g.child.cmd.Process.Pid
-		g.mu.Unlock()
-		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		w.kill("key")
 		w.want(c, "file", "content")
 	}
 }

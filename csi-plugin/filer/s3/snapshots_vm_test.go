@@ -246,13 +246,7 @@ func TestRootSnapshots(t *testing.T) {
 	}
 
 	// A process that was killed is another one; what is deleted is gone; nothing is open at the end.
-	g := w.server.grants["key"]
-	g.mu.Lock()
-	pid := g.child.cmd.Process.Pid
-	g.mu.Unlock()
-	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	w.kill("key")
 	w.want(c, ".snapshots/first/file", "0123456789")
 	w.mu.Lock()
 	w.all = w.all[1:]
@@ -260,9 +254,7 @@ func TestRootSnapshots(t *testing.T) {
 	if _, err := get(ctx, c, ".snapshots/first/file"); minio.ToErrorResponse(err).Code != minio.NoSuchKey {
 		t.Errorf("what was deleted: %v", err)
 	}
-	g.mu.Lock()
-	open, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", g.child.cmd.Process.Pid))
-	g.mu.Unlock()
+	open, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", w.process("key")))
 	for _, fd := range open {
 		var st unix.Stat_t
 		if unix.Stat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR && st.Dev == device(t, w.root) {

@@ -138,19 +138,27 @@ func (c client) presigned(ctx context.Context) error {
 	for _, r := range []struct {
 		method, url, body, want string
 	}{{http.MethodPut, put.URL, "content", ""}, {http.MethodGet, get.URL, "", "content"}} {
-		req, err := http.NewRequestWithContext(ctx, r.method, r.url, bytes.NewReader([]byte(r.body)))
-		if err != nil {
+		if err := answers(ctx, r.method, r.url, r.body, r.want); err != nil {
 			return err
 		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return err
-		}
-		text, err := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if err != nil || resp.StatusCode != http.StatusOK || string(text) != r.want {
-			return fmt.Errorf("%s: %s %.200q, %v", r.method, resp.Status, text, err)
-		}
+	}
+	return nil
+}
+
+// answers asks for a presigned URL, and wants this answer.
+func answers(ctx context.Context, method, url, body, want string) error {
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader([]byte(body)))
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if err != nil || resp.StatusCode != http.StatusOK || string(text) != want {
+		return fmt.Errorf("%s: %s %.200q, %v", method, resp.Status, text, err)
 	}
 	return nil
 }
@@ -238,18 +246,8 @@ func (c client) snapshots(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, get.URL, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	text, err := io.ReadAll(resp.Body)
-	resp.Body.Close()
-	if err != nil || string(text) != "then" {
-		return fmt.Errorf("by a presigned URL it is %s %.200q, %w", resp.Status, text, err)
+	if err := answers(ctx, http.MethodGet, get.URL, "", "then"); err != nil {
+		return fmt.Errorf("by a presigned URL: %w", err)
 	}
 	if _, err := c.S3.CopyObject(ctx, &s3.CopyObjectInput{Bucket: &c.bucket, Key: aws.String("aws-back"), CopySource: aws.String(c.bucket + "/" + key)}); err != nil {
 		return err
