@@ -155,21 +155,39 @@ func (d *doctor) nomad(ctx context.Context, address, plugin string) error {
 	if err != nil {
 		return fmt.Errorf("nomad at %s: %w", address, err)
 	}
-	live := map[string]bool{}
-	for _, a := range allocs {
-		live[a.ID] = !hasEnded(a)
+	all, err := seesAll(ctx, client)
+	if err != nil {
+		return fmt.Errorf("nomad at %s: %w", address, err)
 	}
+	ended := map[string]bool{}
+	for _, a := range allocs {
+		ended[a.ID] = hasEnded(a)
+	}
+	var errs []error
 	for _, target := range targets {
-		if err := d.mounted(target, plugin, live); err != nil {
-			return err
+		alloc := allocOf(target, plugin)
+		switch over, listed := ended[alloc]; {
+		case over, !listed && all:
+			errs = append(errs, d.mounted(target, alloc))
+		case !listed:
+			errs = append(errs, fmt.Errorf("%s: left alone: allocation %s is none that this token sees, and may run in a namespace that it does not; a management token (NOMAD_TOKEN) sees all", target, alloc))
 		}
 	}
 	for _, v := range volumes {
-		if err := d.claims(ctx, client, v, live); err != nil {
-			return fmt.Errorf("volume %s: end its claim: %w", v.ID, err)
+		if err := d.claims(ctx, client, v); err != nil {
+			errs = append(errs, fmt.Errorf("volume %s: end its claim: %w", v.ID, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// seesAll says whether the token is shown every namespace's allocations. Another one's list leaves out the others', without a word.
+func seesAll(ctx context.Context, client *api.Client) (bool, error) {
+	token, _, err := client.ACLTokens().Self((&api.QueryOptions{}).WithContext(ctx))
+	if err != nil {
+		return false, err
+	}
+	return token.Type == "management" || token.AccessorID == "acls-disabled", nil // nomad/structs/acl.go, ACLsDisabledToken
 }
 
 // hasEnded says whether nothing of an allocation runs any more. Lost and unknown ones may, on a node that is cut off.
@@ -197,13 +215,15 @@ func claimed(ctx context.Context, client *api.Client, plugin string) (all []*api
 	return all, nil
 }
 
-// mounted ends a mount of an allocation that has ended: CLIENT/csi/TYPE/PLUGIN/per-alloc/ALLOCATION/VOLUME/USE.
-func (d *doctor) mounted(target, plugin string, live map[string]bool) error {
+// allocOf is whose a mount is: CLIENT/csi/TYPE/PLUGIN/per-alloc/ALLOCATION/VOLUME/USE.
+func allocOf(target, plugin string) string {
 	_, rest, _ := strings.Cut(target, "/"+plugin+"/per-alloc/")
 	alloc, _, _ := strings.Cut(rest, "/")
-	if live[alloc] {
-		return nil
-	}
+	return alloc
+}
+
+// mounted ends a mount of an allocation that has ended.
+func (d *doctor) mounted(target, alloc string) error {
 	d.report(fmt.Sprintf("%s: still mounted, and allocation %s has ended", target, alloc))
 	if d.look {
 		return nil
@@ -219,10 +239,10 @@ func (d *doctor) mounted(target, plugin string, live map[string]bool) error {
 
 // claims ends those of allocations that have ended. Nomad ends all that a node has on a volume at once, so that one which lives keeps the
 // others there.
-func (d *doctor) claims(ctx context.Context, client *api.Client, v *api.CSIVolume, live map[string]bool) error {
+func (d *doctor) claims(ctx context.Context, client *api.Client, v *api.CSIVolume) error {
 	inUse := map[string]bool{} // by node
 	for _, a := range v.Allocations {
-		inUse[a.NodeID] = inUse[a.NodeID] || live[a.ID]
+		inUse[a.NodeID] = inUse[a.NodeID] || !hasEnded(a)
 	}
 	for _, a := range v.Allocations {
 		if inUse[a.NodeID] {

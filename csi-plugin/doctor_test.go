@@ -25,8 +25,9 @@ func TestDoctorClaims(t *testing.T) {
 	answers := map[string]any{
 		"/v1/volumes":                []*api.CSIVolumeListStub{{ID: "data", Namespace: "prod", PluginID: "cradle"}, {ID: "other", PluginID: "other"}},
 		"/v1/volume/csi/data":        &api.CSIVolume{ID: "data", Namespace: "prod", Allocations: allocs},
-		"/v1/allocations":            allocs,
+		"/v1/allocations":            []*api.AllocationListStub{},
 		"/v1/volume/csi/data/detach": map[string]string{},
+		"/v1/acl/token/self":         &api.ACLToken{Type: "client"}, // it is shown no allocations but those of the volume
 	}
 	var detached []string
 	nomad := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
