@@ -135,6 +135,9 @@ type keeper interface {
 // open opens the backend. local says whether a volume is on this host alone.
 func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 	pools := c.pools
+	if err := volume.CheckPools(pools); err != nil {
+		return nil, false, err
+	}
 	switch c.backend {
 	case "dir":
 		if len(pools) == 0 {

@@ -54,6 +54,9 @@ func (c *cli) hostVolume(ctx context.Context, operation string) (answer any, err
 	}
 	switch operation {
 	case "create":
+		if err := h.readWishes(); err != nil {
+			return nil, err
+		}
 		v, err := h.create(ctx, b)
 		return map[string]any{"path": h.path, "bytes": v.Size}, err
 	case "delete":
@@ -80,22 +83,29 @@ func readHostVolume() (h hostVolume, err error) {
 		return h, volume.Invalid("DHV_VOLUMES_DIR", "%q is no absolute path; Nomad's host_volumes_dir is one", dir)
 	}
 	h.path = filepath.Join(dir, h.request.Name)
+	return h, nil
+}
+
+// readWishes reads what a volume is to be. Whatever it says, a volume can be deleted.
+func (h *hostVolume) readWishes() (err error) {
 	for name, into := range map[string]*int64{"DHV_CAPACITY_MIN_BYTES": &h.request.Size, "DHV_CAPACITY_MAX_BYTES": &h.request.Limit} {
 		if *into, err = strconv.ParseInt(cmp.Or(os.Getenv(name), "0"), 10, 64); err != nil {
-			return h, volume.Invalid(name, "%q is no number", os.Getenv(name))
+			return volume.Invalid(name, "%q is no number", os.Getenv(name))
 		}
 	}
 	var parameters map[string]string
 	if err := json.Unmarshal([]byte(cmp.Or(os.Getenv("DHV_PARAMETERS"), "{}")), &parameters); err != nil {
-		return h, volume.Invalid("DHV_PARAMETERS", "%v", err)
+		return volume.Invalid("DHV_PARAMETERS", "%v", err)
 	}
 	if h.request.Parameters, err = volume.ParseParameters(parameters); err == nil && h.request.Direct {
 		err = volume.Invalid("parameter attach", "a host volume is attached by the host; use a CSI volume for direct")
 	}
-	if err == nil && h.request.Cold != (volume.Retention{}) {
-		err = volume.Invalid("parameter cold", "a host volume has no snapshots that could be copied; use a CSI volume")
+	for name, kept := range map[string]volume.Retention{"cold": h.request.Cold, "snapshots": h.request.Snapshots} {
+		if err == nil && kept != (volume.Retention{}) {
+			err = volume.Invalid("parameter "+name, "nobody takes snapshots of a host volume; use a CSI volume, or leave it out")
+		}
 	}
-	return h, err
+	return err
 }
 
 // create makes the volume, or makes it larger, and mounts it. Nomad calls it again whenever it starts.

@@ -344,7 +344,11 @@ func (b *Backend) pool(name string) (Pool, error) {
 	}
 	i := slices.IndexFunc(b.pools, func(p Pool) bool { return p.Name == name })
 	if i < 0 {
-		return Pool{}, volume.Invalid("parameter pool", "there is no pool %q", name)
+		var known []string
+		for _, p := range b.pools {
+			known = append(known, p.Name)
+		}
+		return Pool{}, volume.NoPool(name, known)
 	}
 	return b.pools[i], nil
 }

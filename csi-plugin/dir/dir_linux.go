@@ -348,7 +348,11 @@ func (b *Backend) pool(name string) (*pool, error) {
 	}
 	i := slices.IndexFunc(b.pools, func(p *pool) bool { return p.name == name })
 	if i < 0 {
-		return nil, volume.Invalid("parameter pool", "there is no pool %q", name)
+		var known []string
+		for _, p := range b.pools {
+			known = append(known, p.name)
+		}
+		return nil, volume.NoPool(name, known)
 	}
 	return b.pools[i], nil
 }

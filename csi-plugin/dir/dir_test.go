@@ -47,6 +47,9 @@ func TestPools(t *testing.T) {
 	if w, err := b.Create(t.Context(), files("w", "")); err != nil || w.Pool != "fast" {
 		t.Errorf("%+v, %v", w, err)
 	}
+	if _, err := b.Create(t.Context(), files("x", "slow")); err == nil || !strings.Contains(err.Error(), `there is no pool "slow"; known are fast, red`) {
+		t.Errorf("an unknown pool: %v", err)
+	}
 	if all, err := b.List(t.Context()); err != nil || len(all) != 2 {
 		t.Errorf("%+v, %v", all, err)
 	}

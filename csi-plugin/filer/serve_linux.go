@@ -176,6 +176,9 @@ type keeper interface {
 }
 
 func (s *server) open(ctx context.Context) (keeper, error) {
+	if err := volume.CheckPools(s.pools); err != nil {
+		return nil, err
+	}
 	if s.backend == onZFS {
 		datasets, err := s.datasets()
 		if err != nil {

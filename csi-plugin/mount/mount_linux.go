@@ -166,10 +166,12 @@ func BindDevice(device, target string) error {
 	return nil
 }
 
+const emptySource = "cradle-direct"
+
 // Empty mounts a file system on target that holds nothing and takes nothing.
 func Empty(target string) error {
 	const flags = unix.MS_RDONLY | unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXEC
-	if err := unix.Mount("cradle-direct", target, "tmpfs", flags, "size=4k,mode=0555"); err != nil {
+	if err := unix.Mount(emptySource, target, "tmpfs", flags, "size=4k,mode=0555"); err != nil {
 		return fmt.Errorf("mount an empty tmpfs on %s: %w", target, err)
 	}
 	return nil
@@ -207,6 +209,17 @@ func unmount(target string, busy int) error {
 			return fmt.Errorf("unmount %s: %w", target, err)
 		}
 	}
+}
+
+// Placed says whether a mount can be one of those that Place, Bind, BindDevice and Empty make: of the file system of a volume, or of a part of one.
+func Placed(at *mountinfo.Info) bool {
+	switch at.FSType {
+	case "ext4", "xfs", ZFS, "ceph":
+		return true
+	case "tmpfs":
+		return at.Root != "/" || at.Source == emptySource
+	}
+	return at.Root != "/" || strings.HasPrefix(at.FSType, "fuse")
 }
 
 // Uses says where the file system of a block device is mounted, or its node bound to.

@@ -48,6 +48,9 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err == nil {
 		r.Parameters, err = volume.ParseParameters(req.GetParameters())
 	}
+	for name := range req.GetMutableParameters() {
+		err = cmp.Or(err, invalid("mutable parameter %.80q: volumes have none; use parameters", name))
+	}
 	if err == nil {
 		err = wanted(req.GetVolumeCapabilities(), &r)
 	}

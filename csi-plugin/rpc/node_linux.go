@@ -161,7 +161,10 @@ func (s *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolume
 		return nil, err
 	}
 	err = waits(ctx, req.GetVolumeId(), unlock, func(ctx context.Context) error {
-		err := mount.Unmount(filepath.Clean(req.GetStagingTargetPath()))
+		err := placed(filepath.Clean(req.GetStagingTargetPath()))
+		if err == nil {
+			err = mount.Unmount(filepath.Clean(req.GetStagingTargetPath()))
+		}
 		if errors.Is(err, unix.EBUSY) {
 			return failed("volume %s: %v: end what still uses it", req.GetVolumeId(), err)
 		}
@@ -284,6 +287,9 @@ func (s *node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	}
 	defer unlock()
 	target := filepath.Clean(req.GetTargetPath())
+	if err := placed(target); err != nil {
+		return nil, err
+	}
 	// The task has ended. Should a process of it be left, it keeps the files that it has open and nobody waits for it.
 	if err := mount.Detach(target); err != nil {
 		return nil, err
@@ -294,10 +300,29 @@ func (s *node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	if err := s.forget(target); err != nil {
 		return nil, err
 	}
-	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	fi, err := os.Lstat(target)
+	if err == nil && !fi.IsDir() && (!fi.Mode().IsRegular() || fi.Size() > 0) {
+		return nil, failed("target path %s: it is left alone, as no volume is published on such a file", target)
+	}
+	if err == nil {
+		err = os.Remove(target)
+	}
+	switch {
+	case errors.Is(err, unix.ENOTEMPTY):
+		return nil, failed("target path %s: it is left alone, as what is in the directory is no volume's", target)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return nil, err
 	}
 	return &csi.NodeUnpublishVolumeResponse{}, nil
+}
+
+// placed refuses to take away what no volume can be: a caller's mistake would cost the host its /proc.
+func placed(path string) error {
+	at, err := mount.At(path)
+	if err == nil && at != nil && !mount.Placed(at) {
+		err = failed("%s: what is mounted there is no volume but %s, and is left alone", path, at.FSType)
+	}
+	return err
 }
 
 func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {

@@ -172,6 +172,14 @@ func TestComplete(t *testing.T) {
 	})
 }
 
+func TestMutableParameters(t *testing.T) {
+	s := &controller{Server: New(Config{})}
+	_, err := s.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "v", MutableParameters: map[string]string{"iops": "5"}})
+	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), `mutable parameter "iops": volumes have none`) {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestCapabilities(t *testing.T) {
 	mounted := func(m mode, fs string, flags ...string) *csi.VolumeCapability {
 		return &csi.VolumeCapability{

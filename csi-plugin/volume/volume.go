@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"strings"
 	"time"
 
@@ -259,6 +260,31 @@ func SplitPool(s string) (name, where string, err error) {
 		return "", "", fmt.Errorf("--pool %s: %q is no name of a pool; write NAME=WHERE", s, name)
 	}
 	return name, where, nil
+}
+
+// CheckPools refuses pools as command lines name them of which two have one name, so that one is never chosen, or one place, whose volumes would be listed twice.
+func CheckPools(texts []string) error {
+	names, places := map[string]string{}, map[string]string{}
+	for _, text := range texts {
+		name, where, err := SplitPool(text)
+		if err != nil {
+			return err
+		}
+		where = path.Clean(where)
+		if other, ok := names[name]; ok {
+			return fmt.Errorf("--pool %s: --pool %s is called %s as well; write another NAME=%s", text, other, name, where)
+		}
+		if other, ok := places[where]; ok {
+			return fmt.Errorf("--pool %s: --pool %s is the same place; leave one of them out", text, other)
+		}
+		names[name], places[where] = text, text
+	}
+	return nil
+}
+
+// NoPool is an ErrInvalid for the name of a pool that is none of the known ones.
+func NoPool(name string, known []string) error {
+	return Invalid("parameter pool", "there is no pool %q; known are %s", abbreviate(name), strings.Join(known, ", "))
 }
 
 // MaxName is the length of the longest name (CSI spec, "Size Limits").

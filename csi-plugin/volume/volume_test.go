@@ -69,6 +69,28 @@ func TestParseParametersErrors(t *testing.T) {
 	}
 }
 
+func TestCheckPools(t *testing.T) {
+	for _, c := range []struct {
+		pools []string
+		want  string // "" is accepted
+	}{
+		{nil, ""},
+		{[]string{"/a", "red=/b", "blue=/c"}, ""},
+		{[]string{"/a", "/b"}, "--pool /b: --pool /a is called default as well; write another NAME=/b"},
+		{[]string{"red=/a", "red=/b"}, "--pool red=/b: --pool red=/a is called red as well"},
+		{[]string{"/a", "red=/a/"}, "--pool red=/a/: --pool /a is the same place"},
+		{[]string{"../x=/a"}, `"../x" is no name of a pool`},
+	} {
+		err := CheckPools(c.pools)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%q: %v; want %q", c.pools, err, c.want)
+		}
+	}
+	if err := NoPool("read", []string{"default", "red"}); !errors.Is(err, ErrInvalid) || err.Error() != `parameter pool: there is no pool "read"; known are default, red` {
+		t.Error(err)
+	}
+}
+
 func TestChoose(t *testing.T) {
 	for _, c := range []struct {
 		size, limit, want int64 // want 0 is ErrRange

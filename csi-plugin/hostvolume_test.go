@@ -1,0 +1,54 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// What Nomad asks for and can't have is told in its protocol's words, and makes nothing. It is no matter for a deletion.
+func TestHostVolumeMistakes(t *testing.T) {
+	for i, c := range []struct{ name, value, want string }{
+		{"DHV_VOLUME_ID", "../etc", `DHV_VOLUME_ID: "../etc" is no name`},
+		{"DHV_VOLUME_ID", "", `DHV_VOLUME_ID: "" is no name`},
+		{"DHV_VOLUMES_DIR", "mounts", `DHV_VOLUMES_DIR: "mounts" is no absolute path`},
+		{"DHV_CAPACITY_MIN_BYTES", "1GiB", `DHV_CAPACITY_MIN_BYTES: "1GiB" is no number`},
+		{"DHV_PARAMETERS", `[]`, `DHV_PARAMETERS: json`},
+		{"DHV_PARAMETERS", `{"class": "gp"}`, `parameter class: "gp" is none of`},
+		{"DHV_PARAMETERS", `{"pool": "red"}`, `parameter pool: there is no pool "red"; known are default`},
+		{"DHV_PARAMETERS", `{"attach": "direct"}`, `parameter attach: a host volume is attached by the host`},
+		{"DHV_PARAMETERS", `{"snapshots": "hourly=24"}`, `parameter snapshots: nobody takes snapshots of a host volume`},
+		{"DHV_PARAMETERS", `{"class": "lv2", "cold": "hourly=24"}`, `parameter cold: nobody takes snapshots of a host volume`},
+	} {
+		t.Run(strconv.Itoa(i), func(t *testing.T) {
+			pool := filepath.Join(t.TempDir(), "pool")
+			for name, value := range map[string]string{
+				"DHV_VOLUME_ID": "81f57d4b", "DHV_VOLUMES_DIR": t.TempDir(), "DHV_CAPACITY_MIN_BYTES": "67108864", "DHV_CAPACITY_MAX_BYTES": "", "DHV_PARAMETERS": "", c.name: c.value,
+			} {
+				t.Setenv(name, value)
+			}
+			call := func(operation string) (answer map[string]any, code int) {
+				var out, errs bytes.Buffer
+				code = run(t.Context(), []string{"host-volume", operation, "--pool", pool}, &out, &errs)
+				if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
+					t.Errorf("%s: %v: %s", operation, err, out.String())
+				}
+				return answer, code
+			}
+			answer, code := call("create")
+			if text, _ := answer["error"].(string); code == 0 || !strings.Contains(text, c.want) {
+				t.Errorf("create: exit code %d, %v; want %s", code, answer, c.want)
+			}
+			if entries, err := os.ReadDir(pool); err != nil || len(entries) > 1 { // .lock
+				t.Errorf("in the pool: %v, %v", entries, err)
+			}
+			if answer, code := call("delete"); code != 0 && (c.name == "DHV_PARAMETERS" || c.name == "DHV_CAPACITY_MIN_BYTES") {
+				t.Errorf("delete: exit code %d, %v", code, answer)
+			}
+		})
+	}
+}
