@@ -312,7 +312,10 @@ func files(ctx context.Context, b volume.Backend, id string, readOnly bool, do f
 	defer func() { err = errors.Join(err, b.Unstage(context.WithoutCancel(ctx), id)) }()
 	var root *os.Root
 	if source.Device != "" {
-		root, err = mount.Detached(source.Device, source.FSType, readOnly)
+		var tree mount.Tree
+		if tree, err = mount.Detached(source.Device, source.FSType, readOnly); err == nil {
+			root, err = tree.Root()
+		}
 	} else {
 		root, err = os.OpenRoot(source.Directory)
 	}

@@ -174,33 +174,50 @@ func (b *Backend) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 
 // Browse is volume.Browser's.
 func (b *Backend) Browse(ctx context.Context, id volume.SnapshotID) (*os.Root, error) {
-	lock, err := b.lock(ctx, id.Volume, "@"+id.Name)
+	t, err := b.browse(ctx, id)
 	if err != nil {
 		return nil, err
+	}
+	return t.Root()
+}
+
+// BrowseAt is volume.Browser's.
+func (b *Backend) BrowseAt(ctx context.Context, id volume.SnapshotID, path string) error {
+	t, err := b.browse(ctx, id)
+	if err != nil {
+		return err
+	}
+	return t.Attach(path)
+}
+
+func (b *Backend) browse(ctx context.Context, id volume.SnapshotID) (mount.Tree, error) {
+	lock, err := b.lock(ctx, id.Volume, "@"+id.Name)
+	if err != nil {
+		return -1, err
 	}
 	defer lock.Close()
 	snap, err := b.origin(volume.Origin{Snapshot: id})
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
 	switch {
 	case snap.Block():
-		return nil, volume.Invalid("snapshot "+id.String(), "class %s is of block volumes, whose files are their users'", snap.Class)
+		return -1, volume.Invalid("snapshot "+id.String(), "class %s is of block volumes, whose files are their users'", snap.Class)
 	case snap.size == 0:
 		return mount.Still(snap.path(dataDir))
 	case snap.Content != volume.Trusted:
-		return nil, fmt.Errorf("snapshot %s: %w: there are no files in it; nothing had been written to its volume", id, volume.ErrNotFound)
+		return -1, fmt.Errorf("snapshot %s: %w: there are no files in it; nothing had been written to its volume", id, volume.ErrNotFound)
 	}
 	// What was in the journal when it was taken is written to the image: what is in its files does not change by that.
 	l, err := mount.Attach(snap.image(), false)
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
-	root, err := mount.Detached(l.Device, snap.FS, true)
+	t, err := mount.Detached(l.Device, snap.FS, true)
 	if err != nil {
 		err = errors.Join(err, mount.Release(l))
 	}
-	return root, err
+	return t, err
 }
 
 // Clone is volume.Cloner's.

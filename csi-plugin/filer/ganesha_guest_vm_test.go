@@ -5,6 +5,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -88,4 +89,59 @@ func awaitFile(t *testing.T, f *filertest.Filer, volume, name string) {
 			t.Fatalf("no pod makes %s\n%s", name, f.Log())
 		}
 	}
+}
+
+// TestVMGaneshaSnapshots: a pod looks into snapshots of its volume, old and new ones, and has a file of one open while NFS-Ganesha and the filer are killed. It changes
+// nothing in them.
+func TestVMGaneshaSnapshots(t *testing.T) {
+	f := filertest.Start(t, "--engine", "ganesha")
+	host := f.Volume("v", 64<<20, nil)
+	p := f.Publish("v")
+	p.Options += ",actimeo=1"
+	pod := startImage(t, "debian", `cd /v; echo first >file; mkdir d; echo a >d/a; touch ready
+		until [ -e taken ]; do sleep 0.2; done
+		echo second >file; rm -r d; echo new >new; ls -A | tr '\n' ' '; ls .snapshots; cat .snapshots/s/file .snapshots/s/d/a
+		(cd .snapshots/s/d/../../..; ls -A | tr '\n' ' '); diff -q file .snapshots/s/file; cp -a .snapshots/s/d back; cat back/a; find . -name a
+		touch .snapshots/s/x 2>/dev/null || echo read-only; mkdir .snapshots/x 2>/dev/null || echo read-only; rmdir .snapshots 2>/dev/null || echo stays; mkdir .snapshots 2>/dev/null || echo is there
+		exec 4<.snapshots/s/file; touch changed; while [ -e changed ]; do sleep 0.2; done
+		cat <&4; ls .snapshots | tr '\n' ' '; cat .snapshots/s/file .snapshots/t/file; touch seen; while [ -e seen ]; do sleep 0.2; done; ls .snapshots`,
+		"--mount", p.Mount("/v"))
+	awaitFile(t, f, host, "ready")
+	f.Must("snapshot", "v", "s")
+	if err := os.WriteFile(filepath.Join(host, "taken"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	awaitFile(t, f, host, "changed")
+	syscall.Kill(ganeshas(t, f)[0], syscall.SIGKILL)
+	f.Must("snapshot", "v", "t")
+	f.Signal(syscall.SIGKILL)
+	f.Run()
+	if err := os.Remove(filepath.Join(host, "changed")); err != nil {
+		t.Fatal(err)
+	}
+	awaitFile(t, f, host, "seen")
+	removeSnapshot(t, f, "v", "s")
+	if err := os.Remove(filepath.Join(host, "seen")); err != nil {
+		t.Fatal(err)
+	}
+	pod.says(`file new ready taken s
+first
+a
+file new ready taken Files file and .snapshots/s/file differ
+a
+./back/a
+read-only
+read-only
+stays
+is there
+first
+s t first
+second
+t
+`)
+	f.Must("unpublish", p.ID)
+	if table, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(table), "filer:snapshot") {
+		t.Errorf("a snapshot is left mounted: %v\n%s", err, table)
+	}
+	removeSnapshot(t, f, "v", "t")
 }

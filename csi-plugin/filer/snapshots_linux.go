@@ -47,6 +47,16 @@ func (f *filer) seen(id string) *snapshots.Source {
 	if !ok {
 		return nil
 	}
+	show := func(name string, show func(volume.SnapshotID) error) error {
+		err := show(volume.SnapshotID{Volume: id, Name: name})
+		if err != nil {
+			f.log.Warn("show a snapshot", "volume", id, "snapshot", name, "error", err)
+		}
+		if errors.Is(err, volume.ErrNotFound) {
+			err = fmt.Errorf("%w: %w", unix.ENOENT, err)
+		}
+		return err
+	}
 	return &snapshots.Source{
 		List: func() ([]snapshots.Snapshot, error) {
 			all, err := b.Snapshots(context.Background(), id)
@@ -59,15 +69,15 @@ func (f *filer) seen(id string) *snapshots.Source {
 			}
 			return seen, err
 		},
-		Open: func(name string) (*os.Root, error) {
-			root, err := b.Browse(context.Background(), volume.SnapshotID{Volume: id, Name: name})
-			if err != nil {
-				f.log.Warn("show a snapshot", "volume", id, "snapshot", name, "error", err)
-			}
-			if errors.Is(err, volume.ErrNotFound) {
-				err = fmt.Errorf("%w: %w", unix.ENOENT, err)
-			}
+		Open: func(name string) (root *os.Root, err error) {
+			err = show(name, func(s volume.SnapshotID) (err error) {
+				root, err = b.Browse(context.Background(), s)
+				return err
+			})
 			return root, err
+		},
+		Mount: func(name, path string) error {
+			return show(name, func(s volume.SnapshotID) error { return b.BrowseAt(context.Background(), s, path) })
 		},
 	}
 }

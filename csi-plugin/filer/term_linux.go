@@ -69,7 +69,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		engine = t.nfs
 	} else {
 		at := ganesha.Config{
-			State: filepath.Join(at.state, "ganesha"), Run: filepath.Join(filepath.Dir(s.socket), "ganesha"), Key: key[:], Shared: at.shared, Trust: s.trust, Lease: by, Leash: leash, Log: log,
+			State: filepath.Join(at.state, "ganesha"), Run: filepath.Join(filepath.Dir(s.socket), "ganesha"), Mounts: s.volumes(), Key: key[:], Shared: at.shared, Trust: s.trust, Lease: by, Leash: leash, Log: log,
 		}
 		if at.Listen, err = resolve(s.listen); err != nil {
 			return nil, err

@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -8,13 +9,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Detached opens the root directory of a file system that nobody else sees: it is mounted nowhere, and gone when what is returned is closed, or this process
-// has ended. It is writable whatever readOnly says, since one can't be mounted in two ways at once; through what is returned nothing is written then.
-func Detached(device, fsType string, readOnly bool) (*os.Root, error) {
-	failed := func(err error) error { return fmt.Errorf("mount %s of %s: %w", fsType, device, err) }
+// A Tree is a mount that is nowhere. It is used up by Root or Attach.
+type Tree int
+
+// Root opens its root directory. The mount is gone when that is closed, or this process has ended.
+func (t Tree) Root() (*os.Root, error) {
+	defer unix.Close(int(t))
+	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", t))
+}
+
+// Attach mounts it at a path.
+func (t Tree) Attach(path string) error {
+	defer unix.Close(int(t))
+	if err := unix.MoveMount(int(t), "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount at %s: %w", path, err)
+	}
+	return nil
+}
+
+// Detached mounts a file system where nobody else sees it. It is writable whatever readOnly says, since one can't be mounted in two ways at once; through the
+// mount nothing is written then.
+func Detached(device, fsType string, readOnly bool) (Tree, error) {
+	failed := func(err error) (Tree, error) { return -1, fmt.Errorf("mount %s of %s: %w", fsType, device, err) }
 	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return nil, failed(err)
+		return failed(err)
 	}
 	defer unix.Close(fs)
 	err = unix.FsconfigSetString(fs, "source", device)
@@ -28,7 +47,7 @@ func Detached(device, fsType string, readOnly bool) (*os.Root, error) {
 		err = unix.FsconfigCreate(fs)
 	}
 	if err != nil {
-		return nil, failed(err)
+		return failed(err)
 	}
 	attributes := unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NOATIME
 	if readOnly {
@@ -36,28 +55,25 @@ func Detached(device, fsType string, readOnly bool) (*os.Root, error) {
 	}
 	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attributes)
 	if err != nil {
-		return nil, failed(err)
+		return failed(err)
 	}
-	defer unix.Close(fd)
-	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", fd))
-	if err == nil && fsType != ZFS {
-		if err = Tie(device); err != nil {
-			root.Close()
+	if fsType != ZFS {
+		if err := Tie(device); err != nil {
+			return -1, errors.Join(err, unix.Close(fd))
 		}
 	}
-	return root, err
+	return Tree(fd), nil
 }
 
-// Still is Detached for a directory: through what is returned nothing is written.
-func Still(directory string) (*os.Root, error) {
+// Still is Detached for a directory: through the mount nothing is written.
+func Still(directory string) (Tree, error) {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, directory, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil {
-		return nil, fmt.Errorf("open %s as a mount: %w", directory, err)
+		return -1, fmt.Errorf("open %s as a mount: %w", directory, err)
 	}
-	defer unix.Close(fd)
 	attributes := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NOATIME, Attr_clr: unix.MOUNT_ATTR__ATIME}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attributes); err != nil {
-		return nil, fmt.Errorf("open %s read-only: %w", directory, err)
+		return -1, errors.Join(fmt.Errorf("open %s read-only: %w", directory, err), unix.Close(fd))
 	}
-	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", fd))
+	return Tree(fd), nil
 }

@@ -78,6 +78,9 @@ type Browser interface {
 	// Browse opens the root directory of a snapshot's files. Nothing can be changed through it. The snapshot can be deleted meanwhile: what is opened
 	// shows the same until it is closed, or nothing any more. ErrNotFound is a snapshot that is not there, or that was taken before anything was written.
 	Browse(ctx context.Context, id SnapshotID) (*os.Root, error)
+
+	// BrowseAt mounts them at a path likewise, until they are unmounted there.
+	BrowseAt(ctx context.Context, id SnapshotID, path string) error
 }
 
 // A Cloner makes volumes of others.

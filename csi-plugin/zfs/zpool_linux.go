@@ -134,21 +134,38 @@ func (b *Backend) StateDataset(ctx context.Context) (dataset string, err error) 
 
 // Browse is volume.Browser's. A snapshot that is deleted meanwhile goes once it is closed, with the next that is deleted, or with the volume.
 func (b *Backend) Browse(ctx context.Context, id volume.SnapshotID) (*os.Root, error) {
-	ctx, unlock, err := b.locks.Take(ctx, id.Volume, "@"+id.Name)
+	t, err := b.browse(ctx, id)
 	if err != nil {
 		return nil, err
+	}
+	return t.Root()
+}
+
+// BrowseAt is volume.Browser's.
+func (b *Backend) BrowseAt(ctx context.Context, id volume.SnapshotID, path string) error {
+	t, err := b.browse(ctx, id)
+	if err != nil {
+		return err
+	}
+	return t.Attach(path)
+}
+
+func (b *Backend) browse(ctx context.Context, id volume.SnapshotID) (mount.Tree, error) {
+	ctx, unlock, err := b.locks.Take(ctx, id.Volume, "@"+id.Name)
+	if err != nil {
+		return -1, err
 	}
 	defer unlock()
 	f, err := b.find(ctx, id.Volume)
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
 	s, err := f.snap(ctx, id.Name)
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
 	if s.Block() {
-		return nil, volume.Invalid("snapshot "+id.String(), "class %s is of block volumes, whose files are their users'", s.Class)
+		return -1, volume.Invalid("snapshot "+id.String(), "class %s is of block volumes, whose files are their users'", s.Class)
 	}
 	return mount.Detached(s.name, mount.ZFS, true)
 }

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // A seal authenticates the file handles that NFS-Ganesha makes: clients see them with an HMAC-SHA-256's first 16 bytes behind. They have the number of the export in
@@ -15,7 +17,23 @@ import (
 //
 // It reads calls and replies of version 4 (RFC 7530 §16, RFC 8881 §18) as far as handles are in them: in the arguments of PUTFH and in the results of GETFH. As an
 // attribute nobody is told one. What it can't read is refused, and never passed on.
-type seal struct{ key []byte }
+type seal struct {
+	key   []byte
+	guide guide // nil for none
+}
+
+// A guide leads from volumes to their snapshots, which NFS-Ganesha serves elsewhere. Handles are as that has them, but for those of snapshots, which inner makes its own.
+type guide interface {
+	inner(handle []byte) []byte
+	outer(handle []byte) []byte
+
+	// beyond is the name in the server's root of what is snapshots.Dir in a directory, empty if that is an ordinary name there.
+	beyond(directory []byte) string
+
+	// enters and lists are before a name is looked up in a directory, and before that is listed.
+	enters(directory []byte, name string)
+	lists(directory []byte)
+}
 
 const (
 	macSize   = 16
@@ -24,7 +42,7 @@ const (
 
 func newSeal(key []byte) seal {
 	sum := sha256.Sum256(append([]byte("handles of "), key...))
-	return seal{sum[:]}
+	return seal{key: sum[:]}
 }
 
 func (s seal) mac(handle []byte) []byte {
@@ -98,9 +116,16 @@ const (
 
 // A cursor is a place in a record, which is XDR (RFC 4506). bad says that it has gone beyond its end.
 type cursor struct {
-	b   []byte
-	at  int
-	bad bool
+	b     []byte
+	at    int
+	bad   bool
+	named int // where the name is of what is looked up, opened or made, since that was last 0
+}
+
+// name goes over one.
+func (c *cursor) name() {
+	c.named = c.at
+	c.opaque()
 }
 
 func (c *cursor) skip(n int) {
@@ -178,11 +203,13 @@ func (c *cursor) arguments(op uint32) {
 		case typeBlock, typeCharacter:
 			c.skip(8)
 		}
-		c.opaque()
+		c.name()
 		c.attributes()
 	case opGetattr:
 		c.asked()
-	case opLink, opLookup, opPutfh, opRemove, opSecinfo:
+	case opLink, opLookup:
+		c.name()
+	case opPutfh, opRemove, opSecinfo:
 		c.opaque()
 	case opLock:
 		c.skip(4 + 4 + 8 + 8)
@@ -263,7 +290,7 @@ func (c *cursor) open() {
 	}
 	switch c.number() { // no client has a delegation
 	case claimNull:
-		c.opaque()
+		c.name()
 	case claimPrevious:
 		c.skip(4)
 	case claimFH:
@@ -357,7 +384,8 @@ func (c *cursor) opened() {
 // A question is what has to be known of a call for its reply.
 type question struct {
 	xid     uint32
-	handles bool // it asks for some
+	handles bool  // it asks for some
+	roots   []int // operations that were a PUTFH, and were made a PUTROOTFH
 }
 
 // call makes a client's call one for NFS-Ganesha: what is to be sent, in parts, most of them the record's, which it changes. A handle that was made up becomes one of no bytes.
@@ -386,8 +414,8 @@ func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
 	}
 	c.opaque()
 	c.skip(4) // minor version
-	from := 0
-	for n := c.number(); n > 0; n-- {
+	from, all := 0, int(c.number())
+	for n := all; n > 0; n-- {
 		op := c.number()
 		switch {
 		case op == opPutfh:
@@ -396,7 +424,21 @@ func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
 			if c.bad {
 				break
 			}
-			parts, from = append(parts, record[from:at], encode(s.open(handle))), c.at
+			own := s.open(handle)
+			if own != nil && s.guide != nil && n > 1 {
+				if next, dir := s.leads(*c, own); dir != "" {
+					binary.BigEndian.PutUint32(record[at-4:], opPutrootfh)
+					q.roots = append(q.roots, all-n)
+					parts = append(parts, record[from:at], record[c.at:next.named], encode([]byte(dir)))
+					from, c = next.after(next.named), &next
+					n--
+					break
+				}
+			}
+			if own != nil && s.guide != nil {
+				own = s.guide.inner(own)
+			}
+			parts, from = append(parts, record[from:at], encode(own)), c.at
 		case n == 1:
 			// Nothing comes after it, so whatever it is, handles are none of it. Those that are known may ask for some as an attribute.
 			last := *c
@@ -414,8 +456,39 @@ func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
 	return append(parts, record[from:]), q, nil
 }
 
-// reply makes NFS-Ganesha's reply one for the client, likewise.
-func (s seal) reply(record []byte) (parts [][]byte, err error) {
+// leads goes over the operation that comes next, in the directory of a handle. If it is about the directory of snapshots, that has another name in the server's root.
+func (s seal) leads(next cursor, directory []byte) (_ cursor, dir string) {
+	op := next.number()
+	next.named = 0
+	next.arguments(op)
+	if next.bad {
+		return next, ""
+	}
+	if op == opReaddir {
+		s.guide.lists(directory)
+	}
+	if next.named == 0 {
+		return next, ""
+	}
+	name := string((&cursor{b: next.b, at: next.named}).opaque())
+	if name == snapshots.Dir {
+		return next, s.guide.beyond(directory)
+	}
+	if op == opLookup || op == opOpen {
+		s.guide.enters(directory, name)
+	}
+	return next, ""
+}
+
+// after is where what is opaque at a place ends.
+func (c *cursor) after(at int) int {
+	o := cursor{b: c.b, at: at}
+	o.opaque()
+	return o.at
+}
+
+// reply makes NFS-Ganesha's reply to a question one for the client, likewise.
+func (s seal) reply(record []byte, q question) (parts [][]byte, err error) {
 	c := &cursor{b: record}
 	c.skip(4)
 	if c.number() != msgReply || c.number() != 0 { // not accepted
@@ -428,9 +501,12 @@ func (s seal) reply(record []byte) (parts [][]byte, err error) {
 	}
 	c.skip(4)
 	c.opaque()
-	from := 0
-	for n := c.number(); n > 0; n-- {
+	from, all := 0, int(c.number())
+	for n := all; n > 0; n-- {
 		op := c.number()
+		if !c.bad && op == opPutrootfh && slices.Contains(q.roots, all-n) {
+			binary.BigEndian.PutUint32(record[c.at-4:], opPutfh)
+		}
 		if status := c.number(); status != 0 && !c.bad {
 			break // nothing comes after it
 		}
@@ -447,6 +523,9 @@ func (s seal) reply(record []byte) (parts [][]byte, err error) {
 		handle := c.opaque()
 		if c.bad {
 			return nil, fmt.Errorf("a reply with a file handle: %w", errCompound)
+		}
+		if s.guide != nil {
+			handle = s.guide.outer(handle)
 		}
 		sealed, err := s.close(handle)
 		if err != nil {

@@ -96,7 +96,7 @@ func TestSeal(t *testing.T) {
 		ok(opBindConnToSession, stateid, words(3, 0)), ok(opTestStateid, words(2, 0, 0)),
 		ok(opGetfh, xdr(handle)), ok(opGetattr, attributes), ok(opGetfh, xdr(handle)), words(42, 0, 9, 9),
 	}
-	parts, err = s.reply(replyOf(results...))
+	parts, err = s.reply(replyOf(results...), q)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,6 +186,6 @@ func FuzzReply(f *testing.F) {
 		if len(record) < 8 {
 			return
 		}
-		_, _ = s.reply(slices.Clone(record))
+		_, _ = s.reply(slices.Clone(record), question{})
 	})
 }

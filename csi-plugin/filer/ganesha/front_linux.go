@@ -38,6 +38,7 @@ const (
 // it, where each address is a local one: the front connects to it from its client's, so that it sees who that is.
 type front struct {
 	seal
+	guide func(client netip.Addr) guide // nil for none
 	lease *lease.Lease
 	log   *slog.Logger
 	large *semaphore.Weighted
@@ -158,7 +159,10 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 		}
 		g.Go(func() {
 			defer connections.Release(1)
-			c := &conversation{front: f, client: client, asked: map[uint32]asked{}, room: semaphore.NewWeighted(maxCalls)}
+			c := &conversation{front: f, seal: f.seal, client: client, asked: map[uint32]asked{}, room: semaphore.NewWeighted(maxCalls)}
+			if f.guide != nil {
+				c.seal.guide = f.guide(client.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap())
+			}
 			if err := c.run(ctx); err != nil && ctx.Err() == nil && errors.Is(err, errCompound) {
 				f.log.Warn("a client", "address", client.RemoteAddr(), "error", err)
 			}
@@ -169,6 +173,7 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 // A conversation is a client's connection, and one to NFS-Ganesha for it.
 type conversation struct {
 	*front
+	seal           seal // for this client
 	client, server net.Conn
 	room           *semaphore.Weighted
 
@@ -323,8 +328,8 @@ func (c *conversation) answer(r *bufio.Reader) error {
 
 func (c *conversation) answerOne(record []byte, q asked) (err error) {
 	parts := [][]byte{record}
-	if q.handles {
-		if parts, err = c.seal.reply(record); err != nil {
+	if q.handles || len(q.roots) > 0 {
+		if parts, err = c.seal.reply(record, q.question); err != nil {
 			return err
 		}
 	}

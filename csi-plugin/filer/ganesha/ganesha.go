@@ -70,8 +70,12 @@ func (c configuration) String() string {
 		}
 		// The file system's id is the volume's, whatever the host calls the file system.
 		sum := sha256.Sum256([]byte(e.Volume))
-		fmt.Fprintf(&b, "EXPORT { Export_Id = %d; Path = %s; Pseudo = %s; Filesystem_Id = %d.%d; Disable_ACL = true; FSAL { Name = VFS; } CLIENT { Clients = %s; Access_Type = %s; Protocols = %s; } }\n",
-			e.id, quote(e.Root), quote(e.Path), binary.BigEndian.Uint64(sum[:])>>1, binary.BigEndian.Uint64(sum[8:])>>1, strings.Join(clients, ", "), access, protocols)
+		fmt.Fprintf(&b, "EXPORT { Export_Id = %d; Path = %s; Pseudo = %s; Filesystem_Id = %d.%d; Disable_ACL = true; FSAL { Name = VFS; } ",
+			e.id, quote(e.Root), quote(e.Path), binary.BigEndian.Uint64(sum[:])>>1, binary.BigEndian.Uint64(sum[8:])>>1)
+		if len(clients) > 0 { // else nobody may use it
+			fmt.Fprintf(&b, "CLIENT { Clients = %s; Access_Type = %s; Protocols = %s; } ", strings.Join(clients, ", "), access, protocols)
+		}
+		b.WriteString("}\n")
 	}
 	return b.String()
 }

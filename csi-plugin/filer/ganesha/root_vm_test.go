@@ -18,13 +18,17 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/internal/mountns"
 	"github.com/cradlestack/cradlestack/internal/netnstest"
 )
@@ -87,7 +91,7 @@ func (w *world) open(trust ...bool) {
 	if len(trust) > 0 {
 		l.Close()
 	}
-	w.s, err = New(Config{Listen: at, State: filepath.Join(w.base, "state"), Run: filepath.Join(w.base, "run"), Key: bytes.Repeat([]byte{7}, 32), Lease: w.by, Trust: len(trust) > 0, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))})
+	w.s, err = New(Config{Listen: at, State: filepath.Join(w.base, "state"), Run: filepath.Join(w.base, "run"), Mounts: filepath.Join(w.base, "mounts"), Key: bytes.Repeat([]byte{7}, 32), Lease: w.by, Trust: len(trust) > 0, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -120,7 +124,7 @@ func (w *world) must(err error) {
 
 // Statuses of NFSv4 (RFC 7530 §13.1).
 const (
-	statusOK, statusNoEnt, statusAccess, statusStale, statusBadHandle = 0, 2, 13, 70, 10001
+	statusOK, statusNoEnt, statusAccess, statusROFS, statusStale, statusBadHandle = 0, 2, 13, 30, 70, 10001
 )
 
 func opaque(b []byte) []byte {
@@ -476,6 +480,255 @@ func TestRootProcess(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(w.base, "run/ganesha.conf.new")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("there is a file left: %v", err)
+	}
+}
+
+// A museum has snapshots, each an image.
+type museum struct {
+	w    *world
+	mu   sync.Mutex
+	all  []snapshots.Snapshot
+	away bool // they can't be mounted
+}
+
+func (m *museum) image(name string) string { return filepath.Join(m.w.base, "snapshot-"+name) }
+
+// take takes one, in which a file has a text.
+func (m *museum) take(name, text string) {
+	m.w.t.Helper()
+	at := m.w.t.TempDir()
+	image := m.image(name)
+	m.w.must(os.WriteFile(filepath.Join(at, "file"), []byte(text), 0o644))
+	m.w.must(errors.Join(os.RemoveAll(image), os.WriteFile(image, nil, 0o600), os.Truncate(image, 16<<20)))
+	run(m.w.t, "mkfs.ext4", "-q", "-b", "4096", "-d", at, image)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.all = append(slices.DeleteFunc(m.all, func(s snapshots.Snapshot) bool { return s.Name == name }), snapshots.Snapshot{Name: name, Taken: time.Now()})
+}
+
+func (m *museum) source() *snapshots.Source {
+	return &snapshots.Source{
+		List: func() ([]snapshots.Snapshot, error) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return slices.Clone(m.all), nil
+		},
+		Mount: func(name, path string) error {
+			if m.away {
+				return errors.New("it can't be mounted")
+			}
+			l, err := mount.Attach(m.image(name), false)
+			if err != nil {
+				return err
+			}
+			tree, err := mount.Detached(l.Device, "ext4", true)
+			if err != nil {
+				return err
+			}
+			return tree.Attach(path)
+		},
+	}
+}
+
+// mounted are the snapshots that are.
+func (w *world) mounted() (all []string) {
+	w.t.Helper()
+	points, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return !strings.Contains(m.Mountpoint, mountPrefix), false })
+	w.must(err)
+	entries, err := os.ReadDir(filepath.Join(w.base, "mounts"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		w.t.Fatal(err)
+	}
+	if len(entries) != len(points) {
+		w.t.Errorf("there are %d mounts at %v", len(points), entries)
+	}
+	for _, m := range points {
+		all = append(all, m.Source)
+	}
+	return all
+}
+
+// at is what a name in a directory leads to.
+func (w *world) at(directory []byte, name string) (status uint32, handle []byte) {
+	w.t.Helper()
+	status, result := w.compound(op(opPutfh, opaque(directory)), op(opLookup, opaque([]byte(name))), op(opGetfh))
+	if status != statusOK {
+		return status, nil
+	}
+	n := binary.BigEndian.Uint32(result)
+	return status, result[4 : 4+n]
+}
+
+// reads says what a file has.
+func (w *world) reads(what string, handle []byte, text string) {
+	w.t.Helper()
+	status, result := w.compound(op(opPutfh, opaque(handle)), op(opRead, make([]byte, sizeStateid), number(0), number(0), number(100)))
+	if status != statusOK || len(result) < 8+len(text) || string(result[8:8+len(text)]) != text {
+		w.t.Errorf("%s: a snapshot's file is answered by %d, %q; want %q", what, status, result, text)
+	}
+}
+
+// names are what a directory lists.
+func (w *world) names(directory []byte) (all []string) {
+	w.t.Helper()
+	status, result := w.compound(op(opPutfh, opaque(directory)), op(opReaddir, make([]byte, 8+sizeVerifier), number(4096), number(8192), number(0)))
+	if status != statusOK {
+		w.t.Fatalf("a directory is listed by %d", status)
+	}
+	c := &cursor{b: result, at: sizeVerifier}
+	for c.number() != 0 && !c.bad {
+		c.skip(8)
+		all = append(all, string(c.opaque()))
+		c.attributes()
+	}
+	return all
+}
+
+// TestRootSnapshots: snapshots are there for whom the volume is there, to be read; handles of theirs are the same when they are mounted anew, by the next process and the
+// next server. One that is deleted is away, one that is taken anew is another. What nobody looks at is not mounted.
+func TestRootSnapshots(t *testing.T) {
+	w := newWorld(t)
+	m := &museum{w: w}
+	m.take("first", "text")
+	m.take("second", "another text")
+	export := w.export("v", "127.0.0.1/32")
+	export.Snapshots = m.source()
+	elsewhere := w.export("w", "10.255.255.255/32")
+	elsewhere.Snapshots = m.source()
+	w.must(errors.Join(w.s.Export(export), w.s.Export(elsewhere)))
+	w.must(w.s.Start())
+	_, root := w.handle("v.secret")
+	status, dir := w.at(root, ".snapshots")
+	if status != statusOK {
+		t.Fatalf(".snapshots is answered by %d", status)
+	}
+	if got := w.names(dir); !slices.Equal(got, []string{"first", "second"}) {
+		t.Errorf("there are %v", got)
+	}
+	if got := w.mounted(); len(got) > 0 {
+		t.Errorf("listing mounts %v", got)
+	}
+	if list := w.names(root); slices.ContainsFunc(list, func(name string) bool { return strings.HasPrefix(name, ".") }) {
+		t.Errorf("the volume's root lists %v", list)
+	}
+	status, first := w.at(dir, "first")
+	if status != statusOK {
+		t.Fatalf("a snapshot is answered by %d", status)
+	}
+	status, file := w.at(first, "file")
+	if status != statusOK {
+		t.Fatalf("a snapshot's file is answered by %d", status)
+	}
+	w.reads("at first", file, "text")
+	devices := w.mounted()
+	if len(devices) != 1 {
+		t.Fatalf("there are %v mounted", devices)
+	}
+	// What leads nowhere, and what can't be changed.
+	for what, c := range map[string]struct {
+		directory []byte
+		ops       [][]byte
+		want      uint32
+	}{
+		"what is not there":            {dir, [][]byte{op(opLookup, opaque([]byte("third")))}, statusNoEnt},
+		"what keeps the directory":     {dir, [][]byte{op(opLookup, opaque([]byte(keeper)))}, statusNoEnt},
+		"a directory beside snapshots": {dir, [][]byte{op(opCreate, number(2), opaque([]byte("new")), number(0), number(0)), op(opGetfh)}, statusROFS},
+		"a directory in one":           {first, [][]byte{op(opCreate, number(2), opaque([]byte("new")), number(0), number(0)), op(opGetfh)}, statusROFS},
+		"one of its name":              {root, [][]byte{op(opCreate, number(2), opaque([]byte(".snapshots")), number(0), number(0)), op(opGetfh)}, statusROFS},
+		"a file removed":               {first, [][]byte{op(opRemove, opaque([]byte("file")))}, statusROFS},
+		"in a snapshot of a snapshot":  {first, [][]byte{op(opLookup, opaque([]byte(".snapshots"))), op(opGetfh)}, statusNoEnt},
+	} {
+		if status, _ := w.compound(append([][]byte{op(opPutfh, opaque(c.directory))}, c.ops...)...); status != c.want {
+			t.Errorf("%s is answered by %d, not by %d", what, status, c.want)
+		}
+	}
+	_, others := w.handle()
+	for _, name := range w.names(others) {
+		if strings.HasPrefix(name, dirPrefix) && name != w.s.shelfs["/v.secret"].dir {
+			_, there := w.handle(name)
+			if got := w.names(there); len(got) > 0 {
+				t.Errorf("of somebody else's volume there are %v", got)
+			}
+			if status, _ := w.at(there, "first"); status == statusOK {
+				t.Error("a snapshot of somebody else's volume is there")
+			}
+		}
+	}
+	if got := w.mounted(); len(got) != 1 {
+		t.Errorf("who may not see a snapshot has it mounted: %v", got)
+	}
+	// In other directories it is a name like others.
+	w.must(os.MkdirAll(filepath.Join(w.root("v"), "d/.snapshots/ordinary"), 0o755))
+	_, d := w.at(root, "d")
+	if _, ordinary := w.at(d, ".snapshots"); !slices.Equal(w.names(ordinary), []string{"ordinary"}) {
+		t.Error("a directory of that name elsewhere is none of its own")
+	}
+
+	// Mounted anew it has another device, and the same handles.
+	idle := func() {
+		t.Helper()
+		w.must(w.s.forgetIdle(time.Now().Add(time.Hour)))
+		if got := w.mounted(); len(got) > 0 {
+			t.Errorf("idle ones are mounted: %v", got)
+		}
+	}
+	idle()
+	if _, err := mount.Attach(m.image("second"), true); err != nil { // takes the device that is free
+		t.Fatal(err)
+	}
+	defer mount.ReleaseUnused(m.image("second"))
+	w.reads("mounted anew", file, "text")
+	if got := w.mounted(); len(got) != 1 || got[0] == devices[0] {
+		t.Errorf("%v is mounted anew as %v", devices, got)
+	}
+	w.must(unix.Kill(w.s.alive().cmd.Process.Pid, unix.SIGKILL))
+	w.reads("by the next process", file, "text")
+	idle()
+	w.must(unix.Kill(w.s.alive().cmd.Process.Pid, unix.SIGKILL))
+	w.reads("by the next process, mounted anew", file, "text")
+	left := filepath.Join(w.base, "mounts", mountPrefix+"7") // as a server that was killed has left it
+	w.must(w.s.Close())
+	if got := w.mounted(); len(got) > 0 {
+		t.Errorf("after the end %v is mounted", got)
+	}
+	w.must(errors.Join(os.MkdirAll(left, 0o700), unix.Mount("/", left, "", unix.MS_BIND, "")))
+	w.open()
+	if got := w.mounted(); len(got) > 0 {
+		t.Errorf("by the next server %v is left mounted", got)
+	}
+	w.must(errors.Join(w.s.Export(export), w.s.Forget(), w.s.Start()))
+	w.reads("by the next server", file, "text")
+	if s := w.opens(first); s != statusOK {
+		t.Errorf("by the next server its directory is answered by %d", s)
+	}
+
+	// Taken anew it is another one; what can't be mounted is not there, until it can.
+	m.take("first", "new text")
+	if _, now := w.at(dir, "first"); bytes.Equal(now, first) {
+		t.Error("taken anew it has the same handle")
+	}
+	if s := w.opens(file); s != statusStale {
+		t.Errorf("of the former one a file is answered by %d", s)
+	}
+	m.away = true
+	if status, _ := w.at(dir, "second"); status != statusNoEnt {
+		t.Errorf("what can't be mounted is answered by %d", status)
+	}
+	m.away = false
+	if status, _ := w.at(dir, "second"); status != statusOK {
+		t.Errorf("what can be mounted again is answered by %d", status)
+	}
+	export.Clients = prefixes("10.255.255.255/32")
+	w.must(w.s.Export(export))
+	if s := w.opens(first); s == statusOK {
+		t.Error("whom the volume is no longer for has its snapshots")
+	}
+	w.must(w.s.Unexport(export.Path))
+	if got := w.mounted(); len(got) > 0 {
+		t.Errorf("what is no longer exported is mounted: %v", got)
+	}
+	if len(w.s.ids.Of) > 0 {
+		t.Errorf("numbers are kept of %v", w.s.ids.Of)
 	}
 }
 

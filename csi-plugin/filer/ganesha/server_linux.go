@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
@@ -45,6 +46,7 @@ type Config struct {
 	Listen netip.AddrPort
 	State  string // directory of what outlasts a restart, on this host or another
 	Run    string // directory for what does not
+	Mounts string // directory in which snapshots are mounted
 	Key    []byte // that nobody else has; the server's name is made of it
 	Shared bool   // the file systems are other hosts' as well
 	Trust  bool   // that clients make up no file handles: nothing is between them and NFS-Ganesha, which may speak version 3 then
@@ -71,6 +73,7 @@ type Server struct {
 
 	mu      sync.Mutex // one change at a time
 	exports map[string]export
+	shelfs  map[string]*shelf // by the paths of exports
 	ids     ids
 	serving bool
 	held    int // calls of Hold at work
@@ -78,6 +81,9 @@ type Server struct {
 	now     sync.Mutex // of these, held for moments
 	child   *child     // nil if there is none
 	resting bool
+
+	looks sync.WaitGroup // at snapshots
+	index index
 }
 
 // ids are the numbers of exports that file handles have. One is used again when all others have been.
@@ -89,7 +95,7 @@ type ids struct {
 // New returns a server without exports.
 func New(c Config) (*Server, error) {
 	sum := sha256.Sum256(append([]byte("name of "), c.Key...))
-	s := &Server{Config: c, name: "cradle-filer-" + hex.EncodeToString(sum[:8]), exports: map[string]export{}, wake: make(chan struct{}, 1), giveUp: giveUp, broken: make(chan error, 1)}
+	s := &Server{Config: c, name: "cradle-filer-" + hex.EncodeToString(sum[:8]), exports: map[string]export{}, shelfs: map[string]*shelf{}, index: newIndex(), wake: make(chan struct{}, 1), giveUp: giveUp, broken: make(chan error, 1)}
 	if !c.Listen.IsValid() || c.Listen.Port() == 0 {
 		return nil, fmt.Errorf("%s: NFS-Ganesha has to be told an address and a port", c.Listen)
 	}
@@ -116,6 +122,14 @@ func New(c Config) (*Server, error) {
 		if s.front, err = newFront(c.Key, c.Lease, c.Log); err != nil {
 			return nil, err
 		}
+		s.front.guide = func(client netip.Addr) guide { return visitor{s, client} }
+	}
+	err = os.Mkdir(s.nothing(), 0o555)
+	if err == nil || errors.Is(err, fs.ErrExist) {
+		err = s.clearMounts()
+	}
+	if err != nil {
+		return nil, err
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
@@ -147,6 +161,20 @@ func (s *Server) number(path string) (uint16, error) {
 	if id, ok := s.ids.Of[path]; ok {
 		return id, nil
 	}
+	former := s.ids.Last
+	id, err := s.reserve(path)
+	if err == nil {
+		err = s.saveIDs()
+	}
+	if err != nil {
+		s.ids.Last = former
+		delete(s.ids.Of, path)
+	}
+	return id, err
+}
+
+// reserve is a new number, which is not kept yet.
+func (s *Server) reserve(path string) (uint16, error) {
 	used := map[uint16]bool{0: true} // the root that all others are below
 	for _, id := range s.ids.Of {
 		used[id] = true
@@ -158,14 +186,8 @@ func (s *Server) number(path string) (uint16, error) {
 	for used[id] {
 		id++
 	}
-	former := s.ids.Last
 	s.ids.Last, s.ids.Of[path] = id, id
-	err := s.saveIDs()
-	if err != nil {
-		s.ids.Last = former
-		delete(s.ids.Of, path)
-	}
-	return id, err
+	return id, nil
 }
 
 func (s *Server) saveIDs() error {
@@ -182,7 +204,7 @@ func (s *Server) Forget() error {
 	defer s.mu.Unlock()
 	before := len(s.ids.Of)
 	for path := range s.ids.Of {
-		if _, is := s.exports[path]; !is {
+		if !s.owns(path) {
 			delete(s.ids.Of, path)
 		}
 	}
@@ -219,6 +241,7 @@ func (s *Server) Start() error {
 		return err
 	}
 	s.group.Go(s.supervise)
+	s.group.Go(s.forgetIdles)
 	return nil
 }
 
@@ -354,7 +377,13 @@ func (s *Server) Export(e nfs.Export) error {
 	}
 	former, was := s.exports[e.Path]
 	s.exports[e.Path] = export{e, id}
-	if err := s.apply(); err != nil {
+	undo, err := s.shelve(s.exports[e.Path])
+	if err == nil {
+		if err = s.apply(); err != nil {
+			undo()
+		}
+	}
+	if err != nil {
 		if was {
 			s.exports[e.Path] = former
 		} else {
@@ -391,13 +420,19 @@ func (s *Server) Unexport(path string) error {
 	if !was {
 		return s.forget(path)
 	}
+	shelf := s.shelfs[path]
 	delete(s.exports, path)
+	s.unshelve(shelf)
 	err := s.apply()
 	if err == nil {
 		err = s.release(e.Root)
 	}
+	if err == nil {
+		err = s.discard(shelf)
+	}
 	if err != nil {
 		s.exports[path] = e
+		s.reshelve(shelf)
 		return fmt.Errorf("end the export of volume %s: %w", e.Volume, err)
 	}
 	return s.forget(path)
@@ -466,7 +501,8 @@ func (s *Server) configFile() string { return filepath.Join(s.Run, "ganesha.conf
 
 // configure writes what the process reads.
 func (s *Server) configure(version3 bool) error {
-	c := configuration{listen: s.Listen, version3: version3, recovery: s.State, name: s.name, shared: s.Shared, exports: s.exports}
+	c := configuration{listen: s.Listen, version3: version3, recovery: s.State, name: s.name, shared: s.Shared, exports: maps.Clone(s.exports)}
+	s.shelfExports(c.exports)
 	if s.front != nil && c.listen.Addr().Is4() {
 		c.listen = netip.AddrPortFrom(netip.IPv4Unspecified(), c.listen.Port())
 	} else if s.front != nil || c.listen.Addr().IsUnspecified() {
@@ -554,11 +590,14 @@ func (s *Server) Close() error {
 	s.cancel()
 	s.Rest()
 	s.group.Wait()
+	s.mu.Lock() // no look begins any more
+	s.serving = false
+	s.mu.Unlock()
+	s.looks.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.serving = false
 	s.stop()
-	var errs []error
+	errs := []error{s.clearMounts()}
 	if s.front != nil {
 		errs = append(errs, s.front.close())
 	}

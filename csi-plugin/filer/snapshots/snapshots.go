@@ -26,6 +26,9 @@ type Source struct {
 	// Open opens the root directory of one, through a mount of its own that nothing can be written through and nothing above which can be reached. fs.ErrNotExist
 	// is one that is not there.
 	Open func(name string) (*os.Root, error)
+
+	// Mount mounts one so at a path, until it is unmounted there.
+	Mount func(name, path string) error
 }
 
 // idleAfter is when a snapshot that nobody looks at any more is closed: one that is deleted takes room until then.

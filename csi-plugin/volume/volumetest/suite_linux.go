@@ -649,6 +649,7 @@ func testBrowse(b *bench) {
 	id := volume.SnapshotID{Volume: "v", Name: "s"}
 	_, err := s.Browse(b.ctx(), id)
 	b.wants(err, volume.ErrNotFound, "what is not there is shown")
+	b.wants(s.BrowseAt(b.ctx(), id, b.TempDir()), volume.ErrNotFound, "what is not there is mounted")
 	for _, class := range b.suite.Classes {
 		sizes := []int64{size, 0}
 		if (volume.Parameters{Class: class}).Block() {
@@ -663,12 +664,22 @@ func testBrowse(b *bench) {
 			root, err := s.Browse(b.ctx(), id)
 			if (volume.Parameters{Class: class}).Block() {
 				b.wants(err, volume.ErrInvalid, "files of a block volume are shown")
+				b.wants(s.BrowseAt(b.ctx(), id, b.TempDir()), volume.ErrInvalid, "files of a block volume are mounted")
 			} else {
 				b.must(err)
 				b.with("v", func(string) {})
 				again, err := s.Browse(b.ctx(), id)
 				b.must(err)
 				b.must(again.Close())
+				at := b.TempDir()
+				b.must(s.BrowseAt(b.ctx(), id, at))
+				if text, err := os.ReadFile(filepath.Join(at, "file")); err != nil || string(text) != "then" {
+					b.Errorf("class %s: where the snapshot is mounted it has %q, %v", class, text, err)
+				}
+				if err := os.WriteFile(filepath.Join(at, "file"), []byte("x"), 0o600); !errors.Is(err, unix.EROFS) {
+					b.Errorf("class %s: write where a snapshot is mounted: %v", class, err)
+				}
+				b.must(mount.Detach(at))
 				if text, err := root.ReadFile("file"); err != nil || string(text) != "then" {
 					b.Errorf("class %s: the snapshot has %q, %v", class, text, err)
 				}
