@@ -56,7 +56,7 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                // of cradle-csi as well, which calls the filer
 	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                                                                                             // exports, not volumes
 
-	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "internal/durable"}, // likewise
+	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "csi-plugin/filer/snapshots", "internal/durable"}, // likewise
 
 	"csi-plugin/filer/lease":     {},
 	"csi-plugin/filer/snapshots": {},

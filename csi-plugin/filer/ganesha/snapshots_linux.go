@@ -24,7 +24,6 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
-	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 )
 
 // Snapshots that nobody has looked at for a while are not mounted any more: one that is deleted takes room until then.
@@ -212,8 +211,8 @@ func unmount(at string) error {
 	if at == "" {
 		return nil
 	}
-	err := mount.Detach(at)
-	if err == nil {
+	err := unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err == nil || errors.Is(err, unix.EINVAL) { // nothing is
 		err = os.Remove(at)
 	}
 	if err != nil {
@@ -376,11 +375,11 @@ func (s *Server) enter(is *shelf, source *snapshots.Source, name string) error {
 	var st unix.Stat_t
 	if err == nil {
 		if err = unix.Stat(at, &st); err != nil {
-			err = errors.Join(err, mount.Detach(at))
+			err = errors.Join(err, unmount(at))
 		}
 	}
 	if err != nil {
-		os.Remove(at)
+		_ = os.Remove(at) // else it is not there
 		at = ""
 	}
 	s.mu.Lock()
