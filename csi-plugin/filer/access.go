@@ -11,6 +11,7 @@ import (
 	nomadapi "github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -70,6 +71,7 @@ func (n *nomad) admit(r *http.Request, id string, change bool) (caller, error) {
 			return c, translated(err, fmt.Sprintf("volume %s of namespace %s", id, namespace), "csi-write-volume")
 		}
 	}
+	gateway.Admitted(r)
 	return c, nil
 }
 

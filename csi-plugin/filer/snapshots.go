@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/internal/command"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -97,6 +100,14 @@ What is there now is kept in another snapshot before, whose name is printed: rol
 	return cmd
 }
 
+// shownName is a file's name, which its users have chosen: one that a terminal would take for something else is in quotes, as Go writes it.
+func shownName(name string) string {
+	if plain := command.Plain(name); plain != name || strings.ContainsAny(name, "\t\"") {
+		return strconv.Quote(name)
+	}
+	return name
+}
+
 func (c *cli) diffCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "diff VOLUME SNAPSHOT [SNAPSHOT]", Short: "tell what has changed since a snapshot, until another or until now", Args: cobra.RangeArgs(2, 3),
@@ -111,7 +122,7 @@ func (c *cli) diffCommand() *cobra.Command {
 			}
 			return c.print(all, func(w io.Writer) {
 				for _, d := range all {
-					fmt.Fprintf(w, "%s\t%s\n", d.What, d.Path)
+					fmt.Fprintf(w, "%s\t%s\n", d.What, shownName(d.Path))
 				}
 			})
 		},

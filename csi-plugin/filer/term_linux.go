@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -126,7 +127,9 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		t.group.Go(func() error { return t.ganesha.Serve(ctx, t.listen) })
 	}
 	if users != nil {
-		t.group.Go(func() error { return serveHTTP(ctx, users, t.usersHandler(s.users.nomad)) })
+		t.group.Go(func() error {
+			return gateway.Serve(ctx, users, t.usersHandler(s.users.nomad), maxUsersHeader, by, nil, log)
+		})
 	}
 	return t, nil
 }

@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
-	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/command"
 )
@@ -45,9 +44,9 @@ func (u *usersAPI) listen() (net.Listener, error) {
 	if u.nomad, err = openNomad(u.nomadAt, u.plugin); err != nil {
 		return nil, err
 	}
-	var pair tls.Certificate
+	pair := &keyPair{cert: u.cert, key: u.key}
 	if u.cert != "" {
-		if pair, err = tls.LoadX509KeyPair(u.cert, u.key); err != nil {
+		if _, err := pair.get(nil); err != nil {
 			return nil, fmt.Errorf("--api-cert: %w", err)
 		}
 	}
@@ -57,18 +56,21 @@ func (u *usersAPI) listen() (net.Listener, error) {
 	}
 	switch {
 	case u.cert != "":
-		return tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}), nil
+		return tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: pair.get, NextProtos: []string{"http/1.1"}}), nil
 	case !l.Addr().(*net.TCPAddr).IP.IsLoopback():
 		return nil, errors.Join(fmt.Errorf("--api %s: tokens that are sent there could be read on the way; give a certificate with --api-cert and --api-key", u.address), l.Close())
 	}
 	return l, nil
 }
 
+// maxUsersHeader bounds the head of what users ask.
+const maxUsersHeader = 32 << 10
+
 func (f *filer) usersHandler(n *nomad) http.Handler {
 	mux := http.NewServeMux()
 	f.handleSnapshots(mux, n.admit)
 	f.handleGrants(mux, n)
-	return gateway.Under(f.lease, mux)
+	return mux
 }
 
 // An admission says who the caller is, and that Nomad lets it read or change a volume.
@@ -78,12 +80,14 @@ type admission func(r *http.Request, id string, change bool) (caller, error)
 func (f *filer) change(r *http.Request, admit admission, e event, do func(ctx context.Context, c caller, e *event) (any, error)) (out any, err error) {
 	c, err := admit(r, e.Volume, true)
 	e.Who, e.Namespace = c.who, c.namespace
-	if err == nil {
-		ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
-		defer cancel(nil)
-		defer context.AfterFunc(f.long, func() { cancel(context.Cause(f.long)) })()
-		out, err = do(ctx, c, &e)
+	if err != nil {
+		f.audit.refuse(e, err)
+		return nil, err
 	}
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
+	defer cancel(nil)
+	defer context.AfterFunc(f.long, func() { cancel(context.Cause(f.long)) })()
+	out, err = do(ctx, c, &e)
 	f.audit.write(e, err)
 	return out, err
 }

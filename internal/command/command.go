@@ -8,8 +8,10 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 )
@@ -43,9 +45,25 @@ func Run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr
 		return 0
 	}
 	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(stderr, "%s: %s\n", root.Name(), strings.TrimRight(line, "\n"))
+		fmt.Fprintf(stderr, "%s: %s\n", root.Name(), Plain(strings.TrimRight(line, "\n")))
 	}
 	return 1
+}
+
+// Plain is text in which others may have had a hand, such as a file's name, as a terminal is to get it: what is not to be seen is written as Go writes it.
+func Plain(text string) string {
+	var b strings.Builder
+	for len(text) > 0 {
+		r, n := utf8.DecodeRuneInString(text)
+		switch quoted := strconv.Quote(text[:n]); {
+		case r == '\t', strconv.IsPrint(r) && (r != utf8.RuneError || n > 1):
+			b.WriteString(text[:n])
+		default:
+			b.WriteString(quoted[1 : len(quoted)-1])
+		}
+		text = text[n:]
+	}
+	return b.String()
 }
 
 // TaskAPI is the address at which Nomad answers a task that has an identity; "" for any other process.

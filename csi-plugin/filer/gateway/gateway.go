@@ -11,21 +11,24 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/net/netutil"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/time/rate"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 const (
-	maxConnections = 1000
+	maxConnections = 2000
+	maxAtOnce      = 256              // requests of one grant
 	headerTime     = 30 * time.Second // for a request's head
+	stalled        = time.Minute      // without a byte in the middle of a request or its answer
 )
 
 // Serve answers clients on l, which may be one of TLS, until ctx ends, then those whose requests had begun, as far as the lease lets it. maxHeader bounds a
-// request's head. meter is told of all of them; it may be nil.
+// request's head. meter is told of all of them; it may be nil. handler says by Admitted which requests may be here: others lose their connections first where
+// there are too many.
 func Serve(ctx context.Context, l net.Listener, handler http.Handler, maxHeader int, by *lease.Lease, meter Meter, log *slog.Logger) error {
-	h := &http.Server{Handler: meter.around(Under(by, handler)), ReadHeaderTimeout: headerTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+	h := &http.Server{Handler: visit(pace(meter.around(Under(by, handler)), stalled)), ConnContext: remember, ReadHeaderTimeout: headerTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
@@ -35,7 +38,9 @@ func Serve(ctx context.Context, l net.Listener, handler http.Handler, maxHeader 
 			h.Close()
 		}
 	})
-	err := h.Serve(netutil.LimitListener(l, maxConnections))
+	d := &door{Listener: l, max: maxConnections}
+	defer d.closing.Wait()
+	err := h.Serve(d)
 	if !stop() {
 		<-ended
 	}
@@ -154,11 +159,32 @@ func (c *counted) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Limiter has so many requests a second done, twice as many at a time, of 0 all.
-func Limiter(perSecond float64) *rate.Limiter {
+// A Limit is what is done of one grant's requests.
+type Limit struct {
+	rate   *rate.Limiter
+	atOnce *semaphore.Weighted
+}
+
+// NewLimit has so many requests a second done, of 0 all; twice as many at a time, and more have to wait.
+func NewLimit(perSecond float64) *Limit {
 	limit := rate.Limit(perSecond)
 	if perSecond <= 0 {
 		limit = rate.Inf
 	}
-	return rate.NewLimiter(limit, max(1, int(min(2*limit, 10_000))))
+	return &Limit{rate.NewLimiter(limit, max(1, int(min(2*limit, 10_000)))), semaphore.NewWeighted(maxAtOnce)}
+}
+
+// ErrBusy is a grant of which so many requests are at work, or wait, that no other one does: it would keep other grants' connections.
+var ErrBusy = errors.New("too many requests of this grant at once; try again")
+
+// Begin waits until a request may be done. It counts until end is called.
+func (l *Limit) Begin(ctx context.Context) (end func(), err error) {
+	if !l.atOnce.TryAcquire(1) {
+		return nil, ErrBusy
+	}
+	if err := l.rate.Wait(ctx); err != nil {
+		l.atOnce.Release(1)
+		return nil, err
+	}
+	return func() { l.atOnce.Release(1) }, nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -19,7 +20,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/time/rate"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
@@ -66,7 +66,7 @@ func New(program, dir string, perSecond float64, log *slog.Logger) (*Server, err
 type granted struct {
 	Grant
 	server *Server
-	limit  *rate.Limiter
+	limit  *gateway.Limit
 	root   *os.File
 	past   *snapshots.Opened // nil where there are none
 	proxy  *httputil.ReverseProxy
@@ -91,7 +91,7 @@ func (s *Server) Allow(g Grant) error {
 	if err != nil {
 		return err
 	}
-	w := &granted{Grant: g, server: s, limit: gateway.Limiter(s.rate), root: root}
+	w := &granted{Grant: g, server: s, limit: gateway.NewLimit(s.rate), root: root}
 	if g.Snapshots != nil {
 		w.past = snapshots.Open(g.Snapshots)
 	}
@@ -187,9 +187,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(g.ctx, cancel)()
-	if g.limit.Wait(ctx) != nil {
-		return // the client has gone, or the grant
+	end, err := g.limit.Begin(ctx)
+	if errors.Is(err, gateway.ErrBusy) {
+		w.Header().Set("Retry-After", "1")
+		refuse(w, http.StatusServiceUnavailable, "SlowDown", err.Error())
 	}
+	if err != nil {
+		return // or the client has gone, or the grant
+	}
+	defer end()
+	gateway.Admitted(r)
 	defer g.use()()
 	g.proxy.ServeHTTP(w, r.WithContext(ctx))
 }

@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"golang.org/x/net/webdav"
-	"golang.org/x/time/rate"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
@@ -28,9 +27,8 @@ import (
 
 // Bounds of what a client takes.
 const (
-	maxXML    = 64 << 10    // of a body other than a file's
-	maxListed = 100_000     // names in a directory that is listed
-	stalled   = time.Minute // without a byte
+	maxXML    = 64 << 10 // of a body other than a file's
+	maxListed = 100_000  // names in a directory that is listed
 )
 
 // A Server serves volumes to those who have grants.
@@ -59,7 +57,7 @@ type opened struct {
 type granted struct {
 	Grant
 	volume  *volume
-	limit   *rate.Limiter
+	limit   *gateway.Limit
 	ctx     context.Context
 	end     context.CancelCauseFunc
 	working sync.WaitGroup
@@ -98,7 +96,7 @@ func (s *Server) Allow(g Grant) error {
 		return fmt.Errorf("grant %s: volume %s is at %s", g.User, g.Volume, o.root)
 	}
 	o.grants++
-	w := &granted{Grant: g, volume: o.volume, limit: gateway.Limiter(s.rate)}
+	w := &granted{Grant: g, volume: o.volume, limit: gateway.NewLimit(s.rate)}
 	w.ctx, w.end = context.WithCancelCause(context.Background())
 	s.grants[g.User] = w
 	return nil
@@ -180,6 +178,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer g.working.Done()
+	gateway.Admitted(r)
 	rc := http.NewResponseController(w)
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
@@ -191,11 +190,17 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	})
 	defer stop()
 	r = r.WithContext(ctx)
-	r.Body = &body{ReadCloser: r.Body, rc: rc, ctx: g.ctx}
-	out := &answer{ResponseWriter: w, rc: rc, ctx: g.ctx}
-	if err := g.limit.Wait(ctx); err != nil {
-		return // the client has gone
+	r.Body = &body{ReadCloser: r.Body, ctx: g.ctx}
+	out := &answer{ResponseWriter: w, ctx: g.ctx}
+	end, err := g.limit.Begin(ctx)
+	if errors.Is(err, gateway.ErrBusy) {
+		h.Set("Retry-After", "1")
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 	}
+	if err != nil {
+		return // or the client has gone
+	}
+	defer end()
 	q := &request{w: out, r: r, server: s, change: change{g.volume, g.Grant}}
 	if err := q.serve(); err != nil {
 		a := explain(err)
@@ -221,10 +226,9 @@ func (r *refusal) write(w http.ResponseWriter) {
 	_, _ = io.WriteString(w, `<?xml version="1.0" encoding="utf-8"?><D:error xmlns:D="DAV:">`+r.condition+`</D:error>`) // the client may have gone
 }
 
-// A body gives a client time as long as bytes come.
+// A body ends with the grant.
 type body struct {
 	io.ReadCloser
-	rc  *http.ResponseController
 	ctx context.Context
 }
 
@@ -232,7 +236,6 @@ func (b *body) Read(p []byte) (int, error) {
 	if b.ctx.Err() != nil {
 		return 0, errRevoked
 	}
-	_ = b.rc.SetReadDeadline(time.Now().Add(stalled))
 	n, err := b.ReadCloser.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) {
 		var large *http.MaxBytesError
@@ -243,10 +246,9 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// An answer does the same for what is sent.
+// An answer ends with it as well.
 type answer struct {
 	http.ResponseWriter
-	rc    *http.ResponseController
 	ctx   context.Context
 	begun bool
 }
@@ -265,7 +267,6 @@ func (a *answer) Write(p []byte) (int, error) {
 	if a.ctx.Err() != nil {
 		return 0, errRevoked
 	}
-	_ = a.rc.SetWriteDeadline(time.Now().Add(stalled))
 	return a.ResponseWriter.Write(p)
 }
 
