@@ -45,8 +45,7 @@ type cli struct {
 	nodeID   string
 	zone     string
 	metrics  string
-	filer    string
-	filerKey string
+	filer    filerFlags
 	networks []string
 	verbose  bool
 	cold     coldFlags
@@ -54,6 +53,9 @@ type cli struct {
 
 	local bool // what open has said of the backend
 }
+
+// filerFlags say which filer serves file volumes to guests.
+type filerFlags struct{ where, key string }
 
 // cephFlags say which cluster, and as whom.
 type cephFlags struct{ conf, id, keyring string }
@@ -90,15 +92,32 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name")
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
 	f.StringVar(&c.nomad, "nomad", command.TaskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
-	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics: 127.0.0.1:9809")
-	f.StringVar(&c.filer, "filer", "", "socket of the cradle-filer that serves file volumes to guests: "+api.Socket+"; or HOST:PORT of any filer of a set, which takes --filer-key: files.service.consul:"+api.PeersPort)
-	f.StringVar(&c.filerKey, "filer-key", "", "file with the key of the set that --filer is of: handles.key of its state directory, which is in the pool")
+	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics, to whoever reaches it: 10.0.0.1:9809, or :9809 for 127.0.0.1 alone")
+	c.filer.add(f, "")
 	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
 		c.cold.add(f)
 	}
 	return cmd
+}
+
+func (o *filerFlags) add(f *pflag.FlagSet, usual string) {
+	f.StringVar(&o.where, "filer", usual, "socket of the cradle-filer that serves file volumes to guests: "+api.Socket+"; or HOST:PORT of any filer of a set, which takes --filer-key: files.service.consul:"+api.PeersPort)
+	f.StringVar(&o.key, "filer-key", "", "file with the key of the set that --filer is of: handles.key of its state directory, which is in the pool")
+}
+
+// client returns the filer's, nil where there is none. shared says that it is one of a set.
+func (o *filerFlags) client() (filer *api.Client, shared bool, err error) {
+	switch shared = o.where != "" && !strings.Contains(o.where, "/"); {
+	case shared && o.key == "":
+		return nil, shared, fmt.Errorf("--filer %s: it answers those who have the key of its set; name its file with --filer-key", o.where)
+	case shared:
+		return &api.Client{Address: o.where, KeyFile: o.key}, shared, nil
+	case o.where != "":
+		return &api.Client{Socket: o.where}, shared, nil
+	}
+	return nil, shared, nil
 }
 
 func (c *cli) backendFlags(f *pflag.FlagSet) {
@@ -140,19 +159,9 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 	}
 	switch c.backend {
 	case "dir":
-		if len(pools) == 0 {
-			pools = []string{"/var/lib/cradle/volumes"}
-		}
-		var all []dir.Pool
-		for _, p := range pools {
-			name, path, err := volume.SplitPool(p)
-			if err == nil {
-				path, err = filepath.Abs(path)
-			}
-			if err != nil {
-				return nil, false, err
-			}
-			all = append(all, dir.Pool{Name: name, Path: path})
+		all, err := c.directories()
+		if err != nil {
+			return nil, false, err
 		}
 		b, err := dir.Open(all)
 		return b, true, err
@@ -183,6 +192,39 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 	}
 }
 
+// directories are the pools of the backend dir.
+func (c *cli) directories() (all []dir.Pool, err error) {
+	pools := c.pools
+	if len(pools) == 0 {
+		pools = []string{"/var/lib/cradle/volumes"}
+	}
+	for _, p := range pools {
+		name, path, err := volume.SplitPool(p)
+		if err == nil {
+			path, err = filepath.Abs(path)
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, dir.Pool{Name: name, Path: path})
+	}
+	return all, nil
+}
+
+// existing refuses a pool that is not there, for a command that only looks: open would make it, and nothing would be found in it.
+func (c *cli) existing() error {
+	if c.backend != "dir" {
+		return nil
+	}
+	all, err := c.directories()
+	for _, p := range all {
+		if _, serr := os.Stat(p.Path); err == nil && serr != nil {
+			err = fmt.Errorf("pool %s: %w; write the plugin's own --backend and --pool", p.Name, serr)
+		}
+	}
+	return err
+}
+
 // maxSegment is the length of a topology's value (CSI spec, Topology).
 const maxSegment = 63
 
@@ -203,15 +245,9 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 			return err
 		}
 	}
-	var filer *api.Client
-	shared := c.filer != "" && !strings.Contains(c.filer, "/")
-	switch {
-	case shared && c.filerKey == "":
-		return fmt.Errorf("--filer %s: it answers those who have the key of its set; name its file with --filer-key", c.filer)
-	case shared:
-		filer = &api.Client{Address: c.filer, KeyFile: c.filerKey}
-	case c.filer != "":
-		filer = &api.Client{Socket: c.filer}
+	filer, shared, err := c.filer.client()
+	if err != nil {
+		return err
 	}
 	var networks []netip.Prefix
 	for _, text := range c.networks {
@@ -266,9 +302,9 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	})
 	g, ctx := errgroup.WithContext(ctx)
 	if c.metrics != "" {
-		m, err := net.Listen("tcp", c.metrics)
+		m, err := command.ListenMetrics(c.metrics)
 		if err != nil {
-			return errors.Join(fmt.Errorf("--metrics: %w", err), l.Close(), b.Close())
+			return errors.Join(err, l.Close(), b.Close())
 		}
 		g.Go(func() error { return serveMetrics(ctx, m, registry) })
 	}

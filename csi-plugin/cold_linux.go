@@ -43,6 +43,9 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 		return nil, fmt.Errorf("--cold-key: %w", err)
 	}
 	if !strings.HasPrefix(o.where, "s3://") {
+		if strings.Contains(o.where, "://") {
+			return nil, fmt.Errorf("--cold %s: write s3://BUCKET/PREFIX with the server's address as --cold-endpoint, or a directory", o.where)
+		}
 		folder, err := cold.OpenFolder(o.where)
 		if err != nil {
 			return nil, fmt.Errorf("--cold: %w", err)

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/spec"
@@ -332,7 +333,10 @@ func (c *cli) copyList(ctx context.Context, b volume.Backend, id string, n creat
 	}
 	_, err = b.Get(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) {
-		_, err = b.Create(ctx, volume.Request{Name: id, Size: n.Size, Generation: n.Generation, Parameters: p})
+		r := volume.Request{Name: id, Size: n.Size, Generation: n.Generation, Parameters: p}
+		if err = c.keeps(b, r); err == nil {
+			_, err = b.Create(ctx, r)
+		}
 	}
 	if err != nil {
 		return err
@@ -352,6 +356,19 @@ func (c *cli) copyList(ctx context.Context, b volume.Backend, id string, n creat
 			return gob.NewEncoder(c.stdout).Encode(all)
 		})
 	})
+}
+
+// keeps is what the plugin itself says of a volume that is to be made.
+func (c *cli) keeps(b volume.Backend, r volume.Request) error {
+	f, shared, err := c.filer.client()
+	if err != nil {
+		return err
+	}
+	plugin := rpc.Config{Backend: b, Filer: f, Shared: shared}
+	if c.cold.where != "" {
+		plugin.Cold = make(chan struct{})
+	}
+	return plugin.Keeps(r)
 }
 
 // begin marks a volume in which there is nothing yet.

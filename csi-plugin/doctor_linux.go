@@ -22,7 +22,7 @@ import (
 type doctor struct {
 	c     *cli
 	look  bool
-	filer string
+	filer filerFlags
 	found int
 }
 
@@ -40,7 +40,7 @@ Each thing is told on a line of its own. Nothing that is in use is touched.`,
 	}
 	f := cmd.Flags()
 	c.backendFlags(f)
-	f.StringVar(&d.filer, "filer", filer.Socket, "socket of the cradle-filer that serves volumes to guests")
+	d.filer.add(f, filer.Socket)
 	f.BoolVar(&d.look, "look", false, "only say what there is to repair")
 	f.StringVar(&nomad, "nomad", "", "address of Nomad's API to compare with; its other settings are in NOMAD_TOKEN and so on")
 	f.StringVar(&plugin, "plugin", "cradle", "the plugin's id in Nomad")
@@ -57,6 +57,13 @@ func (d *doctor) report(found string) {
 }
 
 func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
+	f, _, err := d.filer.client()
+	if err != nil {
+		return err
+	}
+	if err := d.c.existing(); err != nil {
+		return err
+	}
 	b, _, err := d.c.open(ctx)
 	if err != nil {
 		return err
@@ -69,7 +76,7 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 	if r, ok := b.(volume.Repairer); ok {
 		errs = append(errs, r.Repair(ctx, d.look, d.report))
 	}
-	errs = append(errs, b.Ready(ctx), d.records(ctx, b))
+	errs = append(errs, b.Ready(ctx), d.records(ctx, b, f))
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -80,7 +87,7 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 }
 
 // records removes those of direct attachments whose target is no mount any more.
-func (d *doctor) records(ctx context.Context, b volume.Backend) error {
+func (d *doctor) records(ctx context.Context, b volume.Backend, f *filer.Client) error {
 	entries, err := os.ReadDir(spec.DirectDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -88,48 +95,50 @@ func (d *doctor) records(ctx context.Context, b volume.Backend) error {
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, e := range entries {
-		if filepath.Ext(e.Name()) != ".json" || strings.HasPrefix(e.Name(), ".") {
-			continue
+		if filepath.Ext(e.Name()) == ".json" && !strings.HasPrefix(e.Name(), ".") {
+			errs = append(errs, d.record(ctx, b, f, filepath.Join(spec.DirectDir, e.Name())))
 		}
-		path := filepath.Join(spec.DirectDir, e.Name())
-		data, err := os.ReadFile(path)
-		if err != nil {
-			return err
+	}
+	return errors.Join(errs...)
+}
+
+func (d *doctor) record(ctx context.Context, b volume.Backend, f *filer.Client, path string) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	r, err := spec.ParseDirectAttachment(path, data)
+	if err != nil {
+		d.report(fmt.Sprintf("%v", err))
+	} else if mounted, err := mount.Is(r.Target); err != nil || mounted {
+		return err
+	} else {
+		d.report(fmt.Sprintf("volume %s: the record of an attachment at %s, which has ended", r.Volume.Name, r.Target))
+	}
+	if d.look {
+		return nil
+	}
+	if r != nil && r.Volume.NFS != nil {
+		if f == nil {
+			return fmt.Errorf("volume %s: its publication can't be ended without a filer; write --filer", r.Volume.Name)
 		}
-		r, err := spec.ParseDirectAttachment(path, data)
-		if err != nil {
-			d.report(fmt.Sprintf("%v", err))
-		} else if mounted, err := mount.Is(r.Target); err != nil {
-			return err
-		} else if mounted {
-			continue
-		} else {
-			d.report(fmt.Sprintf("volume %s: the record of an attachment at %s, which has ended", r.Volume.Name, r.Target))
-		}
-		if d.look {
-			continue
-		}
-		if r != nil && r.Volume.NFS != nil {
-			if err := (filer.Client{Socket: d.filer}).Unpublish(ctx, strings.TrimSuffix(e.Name(), ".json")); err != nil {
-				return err
-			}
-		}
-		if r != nil && r.Volume.Ceph != nil {
-			if a, ok := b.(volume.Attacher); ok {
-				if err := a.Detach(ctx, r.Volume.Name, r.Target); err != nil {
-					return err
-				}
-			}
-			if err := os.Remove(r.Volume.Ceph.SecretFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-		if err := os.Remove(path); err != nil {
+		if err := f.Unpublish(ctx, strings.TrimSuffix(filepath.Base(path), ".json")); err != nil {
 			return err
 		}
 	}
-	return nil
+	if r != nil && r.Volume.Ceph != nil {
+		if a, ok := b.(volume.Attacher); ok {
+			if err := a.Detach(ctx, r.Volume.Name, r.Target); err != nil {
+				return err
+			}
+		}
+		if err := os.Remove(r.Volume.Ceph.SecretFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return os.Remove(path)
 }
 
 // nomad compares mounts and claims with the allocations that there are. What is mounted and claimed is looked up first: whatever has begun

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -15,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/internal/command"
 )
 
 // metrics are what a Prometheus collects; docs/nfs.md lists them.
@@ -154,12 +154,9 @@ func (m *metrics) listen(address string, log *slog.Logger) (net.Listener, error)
 	if address == "" {
 		return nil, nil
 	}
-	if host, port, err := net.SplitHostPort(address); err == nil && host == "" {
-		address = net.JoinHostPort("127.0.0.1", port) // who may ask is not asked: another network has to be said
-	}
-	l, err := net.Listen("tcp", address)
+	l, err := command.ListenMetrics(address)
 	if err != nil {
-		return nil, fmt.Errorf("--metrics: %w", err)
+		return nil, err
 	}
 	log.Info("serving metrics", "url", "http://"+l.Addr().String()+"/metrics")
 	return l, nil

@@ -54,14 +54,8 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err == nil {
 		err = wanted(req.GetVolumeCapabilities(), &r)
 	}
-	if err == nil && r.Cold != (volume.Retention{}) && s.config.Cold == nil {
-		err = invalid("parameter cold: this plugin has no cold storage; start it with --cold, or leave the parameter out")
-	}
-	if err == nil && s.served(r.Parameters) && s.config.Filer == nil {
-		err = invalid("parameter attach: this plugin has no filer that a guest could mount the volume from; start it with --filer, or use attach=host")
-	}
-	if err == nil && s.config.Shared && (r.Block() || r.Size > 0) {
-		err = invalid("volume %s: one on the pool of a set of filers is of class nfs or gfs, and without a size: what has one is an image, which two hosts must not mount", r.Name)
+	if err == nil {
+		err = s.config.Keeps(r)
 	}
 	if err == nil {
 		err = s.reachable(req.GetAccessibilityRequirements())
@@ -93,6 +87,20 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 		return nil, err
 	}
 	return &csi.CreateVolumeResponse{Volume: s.volume(v)}, nil
+}
+
+// Keeps says, with a volume.ErrInvalid, why this plugin makes no such volume, whatever its backend could.
+func (c Config) Keeps(r volume.Request) error {
+	_, attaches := c.Backend.(volume.Attacher)
+	switch {
+	case r.Cold != (volume.Retention{}) && c.Cold == nil:
+		return volume.Invalid("parameter cold", "this plugin has no cold storage; start it with --cold, or leave the parameter out")
+	case r.Served() && !attaches && c.Filer == nil:
+		return volume.Invalid("parameter attach", "this plugin has no filer that a guest could mount the volume from; start it with --filer, or use attach=host")
+	case c.Shared && (r.Block() || r.Size > 0 || r.Limit > 0):
+		return volume.Invalid("volume "+r.Name, "one on the pool of a set of filers is of class nfs or gfs, and without a size: what has one is an image, which two hosts must not mount")
+	}
+	return nil
 }
 
 func (s *controller) make(ctx context.Context, r volume.Request) (volume.Volume, error) {

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -121,6 +122,9 @@ func Listen(endpoint string) (net.Listener, error) {
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("endpoint %s: %w", path, err)
 		}
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil { // /run/cradle, which is empty after a boot
+		return nil, fmt.Errorf("endpoint %s: %w", path, err)
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -172,6 +173,36 @@ func TestComplete(t *testing.T) {
 	})
 }
 
+func TestKeeps(t *testing.T) {
+	cold := volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 24}}
+	direct := volume.Parameters{Class: volume.NFS, Direct: true}
+	files := volume.Parameters{Class: volume.NFS}
+	for _, c := range []struct {
+		what string
+		c    Config
+		r    volume.Request
+		want string // "" is kept
+	}{
+		{"cold", Config{Cold: make(chan struct{})}, volume.Request{Parameters: cold}, ""},
+		{"no cold storage", Config{}, volume.Request{Parameters: cold}, "start it with --cold"},
+		{"served", Config{Filer: &api.Client{}}, volume.Request{Parameters: direct}, ""},
+		{"no filer", Config{}, volume.Request{Parameters: direct}, "start it with --filer"},
+		{"from the storage itself", Config{Backend: struct {
+			volume.Backend
+			volume.Attacher
+		}{}}, volume.Request{Parameters: direct}, ""},
+		{"a set's", Config{Shared: true}, volume.Request{Parameters: files}, ""},
+		{"a set's, with a size", Config{Shared: true}, volume.Request{Size: 1, Parameters: files}, "without a size"},
+		{"a set's, with a limit", Config{Shared: true}, volume.Request{Limit: 1, Parameters: files}, "without a size"},
+		{"a set's, of blocks", Config{Shared: true}, volume.Request{Parameters: volume.Parameters{Class: volume.LV2}}, "of class nfs or gfs"},
+	} {
+		err := c.c.Keeps(c.r)
+		if (err == nil) != (c.want == "") || err != nil && (!errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s: %v; want %q", c.what, err, c.want)
+		}
+	}
+}
+
 func TestMutableParameters(t *testing.T) {
 	s := &controller{Server: New(Config{})}
 	_, err := s.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "v", MutableParameters: map[string]string{"iops": "5"}})
@@ -232,7 +263,7 @@ func TestCapabilities(t *testing.T) {
 
 // A socket that nobody serves is replaced, one that somebody does is not, and nothing else is removed.
 func TestListen(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
+	path := filepath.Join(t.TempDir(), "cradle", "s")
 	l, err := Listen("unix://" + path)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"filippo.io/age"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// What a command line can't mean is refused, and nothing is made of it.
+func TestMistakes(t *testing.T) {
+	t.Chdir(t.TempDir())
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile("key", []byte(x.String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for line, want := range map[string]string{
+		"doctor --look --pool missing":                               "missing: no such file or directory; write the plugin's own --backend and --pool",
+		"doctor --pool . --filer files:2051":                         "name its file with --filer-key",
+		"monolith --endpoint e --pool p --filer files:2051":          "name its file with --filer-key",
+		"monolith --endpoint e --pool a=p --pool a=q":                "--pool a=p is called a as well",
+		"monolith --endpoint e --pool p --node-id a/b":               `--node-id "a/b": letters`,
+		"monolith --endpoint e --pool p --backend s3":                "--backend s3: there is none of that name",
+		"cold ls --cold-key key --cold https://s3.example.org/store": "--cold https://s3.example.org/store: write s3://BUCKET/PREFIX with the server's address as --cold-endpoint",
+	} {
+		var out, errs bytes.Buffer
+		if code := run(t.Context(), strings.Fields(line), &out, &errs); code != 1 || !strings.Contains(errs.String(), want) {
+			t.Errorf("%s: exit code %d, %s%s; want %s", line, code, out.String(), errs.String(), want)
+		}
+	}
+	if entries, err := os.ReadDir("."); err != nil || len(entries) != 1 {
+		t.Errorf("there is now %v, %v", entries, err)
+	}
+}
+
+// A copy is no way around what the plugin refuses: here, copies to cold storage that nobody would make.
+func TestCopyKeeps(t *testing.T) {
+	c := &cli{backend: "dir", pools: []string{filepath.Join(t.TempDir(), "pool")}}
+	b, _, err := c.open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	err = c.copyList(t.Context(), b, "new", creation{Of: "old", Size: 64 << 20, Parameters: map[string]string{"class": "lv2", "cold": "hourly=24"}})
+	if !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), "this plugin has no cold storage") {
+		t.Errorf("%v", err)
+	}
+	if _, err := os.Stat(filepath.Join(c.pools[0], "new")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it was made: %v", err)
+	}
+}
