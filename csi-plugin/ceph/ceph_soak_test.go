@@ -26,6 +26,7 @@ func TestRootSoakCeph(t *testing.T) {
 	lab(t)
 	t.Run("Suite", func(t *testing.T) { suite.Methods(t) })
 	t.Run("Hosts", func(t *testing.T) { testHosts(t, 1000) })
+	t.Run("Ends", testEnds)
 	t.Run("Hangs", testHangs)
 	t.Run("Unanswered", testUnanswered)
 	t.Run("Elsewhere", testElsewhere)
@@ -46,6 +47,24 @@ func TestRootSoakCeph(t *testing.T) {
 func TestRootSoakCephKilled(t *testing.T) {
 	lab(t)
 	suite.Killed(t)
+}
+
+// What asks the cluster does not crash when it has nothing more to ask, which 3 of 76 did.
+func testEnds(t *testing.T) {
+	ctx := t.Context()
+	b, err := open(fresh(t))
+	must(t, err)
+	for i := range 100 {
+		s, err := b.session(ctx)
+		must(t, err)
+		if i%2 == 0 {
+			must(t, s.run(ctx, nil, asks(monitor, "mon dump")))
+		}
+		s.close()
+		if err := s.wait(); err != nil {
+			t.Fatalf("session %d: it has ended with %v: %s", i, err, &s.errs)
+		}
+	}
 }
 
 // What is mounted and does not answer is told, and neither waited for nor taken for dead.
