@@ -41,7 +41,10 @@ func testLost(s *stack) {
 	s.Run(t, keeps("ledger"))
 	a := s.UntilRunning(t, "keeps")
 	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
+	s.volume("ledger", `"ledger"`, `"spare"`, "cradle-node1", s.id)
+	s.completes(use{job: "fill", volume: "spare", script: `cd /v; for i in 1 2 3 4 5; do $b dd if=/dev/urandom of=file$i bs=1M count=8 2>/dev/null; done; $b sha256sum file* >sums`})
 	s.copied("ledger")
+	s.copied("spare")
 
 	if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err == nil || !strings.Contains(out, "uses it on node "+one.Name+", which is ready: stop job keeps first") {
 		t.Errorf("restored a volume in use: %v\n%s", err, out)
@@ -51,11 +54,12 @@ func testLost(s *stack) {
 	}
 	s.Until(t, "the loss of "+one.Name, func(st *nomadtest.State) bool { return st.Node(one.Name).Status == api.NodeStatusDown })
 	s.on(two)
-	most := time.Second
-	if s.zfs { // in a machine that is emulated
-		most = 20 * time.Second
+	begin := time.Now()
+	if out, err := s.try("lv2", "restore", "spare", "--to", two.Name); err != nil {
+		t.Fatalf("%v\n%s", err, out)
 	}
-	t.Logf("interrupted %d times", s.betweenKills(most, 5, "lv2", "restore", "ledger", "--to", two.Name))
+	took := time.Since(begin)
+	kills, _ := s.betweenKills(took, interruptions, "lv2", "restore", "ledger", "--to", two.Name)
 	for range 2 { // the second time nothing is left to do
 		if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume ledger is on node "+two.Name+" now\n") {
 			t.Fatalf("%v\n%s", err, out)
@@ -66,6 +70,21 @@ func testLost(s *stack) {
 	if err != nil || v.PluginID != s.id || v.Context["cold"] == "" {
 		t.Errorf("Nomad knows %+v, %v", v, err)
 	}
+	restores := 1
+	for ; kills < interruptions; restores++ { // what was restored is deleted, and restored again
+		s.CLI(t, "volume", "delete", "spare")
+		more, _ := s.betweenKills(took, interruptions-kills, "lv2", "restore", "spare", "--to", two.Name)
+		kills += more
+		if out, err := s.try("lv2", "restore", "spare", "--to", two.Name); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	t.Logf("a restore takes %v; %d were interrupted %d times", took.Round(time.Millisecond), restores, kills)
+	if out := s.completes(use{job: "look", volume: "spare", script: "cd /v; $b sha256sum -c -s sums && echo all is whole"}); out != "all is whole" {
+		t.Errorf("the other volume that was restored: %s", out)
+	}
+	s.released("spare")
+	s.CLI(t, "volume", "delete", "spare")
 
 	s.on(one)
 	if err := one.Boot(); err != nil {
@@ -96,8 +115,10 @@ topology_request {
 	})
 	s.Stop(t, "former")
 	s.eventually("the end of the claim", func() bool { return s.API.CSIVolumes().Deregister("former", true, nil) == nil })
-	if out, err := s.here("lv2", "discard", "ledger"); err != nil || !strings.Contains(out, "volume ledger: generation 0 is removed; generation 1 is on node "+two.Name) {
-		t.Errorf("discard: %v, %s", err, out)
+	for _, id := range []string{"ledger", "spare"} {
+		if out, err := s.here("lv2", "discard", id); err != nil || !strings.Contains(out, "volume "+id+": generation 0 is removed; generation 1 is on node "+two.Name) {
+			t.Errorf("discard: %v, %s", err, out)
+		}
 	}
 	s.on(two)
 	if out, err := s.here("lv2", "discard", "ledger"); err == nil || !strings.Contains(out, "it is the one that is in use") {
@@ -193,20 +214,29 @@ func (s *stack) copiedUnderKills(from, to string, more ...string) {
 		s.t.Fatalf("%v\n%s", err, out)
 	}
 	took := time.Since(begin)
-	s.CLI(s.t, "volume", "delete", to)
-	kills := s.betweenKills(took/2, 5, command...) // what goes on comes to its end the sooner
-	out, err := s.try(command...)
-	if err != nil && !strings.Contains(out, "volume "+to+": it is there, and no copy that was begun") { // it came to its end just before it was killed
-		s.t.Fatalf("%v\n%s", err, out)
+	kills, copies := 0, 0
+	for ; kills < interruptions; copies++ {
+		s.CLI(s.t, "volume", "delete", to)
+		more, ended := s.betweenKills(took, interruptions-kills, command...)
+		kills += more
+		if ended {
+			continue
+		}
+		if out, err := s.try(command...); err != nil && !strings.Contains(out, copiedBefore) {
+			s.t.Fatalf("%v\n%s", err, out)
+		}
 	}
-	s.t.Logf("it took %v, and was killed %d times; %s", took.Round(time.Millisecond), kills, out)
-	if kills == 0 {
-		s.t.Errorf("the copy of %s was not interrupted", from)
-	}
+	s.t.Logf("a copy takes %v; %d were interrupted %d times", took.Round(time.Millisecond), copies, kills)
 }
 
+// copiedBefore is what copy says where the one before it came to its end just before it was killed.
+const copiedBefore = "it is there, and no copy that was begun"
+
+// interruptions is how often a command that goes on where it was is killed, however often it has to begin for that.
+const interruptions = 5
+
 // betweenKills runs a command that is killed at random moments, until it comes to its end or was killed often enough.
-func (s *stack) betweenKills(most time.Duration, enough int, args ...string) (kills int) {
+func (s *stack) betweenKills(most time.Duration, enough int, args ...string) (kills int, ended bool) {
 	s.t.Helper()
 	for kills < enough {
 		cmd, out := s.csi(args...)
@@ -216,8 +246,8 @@ func (s *stack) betweenKills(most time.Duration, enough int, args ...string) (ki
 		}
 		time.AfterFunc(mathrand.N(most), func() { cmd.Process.Kill() })
 		err := cmd.Wait()
-		if err == nil {
-			return kills
+		if err == nil || strings.Contains(out.String(), copiedBefore) {
+			return kills, true
 		}
 		if strings.Contains(out.String(), "cradle-csi: ") {
 			s.t.Fatalf("it was not the kill: %v\n%s", err, out)
@@ -225,7 +255,7 @@ func (s *stack) betweenKills(most time.Duration, enough int, args ...string) (ki
 		kills++
 		s.t.Logf("%s, killed after %v: %q", args[0], time.Since(begin).Round(time.Millisecond), out)
 	}
-	return kills
+	return kills, false
 }
 
 // here runs cradle-csi on the node, for its plugin.
@@ -274,7 +304,8 @@ func testRestores(s *stack) {
 	for ; kills < 20; restored++ {
 		s.destroyed(a)
 		if took > 0 {
-			kills += s.betweenKills(took, min(5, 20-kills), "lv2", "restore", "ledger", "--to", to.Name)
+			more, _ := s.betweenKills(took, min(interruptions, 20-kills), "lv2", "restore", "ledger", "--to", to.Name)
+			kills += more
 		}
 		begin := time.Now()
 		if out, err := s.try("lv2", "restore", "ledger", "--to", to.Name); err != nil {
