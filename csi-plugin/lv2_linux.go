@@ -84,22 +84,37 @@ func (r *restore) run(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if o.Node != p.node.Name { // else an interrupted call, or what has become of the node since
-		o.Generation++
+	generation, written := o.begin(p.node.Name)
+	if !written {
+		if err := o.write(ctx, n.client, p.alloc.Namespace, stored(want, id)); err != nil {
+			return err
+		}
 	}
 	err = n.unlessCut(ctx, func() error {
-		return n.exec(ctx, p, nil, r.c.stdout, "lv2", "receive", stored(want, id), "--generation", strconv.Itoa(o.Generation), "--into", r.into)
+		return n.exec(ctx, p, nil, r.c.stdout, "lv2", "receive", stored(want, id), "--generation", strconv.Itoa(generation), "--into", r.into)
 	})
 	if err != nil {
 		return err
 	}
-	o.Node, o.volume = p.node.Name, want
+	former := o.Owner
+	if !restored { // its host may have come back meanwhile
+		if now, err = n.registered(ctx, id); err == nil {
+			err = n.unused(ctx, now)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	o.Generation, o.Node, o.volume = generation, p.node.Name, want
 	if err := o.write(ctx, n.client, p.alloc.Namespace, stored(want, id)); err != nil {
 		return err
 	}
-	// From here on the former one can't be staged. What was before has a claim.
+	// From here on the former one can't be staged. What was before has a claim, and stays the volume.
 	if now, err = n.registered(ctx, id); err == nil && !restored {
-		err = n.unused(ctx, now)
+		if err = n.unused(ctx, now); err != nil {
+			o.Owner = former
+			return errors.Join(err, o.write(context.WithoutCancel(ctx), n.client, p.alloc.Namespace, stored(want, id)))
+		}
 	}
 	if err == nil {
 		err = n.register(ctx, now, want)
@@ -172,25 +187,47 @@ func (c *cli) lv2Receive(ctx context.Context, id, into string, generation int) e
 		return err
 	}
 	defer b.Close()
-	v, err := b.Get(ctx, id)
-	switch {
-	case err == nil && v.Generation == generation:
-		fmt.Fprintf(c.stdout, "volume %s: it is there, made of %s\n", id, v.Origin)
-		return nil
-	case err == nil && v.Generation < generation:
-		return fmt.Errorf("volume %s: this host has a former one, of generation %d; \"cradle-csi lv2 discard %[1]s\" here removes it for good", id, v.Generation)
-	case err == nil:
-		return fmt.Errorf("volume %s: this host has one of generation %d, and it is %d that is to be restored", id, v.Generation, generation)
-	case !errors.Is(err, volume.ErrNotFound):
-		return err
-	}
 	vault, err := c.cold.vault()
 	if err != nil {
 		return err
 	}
+	v, err := b.Get(ctx, id)
+	switch {
+	case err == nil && v.Generation < generation:
+		return fmt.Errorf("volume %s: this host has a former one, of generation %d; \"cradle-csi lv2 discard %[1]s\" here removes it for good", id, v.Generation)
+	case err == nil && v.Generation > generation:
+		return fmt.Errorf("volume %s: this host has one of generation %d, and it is %d that is to be restored", id, v.Generation, generation)
+	case err != nil && !errors.Is(err, volume.ErrNotFound):
+		return err
+	}
+	there := err == nil
+	if there {
+		owner, err := owners(c.nomad)
+		if err != nil {
+			return err
+		}
+		pending, err := pending(owner)(ctx, v)
+		if err != nil {
+			return err
+		}
+		if !pending {
+			fmt.Fprintf(c.stdout, "volume %s: it is there, made of %s\n", id, v.Origin)
+			return nil
+		}
+	}
 	one, err := vault.Find(ctx, id)
 	if err != nil {
 		return err
+	}
+	if there && v.Origin.Copy == one.String() {
+		fmt.Fprintf(c.stdout, "volume %s: it is there, made of %s\n", id, v.Origin)
+		return nil
+	}
+	if there { // the former volume was used, and copied, since the call that made this one was interrupted
+		fmt.Fprintf(c.stdout, "volume %s: %s, of which it was made, is not the newest copy any more\n", id, v.Origin)
+		if err := b.Delete(ctx, id); err != nil {
+			return err
+		}
 	}
 	return c.receive(ctx, b, vault, one, volume.Request{Name: id, Generation: generation, Parameters: volume.Parameters{Pool: into}})
 }
@@ -234,6 +271,9 @@ func (c *cli) lv2Discard(ctx context.Context, id string) error {
 	}
 	if v.Generation == o.Generation {
 		return fmt.Errorf("volume %s: it is the one that is in use; \"nomad volume delete %[1]s\" removes it", id)
+	}
+	if !o.former(v.Generation) {
+		return fmt.Errorf("volume %s: it is of generation %d, of which Nomad's namespace %s does not know that it was given up; set NOMAD_NAMESPACE to that of the plugin's job", id, v.Generation, config.Namespace)
 	}
 	if err := b.Delete(ctx, id); err != nil {
 		return err

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	mathrand "math/rand/v2"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/nomad/api"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -324,6 +326,131 @@ func testRestores(s *stack) {
 	s.Stop(t, "keeps")
 	s.released("ledger")
 	s.CLI(t, "volume", "delete", "ledger")
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.empty()
+	}
+}
+
+// TestVMSoakRestoredLate has a restore that is interrupted once the volume is on the other node, and is repeated when the former one has been used, and copied, again: then the other
+// node gets what was written meanwhile. What a restore leaves that is given up can be discarded, and is neither used nor copied.
+func TestVMSoakRestoredLate(t *testing.T) {
+	s := startHosts(t)
+	one, two := s.Clients()[0], s.Clients()[1]
+	s.on(one)
+	s.volume("ledger", "cradle-node1", s.id)
+	write := func(text string) {
+		t.Helper()
+		s.completes(use{job: "write-" + text, volume: "ledger", script: "$b dd if=/dev/urandom of=/v/much bs=1M count=40 2>/dev/null; echo " + text + " >/v/file"})
+		s.released("ledger")
+	}
+	read := func(want string) {
+		t.Helper()
+		if out := s.completes(use{job: "read-" + want + "-" + s.node.Name, volume: "ledger", script: "$b cat /v/file"}); out != want {
+			t.Errorf("on %s it holds %q, not %q", s.node.Name, out, want)
+		}
+		s.released("ledger")
+	}
+	// begun is a restore whose receiving stands still until goOn.
+	begun := func(to *nomadtest.Node) (cmd *exec.Cmd, out *bytes.Buffer, goOn func()) {
+		t.Helper()
+		cmd, out = s.csi("lv2", "restore", "ledger", "--to", to.Name)
+		if err := s.Server().Launch(cmd); err != nil {
+			t.Fatal(err)
+		}
+		receives := 0
+		s.eventually("the receiving", func() bool {
+			all, err := to.Processes()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, p := range all {
+				if len(p.Args) > 2 && p.Name() == "cradle-csi" && p.Args[2] == "receive" {
+					receives = p.PID
+				}
+			}
+			return receives != 0
+		})
+		signal := func(sig unix.Signal) {
+			t.Helper()
+			if err := unix.Kill(receives, sig); err != nil {
+				t.Fatal(err)
+			}
+		}
+		signal(unix.SIGSTOP)
+		return cmd, out, func() { t.Helper(); signal(unix.SIGCONT) }
+	}
+	interrupted := func(to *nomadtest.Node, generation string) {
+		t.Helper()
+		cmd, out, goOn := begun(to)
+		cmd.Process.Kill()
+		if err := cmd.Wait(); err == nil {
+			t.Fatalf("it came to its end before it was killed: %s", out)
+		}
+		goOn()
+		s.on(to) // what it had begun there comes to its end
+		if out, err := s.here("lv2", "receive", "ledger", "--generation", generation); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	write("first")
+	s.copied("ledger")
+	interrupted(two, "1")
+	if err := s.kill("cradle-csi"); err != nil { // it looks for what is to be copied as it starts
+		t.Fatal(err)
+	}
+	s.healthy()
+	s.on(one)
+	read("first")
+	write("second")
+	s.copied("ledger")
+
+	restore := func(to *nomadtest.Node, want string) {
+		t.Helper()
+		out, err := s.try("lv2", "restore", "ledger", "--to", to.Name)
+		if err != nil || !strings.Contains(out, want) || !strings.HasSuffix(out, "volume ledger is on node "+to.Name+" now\n") {
+			t.Fatalf("%v, want %q\n%s", err, want, out)
+		}
+		s.on(to)
+	}
+	cmd, out, goOn := begun(two)
+	s.Run(t, use{job: "back", volume: "ledger", script: "while :; do $b sleep 1; done"}.hcl())
+	s.UntilRunning(t, "back")
+	goOn()
+	if err := cmd.Wait(); err == nil || !strings.Contains(out.String(), "uses it on node "+one.Name) {
+		t.Fatalf("restored while its host came back: %v\n%s", err, out)
+	}
+	s.Stop(t, "back")
+	s.released("ledger")
+	read("second")
+	write("third")
+	s.copied("ledger")
+	restore(two, "of which it was made, is not the newest copy any more")
+	read("third")
+	restore(two, "it is there, made of copy ledger@")
+	s.on(one)
+	if out, err := s.here("lv2", "discard", "ledger"); err != nil || !strings.Contains(out, "generation 0 is removed; generation 1 is on node "+two.Name) {
+		t.Errorf("discard: %v, %s", err, out)
+	}
+
+	interrupted(one, "2") // and given up
+	if out, err := s.here("lv2", "discard", "ledger"); err != nil || !strings.Contains(out, "generation 2 is removed; generation 1 is on node "+two.Name) {
+		t.Errorf("discard what was given up: %v, %s", err, out)
+	}
+	s.empty()
+	s.on(two)
+	if out, err := s.here("lv2", "discard", "ledger"); err == nil || !strings.Contains(out, "it is the one that is in use") {
+		t.Errorf("discarded what is in use: %v, %s", err, out)
+	}
+	write("fourth")
+	s.copied("ledger")
+	restore(one, "restored from ledger@")
+	read("fourth")
+	s.CLI(t, "volume", "delete", "ledger")
+	s.on(two)
+	if out, err := s.here("lv2", "discard", "ledger"); err != nil || !strings.Contains(out, "generation 1 is removed; generation 2 is on node "+one.Name) {
+		t.Errorf("discard: %v, %s", err, out)
+	}
 	for _, n := range s.Clients() {
 		s.on(n)
 		s.empty()

@@ -20,6 +20,7 @@ import (
 // was restored elsewhere, and the generation is 0.
 type owner struct {
 	rpc.Owner
+	next   rpc.Owner      // the last one that a restore was begun for, whether it has come to its end or not
 	volume *api.CSIVolume // as it is registered; Nomad may have forgotten it in between
 	index  uint64         // of the Variable, 0 where there is none
 }
@@ -40,8 +41,11 @@ func readOwner(ctx context.Context, nomad *api.Client, namespace, id string) (o 
 	if err != nil || v == nil {
 		return o, err
 	}
-	o.index, o.Node = v.ModifyIndex, v.Items["node"]
+	o.index, o.Node, o.next.Node = v.ModifyIndex, v.Items["node"], v.Items["next_node"]
 	o.Generation, err = strconv.Atoi(v.Items["generation"])
+	if next := v.Items["next_generation"]; err == nil && next != "" {
+		o.next.Generation, err = strconv.Atoi(next)
+	}
 	if err == nil {
 		err = json.Unmarshal([]byte(v.Items["volume"]), &o.volume)
 	}
@@ -49,6 +53,24 @@ func readOwner(ctx context.Context, nomad *api.Client, namespace, id string) (o 
 		return o, fmt.Errorf("variable %s: %w", v.Path, err)
 	}
 	return o, nil
+}
+
+// begin is the generation of the volume that a restore makes on a node, and whether that has to be written first. No two nodes make one of the same: what a
+// restore has left that was given up is never taken for the volume.
+func (o *owner) begin(node string) (generation int, written bool) {
+	switch {
+	case o.Node == node: // it was restored there; a call was interrupted, or the volume was lost again
+		return o.Generation, true
+	case o.next.Node == node && o.next.Generation > o.Generation: // a call was interrupted
+		return o.next.Generation, true
+	}
+	o.next = rpc.Owner{Generation: max(o.Generation, o.next.Generation) + 1, Node: node}
+	return o.next.Generation, false
+}
+
+// former says whether a generation is one that was given up: before the one that is used, or of a restore that never came to its end.
+func (o *owner) former(generation int) bool {
+	return generation < o.Generation || generation > o.Generation && generation <= o.next.Generation
 }
 
 // write replaces what was read; somebody else's that came in between stays, and is an error.
@@ -59,6 +81,7 @@ func (o *owner) write(ctx context.Context, nomad *api.Client, namespace, id stri
 	}
 	v := &api.Variable{Path: ownerPath(id), ModifyIndex: o.index, Items: api.VariableItems{
 		"generation": strconv.Itoa(o.Generation), "node": o.Node, "volume": string(text),
+		"next_generation": strconv.Itoa(o.next.Generation), "next_node": o.next.Node,
 	}}
 	v, _, err = nomad.Variables().CheckedUpdate(v, (&api.WriteOptions{Namespace: namespace}).WithContext(ctx))
 	if errors.As(err, new(api.ErrCASConflict)) {
@@ -89,4 +112,15 @@ func owners(address string) (func(ctx context.Context, id string) (rpc.Owner, er
 		}
 		return o.Owner, nil
 	}, nil
+}
+
+// pending says, by what owners returned, whether a volume is of a restore that has not come to its end: nobody has used it, as no plugin lets anybody.
+func pending(owner func(context.Context, string) (rpc.Owner, error)) func(context.Context, volume.Volume) (bool, error) {
+	return func(ctx context.Context, v volume.Volume) (bool, error) {
+		if owner == nil || v.Generation == 0 {
+			return false, nil
+		}
+		o, err := owner(ctx, v.ID)
+		return o.Generation < v.Generation, err
+	}
 }

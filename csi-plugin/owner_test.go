@@ -4,7 +4,50 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 )
+
+// No two nodes' restores make a volume of one generation, and what is in use is never former.
+func TestOwnerBegin(t *testing.T) {
+	var o owner
+	step := func(node string, want int, before bool) {
+		t.Helper()
+		g, written := o.begin(node)
+		if g != want || written != before {
+			t.Errorf("restored on %s: generation %d, known %t; want %d, %t", node, g, written, want, before)
+		}
+	}
+	end := func(node string, generation int) { o.Owner = rpc.Owner{Generation: generation, Node: node} }
+	former := func(want string) {
+		t.Helper()
+		got := ""
+		for g := range 6 {
+			if o.former(g) {
+				got += string(rune('0' + g))
+			}
+		}
+		if got != want {
+			t.Errorf("%+v: former are %q, not %q", o, got, want)
+		}
+	}
+	former("")
+	step("two", 1, false)
+	former("1") // whoever has made it may give it up
+	step("two", 1, true)
+	step("three", 2, false)
+	end("three", 2)
+	former("01")
+	step("three", 2, true)
+	step("two", 3, false)
+	end("two", 3)
+	step("three", 4, false)
+	step("four", 5, false)
+	former("01245")
+	end("four", 5)
+	former("01234")
+	step("four", 5, true)
+}
 
 // Every volume has a Variable of its own, whose path Nomad takes (nomad/structs/variables.go).
 func TestOwnerPath(t *testing.T) {

@@ -453,11 +453,39 @@ func (s *snapshots) Open(_ context.Context, _, since volume.SnapshotID) (*volume
 	return b, nil
 }
 
+func used(context.Context, volume.Volume) (bool, error) { return false, nil }
+
+// A volume whose restoring has not come to its end is not copied: its copies would be newer than those of the one that is used.
+func TestPending(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	only := snapshot(1)
+	only.Automatic = true
+	answer, aerr := true, error(nil)
+	k := NewKeeper(&snapshots{all: []volume.Snapshot{only}, data: random(1, 6*chunkSize)}, v, slog.New(slog.DiscardHandler), nil, func(context.Context, volume.Volume) (bool, error) { return answer, aerr })
+	s := &state{}
+	if c, _, err := k.save(t.Context(), vol, s); err != nil || c != (Copy{}) {
+		t.Errorf("copied as %v, %v", c, err)
+	}
+	answer, aerr = false, errBroken
+	if c, _, err := k.save(t.Context(), vol, s); !errors.Is(err, errBroken) || c != (Copy{}) {
+		t.Errorf("nobody knows: copied as %v, %v", c, err)
+	}
+	aerr = nil
+	if c, _, err := k.save(t.Context(), vol, s); err != nil || c == (Copy{}) {
+		t.Errorf("in use: %v, %v", c, err)
+	}
+	answer, aerr = true, errBroken // who has been asked once is not asked again
+	k.source.(*snapshots).all[0].ID.Name, k.source.(*snapshots).all[0].Created = "cold-2", snapshot(2).Created
+	if c, _, err := k.save(t.Context(), vol, s); err != nil || c == (Copy{}) {
+		t.Errorf("in use before: %v, %v", c, err)
+	}
+}
+
 // A snapshot that was deleted, and taken again under its name, is another one: what has changed since is not told by it.
 func TestSnapshotTakenAgain(t *testing.T) {
 	v := NewVault(folder(t), testKey(t))
 	source := &snapshots{}
-	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil)
+	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
 	first, again, later := snapshot(1), snapshot(1), snapshot(2)
 	again.Created = again.Created.Add(30 * time.Second)
 	for i, step := range []struct {

@@ -23,9 +23,10 @@ type Source interface {
 
 // A Keeper saves the snapshots that were taken for cold storage, and removes copies that are too many.
 type Keeper struct {
-	source Source
-	vault  *Vault
-	log    *slog.Logger
+	source  Source
+	vault   *Vault
+	log     *slog.Logger
+	pending func(context.Context, volume.Volume) (bool, error)
 
 	copies *prometheus.CounterVec
 	sent   prometheus.Counter
@@ -39,13 +40,14 @@ type state struct {
 	born   time.Time
 	newest time.Time // taken; the zero value is none yet
 	known  bool      // newest was looked up
+	used   bool      // it is none that is pending
 	busy   bool
 }
 
-// NewKeeper returns one that does nothing yet. metrics is nil for none.
-func NewKeeper(s Source, v *Vault, log *slog.Logger, metrics prometheus.Registerer) *Keeper {
+// NewKeeper returns one that does nothing yet. Volumes that are pending are not copied: as the volume's newest ones their copies would have the place of those of the one that is used meanwhile. metrics is nil for none.
+func NewKeeper(s Source, v *Vault, log *slog.Logger, metrics prometheus.Registerer, pending func(context.Context, volume.Volume) (bool, error)) *Keeper {
 	k := &Keeper{
-		source: s, vault: v, log: log, volumes: map[string]*state{},
+		source: s, vault: v, log: log, pending: pending, volumes: map[string]*state{},
 		copies: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cradle_csi_cold_copies_total", Help: "Copies to cold storage that were tried, by result."}, []string{"result"}),
 		sent:   prometheus.NewCounter(prometheus.CounterOpts{Name: "cradle_csi_cold_sent_bytes_total", Help: "What complete copies have added to cold storage."}),
 	}
@@ -163,6 +165,13 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state) {
 
 // save makes the copy of the newest snapshot, should there be none. The zero value is that there was nothing to do.
 func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, sent int64, err error) {
+	if !s.used {
+		pending, err := k.pending(ctx, v)
+		if err != nil || pending {
+			return c, 0, err
+		}
+		s.used = true // from now on, without asking anybody
+	}
 	all, err := k.source.Snapshots(ctx, v.ID)
 	snap := newest(all)
 	if err != nil || snap.ID == (volume.SnapshotID{}) {
