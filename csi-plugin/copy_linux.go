@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -92,6 +93,19 @@ func (m *move) run(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
+	if now, err := n.registered(ctx, m.as); err != nil {
+		return err
+	} else if now != nil {
+		if err := n.unused(ctx, now); err != nil {
+			return err
+		}
+		// Where the last call was interrupted just before its end, jobs may have written to the volume since: nothing of that is changed.
+		if was, err := m.ask(ctx, n, to, "where"); err != nil {
+			return err
+		} else if was.Whole && was.Of == c.Of {
+			return m.done(ctx, n, to, v.ID, c, tree.Changes{})
+		}
+	}
 	var sent tree.Changes
 	for range passes {
 		var differed tree.Changes
@@ -168,7 +182,7 @@ func (m *move) pass(ctx context.Context, n *nomad, from, to *place, id string, n
 	r, w := io.Pipe()
 	received := make(chan error, 1)
 	go func() {
-		err := n.exec(ctx, to, r, &changes, "copy", "receive", m.as)
+		err := n.exec(ctx, to, r, &changes, "copy", "receive", m.as, "--of", new.Of)
 		r.CloseWithError(cmp.Or(err, io.ErrClosedPipe)) // the sender need not go on
 		received <- err
 	}()
@@ -188,12 +202,7 @@ func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c
 	if c.Parameters["class"] != v.Context["class"] {
 		want.MountOptions, want.RequestedCapabilities = nil, capabilities(c.Parameters["class"])
 	}
-	var where bytes.Buffer
-	var at located
-	err := n.exec(ctx, to, nil, &where, "copy", "where", m.as)
-	if err == nil {
-		err = json.Unmarshal(where.Bytes(), &at)
-	}
+	at, err := m.ask(ctx, n, to, "whole", "--of", c.Of)
 	var now *api.CSIVolume
 	if err == nil {
 		now, err = n.registered(ctx, m.as)
@@ -202,18 +211,35 @@ func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c
 		err = n.register(ctx, now, to.knows(&want, at.Local))
 	}
 	if err == nil {
-		err = n.exec(ctx, to, nil, io.Discard, "copy", "end", m.as)
+		err = m.done(ctx, n, to, v.ID, c, sent)
 	}
-	if err != nil {
+	return err
+}
+
+// done lets go of a volume that Nomad knows, and that is whole.
+func (m *move) done(ctx context.Context, n *nomad, to *place, from string, c creation, sent tree.Changes) error {
+	if err := n.exec(ctx, to, nil, io.Discard, "copy", "end", m.as, "--of", c.Of); err != nil {
 		return err
 	}
-	fmt.Fprintf(m.c.stdout, "volume %s on node %s has what %s has: %d files and directories, %v were sent\n", m.as, to.node.Name, v.ID, sent.Entries, spec.Bytes(sent.Bytes))
+	fmt.Fprintf(m.c.stdout, "volume %s on node %s has what %s has: %d files and directories, %v were sent\n", m.as, to.node.Name, from, sent.Entries, spec.Bytes(sent.Bytes))
 	return nil
 }
 
-// A located says where a volume can be used.
+// ask runs a part that says how a volume is.
+func (m *move) ask(ctx context.Context, n *nomad, to *place, part string, more ...string) (l located, err error) {
+	var out bytes.Buffer
+	err = n.exec(ctx, to, nil, &out, append([]string{"copy", part, m.as}, more...)...)
+	if err == nil {
+		err = json.Unmarshal(out.Bytes(), &l)
+	}
+	return l, err
+}
+
+// A located says where a volume can be used, and of which one it is a copy.
 type located struct {
-	Local bool `json:"local"` // on its node alone
+	Local bool   `json:"local"` // on its node alone
+	Of    string `json:"of"`    // "" where no copy was begun, or the last one has come to its end
+	Whole bool   `json:"whole"` // it has all that the other one had
 }
 
 // capabilities of a class whose files a host mounts.
@@ -232,14 +258,20 @@ func capabilities(class string) (all []*api.CSIVolumeCapability) {
 func (c *cli) copyParts() (all []*cobra.Command) {
 	for _, part := range []struct {
 		name, short string
-		do          func(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error
+		do          func(ctx context.Context, b volume.Backend, id, of string, stdin io.Reader) error
 	}{
 		{"send", "write what makes a volume like this one that has what is listed on standard input", c.copySend},
 		{"receive", "make a volume like the one that is sent on standard input", c.copyReceive},
-		{"where", "say where a volume can be used", c.copyWhere},
-		{"end", "a volume is whole", c.copyEnd},
+		{"where", "say where a volume can be used, and whether it is whole", c.copyWhere},
+		{"whole", "a volume has all that is to be copied", c.copyWhole},
+		{"end", "let go of a volume that is whole", c.copyEnd},
 	} {
-		all = append(all, c.copyPart(part.name, part.short, part.do))
+		var of string
+		cmd := c.copyPart(part.name, part.short, func(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error {
+			return part.do(ctx, b, id, of, stdin)
+		})
+		cmd.Flags().StringVar(&of, "of", "", "the volume that is copied")
+		all = append(all, cmd)
 	}
 	var text string
 	list := c.copyPart("list", "make a new volume, should there be none, and list what is in it", func(ctx context.Context, b volume.Backend, id string, _ io.Reader) error {
@@ -342,13 +374,7 @@ func (c *cli) copyList(ctx context.Context, b volume.Backend, id string, n creat
 		return err
 	}
 	return files(ctx, b, id, false, func(root *os.Root) error {
-		if err := begin(root, n.Of); err != nil {
-			return err
-		}
-		return alone(root, id, func(of string) error {
-			if of != n.Of {
-				return fmt.Errorf("volume %s: a copy of volume %s was begun; choose another name with --as", id, of)
-			}
+		return alone(ctx, root, id, n.Of, true, func(*os.File) error {
 			all, err := tree.List(ctx, root, ".", without...)
 			if err != nil {
 				return err
@@ -371,29 +397,43 @@ func (c *cli) keeps(b volume.Backend, r volume.Request) error {
 	return plugin.Keeps(r)
 }
 
-// begin marks a volume in which there is nothing yet.
-func begin(root *os.Root, of string) error {
+// nothing says whether a volume has no files yet.
+func nothing(root *os.Root) (bool, error) {
 	d, err := root.Open(".")
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer d.Close()
 	names, err := d.Readdirnames(-1)
-	if err != nil || slices.ContainsFunc(names, func(name string) bool { return name != "lost+found" }) {
-		return err
-	}
-	// mkfs's directory goes: programs want a new volume to be empty.
-	if err := root.Remove("lost+found"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return root.WriteFile(unfinished, []byte(of), 0o600)
+	return !slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(without, name) }), err
 }
 
-// alone runs do once no other part works on a volume: one whose command was killed is ended by Nomad a little later. of is the volume that is copied.
-func alone(root *os.Root, id string, do func(of string) error) error {
-	f, err := root.OpenFile(unfinished, os.O_RDWR, 0)
+// marked reads unfinished: of which volume it is a copy, and whether it is whole. A call that was killed may have left it without the end of its first line, and then nothing else.
+func marked(text string) (of string, whole bool) {
+	of, rest, _ := strings.Cut(text, "\n")
+	return of, rest == wholeLine
+}
+
+// wholeLine is the second line of unfinished.
+const wholeLine = "whole\n"
+
+// alone runs do once no other part works on a volume: one whose command was killed is ended by Nomad a little later. of is the volume that is copied; one in which there is nothing
+// is begun where begin says so.
+func alone(ctx context.Context, root *os.Root, id, of string, begin bool, do func(mark *os.File) error) error {
+	none := fmt.Errorf("volume %s: it is there, and no copy that was begun; choose another name with --as", id)
+	flags := os.O_RDWR
+	if begin {
+		blank, err := nothing(root)
+		if err != nil {
+			return err
+		}
+		if blank {
+			flags |= os.O_CREATE
+		}
+	}
+	f, err := root.OpenFile(unfinished, flags, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("volume %s: it is there, and no copy that was begun; choose another name with --as", id)
+		return none
 	}
 	if err != nil {
 		return err
@@ -407,16 +447,60 @@ func alone(root *os.Root, id string, do func(of string) error) error {
 		if !errors.Is(err, unix.EAGAIN) {
 			return fmt.Errorf("volume %s: lock %s: %w", id, unfinished, err)
 		}
-		time.Sleep(10 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	of, err := io.ReadAll(f)
+	mine, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	return do(string(of))
+	if now, err := root.Lstat(unfinished); errors.Is(err, fs.ErrNotExist) || err == nil && !os.SameFile(mine, now) {
+		return none // it came to its end meanwhile
+	} else if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return err
+	}
+	if begin && !bytes.ContainsRune(text, '\n') {
+		blank, err := nothing(root)
+		switch {
+		case err == nil && blank:
+			text = []byte(of + "\n")
+			err = start(root, f, text)
+		case err == nil && len(text) == 0: // it came to its end as this was about to begin one
+			err = root.Remove(unfinished)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	switch was, _ := marked(string(text)); {
+	case was == "":
+		return none
+	case was != of:
+		return fmt.Errorf("volume %s: a copy of volume %s was begun; choose another name with --as", id, was)
+	}
+	return do(f)
 }
 
-func (c *cli) copySend(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error {
+// start marks a volume in which there is nothing. mkfs's directory goes: programs want a new volume to be empty.
+func start(root *os.Root, mark *os.File, text []byte) error {
+	if err := root.Remove("lost+found"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := mark.Truncate(0); err != nil {
+		return err
+	}
+	_, err := mark.WriteAt(text, 0)
+	return err
+}
+
+func (c *cli) copySend(ctx context.Context, b volume.Backend, id, _ string, stdin io.Reader) error {
 	var theirs []tree.Entry
 	if err := gob.NewDecoder(stdin).Decode(&theirs); err != nil {
 		return err
@@ -427,10 +511,17 @@ func (c *cli) copySend(ctx context.Context, b volume.Backend, id string, stdin i
 	})
 }
 
-func (c *cli) copyReceive(ctx context.Context, b volume.Backend, id string, stdin io.Reader) error {
+func (c *cli) copyReceive(ctx context.Context, b volume.Backend, id, of string, stdin io.Reader) error {
 	return files(ctx, b, id, false, func(root *os.Root) error {
-		return alone(root, id, func(string) error {
-			changes, err := tree.Receive(ctx, root, stdin)
+		return alone(ctx, root, id, of, false, func(mark *os.File) error {
+			_, err := mark.WriteAt([]byte("\n"), int64(len(of)))
+			if err == nil {
+				err = mark.Truncate(int64(len(of) + 1)) // it may be whole no more
+			}
+			var changes tree.Changes
+			if err == nil {
+				changes, err = tree.Receive(ctx, root, stdin)
+			}
 			if err == nil {
 				err = mount.SyncRoot(root)
 			}
@@ -442,15 +533,39 @@ func (c *cli) copyReceive(ctx context.Context, b volume.Backend, id string, stdi
 	})
 }
 
-func (c *cli) copyWhere(context.Context, volume.Backend, string, io.Reader) error {
-	return json.NewEncoder(c.stdout).Encode(located{Local: c.local})
+func (c *cli) copyWhere(ctx context.Context, b volume.Backend, id, _ string, _ io.Reader) error {
+	at := located{Local: c.local}
+	err := files(ctx, b, id, true, func(root *os.Root) error {
+		text, err := root.ReadFile(unfinished)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		at.Of, at.Whole = marked(string(text))
+		return err
+	})
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return err
+	}
+	return json.NewEncoder(c.stdout).Encode(at)
 }
 
-func (c *cli) copyEnd(ctx context.Context, b volume.Backend, id string, _ io.Reader) error {
+func (c *cli) copyWhole(ctx context.Context, b volume.Backend, id, of string, _ io.Reader) error {
+	err := files(ctx, b, id, false, func(root *os.Root) error {
+		return alone(ctx, root, id, of, false, func(mark *os.File) error {
+			_, err := mark.WriteAt([]byte(of+"\n"+wholeLine), 0)
+			return errors.Join(err, mark.Sync())
+		})
+	})
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(c.stdout).Encode(located{Local: c.local, Of: of, Whole: true})
+}
+
+func (c *cli) copyEnd(ctx context.Context, b volume.Backend, id, of string, _ io.Reader) error {
 	return files(ctx, b, id, false, func(root *os.Root) error {
-		if err := root.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return mount.SyncRoot(root)
+		return alone(ctx, root, id, of, false, func(*os.File) error {
+			return errors.Join(root.Remove(unfinished), mount.SyncRoot(root))
+		})
 	})
 }
