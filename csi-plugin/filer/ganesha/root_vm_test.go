@@ -123,7 +123,7 @@ func (w *world) must(err error) {
 
 // Statuses of NFSv4 (RFC 7530 §13.1).
 const (
-	statusOK, statusNoEnt, statusAccess, statusROFS, statusStale, statusBadHandle = 0, 2, 13, 30, 70, 10001
+	statusOK, statusNoEnt, statusAccess, statusROFS, statusStale, statusBadHandle, statusDelay = 0, 2, 13, 30, 70, 10001, 10008
 )
 
 func opaque(b []byte) []byte {
@@ -153,7 +153,7 @@ func (w *world) compound(ops ...[]byte) (status uint32, result []byte) {
 	var reply []byte
 	var err error
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) { // the server may be starting, or ending
-		if reply, err = w.exchange(call); err == nil {
+		if reply, err = w.exchange(call); err == nil && (len(reply) < 28 || binary.BigEndian.Uint32(reply[24:]) != statusDelay) {
 			break
 		}
 	}
