@@ -22,18 +22,34 @@ type seal struct {
 	guide guide // nil for none
 }
 
-// A guide leads from volumes to their snapshots, which NFS-Ganesha serves elsewhere. Handles are as that has them, but for those of snapshots, which inner makes its own.
+// A guide knows where names lead that NFS-Ganesha has otherwise: to snapshots, which it serves elsewhere, and nowhere, where files are hidden.
 type guide interface {
+	// inner and outer are what NFS-Ganesha's handle is from a client's, and to a client. They may change it.
 	inner(handle []byte) []byte
 	outer(handle []byte) []byte
 
-	// beyond is the name in the server's root of what is snapshots.Dir in a directory, empty if that is an ordinary name there.
-	beyond(directory []byte) string
+	// at is the directory that a handle is of, and child the one that a name in a directory leads to, as far as it matters which it is.
+	at(handle []byte) directory
+	child(d directory, name string) directory
 
-	// enters and lists are before a name is looked up in a directory, and before that is listed.
-	enters(directory []byte, name string)
-	lists(directory []byte)
+	// comes is before a client looks a name up in a directory, or lists it, with no name.
+	comes(d directory, name string)
 }
+
+// A directory is one that the guide knows.
+type directory struct {
+	top    bool     // it is the server's root
+	shelf  *shelf   // it is the directory of these snapshots; nil for none
+	beyond string   // snapshots.Dir in it is this in the server's root; empty if it is an ordinary name
+	hidden []string // are in it, and nobody is to know
+	inside []string // are in the root of the export that it is in
+}
+
+// parent is the one above, as far as that can be known: names that are hidden in a root are none in it.
+func (d directory) parent() directory { return directory{hidden: d.inside, inside: d.inside} }
+
+// other is another one in the same export.
+func (d directory) other() directory { return directory{inside: d.inside} }
 
 const (
 	macSize   = 16
@@ -116,16 +132,26 @@ const (
 
 // A cursor is a place in a record, which is XDR (RFC 4506). bad says that it has gone beyond its end.
 type cursor struct {
-	b     []byte
-	at    int
-	bad   bool
-	named int // where the name is of what is looked up, opened or made, since that was last 0
+	b   []byte
+	at  int
+	bad bool
+
+	// Of the operation that was gone over last:
+	old, named int  // where names are in the saved directory, and in the current one; 0 for none
+	makes      bool // what has the latter name
 }
 
 // name goes over one.
-func (c *cursor) name() {
-	c.named = c.at
+func (c *cursor) name(at *int) {
+	*at = c.at
 	c.opaque()
+}
+
+// after is where the name ends that is at a place.
+func (c *cursor) after(at int) (name string, end int) {
+	o := cursor{b: c.b, at: at}
+	name = string(o.opaque())
+	return name, o.at
 }
 
 func (c *cursor) skip(n int) {
@@ -184,6 +210,7 @@ func (c *cursor) asked() {
 
 // arguments goes over those of an operation. What is not known can't be gone over.
 func (c *cursor) arguments(op uint32) {
+	c.old, c.named, c.makes = 0, 0, op == opCreate || op == opLink || op == opRename
 	switch op {
 	case opGetfh, opLookupp, opPutpubfh, opPutrootfh, opReadlink, opRestorefh, opSavefh:
 	case opAccess, opOpenattr, opSecinfoNoName, opReclaimComplete:
@@ -203,14 +230,14 @@ func (c *cursor) arguments(op uint32) {
 		case typeBlock, typeCharacter:
 			c.skip(8)
 		}
-		c.name()
+		c.name(&c.named)
 		c.attributes()
 	case opGetattr:
 		c.asked()
-	case opLink, opLookup:
-		c.name()
-	case opPutfh, opRemove, opSecinfo:
+	case opPutfh:
 		c.opaque()
+	case opLink, opLookup, opRemove, opSecinfo:
+		c.name(&c.named)
 	case opLock:
 		c.skip(4 + 4 + 8 + 8)
 		if c.number() != 0 { // by an owner that is new
@@ -236,8 +263,8 @@ func (c *cursor) arguments(op uint32) {
 		c.skip(8 + sizeVerifier + 4 + 4)
 		c.asked()
 	case opRename:
-		c.opaque()
-		c.opaque()
+		c.name(&c.old)
+		c.name(&c.named)
 	case opSetattr:
 		c.skip(sizeStateid)
 		c.attributes()
@@ -276,6 +303,7 @@ func (c *cursor) open() {
 	c.skip(4 + 4 + 4 + sizeClientid)
 	c.opaque()
 	if c.number() == 1 { // it may be made
+		c.makes = true
 		switch c.number() {
 		case createUnchecked, createGuarded:
 			c.attributes()
@@ -290,7 +318,7 @@ func (c *cursor) open() {
 	}
 	switch c.number() { // no client has a delegation
 	case claimNull:
-		c.name()
+		c.name(&c.named)
 	case claimPrevious:
 		c.skip(4)
 	case claimFH:
@@ -384,9 +412,18 @@ func (c *cursor) opened() {
 // A question is what has to be known of a call for its reply.
 type question struct {
 	xid     uint32
-	handles bool  // it asks for some
-	roots   []int // operations that were a PUTFH, and were made a PUTROOTFH
+	handles bool // it asks for some
+	others  []other
 }
+
+// other is an operation, by its number in the call, that NFS-Ganesha was not asked as the client has, or whose result is not all for it.
+type other struct {
+	i      int
+	was    uint32   // what was made PUTROOTFH; 0 for nothing
+	hidden []string // what the directory has that is listed
+}
+
+func (q question) changed() bool { return q.handles || len(q.others) > 0 }
 
 // call makes a client's call one for NFS-Ganesha: what is to be sent, in parts, most of them the record's, which it changes. A handle that was made up becomes one of no bytes.
 func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
@@ -414,77 +451,139 @@ func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
 	}
 	c.opaque()
 	c.skip(4) // minor version
-	from, all := 0, int(c.number())
-	for n := all; n > 0; n-- {
+	w := walk{seal: s, cursor: c, q: &q}
+	for all := int(c.number()); w.i < all; w.i++ {
 		op := c.number()
-		switch {
-		case op == opPutfh:
-			at := c.at
-			handle := c.opaque()
-			if c.bad {
-				break
-			}
-			own := s.open(handle)
-			if own != nil && s.guide != nil && n > 1 {
-				if next, dir := s.leads(*c, own); dir != "" {
-					binary.BigEndian.PutUint32(record[at-4:], opPutrootfh)
-					q.roots = append(q.roots, all-n)
-					parts = append(parts, record[from:at], record[c.at:next.named], encode([]byte(dir)))
-					from, c = next.after(next.named), &next
-					n--
-					break
-				}
-			}
-			if own != nil && s.guide != nil {
-				own = s.guide.inner(own)
-			}
-			parts, from = append(parts, record[from:at], encode(own)), c.at
-		case n == 1:
-			// Nothing comes after it, so whatever it is, handles are none of it. Those that are known may ask for some as an attribute.
-			last := *c
-			last.arguments(op)
-			q.handles = q.handles || op == opGetfh
-			return append(parts, record[from:]), q, nil
-		default:
-			c.arguments(op)
-			q.handles = q.handles || op == opGetfh
+		if op == opPutfh {
+			w.handle()
+		} else if c.arguments(op); c.bad && w.i == all-1 {
+			// Nothing comes after it, so whatever it is, handles are none of it.
+			break
+		} else if !c.bad {
+			w.operation(op)
 		}
+		q.handles = q.handles || op == opGetfh
 		if c.bad {
 			return nil, q, fmt.Errorf("a call with operation %d: %w", op, errCompound)
 		}
 	}
-	return append(parts, record[from:]), q, nil
+	return append(w.parts, record[w.from:]), q, nil
 }
 
-// leads goes over the operation that comes next, in the directory of a handle. If it is about the directory of snapshots, that has another name in the server's root.
-func (s seal) leads(next cursor, directory []byte) (_ cursor, dir string) {
-	op := next.number()
-	next.named = 0
-	next.arguments(op)
-	if next.bad {
-		return next, ""
-	}
-	if op == opReaddir {
-		s.guide.lists(directory)
-	}
-	if next.named == 0 {
-		return next, ""
-	}
-	name := string((&cursor{b: next.b, at: next.named}).opaque())
-	if name == snapshots.Dir {
-		return next, s.guide.beyond(directory)
-	}
-	if op == opLookup || op == opOpen {
-		s.guide.enters(directory, name)
-	}
-	return next, ""
+// A walk goes over the operations of a call.
+type walk struct {
+	seal seal
+	*cursor
+	q *question
+
+	i     int      // of the operation
+	parts [][]byte // what is sent
+	from  int      // what comes after them begins here
+
+	here, saved directory // the current and the saved one, as far as the guide knows
+	way         way
 }
 
-// after is where what is opaque at a place ends.
-func (c *cursor) after(at int) int {
-	o := cursor{b: c.b, at: at}
-	o.opaque()
-	return o.at
+// A way is the operation that has led to the current directory, if it was the last one: what is to be sent is what was to be sent before it, and it.
+type way struct {
+	op, end int // where it begins and ends; 0 for none
+	parts   int
+	from    int
+}
+
+// handle is PUTFH, whose handle becomes NFS-Ganesha's.
+func (w *walk) handle() {
+	w.way = way{op: w.at - 4, parts: len(w.parts), from: w.from}
+	at := w.at
+	own := w.seal.open(w.opaque())
+	if w.bad {
+		return
+	}
+	w.way.end = w.at
+	w.here = directory{}
+	if w.seal.guide != nil && own != nil {
+		w.here = w.seal.guide.at(own)
+		own = w.seal.guide.inner(own)
+	}
+	w.parts, w.from = append(w.parts, w.b[w.from:at], encode(own)), w.at
+}
+
+// Names that are told NFS-Ganesha for those that nobody is to know: one that nobody can make, and one that is not there.
+var (
+	noName  = []byte(".")
+	strange = bytes.Repeat([]byte{0x7f}, 64)
+)
+
+// operation is one that was gone over.
+func (w *walk) operation(op uint32) {
+	if w.seal.guide == nil {
+		return
+	}
+	led := w.way
+	w.way = way{}
+	if w.old != 0 && w.hides(w.saved, w.old) {
+		w.rename(w.old, strange)
+	}
+	if w.named != 0 {
+		name, _ := w.after(w.named)
+		switch {
+		case name == snapshots.Dir && w.here.beyond != "" && led.op != 0 && op != opRename && op != opRemove:
+			w.seal.guide.comes(w.here, name)
+			dir := w.here.beyond
+			w.q.others = append(w.q.others, other{i: w.i - 1, was: binary.BigEndian.Uint32(w.b[led.op:])})
+			binary.BigEndian.PutUint32(w.b[led.op:], opPutrootfh)
+			w.parts, w.from = append(w.parts[:led.parts], w.b[led.from:led.op+4]), led.end
+			w.rename(w.named, []byte(dir))
+			if op == opLookup {
+				w.here = w.seal.guide.child(directory{top: true}, dir)
+				return
+			}
+		case w.hides(w.here, w.named) && w.makes:
+			w.rename(w.named, noName)
+		case w.hides(w.here, w.named):
+			w.rename(w.named, strange)
+		}
+	}
+	switch op {
+	case opReaddir:
+		w.seal.guide.comes(w.here, "")
+		if len(w.here.hidden) > 0 {
+			w.q.others = append(w.q.others, other{i: w.i, hidden: w.here.hidden})
+		}
+	case opPutrootfh, opPutpubfh:
+		w.here = directory{top: true}
+	case opSavefh:
+		w.saved = w.here
+	case opRestorefh:
+		w.here = w.saved
+	case opLookup, opOpen:
+		name, _ := w.after(w.named)
+		if w.named == 0 {
+			name = ""
+		} else {
+			w.seal.guide.comes(w.here, name)
+		}
+		w.here = w.seal.guide.child(w.here, name)
+		if op == opLookup && w.here.beyond != "" {
+			w.way = way{op: w.named - 4, end: w.at, parts: len(w.parts), from: w.from}
+		}
+	case opLookupp:
+		w.here = w.here.parent()
+	case opCreate, opOpenattr:
+		w.here = w.here.other()
+	}
+}
+
+// hides says whether the name at a place is one that is hidden in a directory.
+func (w *walk) hides(d directory, at int) bool {
+	name, _ := w.after(at)
+	return slices.Contains(d.hidden, name)
+}
+
+// rename has the name at a place be another one.
+func (w *walk) rename(at int, name []byte) {
+	_, end := w.after(at)
+	w.parts, w.from = append(w.parts, w.b[w.from:at], encode(name)), end
 }
 
 // reply makes NFS-Ganesha's reply to a question one for the client, likewise.
@@ -502,16 +601,23 @@ func (s seal) reply(record []byte, q question) (parts [][]byte, err error) {
 	c.skip(4)
 	c.opaque()
 	from, all := 0, int(c.number())
-	for n := all; n > 0; n-- {
+	for i := range all {
 		op := c.number()
-		if !c.bad && op == opPutrootfh && slices.Contains(q.roots, all-n) {
-			binary.BigEndian.PutUint32(record[c.at-4:], opPutfh)
+		var changed other
+		if at := slices.IndexFunc(q.others, func(o other) bool { return o.i == i }); at >= 0 && !c.bad {
+			if changed = q.others[at]; op == opPutrootfh {
+				binary.BigEndian.PutUint32(record[c.at-4:], changed.was)
+			}
 		}
 		if status := c.number(); status != 0 && !c.bad {
 			break // nothing comes after it
 		}
+		if op == opReaddir && len(changed.hidden) > 0 {
+			parts, from = c.listed(parts, from, changed.hidden)
+			continue
+		}
 		if op != opGetfh {
-			if n == 1 {
+			if i == all-1 {
 				break
 			}
 			if c.results(op); c.bad {
@@ -539,8 +645,27 @@ func (s seal) reply(record []byte, q question) (parts [][]byte, err error) {
 	return append(parts, record[from:]), nil
 }
 
-// encode writes a handle.
-func encode(handle []byte) []byte {
-	b := append(binary.BigEndian.AppendUint32(nil, uint32(len(handle))), handle...)
-	return append(b, make([]byte, -len(handle)&3)...)
+// listed goes over READDIR's results, and leaves names out.
+func (c *cursor) listed(parts [][]byte, from int, hidden []string) (_ [][]byte, at int) {
+	c.skip(sizeVerifier)
+	for {
+		entry := c.at
+		if c.number() == 0 || c.bad {
+			break
+		}
+		c.skip(8)
+		name := string(c.opaque())
+		c.attributes()
+		if slices.Contains(hidden, name) {
+			parts, from = append(parts, c.b[from:entry]), c.at
+		}
+	}
+	c.skip(4)
+	return parts, from
+}
+
+// encode writes what is opaque: a handle, or a name.
+func encode(b []byte) []byte {
+	all := append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...)
+	return append(all, make([]byte, -len(b)&3)...)
 }

@@ -179,13 +179,106 @@ func FuzzCall(f *testing.F) {
 	})
 }
 
+// everywhere is a guide to whom all directories are a volume's root, with something hidden.
+type everywhere struct{}
+
+func (everywhere) inner(handle []byte) []byte { return handle }
+func (everywhere) outer(handle []byte) []byte { return handle }
+func (everywhere) comes(directory, string)    {}
+func (everywhere) at([]byte) directory {
+	names := []string{"hidden", ".snapshots"}
+	return directory{beyond: "dir of snapshots", hidden: names, inside: names}
+}
+func (e everywhere) child(directory, string) directory { return e.at(nil) }
+
+// Whatever a client says, no name that is hidden is told the server, and each operation stays one.
+func FuzzHidden(f *testing.F) {
+	s := newSeal([]byte("key"))
+	handle := []byte("a handle")
+	put := slices.Concat(words(opPutfh), xdr(slices.Concat(handle, s.mac(handle))))
+	named := func(op uint32, names ...string) []byte {
+		b := words(op)
+		for _, name := range names {
+			b = append(b, xdr([]byte(name))...)
+		}
+		return b
+	}
+	s.guide = everywhere{}
+	f.Add(callOf(put, named(opLookup, ".snapshots"), named(opLookup, "hidden"), words(opGetfh)))
+	f.Add(callOf(put, words(opSavefh), put, named(opRename, "hidden", ".snapshots"), put, named(opLink, ".snapshots"), named(opRemove, "hidden")))
+	f.Add(callOf(words(opPutrootfh), named(opLookup, "volume"), named(opLookup, ".snapshots"), slices.Concat(words(opReaddir, 0, 0, 0, 0, 9, 9, 1, 1))))
+	f.Add(callOf(put, slices.Concat(words(opOpen, 1, 2, 3, 4, 5), xdr([]byte("owner")), words(1, 0, 0, 0, 0), xdr([]byte("hidden"))), put, slices.Concat(words(opCreate, 2), xdr([]byte(".snapshots")), words(0, 0))))
+	f.Fuzz(func(t *testing.T, record []byte) {
+		if len(record) < 8 {
+			return
+		}
+		parts, _, err := s.call(slices.Clone(record))
+		if err != nil {
+			return
+		}
+		operations := func(b []byte) (n, last uint32, names []string) {
+			c := &cursor{b: b}
+			if len(b) < 40 || !bytes.Equal(b[4:24], callOf()[4:24]) {
+				return 0, 0, nil
+			}
+			c.skip(6 * 4)
+			c.skip(4)
+			c.opaque()
+			c.skip(4)
+			c.opaque()
+			c.opaque()
+			c.skip(4)
+			n = c.number()
+			var here, saved bool // there is such a directory
+			for i := n; i > 0 && !c.bad; i-- {
+				last = c.number()
+				if last == opPutfh {
+					here = len(c.opaque()) > 0
+					continue
+				}
+				c.arguments(last)
+				for at, is := range map[int]bool{c.old: saved, c.named: here} {
+					if name, _ := c.after(at); at != 0 && !c.bad && is {
+						names = append(names, name)
+					}
+				}
+				switch last {
+				case opPutrootfh, opPutpubfh:
+					here = false // with nothing hidden
+				case opLookup:
+					here = true
+				case opSavefh:
+					saved = here
+				case opRestorefh:
+					here = saved
+				case opCreate, opOpenattr, opOpen:
+					here = false
+				}
+			}
+			return n, last, names
+		}
+		n, last, _ := operations(record)
+		got, gotLast, names := operations(bytes.Join(parts, nil))
+		if n != got || last != gotLast && last != opPutfh {
+			t.Fatalf("%q has %d operations, of which %d come, up to %d and %d", record, n, got, last, gotLast)
+		}
+		for _, name := range names {
+			if name == "hidden" || name == ".snapshots" {
+				t.Fatalf("of %q the server hears %q", record, names)
+			}
+		}
+	})
+}
+
 func FuzzReply(f *testing.F) {
 	s := newSeal([]byte("key"))
+	f.Add(replyOf(words(opPutrootfh, 0), slices.Concat(words(opReaddir, 0, 1, 2, 1, 3, 4), xdr([]byte("hidden")), words(0, 0, 0, 1))))
 	f.Add(replyOf(words(opPutfh, 0), slices.Concat(words(opGetfh, 0), xdr([]byte("a handle"))), words(opGetattr, 0, 0, 0)))
 	f.Fuzz(func(t *testing.T, record []byte) {
 		if len(record) < 8 {
 			return
 		}
 		_, _ = s.reply(slices.Clone(record), question{})
+		_, _ = s.reply(slices.Clone(record), question{others: []other{{i: 0, was: opPutfh}, {i: 1, hidden: []string{"hidden"}}}})
 	})
 }

@@ -328,7 +328,7 @@ func (c *conversation) answer(r *bufio.Reader) error {
 
 func (c *conversation) answerOne(record []byte, q asked) (err error) {
 	parts := [][]byte{record}
-	if q.handles || len(q.roots) > 0 {
+	if q.changed() {
 		if parts, err = c.seal.reply(record, q.question); err != nil {
 			return err
 		}

@@ -31,7 +31,8 @@ const (
 // An export with the number that file handles have of it.
 type export struct {
 	nfs.Export
-	id uint16
+	id     uint16
+	handle []byte // the kernel's, of its root: NFS-Ganesha's ends with it
 }
 
 // A configuration is what NFS-Ganesha is told (ganesha-config(8)).

@@ -20,8 +20,8 @@ func prefixes(texts ...string) (all []netip.Prefix) {
 func TestConfiguration(t *testing.T) {
 	c := configuration{
 		listen: netip.MustParseAddrPort("192.0.2.1:2049"), recovery: `/state/"; } EXPORT {`, name: "cradle-filer-00", exports: map[string]export{
-			"/v.secret": {nfs.Export{Path: "/v.secret", Root: `/run/a "b" \c"`, Volume: "v", ReadOnly: true, Clients: prefixes("10.1.0.0/16", "192.0.2.7/32", "2001:db8::/64", "::/0")}, 7},
-			"/a.secret": {nfs.Export{Path: "/a.secret", Root: "/a", Volume: "a", Clients: prefixes("0.0.0.0/0")}, 9},
+			"/v.secret": {Export: nfs.Export{Path: "/v.secret", Root: `/run/a "b" \c"`, Volume: "v", ReadOnly: true, Clients: prefixes("10.1.0.0/16", "192.0.2.7/32", "2001:db8::/64", "::/0")}, id: 7},
+			"/a.secret": {Export: nfs.Export{Path: "/a.secret", Root: "/a", Volume: "a", Clients: prefixes("0.0.0.0/0")}, id: 9},
 		},
 	}
 	const want = `NFS_CORE_PARAM { Protocols = 4; Bind_Addr = 192.0.2.1; NFS_Port = 2049; Enable_UDP = false; Enable_NLM = false; Enable_RQUOTA = false; mount_path_pseudo = true; fsid_device = true; RPC_Max_Connections = 10000; }

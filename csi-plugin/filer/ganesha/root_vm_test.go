@@ -123,7 +123,7 @@ func (w *world) must(err error) {
 
 // Statuses of NFSv4 (RFC 7530 §13.1).
 const (
-	statusOK, statusNoEnt, statusAccess, statusROFS, statusStale, statusBadHandle, statusDelay = 0, 2, 13, 30, 70, 10001, 10008
+	statusOK, statusNoEnt, statusAccess, statusROFS, statusStale, statusBadHandle, statusDelay, statusBadName = 0, 2, 13, 30, 70, 10001, 10008, 10041
 )
 
 func opaque(b []byte) []byte {
@@ -655,6 +655,11 @@ func TestRootSnapshots(t *testing.T) {
 		t.Error("a directory of that name elsewhere is none of its own")
 	}
 
+	// In one call with all names of a path.
+	if status, by := w.handle("v.secret", ".snapshots", "first", "file"); status != statusOK || !bytes.Equal(by, file) {
+		t.Errorf("by its path a snapshot's file is answered by %d, %x", status, by)
+	}
+
 	// Mounted anew it has another device, and the same handles.
 	idle := func() {
 		t.Helper()
@@ -719,6 +724,55 @@ func TestRootSnapshots(t *testing.T) {
 	}
 	if len(w.s.ids.Of) > 0 {
 		t.Errorf("numbers are kept of %v", w.s.ids.Of)
+	}
+}
+
+// TestRootHidden: a client neither sees nor changes what is hidden in a volume's root, whichever way it asks; below, the same name is one like others.
+func TestRootHidden(t *testing.T) {
+	w := newWorld(t)
+	export := w.export("v", "127.0.0.1/32")
+	export.Hidden = []string{".helper", ".other"}
+	export.Snapshots = (&museum{w: w}).source()
+	own := filepath.Join(w.root("v"), ".helper")
+	w.must(errors.Join(os.Mkdir(filepath.Join(w.root("v"), "d"), 0o755), os.WriteFile(own, []byte("text"), 0o644), os.WriteFile(filepath.Join(w.root("v"), "d/.helper"), nil, 0o644),
+		os.MkdirAll(filepath.Join(w.root("v"), ".snapshots/own"), 0o755)))
+	w.must(errors.Join(w.s.Export(export), w.s.Start()))
+	_, root := w.handle("v.secret")
+	_, d := w.handle("v.secret", "d")
+	names := w.names(root)
+	if slices.Sort(names); !slices.Equal(names, []string{"d", "lost+found", "of-v"}) {
+		t.Errorf("there are %q", names)
+	}
+	if names := w.names(d); !slices.Equal(names, []string{".helper"}) {
+		t.Errorf("in another directory there are %q", names)
+	}
+	name := func(name string) []byte { return opaque([]byte(name)) }
+	get := op(opGetattr, number(0))
+	makes := [][]byte{number(2), name(".helper"), number(0), number(0)}
+	for what, c := range map[string]struct {
+		ops  [][]byte
+		want uint32
+	}{
+		"looked up":                    {[][]byte{op(opPutfh, opaque(root)), op(opLookup, name(".helper"))}, statusNoEnt},
+		"looked up after another call": {[][]byte{op(opPutfh, opaque(root)), get, op(opLookup, name(".helper")), get}, statusNoEnt},
+		"looked up by its path":        {[][]byte{op(opPutrootfh), op(opLookup, name("v.secret")), op(opLookup, name(".helper"))}, statusNoEnt},
+		"looked up with a saved root":  {[][]byte{op(opPutfh, opaque(root)), op(opSavefh), op(opPutfh, opaque(d)), op(opRestorefh), op(opLookup, name(".helper"))}, statusNoEnt},
+		"looked up from below":         {[][]byte{op(opPutfh, opaque(d)), op(opLookupp), op(opLookup, name(".helper"))}, statusNoEnt},
+		"removed":                      {[][]byte{op(opPutfh, opaque(root)), op(opRemove, name(".helper"))}, statusNoEnt},
+		"the snapshots removed":        {[][]byte{op(opPutfh, opaque(root)), op(opRemove, name(".snapshots"))}, statusNoEnt},
+		"renamed":                      {[][]byte{op(opPutfh, opaque(root)), op(opSavefh), op(opPutfh, opaque(d)), op(opRename, name(".helper"), name("taken"))}, statusNoEnt},
+		"renamed over":                 {[][]byte{op(opPutfh, opaque(d)), op(opSavefh), op(opPutfh, opaque(root)), op(opRename, name(".helper"), name(".helper"))}, statusBadName},
+		"made":                         {[][]byte{op(opPutfh, opaque(root)), op(opCreate, makes...)}, statusBadName},
+		"another made":                 {[][]byte{op(opPutfh, opaque(root)), op(opCreate, number(2), name(".other"), number(0), number(0)), get}, statusBadName},
+		"linked":                       {[][]byte{op(opPutfh, opaque(root)), op(opLookup, name("of-v")), op(opSavefh), op(opPutfh, opaque(root)), op(opLink, name(".helper"))}, statusBadName},
+		"in another directory":         {[][]byte{op(opPutfh, opaque(d)), op(opLookup, name(".helper"))}, statusOK},
+	} {
+		if status, _ := w.compound(c.ops...); status != c.want {
+			t.Errorf("%s it is answered by %d, not by %d", what, status, c.want)
+		}
+	}
+	if text, err := os.ReadFile(own); err != nil || string(text) != "text" {
+		t.Errorf("what is hidden is %q, %v", text, err)
 	}
 }
 

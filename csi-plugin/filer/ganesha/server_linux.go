@@ -366,7 +366,8 @@ func (s *Server) Export(e nfs.Export) error {
 	if err := check(e); err != nil {
 		return err
 	}
-	if err := reopens(root); err != nil {
+	handle, err := reopens(root)
+	if err != nil {
 		return fmt.Errorf("export of volume %s: %s: its file system can't be served: %w; take one with file handles, such as ext4, xfs, btrfs or zfs", e.Volume, root, err)
 	}
 	s.mu.Lock()
@@ -376,13 +377,14 @@ func (s *Server) Export(e nfs.Export) error {
 		return err
 	}
 	former, was := s.exports[e.Path]
-	s.exports[e.Path] = export{e, id}
+	s.exports[e.Path] = export{e, id, handle}
 	undo, err := s.shelve(s.exports[e.Path])
 	if err == nil {
 		if err = s.apply(); err != nil {
 			undo()
 		}
 	}
+	defer func() { s.enlist(e.Path, id) }()
 	if err != nil {
 		if was {
 			s.exports[e.Path] = former
@@ -394,22 +396,22 @@ func (s *Server) Export(e nfs.Export) error {
 	return nil
 }
 
-// reopens says whether what the kernel calls a directory leads back to it.
-func reopens(root string) error {
+// reopens returns what the kernel calls a directory, if that leads back to it.
+func reopens(root string) (handle []byte, err error) {
 	h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, root, 0)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	d, err := os.Open(root)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer d.Close()
 	fd, err := unix.OpenByHandleAt(int(d.Fd()), h, unix.O_PATH|unix.O_CLOEXEC)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return unix.Close(fd)
+	return h.Bytes(), unix.Close(fd)
 }
 
 // Unexport is Engine's.
@@ -423,6 +425,7 @@ func (s *Server) Unexport(path string) error {
 	shelf := s.shelfs[path]
 	delete(s.exports, path)
 	s.unshelve(shelf)
+	defer func() { s.enlist(path, e.id) }()
 	err := s.apply()
 	if err == nil {
 		err = s.release(e.Root)

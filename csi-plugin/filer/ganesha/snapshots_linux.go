@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -60,7 +59,7 @@ type shelf struct {
 
 // admits says whether the export, and thus the shelf, is for the client at an address.
 func (is *shelf) admits(client netip.Addr) bool {
-	return slices.ContainsFunc(*is.clients.Load(), func(p netip.Prefix) bool { return p.Contains(client) })
+	return admits(*is.clients.Load(), client)
 }
 
 // shown is a snapshot. The Server's lock is held but for what is atomic.
@@ -84,24 +83,49 @@ func (x *shown) key() string {
 // An index is what calls ask, without the Server's lock.
 type index struct {
 	sync.RWMutex
-	roots  map[uint16]*exported
-	shown  map[uint16]*shown
-	shelfs map[string]*shelf // by their directories
+	exports map[uint16]*exported
+	paths   map[string]*exported
+	shelfs  map[string]*shelf // by their directories
+	shown   map[uint16]*shown
 }
 
+// exported is an export as calls see it.
 type exported struct {
-	root  string
-	shelf *shelf
+	directory
+	handle  []byte // which its root's ends with
+	clients []netip.Prefix
+}
+
+func newIndex() index {
+	return index{exports: map[uint16]*exported{}, paths: map[string]*exported{}, shelfs: map[string]*shelf{}, shown: map[uint16]*shown{}}
+}
+
+// enlist has calls see an export as it is now, if it is there.
+func (s *Server) enlist(path string, id uint16) {
+	s.index.Lock()
+	defer s.index.Unlock()
+	delete(s.index.exports, id)
+	delete(s.index.paths, path)
+	e, ok := s.exports[path]
+	if !ok {
+		return
+	}
+	is := &exported{directory: directory{hidden: e.Hidden}, handle: e.handle, clients: e.Clients}
+	if shelf := s.shelfs[path]; shelf != nil {
+		is.beyond, is.hidden = shelf.dir, append(slices.Clip(e.Hidden), snapshots.Dir)
+	}
+	is.inside = is.hidden
+	s.index.exports[id], s.index.paths[path] = is, is
+}
+
+func admits(clients []netip.Prefix, client netip.Addr) bool {
+	return slices.ContainsFunc(clients, func(p netip.Prefix) bool { return p.Contains(client) })
 }
 
 // A visitor is a client, for whom nothing is mounted that it may not see.
 type visitor struct {
 	*Server
 	address netip.Addr
-}
-
-func newIndex() index {
-	return index{roots: map[uint16]*exported{}, shown: map[uint16]*shown{}, shelfs: map[string]*shelf{}}
 }
 
 // shelve gives an export the directory of its snapshots, or takes it away. What it was before can be given back.
@@ -136,9 +160,6 @@ func (s *Server) shelve(e export) (undo func(), err error) {
 	}
 	s.unshelve(former)
 	s.reshelve(is)
-	s.index.Lock()
-	defer s.index.Unlock()
-	s.index.roots[e.id] = &exported{e.Root, is}
 	return func() { s.unshelve(is); s.reshelve(former) }, nil
 }
 
@@ -153,7 +174,6 @@ func (s *Server) unshelve(is *shelf) {
 	for _, x := range is.all {
 		delete(s.index.shown, x.id)
 	}
-	maps.DeleteFunc(s.index.roots, func(_ uint16, e *exported) bool { return e.shelf == is })
 }
 
 func (s *Server) reshelve(is *shelf) {
@@ -166,9 +186,6 @@ func (s *Server) reshelve(is *shelf) {
 	s.index.shelfs[is.dir] = is
 	for _, x := range is.all {
 		s.index.shown[x.id] = x
-	}
-	if e, ok := s.exports[is.export]; ok {
-		s.index.roots[e.id] = &exported{e.Root, is}
 	}
 }
 
@@ -510,44 +527,63 @@ func (v visitor) outer(handle []byte) []byte {
 	return handle
 }
 
-func (v visitor) beyond(directory []byte) string {
+func (v visitor) at(handle []byte) directory {
+	id := exportOf(handle)
 	v.index.RLock()
-	e := v.index.roots[exportOf(directory)]
-	v.index.RUnlock()
-	if e == nil || !e.shelf.admits(v.address) {
-		return ""
+	defer v.index.RUnlock()
+	if id != 0 {
+		switch e := v.index.exports[id]; {
+		case e == nil:
+			return directory{}
+		case bytes.HasSuffix(handle, e.handle):
+			return v.root(e)
+		default:
+			return e.other()
+		}
 	}
-	h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, e.root, 0)
-	if err != nil || !bytes.HasSuffix(directory, h.Bytes()) {
-		return ""
+	// Those of directories on the way to exports have their paths in them.
+	if _, dir, found := bytes.Cut(handle, []byte("/"+dirPrefix)); found && len(dir) >= 2*dirHash {
+		return v.shelf(dirPrefix + string(dir[:2*dirHash]))
 	}
-	v.look(e.shelf, "")
-	return e.shelf.dir
+	return directory{}
 }
 
-// shelf is the one that a handle is the directory of: those of directories on the way to exports have their paths in them.
-func (v visitor) shelf(handle []byte) *shelf {
-	_, dir, found := bytes.Cut(handle, []byte("/"+dirPrefix))
-	if exportOf(handle) != 0 || !found || len(dir) < 2*dirHash {
-		return nil
+func (v visitor) child(d directory, name string) directory {
+	if !d.top {
+		return d.other()
 	}
 	v.index.RLock()
 	defer v.index.RUnlock()
-	is := v.index.shelfs[dirPrefix+string(dir[:2*dirHash])]
-	if is == nil || !is.admits(v.address) {
-		return nil
+	if e := v.index.paths["/"+name]; e != nil {
+		return v.root(e)
 	}
-	return is
+	return v.shelf(name)
 }
 
-func (v visitor) enters(directory []byte, name string) {
-	if is := v.shelf(directory); is != nil {
-		v.look(is, name)
+func (v visitor) root(e *exported) directory {
+	if !admits(e.clients, v.address) {
+		return directory{}
 	}
+	return e.directory
 }
 
-func (v visitor) lists(directory []byte) {
-	if is := v.shelf(directory); is != nil {
-		v.look(is, "")
+func (v visitor) shelf(dir string) directory {
+	if is := v.index.shelfs[dir]; is != nil && is.admits(v.address) {
+		return directory{shelf: is}
+	}
+	return directory{}
+}
+
+func (v visitor) comes(d directory, name string) {
+	switch {
+	case d.shelf != nil:
+		v.look(d.shelf, name)
+	case d.beyond != "" && name == snapshots.Dir:
+		v.index.RLock()
+		is := v.index.shelfs[d.beyond]
+		v.index.RUnlock()
+		if is != nil {
+			v.look(is, "")
+		}
 	}
 }
