@@ -28,7 +28,8 @@ type guide interface {
 	inner(handle []byte) []byte
 	outer(handle []byte) []byte
 
-	// at is the directory that a handle is of, and child the one that a name in a directory leads to, as far as it matters which it is.
+	// top is the server's root, at the directory that a handle is of, and child the one that a name in a directory leads to, as far as it matters which it is.
+	top() directory
 	at(handle []byte) directory
 	child(d directory, name string) directory
 
@@ -535,7 +536,7 @@ func (w *walk) operation(op uint32) {
 			w.parts, w.from = append(w.parts[:led.parts], w.b[led.from:led.op+4]), led.end
 			w.rename(w.named, []byte(dir))
 			if op == opLookup {
-				w.here = w.seal.guide.child(directory{top: true}, dir)
+				w.here = w.seal.guide.child(w.seal.guide.top(), dir)
 				return
 			}
 		case w.hides(w.here, w.named) && w.makes:
@@ -551,7 +552,7 @@ func (w *walk) operation(op uint32) {
 			w.q.others = append(w.q.others, other{i: w.i, hidden: w.here.hidden})
 		}
 	case opPutrootfh, opPutpubfh:
-		w.here = directory{top: true}
+		w.here = w.seal.guide.top()
 	case opSavefh:
 		w.saved = w.here
 	case opRestorefh:

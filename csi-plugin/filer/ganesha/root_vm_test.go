@@ -633,17 +633,17 @@ func TestRootSnapshots(t *testing.T) {
 			t.Errorf("%s is answered by %d, not by %d", what, status, c.want)
 		}
 	}
-	_, others := w.handle()
-	for _, name := range w.names(others) {
-		if strings.HasPrefix(name, dirPrefix) && name != w.s.shelfs["/v.secret"].dir {
-			_, there := w.handle(name)
-			if got := w.names(there); len(got) > 0 {
-				t.Errorf("of somebody else's volume there are %v", got)
-			}
-			if status, _ := w.at(there, "first"); status == statusOK {
-				t.Error("a snapshot of somebody else's volume is there")
-			}
+	_, top := w.handle()
+	if got := w.names(top); !slices.Equal(got, []string{"v.secret"}) {
+		t.Errorf("the server's root has %q", got)
+	}
+	for _, is := range w.s.shelfs {
+		if status, _ := w.handle(is.dir); status != statusNoEnt {
+			t.Errorf("a directory of snapshots in the server's root is answered by %d", status)
 		}
+	}
+	if status, _ := w.handle("w.secret", ".snapshots", "first"); status == statusOK {
+		t.Error("a snapshot of somebody else's volume is there")
 	}
 	if got := w.mounted(); len(got) != 1 {
 		t.Errorf("who may not see a snapshot has it mounted: %v", got)

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -86,6 +87,7 @@ type index struct {
 	exports map[uint16]*exported
 	paths   map[string]*exported
 	shelfs  map[string]*shelf // by their directories
+	dirs    []string          // of all of them
 	shown   map[uint16]*shown
 }
 
@@ -171,6 +173,7 @@ func (s *Server) unshelve(is *shelf) {
 	s.index.Lock()
 	defer s.index.Unlock()
 	delete(s.index.shelfs, is.dir)
+	s.index.dirs = slices.Collect(maps.Keys(s.index.shelfs))
 	for _, x := range is.all {
 		delete(s.index.shown, x.id)
 	}
@@ -184,6 +187,7 @@ func (s *Server) reshelve(is *shelf) {
 	s.index.Lock()
 	defer s.index.Unlock()
 	s.index.shelfs[is.dir] = is
+	s.index.dirs = slices.Collect(maps.Keys(s.index.shelfs))
 	for _, x := range is.all {
 		s.index.shown[x.id] = x
 	}
@@ -545,7 +549,14 @@ func (v visitor) at(handle []byte) directory {
 	if _, dir, found := bytes.Cut(handle, []byte("/"+dirPrefix)); found && len(dir) >= 2*dirHash {
 		return v.shelf(dirPrefix + string(dir[:2*dirHash]))
 	}
-	return directory{}
+	return directory{top: true, hidden: v.index.dirs}
+}
+
+// top has directories that clients come to by the volumes alone.
+func (v visitor) top() directory {
+	v.index.RLock()
+	defer v.index.RUnlock()
+	return directory{top: true, hidden: v.index.dirs}
 }
 
 func (v visitor) child(d directory, name string) directory {
