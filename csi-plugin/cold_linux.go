@@ -199,6 +199,14 @@ func (c *cli) receive(ctx context.Context, b volume.Backend, v *cold.Vault, one 
 	if c.backend == "dir" {
 		r.Compression, r.BlockSize = "", 0 // zfs alone has them
 	}
+	// Its own copies are the newer ones, also where this host's clock is behind.
+	all, err := v.Copies(ctx, r.Name)
+	if err != nil {
+		return err
+	}
+	if len(all) > 0 {
+		r.After = all[len(all)-1].Born
+	}
 	r.Pool, r.Size, r.Origin.Copy = pool, info.Size, one.String()
 	made, err := receiver.Receive(ctx, r, info.Content, func(ctx context.Context, disk *os.File) error { return v.Restore(ctx, one, disk) })
 	if err != nil {

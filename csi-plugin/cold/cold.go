@@ -140,14 +140,23 @@ func several(ctx context.Context, all iter.Seq2[int64, string], do func(ctx cont
 	return cmp.Or(g.Wait(), context.Cause(ctx))
 }
 
-// Save copies a snapshot's blocks, unless that copy is there already. base is an earlier copy of the same volume, the one that blocks are compared
-// with; the zero value is none. What Save sent before it was interrupted is not sent again.
-func (v *Vault) Save(ctx context.Context, of volume.Volume, s volume.Snapshot, blocks *volume.Blocks, base Copy) (c Copy, sent int64, err error) {
-	c = Copy{of.ID, of.Created, s.Created.Truncate(time.Second).UTC()}
+// An Order puts a copy in its place among the others of a volume, whatever clocks have said.
+type Order struct {
+	Taken  time.Time // the snapshot's, but where the clock was set back: no later copy has an earlier one
+	Former []string  // snapshots for cold storage that there were beside the one that is copied, NAME@TIME: none of them is newer
+}
+
+// Save copies a snapshot's blocks. base is an earlier copy of the same volume, the one that blocks are compared with; the zero value is none. What Save sent before it was interrupted is
+// not sent again, what is missing of base is.
+func (v *Vault) Save(ctx context.Context, of volume.Volume, s volume.Snapshot, o Order, blocks *volume.Blocks, base Copy) (c Copy, sent int64, err error) {
+	c = Copy{of.ID, of.Created, o.Taken.Truncate(time.Second).UTC()}
 	m := &manifest{header: header{
-		Version: 1, Volume: of.ID, Born: of.Created, Taken: s.Created, Snapshot: s.ID.Name, Size: blocks.Size, Chunk: chunkSize,
+		Version: 1, Volume: of.ID, Born: of.Created, Taken: o.Taken, Snapshot: s.ID.Name, Former: o.Former, Size: blocks.Size, Chunk: chunkSize,
 		Content: of.Content, Parameters: of.Map(),
 	}, chunks: map[int64]string{}}
+	if !o.Taken.Equal(s.Created) {
+		m.Created = s.Created
+	}
 	if !blocks.Whole && base == (Copy{}) {
 		return c, 0, errors.New("save: blocks that differ from a copy, and no copy")
 	}
@@ -166,8 +175,17 @@ func (v *Vault) Save(ctx context.Context, of volume.Volume, s volume.Snapshot, b
 	if err != nil {
 		return c, 0, err
 	}
+	data := slices.Clone(blocks.Data)
+	for i, name := range m.sorted() {
+		if !there[name] {
+			data = append(data, volume.Range{Start: i * chunkSize, End: (i + 1) * chunkSize})
+		}
+	}
+	if len(data) > len(blocks.Data) {
+		slices.SortFunc(data, func(a, b volume.Range) int { return cmp.Compare(a.Start, b.Start) })
+	}
 	var mu sync.Mutex // m.chunks, there, sent
-	err = several(ctx, chunksOf(blocks.Data, blocks.Size), func(ctx context.Context, i int64, _ string) error {
+	err = several(ctx, chunksOf(data, blocks.Size), func(ctx context.Context, i int64, _ string) error {
 		data, err := readChunk(blocks, i, blocks.Size)
 		if err != nil {
 			return fmt.Errorf("read %s at %d: %w", s.ID, i*chunkSize, err)
@@ -267,6 +285,9 @@ func (v *Vault) fetch(ctx context.Context, c Copy, i int64, name string, size in
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
+		if _, lerr := v.store.Get(ctx, c.object()); errors.Is(lerr, fs.ErrNotExist) {
+			return nil, fmt.Errorf("copy %s: %w any more: newer ones have its place; begin again, with one that \"cradle-csi cold ls\" lists", c, volume.ErrNotFound)
+		}
 		err = errors.New("it is missing")
 	case err == nil && v.key.name(data) != name:
 		err = errors.New("its content is not what was saved")
@@ -336,7 +357,9 @@ func (v *Vault) Verify(ctx context.Context, c Copy, seen *sync.Map, report func(
 
 // Info is what a copy says of the volume.
 type Info struct {
-	Snapshot   string // the name of the snapshot that was copied
+	Snapshot   string    // the name of the snapshot that was copied
+	Created    time.Time // when that was taken, by the clock of then
+	Former     []string  // as in Order
 	Size       int64
 	Stored     int64 // bytes in chunks, before compression
 	Content    volume.Content
@@ -353,18 +376,25 @@ func (v *Vault) Info(ctx context.Context, c Copy) (Info, error) {
 }
 
 func (m *manifest) info() Info {
-	return Info{m.Snapshot, m.Size, int64(len(m.chunks)) * chunkSize, m.Content, m.Parameters}
+	created := m.Created
+	if created.IsZero() {
+		created = m.Taken
+	}
+	return Info{m.Snapshot, created, m.Former, m.Size, int64(len(m.chunks)) * chunkSize, m.Content, m.Parameters}
 }
 
 // Prune removes the copies of a volume that the retention does not keep, and then the chunks that no copy has. Nobody may save one of the same volume
-// meanwhile.
-func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retention) error {
+// meanwhile. saved is the newest one: a list of copies that lacks it is an old one, and nothing is removed by that.
+func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retention, saved Copy) error {
 	all, err := v.Copies(ctx, of.ID)
 	if err != nil {
 		return err
 	}
 	line := Copy{Volume: of.ID, Born: of.Created}.line()
 	all = slices.DeleteFunc(all, func(c Copy) bool { return c.line() != line })
+	if len(all) == 0 || all[len(all)-1].object() != saved.object() {
+		return fmt.Errorf("remove old copies of volume %s: the list of its copies does not end with %s, which was saved; nothing is removed", of.ID, saved)
+	}
 	taken := make([]time.Time, len(all))
 	for i, c := range all {
 		taken[i] = c.Taken

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -68,7 +69,7 @@ func blocks(data []byte) *volume.Blocks {
 
 func save(t *testing.T, v *Vault, n int, b *volume.Blocks, base Copy) (Copy, int64) {
 	t.Helper()
-	c, sent, err := v.Save(t.Context(), vol, snapshot(n), b, base)
+	c, sent, err := v.Save(t.Context(), vol, snapshot(n), Order{Taken: snapshot(n).Created}, b, base)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +213,7 @@ func testVault(t *testing.T, s Store) {
 		}
 	}
 
-	if err := v.Prune(t.Context(), vol, volume.Retention{Hourly: 2}); err != nil {
+	if err := v.Prune(t.Context(), vol, volume.Retention{Hourly: 2}, three); err != nil {
 		t.Fatal(err)
 	}
 	if all, err := v.Copies(t.Context(), ""); err != nil || len(all) != 2 || all[0] != two {
@@ -255,7 +256,7 @@ func TestDamaged(t *testing.T) {
 	c, _ := save(t, v, 1, blocks(data), Copy{})
 	other := vol
 	other.ID = "web"
-	foreign, _, err := v.Save(t.Context(), other, snapshot(1), blocks(random(2, 6*chunkSize)), Copy{})
+	foreign, _, err := v.Save(t.Context(), other, snapshot(1), Order{Taken: snapshot(1).Created}, blocks(random(2, 6*chunkSize)), Copy{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -380,7 +381,7 @@ func TestInterrupted(t *testing.T) {
 	data := random(1, 30*chunkSize)
 	total := int64(0)
 	for tries := 1; ; tries++ {
-		c, sent, err := NewVault(&broken{Store: f, left: 3}, k).Save(t.Context(), vol, snapshot(1), blocks(data), Copy{})
+		c, sent, err := NewVault(&broken{Store: f, left: 3}, k).Save(t.Context(), vol, snapshot(1), Order{Taken: snapshot(1).Created}, blocks(data), Copy{})
 		total += sent
 		if err == nil {
 			if tries == 1 { // how many it takes depends on how many calls were on their way when the store broke
@@ -419,7 +420,7 @@ func TestFormerVolume(t *testing.T) {
 	v := NewVault(folder(t), testKey(t))
 	now := vol
 	now.Created = born.Add(2 * time.Hour)
-	current, _, err := v.Save(t.Context(), now, snapshot(3), blocks(random(2, 5*chunkSize)), Copy{})
+	current, _, err := v.Save(t.Context(), now, snapshot(3), Order{Taken: snapshot(3).Created}, blocks(random(2, 5*chunkSize)), Copy{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -427,7 +428,7 @@ func TestFormerVolume(t *testing.T) {
 	if c, err := v.Find(t.Context(), "db"); err != nil || c != current {
 		t.Errorf("the newest is %+v, %v", c, err)
 	}
-	if err := v.Prune(t.Context(), now, volume.Retention{}); err != nil {
+	if err := v.Prune(t.Context(), now, volume.Retention{}, current); err != nil {
 		t.Fatal(err)
 	}
 	restored(t, v, former, 5*chunkSize)
@@ -508,6 +509,159 @@ func TestSnapshotTakenAgain(t *testing.T) {
 		}
 		if !bytes.Equal(restored(t, v, c, len(source.data)), source.data) {
 			t.Errorf("step %d: what is restored is not what was copied", i)
+		}
+	}
+}
+
+// forgetful is a store whose list lacks some objects.
+type forgetful struct {
+	Store
+	forgets func(name string) bool
+}
+
+func (f *forgetful) List(ctx context.Context, prefix string, each func(string) error) error {
+	return f.Store.List(ctx, prefix, func(name string) error {
+		if f.forgets(name) {
+			return nil
+		}
+		return each(name)
+	})
+}
+
+// What a list does not have is sent again, not inherited; and by a list that is old nothing is removed.
+func TestOldLists(t *testing.T) {
+	f := folder(t)
+	k := testKey(t)
+	v := NewVault(f, k)
+	data := random(1, 6*chunkSize)
+	one, _ := save(t, v, 1, blocks(data), Copy{})
+	m, err := v.manifest(t.Context(), one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Delete(t.Context(), one.chunk(m.chunks[4])); err != nil {
+		t.Fatal(err)
+	}
+	nothing := blocks(data) // has changed since
+	nothing.Whole, nothing.Data = false, nil
+	two, sent := save(t, v, 2, nothing, one)
+	if sent < chunkSize || sent > 2*chunkSize {
+		t.Errorf("%d bytes were sent for a chunk that was missing", sent)
+	}
+	for _, c := range []Copy{one, two} {
+		if !bytes.Equal(restored(t, v, c, len(data)), data) {
+			t.Errorf("%s is not what was saved", c)
+		}
+	}
+	three, _ := save(t, v, 3, blocks(random(2, 6*chunkSize)), two)
+	before := objects(t, f)
+	old := NewVault(&forgetful{f, func(name string) bool { return name == three.object() }}, k)
+	if err := old.Prune(t.Context(), vol, volume.Retention{}, three); err == nil || !strings.Contains(err.Error(), "nothing is removed") {
+		t.Errorf("by a list that is old: %v", err)
+	}
+	if now := objects(t, f); !slices.Equal(now, before) {
+		t.Errorf("there were %q, and are %q", before, now)
+	}
+	if err := v.Prune(t.Context(), vol, volume.Retention{}, three); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Restore(t.Context(), one, disk(t, len(data))); !errors.Is(err, volume.ErrNotFound) || errors.Is(err, ErrDamaged) {
+		t.Errorf("restored one that was removed: %v", err)
+	}
+	// One that is removed while it is restored: its list was read before.
+	early := NewVault(&stale{f, map[string][]byte{}}, k)
+	four, _ := save(t, v, 4, blocks(data), three)
+	if _, err := early.Info(t.Context(), three); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Prune(t.Context(), vol, volume.Retention{}, four); err != nil {
+		t.Fatal(err)
+	}
+	if err := early.Restore(t.Context(), three, disk(t, len(data))); !errors.Is(err, volume.ErrNotFound) || errors.Is(err, ErrDamaged) {
+		t.Errorf("removed while it is restored: %v", err)
+	}
+}
+
+// stale gives once more what was read before, and then what there is.
+type stale struct {
+	Store
+	had map[string][]byte
+}
+
+func (s *stale) Get(ctx context.Context, name string) ([]byte, error) {
+	if data, ok := s.had[name]; ok {
+		delete(s.had, name)
+		return data, nil
+	}
+	data, err := s.Store.Get(ctx, name)
+	if err == nil {
+		s.had[name] = data
+	}
+	return data, err
+}
+
+// Snapshots of the future are of a clock that was ahead, or is behind now: what is taken afterwards is copied all the same, as the newest, and what was copied before is not copied again.
+func TestClock(t *testing.T) {
+	now := time.Now().UTC().Truncate(time.Second)
+	this := vol
+	this.Created = now.Add(-100 * time.Hour)
+	for _, steps := range [][][]time.Duration{ // the snapshots that there are, in hours from now; the last one was taken last
+		{{-5}, {-5, -4}, {-4, -3}},
+		{{9000}, {9000, 9001}, {9001, -4}, {-4, -3}, {-3, -2}},
+	} {
+		v := NewVault(folder(t), testKey(t))
+		source := &snapshots{}
+		k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
+		var s state
+		for i, hours := range steps {
+			source.all, source.data, source.since = nil, random(uint64(i), 5*chunkSize), volume.SnapshotID{}
+			for _, h := range hours {
+				source.all = append(source.all, volume.Snapshot{ID: volume.SnapshotID{Volume: "db", Name: fmt.Sprint("cold-", h)}, Created: now.Add(h * time.Hour), Automatic: true})
+			}
+			if i%2 == 1 {
+				s = state{} // another plugin
+			}
+			for range 2 {
+				if _, _, err := k.save(t.Context(), this, &s); err != nil {
+					t.Fatalf("%v, %d: %v", steps, i, err)
+				}
+			}
+			c, err := v.Find(t.Context(), "db")
+			if err != nil {
+				t.Fatal(err)
+			}
+			info, err := v.Info(t.Context(), c)
+			if want := fmt.Sprint("cold-", hours[len(hours)-1]); err != nil || info.Snapshot != want {
+				t.Errorf("%v, step %d: the newest copy, %s, is of snapshot %s, not %s; %v", steps, i, c, info.Snapshot, want, err)
+			}
+			if len(hours) > 1 && i > 0 && hours[0] == steps[i-1][len(steps[i-1])-1] && source.since.Name != fmt.Sprint("cold-", hours[0]) {
+				t.Errorf("%v, step %d: compared with %q", steps, i, source.since)
+			}
+			if all, err := v.Copies(t.Context(), "db"); err != nil || len(all) != 1 { // the volume keeps the newest
+				t.Errorf("%v, step %d: copies are %v, %v", steps, i, all, err)
+			}
+		}
+		// What was there before is not copied, where nothing else is left, nor while what was copied is in the future.
+		old := source.all[:1]
+		future := volume.Snapshot{ID: volume.SnapshotID{Volume: "db", Name: "cold-9009"}, Created: now.Add(9009 * time.Hour), Automatic: true}
+		for i, all := range [][]volume.Snapshot{old, append(old, future)} {
+			if i == 1 {
+				o := Order{Taken: future.Created, Former: []string{old[0].ID.Name + "@" + old[0].Created.Format(stamp)}}
+				if _, _, err := v.Save(t.Context(), this, future, o, blocks(source.data), Copy{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			source.all, s = all, state{}
+			before, err := v.Find(t.Context(), "db")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c, _, err := k.save(t.Context(), this, &s); err != nil || c != (Copy{}) {
+				t.Errorf("%v: an old snapshot is copied as %v, %v", steps, c, err)
+			}
+			if now, err := v.Find(t.Context(), "db"); err != nil || now != before {
+				t.Errorf("%v: the newest copy was %v and is %v, %v", steps, before, now, err)
+			}
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,9 +39,8 @@ type Keeper struct {
 // A state is what is known of a volume's copies.
 type state struct {
 	born   time.Time
-	newest time.Time // taken; the zero value is none yet
-	known  bool      // newest was looked up
-	used   bool      // it is none that is pending
+	newest volume.Snapshot // that is copied; the zero value is none yet
+	used   bool            // it is none that is pending
 	busy   bool
 }
 
@@ -68,10 +68,10 @@ func (k *Keeper) Collect(all chan<- prometheus.Metric) {
 	defer k.mu.Unlock()
 	for id, s := range k.volumes {
 		since := s.born
-		if s.newest.After(since) {
-			since = s.newest
+		if at := s.newest.Created; at.After(since) && !ahead(at) {
+			since = at
 		}
-		all <- prometheus.MustNewConstMetric(ageDesc, prometheus.GaugeValue, time.Since(since).Seconds(), id)
+		all <- prometheus.MustNewConstMetric(ageDesc, prometheus.GaugeValue, max(0, time.Since(since).Seconds()), id)
 	}
 }
 
@@ -174,80 +174,92 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, s
 	}
 	all, err := k.source.Snapshots(ctx, v.ID)
 	snap := newest(all)
-	if err != nil || snap.ID == (volume.SnapshotID{}) {
+	if err != nil || snap.ID == (volume.SnapshotID{}) || same(snap, s.newest) {
 		return c, 0, err
 	}
-	taken := snap.Created.Truncate(time.Second)
-	if s.known && !s.newest.Before(taken) {
-		return c, 0, nil
-	}
-	base, err := k.vault.newest(ctx, v)
+	copies, err := k.vault.copiesOf(ctx, v)
 	if err != nil {
 		return c, 0, err
 	}
-	k.saved(s, base.Taken)
-	if !base.Taken.Before(taken) {
-		return c, 0, nil
+	taken := snap.Created
+	var base Copy
+	var was volume.Snapshot // that base is a copy of
+	if len(copies) > 0 {
+		base = copies[len(copies)-1]
+		info, err := k.vault.Info(ctx, base)
+		switch {
+		case err == nil:
+			was = volume.Snapshot{ID: volume.SnapshotID{Volume: v.ID, Name: info.Snapshot}, Created: info.Created}
+			k.saved(s, was)
+		case !errors.Is(err, ErrDamaged):
+			return c, 0, err
+		default: // all is compared
+			k.log.Error("cold storage: a copy can't be used", "error", err)
+			was.Created = base.Taken
+		}
+		// Beside one that can't be read, another one is made; it may be this host's key that is wrong.
+		again := err != nil && snap.Created.Truncate(time.Second).Equal(base.Taken)
+		if !again && (same(snap, was) || slices.Contains(info.Former, snap.ID.Name+"@"+snap.Created.Format(stamp)) || !ahead(was.Created) && !snap.Created.After(was.Created)) {
+			return c, 0, nil
+		}
+		// Where the clock was ahead, and was set back since, or is behind now, copies go on being later than those before, by as much as their snapshots are.
+		if !taken.Truncate(time.Second).After(base.Taken) {
+			taken = base.Taken.Add(max(time.Second, snap.Created.Sub(was.Created)))
+		}
+		if err != nil {
+			base = Copy{}
+		}
 	}
-	blocks, base, err := k.open(ctx, snap, all, base)
+	var since volume.SnapshotID
+	var former []string
+	for _, s := range all {
+		if base != (Copy{}) && same(s, was) {
+			since = s.ID
+		}
+		if s.ForCold() && !same(s, snap) {
+			former = append(former, s.ID.Name+"@"+s.Created.Format(stamp))
+		}
+	}
+	blocks, err := k.source.Open(ctx, snap.ID, since)
 	if err != nil {
 		return c, 0, fmt.Errorf("snapshot %s: %w", snap.ID, err)
 	}
-	c, sent, err = k.vault.Save(ctx, v, snap, blocks, base)
-	if err = errors.Join(err, blocks.Close()); err != nil {
-		return c, sent, err
+	c, sent, err = k.vault.Save(ctx, v, snap, Order{taken, former}, blocks, base)
+	if err == nil {
+		k.saved(s, snap)
+		err = k.vault.Prune(ctx, v, v.Cold, c)
 	}
-	k.saved(s, c.Taken)
-	return c, sent, k.vault.Prune(ctx, v, v.Cold)
+	return c, sent, errors.Join(err, blocks.Close()) // until then no other plugin saves a copy of it
 }
 
-func (k *Keeper) saved(s *state, taken time.Time) {
+func (k *Keeper) saved(s *state, newest volume.Snapshot) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	s.newest, s.known = taken, true
+	s.newest = newest
 }
 
-// newest is the newest snapshot for cold storage; the zero value where there is none.
+// same says whether two are one snapshot. One that was deleted, and taken again under its name, is another.
+func same(a, b volume.Snapshot) bool {
+	return a.ID == b.ID && a.Created.Truncate(time.Second).Equal(b.Created.Truncate(time.Second))
+}
+
+// ahead says whether a time is none that can have been: the clock was ahead then, or is behind now.
+func ahead(t time.Time) bool { return time.Until(t) > time.Minute }
+
+// newest is the newest snapshot for cold storage; the zero value where there is none. What was taken in the future is older than all that was not.
 func newest(all []volume.Snapshot) (newest volume.Snapshot) {
 	for _, s := range all {
-		if s.ForCold() && s.Created.After(newest.Created) {
+		switch was := newest.Created; {
+		case !s.ForCold():
+		case was.IsZero(), ahead(was) && !ahead(s.Created), ahead(was) == ahead(s.Created) && s.Created.After(was):
 			newest = s
 		}
 	}
 	return newest
 }
 
-// newest is the newest copy of this very volume; the zero value where there is none.
-func (v *Vault) newest(ctx context.Context, of volume.Volume) (newest Copy, err error) {
+// copiesOf are those of this very volume, the newest last.
+func (v *Vault) copiesOf(ctx context.Context, of volume.Volume) ([]Copy, error) {
 	all, err := v.Copies(ctx, of.ID)
-	for _, c := range all {
-		if c.Born.Equal(of.Created) {
-			newest = c
-		}
-	}
-	return newest, err
-}
-
-// open opens a snapshot to be compared with what the base is a copy of. A base that can't be read is none, and all is compared; as it is where the base's snapshot has gone,
-// and another one, which was taken later, has its name.
-func (k *Keeper) open(ctx context.Context, snap volume.Snapshot, all []volume.Snapshot, base Copy) (*volume.Blocks, Copy, error) {
-	var since volume.SnapshotID
-	if base != (Copy{}) {
-		info, err := k.vault.Info(ctx, base)
-		switch {
-		case err == nil:
-			for _, s := range all {
-				if s.ID.Name == info.Snapshot && s.Created.Truncate(time.Second).Equal(base.Taken) {
-					since = s.ID
-				}
-			}
-		case errors.Is(err, ErrDamaged):
-			k.log.Error("cold storage: a copy can't be used", "error", err)
-			base = Copy{}
-		default:
-			return nil, base, err
-		}
-	}
-	blocks, err := k.source.Open(ctx, snap.ID, since)
-	return blocks, base, err
+	return slices.DeleteFunc(all, func(c Copy) bool { return !c.Born.Equal(of.Created) }), err
 }

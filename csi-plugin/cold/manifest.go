@@ -31,6 +31,8 @@ type header struct {
 	Born       time.Time         `json:"born"`
 	Taken      time.Time         `json:"taken"`
 	Snapshot   string            `json:"snapshot"`
+	Created    time.Time         `json:"created,omitzero"` // of the snapshot, where the copy has another time
+	Former     []string          `json:"former,omitempty"` // Order's
 	Size       int64             `json:"size"`
 	Chunk      int64             `json:"chunk"` // chunkSize
 	Content    volume.Content    `json:"content,omitempty"`

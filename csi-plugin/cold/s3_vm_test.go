@@ -45,7 +45,7 @@ func TestVMBucket(t *testing.T) {
 	}
 	stop()
 	v := NewVault(openBucket(t, o), testKey(t))
-	if _, _, err := v.Save(t.Context(), vol, snapshot(1), blocks(random(1, 5*chunkSize)), Copy{}); err == nil {
+	if _, _, err := v.Save(t.Context(), vol, snapshot(1), Order{Taken: snapshot(1).Created}, blocks(random(1, 5*chunkSize)), Copy{}); err == nil {
 		t.Error("saved in a server that is not there")
 	}
 }

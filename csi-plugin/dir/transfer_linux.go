@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -14,7 +14,7 @@ import (
 )
 
 // Open is volume.Sender's. A host file system does not tell what differs from another file: all that is no hole counts.
-func (b *Backend) Open(_ context.Context, id, _ volume.SnapshotID) (*volume.Blocks, error) {
+func (b *Backend) Open(ctx context.Context, id, _ volume.SnapshotID) (*volume.Blocks, error) {
 	f, err := b.origin(volume.Origin{Snapshot: id})
 	if err != nil {
 		return nil, err
@@ -26,11 +26,28 @@ func (b *Backend) Open(_ context.Context, id, _ volume.SnapshotID) (*volume.Bloc
 	if err != nil {
 		return nil, err
 	}
-	data, err := dataOf(image, f.size)
+	lock, err := b.lock(ctx, copying+id.Volume)
 	if err != nil {
 		return nil, errors.Join(err, image.Close())
 	}
-	return &volume.Blocks{ReaderAt: image, Closer: image, Size: f.size, Data: data, Whole: true}, nil
+	data, err := dataOf(image, f.size)
+	if err != nil {
+		return nil, errors.Join(err, image.Close(), lock.Close())
+	}
+	return &volume.Blocks{ReaderAt: image, Closer: closers{image, lock}, Size: f.size, Data: data, Whole: true}, nil
+}
+
+// copying + a volume's name is a lock of whoever copies it to cold storage: no volume has a colon in its name.
+const copying = "copy:"
+
+type closers []io.Closer
+
+// Close is io.Closer's.
+func (all closers) Close() (err error) {
+	for _, c := range all {
+		err = errors.Join(err, c.Close())
+	}
+	return err
 }
 
 // dataOf are the ranges of a file that are no holes.
@@ -87,7 +104,7 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 // receive makes the folder as make does, but goes on with what an interrupted call for the same copy has left.
 func (b *Backend) receive(ctx context.Context, p *pool, r volume.Request, content volume.Content, fill func(context.Context, *os.File) error) error {
 	h := hidden(r.Name)
-	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content, Generation: r.Generation}
+	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: r.Born(), Content: content, Generation: r.Generation}
 	if r.Direct {
 		rec.Content = volume.Guest
 	}

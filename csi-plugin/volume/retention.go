@@ -104,7 +104,11 @@ func (k kind) due(keep int, has []Snapshot, now time.Time) (take []string, drop 
 		take = append(take, name)
 		keep-- // what is to come is kept as well
 	}
-	slices.SortFunc(kept, func(a, b Snapshot) int { return cmp.Compare(b.ID.Name, a.ID.Name) }) // the newest first
+	// The newest first. What has a name of the future was taken while the clock was ahead, or it is behind now: either way before what is taken from now on.
+	ahead := func(s Snapshot) int { return max(0, cmp.Compare(s.ID.Name, name)) }
+	slices.SortFunc(kept, func(a, b Snapshot) int {
+		return cmp.Or(cmp.Compare(ahead(a), ahead(b)), cmp.Compare(b.ID.Name, a.ID.Name))
+	})
 	for _, s := range kept[min(keep, len(kept)):] {
 		drop = append(drop, s.ID)
 	}

@@ -147,7 +147,17 @@ type Request struct {
 	Limit      int64 // bytes at most; 0 is no limit
 	Origin     Origin
 	Generation int
+	After      time.Time // the volume is one that was made later than that, whatever the clock says
 	Parameters
+}
+
+// Born is when the volume of a request is made, which is now.
+func (r Request) Born() time.Time {
+	now := time.Now().UTC()
+	if !now.After(r.After) {
+		return r.After.UTC().Add(1)
+	}
+	return now
 }
 
 // An Origin is where a volume's first content comes from. At most one of its fields is set.

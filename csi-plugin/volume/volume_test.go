@@ -167,6 +167,35 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// The clock is years ahead for some hours, and then it is not, or the other way around: what is taken from then on is kept, and what was taken before goes in its time.
+func TestRetentionClock(t *testing.T) {
+	p := Parameters{Snapshots: Retention{Hourly: 3}}
+	for what, steps := range map[string][]time.Time{
+		"ahead":  {time.Date(2026, 1, 30, 22, 30, 0, 0, time.UTC), time.Date(2031, 1, 30, 22, 30, 0, 0, time.UTC), time.Date(2026, 1, 31, 3, 30, 0, 0, time.UTC)},
+		"behind": {time.Date(2026, 1, 30, 22, 30, 0, 0, time.UTC), time.Date(1970, 1, 1, 0, 30, 0, 0, time.UTC), time.Date(2026, 1, 31, 3, 30, 0, 0, time.UTC)},
+	} {
+		var has []Snapshot // in the order in which they were taken
+		for _, now := range steps {
+			for i := range 5 {
+				take, drop := p.Due(has, now.Add(time.Duration(i)*time.Hour))
+				for _, name := range take {
+					has = append(has, Snapshot{ID: SnapshotID{"v", name}, Automatic: true})
+				}
+				newest := has[len(has)-1].ID
+				has = slices.DeleteFunc(has, func(s Snapshot) bool { return slices.Contains(drop, s.ID) })
+				if len(has) == 0 || has[len(has)-1].ID != newest {
+					t.Fatalf("%s: after %v %v goes, the newest", what, now, newest)
+				}
+			}
+			for i, s := range has[max(0, len(has)-3):] {
+				if want := "hourly-" + now.Add(time.Duration(2+i)*time.Hour).Truncate(time.Hour).Format(stamp); s.ID.Name != want {
+					t.Errorf("%s: five hours after %v there is %v, not %s", what, now, s.ID, want)
+				}
+			}
+		}
+	}
+}
+
 // Of the snapshots for cold storage there are two: the one that is copied, and the one that was.
 func TestDueForCold(t *testing.T) {
 	p := Parameters{Cold: Retention{Daily: 1}}

@@ -157,7 +157,7 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 
 // receive makes the zvol under another name, or goes on with what an interrupted call for the same copy has left.
 func (p Pool) receive(ctx context.Context, r volume.Request, size int64, content volume.Content, fill func(context.Context, *os.File) error) error {
-	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content, Generation: r.Generation}
+	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: r.Born(), Content: content, Generation: r.Generation}
 	if r.Direct {
 		rec.Content = volume.Guest
 	}
