@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -55,8 +56,41 @@ func (a *floating) on(do func(link netlink.Link, address *netlink.Addr) error) e
 // add gives the address to this host, which may have it already.
 func (a *floating) add() error { return a.on(netlink.AddrReplace) }
 
+// reset ends connections to the address whose process can't close them, as calls of it wait in the kernel: their clients would wait as well, and not ask elsewhere. A
+// kernel without INET_DIAG_DESTROY leaves them.
+func (a *floating) reset() {
+	address := a.prefix.Addr()
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		all, _ := netlink.SocketDiagTCP(family)
+		for _, s := range all {
+			at, _ := netip.AddrFromSlice(s.ID.Source)
+			if at.Unmap() == address && (s.State == netlink.TCP_ESTABLISHED || s.State == netlink.TCP_CLOSE_WAIT) {
+				_ = destroy(family, s.ID)
+			}
+		}
+	}
+}
+
+// destroy ends a connection (sock_diag(7), SOCK_DESTROY); netlink's own is of IPv4 alone.
+func destroy(family uint8, id netlink.SocketID) error {
+	var b [56]byte // struct inet_diag_req_v2
+	b[0], b[1] = family, unix.IPPROTO_TCP
+	binary.BigEndian.PutUint16(b[8:], id.SourcePort)
+	binary.BigEndian.PutUint16(b[10:], id.DestinationPort)
+	copy(b[12:28], id.Source)
+	copy(b[28:44], id.Destination)
+	binary.NativeEndian.PutUint32(b[44:], id.Interface)
+	binary.NativeEndian.PutUint32(b[48:], id.Cookie[0])
+	binary.NativeEndian.PutUint32(b[52:], id.Cookie[1])
+	req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
+	req.AddRawData(b[:])
+	_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
+	return err
+}
+
 // remove takes it away. That it is not there is no error.
 func (a *floating) remove() error {
+	a.reset()
 	return a.on(func(link netlink.Link, address *netlink.Addr) error {
 		err := netlink.AddrDel(link, address)
 		if errors.Is(err, unix.EADDRNOTAVAIL) {

@@ -52,6 +52,7 @@ type filer struct {
 	tenants sync.Mutex      // one of their grants at a time, with its Variable
 	mu      sync.Mutex      // one change at a time
 	entered map[string]bool // volumes whose files this process itself works with
+	placed  map[string]bool // volumes that restore has placed, while it is at it
 }
 
 // options are for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
@@ -157,6 +158,9 @@ func (f *filer) hasFiles(ctx context.Context, id string) error {
 
 // place makes the volume's files appear.
 func (f *filer) place(ctx context.Context, id string) (root string, err error) {
+	if f.placed[id] {
+		return f.root(id), nil
+	}
 	if err := f.hasFiles(ctx, id); err != nil {
 		return "", err
 	}
@@ -169,7 +173,11 @@ func (f *filer) place(ctx context.Context, id string) (root string, err error) {
 	if f.engineName == byGanesha {
 		o, _ = mount.ParseOptions([]string{"dirsync"}) // it does not sync directories, and says that they are
 	}
-	return root, mount.Place(ctx, source.Device, source.Directory, source.FSType, root, o)
+	err = mount.Place(ctx, source.Device, source.Directory, source.FSType, root, o)
+	if err == nil && f.placed != nil {
+		f.placed[id] = true
+	}
+	return root, err
 }
 
 // release undoes that, unless somebody has the volume besides those publications and grants that are just ending.
@@ -235,6 +243,8 @@ func (f *filer) end(ctx context.Context, p api.Publication) error {
 func (f *filer) restore(ctx context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.placed = map[string]bool{} // clients wait: a volume that is published many times is asked for once
+	defer func() { f.placed = nil }()
 	all, err := f.published().all()
 	errs := []error{err}
 	for _, p := range all {

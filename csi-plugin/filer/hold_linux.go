@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
@@ -34,10 +37,16 @@ func (m *member) hold(ctx context.Context, session string, former tenure) (took 
 	// When this process is asked to end, it hands over first.
 	h.lost, h.lose = context.WithCancelCause(context.WithoutCancel(ctx))
 	var g sync.WaitGroup
-	defer g.Wait()
-	defer h.lose(nil)
+	abandoned := false
+	defer func() {
+		h.lose(nil)
+		if !abandoned { // else they may wait for what comes to no end
+			g.Wait()
+		}
+	}()
 	g.Go(h.renew)
 	g.Go(h.keep)
+	g.Go(h.look)
 	if former.Ended == "" {
 		m.log.Info("waits, as the former one may not have ended", "former", former.Member)
 		for !m.lock.hasEnded(h.lost, former.Session) && lease.Now()-acquired < m.set.lease {
@@ -76,7 +85,9 @@ func (m *member) hold(ctx context.Context, session string, former tenure) (took 
 	case err != nil:
 		why = fmt.Sprintf("%s could not serve: %v", m.set.member, err)
 	}
-	h.stop(t, why)
+	if abandoned = h.stop(t, why); abandoned && err == nil {
+		err = context.Cause(h.lost)
+	}
 	if asker != nil {
 		asker <- err
 	}
@@ -142,6 +153,15 @@ func (h *hold) keep() {
 			}
 		}
 		h.pause(h.lost, h.set.lease/8-(lease.Now()-asked))
+	}
+}
+
+// look loses the lock once the pool is lost: another host may reach its disks.
+func (h *hold) look() {
+	for ; h.lost.Err() == nil; h.pause(h.lost, h.set.lease/10) {
+		if err := h.pool.lost(); err != nil {
+			h.lose(err)
+		}
 	}
 }
 
@@ -216,15 +236,20 @@ func (h *hold) take(before tenure) (*term, error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.hostID != "" {
-		if err := h.lock.alone(h.lost, h.set.member, h.hostID); err != nil {
-			return nil, err
-		}
+	if err := h.lock.alone(h.lost, h.set.member, h.hostID); err != nil && (h.hostID != "" || errors.Is(err, errCloned)) {
+		return nil, err
 	}
+	// Disks that do not answer keep an import for ever, and the set with it.
+	stuck := time.AfterFunc(takeTime, func() {
+		h.log.Error("taking the pool comes to no end: this process does")
+		h.exit()
+	})
+	defer stuck.Stop()
 	at, id, err := h.pool.take(h.lost, former.Pool, before.Ended != "" || before.Serving || before.Session == "")
 	if err != nil {
 		return nil, err
 	}
+	stuck.Stop()
 	if h.at != nil {
 		if err := h.at.add(); err != nil {
 			return nil, err
@@ -262,9 +287,14 @@ func (h *hold) take(before tenure) (*term, error) {
 }
 
 // stop gives the pool and the lock back. As long as the lock is held, calls that have begun are answered before, and clients keep their connections until
-// another filer serves: when they ask again, it is that one.
-func (h *hold) stop(t *term, why string) {
+// another filer serves: when they ask again, it is that one. abandoned says that it could not, and that what had begun is left alone.
+func (h *hold) stop(t *term, why string) (abandoned bool) {
 	h.serves(nil)
+	if err := h.pool.lost(); err != nil {
+		h.lose(err)
+		h.abandon(t, err, why)
+		return true
+	}
 	orderly := t != nil && h.lost.Err() == nil
 	idle := func(patience time.Duration) error {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -333,6 +363,46 @@ func (h *hold) stop(t *term, why string) {
 			h.log.Warn("end", "error", err)
 		}
 		h.freeAddress()
+	}
+	h.log.Info("serves no longer", "why", why)
+	return false
+}
+
+// abandon gives the lock and the address back where the pool can't be: what had begun in it waits in the kernel, and can neither end nor do harm.
+func (h *hold) abandon(t *term, reason error, why string) {
+	h.log.Error("gives up what had begun", "reason", reason)
+	h.by.End()
+	left := make(chan struct{})
+	go func() { // there may be no end of this
+		defer close(left)
+		if t == nil {
+			return
+		}
+		t.cancel(errLost)
+		if t.ganesha != nil {
+			t.ganesha.Rest()
+		}
+		t.put()
+	}()
+	select {
+	case <-left:
+	case <-time.After(leaveTime):
+	}
+	for _, child := range children(os.Getpid()) {
+		if child != h.warden.cmd.Process.Pid {
+			_ = unix.Kill(child, unix.SIGKILL)
+		}
+	}
+	h.freeAddress()
+	h.arm(false)
+	werr := h.warden.disarm()
+	ctx, cancel := context.WithTimeout(context.Background(), switchTime)
+	defer cancel()
+	if err := h.lock.ended(ctx, h.session, why); err != nil {
+		h.noConsul(err)
+	}
+	if werr = errors.Join(werr, h.warden.holds("")); werr != nil {
+		h.log.Error("tell the warden", "error", werr)
 	}
 	h.log.Info("serves no longer", "why", why)
 }

@@ -157,13 +157,30 @@ func (l lock) members(ctx context.Context) (names []string, err error) {
 // hostID is what members tell theirs by, in Consul.
 const hostID = "hostid"
 
-// alone refuses a hostid that another member has as well: ZFS would take the two hosts for one, and let both import the same zpool.
+// errCloned is that another member can't be told from this one.
+var errCloned = errors.New("two hosts of the set were made from one")
+
+// alone refuses a hostid, unless that is "", which another member's host has as well, be it there or not: ZFS would take the two hosts for one, and let both import the
+// same zpool. So it does a name that a member on another host has, unless that is away. This member is registered.
 func (l lock) alone(ctx context.Context, member, id string) error {
-	all, _, err := l.client.Health().Service(l.membersService(), "", false, new(consulapi.QueryOptions).WithContext(ctx))
+	all, _, err := l.client.Health().Service(l.membersService(), "", false, consistent(ctx))
+	var named, numbered []string // hosts
+	like := false
 	for _, e := range all {
-		if e.Service.ID != l.memberID(member) && e.Service.Meta[hostID] == id {
-			return fmt.Errorf("the host of %s has the same hostid, %s, as this one: remove /etc/hostid, run zgenhostid, and boot again", strings.TrimPrefix(e.Service.ID, l.membersService()+"-"), id)
+		own := e.Service.ID == l.memberID(member)
+		if own && e.Checks.AggregatedStatus() != consulapi.HealthCritical {
+			named = append(named, e.Node.Node)
 		}
+		if e.Service.Meta[hostID] == id {
+			numbered = append(numbered, e.Node.Node)
+			like = like || !own
+		}
+	}
+	switch {
+	case id != "" && (like || len(numbered) > 1): // this one may not be among them yet
+		return fmt.Errorf("%w: there is %s with this one's hostid, %s: remove /etc/hostid here, run zgenhostid, and boot; if that host is no more, have Consul forget it (consul force-leave -prune)", errCloned, strings.Join(numbered, " and "), id)
+	case len(named) > 1:
+		return fmt.Errorf("%w: %s have a member %s: give this one another name with --member", errCloned, strings.Join(named, " and "), member)
 	}
 	return err
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
 	"github.com/cradlestack/cradlestack/internal/command"
 )
 
@@ -27,12 +28,14 @@ type metrics struct {
 	mu     sync.Mutex
 	term   *term       // that serves; nil of a filer that stands by
 	consul func() bool // whether it answers; nil of a filer that is alone
+	zpools []string    // that its volumes are in
 }
 
 // Those that are asked whenever they are collected.
 var (
 	activeDesc       = prometheus.NewDesc("cradle_filer_active", "Whether this filer answers clients: 0 of one that stands by, or whose lease has lapsed.", nil, nil)
 	consulDesc       = prometheus.NewDesc("cradle_filer_consul", "Whether Consul answers this filer of a set.", nil, nil)
+	suspendedDesc    = prometheus.NewDesc("cradle_filer_zpool_suspended", "Whether a zpool is suspended on this host, as its disks failed or did not answer.", []string{"zpool"}, nil)
 	servedDesc       = prometheus.NewDesc("cradle_filer_volumes", "Volumes that are published or granted.", nil, nil)
 	publicationsDesc = prometheus.NewDesc("cradle_filer_publications", "Publications.", nil, nil)
 	grantsDesc       = prometheus.NewDesc("cradle_filer_grants", "Grants.", nil, nil)
@@ -98,7 +101,7 @@ const collectTime = 10 * time.Second
 
 // Describe is prometheus.Collector's.
 func (m *metrics) Describe(all chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{activeDesc, consulDesc, servedDesc, publicationsDesc, grantsDesc, ageDesc} {
+	for _, d := range []*prometheus.Desc{activeDesc, consulDesc, suspendedDesc, servedDesc, publicationsDesc, grantsDesc, ageDesc} {
 		all <- d
 	}
 }
@@ -108,11 +111,11 @@ func (m *metrics) Collect(all chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
 		all <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
 	}
-	truth := func(d *prometheus.Desc, is bool) {
+	truth := func(d *prometheus.Desc, is bool, labels ...string) {
 		if is {
-			gauge(d, 1)
+			gauge(d, 1, labels...)
 		} else {
-			gauge(d, 0)
+			gauge(d, 0, labels...)
 		}
 	}
 	m.mu.Lock()
@@ -122,7 +125,13 @@ func (m *metrics) Collect(all chan<- prometheus.Metric) {
 		truth(consulDesc, consul())
 	}
 	truth(activeDesc, t != nil && t.lease.Holds())
-	if t == nil {
+	stands := false
+	for _, zpool := range m.zpools {
+		is := zfs.Suspended(zpool) != nil
+		truth(suspendedDesc, is, zpool)
+		stands = stands || is
+	}
+	if t == nil || stands {
 		return
 	}
 	ctx, cancel := context.WithTimeout(t.long, collectTime)

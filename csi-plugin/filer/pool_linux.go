@@ -20,6 +20,9 @@ type pool interface {
 
 	// give gives it back, also what a former process had. Nothing of it is open any more.
 	give(ctx context.Context) error
+
+	// lost says why this host can do nothing with it any more, nor give it back; nil if it can. What was begun in it comes to no end, and reaches no disk.
+	lost() error
 }
 
 // sharedDirectories are directories of a file system that all members have mounted, which shows to each at once what another has written.
@@ -83,6 +86,8 @@ func identify(state, id string) (now string, err error) {
 	}
 	return now, nil
 }
+
+func (p *sharedDirectories) lost() error { return nil }
 
 func (p *sharedDirectories) give(context.Context) error {
 	if p.opened == nil {

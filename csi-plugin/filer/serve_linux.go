@@ -106,6 +106,15 @@ func (s *server) run(ctx context.Context) error {
 	if s.set.name != "" {
 		return s.runSet(ctx, control, collected, log)
 	}
+	if s.backend == onZFS {
+		datasets, err := s.datasets()
+		if err == nil {
+			s.metrics.zpools, err = zfs.Zpools(datasets)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	b, err := s.open(ctx)
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -49,6 +50,9 @@ const (
 	giveTime   = 8 * time.Second  // for a pool that something still has open
 	endTime    = 10 * time.Second // for what can't be ended but by itself
 	switchTime = 5 * time.Second  // for the other one to serve
+	takeTime   = 5 * time.Minute  // for a pool to be there, the looks of ZFS included
+	clonedTime = 5 * time.Second  // before this one is asked again whether it is like another
+	leaveTime  = 2 * time.Second  // for what may wait in the kernel for ever
 
 	sessionTTL = 15 * time.Second // Consul takes it for twice as long at most; a lease does not depend on it
 )
@@ -84,7 +88,11 @@ type member struct {
 }
 
 func (s *server) runSet(ctx context.Context, control, collected net.Listener, log *slog.Logger) (err error) {
-	m := &member{server: s, log: log, ask: make(chan chan error), exit: func() { os.Exit(1) }, since: time.Now()}
+	m := &member{server: s, log: log, ask: make(chan chan error), since: time.Now()}
+	m.exit = func() {
+		_ = m.warden.arm(1) // in the past: it takes away what this process may not, as calls of it wait in the kernel
+		os.Exit(1)
+	}
 	if m.set.member == "" {
 		if m.set.member, err = os.Hostname(); err != nil {
 			return err
@@ -127,6 +135,7 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 			return errors.New("--peers-key: name the file with the key that the filers of the set show each other, the same for all: one that stands by has none of what is in the pool (head -c 32 /dev/urandom)")
 		}
 		m.pool, zpools = shared, shared.names
+		m.metrics.zpools = zpools
 	} else {
 		shared, err := m.sharedDirectories()
 		if err != nil {
@@ -134,7 +143,7 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 		}
 		m.pool, keyFile = shared, cmp.Or(keyFile, filepath.Join(shared.state, handlesKey))
 	}
-	if err := m.clear(ctx); err != nil { // what a process that was killed has left
+	if err := m.clear(ctx); err != nil && m.pool.lost() == nil { // what a process that was killed has left
 		return err
 	}
 	health, err := net.Listen("tcp", "127.0.0.1:0")
@@ -181,13 +190,33 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 	g.Go(func() { m.nameActive(serving, health.Addr().String()) })
 	log.Info("standing by", "set", m.set.name, "member", m.set.member, "socket", s.socket, "version", version)
 	m.leash = m.warden.leash
-	for ctx.Err() == nil {
+	for out := ""; ctx.Err() == nil; { // out says why this one could not take over if it were asked to
+		refuse := func(err error, pause time.Duration) {
+			if m.waitsFor(err); out != err.Error() {
+				log.Error("does not stand by", "error", err)
+			}
+			out = err.Error()
+			m.deregister(m.lock.memberID(m.set.member))
+			m.pause(ctx, pause)
+		}
+		if err := m.pool.lost(); err != nil {
+			refuse(err, time.Second)
+			continue
+		}
 		if err := m.give(ctx); err != nil {
 			log.Error("give the pool back", "error", err)
 			m.pause(ctx, time.Second)
 			continue
 		}
 		m.register(ctx, health.Addr().String())
+		if err := m.lock.alone(ctx, m.set.member, m.hostID); errors.Is(err, errCloned) {
+			refuse(err, clonedTime+rand.N(clonedTime)) // another one may have come at the same time
+			continue
+		}
+		if out != "" {
+			out = ""
+			m.waitsFor(nil)
+		}
 		session, former, err := m.campaign(ctx)
 		if err != nil {
 			if ctx.Err() == nil {
@@ -224,12 +253,14 @@ func (m *member) pause(ctx context.Context, d time.Duration) {
 }
 
 // clear takes away what a host that is not the active one does not have.
-func (m *member) clear(ctx context.Context) error {
-	err := clearMounts(m.volumes())
+func (m *member) clear(ctx context.Context) (err error) {
 	if m.at != nil {
-		err = errors.Join(err, m.at.remove())
+		err = m.at.remove()
 	}
-	return errors.Join(err, m.give(ctx))
+	if lost := m.pool.lost(); lost != nil {
+		return errors.Join(err, lost)
+	}
+	return errors.Join(err, clearMounts(m.volumes()), m.give(ctx))
 }
 
 // give gives the pool back.
@@ -269,6 +300,9 @@ func clearMounts(mounts string) error {
 		err := mount.Detach(path)
 		if err == nil {
 			err = os.Remove(path)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil // the warden of a former process clears as well
 		}
 		errs = append(errs, err)
 	}

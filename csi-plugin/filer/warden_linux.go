@@ -122,7 +122,12 @@ func (w *warden) holds(session string) error {
 func (w *warden) close() {
 	_ = w.warn(func(n *warning) { *n = warning{} })
 	w.leash.Close()
-	<-w.dead
+	select {
+	case <-w.dead:
+	case <-time.After(endTime): // a process that was left alone has the pipe
+		_ = w.cmd.Process.Kill()
+		<-w.dead
+	}
 }
 
 func (c *cli) wardenCommand() *cobra.Command {
@@ -148,21 +153,27 @@ func (c charge) watch(pipe *os.File, pidfd int, log *slog.Logger) error {
 		return os.NewSyscallError("timerfd_create", err)
 	}
 	var now warning
+	var killed time.Duration // when; 0 for never
 	in := int(pipe.Fd())
+watch:
 	for b := make([]byte, 100*warningSize); ; {
 		at := unix.ItimerSpec{Value: unix.NsecToTimespec(int64(now.deadline))} // 0 is never
 		if err := unix.TimerfdSettime(timer, unix.TFD_TIMER_ABSTIME, &at, nil); err != nil {
 			return os.NewSyscallError("timerfd_settime", err)
 		}
 		fds := []unix.PollFd{{Fd: int32(in), Events: unix.POLLIN}, {Fd: int32(timer), Events: unix.POLLIN}}
-		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+		patience := -1
+		if killed > 0 {
+			patience = 500
+		}
+		if _, err := unix.Poll(fds, patience); err != nil && !errors.Is(err, unix.EINTR) {
 			return os.NewSyscallError("poll", err)
 		}
 		if fds[0].Revents != 0 {
 			n, err := io.ReadAtLeast(pipe, b, warningSize)
 			if n < warningSize {
 				if errors.Is(err, io.EOF) {
-					break
+					break watch
 				}
 				return err
 			}
@@ -172,7 +183,16 @@ func (c charge) watch(pipe *os.File, pidfd int, log *slog.Logger) error {
 		if now.deadline > 0 && lease.Now() >= now.deadline {
 			log.Error("the filer's lease has passed and it has not stopped: it is killed")
 			kill(pidfd)
-			now.deadline = 0
+			now.deadline, killed = 0, lease.Now()
+		}
+		// Calls that wait for disks keep its processes, their connections, and the pipe. They answer nobody any more.
+		if killed > 0 && lease.Now()-killed > time.Second {
+			if err := c.freeAddress(); err != nil {
+				log.Error("give the address back", "error", err)
+			}
+			if lostZpools(c.Zpools) != nil {
+				break watch
+			}
 		}
 	}
 	if now.session == "" {
@@ -180,15 +200,20 @@ func (c charge) watch(pipe *os.File, pidfd int, log *slog.Logger) error {
 	}
 	// The pipe may be closed before its last connections are, whose clients would not hear of it without the address.
 	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 1000)
-	log.Info("the filer has ended")
+	log.Info("the filer has ended, or does nothing any more")
 	errs := []error{c.freeAddress()}
+	why := "the filer of " + c.Member + " has ended unexpectedly"
 	if len(c.Zpools) > 0 {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		if err := exportZpools(ctx, c.Volumes, c.Zpools); err != nil {
+		switch err := exportZpools(ctx, c.Volumes, c.Zpools); {
+		case errors.Is(err, errZpoolLost):
+			why += ": " + err.Error()
+		case err != nil:
 			return errors.Join(append(errs, err)...) // nobody is told that this host has nothing any more
+		default:
+			log.Info("gave the pool back", "zpools", c.Zpools)
 		}
-		log.Info("gave the pool back", "zpools", c.Zpools)
 	}
 	config := consulConfig(c.Consul)
 	client, err := consulapi.NewClient(config)
@@ -196,7 +221,7 @@ func (c charge) watch(pipe *os.File, pidfd int, log *slog.Logger) error {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		l := lock{client: client, set: c.Set}
-		err = l.ended(ctx, now.session, "the filer of "+c.Member+" has ended unexpectedly")
+		err = l.ended(ctx, now.session, why)
 		_ = client.Agent().ServiceDeregister(c.Set + "-active-" + c.Member)
 	}
 	return errors.Join(append(errs, err)...)
@@ -213,21 +238,31 @@ func (c charge) freeAddress() error {
 // kill ends the filer, and what it has started, which would end by itself unless it were frozen as well.
 func kill(pidfd int) {
 	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", pidfd))
-	var children []int
+	var started []int
 	if _, after, ok := strings.Cut(string(info), "\nPid:"); err == nil && ok {
-		pid, _, _ := strings.Cut(strings.TrimSpace(after), "\n")
-		lists, _ := filepath.Glob("/proc/" + strings.TrimSpace(pid) + "/task/[0-9]*/children")
-		for _, path := range lists {
-			list, _ := os.ReadFile(path) // a thread that has ended has none
-			for _, field := range strings.Fields(string(list)) {
-				if child, err := strconv.Atoi(field); err == nil && child != os.Getpid() {
-					children = append(children, child)
-				}
-			}
+		text, _, _ := strings.Cut(strings.TrimSpace(after), "\n")
+		if pid, err := strconv.Atoi(strings.TrimSpace(text)); err == nil && pid > 0 {
+			started = children(pid)
 		}
 	}
 	_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // else it has ended already
-	for _, child := range children {
-		_ = unix.Kill(child, unix.SIGKILL)
+	for _, child := range started {
+		if child != os.Getpid() {
+			_ = unix.Kill(child, unix.SIGKILL)
+		}
 	}
+}
+
+// children are the processes that one has started.
+func children(pid int) (pids []int) {
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*/children", pid))
+	for _, path := range lists {
+		list, _ := os.ReadFile(path) // a thread that has ended has none
+		for _, field := range strings.Fields(string(list)) {
+			if child, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, child)
+			}
+		}
+	}
+	return pids
 }

@@ -42,14 +42,7 @@ func (p *sharedZpools) take(ctx context.Context, id string, settled bool) (at pl
 		}
 		p.member.log.Info("imported", "zpool", name)
 	}
-	b, err := zfs.Open(ctx, p.datasets, zfs.Locks)
-	if err != nil {
-		return at, "", err
-	}
-	dataset, err := b.StateDataset(ctx)
-	if err == nil {
-		err = mount.Place(ctx, dataset, "", mount.ZFS, p.state(), mount.Options{})
-	}
+	b, err := p.open(ctx)
 	if err == nil {
 		now, err = identify(p.state(), id)
 	}
@@ -59,20 +52,58 @@ func (p *sharedZpools) take(ctx context.Context, id string, settled bool) (at pl
 	return place{backend: b, state: p.state(), kept: p.state(), shared: true}, now, nil
 }
 
+// open has the state mounted. Where it is there, nothing has to be made, which would take a program for each thing while clients wait.
+func (p *sharedZpools) open(ctx context.Context) (*zfs.Backend, error) {
+	place := func() error {
+		return mount.Place(ctx, zfs.StateDataset(p.datasets), "", mount.ZFS, p.state(), mount.Options{})
+	}
+	if place() == nil {
+		return zfs.Reopen(ctx, p.datasets, zfs.Locks)
+	}
+	b, err := zfs.Open(ctx, p.datasets, zfs.Locks)
+	if err == nil {
+		err = b.MakeState(ctx)
+	}
+	if err == nil {
+		err = place()
+	}
+	return b, err
+}
+
 func (p *sharedZpools) give(ctx context.Context) error {
 	return exportZpools(ctx, p.member.volumes(), p.names)
 }
 
+func (p *sharedZpools) lost() error { return lostZpools(p.names) }
+
+// errZpoolLost is of one that is suspended, which ZFS lets no host with multihost go on with, as another one may have it by then (zpool-clear(8)), nor export it.
+var errZpoolLost = fmt.Errorf("%w: it is suspended, as its disks failed or did not answer: this host can't go on with it, nor give it back; boot the host", volume.ErrUnavailable)
+
+func lostZpools(names []string) error {
+	for _, name := range names {
+		if zfs.Suspended(name) != nil {
+			return fmt.Errorf("zpool %s: %w", name, errZpoolLost)
+		}
+	}
+	return nil
+}
+
 // exportZpools gives zpools back, of which nothing but volumes may be mounted. What was acknowledged is on stable storage.
 func exportZpools(ctx context.Context, volumes string, names []string) error {
+	if err := lostZpools(names); err != nil {
+		return err // an unmount would have no end
+	}
 	err := clearMounts(volumes)
 	for _, name := range names {
 		err = errors.Join(err, zfs.Export(ctx, name))
 	}
+	if errors.Is(err, zfs.ErrSuspended) {
+		err = errors.Join(lostZpools(names), err)
+	}
 	return err
 }
 
-// guard keeps multihost on, without which another host could take a zpool that is in use. It returns when a zpool is suspended, or gone: another host may reach its disks.
+// guard keeps multihost on, without which another host could take a zpool that is in use. It returns when a zpool is gone.
 func (p *sharedZpools) guard(ctx context.Context) error {
 	for ; ctx.Err() == nil; p.member.pause(ctx, guardTime) {
 		for _, name := range p.names {

@@ -64,7 +64,7 @@ func command(ctx context.Context, name string, args ...string) (string, error) {
 		}
 		return await(cmd, zpool)
 	}, name, args...)
-	if errors.Is(err, errSuspended) {
+	if errors.Is(err, ErrSuspended) {
 		return "", err // the program may still write
 	}
 	return out.String(), err
@@ -93,21 +93,21 @@ func stream(ctx context.Context, read func(io.Reader) error, args ...string) err
 		if rerr != nil {
 			_ = cmd.Process.Kill()
 		}
-		if err := await(cmd, zpool); rerr == nil || errors.Is(err, errSuspended) {
+		if err := await(cmd, zpool); rerr == nil || errors.Is(err, ErrSuspended) {
 			return err
 		}
 		return rerr
 	}, "zfs", args...)
 }
 
-// errSuspended is that all I/O of a zpool waits for a person.
-var errSuspended = fmt.Errorf("%w: it is suspended, as its disks failed: nothing in it is read or written before they are back and \"zpool clear\" was run; see \"zpool status\"", volume.ErrUnavailable)
+// ErrSuspended is that all I/O of a zpool waits for a person.
+var ErrSuspended = fmt.Errorf("%w: it is suspended, as its disks failed: nothing in it is read or written before they are back and \"zpool clear\" was run; see \"zpool status\"", volume.ErrUnavailable)
 
-// suspended tells it of a zpool, without asking ZFS, which may hold its answer back meanwhile (zpoolprops(7), failmode=wait).
-func suspended(zpool string) error {
+// Suspended tells it of a zpool, without asking ZFS, which may hold its answer back meanwhile (zpoolprops(7), failmode=wait).
+func Suspended(zpool string) error {
 	state, err := os.ReadFile("/proc/spl/kstat/zfs/" + zpool + "/state")
 	if err == nil && strings.TrimSpace(string(state)) == "SUSPENDED" {
-		return fmt.Errorf("zpool %s: %w", zpool, errSuspended)
+		return fmt.Errorf("zpool %s: %w", zpool, ErrSuspended)
 	}
 	return nil // also of one that is not there: ZFS says so itself
 }
@@ -119,7 +119,7 @@ func suspension(done <-chan struct{}, zpool string) error {
 		case <-done:
 			return nil
 		case <-time.After(time.Second):
-			if err := suspended(zpool); err != nil {
+			if err := Suspended(zpool); err != nil {
 				return err
 			}
 		}
@@ -147,7 +147,7 @@ func unlessSuspended(zpool string, do func() error) error {
 
 // reaching has do open, read or write a dataset's device, which in a zpool that is suspended comes to no end. What is left alone then keeps the context's locks.
 func reaching(ctx context.Context, dataset string, do func(context.Context) error) error {
-	if err := suspended(zpool(dataset)); err != nil {
+	if err := Suspended(zpool(dataset)); err != nil {
 		return err
 	}
 	kept, release, err := mount.Keep(ctx)
@@ -166,7 +166,7 @@ func execute(ctx context.Context, run func(_ *exec.Cmd, zpool string) error, nam
 		return context.Cause(ctx)
 	}
 	pool := zpool(args[len(args)-1])
-	if err := suspended(pool); err != nil {
+	if err := Suspended(pool); err != nil {
 		return err
 	}
 	path, err := exec.LookPath(name)
@@ -188,7 +188,7 @@ func execute(ctx context.Context, run func(_ *exec.Cmd, zpool string) error, nam
 		cmd.ExtraFiles = []*os.File{f}
 	}
 	err = run(cmd, pool)
-	if err == nil || errors.Is(err, errSuspended) {
+	if err == nil || errors.Is(err, ErrSuspended) {
 		return err // of a program that was left alone, what it says is still being read
 	}
 	what := name + " " + args[0]

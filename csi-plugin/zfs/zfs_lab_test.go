@@ -291,9 +291,9 @@ func TestSuspended(t *testing.T) {
 			err = b.DeleteSnapshot(t.Context(), more.ID)
 		}
 	}
-	wants(t, err, errSuspended, "the call that met it")
+	wants(t, err, ErrSuspended, "the call that met it")
 	t.Log(err)
-	wants(t, <-reached, errSuspended, "who reached for a device")
+	wants(t, <-reached, ErrSuspended, "who reached for a device")
 	locked := func() error {
 		brief, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -320,14 +320,14 @@ func TestSuspended(t *testing.T) {
 			return err
 		},
 	} {
-		wants(t, call(), errSuspended, what)
+		wants(t, call(), ErrSuspended, what)
 	}
 	if v := must[volume.Volume](t)(b.Get(t.Context(), "other")); v.ID != "other" {
 		t.Errorf("beside it: %+v", v)
 	}
 	// What the program that was left alone works on has its lock: who waits for that is told why.
-	wants(t, b.Delete(t.Context(), "v"), errSuspended, "Delete of the volume whose call hangs")
-	wants(t, b.Delete(t.Context(), "reaching"), errSuspended, "Delete of what is locked")
+	wants(t, b.Delete(t.Context(), "v"), ErrSuspended, "Delete of the volume whose call hangs")
+	wants(t, b.Delete(t.Context(), "reaching"), ErrSuspended, "Delete of what is locked")
 	close(again)
 
 	run(t, "mount", "-o", "remount,size=600m", disks)

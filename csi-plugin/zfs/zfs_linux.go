@@ -49,15 +49,28 @@ const Locks = "/run/cradle/zfs.lock"
 
 // Open takes pools into use. locks is a file for locks among processes: Locks, but for tests.
 func Open(ctx context.Context, pools []Pool, locks string) (*Backend, error) {
+	return openPools(ctx, pools, 0, locks)
+}
+
+// Reopen is Open where the dataset of the first pool is known to be there.
+func Reopen(ctx context.Context, pools []Pool, locks string) (*Backend, error) {
+	return openPools(ctx, pools, 1, locks)
+}
+
+// openPools makes the pools' datasets but for the first ones.
+func openPools(ctx context.Context, pools []Pool, there int, locks string) (*Backend, error) {
 	if len(pools) == 0 {
 		return nil, errors.New("no pool: name the dataset that volumes are kept below")
 	}
 	if err := os.MkdirAll(filepath.Dir(locks), 0o700); err != nil {
 		return nil, err
 	}
-	for _, p := range pools {
+	for i, p := range pools {
 		if len(p.Dataset) > maxPool {
 			return nil, fmt.Errorf("pool %s: the dataset's name %s is too long; at most %d, so that volumes have room below it", p.Name, p.Dataset, maxPool)
+		}
+		if i < there {
+			continue
 		}
 		_, err := zfs(ctx, "create", "-o", "mountpoint=none", "-o", "canmount=off", p.Dataset)
 		if err != nil && !errors.Is(err, errExists) {
@@ -76,10 +89,10 @@ const (
 // take takes locks of volumes. Who has them may wait for a zpool that is suspended: who waits for them in turn is told so.
 func (b *Backend) take(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
 	return b.locks.TakeUnless(ctx, func() error {
-		if !slices.ContainsFunc(b.pools, func(p Pool) bool { return suspended(zpool(p.Dataset)) != nil }) {
+		if !slices.ContainsFunc(b.pools, func(p Pool) bool { return Suspended(zpool(p.Dataset)) != nil }) {
 			return nil
 		}
-		if _, err := b.find(ctx, names[0]); errors.Is(err, errSuspended) {
+		if _, err := b.find(ctx, names[0]); errors.Is(err, ErrSuspended) {
 			return err
 		}
 		return nil

@@ -50,7 +50,7 @@ const whileImporting = 20 * time.Second
 // zpoolprops(7) says, unless it was exported. The caller sees to it that no two hosts do this at once. guarded says that multihost is known to have been on: then it
 // is taken also of a host that has not exported it, if nothing is written any more. settled says that no other host may still be at importing it.
 //
-// A zpool that is not free is an ErrUnavailable, which says who has it. Nothing of the zpool is mounted.
+// A zpool that is not free is an ErrUnavailable, which says who has it. Nothing of the zpool is mounted, and multihost is on. Guard is the caller's.
 func Import(ctx context.Context, name string, guarded, settled bool) error {
 	is, err := Imported(name)
 	if err != nil {
@@ -64,24 +64,32 @@ func Import(ctx context.Context, name string, guarded, settled bool) error {
 				return context.Cause(ctx)
 			}
 		}
-		args := []string{"import", "-N", "-o", "cachefile=none"}
+		args := []string{"import", "-N", "-o", "cachefile=none", "-o", "multihost=on"}
 		if guarded {
 			args = append(args, "-f") // which ZFS does not take for leave to skip looking
 		}
 		if _, err := command(ctx, "zpool", append(args, name)...); err != nil {
 			return fmt.Errorf("%w: zpool %s: %w", volume.ErrUnavailable, name, err)
 		}
-	} else if _, err := command(ctx, "zpool", "set", "cachefile=none", name); err != nil { // else the host takes it again when it boots
+		return nil
+	}
+	if _, err := command(ctx, "zpool", "set", "cachefile=none", name); err != nil { // else the host takes it again when it boots
 		return err
 	}
 	return Guard(ctx, name)
 }
 
-// Guard has a zpool's multihost on.
+// Guard has a zpool's multihost on, and no failmode by which ZFS would not say that it is suspended.
 func Guard(ctx context.Context, name string) error {
-	out, err := command(ctx, "zpool", "get", "-H", "-o", "value", "multihost", name)
-	if err == nil && strings.TrimSpace(out) != "on" {
-		_, err = command(ctx, "zpool", "set", "multihost=on", name)
+	out, err := command(ctx, "zpool", "get", "-H", "-o", "property,value", "multihost,failmode", name)
+	for _, row := range rows(out) {
+		switch {
+		case err != nil || len(row) != 2:
+		case row[0] == "multihost" && row[1] != "on":
+			_, err = command(ctx, "zpool", "set", "multihost=on", name)
+		case row[0] == "failmode" && row[1] == "continue":
+			_, err = command(ctx, "zpool", "set", "failmode=wait", name)
+		}
 	}
 	return err
 }
@@ -95,6 +103,9 @@ func Export(ctx context.Context, name string) error {
 		}
 		if _, err = command(ctx, "zpool", "export", name); err == nil {
 			return nil
+		}
+		if is, ierr := Imported(name); ierr == nil && !is {
+			return nil // somebody else was faster, as a filer's warden, or the next process
 		}
 		if !errors.Is(err, errBusy) {
 			return fmt.Errorf("zpool %s: %w", name, err)
@@ -122,14 +133,16 @@ func HostID() (string, error) {
 	return fmt.Sprintf("%08x", binary.NativeEndian.Uint32(id)), nil
 }
 
-// StateDataset makes the file system that what belongs to the volumes' server is kept in, beside them, and returns how to mount it. Its name is no volume's.
-func (b *Backend) StateDataset(ctx context.Context) (dataset string, err error) {
-	dataset = b.pools[0].Dataset + "/filer:state"
-	_, err = zfs(ctx, "create", "-o", "mountpoint=legacy", "-o", "xattr=sa", dataset)
+// StateDataset is the file system that what belongs to the volumes' server is kept in, beside them. Its name is no volume's.
+func StateDataset(pools []Pool) string { return pools[0].Dataset + "/filer:state" }
+
+// MakeState makes it.
+func (b *Backend) MakeState(ctx context.Context) error {
+	_, err := zfs(ctx, "create", "-o", "mountpoint=legacy", "-o", "xattr=sa", StateDataset(b.pools))
 	if errors.Is(err, errExists) {
 		err = nil
 	}
-	return dataset, err
+	return err
 }
 
 // Browse is volume.Browser's. A snapshot that is deleted meanwhile goes once it is closed, with the next that is deleted, or with the volume.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # lab.sh build        build a machine that has ZFS, from the distribution's packages alone (contrib is on main's mirror)
 # lab.sh run JOBDIR   boot it, emulated, and run JOBDIR/run.sh inside: JOBDIR travels in, the console comes out
-#                     ($ZFSLAB_DISK: the disk's file, which several machines may have at once; $ZFSLAB_NET: QEMU's -netdev, and $ZFSLAB_MAC)
+#                     ($ZFSLAB_DISK: the disk's file, which several machines may have at once; $ZFSLAB_NET: QEMU's -netdev, and $ZFSLAB_MAC; $ZFSLAB_QMP: a socket for QEMU's monitor)
 #                     ($ZFSLAB_CPUS, 1; $ZFSLAB_MEMORY in MiB, 1536; $ZFSLAB_TIMEOUT in seconds, 300)
 #
 # It is cached under ${XDG_CACHE_HOME:-~/.cache}/cradlestack/zfslab-KEY, where KEY hashes how it is built; that takes 3 minutes on two idle
@@ -96,6 +96,7 @@ run() {
     -kernel "$W/vmlinuz" -initrd "$W/initramfs.zst" -append "console=ttyS0 quiet reboot=t panic=-1 mitigations=off nopti init_on_alloc=0 zfs.zfs_arc_max=402653184" \
     -drive id=d0,file="$disk",format=raw,if=none,cache=unsafe,file.locking=off -device virtio-blk-pci,drive=d0 \
     -drive id=d1,file="$tmp/job.tar",format=raw,if=none -device virtio-blk-pci,drive=d1 \
+    ${ZFSLAB_QMP:+-qmp "unix:$ZFSLAB_QMP,server=on,wait=off"} \
     -netdev "${ZFSLAB_NET:-user},id=n0" -device virtio-net-pci,netdev=n0,mac="${ZFSLAB_MAC:-52:54:00:12:34:56}",romfile= </dev/null | tee "$tmp/console"
   grep -q 'lab.sh: exit 0' "$tmp/console"
 }

@@ -260,7 +260,12 @@ type conversation struct {
 func (s *Server) converse(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
 	c := &conversation{Server: s, conn: conn, client: addressOf(conn)}
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() {
+		conn.SetReadDeadline(time.Unix(1, 0))
+		if !s.Lease.Holds() { // no call will be answered, and some may have no end
+			conn.Close()
+		}
+	})
 	defer stop()
 	calls := semaphore.NewWeighted(maxCalls)
 	var g sync.WaitGroup
