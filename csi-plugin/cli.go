@@ -38,18 +38,19 @@ var version = "development"
 type cli struct {
 	stdout, stderr io.Writer
 
-	backend  string
-	pools    []string
-	endpoint string
-	nomad    string
-	nodeID   string
-	zone     string
-	metrics  string
-	filer    filerFlags
-	networks []string
-	verbose  bool
-	cold     coldFlags
-	ceph     cephFlags
+	backend   string
+	pools     []string
+	endpoint  string
+	nomad     string
+	nodeID    string
+	zone      string
+	metrics   string
+	filer     filerFlags
+	networks  []string
+	verbose   bool
+	cold      coldFlags
+	snapshots string
+	ceph      cephFlags
 
 	local bool // what open has said of the backend
 }
@@ -97,6 +98,7 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
+		f.StringVar(&c.snapshots, "snapshots", volume.NoSnapshots, "automatic snapshots of file volumes that are made without the parameter snapshots, such as hourly=24,daily=7,weekly=4,monthly=6")
 		c.cold.add(f)
 	}
 	return cmd
@@ -296,8 +298,14 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		taken = make(chan struct{}, 1)
 	}
 	registry := prometheus.NewRegistry()
+	var kept volume.Retention
+	if controller {
+		if kept, err = volume.ParseRetention(c.snapshots); err != nil {
+			return errors.Join(fmt.Errorf("--snapshots: %w", err), l.Close(), b.Close())
+		}
+	}
 	s := rpc.New(rpc.Config{
-		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local && !shared, Shared: shared, Cold: taken, Owner: owner,
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local && !shared, Shared: shared, Cold: taken, Owner: owner, Snapshots: kept,
 		Version: version, Filer: filer, Networks: networks, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)

@@ -83,6 +83,7 @@ type record struct {
 	Created    time.Time      `json:"created"`
 	Content    volume.Content `json:"content,omitempty"`
 	Generation int            `json:"generation,omitempty"`
+	Schedule   string         `json:"schedule,omitempty"`
 
 	// Of snapshots.
 	Copied    bool `json:"copied,omitempty"`
@@ -106,7 +107,7 @@ func (f *found) image() string { return f.path(imageFile) }
 
 // volume is what others see of it.
 func (f *found) volume() volume.Volume {
-	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Parameters: f.Parameters}
+	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Schedule: f.Schedule, Parameters: f.Parameters}
 }
 
 // there says, with an ErrUnavailable, that the pool's directory is not the one that was opened: its disk was taken away, or came later. Nothing of it is
@@ -685,6 +686,21 @@ func (b *Backend) Expand(ctx context.Context, id string, size, limit int64) (int
 		err = errors.Join(err, mount.Resized(l))
 	}
 	return want, err
+}
+
+// Reschedule is volume.Scheduler's.
+func (b *Backend) Reschedule(ctx context.Context, id, schedule string) error {
+	lock, err := b.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	f, err := b.find(id)
+	if err != nil || f.Schedule == schedule {
+		return err
+	}
+	f.Schedule = schedule
+	return storageError(f.pool.write(f.folder, f.record))
 }
 
 // Capacity is volume.Backend's.

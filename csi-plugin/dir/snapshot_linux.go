@@ -118,7 +118,7 @@ func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volum
 		return volume.Snapshot{}, storageError(err)
 	}
 	rec := f.record
-	rec.Created, rec.Automatic, rec.Origin = time.Now().UTC(), r.Automatic, volume.Origin{}
+	rec.Created, rec.Automatic, rec.Origin, rec.Schedule = time.Now().UTC(), r.Automatic, volume.Origin{}, ""
 	err = f.pool.make(folder, &rec, func(h string) (err error) {
 		rec.Copied, err = f.copyTo(ctx, f.pool, h, r.Hold)
 		return err

@@ -83,6 +83,15 @@ func TestUsers(t *testing.T) {
 	if taken, err := as("writer", "tenant").Snapshot(t.Context(), "data", "s"); err != nil || taken.Name != "s" || taken.Automatic {
 		t.Errorf("who may takes %+v, %v", taken, err)
 	}
+	if s, err := as("writer", "tenant").Reschedule(t.Context(), "data", "hourly=24,daily=7"); err != nil || s != (api.Schedule{Snapshots: "hourly=24,daily=7", Changed: true}) {
+		t.Errorf("who may changes the schedule: %+v, %v", s, err)
+	}
+	if _, err := as("writer", "tenant").Reschedule(t.Context(), "data", "hourly=-1"); !errors.Is(err, volume.ErrInvalid) {
+		t.Errorf("a schedule that is none: %v", err)
+	}
+	if s, err := as("reader", "tenant").Schedule(t.Context(), "data"); err != nil || s.Snapshots != "hourly=24,daily=7" {
+		t.Errorf("who may read sees the schedule %+v, %v", s, err)
+	}
 	if all, err := as("reader", "tenant").Snapshots(t.Context(), "data"); err != nil || len(all) != 1 || all[0].Name != "s" {
 		t.Errorf("who may read sees %+v, %v", all, err)
 	}
@@ -103,6 +112,8 @@ func TestUsers(t *testing.T) {
 		client := as(c.token, c.namespace)
 		_, list := client.Snapshots(t.Context(), c.volume)
 		_, diff := client.Diff(t.Context(), c.volume, "s", "")
+		_, plan := client.Schedule(t.Context(), c.volume)
+		_, change := client.Reschedule(t.Context(), c.volume, "none")
 		_, take := client.Snapshot(t.Context(), c.volume, "t")
 		_, roll := client.Rollback(t.Context(), c.volume, api.Rollback{Snapshot: "s"})
 		_, give := client.Grant(t.Context(), api.Grant{ID: "mine", Volume: c.volume})
@@ -112,12 +123,12 @@ func TestUsers(t *testing.T) {
 		if all, err := client.Grants(t.Context()); err != nil || len(all) > 0 {
 			t.Errorf("%s: grants: %+v, %v", name, all, err)
 		}
-		for what, err := range map[string]error{"snapshot": take, "rollback": roll, "grant": give} {
+		for what, err := range map[string]error{"snapshot": take, "rollback": roll, "grant": give, "reschedule": change} {
 			if !errors.Is(err, c.want) {
 				t.Errorf("%s: %s: %v", name, what, err)
 			}
 		}
-		for what, err := range map[string]error{"list": list, "diff": diff} {
+		for what, err := range map[string]error{"list": list, "diff": diff, "schedule": plan} {
 			if c.token != "reader" && !errors.Is(err, c.want) {
 				t.Errorf("%s: %s: %v", name, what, err)
 			}
@@ -157,13 +168,16 @@ func TestUsers(t *testing.T) {
 	}
 	done, refused := lines("audit.log"), lines("refused.log")
 	var first event
-	if err := json.Unmarshal([]byte(done[0]), &first); err != nil || len(done) != 1 {
+	if err := json.Unmarshal([]byte(done[0]), &first); err != nil || len(done) != 3 {
 		t.Fatalf("audit.log has %d lines, the first %q, %v", len(done), done[0], err)
 	}
 	if first.What != "snapshot" || first.Who != "the writer 0-1" || first.Namespace != "tenant" || first.Volume != "data" || first.Snapshot != "s" || first.Error != "" {
 		t.Errorf("audit.log tells %+v", first)
 	}
-	if len(refused) != 24 {
+	if !strings.Contains(done[1], `"what":"schedule","who":"the writer 0-1","namespace":"tenant","volume":"data","schedule":"hourly=24,daily=7"}`) || !strings.Contains(done[2], `"error":"schedule`) {
+		t.Errorf("of the schedules audit.log tells %s, %s", done[1], done[2])
+	}
+	if len(refused) != 32 {
 		t.Errorf("refused.log has %d lines", len(refused))
 	}
 	for _, line := range refused {

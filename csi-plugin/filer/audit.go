@@ -48,6 +48,7 @@ type event struct {
 	Volume    string    `json:"volume"`
 	Snapshot  string    `json:"snapshot,omitempty"`
 	Path      string    `json:"path,omitempty"`
+	Schedule  string    `json:"schedule,omitempty"`
 	Undo      string    `json:"undo,omitempty"`
 	Grant     string    `json:"grant,omitempty"` // its name in the namespace
 	Error     string    `json:"error,omitempty"`
@@ -72,7 +73,7 @@ func (a *audit) add(path string, e event, outcome error) error {
 	if outcome != nil {
 		e.Error = outcome.Error()
 	}
-	for _, text := range []*string{&e.Who, &e.Namespace, &e.Volume, &e.Snapshot, &e.Path, &e.Undo, &e.Grant, &e.Error} {
+	for _, text := range []*string{&e.Who, &e.Namespace, &e.Volume, &e.Snapshot, &e.Path, &e.Schedule, &e.Undo, &e.Grant, &e.Error} {
 		*text = bounded(*text)
 	}
 	a.mu.Lock()

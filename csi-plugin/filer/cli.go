@@ -48,7 +48,7 @@ func (c *cli) command() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.keyFile, "filer-key", os.Getenv("CRADLE_FILER_KEY"), "file with the key of the set that --filer is of: handles.key of its state directory ($CRADLE_FILER_KEY)")
 	root.AddCommand(c.serveCommand(), c.publishCommand(), c.unpublishCommand(), c.publicationsCommand(),
 		c.grantCommand(), c.revokeCommand(), c.grantsCommand(), c.statusCommand(), c.switchCommand(), c.wardenCommand(),
-		c.snapshotCommand(), c.snapshotsCommand(), c.rollbackCommand(), c.diffCommand())
+		c.snapshotCommand(), c.snapshotsCommand(), c.scheduleCommand(), c.rollbackCommand(), c.diffCommand())
 	return root
 }
 

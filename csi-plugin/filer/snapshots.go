@@ -76,6 +76,34 @@ func (c *cli) snapshotsCommand() *cobra.Command {
 	return cmd
 }
 
+// asMade is what is written for the schedule that a volume was made with.
+const asMade = "as-made"
+
+func (c *cli) scheduleCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "schedule VOLUME [SCHEDULE]", Short: "tell or change which automatic snapshots of a volume are kept", Args: cobra.RangeArgs(1, 2),
+		Long: `Tell, or change, how many of each kind of a volume's automatic snapshots are kept: hourly=24,daily=7,weekly=4,monthly=6, or some of these. Kinds that are left out end,
+and those of them that there are go within a minute. With none no more are taken, and those that there are stay. With as-made it is what the volume was made with.`,
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			var s api.Schedule
+			switch {
+			case len(args) == 1:
+				s, err = c.volumes().Schedule(cmd.Context(), args[0])
+			case args[1] == asMade:
+				s, err = c.volumes().Reschedule(cmd.Context(), args[0], "")
+			default:
+				s, err = c.volumes().Reschedule(cmd.Context(), args[0], args[1])
+			}
+			if err != nil {
+				return err
+			}
+			return c.print(s, func(w io.Writer) { fmt.Fprintln(w, s.Snapshots) })
+		},
+	}
+	c.userFlags(cmd)
+	return cmd
+}
+
 func (c *cli) rollbackCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "rollback VOLUME SNAPSHOT [PATH]", Short: "make a volume, or a path in it, what it was", Args: cobra.RangeArgs(2, 3),

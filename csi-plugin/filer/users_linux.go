@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -113,6 +114,23 @@ func (f *filer) handleSnapshots(mux *http.ServeMux, admit admission) {
 		name := r.PathValue("name")
 		return f.change(r, admit, event{What: "snapshot", Volume: r.PathValue("id"), Snapshot: name}, func(ctx context.Context, c caller, _ *event) (any, error) {
 			return f.snapshot(ctx, c.volume, name)
+		})
+	})
+	handle("GET /volumes/{id}/schedule", func(r *http.Request) (any, error) {
+		c, err := admit(r, r.PathValue("id"), false)
+		if err != nil {
+			return nil, err
+		}
+		return f.schedule(r.Context(), c.volume)
+	})
+	handle("PUT /volumes/{id}/schedule", func(r *http.Request) (any, error) {
+		return f.change(r, admit, event{What: "schedule", Volume: r.PathValue("id")}, func(ctx context.Context, c caller, e *event) (any, error) {
+			var asked api.Schedule
+			if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&asked); err != nil {
+				return nil, volume.Invalid("schedule", "%v", err)
+			}
+			e.Schedule = cmp.Or(asked.Snapshots, "as the volume was made")
+			return f.reschedule(ctx, c.volume, asked.Snapshots)
 		})
 	})
 	handle("POST /volumes/{id}/rollback", func(r *http.Request) (any, error) {

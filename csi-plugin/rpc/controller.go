@@ -51,6 +51,9 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	for name := range req.GetMutableParameters() {
 		err = cmp.Or(err, invalid("mutable parameter %.80q: volumes have none; use parameters", name))
 	}
+	if _, said := req.GetParameters()["snapshots"]; err == nil && !said && !r.Block() {
+		r.Snapshots = s.config.Snapshots
+	}
 	if err == nil {
 		err = wanted(req.GetVolumeCapabilities(), &r)
 	}

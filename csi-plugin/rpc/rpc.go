@@ -53,6 +53,9 @@ type Config struct {
 	// Cold gets a word each time that Schedule has taken what was due, for whom copies volumes to cold storage; nil where nobody does.
 	Cold chan<- struct{}
 
+	// Snapshots are taken by schedule of file volumes whose parameters do not say which.
+	Snapshots volume.Retention
+
 	Filer     *api.Client    // that serves file volumes to guests; nil for none
 	Shared    bool           // the filer is one of a set: the pool is on all hosts that make volumes, and holds nothing that one host alone may have mounted
 	Networks  []netip.Prefix // of pods, besides this host's own addresses and bridges

@@ -42,7 +42,7 @@ func (s *Server) takeDue(ctx context.Context, b volume.Snapshotter) {
 		return
 	}
 	for _, v := range all {
-		if v.Snapshots == (volume.Retention{}) && v.Cold == (volume.Retention{}) {
+		if v.Scheduled() == (volume.Retention{}) && v.Cold == (volume.Retention{}) { // what was taken before stays
 			continue
 		}
 		if err := s.takeDueOf(ctx, b, v); err != nil && ctx.Err() == nil {

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -20,13 +21,16 @@ type shelf struct {
 	volume.Backend
 	keep volume.Retention
 
-	mu   sync.Mutex
-	has  []volume.Snapshot
-	fail bool
+	mu       sync.Mutex
+	has      []volume.Snapshot
+	fail     bool
+	schedule string
 }
 
 func (s *shelf) List(context.Context) ([]volume.Volume, error) {
-	return []volume.Volume{{ID: "v", Parameters: volume.Parameters{Snapshots: s.keep}}, {ID: "w"}}, nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return []volume.Volume{{ID: "v", Schedule: s.schedule, Parameters: volume.Parameters{Snapshots: s.keep}}, {ID: "w"}}, nil
 }
 
 func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) {
@@ -93,9 +97,61 @@ func TestSchedule(t *testing.T) {
 		if n := testutil.ToFloat64(s.metrics.snaps.WithLabelValues("taken")); n != 4 {
 			t.Errorf("%v are counted", n)
 		}
+		change := func(schedule string) {
+			b.mu.Lock()
+			b.schedule = schedule
+			b.mu.Unlock()
+			time.Sleep(2 * lookEvery)
+		}
+		change("daily=1,hourly=1")
+		if got, want := names(), []string{"v@hourly-20000101T030000Z", "v@daily-20000101T000000Z"}; !slices.Equal(got, want) {
+			t.Errorf("with another schedule there are %v; want %v", got, want)
+		}
+		change("none")
+		time.Sleep(25 * time.Hour)
+		if got := names(); len(got) != 2 {
+			t.Errorf("none are to be taken, and there are %v", got)
+		}
+		change("")
+		if got, want := names(), []string{"v@hourly-20000101T030000Z", "v@hourly-20000102T040000Z"}; !slices.Equal(got, want) {
+			t.Errorf("as it was made there are %v; want %v", got, want)
+		}
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
+}
+
+// made notes what was asked for.
+type made struct {
+	volume.Backend
+	requests []volume.Request
+}
+
+func (m *made) Create(_ context.Context, r volume.Request) (volume.Volume, error) {
+	m.requests = append(m.requests, r)
+	return volume.Volume{ID: r.Name, Parameters: r.Parameters}, nil
+}
+
+// TestSnapshotsByDefault: file volumes whose parameters do not say get the plugin's schedule, and no others.
+func TestSnapshotsByDefault(t *testing.T) {
+	usual := volume.Retention{Hourly: 24, Daily: 7, Weekly: 4, Monthly: 6}
+	b := &made{}
+	c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Snapshots: usual}
+	s := &controller{Server: &Server{config: c, metrics: newMetrics(c)}}
+	for _, p := range []map[string]string{nil, {"snapshots": "hourly=1"}, {"snapshots": "none"}, {"class": "lv2"}} {
+		if _, err := s.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "v", Parameters: p, VolumeCapabilities: []*csi.VolumeCapability{{
+			AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}}, AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+		}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []volume.Retention
+	for _, r := range b.requests {
+		got = append(got, r.Snapshots)
+	}
+	if want := []volume.Retention{usual, {Hourly: 1}, {}, {}}; !slices.Equal(got, want) {
+		t.Errorf("volumes were made with the schedules %v, not %v", got, want)
+	}
 }

@@ -31,14 +31,20 @@ func day(t time.Time) time.Time { return time.Date(t.Year(), t.Month(), t.Day(),
 // maxKept of one kind.
 const maxKept = 1000
 
-// ParseRetention reads hourly=24,daily=7,weekly=4,monthly=12, or some of these.
+// NoSnapshots is what is written where there are to be none, although there would be otherwise.
+const NoSnapshots = "none"
+
+// ParseRetention reads hourly=24,daily=7,weekly=4,monthly=12, or some of these, or none.
 func ParseRetention(s string) (r Retention, err error) {
+	if s == NoSnapshots {
+		return r, nil
+	}
 	for part := range strings.SplitSeq(s, ",") {
 		name, number, _ := strings.Cut(part, "=")
 		n, nerr := strconv.Atoi(number)
 		i := slices.IndexFunc(kinds, func(k kind) bool { return k.name == name })
 		if i < 0 || nerr != nil || n < 1 || n > maxKept || *kinds[i].count(&r) != 0 {
-			return Retention{}, fmt.Errorf("%q is no number of snapshots to keep; write hourly=24,daily=7,weekly=4,monthly=12, or some of these", abbreviate(part))
+			return Retention{}, fmt.Errorf("%q is no number of snapshots to keep; write hourly=24,daily=7,weekly=4,monthly=12, some of these, or none", abbreviate(part))
 		}
 		*kinds[i].count(&r) = n
 	}
@@ -69,6 +75,36 @@ func (r *Retention) UnmarshalText(text []byte) (err error) {
 
 // stamp is how the beginning of a period is written in a snapshot's name.
 const stamp = "20060102T150405Z"
+
+// Scheduled is what is kept of a volume's automatic snapshots: as its parameters say, unless that was changed since.
+func (v Volume) Scheduled() Retention {
+	if v.Schedule == "" {
+		return v.Snapshots
+	}
+	r, err := ParseRetention(v.Schedule)
+	if err != nil { // of a later version of this program
+		return v.Snapshots
+	}
+	return r
+}
+
+// Due says which automatic snapshots a volume should have at the time now that it has not, by name, and which ones are one too many.
+func (v Volume) Due(has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {
+	p := v.Parameters
+	p.Snapshots = v.Scheduled()
+	return p.Due(has, now)
+}
+
+// CheckSchedule reads what a volume's schedule is to be: as ParseRetention does, and "" for what its parameters say.
+func CheckSchedule(s string) error {
+	if s == "" {
+		return nil
+	}
+	if _, err := ParseRetention(s); err != nil {
+		return Invalid("schedule", "%v", err)
+	}
+	return nil
+}
 
 // Due says which automatic snapshots a volume should have at the time now that it has not, by name, and which ones are one too many.
 func (p Parameters) Due(has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {

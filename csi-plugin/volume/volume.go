@@ -106,6 +106,12 @@ type Expander interface {
 	Expand(ctx context.Context, id string, size, limit int64) (int64, error)
 }
 
+// A Scheduler keeps with a volume what of its automatic snapshots is kept.
+type Scheduler interface {
+	// Reschedule puts a schedule in the place of the parameter snapshots, as Volume.Schedule has it.
+	Reschedule(ctx context.Context, id, schedule string) error
+}
+
 // A Sender opens snapshots of block volumes to be copied elsewhere.
 type Sender interface {
 	// Open opens a snapshot's blocks. Where it can, it tells them apart from those of since, an earlier snapshot of the same volume; the zero
@@ -177,6 +183,9 @@ type Volume struct {
 
 	// Generation tells apart the volumes of one name that several hosts have: one that was restored elsewhere has the next of the lost one's.
 	Generation int
+
+	// Schedule is what somebody has put in place of the parameter snapshots, as ParseRetention reads it; "" is the parameter's.
+	Schedule string
 	Parameters
 }
 

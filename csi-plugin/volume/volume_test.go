@@ -126,6 +126,26 @@ func TestSnapshotID(t *testing.T) {
 	}
 }
 
+// What was put in place of the parameter counts; what can't be read does not end the snapshots.
+func TestScheduled(t *testing.T) {
+	made := Retention{Hourly: 2}
+	for schedule, want := range map[string]Retention{"": made, "daily=3": {Daily: 3}, NoSnapshots: {}, "yearly=1": made} {
+		v := Volume{Schedule: schedule, Parameters: Parameters{Snapshots: made}}
+		if got := v.Scheduled(); got != want {
+			t.Errorf("%q: %v, not %v", schedule, got, want)
+		}
+		take, _ := v.Due(nil, time.Date(2026, 1, 30, 22, 30, 0, 0, time.UTC))
+		if daily := slices.Contains(take, "daily-20260130T000000Z"); daily != (want.Daily > 0) || len(take) > 1 {
+			t.Errorf("%q: %v are due", schedule, take)
+		}
+	}
+	for schedule, ok := range map[string]bool{"": true, NoSnapshots: true, "hourly=24,daily=7,weekly=4,monthly=6": true, "hourly=0": false, "hourly=1001": false, "hourly=1,hourly=2": false, "none,daily=1": false, "x\n": false} {
+		if err := CheckSchedule(schedule); (err == nil) != ok || err != nil && !errors.Is(err, ErrInvalid) {
+			t.Errorf("%q: %v", schedule, err)
+		}
+	}
+}
+
 // A month of hours: at each, what is due is taken and what is too many goes; of each kind there are then the newest ones.
 func TestRetention(t *testing.T) {
 	r, err := ParseRetention("hourly=3,daily=2,weekly=2,monthly=2")

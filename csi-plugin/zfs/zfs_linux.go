@@ -113,6 +113,7 @@ type record struct {
 	Created    time.Time      `json:"created,omitzero"`
 	Content    volume.Content `json:"content,omitempty"`
 	Generation int            `json:"generation,omitempty"`
+	Schedule   string         `json:"schedule,omitempty"`
 
 	// Of snapshots.
 	Automatic bool  `json:"automatic,omitempty"`
@@ -137,7 +138,7 @@ type found struct {
 func (f *found) id() string { return filepath.Base(f.dataset) }
 
 func (f *found) volume() volume.Volume {
-	return volume.Volume{ID: f.id(), Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Parameters: f.Parameters}
+	return volume.Volume{ID: f.id(), Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Schedule: f.Schedule, Parameters: f.Parameters}
 }
 
 // columns of volumes, in the order that read wants.
@@ -592,6 +593,22 @@ func (b *Backend) Expand(ctx context.Context, id string, size, limit int64) (int
 		err = errors.Join(err, mount.Resized(l))
 	}
 	return want, err
+}
+
+// Reschedule is volume.Scheduler's.
+func (b *Backend) Reschedule(ctx context.Context, id, schedule string) error {
+	ctx, unlock, err := b.take(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	f, err := b.find(ctx, id)
+	if err != nil || f.Schedule == schedule {
+		return err
+	}
+	f.Schedule = schedule
+	_, err = zfs(ctx, "set", f.record.String(), f.dataset)
+	return err
 }
 
 // Capacity is volume.Backend's.

@@ -18,6 +18,8 @@
 //	GET    /volumes/{id}/snapshots          []Snapshot, by time
 //	PUT    /volumes/{id}/snapshots/{name}   takes one → Snapshot; again: the same
 //	POST   /volumes/{id}/rollback           Rollback → RolledBack
+//	GET    /volumes/{id}/schedule           Schedule
+//	PUT    /volumes/{id}/schedule           Schedule → Schedule
 //	GET    /volumes/{id}/diff?from=&to=     []tree.Difference of a snapshot to another, or to the volume
 //	PUT    /grants/{id}                     Grant → Grant; its secret is in the Variable as well. Again: the same
 //	DELETE /grants/{id}                     nobody gets in by it any more, and the Variable is gone
@@ -95,6 +97,12 @@ type Snapshot struct {
 	Name      string    `json:"name"`
 	Created   time.Time `json:"created"`
 	Automatic bool      `json:"automatic,omitempty"` // it goes with its volume
+}
+
+// A Schedule says how many of each kind of a volume's automatic snapshots are kept.
+type Schedule struct {
+	Snapshots string `json:"snapshots"`         // hourly=24,daily=7, or none; to be set, "" is what the volume was made with
+	Changed   bool   `json:"changed,omitempty"` // since the volume was made
 }
 
 // A Rollback makes a volume what it was.
@@ -198,6 +206,16 @@ func (c Client) Snapshots(ctx context.Context, volume string) (all []Snapshot, e
 // Snapshot takes one.
 func (c Client) Snapshot(ctx context.Context, volume, name string) (s Snapshot, err error) {
 	return s, c.call(ctx, http.MethodPut, "/volumes/"+url.PathEscape(volume)+"/snapshots/"+url.PathEscape(name), nil, &s)
+}
+
+// Schedule is which of a volume's automatic snapshots are kept.
+func (c Client) Schedule(ctx context.Context, volume string) (s Schedule, err error) {
+	return s, c.call(ctx, http.MethodGet, "/volumes/"+url.PathEscape(volume)+"/schedule", nil, &s)
+}
+
+// Reschedule changes that.
+func (c Client) Reschedule(ctx context.Context, volume, snapshots string) (s Schedule, err error) {
+	return s, c.call(ctx, http.MethodPut, "/volumes/"+url.PathEscape(volume)+"/schedule", Schedule{Snapshots: snapshots}, &s)
 }
 
 // Rollback makes a volume, or a path in it, what it was when a snapshot was taken.
