@@ -53,6 +53,7 @@ type filer struct {
 	mu      sync.Mutex      // one change at a time
 	entered map[string]bool // volumes whose files this process itself works with
 	placed  map[string]bool // volumes that restore has placed, while it is at it
+	gates   sync.Map        // volumes → *gateway.Gate, of WebDAV and S3
 }
 
 // options are for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.

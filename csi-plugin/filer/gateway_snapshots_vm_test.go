@@ -3,9 +3,12 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/minio/minio-go/v7"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/cradlestack/cradlestack/internal/filertest"
 )
@@ -145,5 +149,92 @@ func TestRootSnapshotsByGateways(t *testing.T) {
 			out, err = curl(g, one)
 			refused("404", out, err)
 		})
+	}
+}
+
+// TestRootRollbackUnderGateways: while clients of WebDAV and S3 write, a volume is rolled back again and again: each time whole, no client's write fails, and an upload
+// that is under way is there in the end. What helps to serve the volume is none of what has changed in it.
+func TestRootRollbackUnderGateways(t *testing.T) {
+	f := filertest.Start(t)
+	host := f.Volume("vol", 64<<20, nil)
+	g := f.Grant("vol")
+	c := objects(t, f, g)
+	web := http.Client{Transport: overTLS(t, f)}
+	put := func(method, path string, body io.Reader) error {
+		req, err := http.NewRequestWithContext(t.Context(), method, g.WebDAV+path, body)
+		if err != nil {
+			return err
+		}
+		req.SetBasicAuth(g.ID, g.Secret)
+		resp, err := web.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode/100 != 2 {
+			return fmt.Errorf("%s %s: %s", method, path, resp.Status)
+		}
+		return nil
+	}
+	for i := range 50 {
+		if err := put(http.MethodPut, fmt.Sprintf("kept-%d", i), strings.NewReader(strings.Repeat("kept", 1<<12))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.Must("snapshot", "vol", "before")
+	defer removeSnapshot(t, f, "vol", "before")
+	theirs, ours := io.Pipe()
+	uploaded := make(chan error, 1)
+	go func() { uploaded <- put(http.MethodPut, "upload", theirs) }()
+	if _, err := ours.Write(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if out := f.Must("diff", "vol", "before"); out != "" {
+		t.Errorf("while a file is uploaded the volume has changed: %s", out)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var writers errgroup.Group
+	for i := range 3 {
+		writers.Go(func() error {
+			for n := 0; ctx.Err() == nil; n++ {
+				dir := fmt.Sprintf("dav-%d-%d", i, n)
+				if err := put("MKCOL", dir, nil); err != nil {
+					return err
+				}
+				if err := put(http.MethodPut, fmt.Sprintf("kept-%d", n%50), strings.NewReader("new")); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		writers.Go(func() error {
+			for n := 0; ctx.Err() == nil; n++ {
+				if _, err := c.PutObject(t.Context(), "vol", fmt.Sprintf("s3-%d/%d", i, n), strings.NewReader("new"), 3, minio.PutObjectOptions{}); err != nil {
+					return err
+				}
+				if err := c.RemoveObject(t.Context(), "vol", fmt.Sprintf("kept-%d", 3*(n%16)+i), minio.RemoveObjectOptions{}); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	for range 5 {
+		f.Must("rollback", "vol", "before")
+	}
+	stop()
+	if err := writers.Wait(); err != nil {
+		t.Errorf("who writes while the volume is rolled back: %v", err)
+	}
+	f.Must("rollback", "vol", "before")
+	if out := f.Must("diff", "vol", "before"); out != "" {
+		t.Errorf("when it has been rolled back the volume has changed: %s", out)
+	}
+	ours.Close()
+	if err := <-uploaded; err != nil {
+		t.Errorf("an upload that was under way: %v", err)
+	}
+	if fi, err := os.Stat(filepath.Join(host, "upload")); err != nil || fi.Size() != 1<<20 {
+		t.Errorf("what was uploaded is %v, %v", fi, err)
 	}
 }

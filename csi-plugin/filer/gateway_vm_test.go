@@ -175,8 +175,8 @@ func TestRootGateways(t *testing.T) {
 	refused("403", "", second(curl(again, "--upload-file", local("one"), again.WebDAV+"new")))
 }
 
-// objects is a client of S3.
-func objects(t *testing.T, f *filertest.Filer, g filertest.Grant) *minio.Client {
+// overTLS is the way to a filer, whose certificate it knows.
+func overTLS(t *testing.T, f *filertest.Filer) *http.Transport {
 	t.Helper()
 	pem, err := os.ReadFile(f.CA())
 	if err != nil {
@@ -184,9 +184,14 @@ func objects(t *testing.T, f *filertest.Filer, g filertest.Grant) *minio.Client 
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(pem)
+	return &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}
+}
+
+// objects is a client of S3.
+func objects(t *testing.T, f *filertest.Filer, g filertest.Grant) *minio.Client {
+	t.Helper()
 	c, err := minio.New(strings.Trim(strings.TrimPrefix(g.S3, "https://"), "/"), &minio.Options{
-		Creds: credentials.NewStaticV4(g.ID, g.Secret, ""), Secure: true, Region: "us-east-1",
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}},
+		Creds: credentials.NewStaticV4(g.ID, g.Secret, ""), Secure: true, Region: "us-east-1", Transport: overTLS(t, f),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -74,12 +74,12 @@ func (f *filer) admit(ctx context.Context, g api.Grant) error {
 		return nil
 	}
 	root, err := f.place(ctx, g.Volume)
-	seen := f.seen(g.Volume)
+	seen, gate := f.seen(g.Volume), f.gate(g.Volume)
 	if err == nil && f.webdav != nil {
-		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen})
+		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen, Gate: gate})
 	}
 	if err == nil && f.s3 != nil && s3.CheckBucket(g.Volume) == nil {
-		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen})
+		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen, Gate: gate})
 	}
 	return err
 }

@@ -16,7 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -158,7 +160,7 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 	if err := f.rollbacks().write(p.Volume, p); err != nil {
 		return done, err
 	}
-	err = f.engine.Hold(p.Volume, func() error {
+	err = f.hold(ctx, p.Volume, func() error {
 		if _, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: p.Volume, Name: p.Undo}, Automatic: true}); err != nil {
 			return err
 		}
@@ -168,9 +170,23 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 		return err
 	})
 	if err == nil || ctx.Err() == nil {
+		if err != nil && done.Undo != "" {
+			err = fmt.Errorf("volume %s is part of snapshot %s and part of what it was before, which is kept as %s; roll it back again once the reason is mended: %w", p.Volume, p.Snapshot, p.Undo, err)
+		}
 		err = errors.Join(err, f.rollbacks().remove(p.Volume))
 	}
 	return done, err
+}
+
+// gate is what changes of a volume by WebDAV and S3 go through.
+func (f *filer) gate(id string) *gateway.Gate {
+	g, _ := f.gates.LoadOrStore(id, &gateway.Gate{})
+	return g.(*gateway.Gate)
+}
+
+// hold does something while no client changes a volume: they wait.
+func (f *filer) hold(ctx context.Context, id string, do func() error) error {
+	return f.gate(id).Hold(ctx, func() error { return f.engine.Hold(id, do) })
 }
 
 // pass makes a part of one directory like that of another.
@@ -196,8 +212,8 @@ func pass(ctx context.Context, from, to *os.Root, part string) (changes tree.Cha
 	return changes, errors.Join(err, mount.SyncRoot(to))
 }
 
-// notOurs is what a file system has for itself.
-var notOurs = []string{"lost+found"}
+// notOurs is what a file system has for itself, and what helps to serve it: uploads that are under way go on.
+var notOurs = append([]string{"lost+found"}, webdav.Hidden...)
 
 // complete completes the rollbacks that a former process had begun.
 func (f *filer) complete(ctx context.Context) error {

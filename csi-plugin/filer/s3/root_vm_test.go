@@ -7,14 +7,18 @@ import (
 	"context"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +28,7 @@ import (
 	"github.com/minio/minio-go/v7/pkg/tags"
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -413,5 +418,187 @@ func TestRootClients(t *testing.T) {
 	run(program, secure.URL, "bucket")
 	if entries, err := os.ReadDir(w.root); err != nil || len(entries) > 1 {
 		t.Errorf("at the end there are %v, %v", entries, err)
+	}
+}
+
+// until waits until the grant's process writes, or does not write any more, to a file that is no object yet.
+func (w *world) until(writes bool) {
+	w.t.Helper()
+	for {
+		files, err := filepath.Glob("/proc/" + strconv.Itoa(w.process("key")) + "/fd/*")
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if writes == slices.ContainsFunc(files, func(file string) bool {
+			to, err := os.Readlink(file)
+			return err == nil && strings.Contains(to, "/.sgwtmp/")
+		}) {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// half uploads half of an object, and tells how that is answered. end ends it.
+func (w *world) half(c *minio.Client, name string) (code chan int, end func()) {
+	w.t.Helper()
+	u, err := c.PresignedPutObject(w.t.Context(), "bucket", name, time.Hour)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	theirs, ours := io.Pipe()
+	code = make(chan int, 1)
+	go func() {
+		req, err := http.NewRequestWithContext(w.t.Context(), http.MethodPut, u.String(), theirs)
+		if err != nil {
+			code <- 0
+			return
+		}
+		req.ContentLength = 2 << 20
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			code <- 0
+			return
+		}
+		resp.Body.Close()
+		code <- resp.StatusCode
+	}()
+	if _, err := ours.Write(make([]byte, 1<<20)); err != nil {
+		w.t.Fatal(err)
+	}
+	w.until(true)
+	return code, func() { ours.Close() }
+}
+
+// TestRootRevoked: a grant ends although a client of it has stopped in the middle of an upload, which leaves nothing.
+func TestRootRevoked(t *testing.T) {
+	w := serve(t)
+	c := w.client("key", "secret")
+	w.put(c, "object", "content")
+	code, end := w.half(c, "slow")
+	w.server.Forbid("key")
+	if got := <-code; got != http.StatusForbidden && got != 0 {
+		t.Errorf("an upload whose grant has ended is answered %d", got)
+	}
+	end()
+	if _, err := os.Lstat(filepath.Join(w.root, "slow")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("half of an object is there: %v", err)
+	}
+}
+
+// TestRootRefusedEarly: why a request is refused is told although the client has not sent all of it.
+func TestRootRefusedEarly(t *testing.T) {
+	w := serve(t)
+	w.put(w.client("key", "secret"), "object", "content")
+	u, err := w.client("key", "wrong").PresignedPutObject(t.Context(), "bucket", "object", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, u.String(), bytes.NewReader(make([]byte, 3<<20)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != http.StatusForbidden || !strings.Contains(string(text), "SignatureDoesNotMatch") {
+			t.Fatalf("with a wrong secret: %s %s, %v", resp.Status, text, err)
+		}
+	}
+	w.want(w.client("key", "secret"), "object", "content")
+}
+
+// TestRootCutOff: of an object or part whose client goes in the middle there is nothing, and what was there before is there whole.
+func TestRootCutOff(t *testing.T) {
+	w := serve(t)
+	c := w.client("key", "secret")
+	w.put(c, "object", "content")
+	id, err := (&minio.Core{Client: c}).NewMultipartUpload(t.Context(), "bucket", "parts", minio.PutObjectOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, object string
+		parameters   url.Values
+	}{{"an object", "new", nil}, {"one that is there", "object", nil}, {"a part", "parts", url.Values{"uploadId": {id}, "partNumber": {"1"}}}} {
+		u, err := w.client("key", "secret").Presign(t.Context(), http.MethodPut, "bucket", c.object, time.Hour, c.parameters)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := net.Dial("tcp", w.host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.until(false)
+		if _, err := fmt.Fprintf(conn, "PUT %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 2097152\r\n\r\n%s", u.RequestURI(), w.host, make([]byte, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+		w.until(true)
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+		w.until(false)
+		w.want(w.client("key", "secret"), "object", "content")
+		if _, err := os.Lstat(filepath.Join(w.root, "new")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s that was cut off: it is there: %v", c.name, err)
+		}
+	}
+	if parts, err := (&minio.Core{Client: c}).ListObjectParts(t.Context(), "bucket", "parts", id, 0, 10); err != nil || len(parts.ObjectParts) > 0 {
+		t.Errorf("of a part that was cut off there are %+v, %v", parts.ObjectParts, err)
+	}
+}
+
+// TestRootHeld: while the volume is held nothing is written, what is read is answered, an upload that takes too long is broken off and leaves nothing, and afterwards
+// all is done that was asked for.
+func TestRootHeld(t *testing.T) {
+	w := serve(t)
+	gate := &gateway.Gate{}
+	w.allow(Grant{Key: "key", Secret: "secret", Gate: gate})
+	c := w.client("key", "secret")
+	w.put(c, "object", "old")
+	slow, end := w.half(c, "slow")
+	held, release := make(chan struct{}), make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		done <- gate.Hold(t.Context(), func() error {
+			close(held)
+			<-release
+			return nil
+		})
+	}()
+	<-held
+	if code := <-slow; code != http.StatusServiceUnavailable && code != 0 {
+		t.Errorf("an upload that takes too long is answered %d", code)
+	}
+	end()
+	put, removed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := c.PutObject(t.Context(), "bucket", "new", strings.NewReader("new"), 3, minio.PutObjectOptions{})
+		put <- err
+	}()
+	go func() { removed <- c.RemoveObject(t.Context(), "bucket", "object", minio.RemoveObjectOptions{}) }()
+	w.want(c, "object", "old")
+	select {
+	case err := <-put:
+		t.Errorf("while it is held something is written: %v", err)
+	case err := <-removed:
+		t.Errorf("while it is held something is removed: %v", err)
+	default:
+	}
+	close(release)
+	for _, answered := range []chan error{done, put, removed} {
+		if err := <-answered; err != nil {
+			t.Error(err)
+		}
+	}
+	w.want(c, "new", "new")
+	for _, name := range []string{"object", "slow"} {
+		if _, err := os.Lstat(filepath.Join(w.root, name)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is there: %v", name, err)
+		}
 	}
 }

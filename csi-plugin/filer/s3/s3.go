@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"strings"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
@@ -24,6 +25,7 @@ type Grant struct {
 	UID, GID int // whom belongs what is made
 
 	Snapshots *snapshots.Source // of the directory; nil for none
+	Gate      *gateway.Gate     // that changes of the directory go through; nil for none
 }
 
 // CheckBucket says why a name can't be a bucket's, as clients have it (AWS, "General purpose bucket naming rules").

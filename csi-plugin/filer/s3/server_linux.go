@@ -197,6 +197,24 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer end()
 	gateway.Admitted(r)
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		within, leave, err := g.Gate.Enter(ctx)
+		if err != nil {
+			return // the client has gone, or the grant
+		}
+		defer leave()
+		ctx = within
+		defer func() {
+			if errors.Is(context.Cause(within), gateway.ErrHeld) {
+				// Whatever of it is still at work in the process ends before others go on.
+				g.mu.Lock()
+				defer g.mu.Unlock()
+				g.stop()
+			}
+		}()
+	}
+	// What waits for the client's bytes waits no longer then: the proxy would until they come.
+	defer context.AfterFunc(ctx, func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now()) })()
 	defer g.use()()
 	g.proxy.ServeHTTP(w, r.WithContext(ctx))
 }
@@ -226,6 +244,7 @@ func (g *granted) failed(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	}
 	g.server.log.Warn("request over S3", "grant", g.Key, "method", r.Method, "path", r.URL.Path, "error", err)
+	w.Header().Set("Retry-After", "1")
 	refuse(w, http.StatusServiceUnavailable, "ServiceUnavailable", "try again")
 }
 
@@ -405,7 +424,32 @@ func (g *granted) start() (_ *child, err error) {
 }
 
 func (c *child) connect(ctx context.Context) (net.Conn, error) {
-	return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(c.run, "s3.sock"))
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", filepath.Join(c.run, "s3.sock"))
+	if err != nil {
+		return nil, err
+	}
+	return &line{Conn: conn, closed: make(chan struct{})}, nil
+}
+
+// A line to a process that may answer before it has read all that it is sent, and end the line then: what the answer says is to be heard, and not that no more can be
+// written.
+type line struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (l *line) Write(p []byte) (int, error) {
+	n, err := l.Conn.Write(p)
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		<-l.closed // as soon as the answer, or that there is none, has been read
+	}
+	return n, err
+}
+
+func (l *line) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return l.Conn.Close()
 }
 
 func (c *child) ended() bool {

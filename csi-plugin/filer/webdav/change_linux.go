@@ -64,7 +64,7 @@ func (c change) target(name string) string {
 }
 
 // put makes a file of what r has, or replaces one: whoever reads sees the old one or the new one. Once all is there, admit is asked whether that may be.
-func (c change) put(name string, r io.Reader, admit func(isNew bool) error) (now info, created bool, err error) {
+func (c change) put(ctx context.Context, name string, r io.Reader, admit func(isNew bool) error) (now info, created bool, err error) {
 	parent, err := c.parent(name)
 	if err != nil {
 		return info{}, false, err
@@ -85,6 +85,11 @@ func (c change) put(name string, r io.Reader, admit func(isNew bool) error) (now
 	if err := c.own(f, parent, false, 0o644); err != nil {
 		return info{}, false, err
 	}
+	_, leave, err := c.grant.Gate.Enter(ctx)
+	if err != nil {
+		return info{}, false, err
+	}
+	defer leave()
 	// What does not depend on the upload's time is done before all others have to wait.
 	name = c.target(name)
 	old, err := c.open(name)

@@ -69,6 +69,12 @@ func openLocks(file string) (*locks, error) {
 	if err != nil {
 		return nil, fmt.Errorf("locks in %s: %w; remove it, and clients lose their locks", file, err)
 	}
+	// None lasts longer from now on than it was asked for, whatever the clock has been since.
+	for _, k := range l.all {
+		if last := time.Now().Add(time.Duration(k.Seconds) * time.Second); k.Expires.After(last) {
+			k.Expires = last
+		}
+	}
 	return l, nil
 }
 

@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"net/http"
 	"syscall"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
 
 // A refusal is an error that says what is answered.
@@ -36,6 +38,8 @@ func explain(err error) *refusal {
 	switch {
 	case errors.As(err, &r):
 		return r
+	case errors.Is(err, gateway.ErrHeld):
+		code = http.StatusServiceUnavailable
 	case errors.As(err, &large), errors.Is(err, syscall.EFBIG):
 		code = http.StatusRequestEntityTooLarge
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):

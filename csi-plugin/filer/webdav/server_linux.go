@@ -209,6 +209,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			level = slog.LevelWarn
 		}
 		s.log.Log(ctx, level, "request", "method", r.Method, "path", r.URL.Path, "user", g.User, "code", a.code, "error", a.err)
+		if a.code == http.StatusServiceUnavailable {
+			h.Set("Retry-After", "1")
+		}
 		if !out.begun {
 			a.write(out)
 		}
@@ -346,6 +349,22 @@ func (q *request) serve() error {
 		return refuse(http.StatusMethodNotAllowed, "%.20q is not done here", q.r.Method)
 	case q.grant.ReadOnly:
 		return refuse(http.StatusForbidden, "user %s may only read", q.grant.User)
+	}
+	switch q.r.Method {
+	case http.MethodPut, "LOCK": // what they make is there before, and put goes through
+	default:
+		// The rest of the body, if there is one, comes before others have to wait.
+		data, err := io.ReadAll(q.r.Body)
+		if err != nil {
+			return err
+		}
+		q.r.Body = io.NopCloser(bytes.NewReader(data))
+		ctx, leave, err := q.grant.Gate.Enter(q.r.Context())
+		if err != nil {
+			return err
+		}
+		defer leave()
+		q.r = q.r.WithContext(ctx)
 	}
 	return do()
 }
@@ -551,7 +570,7 @@ func (q *request) put() error {
 	if fi, err := q.stat(q.path); err == nil && fi.IsDir() {
 		return refuse(http.StatusMethodNotAllowed, "%s is a directory", q.path)
 	}
-	now, created, err := q.change.put(q.path, q.r.Body, admit)
+	now, created, err := q.change.put(q.r.Context(), q.path, q.r.Body, admit)
 	if err != nil {
 		return err
 	}
@@ -744,7 +763,7 @@ func (q *request) lock() error {
 		if err := q.may(q.path, true, false); err != nil {
 			return err
 		}
-		if _, _, err := q.change.put(q.path, strings.NewReader(""), func(isNew bool) error {
+		if _, _, err := q.change.put(q.r.Context(), q.path, strings.NewReader(""), func(isNew bool) error {
 			if !isNew {
 				return refuse(http.StatusConflict, "%s has just been made", q.path)
 			}

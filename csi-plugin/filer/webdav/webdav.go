@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
@@ -28,6 +29,7 @@ type Grant struct {
 	UID, GID int // whom belongs what is made
 
 	Snapshots *snapshots.Source // of the directory; nil for none
+	Gate      *gateway.Gate     // that changes of the directory go through; nil for none
 }
 
 func (g Grant) check() error {

@@ -3,6 +3,7 @@ package webdav
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"encoding/xml"
 	"fmt"
 	"io"
@@ -14,12 +15,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/webdav"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
 
 // A world is a directory that is served to user "u" with the secret "p", with something beside it that nobody may see.
@@ -497,6 +501,22 @@ func TestLocksExpire(t *testing.T) {
 		if again, err := openLocks(file); err != nil || len(again.on("/a")) != 0 || l.allows("u", nil, "/a", true) != nil {
 			t.Errorf("it has not expired: %v", err)
 		}
+		// The clock was years ahead when it was taken, and is put right.
+		data, err := json.Marshal([]*lock{{Token: "t", Path: "/a", User: "u", Seconds: 60, Expires: time.Now().AddDate(10, 0, 0)}})
+		if err == nil {
+			err = os.WriteFile(file, data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		ahead, err := openLocks(file)
+		if err != nil || len(ahead.on("/a")) != 1 {
+			t.Errorf("a lock is forgotten: %v", err)
+		}
+		time.Sleep(61 * time.Second)
+		if len(ahead.on("/a")) != 0 {
+			t.Error("a lock lasts longer than it was asked for")
+		}
 		for i := range maxLocks {
 			l.all = append(l.all, &lock{Token: "t", Path: fmt.Sprintf("/%d", i), Expires: time.Now().Add(time.Hour)})
 		}
@@ -700,4 +720,105 @@ func TestOutcome(t *testing.T) {
 	if len(got) != 2 || got[0].Status != http.StatusForbidden || got[1].Status != http.StatusFailedDependency || !slices.EqualFunc(got[1].Props, []webdav.Property{name("a")}, func(a, b webdav.Property) bool { return a.XMLName == b.XMLName }) {
 		t.Errorf("%+v", got)
 	}
+}
+
+// TestHeld: while the volume is held nothing changes in it, what is read is answered, an upload's bytes are taken, and afterwards all is done that was asked for.
+func TestHeld(t *testing.T) {
+	w := serve(t)
+	gate := &gateway.Gate{}
+	w.allow(Grant{User: "u", Secret: "p", Gate: gate})
+	for _, name := range []string{"deleted", "moved", "copied", "patched", "put"} {
+		w.write(name, "old")
+	}
+	asked := make(chan string, 10)
+	held, release := make(chan struct{}), make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		done <- gate.Hold(t.Context(), func() error {
+			close(held)
+			<-release
+			return nil
+		})
+	}()
+	<-held
+	sent := &told{Reader: strings.NewReader("new"), end: make(chan struct{})}
+	requests := []struct {
+		method, path string
+		body         io.Reader
+		headers      []string
+	}{
+		{"PUT", "/put", sent, nil},
+		{"PUT", "/created", strings.NewReader("new"), nil},
+		{"DELETE", "/deleted", nil, nil},
+		{"MKCOL", "/made", nil, nil},
+		{"MOVE", "/moved", nil, []string{"Destination: /v/moved-to"}},
+		{"COPY", "/copied", nil, []string{"Destination: /v/copied-to"}},
+		{"LOCK", "/locked", strings.NewReader(`<lockinfo xmlns="DAV:"><lockscope><exclusive/></lockscope><locktype><write/></locktype></lockinfo>`), nil},
+		{"PROPPATCH", "/patched", strings.NewReader(`<propertyupdate xmlns="DAV:"><set><prop><x xmlns="urn:x">1</x></prop></set></propertyupdate>`), nil},
+	}
+	for _, r := range requests {
+		go func() {
+			resp, err := w.try(r.method, r.path, r.body, r.headers...)
+			if err != nil {
+				asked <- r.method + ": " + err.Error()
+				return
+			}
+			resp.Body.Close()
+			if resp.StatusCode/100 != 2 {
+				asked <- r.method + ": " + resp.Status
+				return
+			}
+			asked <- ""
+		}()
+	}
+	<-sent.end
+	names := func() string {
+		t.Helper()
+		all, err := filepath.Glob(filepath.Join(w.root, "[a-z]*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range all {
+			all[i] = filepath.Base(all[i])
+		}
+		return strings.Join(all, " ")
+	}
+	if answer, _ := w.want(http.StatusOK, "GET", "/put", ""); answer != "old" {
+		t.Errorf("while it is held a file is %q", answer)
+	}
+	if got := names(); got != "copied deleted moved patched put" {
+		t.Errorf("while it is held there are %s", got)
+	}
+	select {
+	case what := <-asked:
+		t.Errorf("while it is held one is answered: %s", what)
+	default:
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	for range requests {
+		if what := <-asked; what != "" {
+			t.Error(what)
+		}
+	}
+	if got := names(); got != "copied copied-to created locked made moved-to patched put" || w.file("put") != "new" {
+		t.Errorf("then there are %s, and one is %q", got, w.file("put"))
+	}
+}
+
+// told closes end when all of it has been read.
+type told struct {
+	io.Reader
+	once sync.Once
+	end  chan struct{}
+}
+
+func (r *told) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if err != nil {
+		r.once.Do(func() { close(r.end) })
+	}
+	return n, err
 }

@@ -83,7 +83,7 @@ func (c config) serve() error {
 	if c.Snapshots != "" {
 		served = &past{files, c.Bucket, "/run/" + c.Snapshots}
 	}
-	return embedgw.RunVersityGW(context.Background(), served, &embedgw.Config{
+	return embedgw.RunVersityGW(context.Background(), whole{served}, &embedgw.Config{
 		RootUserAccess: c.Key, RootUserSecret: c.Secret, Ports: []string{"/run/s3.sock"}, AdminPorts: []string{"/run/admin.sock"}, SocketPerm: "0600",
 		MaxConnections: 1024, MaxRequests: 512, AdminMaxConnections: 1, AdminMaxRequests: 1, MultipartMaxParts: 10_000,
 		Readonly: c.ReadOnly, Quiet: true, DisableACLs: true, DisableStrictBucketNames: true,
