@@ -82,7 +82,7 @@ func (m *Machine) LUN(key string) (lun int, ok bool) {
 type place struct {
 	readOnly bool
 	disk     *Disk // nil: empty, as all are in a template
-	driver   string
+	protocol protocol
 	number   int // of its file in the QEMU process
 }
 
@@ -151,7 +151,7 @@ func (p *place) arguments(lun int) (args []string) {
 	node := map[string]any{"driver": "null-co", "node-name": diskNode(lun), "read-only": p.readOnly, "size": int64(emptySize), "read-zeroes": true}
 	if p.disk != nil {
 		args = []string{"-add-fd", fmt.Sprintf("fd=%d,set=%d", p.number, lun)}
-		node = blockNode(lun, p.driver, p.readOnly)
+		node = blockNode(lun, p.protocol, p.readOnly)
 	}
 	return append(args, "-blockdev", option(node), "-device", option(scsiDisk(lun)))
 }
@@ -165,11 +165,20 @@ func option(v map[string]any) string {
 	return string(text)
 }
 
+// A protocol is how QEMU reads and writes a disk's file.
+type protocol struct {
+	driver  string
+	ioUring bool // not by threads
+}
+
 // blockNode reads and writes the file in the set with the LUN's number.
-func blockNode(lun int, driver string, readOnly bool) map[string]any {
+func blockNode(lun int, p protocol, readOnly bool) map[string]any {
 	file := map[string]any{
-		"driver": driver, "filename": fmt.Sprintf("/dev/fdset/%d", lun), "node-name": diskNode(lun) + "-file",
+		"driver": p.driver, "filename": fmt.Sprintf("/dev/fdset/%d", lun), "node-name": diskNode(lun) + "-file",
 		"read-only": readOnly, "auto-read-only": false, "discard": "unmap",
+	}
+	if p.ioUring {
+		file["aio"] = "io_uring"
 	}
 	return map[string]any{
 		"driver": "raw", "node-name": diskNode(lun), "read-only": readOnly, "discard": "unmap", "file": file,
@@ -187,23 +196,29 @@ func scsiDisk(lun int) map[string]any {
 }
 
 // open opens a disk's file to be passed to QEMU, which sees no path of the host.
-func (d *Disk) open() (f *os.File, driver string, err error) {
+func (d *Disk) open(ioUring bool) (f *os.File, p protocol, err error) {
 	flags := os.O_RDWR
 	if d.ReadOnly {
 		flags = os.O_RDONLY
 	}
 	if f, err = os.OpenFile(d.Path, flags|unix.O_NONBLOCK, 0); err != nil {
-		return nil, "", err
+		return nil, protocol{}, err
 	}
-	if driver, err = blockDriver(f); err != nil {
-		return nil, "", errors.Join(err, f.Close())
+	if p.driver, err = blockDriver(f); err == nil && ioUring && p.driver == "file" {
+		p.ioUring, err = answersAtOnce(f)
 	}
-	return f, driver, nil
+	if err != nil {
+		return nil, protocol{}, errors.Join(err, f.Close())
+	}
+	return f, p, nil
 }
 
 // plug plugs a disk into a machine that is there.
 func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
-	f, driver, err := d.open()
+	m.mu.Lock()
+	ioUring := m.state.IOUring
+	m.mu.Unlock()
+	f, p, err := d.open(ioUring)
 	if err != nil {
 		return fmt.Errorf("attach disk %s: %w", d.Key, err)
 	}
@@ -212,7 +227,7 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 		return fmt.Errorf("attach disk %s: %w", d.Key, err)
 	}
 	// QEMU drops a set whose files nobody has open, so failing below needs to undo only what it did.
-	if err := m.QMP(ctx, "blockdev-add", blockNode(lun, driver, d.ReadOnly), nil); err != nil && strings.Contains(err.Error(), "uplicate node") {
+	if err := m.addNode(ctx, lun, p, d.ReadOnly); err != nil && strings.Contains(err.Error(), "uplicate node") {
 		return errTaken
 	} else if err != nil {
 		_ = m.QMP(ctx, "remove-fd", map[string]any{"fdset-id": lun}, nil)
@@ -227,6 +242,19 @@ func (m *Machine) plug(ctx context.Context, lun int, d Disk) (err error) {
 	m.state.Disks[lun] = d
 	m.mu.Unlock()
 	return nil
+}
+
+// addNode adds a disk's block node, with threads where QEMU may not use io_uring.
+func (m *Machine) addNode(ctx context.Context, lun int, p protocol, readOnly bool) error {
+	err := m.QMP(ctx, "blockdev-add", blockNode(lun, p, readOnly), nil)
+	if err == nil || !p.ioUring || !ioUringRefused(err.Error()) {
+		return err
+	}
+	m.log.Warn("disks are served by threads", "error", err)
+	m.mu.Lock()
+	m.state.IOUring = false
+	m.mu.Unlock()
+	return m.QMP(ctx, "blockdev-add", blockNode(lun, protocol{driver: p.driver}, readOnly), nil)
 }
 
 // errTaken is that QEMU has a disk at a place that is free as far as this process knows: one that was killed has plugged it in, before it could note that.

@@ -187,6 +187,9 @@ func TestVMDiskLife(t *testing.T) {
 	if err != nil || lun != 1 {
 		t.Fatalf("AddDisk: %d, %v", lun, err)
 	}
+	if want := ringHere(t, added) && mustQEMU(t, c).ioUring; hasRing(t, m) != want {
+		t.Errorf("QEMU uses io_uring: %v, want %v", !want, want)
+	}
 	ask(t, m, "write", url.Values{"lun": {"1"}, "text": {"changed"}}, nil)
 
 	if err := m.ResizeDisk(ctx, lun, 4<<20); err != nil {
@@ -237,4 +240,30 @@ func TestVMDiskLife(t *testing.T) {
 	if err := m.RemoveDisk(ctx, 7); err == nil {
 		t.Error("a disk that is not there was removed")
 	}
+}
+
+// ringHere tells whether a disk may be served by io_uring.
+func ringHere(t *testing.T, d Disk) bool {
+	t.Helper()
+	f, p, err := d.open(ioUringAllowed())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	return p.ioUring
+}
+
+func hasRing(t *testing.T, m *Machine) bool {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", m.Info().PID)
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if to, _ := os.Readlink(filepath.Join(dir, f.Name())); to == "anon_inode:[io_uring]" {
+			return true
+		}
+	}
+	return false
 }

@@ -97,6 +97,40 @@ func TestVMStartErrors(t *testing.T) {
 	}
 }
 
+// A QEMU that may not have a ring, though this process may, is started again without.
+func TestVMNoIOUring(t *testing.T) {
+	c := config(t)
+	c.Start, c.Disks = Cold, []Disk{{Key: "volume", Path: image(t, "", 1<<20)}}
+	if err := c.check(); err != nil { // it sets what is left out
+		t.Fatal(err)
+	}
+	if !ringHere(t, c.Disks[0]) {
+		t.Fatal("no io_uring here: set TMPDIR to a directory on ext4 or xfs, and kernel.io_uring_disabled to 0")
+	}
+	program := filepath.Join(t.TempDir(), "bin", "qemu")
+	const script = `#!/usr/bin/sh
+case "$*" in
+*'"aio":"io_uring"'*) echo "Unable to use io_uring: failed to init linux io_uring ring: Operation not permitted" >&2 ;;
+*) echo "asked for threads" >&2 ;;
+esac
+exit 1
+`
+	if err := errors.Join(os.Mkdir(filepath.Dir(program), 0o755), os.WriteFile(program, []byte(script), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	q := &qemu{path: program, version: "7.2.0", ioUring: true}
+	m, err := c.boot(t.Context(), q, Info{Accel: TCG, Start: Cold, Memory: class(c.Memory), CPUs: c.CPUs, Package: c.Package.Digest}, nil)
+	if err == nil {
+		m.Kill()
+		m.Close()
+		t.Fatal("the machine started")
+	}
+	if !strings.Contains(err.Error(), "asked for threads") || q.ioUring {
+		t.Errorf("error %q, want the one of a start without io_uring", err)
+	}
+	clean(t, c.RunDir)
+}
+
 func TestVMDiskInUse(t *testing.T) {
 	for _, how := range []string{Cold, Template, Auto} {
 		for _, internal := range []bool{false, true} {

@@ -30,6 +30,7 @@ var ErrNoQEMU = errors.New(qemuName + " is missing: apt-get install qemu-system-
 type qemu struct {
 	path    string // symbolic links resolved
 	version string // 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)
+	ioUring bool   // it can use it
 }
 
 // findQEMU looks for $CRADLE_QEMU, then in $PATH. Asking QEMU for its version takes longer than starting a pod should: the answer is
@@ -50,13 +51,16 @@ func findQEMU(ctx context.Context, cacheDir string) (*qemu, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start machine: %w", err)
 	}
-	type known struct{ File, Version string }
+	type known struct {
+		File, Version string
+		IOUring       *bool // nil: an earlier release did not ask
+	}
 	file := fmt.Sprintf("%s %d %d", path, fi.Size(), fi.ModTime().UnixNano())
 	sum := sha256.Sum256([]byte(file))
 	cache := filepath.Join(cacheDir, "qemu-"+hex.EncodeToString(sum[:8])+".json")
 	var k known
-	if data, err := os.ReadFile(cache); err == nil && json.Unmarshal(data, &k) == nil && k.File == file && k.Version != "" {
-		return &qemu{path, k.Version}, nil
+	if data, err := os.ReadFile(cache); err == nil && json.Unmarshal(data, &k) == nil && k.File == file && k.Version != "" && k.IOUring != nil {
+		return &qemu{path, k.Version, *k.IOUring}, nil
 	}
 	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
@@ -65,11 +69,12 @@ func findQEMU(ctx context.Context, cacheDir string) (*qemu, error) {
 	if k.Version, err = parseVersion(out); err != nil {
 		return nil, fmt.Errorf("start machine: %s: %w", path, err)
 	}
-	k.File = file
+	ioUring := linksIOUring(path)
+	k.File, k.IOUring = file, &ioUring
 	if data, err := json.Marshal(k); err == nil {
 		_ = hostfile.Replace(cache, data) // only a cache: without it the next start asks again
 	}
-	return &qemu{path, k.Version}, nil
+	return &qemu{path, k.Version, ioUring}, nil
 }
 
 var versionLine = regexp.MustCompile(`^QEMU emulator version (([0-9]+)\.([0-9]+)\S*(?: \([^)\n]*\))?)`)

@@ -92,8 +92,21 @@ type restoreError struct{ error }
 func (e restoreError) Unwrap() error { return e.error }
 
 // boot starts QEMU and brings the guest to its hello, from t (which it takes over) or, where that is nil, cold. Nothing is left when it
-// fails.
+// fails. A QEMU that may not use io_uring is not asked to again: a template is to be restored another time then, and its error says so.
 func (c *Config) boot(ctx context.Context, q *qemu, info Info, t *template) (*Machine, error) {
+	m, err := c.bootOnce(ctx, q, info, t)
+	if err != nil && q.ioUring && ioUringRefused(err.Error()) {
+		q.ioUring = false
+		c.Log.Warn("disks are served by threads", "error", err)
+		if t == nil {
+			return c.bootOnce(ctx, q, info, nil)
+		}
+		return nil, restoreError{err}
+	}
+	return m, err
+}
+
+func (c *Config) bootOnce(ctx context.Context, q *qemu, info Info, t *template) (*Machine, error) {
 	m, err := newMachine(c, info)
 	if err != nil {
 		t.release()
@@ -262,16 +275,17 @@ func (m *Machine) launch(c *Config, q *qemu, r role, places []place) (err error)
 		}
 	}
 	m.state.Places, h.places = len(places), places
+	m.state.IOUring = q.ioUring && ioUringAllowed()
 	for lun := range places {
 		p := &places[lun]
 		if p.disk == nil {
 			continue
 		}
-		f, driver, err := p.disk.open()
+		f, protocol, err := p.disk.open(m.state.IOUring)
 		if err != nil {
 			return fmt.Errorf("attach disk %s: %w", p.disk.Key, err)
 		}
-		p.number, p.driver = files.add(f), driver
+		p.number, p.protocol = files.add(f), protocol
 		m.state.Disks[lun] = *p.disk
 	}
 	for _, s := range []struct {

@@ -45,6 +45,7 @@ type state struct {
 	Info      Info          `json:"info"`
 	Disks     map[int]Disk  `json:"disks,omitempty"`  // by LUN
 	Places    int           `json:"places,omitempty"` // LUNs below are taken, be it by nothing
+	IOUring   bool          `json:"ioUring,omitempty"`
 	Virtiofs  *daemonHandle `json:"virtiofs,omitempty"`
 	Group     string        `json:"group,omitempty"` // the cgroup without a way to the loopback interface that QEMU is in
 }

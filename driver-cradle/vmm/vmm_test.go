@@ -65,8 +65,8 @@ func TestArguments(t *testing.T) {
 		"restored": func(h *hardware) { h.ram, h.incoming = 6, true },
 		"restored with disks": func(h *hardware) {
 			h.ram, h.incoming, h.places = 6, true, emptyPlaces(4)
-			h.places[0].disk, h.places[0].driver, h.places[0].number = &Disk{}, "file", 7
-			h.places[1].disk, h.places[1].driver, h.places[1].number = &Disk{}, "file", 8
+			h.places[0].disk, h.places[0].protocol, h.places[0].number = &Disk{}, protocol{driver: "file"}, 7
+			h.places[1].disk, h.places[1].protocol, h.places[1].number = &Disk{}, protocol{"file", true}, 8
 		},
 		"virtiofs": func(h *hardware) { h.kernel, h.initramfs, h.virtiofs, h.tap, h.accel = 3, 4, 9, 7, KVM },
 	} {
@@ -346,6 +346,34 @@ func TestMonitor(t *testing.T) {
 	defer cancel()
 	if err := q.call(short, "stop", nil, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("no answer: %v", err)
+	}
+}
+
+// Where QEMU may not have a ring after all, a disk that is plugged in is served by threads, and so is every later one.
+func TestDiskWithoutIOUring(t *testing.T) {
+	answers := []string{
+		`"error": {"class": "GenericError", "desc": "Unable to use io_uring: failed to init linux io_uring ring: Operation not permitted"}`,
+		`"return": {}`,
+	}
+	asked := 0
+	q := fakeQEMU(t, func(id int) string {
+		answer := answers[min(asked, len(answers)-1)]
+		asked++
+		return fmt.Sprintf("{%s, \"id\": %d}\n", answer, id)
+	})
+	m := &Machine{monitor: q, log: slog.New(slog.DiscardHandler), state: state{IOUring: true}}
+	if err := m.addNode(t.Context(), 3, protocol{"file", true}, false); err != nil || m.state.IOUring {
+		t.Errorf("%v, io_uring for the next one: %v", err, m.state.IOUring)
+	}
+	if err := m.addNode(t.Context(), 4, protocol{"file", true}, false); err != nil {
+		t.Error(err)
+	}
+	if asked != 3 {
+		t.Errorf("QEMU was asked %d times, want 3: twice for the first", asked)
+	}
+	answers = []string{`"error": {"class": "GenericError", "desc": "Failed to get lock"}`}
+	if err := m.addNode(t.Context(), 5, protocol{"file", true}, false); err == nil || asked != 4 {
+		t.Errorf("another failure: %v, asked %d times", err, asked)
 	}
 }
 
