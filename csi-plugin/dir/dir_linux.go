@@ -206,7 +206,7 @@ func hidden(folder string) string {
 // make makes a folder in one step: fill gets the hidden folder's name. The caller holds the lock.
 func (p *pool) make(folder string, r *record, fill func(hidden string) error) error {
 	h := hidden(folder)
-	err := p.root.RemoveAll(h)
+	err := p.removeAll(h)
 	if err == nil {
 		err = p.root.Mkdir(h, 0o700)
 	}
@@ -223,7 +223,7 @@ func (p *pool) make(folder string, r *record, fill func(hidden string) error) er
 		err = p.sync(filepath.Dir(folder))
 	}
 	if err != nil {
-		err = errors.Join(err, p.root.RemoveAll(h))
+		err = errors.Join(err, p.removeAll(h))
 	}
 	return err
 }
@@ -231,7 +231,7 @@ func (p *pool) make(folder string, r *record, fill func(hidden string) error) er
 // remove removes a folder, of which nothing is to be seen from its first step on. The caller holds the lock.
 func (p *pool) remove(folder string) error {
 	h := hidden(folder)
-	if err := p.root.RemoveAll(h); err != nil {
+	if err := p.removeAll(h); err != nil {
 		return err
 	}
 	err := p.root.Rename(folder, h)
@@ -244,7 +244,7 @@ func (p *pool) remove(folder string) error {
 	if err := p.sync(filepath.Dir(folder)); err != nil {
 		return err
 	}
-	return p.root.RemoveAll(h)
+	return p.removeAll(h)
 }
 
 // Create is volume.Backend's.
@@ -404,7 +404,7 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 	f, err := b.find(id)
 	if errors.Is(err, volume.ErrNotFound) {
 		for _, p := range b.pools { // what an interrupted call left
-			if err := p.root.RemoveAll(hidden(id)); err != nil {
+			if err := p.removeAll(hidden(id)); err != nil {
 				return err
 			}
 		}

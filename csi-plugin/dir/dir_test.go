@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -58,6 +60,67 @@ func TestPools(t *testing.T) {
 	}
 	if _, err := Open(nil); err == nil {
 		t.Error("no pool is one too few")
+	}
+}
+
+// nest makes directories of a name in each other.
+func nest(t *testing.T, dir, name string, levels int) {
+	t.Helper()
+	at, err := os.OpenRoot(dir)
+	for range levels {
+		if err == nil {
+			err = at.Mkdir(name, 0o700)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		var down *os.Root
+		down, err = at.OpenRoot(name)
+		at.Close()
+		at = down
+	}
+	at.Close()
+}
+
+// Whoever has a volume without a size can nest directories without end in it. Its snapshot is refused, before it takes all of the process's files and memory; it can be
+// deleted all the same.
+func TestDeep(t *testing.T) {
+	pool := filepath.Join(t.TempDir(), "pool")
+	b := open(t, Pool{"default", pool})
+	for _, id := range []string{"long", "deep"} {
+		if _, err := b.Create(t.Context(), files(id, "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	nest(t, filepath.Join(pool, "long/data"), strings.Repeat("d", unix.NAME_MAX), unix.PathMax/unix.NAME_MAX+1)
+	if _, err := b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "long", Name: "s"}}); err == nil || !strings.Contains(err.Error(), "a directory lies too deep in it") || len(err.Error()) > 300 {
+		t.Errorf("%.400v", err)
+	}
+	if left, err := os.ReadDir(filepath.Join(pool, "long/snapshots")); err != nil || len(left) > 0 {
+		t.Errorf("left of the snapshot: %v, %v", left, err)
+	}
+
+	nest(t, filepath.Join(pool, "deep/data"), "d", 6*deepest)
+	nest(t, filepath.Join(pool, "deep/data"), "e", 2*deepest)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	few := was
+	few.Cur = 4 * deepest
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"long", "deep"} {
+		if err := b.Delete(t.Context(), id); err != nil {
+			t.Errorf("%.400v", err)
+		}
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(pool); err != nil || len(left) != 1 {
+		t.Errorf("left in the pool: %v, %v", left, err)
 	}
 }
 

@@ -61,7 +61,7 @@ func (b *Backend) repair(ctx context.Context, p *pool, id string, look bool, rep
 		if look {
 			return nil
 		}
-		return p.root.RemoveAll(folder)
+		return p.removeAll(folder)
 	}
 	if err := rubbish(hidden(id)); err != nil {
 		return err

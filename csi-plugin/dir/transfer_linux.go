@@ -109,7 +109,7 @@ func (b *Backend) receive(ctx context.Context, p *pool, r volume.Request, conten
 		rec.Content = volume.Guest
 	}
 	if left, err := p.read(h); err != nil || left.Origin != r.Origin || left.Generation != r.Generation || left.Parameters != r.Parameters || left.size != r.Size {
-		if err := p.root.RemoveAll(h); err != nil {
+		if err := p.removeAll(h); err != nil {
 			return err
 		}
 		if err := p.root.Mkdir(h, 0o700); err != nil {

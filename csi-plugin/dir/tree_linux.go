@@ -20,8 +20,8 @@ import (
 // Whoever writes to the directory meanwhile may be hostile. All paths are resolved inside the root, so that the worst it gets is
 // a copy of other files of its own; what vanishes while it is looked at is left out.
 func copyTree(ctx context.Context, from *os.Root, source string, to *os.Root, target string) (copied bool, err error) {
-	c := treeCopy{ctx: ctx, from: from, to: to, links: map[inode]string{}}
-	if err := c.directory(source, target); err != nil {
+	c := treeCopy{ctx: ctx, to: to, links: map[inode]string{}}
+	if err := c.directory(from, source, to, target, target); err != nil {
 		return false, err
 	}
 	return c.copied, nil
@@ -30,14 +30,27 @@ func copyTree(ctx context.Context, from *os.Root, source string, to *os.Root, ta
 type inode struct{ dev, ino uint64 }
 
 type treeCopy struct {
-	ctx      context.Context
-	from, to *os.Root
-	links    map[inode]string // files with several names → the first one that was copied
-	copied   bool
+	ctx    context.Context
+	to     *os.Root
+	links  map[inode]string // files with several names → the first one that was copied, by its path
+	copied bool
 }
 
-func (c *treeCopy) directory(source, target string) error {
-	d, err := c.from.OpenFile(source, os.O_RDONLY|unix.O_DIRECTORY, 0)
+// maxPath is the length of the longest path that is copied. Directories can be nested deeper, and whoever does that with a million of them would have all of this
+// process's memory and open files.
+const maxPath = unix.PathMax
+
+// directory copies what is called source in from, as target in to. path is the copy's, below the root of all copies.
+func (c *treeCopy) directory(from *os.Root, source string, to *os.Root, target, path string) error {
+	if len(path) > maxPath {
+		return fmt.Errorf("a directory lies too deep in it: the paths of what is copied have at most %d bytes; move it up, or remove it", maxPath)
+	}
+	in, err := from.OpenRoot(source) // so that what is in it takes no longer the deeper it lies
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	d, err := in.Open(".")
 	if err != nil {
 		return err
 	}
@@ -46,13 +59,18 @@ func (c *treeCopy) directory(source, target string) error {
 	if err != nil {
 		return err
 	}
-	if err := c.to.Mkdir(target, 0o700); err != nil {
+	if err := to.Mkdir(target, 0o700); err != nil {
 		return err
 	}
+	out, err := to.OpenRoot(target)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
 	for {
 		names, err := d.Readdirnames(256)
 		for _, name := range names {
-			if err := c.entry(filepath.Join(source, name), filepath.Join(target, name)); err != nil {
+			if err := c.entry(in, out, name, filepath.Join(path, name)); err != nil {
 				return err
 			}
 		}
@@ -63,7 +81,7 @@ func (c *treeCopy) directory(source, target string) error {
 			return err
 		}
 	}
-	t, err := c.to.Open(target)
+	t, err := out.Open(".")
 	if err != nil {
 		return err
 	}
@@ -71,16 +89,16 @@ func (c *treeCopy) directory(source, target string) error {
 	if err := attributes(t, d); err != nil {
 		return err
 	}
-	return errors.Join(c.ownership(target, fi), t.Sync())
+	return errors.Join(ownership(to, target, fi), t.Sync())
 }
 
-func (c *treeCopy) entry(source, target string) error {
+func (c *treeCopy) entry(from, to *os.Root, name, path string) error {
 	if c.ctx.Err() != nil {
 		return context.Cause(c.ctx)
 	}
-	fi, err := c.from.Lstat(source)
+	fi, err := from.Lstat(name)
 	if err == nil {
-		err = c.copy(source, target, fi)
+		err = c.copy(from, to, name, path, fi)
 	}
 	if gone := (*fs.PathError)(nil); errors.As(err, &gone) && errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted or renamed meanwhile
@@ -88,36 +106,36 @@ func (c *treeCopy) entry(source, target string) error {
 	return err
 }
 
-func (c *treeCopy) copy(source, target string, fi fs.FileInfo) error {
+func (c *treeCopy) copy(from, to *os.Root, name, path string, fi fs.FileInfo) error {
 	st := fi.Sys().(*syscall.Stat_t)
 	key := inode{st.Dev, st.Ino}
 	if st.Nlink > 1 && !fi.IsDir() {
 		if first, ok := c.links[key]; ok {
-			return c.to.Link(first, target)
+			return c.to.Link(first, path)
 		}
-		c.links[key] = target
+		c.links[key] = path
 	}
 	switch fi.Mode().Type() {
 	case 0:
-		return c.file(source, target)
+		return c.file(from, to, name)
 	case fs.ModeDir:
-		return c.directory(source, target)
+		return c.directory(from, name, to, name, path)
 	case fs.ModeSymlink:
-		to, err := c.from.Readlink(source)
+		target, err := from.Readlink(name)
 		if err != nil {
 			return err
 		}
-		if err := c.to.Symlink(to, target); err != nil {
+		if err := to.Symlink(target, name); err != nil {
 			return err
 		}
-		return c.ownership(target, fi)
+		return ownership(to, name, fi)
 	default:
-		return c.node(target, fi, st)
+		return node(to, name, fi, st)
 	}
 }
 
-func (c *treeCopy) file(source, target string) error {
-	f, err := c.from.OpenFile(source, os.O_RDONLY|unix.O_NONBLOCK, 0)
+func (c *treeCopy) file(from, to *os.Root, name string) error {
+	f, err := from.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
@@ -126,7 +144,7 @@ func (c *treeCopy) file(source, target string) error {
 	if err != nil || !fi.Mode().IsRegular() {
 		return err // it was replaced by something else just now
 	}
-	t, err := c.to.OpenFile(target, createNew, 0o600)
+	t, err := to.OpenFile(name, createNew, 0o600)
 	if err != nil {
 		return err
 	}
@@ -141,43 +159,43 @@ func (c *treeCopy) file(source, target string) error {
 		err = attributes(t, f)
 	}
 	if err == nil {
-		err = c.ownership(target, fi)
+		err = ownership(to, name, fi)
 	}
 	return errors.Join(err, t.Sync())
 }
 
 // node makes a FIFO, socket or device node. Nothing that volumes are mounted with lets a device node be used.
-func (c *treeCopy) node(target string, fi fs.FileInfo, st *syscall.Stat_t) error {
-	d, err := c.to.Open(filepath.Dir(target))
+func node(to *os.Root, name string, fi fs.FileInfo, st *syscall.Stat_t) error {
+	d, err := to.Open(".")
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	if err := unix.Mknodat(int(d.Fd()), filepath.Base(target), st.Mode, int(st.Rdev)); err != nil {
-		return &fs.PathError{Op: "mknod", Path: target, Err: err}
+	if err := unix.Mknodat(int(d.Fd()), name, st.Mode, int(st.Rdev)); err != nil {
+		return &fs.PathError{Op: "mknod", Path: name, Err: err}
 	}
-	return c.ownership(target, fi)
+	return ownership(to, name, fi)
 }
 
 // ownership gives a copy its owner, mode and times, in that order: a change of owner takes set-user-id bits away.
-func (c *treeCopy) ownership(target string, fi fs.FileInfo) error {
+func ownership(to *os.Root, name string, fi fs.FileInfo) error {
 	st := fi.Sys().(*syscall.Stat_t)
-	if err := c.to.Lchown(target, int(st.Uid), int(st.Gid)); err != nil {
+	if err := to.Lchown(name, int(st.Uid), int(st.Gid)); err != nil {
 		return err
 	}
-	d, err := c.to.Open(filepath.Dir(target))
+	d, err := to.Open(filepath.Dir(name))
 	if err != nil {
 		return err
 	}
 	defer d.Close()
 	if fi.Mode().Type() != fs.ModeSymlink {
-		if err := unix.Fchmodat(int(d.Fd()), filepath.Base(target), st.Mode&0o7777, 0); err != nil {
-			return &fs.PathError{Op: "chmod", Path: target, Err: err}
+		if err := unix.Fchmodat(int(d.Fd()), filepath.Base(name), st.Mode&0o7777, 0); err != nil {
+			return &fs.PathError{Op: "chmod", Path: name, Err: err}
 		}
 	}
 	times := []unix.Timespec{{Sec: st.Atim.Sec, Nsec: st.Atim.Nsec}, {Sec: st.Mtim.Sec, Nsec: st.Mtim.Nsec}}
-	if err := unix.UtimesNanoAt(int(d.Fd()), filepath.Base(target), times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return &fs.PathError{Op: "utimes", Path: target, Err: err}
+	if err := unix.UtimesNanoAt(int(d.Fd()), filepath.Base(name), times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return &fs.PathError{Op: "utimes", Path: name, Err: err}
 	}
 	return nil
 }

@@ -16,7 +16,7 @@ type Entry struct {
 	Name       string    // another path of the same file, one that comes earlier; nothing else is set then
 	Attributes map[string]string
 	Size       int64
-	Chunks     [][32]byte // of a file: the SHA-256 of each chunk, zero where it is a hole or all zeros
+	Chunks     map[int64][32]byte // of a file: the SHA-256 of each chunk, by number, but for holes and those that are all zeros: a file may be nothing else
 }
 
 // A Difference is one path's.

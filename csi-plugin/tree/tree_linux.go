@@ -21,10 +21,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// maxPath is the length of the longest path that is listed. Directories can be nested deeper, and whoever does that with a million of them would have all of this
+// process's memory and open files.
+const maxPath = unix.PathMax
+
 // List reads a part of a directory, "." for all of it, but for what is to be left out. The order is one in which all can be made.
 func List(ctx context.Context, root *os.Root, part string, without ...string) ([]Entry, error) {
-	l := lister{ctx: ctx, root: root, without: without, seen: map[inode]string{}}
-	err := l.list(part)
+	l := lister{ctx: ctx, without: without, seen: map[inode]string{}}
+	err := l.list(root, part, part)
 	return l.all, err
 }
 
@@ -32,20 +36,23 @@ type inode struct{ dev, ino uint64 }
 
 type lister struct {
 	ctx     context.Context
-	root    *os.Root
 	without []string
 	seen    map[inode]string // files with several names → the first
 	all     []Entry
 }
 
-func (l *lister) list(name string) error {
+// list is of what is called base in dir, which List's caller knows as name.
+func (l *lister) list(dir *os.Root, base, name string) error {
 	if l.ctx.Err() != nil {
 		return context.Cause(l.ctx)
 	}
 	if slices.Contains(l.without, name) {
 		return nil
 	}
-	fi, err := l.root.Lstat(name)
+	if len(name) > maxPath {
+		return fmt.Errorf("%.80s…: it lies too deep: the paths of what is copied or compared have at most %d bytes; move it up, or remove it", name, maxPath)
+	}
+	fi, err := dir.Lstat(base)
 	if err != nil {
 		return err
 	}
@@ -61,12 +68,12 @@ func (l *lister) list(name string) error {
 	e := Entry{Path: name, Mode: st.Mode, UID: st.Uid, GID: st.Gid, Modified: time.Unix(st.Mtim.Unix()).UTC()}
 	switch fi.Mode().Type() {
 	case 0:
-		err = l.file(&e)
+		err = l.file(dir, base, &e)
 	case fs.ModeDir:
 		e.Modified = time.Time{}
-		return l.directory(e)
+		return l.directory(dir, base, e)
 	case fs.ModeSymlink:
-		e.Target, err = l.root.Readlink(name)
+		e.Target, err = dir.Readlink(base)
 	default:
 		e.Device = st.Rdev
 	}
@@ -74,31 +81,37 @@ func (l *lister) list(name string) error {
 	return err
 }
 
-func (l *lister) directory(e Entry) error {
-	d, err := l.root.Open(e.Path)
+func (l *lister) directory(dir *os.Root, base string, e Entry) error {
+	dir, err := dir.OpenRoot(base) // so that what is in it takes no longer the deeper it lies
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	if e.Attributes, err = attributes(d); err != nil {
+	defer dir.Close()
+	d, err := dir.Open(".")
+	if err != nil {
+		return err
+	}
+	e.Attributes, err = attributes(d)
+	var names []string
+	if err == nil {
+		names, err = d.Readdirnames(-1)
+	}
+	d.Close()
+	if err != nil {
 		return err
 	}
 	l.all = append(l.all, e)
-	names, err := d.Readdirnames(-1)
-	if err != nil {
-		return err
-	}
 	slices.Sort(names)
 	for _, name := range names {
-		if err := l.list(path.Join(e.Path, name)); err != nil && !errors.Is(err, fs.ErrNotExist) { // it has gone meanwhile
+		if err := l.list(dir, name, path.Join(e.Path, name)); err != nil && !errors.Is(err, fs.ErrNotExist) { // it has gone meanwhile
 			return err
 		}
 	}
 	return nil
 }
 
-func (l *lister) file(e *Entry) error {
-	f, err := l.root.OpenFile(e.Path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+func (l *lister) file(dir *os.Root, base string, e *Entry) error {
+	f, err := dir.OpenFile(base, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
@@ -111,7 +124,7 @@ func (l *lister) file(e *Entry) error {
 	if e.Attributes, err = attributes(f); err != nil {
 		return err
 	}
-	e.Chunks = make([][32]byte, (e.Size+chunk-1)/chunk)
+	e.Chunks = map[int64][32]byte{}
 	return content(l.ctx, f, e.Size, func(i int64, data []byte) error {
 		e.Chunks[i] = sha256.Sum256(data)
 		return nil
@@ -141,6 +154,9 @@ func content(ctx context.Context, f *os.File, size int64, each func(i int64, dat
 			if err := each(i, some); err != nil {
 				return err
 			}
+		}
+		if size-i*chunk <= chunk {
+			return nil // whose end may be the largest number that there is
 		}
 		at = (i + 1) * chunk
 	}
@@ -217,7 +233,7 @@ func Compare(older, newer []Entry) (all []Difference) {
 
 func same(a, b Entry) bool {
 	return a.Path == b.Path && a.Mode == b.Mode && a.UID == b.UID && a.GID == b.GID && a.Device == b.Device && a.Modified.Equal(b.Modified) && a.Target == b.Target &&
-		a.Name == b.Name && maps.Equal(a.Attributes, b.Attributes) && a.Size == b.Size && slices.Equal(a.Chunks, b.Chunks)
+		a.Name == b.Name && maps.Equal(a.Attributes, b.Attributes) && a.Size == b.Size && maps.Equal(a.Chunks, b.Chunks)
 }
 
 // send sends the chunks of a file that differ from theirs; one that is a hole here is sent as zeros.
@@ -229,15 +245,15 @@ func send(ctx context.Context, root *os.Root, e, their Entry, out *gob.Encoder) 
 	defer f.Close()
 	put := func(i int64, data []byte) error { return out.Encode(message{At: i * chunk, Data: data}) }
 	whole := func(i int64) int64 { return min(chunk, e.Size-i*chunk) }
-	for i := range min(int64(len(e.Chunks)), int64(len(their.Chunks))) {
-		if e.Chunks[i] == ([32]byte{}) && their.Chunks[i] != e.Chunks[i] {
+	for _, i := range slices.Sorted(maps.Keys(their.Chunks)) {
+		if _, ok := e.Chunks[i]; !ok && i < (e.Size+chunk-1)/chunk {
 			if err := put(i, make([]byte, whole(i))); err != nil {
 				return err
 			}
 		}
 	}
 	return content(ctx, f, e.Size, func(i int64, data []byte) error {
-		if i < int64(len(their.Chunks)) && their.Chunks[i] == e.Chunks[i] {
+		if sum, ok := their.Chunks[i]; ok && sum == e.Chunks[i] {
 			return nil
 		}
 		return put(i, data)

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -198,6 +200,54 @@ func TestPart(t *testing.T) {
 	}
 	if text, err := os.ReadFile(filepath.Join(b, "beside")); err != nil || string(text) != b {
 		t.Errorf("what is beside it is %q, %v", text, err)
+	}
+}
+
+// Whoever has a directory may have made in it what costs him nothing: files that are nothing but holes, as large as can be, and directories without end.
+func TestNothingForFree(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 50 {
+		name := filepath.Join(dir, strconv.Itoa(i))
+		must(t, os.WriteFile(name, nil, 0o600), os.Truncate(name, 8<<40))
+	}
+	root := open(t, dir)
+	if all := list(t, root); len(all) != 51 || len(all[1].Chunks) != 0 || all[1].Size != 8<<40 {
+		t.Errorf("%d entries, the first is %+v", len(all), all[1])
+	}
+
+	at, err := os.OpenRoot(dir)
+	must(t, err)
+	name := strings.Repeat("d", unix.NAME_MAX)
+	for range unix.PathMax/unix.NAME_MAX + 1 {
+		must(t, at.Mkdir(name, 0o700))
+		down, err := at.OpenRoot(name)
+		must(t, err, at.Close())
+		at = down
+	}
+	must(t, at.Close())
+	if _, err := List(t.Context(), root, "."); err == nil || !strings.Contains(err.Error(), "it lies too deep") || len(err.Error()) > 300 {
+		t.Errorf("%.400v", err)
+	}
+
+	const largest = 1<<62 + 5 // that a file system of memory can seek in
+	fd, err := unix.MemfdCreate("largest", unix.MFD_CLOEXEC)
+	must(t, err)
+	f := os.NewFile(uintptr(fd), "largest")
+	defer f.Close()
+	must(t, f.Truncate(largest))
+	if _, err := f.WriteAt([]byte{1}, largest-1); err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	must(t, content(t.Context(), f, largest, func(i int64, data []byte) error {
+		found++
+		if i != largest/chunk || len(data) != 5 {
+			t.Errorf("chunk %d of %d bytes", i, len(data))
+		}
+		return nil
+	}))
+	if found != 1 {
+		t.Errorf("%d chunks", found)
 	}
 }
 
