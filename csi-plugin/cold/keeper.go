@@ -78,22 +78,28 @@ func (k *Keeper) Collect(all chan<- prometheus.Metric) {
 // atOnce is how many volumes are copied at the same time.
 const atOnce = 4
 
-// Run looks for what is to be saved whenever snapshots may have been taken, which it is told every minute, until ctx ends. What fails is tried again the next time, as
+// lookEvery is how often Run looks for what is to be saved.
+const lookEvery = time.Minute
+
+// Run looks for what is to be saved every minute, and when it is told that snapshots were taken, until ctx ends. What fails is tried again the next time, as
 // long as it takes; local snapshots go on meanwhile.
 func (k *Keeper) Run(ctx context.Context, taken <-chan struct{}) error {
 	var g errgroup.Group
 	g.SetLimit(atOnce)
+	t := time.NewTicker(lookEvery)
+	defer t.Stop()
 	for {
+		k.look(ctx, &g)
 		select {
 		case <-taken:
-			k.look(ctx, &g)
+		case <-t.C:
 		case <-ctx.Done():
 			return g.Wait()
 		}
 	}
 }
 
-// look begins a copy of each volume of which none is being made, as far as there is room for more.
+// look begins a copy of each volume of which none is being made, and waits where there is no room for more: each has its turn.
 func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 	all, err := k.source.List(ctx)
 	if err != nil {
@@ -112,9 +118,7 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 		if s == nil {
 			continue
 		}
-		if !g.TryGo(func() error { k.copy(ctx, v, s); return nil }) {
-			k.end(s)
-		}
+		g.Go(func() error { k.copy(ctx, v, s); return nil })
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()

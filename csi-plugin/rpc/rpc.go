@@ -50,7 +50,7 @@ type Config struct {
 	// Owner says which of the block volumes of a name on several hosts is the one to be used. Where it is nil, that is the one here.
 	Owner func(ctx context.Context, id string) (Owner, error)
 
-	// Cold gets a word each time that Schedule has taken what was due, for whom copies volumes to cold storage; nil where nobody does.
+	// Cold gets a word each time that Schedule has taken a snapshot for cold storage, for whom copies volumes there; nil where nobody does.
 	Cold chan<- struct{}
 
 	// Snapshots are taken by schedule of file volumes whose parameters do not say which.

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
@@ -12,49 +15,95 @@ import (
 // lookEvery is how often Schedule looks for snapshots that are due.
 const lookEvery = time.Minute
 
+// atOnce is of how many volumes snapshots are taken at the same time: one is copied for as long as it is large.
+const atOnce = 4
+
 // Schedule takes the volumes' automatic snapshots, and removes those that are too many, until ctx ends. What can't be taken is tried again
-// the next time: a period's snapshot comes late rather than never.
+// the next time: a period's snapshot comes late rather than never. A volume that takes long, or whose storage does not answer, holds up no other one.
 func (s *Server) Schedule(ctx context.Context) error {
 	b, ok := s.config.Backend.(volume.Snapshotter)
 	if !ok {
 		return nil
 	}
+	var g errgroup.Group
+	g.SetLimit(atOnce)
+	d := &due{server: s, snapshotter: b, busy: map[string]bool{}}
 	t := time.NewTicker(lookEvery)
 	defer t.Stop()
 	for {
-		s.takeDue(ctx, b)
-		select {
-		case s.config.Cold <- struct{}{}:
-		default: // nobody listens, or has had the time to read the former one
-		}
+		d.look(ctx, &g)
 		select {
 		case <-t.C:
 		case <-ctx.Done():
-			return nil
+			return g.Wait()
 		}
 	}
 }
 
-func (s *Server) takeDue(ctx context.Context, b volume.Snapshotter) {
-	all, err := s.config.Backend.List(ctx)
+func (s *Server) tellCold() {
+	select {
+	case s.config.Cold <- struct{}{}:
+	default: // nobody listens, or has had the time to read the former one
+	}
+}
+
+// due is what Schedule is at.
+type due struct {
+	server      *Server
+	snapshotter volume.Snapshotter
+
+	mu   sync.Mutex
+	busy map[string]bool // volumes, by id
+}
+
+// look begins with each volume that nobody is at.
+func (d *due) look(ctx context.Context, g *errgroup.Group) {
+	all, err := d.server.config.Backend.List(ctx)
 	if err != nil {
-		s.config.Log.Warn("automatic snapshots", "error", err)
+		if ctx.Err() == nil {
+			d.server.config.Log.Warn("automatic snapshots", "error", err)
+		}
 		return
 	}
 	for _, v := range all {
 		if v.Scheduled() == (volume.Retention{}) && v.Cold == (volume.Retention{}) { // what was taken before stays
 			continue
 		}
-		if err := s.takeDueOf(ctx, b, v); err != nil && ctx.Err() == nil {
-			s.config.Log.Warn("automatic snapshots", "volume", v.ID, "error", err)
+		if ctx.Err() != nil || !d.begin(v.ID) {
+			continue
 		}
+		g.Go(func() error {
+			defer d.end(v.ID)
+			if err := d.server.takeDueOf(ctx, d.snapshotter, v); err != nil && ctx.Err() == nil {
+				d.server.config.Log.Warn("automatic snapshots", "volume", v.ID, "error", err)
+			}
+			return nil
+		})
 	}
 }
 
+func (d *due) begin(id string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.busy[id] {
+		return false
+	}
+	d.busy[id] = true
+	return true
+}
+
+func (d *due) end(id string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.busy, id)
+}
+
 func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.Volume) error {
-	unlock, err := s.busy.lock(ctx, v.ID)
+	waiting, cancel := context.WithTimeout(ctx, lookEvery)
+	defer cancel()
+	unlock, err := s.busy.lock(waiting, v.ID)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", volume.ErrBusy, err)
 	}
 	defer unlock()
 	has, err := b.Snapshots(ctx, v.ID)
@@ -75,6 +124,9 @@ func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.V
 			continue
 		}
 		s.config.Log.Info("took an automatic snapshot", "snapshot", id.String())
+	}
+	if v.Cold != (volume.Retention{}) && len(take) > 0 {
+		s.tellCold()
 	}
 	if len(errs) > 0 {
 		return errors.Join(errs...) // no old one goes for want of a new one

@@ -155,3 +155,60 @@ func TestSnapshotsByDefault(t *testing.T) {
 		t.Errorf("volumes were made with the schedules %v, not %v", got, want)
 	}
 }
+
+// stuck is a backend with three volumes, of which the first one's storage does not answer.
+type stuck struct {
+	*shelf
+	answers chan error
+}
+
+func (s stuck) List(context.Context) (all []volume.Volume, err error) {
+	for _, id := range []string{"dead", "locked", "well"} {
+		all = append(all, volume.Volume{ID: id, Parameters: volume.Parameters{Snapshots: s.keep}})
+	}
+	return all, nil
+}
+
+func (s stuck) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, error) {
+	all, err := s.shelf.Snapshots(ctx, id)
+	return slices.DeleteFunc(all, func(s volume.Snapshot) bool { return s.ID.Volume != id }), err
+}
+
+func (s stuck) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
+	if r.ID.Volume == "dead" {
+		return volume.Snapshot{}, <-s.answers
+	}
+	return s.shelf.Snapshot(ctx, r)
+}
+
+// A volume whose storage does not answer, or that another call has, holds up no other one's snapshots.
+func TestScheduleGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := stuck{&shelf{keep: volume.Retention{Hourly: 2}}, make(chan error)}
+		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+		s := &Server{config: c, metrics: newMetrics(c)}
+		unlock, err := s.busy.lock(t.Context(), "locked")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.Schedule(ctx) }()
+		time.Sleep(90 * time.Minute)
+		synctest.Wait()
+		if has, _ := b.Snapshots(ctx, "well"); len(has) != 2 {
+			t.Errorf("there are %v", has)
+		}
+		unlock()
+		time.Sleep(2 * lookEvery)
+		synctest.Wait()
+		if has, _ := b.Snapshots(ctx, "locked"); len(has) != 1 {
+			t.Errorf("once it is free there are %v", has)
+		}
+		cancel()
+		b.answers <- errors.New("the disk is dead")
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -1,0 +1,59 @@
+package cold
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+)
+
+// many is a backend with some volumes, each of which has one snapshot for cold storage. Asked for that it takes its time, as a program does.
+type many struct {
+	volume.Backend
+	volume.Snapshotter
+	volume.Sender
+	n    int
+	data []byte
+}
+
+func (m many) List(context.Context) (all []volume.Volume, err error) {
+	for i := range m.n {
+		all = append(all, volume.Volume{ID: fmt.Sprint("v", i), Created: born, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 2}}})
+	}
+	return all, nil
+}
+
+func (m many) Snapshots(_ context.Context, id string) ([]volume.Snapshot, error) {
+	time.Sleep(time.Second)
+	return []volume.Snapshot{{ID: volume.SnapshotID{Volume: id, Name: "cold-20260106T160000Z"}, Created: born.Add(time.Hour), Automatic: true}}, nil
+}
+
+func (m many) Open(context.Context, volume.SnapshotID, volume.SnapshotID) (*volume.Blocks, error) {
+	return blocks(m.data), nil
+}
+
+// However many volumes there are, each is copied: those that need no copy take no turn of the others.
+func TestKeeperManyVolumes(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	synctest.Test(t, func(t *testing.T) {
+		m := many{n: 5 * atOnce, data: random(1, 4*chunkSize)}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() {
+			done <- NewKeeper(m, v, slog.New(slog.DiscardHandler), nil).Run(ctx, nil)
+		}()
+		time.Sleep(3 * lookEvery)
+		synctest.Wait()
+		if all, err := v.Copies(ctx, ""); err != nil || len(all) != m.n {
+			t.Errorf("%d of %d volumes are copied: %v, %v", len(all), m.n, all, err)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
