@@ -337,6 +337,14 @@ func (b *Backend) check(r *volume.Request) (Pool, error) {
 	return p, err
 }
 
+// Pools is volume.Backend's.
+func (b *Backend) Pools() (names []string) {
+	for _, p := range b.pools {
+		names = append(names, p.Name)
+	}
+	return names
+}
+
 // pool finds one by name, "" is the default.
 func (b *Backend) pool(name string) (Pool, error) {
 	if name == "" {
@@ -344,11 +352,7 @@ func (b *Backend) pool(name string) (Pool, error) {
 	}
 	i := slices.IndexFunc(b.pools, func(p Pool) bool { return p.Name == name })
 	if i < 0 {
-		var known []string
-		for _, p := range b.pools {
-			known = append(known, p.Name)
-		}
-		return Pool{}, volume.NoPool(name, known)
+		return Pool{}, volume.NoPool(name, b.Pools())
 	}
 	return b.pools[i], nil
 }

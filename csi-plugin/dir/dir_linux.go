@@ -342,6 +342,14 @@ func (b *Backend) check(r *volume.Request) (*pool, error) {
 	return p, err
 }
 
+// Pools is volume.Backend's.
+func (b *Backend) Pools() (names []string) {
+	for _, p := range b.pools {
+		names = append(names, p.name)
+	}
+	return names
+}
+
 // pool finds one by name, "" is the default.
 func (b *Backend) pool(name string) (*pool, error) {
 	if name == "" {
@@ -349,11 +357,7 @@ func (b *Backend) pool(name string) (*pool, error) {
 	}
 	i := slices.IndexFunc(b.pools, func(p *pool) bool { return p.name == name })
 	if i < 0 {
-		var known []string
-		for _, p := range b.pools {
-			known = append(known, p.name)
-		}
-		return nil, volume.NoPool(name, known)
+		return nil, volume.NoPool(name, b.Pools())
 	}
 	return b.pools[i], nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -51,6 +52,9 @@ func TestPools(t *testing.T) {
 	}
 	if _, err := b.Create(t.Context(), files("x", "slow")); err == nil || !strings.Contains(err.Error(), `there is no pool "slow"; known are fast, red`) {
 		t.Errorf("an unknown pool: %v", err)
+	}
+	if got := b.Pools(); !slices.Equal(got, []string{"fast", "red"}) {
+		t.Errorf("there are %v", got)
 	}
 	if all, err := b.List(t.Context()); err != nil || len(all) != 2 {
 		t.Errorf("%+v, %v", all, err)

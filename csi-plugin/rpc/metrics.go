@@ -21,7 +21,7 @@ type metrics struct {
 // Those that are asked of the backend whenever they are collected.
 var (
 	readyDesc   = prometheus.NewDesc("cradle_csi_ready", "Whether volumes can be kept at the moment.", nil, nil)
-	freeDesc    = prometheus.NewDesc("cradle_csi_free_bytes", "What a new volume in the default pool can have.", nil, nil)
+	freeDesc    = prometheus.NewDesc("cradle_csi_free_bytes", "What a new volume in a pool can have.", []string{"pool"}, nil)
 	volumesDesc = prometheus.NewDesc("cradle_csi_volumes", "Volumes by class.", []string{"class"}, nil)
 	bytesDesc   = prometheus.NewDesc("cradle_csi_volume_bytes", "Sizes of the volumes together, by class.", []string{"class"}, nil)
 )
@@ -77,8 +77,10 @@ func (m *metrics) Collect(all chan<- prometheus.Metric) {
 		ready = 1
 	}
 	gauge(readyDesc, ready)
-	if free, err := m.backend.Capacity(ctx, volume.Parameters{Class: volume.NFS}); err == nil {
-		gauge(freeDesc, float64(free))
+	for _, pool := range m.backend.Pools() {
+		if free, err := m.backend.Capacity(ctx, volume.Parameters{Class: volume.NFS, Pool: pool}); err == nil {
+			gauge(freeDesc, float64(free), pool)
+		}
 	}
 	volumes, err := m.backend.List(ctx)
 	if err != nil {

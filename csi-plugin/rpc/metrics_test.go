@@ -22,7 +22,14 @@ type fixed struct {
 
 func (f fixed) Ready(context.Context) error { return f.ready }
 
-func (fixed) Capacity(context.Context, volume.Parameters) (int64, error) { return 500, nil }
+func (fixed) Pools() []string { return []string{"default", "red", "gone"} }
+
+func (fixed) Capacity(_ context.Context, p volume.Parameters) (int64, error) {
+	if p.Pool == "gone" {
+		return 0, volume.ErrUnavailable
+	}
+	return 100 * int64(len(p.Pool)), nil
+}
 
 func (fixed) List(context.Context) ([]volume.Volume, error) {
 	return []volume.Volume{
@@ -41,9 +48,10 @@ func TestMetrics(t *testing.T) {
 # TYPE cradle_csi_calls_total counter
 cradle_csi_calls_total{code="NotFound",method="CreateVolume"} 1
 cradle_csi_calls_total{code="OK",method="CreateVolume"} 1
-# HELP cradle_csi_free_bytes What a new volume in the default pool can have.
+# HELP cradle_csi_free_bytes What a new volume in a pool can have.
 # TYPE cradle_csi_free_bytes gauge
-cradle_csi_free_bytes 500
+cradle_csi_free_bytes{pool="default"} 700
+cradle_csi_free_bytes{pool="red"} 300
 # HELP cradle_csi_ready Whether volumes can be kept at the moment.
 # TYPE cradle_csi_ready gauge
 cradle_csi_ready 0

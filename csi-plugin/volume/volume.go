@@ -45,6 +45,9 @@ type Backend interface {
 	// Capacity returns how many bytes a new volume with these parameters can have.
 	Capacity(ctx context.Context, p Parameters) (int64, error)
 
+	// Pools are the names that the parameter pool can have, the default's first.
+	Pools() []string
+
 	// Ready says why nothing can be kept at the moment, nil where it can.
 	Ready(ctx context.Context) error
 }

@@ -269,6 +269,10 @@ func testRefused(b *bench) {
 	if n, err := b.Capacity(b.ctx(), class); err != nil || n < size {
 		b.Errorf("Capacity: %d, %v", n, err)
 	}
+	if v := b.create(volume.Request{Name: "in", Size: size, Parameters: class}); v.Pool != b.Pools()[0] {
+		b.Errorf("a volume is in pool %q, and there are %v", v.Pool, b.Pools())
+	}
+	b.must(b.Delete(b.ctx(), "in"))
 	_, err := b.Capacity(b.ctx(), volume.Parameters{Class: class.Class, Pool: "none"})
 	b.wants(err, volume.ErrInvalid, "the capacity of an unknown pool")
 	b.must(b.Ready(b.ctx()))
