@@ -108,20 +108,26 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 		}
 		return
 	}
-	there := map[string]bool{}
+	all = slices.DeleteFunc(all, func(v volume.Volume) bool { return v.Cold == (volume.Retention{}) })
+	k.see(all)
 	for _, v := range all {
-		if v.Cold == (volume.Retention{}) {
-			continue
+		if s := k.begin(v); s != nil {
+			g.Go(func() error { k.copy(ctx, v, s); return nil })
 		}
-		there[v.ID] = true
-		s := k.begin(v)
-		if s == nil {
-			continue
-		}
-		g.Go(func() error { k.copy(ctx, v, s); return nil })
 	}
+}
+
+// see knows volumes before it is their turn, and no longer those that are gone.
+func (k *Keeper) see(all []volume.Volume) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	there := map[string]bool{}
+	for _, v := range all {
+		there[v.ID] = true
+		if s := k.volumes[v.ID]; s == nil || !s.busy && !s.born.Equal(v.Created) {
+			k.volumes[v.ID] = &state{born: v.Created}
+		}
+	}
 	for id, s := range k.volumes {
 		if !there[id] && !s.busy {
 			delete(k.volumes, id)
@@ -129,17 +135,13 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 	}
 }
 
-// begin marks a volume busy; nil where it is.
+// begin marks a volume busy; nil where it is, or is gone.
 func (k *Keeper) begin(v volume.Volume) *state {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s := k.volumes[v.ID]
-	if s != nil && s.busy {
+	if s == nil || s.busy {
 		return nil
-	}
-	if s == nil || !s.born.Equal(v.Created) {
-		s = &state{born: v.Created}
-		k.volumes[v.ID] = s
 	}
 	s.busy = true
 	return s

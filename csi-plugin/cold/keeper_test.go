@@ -8,6 +8,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -43,9 +45,12 @@ func TestKeeperManyVolumes(t *testing.T) {
 		m := many{n: 5 * atOnce, data: random(1, 4*chunkSize)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
-		go func() {
-			done <- NewKeeper(m, v, slog.New(slog.DiscardHandler), nil).Run(ctx, nil)
-		}()
+		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
+		go func() { done <- k.Run(ctx, nil) }()
+		synctest.Wait() // four are at work, the others wait for their turn
+		if n := testutil.CollectAndCount(k); n != m.n {
+			t.Errorf("of %d volumes %d have an age", m.n, n)
+		}
 		time.Sleep(3 * lookEvery)
 		synctest.Wait()
 		if all, err := v.Copies(ctx, ""); err != nil || len(all) != m.n {
