@@ -51,7 +51,9 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	for name := range req.GetMutableParameters() {
 		err = cmp.Or(err, invalid("mutable parameter %.80q: volumes have none; use parameters", name))
 	}
-	if _, said := req.GetParameters()["snapshots"]; err == nil && !said && !r.Block() {
+	_, said := req.GetParameters()["snapshots"]
+	usual := err == nil && !said && !r.Block()
+	if usual {
 		r.Snapshots = s.config.Snapshots
 	}
 	if err == nil {
@@ -83,6 +85,12 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 			r.Generation = o.Generation
 		}
 		made, err := s.make(ctx, r)
+		if usual && errors.Is(err, volume.ErrExists) { // it may be from before --snapshots was another
+			if is, gerr := s.config.Backend.Get(ctx, r.Name); gerr == nil && is.Snapshots != r.Snapshots {
+				r.Snapshots = is.Snapshots
+				made, err = s.make(ctx, r)
+			}
+		}
 		v = made
 		return err
 	})

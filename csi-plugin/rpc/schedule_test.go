@@ -127,12 +127,18 @@ func TestSchedule(t *testing.T) {
 type made struct {
 	volume.Backend
 	requests []volume.Request
+	has      volume.Volume // of every name; the zero value is none
 }
 
 func (m *made) Create(_ context.Context, r volume.Request) (volume.Volume, error) {
 	m.requests = append(m.requests, r)
+	if m.has.ID != "" {
+		return m.has, m.has.Fits(r)
+	}
 	return volume.Volume{ID: r.Name, Parameters: r.Parameters}, nil
 }
+
+func (m *made) Get(context.Context, string) (volume.Volume, error) { return m.has, nil }
 
 // TestSnapshotsByDefault: file volumes whose parameters do not say get the plugin's schedule, and no others.
 func TestSnapshotsByDefault(t *testing.T) {
@@ -140,10 +146,14 @@ func TestSnapshotsByDefault(t *testing.T) {
 	b := &made{}
 	c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Snapshots: usual}
 	s := &controller{Server: &Server{config: c, metrics: newMetrics(c)}}
-	for _, p := range []map[string]string{nil, {"snapshots": "hourly=1"}, {"snapshots": "none"}, {"class": "lv2"}} {
-		if _, err := s.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "v", Parameters: p, VolumeCapabilities: []*csi.VolumeCapability{{
+	create := func(p map[string]string) error {
+		_, err := s.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "v", Parameters: p, VolumeCapabilities: []*csi.VolumeCapability{{
 			AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}}, AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
-		}}}); err != nil {
+		}}})
+		return err
+	}
+	for _, p := range []map[string]string{nil, {"snapshots": "hourly=1"}, {"snapshots": "none"}, {"class": "lv2"}} {
+		if err := create(p); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -153,6 +163,19 @@ func TestSnapshotsByDefault(t *testing.T) {
 	}
 	if want := []volume.Retention{usual, {Hourly: 1}, {}, {}}; !slices.Equal(got, want) {
 		t.Errorf("volumes were made with the schedules %v, not %v", got, want)
+	}
+	// One that is there is the one that is asked for, also where the plugin's schedule was another when it was made.
+	for _, was := range []volume.Retention{{}, {Daily: 3}} {
+		b.has = volume.Volume{ID: "v", Parameters: b.requests[0].Parameters}
+		b.has.Snapshots = was
+		if err := create(nil); err != nil {
+			t.Errorf("made when it was %v: %v", was, err)
+		}
+		for _, p := range []map[string]string{{"snapshots": "hourly=1"}, {"class": "lv2"}} {
+			if err := create(p); !errors.Is(err, volume.ErrExists) {
+				t.Errorf("made when it was %v, and now %v is asked for: %v", was, p, err)
+			}
+		}
 	}
 }
 
