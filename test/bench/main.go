@@ -35,7 +35,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	pods := flags.Int("pods", 20, "pods started at once")
 	many := flags.Int("many", 50, "pods with which the Nomad driver's memory is measured")
 	idle := flags.Duration("idle", 30*time.Second, "how long an idle pod is watched")
-	only := flags.String("only", "", "run only the parts in this list: start,image,exec,copy,crowd,idle,nomad,volumes,nfs,dockerapi,bali,terraform")
+	only := flags.String("only", "", "run only the parts in this list: start,image,exec,copy,crowd,idle,nomad,disk,volumes,nfs,dockerapi,bali,terraform")
 	into := flags.String("write", "", "also put the table into this Markdown file, between <!-- table --> and <!-- /table -->")
 	strict := flags.Bool("strict", false, "fail where a limit is exceeded")
 	if err := flags.Parse(args); err != nil {
@@ -63,6 +63,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		{"crowd", func(ctx context.Context) error { return b.crowd(ctx, *pods) }},
 		{"idle", func(ctx context.Context) error { return b.idle(ctx, *idle) }},
 		{"nomad", func(ctx context.Context) error { return b.nomad(ctx, *pods, *many) }},
+		{"disk", b.guestDisk},
 		{"volumes", b.volumes},
 		{"nfs", b.nfs},
 		{"dockerapi", b.dockerAPI},
