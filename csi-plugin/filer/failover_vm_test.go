@@ -102,6 +102,33 @@ var drills = []struct {
 		})
 		leader.startConsul()
 	}},
+	// Nothing of Consul answers, for longer than the lease: the active filer says so, and goes on, or another one does, when it answers again.
+	{"Consul away", func(p *pair, active, _ *host) {
+		for _, h := range p.hosts {
+			p.signal(h.consul.Process.Pid, unix.SIGSTOP)
+		}
+		p.eventually("the active filer says that Consul does not answer", func() error {
+			s, err := active.status()
+			if err == nil && s.Set.Consul == "" {
+				err = errors.New("it does not")
+			}
+			return err
+		})
+		time.Sleep(p.lease)
+		for _, h := range p.hosts {
+			p.signal(h.consul.Process.Pid, unix.SIGCONT)
+		}
+		p.eventually("a filer is active, and the other stands by", func() error {
+			for _, h := range p.hosts[:2] {
+				select {
+				case <-h.ended:
+					h.startFiler()
+				default:
+				}
+			}
+			return p.settled()
+		})
+	}},
 	{"cut off", func(p *pair, active, other *host) {
 		p.ip("-n", p.ns("sw"), "link", "set", "dev", active.name, "down")
 		p.moved(other)
