@@ -22,7 +22,7 @@ func (s *storehouse) shared(name, kind, network, access string, readOnly bool, s
 }
 
 // TestVMFiler: two pods, in Nomad's bridge and in QEMU's network, have one volume from the filer, which is killed meanwhile and restarted by Nomad. The
-// volume grows and is copied under them; a third pod may only read. What each has written the others and this host see.
+// volume grows and is copied under them, and a file in it is rolled back; a third pod may only read. What each has written the others and this host see.
 func TestVMFiler(t *testing.T) {
 	s := startStorehouse(t, "")
 	s.Run(t, s.example("cradle-filer.nomad.hcl"))
@@ -44,12 +44,24 @@ func TestVMFiler(t *testing.T) {
 	s.kill("cradle-filer")
 	goOn("the filer's end")
 
+	letter := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(s.node.Path("/run/cradle/filer/volumes/shared/letter"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	letter("then\n")
 	s.volume("shared", append(xfs, `"64MiB"`, `"448MiB"`)...)
 	s.CLI(t, "volume", "snapshot", "create", "shared", "running")
 	goOn("growth and a snapshot")
+	letter("now, which is longer\n")
+	if out, err := s.node.Output(t.Context(), filepath.Join(s.root, "bin/cradle-filer"), "rollback", "shared", "running", "letter"); err != nil {
+		t.Errorf("rollback: %v: %s", err, out)
+	}
+	goOn("a rollback")
 	read := s.UntilEnded(t, s.Run(t, s.shared("reader", "batch", "", "multi-node-reader-only", true,
-		"grep -o ' /v nfs r[ow]' /proc/mounts; head -n 1 /v/bridged; head -n 1 /v/plain; touch /v/x 2>/dev/null || echo refused; df -P -m /v | tail -n 1 | while read dev size rest; do test $size -gt 350 && echo large; done")))
-	if out := s.Logs(t, read.ID, "main", "stdout"); out != " /v nfs ro\n1\n1\nrefused\nlarge\n" {
+		"grep -o ' /v nfs r[ow]' /proc/mounts; head -n 1 /v/bridged; head -n 1 /v/plain; cat /v/letter; touch /v/x 2>/dev/null || echo refused; df -P -m /v | tail -n 1 | while read dev size rest; do test $size -gt 350 && echo large; done")))
+	if out := s.Logs(t, read.ID, "main", "stdout"); out != " /v nfs ro\n1\n1\nthen\nrefused\nlarge\n" {
 		t.Errorf("the reader says %q", out)
 	}
 

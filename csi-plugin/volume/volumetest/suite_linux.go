@@ -518,36 +518,35 @@ func testSchedule(b *bench) {
 		return
 	}
 	b.wants(s.Reschedule(b.ctx(), "v", "none"), volume.ErrNotFound, "reschedule what is not there")
-	for _, class := range b.suite.Classes {
-		r := volume.Request{Name: "v", Size: size, Parameters: volume.Parameters{Class: class, Snapshots: volume.Retention{Hourly: 2}}}
-		v := b.create(r)
-		if v.Schedule != "" || v.Scheduled() != r.Snapshots {
-			b.Errorf("class %s: made with the schedule %q, %v", class, v.Schedule, v.Scheduled())
-		}
-		for _, schedule := range []string{"daily=3", "daily=3", volume.NoSnapshots, ""} {
-			b.must(s.Reschedule(b.ctx(), "v", schedule))
-			v.Schedule = schedule
-			if got, err := b.Get(b.ctx(), "v"); err != nil || got != v {
-				b.Errorf("class %s: after the schedule %q: %+v, %v; want %+v", class, schedule, got, err, v)
-			}
-			if again := b.create(r); again != v {
-				b.Errorf("class %s: made again with the schedule %q it is %+v, not %+v", class, schedule, again, v)
-			}
-		}
-		b.must(s.Reschedule(b.ctx(), "v", "daily=3"))
-		one, err := b.Backend.(volume.Snapshotter).Snapshot(b.ctx(), snap("v", "s"))
-		b.must(err)
-		w := r
-		w.Name, w.Origin.Snapshot = "w", one.ID
-		clone, err := b.Backend.(volume.Cloner).Clone(b.ctx(), w, nil)
-		b.must(err)
-		if clone.Schedule != "" {
-			b.Errorf("class %s: a clone has the schedule %q", class, clone.Schedule)
-		}
-		b.must(b.Delete(b.ctx(), "w"))
-		b.must(b.Backend.(volume.Snapshotter).DeleteSnapshot(b.ctx(), one.ID))
-		b.must(b.Delete(b.ctx(), "v"))
+	class := b.suite.Classes[0] // it is a record, whatever the class
+	r := volume.Request{Name: "v", Size: size, Parameters: volume.Parameters{Class: class, Snapshots: volume.Retention{Hourly: 2}}}
+	v := b.create(r)
+	if v.Schedule != "" || v.Scheduled() != r.Snapshots {
+		b.Errorf("class %s: made with the schedule %q, %v", class, v.Schedule, v.Scheduled())
 	}
+	for _, schedule := range []string{"daily=3", "daily=3", volume.NoSnapshots, ""} {
+		b.must(s.Reschedule(b.ctx(), "v", schedule))
+		v.Schedule = schedule
+		if got, err := b.Get(b.ctx(), "v"); err != nil || got != v {
+			b.Errorf("class %s: after the schedule %q: %+v, %v; want %+v", class, schedule, got, err, v)
+		}
+		if again := b.create(r); again != v {
+			b.Errorf("class %s: made again with the schedule %q it is %+v, not %+v", class, schedule, again, v)
+		}
+	}
+	b.must(s.Reschedule(b.ctx(), "v", "daily=3"))
+	one, err := b.Backend.(volume.Snapshotter).Snapshot(b.ctx(), snap("v", "s"))
+	b.must(err)
+	w := r
+	w.Name, w.Origin.Snapshot = "w", one.ID
+	clone, err := b.Backend.(volume.Cloner).Clone(b.ctx(), w, nil)
+	b.must(err)
+	if clone.Schedule != "" {
+		b.Errorf("class %s: a clone has the schedule %q", class, clone.Schedule)
+	}
+	b.must(b.Delete(b.ctx(), "w"))
+	b.must(b.Backend.(volume.Snapshotter).DeleteSnapshot(b.ctx(), one.ID))
+	b.must(b.Delete(b.ctx(), "v"))
 }
 
 func testSnapshot(b *bench) {
