@@ -43,8 +43,7 @@ func testLost(s *stack) {
 	s.Run(t, keeps("ledger"))
 	a := s.UntilRunning(t, "keeps")
 	s.UntilLogsHave(t, a.ID, "t", "stdout", "all is written")
-	s.volume("ledger", `"ledger"`, `"spare"`, "cradle-node1", s.id)
-	s.completes(use{job: "fill", volume: "spare", script: `cd /v; for i in 1 2 3 4 5; do $b dd if=/dev/urandom of=file$i bs=1M count=8 2>/dev/null; done; $b sha256sum file* >sums`})
+	s.volume("ledger", `"ledger"`, `"spare"`, `"cradle-node1"`, `"`+s.id+`"`+"\nclone_id = \"ledger\"")
 	s.copied("ledger")
 	s.copied("spare")
 
