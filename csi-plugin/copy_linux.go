@@ -99,10 +99,12 @@ func (m *move) run(ctx context.Context, id string) error {
 		if err := n.unused(ctx, now); err != nil {
 			return err
 		}
-		// Where the last call was interrupted just before its end, jobs may have written to the volume since: nothing of that is changed.
-		if was, err := m.ask(ctx, n, to, "where"); err != nil {
+		switch was, err := m.ask(ctx, n, to, "where"); {
+		case err != nil:
 			return err
-		} else if was.Whole && was.Of == c.Of {
+		case was.Of != c.Of: // it may be on another node
+			return noCopy(m.as)
+		case was.Whole: // a call was interrupted just before its end; jobs may have written to the volume since, of which nothing is changed
 			return m.done(ctx, n, to, v.ID, c, tree.Changes{})
 		}
 	}
@@ -397,6 +399,10 @@ func (c *cli) keeps(b volume.Backend, r volume.Request) error {
 	return plugin.Keeps(r)
 }
 
+func noCopy(id string) error {
+	return fmt.Errorf("volume %s: it is there, and no copy that was begun; choose another name with --as", id)
+}
+
 // nothing says whether a volume has no files yet.
 func nothing(root *os.Root) (bool, error) {
 	d, err := root.Open(".")
@@ -420,7 +426,7 @@ const wholeLine = "whole\n"
 // alone runs do once no other part works on a volume: one whose command was killed is ended by Nomad a little later. of is the volume that is copied; one in which there is nothing
 // is begun where begin says so.
 func alone(ctx context.Context, root *os.Root, id, of string, begin bool, do func(mark *os.File) error) error {
-	none := fmt.Errorf("volume %s: it is there, and no copy that was begun; choose another name with --as", id)
+	none := noCopy(id)
 	flags := os.O_RDWR
 	if begin {
 		blank, err := nothing(root)

@@ -360,10 +360,22 @@ func TestVMSoakCopiedAgain(t *testing.T) {
 		t.Errorf("the job's volume holds %q", out)
 	}
 	again("volume new: it is there, and no copy that was begun")
-	for _, id := range []string{"new", "pages"} {
+	// Nor is another volume's name taken, on whichever node that is.
+	s.volume("ledger", "cradle-node1", s.id)
+	out, err := s.try("copy", "pages", "--as", "ledger", "--to", s.Clients()[1].Name)
+	if err == nil || !strings.Contains(out, "volume ledger: it is there, and no copy that was begun") {
+		t.Errorf("%v, %s", err, out)
+	}
+	if v, _, err := s.API.CSIVolumes().Info("ledger", nil); err != nil || v.PluginID != s.id {
+		t.Errorf("ledger is now %+v, %v", v, err)
+	}
+	for _, id := range []string{"ledger", "new", "pages"} {
 		s.CLI(t, "volume", "delete", id)
 	}
-	s.empty()
+	for _, n := range s.Clients() {
+		s.on(n)
+		s.empty()
+	}
 }
 
 // TestVMSoakRestoredLate has a restore that is interrupted once the volume is on the other node, and is repeated when the former one has been used, and copied, again: then the other

@@ -23,11 +23,33 @@ type nomad struct {
 	c         *cli
 	client    *api.Client
 	namespace string // of the volumes
+	unwell    bool   // a plugin that was looked for is there, and not healthy
+	waits     bool   // that was told
+}
+
+// patience is how long a plugin may be unhealthy. Nomad asks each for a word now and then, and one on a busy node misses that.
+const patience = 2 * time.Minute
+
+// wait waits for a plugin to be healthy again, until end; false is that nothing is to be waited for.
+func (n *nomad) wait(ctx context.Context, end time.Time, unwell bool) (bool, error) {
+	if !unwell || time.Now().After(end) {
+		return false, nil
+	}
+	if !n.waits {
+		fmt.Fprintln(n.c.stderr, "a plugin is not healthy just now; it goes on once Nomad says that it is")
+		n.waits = true
+	}
+	select {
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	case <-time.After(time.Second):
+		return true, nil
+	}
 }
 
 func openNomad(c *cli, namespace string) (*nomad, error) {
 	client, err := api.NewClient(api.DefaultConfig())
-	return &nomad{c, client, namespace}, err
+	return &nomad{c: c, client: client, namespace: namespace}, err
 }
 
 func query(ctx context.Context, namespace string) *api.QueryOptions {
@@ -73,6 +95,19 @@ func (p *place) knows(v *api.CSIVolume, local bool) *api.CSIVolume {
 
 // placeAt looks for the node of a name, or any in a zone, with a plugin of an id, or any.
 func (n *nomad) placeAt(ctx context.Context, name, zone, plugin string) (*place, error) {
+	for end := time.Now().Add(patience); ; {
+		n.unwell = false
+		p, err := n.lookAt(ctx, name, zone, plugin)
+		if p != nil || err == nil {
+			return p, err
+		}
+		if again, werr := n.wait(ctx, end, n.unwell); !again {
+			return nil, errors.Join(err, werr)
+		}
+	}
+}
+
+func (n *nomad) lookAt(ctx context.Context, name, zone, plugin string) (*place, error) {
 	all, _, err := n.client.Nodes().List(query(ctx, ""))
 	if err != nil {
 		return nil, err
@@ -108,6 +143,19 @@ func (n *nomad) placeAt(ctx context.Context, name, zone, plugin string) (*place,
 
 // placeOf looks for the node that has a volume.
 func (n *nomad) placeOf(ctx context.Context, v *api.CSIVolume) (*place, error) {
+	for end := time.Now().Add(patience); ; {
+		n.unwell = false
+		p, err := n.lookFor(ctx, v)
+		if p != nil || err == nil {
+			return p, err
+		}
+		if again, werr := n.wait(ctx, end, n.unwell); !again {
+			return nil, errors.Join(err, werr)
+		}
+	}
+}
+
+func (n *nomad) lookFor(ctx context.Context, v *api.CSIVolume) (*place, error) {
 	plugin, _, err := n.client.CSIPlugins().Info(v.PluginID, query(ctx, ""))
 	if err != nil {
 		return nil, err
@@ -129,7 +177,11 @@ func (n *nomad) place(ctx context.Context, node, only string) (*place, error) {
 		return nil, err
 	}
 	for id, info := range p.node.CSIControllerPlugins {
-		if !info.Healthy || p.node.CSINodePlugins[id] == nil || only != "" && id != only {
+		if p.node.CSINodePlugins[id] == nil || only != "" && id != only {
+			continue
+		}
+		if !info.Healthy {
+			n.unwell = true
 			continue
 		}
 		plugin, _, err := n.client.CSIPlugins().Info(id, query(ctx, ""))
@@ -258,18 +310,45 @@ func (n *nomad) unused(ctx context.Context, v *api.CSIVolume) error {
 
 // register makes Nomad place jobs that use a volume where it is now. The plugin of a registered volume can't be changed.
 func (n *nomad) register(ctx context.Context, now, want *api.CSIVolume) error {
-	if now != nil {
-		if now.PluginID == want.PluginID && slices.EqualFunc(now.Topologies, want.Topologies, sameTopology) {
+	if now != nil && now.PluginID == want.PluginID && slices.EqualFunc(now.Topologies, want.Topologies, sameTopology) {
+		return nil
+	}
+	for end := time.Now().Add(patience); ; {
+		unwell, err := n.give(ctx, now, want)
+		if err == nil {
 			return nil
 		}
+		again, werr := n.wait(ctx, end, unwell)
+		if !again {
+			return errors.Join(err, werr)
+		}
+		if now, err = n.registered(ctx, want.ID); err != nil {
+			return err
+		}
+	}
+}
+
+// give is register, once. Nomad refuses a volume of a plugin that is not healthy: it does not forget the volume before it says that the plugin is.
+func (n *nomad) give(ctx context.Context, now, want *api.CSIVolume) (unwell bool, err error) {
+	failed := func(err error) error {
+		return fmt.Errorf("volume %s: give it to plugin %s: %w", want.ID, want.PluginID, err)
+	}
+	plugin, _, err := n.client.CSIPlugins().Info(want.PluginID, query(ctx, ""))
+	if err != nil {
+		return false, failed(err)
+	}
+	if plugin.ControllersHealthy == 0 {
+		return true, failed(errors.New("it is not healthy; \"nomad plugin status\" tells why"))
+	}
+	if now != nil {
 		if err := n.client.CSIVolumes().Deregister(now.ID, true, n.write(ctx)); err != nil {
-			return fmt.Errorf("volume %s: take it from plugin %s: %w", now.ID, now.PluginID, err)
+			return false, fmt.Errorf("volume %s: take it from plugin %s: %w", now.ID, now.PluginID, err)
 		}
 	}
 	if _, err := n.client.CSIVolumes().Register(want, n.write(ctx)); err != nil {
-		return fmt.Errorf("volume %s: give it to plugin %s: %w", want.ID, want.PluginID, err)
+		return strings.Contains(err.Error(), "no healthy controllers"), failed(err) // nomad/csi_endpoint.go
 	}
-	return nil
+	return false, nil
 }
 
 func sameTopology(a, b *api.CSITopology) bool { return maps.Equal(a.Segments, b.Segments) }

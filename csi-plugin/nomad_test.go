@@ -1,11 +1,13 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"path"
+	"slices"
 	"strings"
 	"testing"
 
@@ -61,5 +63,52 @@ func TestUnlessCut(t *testing.T) {
 	begun, ends = 0, exits("3")
 	if err := n.unlessCut(t.Context(), receive); err == nil || errors.Is(err, errCut) || begun != 1 {
 		t.Errorf("what fails: %v, begun %d times", err, begun)
+	}
+}
+
+// A plugin that is unhealthy for a moment is waited for, and Nomad does not forget a volume before it can be the plugin's.
+func TestRegisterUnhealthy(t *testing.T) {
+	var calls []string
+	healthy := []int{0, 0, 1} // at each look
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answer := any(map[string]string{})
+		switch {
+		case strings.HasPrefix(r.URL.Path, "/v1/plugin/"):
+			if len(healthy) > 1 {
+				healthy = healthy[1:]
+			}
+			answer = &api.CSIPlugin{ID: "p", ControllersHealthy: healthy[0]}
+		case r.Method == http.MethodPut && len(calls) == 1:
+			calls = append(calls, "refused")
+			http.Error(w, "no healthy controllers for CSI plugin: p", http.StatusInternalServerError)
+			return
+		case r.Method == http.MethodGet && slices.Contains(calls, http.MethodDelete):
+			http.NotFound(w, r)
+			return
+		case r.Method == http.MethodGet:
+			answer = &api.CSIVolume{ID: "v", PluginID: "former"}
+		default:
+			calls = append(calls, r.Method)
+		}
+		if err := json.NewEncoder(w).Encode(answer); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer srv.Close()
+	client, err := api.NewClient(&api.Config{Address: srv.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	var said strings.Builder
+	n := &nomad{c: &cli{stderr: &said}, client: client}
+	if err := n.register(t.Context(), &api.CSIVolume{ID: "v", PluginID: "former"}, &api.CSIVolume{ID: "v", PluginID: "p"}); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{http.MethodDelete, "refused", http.MethodPut}; !slices.Equal(calls, want) {
+		t.Errorf("%q, not %q", calls, want)
+	}
+	if strings.Count(said.String(), "not healthy just now") != 1 {
+		t.Errorf("told %q", said.String())
 	}
 }
