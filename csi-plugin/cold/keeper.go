@@ -106,10 +106,9 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 		if ctx.Err() == nil {
 			k.log.Warn("cold storage", "error", err)
 		}
-		return
-	}
+	} // which is no matter of the volumes that are there
 	all = slices.DeleteFunc(all, func(v volume.Volume) bool { return v.Cold == (volume.Retention{}) })
-	k.see(all)
+	k.see(all, err == nil)
 	for _, v := range all {
 		if s := k.begin(v); s != nil {
 			g.Go(func() error { k.copy(ctx, v, s); return nil })
@@ -117,19 +116,19 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 	}
 }
 
-// see knows volumes before it is their turn, and no longer those that are gone.
-func (k *Keeper) see(all []volume.Volume) {
+// see knows volumes before it is their turn, and where these are all, no longer those that are gone.
+func (k *Keeper) see(volumes []volume.Volume, all bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	there := map[string]bool{}
-	for _, v := range all {
+	for _, v := range volumes {
 		there[v.ID] = true
 		if s := k.volumes[v.ID]; s == nil || !s.busy && !s.born.Equal(v.Created) {
 			k.volumes[v.ID] = &state{born: v.Created}
 		}
 	}
 	for id, s := range k.volumes {
-		if !there[id] && !s.busy {
+		if all && !there[id] && !s.busy {
 			delete(k.volumes, id)
 		}
 	}

@@ -128,15 +128,17 @@ func (b *Backend) find(id string) (*found, error) {
 	if !volume.ValidName(id) {
 		return nil, fmt.Errorf("volume %q: %w", id[:min(len(id), volume.MaxName)], volume.ErrNotFound)
 	}
+	var missing error // of a pool, in which it could be
 	for _, p := range b.pools {
 		if err := p.there(); err != nil {
-			return nil, err
+			missing = errors.Join(missing, err)
+			continue
 		}
 		if f, err := p.read(id); !errors.Is(err, fs.ErrNotExist) {
 			return f, err
 		}
 	}
-	return nil, fmt.Errorf("volume %s: %w", id, volume.ErrNotFound)
+	return nil, cmp.Or(missing, fmt.Errorf("volume %s: %w", id, volume.ErrNotFound))
 }
 
 // read reads a folder; fs.ErrNotExist where there is none.
@@ -520,9 +522,11 @@ func (b *Backend) Get(_ context.Context, id string) (volume.Volume, error) {
 // List is volume.Backend's.
 func (b *Backend) List(context.Context) ([]volume.Volume, error) {
 	var all []volume.Volume
+	var missing error
 	for _, p := range b.pools {
 		if err := p.there(); err != nil {
-			return nil, err
+			missing = errors.Join(missing, err)
+			continue
 		}
 		names, err := p.list(".")
 		if err != nil {
@@ -537,7 +541,7 @@ func (b *Backend) List(context.Context) ([]volume.Volume, error) {
 		}
 	}
 	slices.SortFunc(all, func(a, b volume.Volume) int { return cmp.Compare(a.ID, b.ID) })
-	return all, nil
+	return all, missing
 }
 
 // list returns the names in a folder that can be volumes or snapshots.

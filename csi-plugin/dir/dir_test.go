@@ -86,6 +86,37 @@ func nest(t *testing.T, dir, name string, levels int) {
 	at.Close()
 }
 
+// A pool that is missing is no matter of the volumes in another one; whether there are more, and where a new one would be found, nobody knows.
+func TestOnePoolMissing(t *testing.T) {
+	dir := t.TempDir()
+	b := open(t, Pool{"red", filepath.Join(dir, "red")}, Pool{"fast", filepath.Join(dir, "fast")})
+	v, err := b.Create(t.Context(), files("v", "fast"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(dir, "red"), filepath.Join(dir, "away")); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := b.List(t.Context()); !errors.Is(err, volume.ErrUnavailable) || len(all) != 1 || all[0] != v {
+		t.Errorf("there are %+v, %v", all, err)
+	}
+	id := volume.SnapshotID{Volume: "v", Name: "hourly-1"}
+	if _, err := b.Snapshot(t.Context(), volume.SnapshotRequest{ID: id, Automatic: true}); err != nil {
+		t.Errorf("a snapshot of one that is there: %v", err)
+	}
+	for _, p := range []string{"", "fast"} {
+		if _, err := b.Create(t.Context(), files("new", p)); !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("a new one in pool %q: %v", p, err)
+		}
+	}
+	if _, err := b.Get(t.Context(), "other"); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("one that may be in the other pool: %v", err)
+	}
+	if err := b.Delete(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+}
+
 // Whoever has a volume without a size can nest directories without end in it. Its snapshot is refused, before it takes all of the process's files and memory; it can be
 // deleted all the same.
 func TestDeep(t *testing.T) {
@@ -244,6 +275,12 @@ func TestPoolMissing(t *testing.T) {
 	_, err = b.Snapshots(t.Context(), "v")
 	unavailable("Snapshots of one", err)
 	unavailable("DeleteSnapshot", b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "v", Name: "s"}))
+	w := files("w", "")
+	w.Origin.Snapshot = volume.SnapshotID{Volume: "v", Name: "s"}
+	_, err = b.Clone(t.Context(), w, nil)
+	unavailable("Clone", err)
+	_, err = b.Browse(t.Context(), w.Origin.Snapshot)
+	unavailable("Browse", err)
 	_, err = b.Capacity(t.Context(), volume.Parameters{Class: volume.NFS})
 	unavailable("Capacity", err)
 	if err := os.Rename(dir+".away", dir); err != nil {

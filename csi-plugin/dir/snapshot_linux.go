@@ -274,10 +274,12 @@ func (b *Backend) origin(o volume.Origin) (*found, error) {
 		return b.find(o.Volume)
 	}
 	f, err := b.find(o.Snapshot.Volume)
+	gone := errors.Is(err, volume.ErrNotFound)
 	if err == nil {
 		f, err = f.pool.read(snapshotFolder(o.Snapshot))
+		gone = errors.Is(err, fs.ErrNotExist)
 	}
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, volume.ErrNotFound) {
+	if gone {
 		err = fmt.Errorf("snapshot %s: %w", o.Snapshot, volume.ErrNotFound)
 	}
 	return f, err

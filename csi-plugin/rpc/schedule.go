@@ -63,8 +63,7 @@ func (d *due) look(ctx context.Context, g *errgroup.Group) {
 		if ctx.Err() == nil {
 			d.server.config.Log.Warn("automatic snapshots", "error", err)
 		}
-		return
-	}
+	} // which is no matter of the volumes that are there
 	for _, v := range all {
 		if v.Scheduled() == (volume.Retention{}) && v.Cold == (volume.Retention{}) { // what was taken before stays
 			continue

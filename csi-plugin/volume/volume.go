@@ -32,7 +32,7 @@ type Backend interface {
 	// Get returns ErrNotFound where there is no such volume.
 	Get(ctx context.Context, id string) (Volume, error)
 
-	// List returns all volumes by id.
+	// List returns all volumes by id; with an ErrUnavailable, those of the pools that are there.
 	List(ctx context.Context) ([]Volume, error)
 
 	// Stage makes a volume's content reachable on this host. Repeated with the same use, it returns the same source.
