@@ -274,6 +274,7 @@ func (h *hold) take(before tenure) (*term, error) {
 	}
 	if p, ok := h.pool.(*sharedZpools); ok {
 		t.group.Go(func() error { return p.guard(t.long) })
+		t.group.Go(func() error { return p.probe(t.long) })
 	}
 	t.group.Go(func() error {
 		for ; t.long.Err() == nil; h.pause(t.long, 200*time.Millisecond) {

@@ -25,10 +25,11 @@ type metrics struct {
 	syncs    *prometheus.HistogramVec
 	began    prometheus.Counter
 
-	mu     sync.Mutex
-	term   *term       // that serves; nil of a filer that stands by
-	consul func() bool // whether it answers; nil of a filer that is alone
-	zpools []string    // that its volumes are in
+	mu      sync.Mutex
+	term    *term                // that serves; nil of a filer that stands by
+	consul  func() bool          // whether it answers; nil of a filer that is alone
+	zpools  []string             // that its volumes are in
+	syncing func() time.Duration // for how long a sync has been waiting; nil where none is made for that
 }
 
 // Those that are asked whenever they are collected.
@@ -36,6 +37,7 @@ var (
 	activeDesc       = prometheus.NewDesc("cradle_filer_active", "Whether this filer answers clients: 0 of one that stands by, or whose lease has lapsed.", nil, nil)
 	consulDesc       = prometheus.NewDesc("cradle_filer_consul", "Whether Consul answers this filer of a set.", nil, nil)
 	suspendedDesc    = prometheus.NewDesc("cradle_filer_zpool_suspended", "Whether a zpool is suspended on this host, as its disks failed or did not answer.", []string{"zpool"}, nil)
+	syncingDesc      = prometheus.NewDesc("cradle_filer_sync_waits_seconds", "How long a sync that this filer makes itself, again and again, has been waiting.", nil, nil)
 	servedDesc       = prometheus.NewDesc("cradle_filer_volumes", "Volumes that are published or granted.", nil, nil)
 	publicationsDesc = prometheus.NewDesc("cradle_filer_publications", "Publications.", nil, nil)
 	grantsDesc       = prometheus.NewDesc("cradle_filer_grants", "Grants.", nil, nil)
@@ -101,7 +103,7 @@ const collectTime = 10 * time.Second
 
 // Describe is prometheus.Collector's.
 func (m *metrics) Describe(all chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{activeDesc, consulDesc, suspendedDesc, servedDesc, publicationsDesc, grantsDesc, ageDesc} {
+	for _, d := range []*prometheus.Desc{activeDesc, consulDesc, suspendedDesc, syncingDesc, servedDesc, publicationsDesc, grantsDesc, ageDesc} {
 		all <- d
 	}
 }
@@ -130,6 +132,11 @@ func (m *metrics) Collect(all chan<- prometheus.Metric) {
 		is := zfs.Suspended(zpool) != nil
 		truth(suspendedDesc, is, zpool)
 		stands = stands || is
+	}
+	if m.syncing != nil {
+		waits := m.syncing()
+		gauge(syncingDesc, waits.Seconds())
+		stands = stands || waits > syncsLong
 	}
 	if t == nil || stands {
 		return

@@ -51,6 +51,7 @@ const (
 	endTime    = 10 * time.Second // for what can't be ended but by itself
 	switchTime = 5 * time.Second  // for the other one to serve
 	takeTime   = 5 * time.Minute  // for a pool to be there, the looks of ZFS included
+	countTime  = time.Second      // for status to read what is published
 	clonedTime = 5 * time.Second  // before this one is asked again whether it is like another
 	leaveTime  = 2 * time.Second  // for what may wait in the kernel for ever
 
@@ -135,7 +136,7 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 			return errors.New("--peers-key: name the file with the key that the filers of the set show each other, the same for all: one that stands by has none of what is in the pool (head -c 32 /dev/urandom)")
 		}
 		m.pool, zpools = shared, shared.names
-		m.metrics.zpools = zpools
+		m.metrics.zpools, m.metrics.syncing = zpools, shared.syncs
 	} else {
 		shared, err := m.sharedDirectories()
 		if err != nil {
@@ -561,8 +562,21 @@ func (m *member) status(ctx context.Context) (s api.Status, err error) {
 	away, reason, since := m.away, m.reason, m.since
 	m.mu.Unlock()
 	if t != nil {
-		if s, err = t.filer.status(); err != nil {
-			return s, err
+		type counted struct {
+			api.Status
+			error
+		}
+		done := make(chan counted, 1)
+		go func() { // it reads files in the pool, whose disks may not answer
+			s, err := t.filer.status()
+			done <- counted{s, err}
+		}()
+		select {
+		case c := <-done:
+			if s, err = c.Status, c.error; err != nil {
+				return s, err
+			}
+		case <-time.After(countTime):
 		}
 	}
 	s.Version, s.Since = version, since
@@ -585,6 +599,9 @@ func (m *member) status(ctx context.Context) (s api.Status, err error) {
 		set.Active, set.Serving = m.set.member, !lapsed
 	}
 	set.Waits = m.waitsNow()
+	if p, ok := m.pool.(*sharedZpools); ok && set.Waits == "" && p.syncs() > syncsLong {
+		set.Waits = fmt.Sprintf("a sync of pool %s, for %v: see zpool status; no other host can have the zpool before this one has ended", p.datasets[0].Name, p.syncs().Round(time.Second))
+	}
 	all, err := m.lock.members(ctx)
 	for _, name := range all {
 		if name != set.Active {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
@@ -17,6 +19,8 @@ type sharedZpools struct {
 	member   *member
 	datasets []zfs.Pool
 	names    []string // of the zpools
+
+	syncing atomic.Int64 // when probe's sync has begun, in nanoseconds since 1970; 0 while there is none
 }
 
 func (m *member) sharedZpools() (*sharedZpools, error) {
@@ -120,4 +124,38 @@ func (p *sharedZpools) guard(ctx context.Context) error {
 	return nil
 }
 
-const guardTime = 10 * time.Second
+// probe brings something to stable storage again and again, for status and metrics to say when that does not end: where some disks answer nothing and others do, the
+// zpool is not suspended, and no other host can have it.
+func (p *sharedZpools) probe(ctx context.Context) error {
+	sync := func() error {
+		p.syncing.Store(time.Now().UnixNano())
+		defer p.syncing.Store(0)
+		f, err := os.OpenFile(filepath.Join(p.state(), "probe"), os.O_CREATE|os.O_WRONLY, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteAt([]byte(time.Now().UTC().Format(time.RFC3339Nano)), 0)
+		return errors.Join(err, f.Sync(), f.Close())
+	}
+	for ; ctx.Err() == nil; p.member.pause(ctx, probeTime) {
+		if err := sync(); err != nil && ctx.Err() == nil {
+			p.member.log.Error("sync", "pool", p.datasets[0].Name, "error", err)
+		}
+	}
+	return nil
+}
+
+// syncs says for how long probe's sync has been waiting.
+func (p *sharedZpools) syncs() time.Duration {
+	begun := p.syncing.Load()
+	if begun == 0 {
+		return 0
+	}
+	return time.Since(time.Unix(0, begun))
+}
+
+const (
+	guardTime = 10 * time.Second
+	probeTime = 5 * time.Second
+	syncsLong = 10 * time.Second // for a sync, as status has it
+)

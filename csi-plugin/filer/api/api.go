@@ -88,7 +88,7 @@ type Set struct {
 	ActiveSince time.Time `json:"activeSince"`
 	Why         string    `json:"why"` // it moved there
 	Standby     []string  `json:"standby,omitempty"`
-	Waits       string    `json:"waits,omitempty"`  // for what the member that answers this waits, which could not serve when it had the lock
+	Waits       string    `json:"waits,omitempty"`  // for what the member that answers this waits: it could not serve when it had the lock, or can't go on
 	Consul      string    `json:"consul,omitempty"` // why it is not to be relied on; "" while it answers
 }
 
