@@ -274,7 +274,11 @@ func (h *hold) take(before tenure) (*term, error) {
 	}
 	if p, ok := h.pool.(*sharedZpools); ok {
 		t.group.Go(func() error { return p.guard(t.long) })
-		t.group.Go(func() error { return p.probe(t.long) })
+		if f, err := p.probed(); err != nil {
+			h.log.Error("syncs are not watched", "error", err)
+		} else {
+			t.group.Go(func() error { return p.probe(t.long, f) })
+		}
 	}
 	t.group.Go(func() error {
 		for ; t.long.Err() == nil; h.pause(t.long, 200*time.Millisecond) {

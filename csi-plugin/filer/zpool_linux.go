@@ -125,24 +125,24 @@ func (p *sharedZpools) guard(ctx context.Context) error {
 }
 
 // probe brings something to stable storage again and again, for status and metrics to say when that does not end: where some disks answer nothing and others do, the
-// zpool is not suspended, and no other host can have it.
-func (p *sharedZpools) probe(ctx context.Context) error {
-	sync := func() error {
-		p.syncing.Store(time.Now().UnixNano())
-		defer p.syncing.Store(0)
-		f, err := os.OpenFile(filepath.Join(p.state(), "probe"), os.O_CREATE|os.O_WRONLY, 0o600)
-		if err != nil {
-			return err
-		}
-		_, err = f.WriteAt([]byte(time.Now().UTC().Format(time.RFC3339Nano)), 0)
-		return errors.Join(err, f.Sync(), f.Close())
-	}
+// zpool is not suspended, and no other host can have it. The file is of the pool, and closed then.
+func (p *sharedZpools) probe(ctx context.Context, f *os.File) error {
+	defer f.Close()
 	for ; ctx.Err() == nil; p.member.pause(ctx, probeTime) {
-		if err := sync(); err != nil && ctx.Err() == nil {
+		p.syncing.Store(time.Now().UnixNano())
+		_, err := f.WriteAt([]byte(time.Now().UTC().Format(time.DateTime)), 0)
+		err = errors.Join(err, f.Sync())
+		p.syncing.Store(0)
+		if err != nil && ctx.Err() == nil {
 			p.member.log.Error("sync", "pool", p.datasets[0].Name, "error", err)
 		}
 	}
 	return nil
+}
+
+// probed is a file for that.
+func (p *sharedZpools) probed() (*os.File, error) {
+	return os.OpenFile(filepath.Join(p.state(), "probe"), os.O_CREATE|os.O_WRONLY, 0o600)
 }
 
 // syncs says for how long probe's sync has been waiting.
