@@ -272,6 +272,11 @@ func (f *filer) diff(ctx context.Context, id, from, to string) (all []tree.Diffe
 	if err != nil {
 		return nil, err
 	}
+	// All that is in both is read.
+	if _, at := f.compared.LoadOrStore(id, nil); at {
+		return nil, fmt.Errorf("volume %s: %w: it is being compared; try again", id, volume.ErrInUse)
+	}
+	defer f.compared.Delete(id)
 	list := func(name string) (entries []tree.Entry, err error) {
 		var root *os.Root
 		if name == "" {

@@ -94,11 +94,14 @@ func (w *world) allow(g Grant) {
 	}
 }
 
-// process is the one that serves a grant.
+// process is the one that serves a grant, 0 for none.
 func (w *world) process(key string) (pid int) {
 	g := w.server.grants[key]
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.child == nil {
+		return 0
+	}
 	return g.child.cmd.Process.Pid
 }
 
@@ -421,11 +424,11 @@ func TestRootClients(t *testing.T) {
 	}
 }
 
-// until waits until the grant's process writes, or does not write any more, to a file that is no object yet.
-func (w *world) until(writes bool) {
+// until waits until a grant's process writes, or does not write any more, to a file that is no object yet.
+func (w *world) until(key string, writes bool) {
 	w.t.Helper()
 	for {
-		files, err := filepath.Glob("/proc/" + strconv.Itoa(w.process("key")) + "/fd/*")
+		files, err := filepath.Glob("/proc/" + strconv.Itoa(w.process(key)) + "/fd/*")
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -440,9 +443,9 @@ func (w *world) until(writes bool) {
 }
 
 // half uploads half of an object, and tells how that is answered. end ends it.
-func (w *world) half(c *minio.Client, name string) (code chan int, end func()) {
+func (w *world) half(key, name string) (code chan int, end func()) {
 	w.t.Helper()
-	u, err := c.PresignedPutObject(w.t.Context(), "bucket", name, time.Hour)
+	u, err := w.client(key, "secret").PresignedPutObject(w.t.Context(), "bucket", name, time.Hour)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -466,7 +469,7 @@ func (w *world) half(c *minio.Client, name string) (code chan int, end func()) {
 	if _, err := ours.Write(make([]byte, 1<<20)); err != nil {
 		w.t.Fatal(err)
 	}
-	w.until(true)
+	w.until(key, true)
 	return code, func() { ours.Close() }
 }
 
@@ -475,7 +478,7 @@ func TestRootRevoked(t *testing.T) {
 	w := serve(t)
 	c := w.client("key", "secret")
 	w.put(c, "object", "content")
-	code, end := w.half(c, "slow")
+	code, end := w.half("key", "slow")
 	w.server.Forbid("key")
 	if got := <-code; got != http.StatusForbidden && got != 0 {
 		t.Errorf("an upload whose grant has ended is answered %d", got)
@@ -512,6 +515,45 @@ func TestRootRefusedEarly(t *testing.T) {
 	w.want(w.client("key", "secret"), "object", "content")
 }
 
+// TestRootManyGrants: as many processes are at work as there may be; one that nobody uses makes room for another, and one that somebody uses does not.
+func TestRootManyGrants(t *testing.T) {
+	w := serve(t)
+	w.server.most = 2
+	w.put(w.client("key", "secret"), "object", "content")
+	for _, key := range []string{"second", "third"} {
+		w.allow(Grant{Key: key, Secret: "secret"})
+		w.want(w.client(key, "secret"), "object", "content")
+	}
+	w.server.mu.Lock()
+	first := w.server.grants["key"]
+	w.server.mu.Unlock()
+	first.mu.Lock()
+	ended := first.child == nil
+	first.mu.Unlock()
+	if n := w.server.processes.Load(); n != 2 || !ended {
+		t.Errorf("%d processes are at work, and the first one has ended: %t", n, ended)
+	}
+	one, end := w.half("key", "one")
+	other, endOther := w.half("second", "other")
+	u, err := w.client("third", "secret").PresignedGetObject(t.Context(), "bucket", "object", time.Hour, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.Get(u.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("where all are at work another is answered %s", resp.Status)
+	}
+	end()
+	endOther()
+	<-one
+	<-other
+	w.want(w.client("third", "secret"), "object", "content")
+}
+
 // TestRootCutOff: of an object or part whose client goes in the middle there is nothing, and what was there before is there whole.
 func TestRootCutOff(t *testing.T) {
 	w := serve(t)
@@ -533,15 +575,15 @@ func TestRootCutOff(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.until(false)
+		w.until("key", false)
 		if _, err := fmt.Fprintf(conn, "PUT %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 2097152\r\n\r\n%s", u.RequestURI(), w.host, make([]byte, 1<<20)); err != nil {
 			t.Fatal(err)
 		}
-		w.until(true)
+		w.until("key", true)
 		if err := conn.Close(); err != nil {
 			t.Fatal(err)
 		}
-		w.until(false)
+		w.until("key", false)
 		w.want(w.client("key", "secret"), "object", "content")
 		if _, err := os.Lstat(filepath.Join(w.root, "new")); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s that was cut off: it is there: %v", c.name, err)
@@ -560,7 +602,7 @@ func TestRootHeld(t *testing.T) {
 	w.allow(Grant{Key: "key", Secret: "secret", Gate: gate})
 	c := w.client("key", "secret")
 	w.put(c, "object", "old")
-	slow, end := w.half(c, "slow")
+	slow, end := w.half("key", "slow")
 	held, release := make(chan struct{}), make(chan struct{})
 	done := make(chan error, 1)
 	go func() {

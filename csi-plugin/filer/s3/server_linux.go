@@ -8,14 +8,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,6 +32,8 @@ import (
 const (
 	startTime = time.Minute
 	idleTime  = 10 * time.Minute // after which a process is ended that nobody uses
+
+	maxProcesses = 128 // of some 20 MiB each: a grant is made by whoever may change a volume
 )
 
 // A Server serves volumes to those who have grants.
@@ -43,6 +48,9 @@ type Server struct {
 	dir     string
 	rate    float64 // requests a second of each grant
 	log     *slog.Logger
+
+	most      int64 // processes
+	processes atomic.Int64
 
 	mu     sync.Mutex
 	grants map[string]*granted // by access key
@@ -59,7 +67,7 @@ func New(program, dir string, perSecond float64, log *slog.Logger) (*Server, err
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, err
 	}
-	return &Server{program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}}, nil
+	return &Server{most: maxProcesses, program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}}, nil
 }
 
 // A grant at work.
@@ -78,6 +86,7 @@ type granted struct {
 	mu    sync.Mutex
 	child *child // nil if there is none
 	busy  int
+	since time.Time // it is not busy
 	idle  *time.Timer
 }
 
@@ -215,6 +224,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	// What waits for the client's bytes waits no longer then: the proxy would until they come.
 	defer context.AfterFunc(ctx, func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now()) })()
+	g.makeRoom()
 	defer g.use()()
 	g.proxy.ServeHTTP(w, r.WithContext(ctx))
 }
@@ -273,6 +283,7 @@ func (g *granted) use() (done func()) {
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		if g.busy--; g.busy == 0 {
+			g.since = time.Now()
 			g.idle = time.AfterFunc(idleTime, func() {
 				g.mu.Lock()
 				defer g.mu.Unlock()
@@ -296,8 +307,13 @@ func (g *granted) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		g.stop()
 	}
 	if g.child == nil {
+		if g.server.processes.Add(1) > g.server.most {
+			g.server.processes.Add(-1)
+			return nil, fmt.Errorf("%d processes are at work for other grants", g.server.most)
+		}
 		c, err := g.start()
 		if err != nil {
+			g.server.processes.Add(-1)
 			return nil, err
 		}
 		g.child = c
@@ -313,6 +329,40 @@ func (g *granted) stop() {
 	if g.child != nil {
 		g.child.stop()
 		g.child = nil
+		g.server.processes.Add(-1)
+	}
+}
+
+// makeRoom ends the process that nobody has used for longest, where there can be no more and this grant has none.
+func (g *granted) makeRoom() {
+	g.mu.Lock()
+	has := g.child != nil
+	g.mu.Unlock()
+	s := g.server
+	if has || s.processes.Load() < s.most {
+		return
+	}
+	s.mu.Lock()
+	all := slices.Collect(maps.Values(s.grants))
+	s.mu.Unlock()
+	var longest *granted
+	var since time.Time
+	for _, w := range all {
+		if !w.mu.TryLock() {
+			continue // it is starting one
+		}
+		if w.child != nil && w.busy == 0 && (longest == nil || w.since.Before(since)) {
+			longest, since = w, w.since
+		}
+		w.mu.Unlock()
+	}
+	if longest == nil {
+		return
+	}
+	longest.mu.Lock()
+	defer longest.mu.Unlock()
+	if longest.busy == 0 {
+		longest.stop()
 	}
 }
 
