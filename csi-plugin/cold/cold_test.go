@@ -441,7 +441,10 @@ type snapshots struct {
 	all   []volume.Snapshot
 	data  []byte // of the newest
 	since volume.SnapshotID
+	now   volume.Volume
 }
+
+func (s *snapshots) Get(context.Context, string) (volume.Volume, error) { return s.now, nil }
 
 func (s *snapshots) Snapshots(context.Context, string) ([]volume.Snapshot, error) { return s.all, nil }
 
@@ -462,7 +465,7 @@ func TestPending(t *testing.T) {
 	only := snapshot(1)
 	only.Automatic = true
 	answer, aerr := true, error(nil)
-	k := NewKeeper(&snapshots{all: []volume.Snapshot{only}, data: random(1, 6*chunkSize)}, v, slog.New(slog.DiscardHandler), nil, func(context.Context, volume.Volume) (bool, error) { return answer, aerr })
+	k := NewKeeper(&snapshots{all: []volume.Snapshot{only}, data: random(1, 6*chunkSize), now: vol}, v, slog.New(slog.DiscardHandler), nil, func(context.Context, volume.Volume) (bool, error) { return answer, aerr })
 	s := &state{}
 	if c, _, err := k.save(t.Context(), vol, s); err != nil || c != (Copy{}) {
 		t.Errorf("copied as %v, %v", c, err)
@@ -485,7 +488,7 @@ func TestPending(t *testing.T) {
 // A snapshot that was deleted, and taken again under its name, is another one: what has changed since is not told by it.
 func TestSnapshotTakenAgain(t *testing.T) {
 	v := NewVault(folder(t), testKey(t))
-	source := &snapshots{}
+	source := &snapshots{now: vol}
 	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
 	first, again, later := snapshot(1), snapshot(1), snapshot(2)
 	again.Created = again.Created.Add(30 * time.Second)
@@ -610,7 +613,7 @@ func TestClock(t *testing.T) {
 		{{9000}, {9000, 9001}, {9001, -4}, {-4, -3}, {-3, -2}},
 	} {
 		v := NewVault(folder(t), testKey(t))
-		source := &snapshots{}
+		source := &snapshots{now: this}
 		k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
 		var s state
 		for i, hours := range steps {

@@ -229,6 +229,15 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, s
 	if err != nil {
 		return c, 0, fmt.Errorf("snapshot %s: %w", snap.ID, err)
 	}
+	// It may have waited long for its turn: for whom has written to it, and whether it is the same one, what it was then is no answer.
+	now, err := k.source.Get(ctx, v.ID)
+	if err == nil && !now.Created.Equal(v.Created) {
+		err = fmt.Errorf("volume %s: %w any more: there is another one of its name", v.ID, volume.ErrNotFound)
+	}
+	if err != nil {
+		return c, 0, errors.Join(err, blocks.Close())
+	}
+	v = now
 	c, sent, err = k.vault.Save(ctx, v, snap, Order{taken, former}, blocks, base)
 	if err == nil {
 		k.saved(s, snap)

@@ -2,6 +2,7 @@ package cold
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"testing"
@@ -22,11 +23,16 @@ type many struct {
 	data []byte
 }
 
-func (m many) List(context.Context) (all []volume.Volume, err error) {
+func (m many) List(ctx context.Context) (all []volume.Volume, err error) {
 	for i := range m.n {
-		all = append(all, volume.Volume{ID: fmt.Sprint("v", i), Created: born, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 2}}})
+		v, _ := m.Get(ctx, fmt.Sprint("v", i))
+		all = append(all, v)
 	}
 	return all, nil
+}
+
+func (m many) Get(_ context.Context, id string) (volume.Volume, error) {
+	return volume.Volume{ID: id, Created: born, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 2}}}, nil
 }
 
 func (m many) Snapshots(_ context.Context, id string) ([]volume.Snapshot, error) {
@@ -61,4 +67,28 @@ func TestKeeperManyVolumes(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// While a volume waits for its turn it may get its first content, or a task that may write whatever it wants, or be deleted and made again: a copy says what it is by then.
+func TestWaited(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	only := snapshot(1)
+	only.Automatic = true
+	source := &snapshots{all: []volume.Snapshot{only}, data: random(1, 5*chunkSize), now: vol}
+	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
+	listed := vol
+	listed.Content = volume.Blank
+	source.now.Created = vol.Created.Add(time.Hour)
+	if c, _, err := k.save(t.Context(), listed, &state{}); !errors.Is(err, volume.ErrNotFound) || c != (Copy{}) {
+		t.Errorf("what was made again is copied as %v, %v", c, err)
+	}
+	source.now = vol
+	source.now.Content = volume.Guest
+	c, _, err := k.save(t.Context(), listed, &state{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := v.Info(t.Context(), c); err != nil || info.Content != volume.Guest {
+		t.Errorf("the copy says of the content %q, %v", info.Content, err)
+	}
 }
