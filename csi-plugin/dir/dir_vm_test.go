@@ -4,6 +4,7 @@ package dir
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -78,6 +79,39 @@ func TestRootNoSpace(t *testing.T) {
 	}
 	if _, err := b.Clone(t.Context(), clone, nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// A copy that is received goes on where it was interrupted, though by then the pool has not the room for all of it any more: what has arrived is its own.
+func TestRootReceiveRoom(t *testing.T) {
+	at := filesystem(t, "ext4")
+	b := open(t, Pool{"default", filepath.Join(at, "pool")})
+	r := volume.Request{Name: "v", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.LV2}, Origin: volume.Origin{Copy: "v@20260101T000000Z"}}
+	s, err := mount.Stats(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	command(t, "fallocate", "-l", strconv.FormatInt(int64(s.Available)-96<<20, 10), filepath.Join(at, "filler"))
+	data := bytes.Repeat([]byte("data"), 16<<20)
+	interrupted := errors.New("interrupted")
+	for _, want := range []error{interrupted, nil} {
+		_, err := b.Receive(t.Context(), r, volume.Trusted, func(_ context.Context, image *os.File) error {
+			if _, err := image.WriteAt(data[:56<<20], 0); err != nil || want != nil {
+				return errors.Join(err, want)
+			}
+			_, err := image.WriteAt(data, 0)
+			return err
+		})
+		if !errors.Is(err, want) {
+			t.Fatalf("%v; want %v", err, want)
+		}
+	}
+	if got, err := os.ReadFile(filepath.Join(at, "pool/v/image")); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("it holds something else, %v", err)
+	}
+	r.Name = "w"
+	if _, err := b.Receive(t.Context(), r, volume.Trusted, nil); !errors.Is(err, volume.ErrNoSpace) {
+		t.Errorf("without room: %v", err)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -88,9 +89,6 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 	case !errors.Is(err, volume.ErrNotFound):
 		return volume.Volume{}, err
 	}
-	if err := p.room(r.Name, r.Size); err != nil {
-		return volume.Volume{}, err
-	}
 	if err := b.receive(ctx, p, r, content, fill); err != nil {
 		return volume.Volume{}, fmt.Errorf("create volume %s: %w", r.Name, storageError(err))
 	}
@@ -112,6 +110,9 @@ func (b *Backend) receive(ctx context.Context, p *pool, r volume.Request, conten
 		if err := p.removeAll(h); err != nil {
 			return err
 		}
+		if err := p.room(r.Name, r.Size); err != nil { // what is left has taken its own already
+			return err
+		}
 		if err := p.root.Mkdir(h, 0o700); err != nil {
 			return err
 		}
@@ -130,7 +131,9 @@ func (b *Backend) receive(ctx context.Context, p *pool, r volume.Request, conten
 	if err != nil {
 		return err
 	}
-	err = fill(ctx, image)
+	if err = mount.Forget(image); err == nil { // else what the interrupted call could not write would count as written
+		err = fill(ctx, image)
+	}
 	if err = errors.Join(err, image.Sync(), image.Close()); err != nil {
 		return err // what there is of it stays for the next call
 	}

@@ -144,9 +144,6 @@ func (b *Backend) Receive(ctx context.Context, r volume.Request, content volume.
 	}
 	size, err := r.Choose(0, mount.Minimum(r.FS), step(r.BlockSize))
 	if err == nil {
-		err = p.room(ctx, r.Name, size)
-	}
-	if err == nil {
 		err = p.receive(ctx, r, size, content, fill)
 	}
 	if err != nil {
@@ -170,6 +167,9 @@ func (p Pool) receive(ctx context.Context, r volume.Request, size int64, content
 		if err := half.destroy(ctx); err != nil {
 			return err
 		}
+		if err := p.room(ctx, r.Name, size); err != nil { // what is left has taken its own already
+			return err
+		}
 		args := append([]string{"create"}, rec.options(size)...)
 		if _, err := zfs(ctx, append(args, "-s", "-b", number(int64(r.BlockSize)), "-V", number(size), half.dataset)...); err != nil {
 			return err
@@ -183,7 +183,9 @@ func (p Pool) receive(ctx context.Context, r volume.Request, size int64, content
 	if err != nil {
 		return err
 	}
-	err = fill(ctx, disk)
+	if err = mount.Forget(disk); err == nil { // else what the interrupted call could not write would count as written
+		err = fill(ctx, disk)
+	}
 	if err = errors.Join(err, disk.Sync(), disk.Close()); err != nil {
 		return err // what there is of it stays for the next call
 	}

@@ -3,6 +3,7 @@
 package zfs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
 )
@@ -187,6 +189,76 @@ func TestNoSpace(t *testing.T) {
 	run(t, "zfs", "destroy", "full/filler")
 	must[volume.Snapshot](t)(b.Snapshot(t.Context(), snapshot))
 	must[volume.Volume](t)(b.Clone(t.Context(), clone, nil))
+}
+
+// A pool gets full while a copy is received, whose device somebody looks at meanwhile, so that the kernel keeps what it could not write: the call fails, and when there is space the next one
+// writes it, though it reads what it wanted. That has more room than it seems, as what is there is its own.
+func TestReceiveFull(t *testing.T) {
+	makeZpool(t, "brim")
+	b, err := Open(t.Context(), []Pool{{"default", "brim/cradle"}}, "/run/cradle/brim.lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := block("v")
+	r.Size, r.Origin.Copy = 48<<20, "v@20260101T000000Z"
+	data := make([]byte, r.Size)
+	for i := range data {
+		data[i] = byte(rand.Uint32())
+	}
+	run(t, "zfs", "create", "-o", "mountpoint=none", "brim/filler")
+	var looks *os.File
+	_, err = b.Receive(t.Context(), r, volume.Trusted, func(_ context.Context, disk *os.File) (err error) {
+		if looks, err = os.Open(disk.Name()); err != nil {
+			return err
+		}
+		free, err := strconv.ParseInt(strings.TrimSpace(run(t, "zfs", "get", "-Hp", "-o", "value", "available", "brim/filler")), 10, 64)
+		if err != nil {
+			return err
+		}
+		run(t, "zfs", "set", "reservation="+number(free-40<<20), "brim/filler")
+		_, err = disk.WriteAt(data, 0)
+		return err
+	})
+	if err == nil {
+		t.Error("received into a pool that was full")
+	}
+	t.Logf("full: %v", err)
+	if _, err := b.Get(t.Context(), "v"); !errors.Is(err, volume.ErrNotFound) {
+		t.Errorf("it is there, %v", err)
+	}
+	run(t, "zfs", "destroy", "brim/filler")
+	written := 0
+	must[volume.Volume](t)(b.Receive(t.Context(), r, volume.Trusted, func(_ context.Context, disk *os.File) error {
+		have := make([]byte, 1<<20)
+		for at := 0; at < len(data); at += len(have) {
+			if _, err := disk.ReadAt(have, int64(at)); err != nil {
+				return err
+			}
+			if want := data[at : at+len(have)]; !bytes.Equal(have, want) {
+				if _, err := disk.WriteAt(want, int64(at)); err != nil {
+					return err
+				}
+				written += len(want)
+			}
+		}
+		return nil
+	}))
+	if written == 0 {
+		t.Error("nothing was missing")
+	}
+	if err := mount.Forget(looks); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(data))
+	if _, err := looks.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("what is stored is not what was received, %v", err)
+	}
+	if err := looks.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Delete(t.Context(), "v"); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // A pool that is not there is nothing to conclude anything from: a volume in it is not deleted. One that is degraded keeps volumes.

@@ -33,9 +33,10 @@ func TestVMSoakZFSKilled(t *testing.T) {
 	}
 }
 
-// TestVMSoakZFSCold copies a zvol to cold storage as the plugin does by itself, loses it, and has it back in another pool; and has a bucket that nobody serves.
+// TestVMSoakZFSCold copies a zvol to cold storage as the plugin does by itself, loses it, and has it back in another pool; and has a bucket that nobody serves, and a pool that gets full while
+// a copy is received.
 func TestVMSoakZFSCold(t *testing.T) {
-	inLab(t, "zpool create -f -O mountpoint=none tank /dev/vda1\n./csi.test -test.v -test.run 'TestZFSCold'\n")
+	inLab(t, "zpool create -f -O mountpoint=none tank /dev/vda1\n./zfs.test -test.v -test.run 'TestReceiveFull'\n./csi.test -test.v -test.run 'TestZFSCold'\n")
 }
 
 // TestVMSoakZFSSanity runs csi-sanity for each kind of volume, and looks whether it left something.
