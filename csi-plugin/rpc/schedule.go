@@ -65,10 +65,7 @@ func (d *due) look(ctx context.Context, g *errgroup.Group) {
 		}
 	} // which is no matter of the volumes that are there
 	for _, v := range all {
-		if v.Scheduled() == (volume.Retention{}) && v.Cold == (volume.Retention{}) { // what was taken before stays
-			continue
-		}
-		if ctx.Err() != nil || !d.begin(v.ID) {
+		if !automatic(v) || ctx.Err() != nil || !d.begin(v.ID) {
 			continue
 		}
 		g.Go(func() error {
@@ -79,6 +76,11 @@ func (d *due) look(ctx context.Context, g *errgroup.Group) {
 			return nil
 		})
 	}
+}
+
+// automatic says whether a volume has automatic snapshots. Of one that has none any more those that were taken stay.
+func automatic(v volume.Volume) bool {
+	return v.Scheduled() != (volume.Retention{}) || v.Cold != (volume.Retention{})
 }
 
 func (d *due) begin(id string) bool {
@@ -111,6 +113,14 @@ func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.V
 	}
 	var errs []error
 	take, drop := v.Due(has, time.Now())
+	if len(take)+len(drop) > 0 { // it may have waited long for its turn, and have another schedule by now
+		if v, err = s.config.Backend.Get(ctx, v.ID); errors.Is(err, volume.ErrNotFound) || err == nil && !automatic(v) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		take, drop = v.Due(has, time.Now())
+	}
 	for _, name := range take {
 		id := volume.SnapshotID{Volume: v.ID, Name: name}
 		_, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Automatic: true, Hold: s.hold(v.ID)})

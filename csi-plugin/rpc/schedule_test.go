@@ -27,10 +27,15 @@ type shelf struct {
 	schedule string
 }
 
-func (s *shelf) List(context.Context) ([]volume.Volume, error) {
+func (s *shelf) List(ctx context.Context) ([]volume.Volume, error) {
+	v, err := s.Get(ctx, "v")
+	return []volume.Volume{v, {ID: "w"}}, err
+}
+
+func (s *shelf) Get(_ context.Context, id string) (volume.Volume, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return []volume.Volume{{ID: "v", Schedule: s.schedule, Parameters: volume.Parameters{Snapshots: s.keep}}, {ID: "w"}}, nil
+	return volume.Volume{ID: id, Schedule: s.schedule, Parameters: volume.Parameters{Snapshots: s.keep}}, nil
 }
 
 func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) {
@@ -234,4 +239,26 @@ func TestScheduleGoesOn(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// A schedule that is changed while a volume waits for its turn counts.
+func TestScheduleChanged(t *testing.T) {
+	b := &shelf{keep: volume.Retention{Hourly: 1}}
+	c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+	s := &Server{config: c, metrics: newMetrics(c)}
+	old := volume.SnapshotID{Volume: "v", Name: "hourly-20000101T030000Z"}
+	b.has = []volume.Snapshot{{ID: old, Automatic: true}}
+	listed, err := b.Get(t.Context(), "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, schedule := range []string{volume.NoSnapshots, "hourly=2"} {
+		b.schedule = schedule
+		if err := s.takeDueOf(t.Context(), b, listed); err != nil {
+			t.Fatal(err)
+		}
+		if taken := len(b.has) > 1; b.has[0].ID != old || taken != (schedule != volume.NoSnapshots) {
+			t.Errorf("with the schedule %s there are %v", schedule, b.has)
+		}
+	}
 }
