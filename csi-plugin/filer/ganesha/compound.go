@@ -40,14 +40,17 @@ type guide interface {
 // A directory is one that the guide knows.
 type directory struct {
 	top    bool     // it is the server's root
+	above  bool     // it can be
 	shelf  *shelf   // it is the directory of these snapshots; nil for none
 	beyond string   // snapshots.Dir in it is this in the server's root; empty if it is an ordinary name
 	hidden []string // are in it, and nobody is to know
 	inside []string // are in the root of the export that it is in
 }
 
-// parent is the one above, as far as that can be known: names that are hidden in a root are none in it.
-func (d directory) parent() directory { return directory{hidden: d.inside, inside: d.inside} }
+// parent is the one above, as far as that can be known: names that are hidden in the export's root, or in the server's, are none in it.
+func (d directory) parent(top directory) directory {
+	return directory{above: true, hidden: slices.Concat(d.inside, top.hidden), inside: d.inside}
+}
 
 // other is another one in the same export.
 func (d directory) other() directory { return directory{inside: d.inside} }
@@ -120,11 +123,13 @@ const (
 	sizeStateid, sizeSessionid, sizeVerifier, sizeClientid = 16, 16, 8, 8
 	sizeChange                                             = 20
 
-	maxWords, attributeFilehandle = 3, 19
+	attributeFilehandle = 19
+	maxOperations       = 100 // which are NFS-Ganesha's
 
 	typeBlock, typeCharacter, typeLink = 3, 4, 5
 
-	claimNull, claimPrevious, claimFH                                  = 0, 1, 4
+	claimNull, claimPrevious, claimDelegateCur, claimDelegatePrev      = 0, 1, 2, 3
+	claimFH, claimDelegCurFH, claimDelegPrevFH                         = 4, 5, 6
 	createUnchecked, createGuarded, createExclusive, createExclusive41 = 0, 1, 2, 3
 
 	delegateNone, delegateRead, delegateWrite, delegateNoneExt = 0, 1, 2, 3
@@ -140,6 +145,7 @@ type cursor struct {
 	// Of the operation that was gone over last:
 	old, named int  // where names are in the saved directory, and in the current one; 0 for none
 	makes      bool // what has the latter name
+	unknown    bool
 }
 
 // name goes over one.
@@ -148,11 +154,11 @@ func (c *cursor) name(at *int) {
 	c.opaque()
 }
 
-// after is where the name ends that is at a place.
+// after is where the name ends that is at a place. To NFS-Ganesha it is what comes before a zero byte.
 func (c *cursor) after(at int) (name string, end int) {
 	o := cursor{b: c.b, at: at}
-	name = string(o.opaque())
-	return name, o.at
+	before, _, _ := bytes.Cut(o.opaque(), []byte{0})
+	return string(before), o.at
 }
 
 func (c *cursor) skip(n int) {
@@ -183,13 +189,12 @@ func (c *cursor) opaque() []byte {
 	return c.b[at : at+int(n)]
 }
 
-// bitmap returns its first word. There are no attributes that one of more words could be about.
+// bitmap returns its first word.
 func (c *cursor) bitmap() []byte {
-	n := c.number()
+	n := int64(c.number())
 	at := c.at
-	if n > maxWords {
-		c.bad = true
-		return nil
+	if n > int64(len(c.b)) {
+		c.bad, c.at = true, len(c.b)
 	}
 	if c.skip(int(4 * n)); c.bad || n == 0 {
 		return nil
@@ -295,7 +300,7 @@ func (c *cursor) arguments(op uint32) {
 			c.skip(int(n) * sizeStateid)
 		}
 	default:
-		c.bad = true
+		c.bad, c.unknown = true, true
 	}
 }
 
@@ -317,12 +322,17 @@ func (c *cursor) open() {
 			c.bad = true
 		}
 	}
-	switch c.number() { // no client has a delegation
-	case claimNull:
+	switch c.number() {
+	case claimNull, claimDelegatePrev:
+		c.name(&c.named)
+	case claimDelegateCur:
+		c.skip(sizeStateid)
 		c.name(&c.named)
 	case claimPrevious:
 		c.skip(4)
-	case claimFH:
+	case claimDelegCurFH:
+		c.skip(sizeStateid)
+	case claimFH, claimDelegPrevFH:
 	default:
 		c.bad = true
 	}
@@ -453,12 +463,16 @@ func (s seal) call(record []byte) (parts [][]byte, q question, err error) {
 	c.opaque()
 	c.skip(4) // minor version
 	w := walk{seal: s, cursor: c, q: &q}
-	for all := int(c.number()); w.i < all; w.i++ {
+	all := int(c.number())
+	if all > maxOperations {
+		return nil, q, fmt.Errorf("a call with %d operations: %w", all, errCompound)
+	}
+	for ; w.i < all; w.i++ {
 		op := c.number()
 		if op == opPutfh {
 			w.handle()
-		} else if c.arguments(op); c.bad && w.i == all-1 {
-			// Nothing comes after it, so whatever it is, handles are none of it.
+		} else if c.arguments(op); c.unknown && w.i == all-1 {
+			// Nothing comes after it, so whatever it is, neither handles nor names are part of it.
 			break
 		} else if !c.bad {
 			w.operation(op)
@@ -565,11 +579,11 @@ func (w *walk) operation(op uint32) {
 			w.seal.guide.comes(w.here, name)
 		}
 		w.here = w.seal.guide.child(w.here, name)
-		if op == opLookup && w.here.beyond != "" {
+		if op == opLookup && w.here.beyond != "" && w.from < w.named { // by the name that the client has said
 			w.way = way{op: w.named - 4, end: w.at, parts: len(w.parts), from: w.from}
 		}
 	case opLookupp:
-		w.here = w.here.parent()
+		w.here = w.here.parent(w.seal.guide.top())
 	case opCreate, opOpenattr:
 		w.here = w.here.other()
 	}
@@ -649,19 +663,30 @@ func (s seal) reply(record []byte, q question) (parts [][]byte, err error) {
 // listed goes over READDIR's results, and leaves names out.
 func (c *cursor) listed(parts [][]byte, from int, hidden []string) (_ [][]byte, at int) {
 	c.skip(sizeVerifier)
+	before, start, first := len(parts), from, c.at
+	shows := false
+	var last, named, after int // the last that is left out: where it, its name, and what comes after that begin
 	for {
 		entry := c.at
 		if c.number() == 0 || c.bad {
 			break
 		}
 		c.skip(8)
+		at := c.at
 		name := string(c.opaque())
+		end := c.at
 		c.attributes()
-		if slices.Contains(hidden, name) {
-			parts, from = append(parts, c.b[from:entry]), c.at
+		if !slices.Contains(hidden, name) {
+			shows = true
+			continue
 		}
+		last, named, after = entry, at, end
+		parts, from = append(parts, c.b[from:entry]), c.at
 	}
-	c.skip(4)
+	// Clients go on behind what was last: with nothing in a list that is not the last one, they would ask for it for ever.
+	if more := c.number() == 0; more && !shows && !c.bad && len(parts) > before {
+		parts, from = append(parts[:before], c.b[start:first], c.b[last:named], encode(noName)), after
+	}
 	return parts, from
 }
 

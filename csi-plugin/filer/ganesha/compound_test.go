@@ -57,6 +57,7 @@ func TestSeal(t *testing.T) {
 		open(words(1, createGuarded), attributes, words(claimNull), xdr([]byte("name"))),
 		open(words(1, createExclusive, 1, 2, claimPrevious, 0)),
 		open(words(1, createExclusive41, 1, 2), attributes, words(claimFH)),
+		open(words(0, claimDelegateCur), stateid, xdr([]byte("name"))), open(words(0, claimDelegatePrev), xdr([]byte("name"))), open(words(0, claimDelegCurFH), stateid), open(words(0, claimDelegPrevFH)),
 		slices.Concat(words(opOpenDowngrade), stateid, words(1, 2, 3)), slices.Concat(words(opRead), stateid, words(0, 0, 9)),
 		slices.Concat(words(opReaddir, 0, 0, 0, 0, 9, 9, 1, 1<<attributeFilehandle|1)), words(opGetattr, 2, 1<<attributeFilehandle, 7),
 		slices.Concat(words(opSetclientid, 1, 2), xdr([]byte("id")), words(3), xdr([]byte("tcp")), xdr([]byte("address")), words(1)), words(opSetclientidConfirm, 1, 2, 3, 4),
@@ -208,6 +209,7 @@ func FuzzHidden(f *testing.F) {
 	f.Add(callOf(put, named(opLookup, ".snapshots"), named(opLookup, "hidden"), words(opGetfh)))
 	f.Add(callOf(put, words(opSavefh), put, named(opRename, "hidden", ".snapshots"), put, named(opLink, ".snapshots"), named(opRemove, "hidden")))
 	f.Add(callOf(words(opPutrootfh), named(opLookup, "volume"), named(opLookup, ".snapshots"), slices.Concat(words(opReaddir, 0, 0, 0, 0, 9, 9, 1, 1))))
+	f.Add(callOf(put, named(opLookup, "hidden\x00"), named(opLookup, ".snapshots\x00more")))
 	f.Add(callOf(put, slices.Concat(words(opOpen, 1, 2, 3, 4, 5), xdr([]byte("owner")), words(1, 0, 0, 0, 0), xdr([]byte("hidden"))), put, slices.Concat(words(opCreate, 2), xdr([]byte(".snapshots")), words(0, 0))))
 	f.Fuzz(func(t *testing.T, record []byte) {
 		if len(record) < 8 {
@@ -239,7 +241,7 @@ func FuzzHidden(f *testing.F) {
 				}
 				c.arguments(last)
 				for at, is := range map[int]bool{c.old: saved, c.named: here} {
-					if name, _ := c.after(at); at != 0 && !c.bad && is {
+					if name, _ := c.after(at); at != 0 && !c.bad && is { // as it is to the server
 						names = append(names, name)
 					}
 				}
@@ -269,6 +271,48 @@ func FuzzHidden(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What a client says wrongly at the end of a call is not passed on as it is, with a name in it that nobody is to say, and a call is not endless.
+func TestCallRefused(t *testing.T) {
+	s := newSeal([]byte("key"))
+	s.guide = everywhere{}
+	for what, ops := range map[string][][]byte{
+		"a name without its end":    {words(opLookup, 6, 0x68696464)},
+		"an OPEN of another kind":   {slices.Concat(words(opOpen, 1, 2, 3, 4, 5), xdr([]byte("owner")), words(0, 7), xdr([]byte("hidden")))},
+		"more operations than many": slices.Repeat([][]byte{words(opLookupp)}, maxOperations+1),
+	} {
+		if parts, _, err := s.call(callOf(ops...)); err == nil {
+			t.Errorf("%s is passed on: %q", what, parts)
+		}
+	}
+	if _, _, err := s.call(callOf(words(42, 6, 0x68696464))); err != nil {
+		t.Errorf("an operation that is not known is not passed on at the end: %v", err)
+	}
+}
+
+// A listing without what is hidden leads on: it is empty where it ends alone.
+func TestListed(t *testing.T) {
+	entry := func(cookie uint32, name string) []byte {
+		return slices.Concat(words(1, 0, cookie), xdr([]byte(name)), words(1, 2), xdr([]byte("attr")))
+	}
+	list := func(end uint32, entries ...[]byte) []byte {
+		return slices.Concat(words(opReaddir, 0, 1, 2), bytes.Join(entries, nil), words(0, end))
+	}
+	a, hidden, last := entry(1, "a"), entry(2, "hidden"), entry(3, "hidden")
+	for what, c := range map[string]struct{ from, want []byte }{
+		"others":                  {list(0, hidden, a, last), list(0, a)},
+		"nothing else":            {list(0, hidden, last), list(0, entry(3, "."))},
+		"nothing else, and ended": {list(1, hidden, last), list(1)},
+		"nothing":                 {list(0), list(0)},
+	} {
+		first := slices.Concat(words(opReaddir, 0, 1, 2), entry(7, "b"), words(0, 1))
+		q := question{others: []other{{i: 1, hidden: []string{"hidden"}}, {i: 2, hidden: []string{"hidden"}}}}
+		parts, err := newSeal([]byte("key")).reply(replyOf(words(opPutfh, 0), first, c.from, words(opLookupp, 0)), q)
+		if want := replyOf(words(opPutfh, 0), first, c.want, words(opLookupp, 0)); err != nil || !bytes.Equal(bytes.Join(parts, nil), want) {
+			t.Errorf("with %s hidden the client gets\n%q, %v, not\n%q", what, parts, err, want)
+		}
+	}
 }
 
 func FuzzReply(f *testing.F) {

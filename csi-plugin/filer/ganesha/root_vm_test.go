@@ -359,12 +359,15 @@ func TestRootForged(t *testing.T) {
 		// What can't be read to its end is not passed on: there could be handles in it.
 		hidden := op(opPutfh, opaque(bytes.Replace(raw, own, kernel("b"), 1)))
 		for what, before := range map[string][]byte{
-			"of version 4.1 that is known to be last": op(42), "that there is none of": op(9999), "with too many attributes": op(opGetattr, number(4), make([]byte, 16)),
-			"with a delegation": op(opOpen, make([]byte, 20), opaque(nil), number(0), number(2), make([]byte, 16), opaque([]byte("x"))),
+			"of version 4.1 that is known to be last": op(42), "that there is none of": op(9999), "with attributes without an end": op(opGetattr, number(1<<30)),
+			"to open in an unknown way": op(opOpen, make([]byte, 20), opaque(nil), number(0), number(7)),
 		} {
 			if reply, err := w.exchange(request(before, hidden, op(opGetattr, number(1), number(2)))); err == nil {
 				t.Errorf("an operation %s, and a handle after it, is answered by %x", what, reply)
 			}
+		}
+		if s, _ := w.compound(op(opPutrootfh), op(opGetattr, number(4), make([]byte, 16)), hidden); s != statusBadHandle {
+			t.Errorf("after many attributes a handle that is made up: %d", s)
 		}
 		// By version 3 there is nothing.
 		call := request()
@@ -766,9 +769,25 @@ func TestRootHidden(t *testing.T) {
 		"another made":                 {[][]byte{op(opPutfh, opaque(root)), op(opCreate, number(2), name(".other"), number(0), number(0)), get}, statusBadName},
 		"linked":                       {[][]byte{op(opPutfh, opaque(root)), op(opLookup, name("of-v")), op(opSavefh), op(opPutfh, opaque(root)), op(opLink, name(".helper"))}, statusBadName},
 		"in another directory":         {[][]byte{op(opPutfh, opaque(d)), op(opLookup, name(".helper"))}, statusOK},
+
+		// To the server a name ends with a zero byte, and what is beyond three words of attributes is nothing.
+		"looked up with more behind its name": {[][]byte{op(opPutfh, opaque(root)), op(opLookup, name(".helper\x00")), get}, statusNoEnt},
+		"removed with more behind its name":   {[][]byte{op(opPutfh, opaque(root)), op(opRemove, name(".helper\x00more"))}, statusNoEnt},
+		"made with many attributes":           {[][]byte{op(opPutfh, opaque(root)), op(opCreate, number(2), name(".other"), number(4), make([]byte, 4*4), number(0))}, statusBadName},
+		"looked up from above":                {[][]byte{op(opPutfh, opaque(root)), op(opLookupp), op(opLookup, name("v.secret")), op(opLookup, name(".helper"))}, statusNoEnt},
+		"looked up from far above":            {[][]byte{op(opPutfh, opaque(d)), op(opLookupp), op(opLookupp), op(opLookup, name("v.secret")), op(opLookup, name("d")), op(opLookupp), op(opLookup, name(".helper"))}, statusNoEnt},
 	} {
 		if status, _ := w.compound(c.ops...); status != c.want {
 			t.Errorf("%s it is answered by %d, not by %d", what, status, c.want)
+		}
+	}
+	for what, attributes := range map[string][]byte{"usual": number(0), "many": append(number(5), make([]byte, 5*4)...)} {
+		list := op(opReaddir, make([]byte, 8+sizeVerifier), number(4096), number(8192), attributes)
+		for where, ops := range map[string][][]byte{"the volume's root": {op(opPutfh, opaque(root)), list}, "the server's root, from below": {op(opPutfh, opaque(root)), op(opLookupp), list}} {
+			status, result := w.compound(ops...)
+			if status != statusOK || bytes.Contains(result, []byte(".helper")) || bytes.Contains(result, []byte(dirPrefix)) {
+				t.Errorf("with %s attributes %s is listed by %d as %q", what, where, status, result)
+			}
 		}
 	}
 	if text, err := os.ReadFile(own); err != nil || string(text) != "text" {

@@ -560,12 +560,19 @@ func (v visitor) top() directory {
 }
 
 func (v visitor) child(d directory, name string) directory {
-	if !d.top {
+	if !d.top && !d.above {
 		return d.other()
 	}
 	v.index.RLock()
 	defer v.index.RUnlock()
-	if e := v.index.paths["/"+name]; e != nil {
+	e := v.index.paths["/"+name]
+	switch {
+	case d.above && e != nil: // or a directory of that name
+		names := slices.Concat(d.inside, e.inside)
+		return directory{hidden: names, inside: names}
+	case d.above:
+		return d.other()
+	case e != nil:
 		return v.root(e)
 	}
 	return v.shelf(name)
