@@ -274,7 +274,7 @@ func (s *Server) shelfExports(all map[string]export) {
 // look has a shelf show the snapshots that there are now, and have that mounted which somebody enters.
 func (s *Server) look(is *shelf, enters string) {
 	s.mu.Lock()
-	goesOn := s.ctx.Err() == nil
+	goesOn := s.ctx.Err() == nil && s.Lease.Holds()
 	if goesOn {
 		s.looks.Add(1)
 	}
@@ -309,17 +309,11 @@ func (s *Server) arrange(is *shelf, all []snapshots.Snapshot) error {
 	var added []*shown
 	changed := false
 	for _, one := range all {
-		x := &shown{Snapshot: one, shelf: is}
+		x := &shown{Snapshot: one, shelf: is, listed: true}
 		key := x.key()
 		there[key] = true
 		switch known := is.all[key]; {
 		case known == nil:
-			id, err := s.reserve(key)
-			if err != nil {
-				return err
-			}
-			x.id, x.listed = id, true
-			is.all[key] = x
 			added = append(added, x)
 		case !known.listed || known.hidden:
 			known.listed, known.hidden, changed = true, false, true
@@ -340,22 +334,31 @@ func (s *Server) arrange(is *shelf, all []snapshots.Snapshot) error {
 	// A name can have been given to another one: what is gone has to go first.
 	var errs []error
 	if len(added) > 0 && len(gone) > 0 {
-		for _, x := range added {
-			x.hidden = true
-		}
 		errs = append(errs, s.apply())
-		for _, x := range added {
-			x.hidden = false
+	}
+	// No client has a handle with a number that is not kept.
+	var err error
+	for _, x := range added {
+		if x.id, err = s.reserve(x.key()); err != nil {
+			break
 		}
 	}
-	if len(added) > 0 || len(gone) > 0 {
-		errs = append(errs, s.saveIDs())
+	if err == nil && len(added)+len(gone) > 0 {
+		err = s.saveIDs()
+	}
+	if err != nil {
+		errs = append(errs, err)
+		for _, x := range added {
+			delete(s.ids.Of, x.key())
+		}
+		added = nil
 	}
 	s.index.Lock()
 	for _, x := range gone {
 		delete(s.index.shown, x.id)
 	}
 	for _, x := range added {
+		is.all[x.key()] = x
 		s.index.shown[x.id] = x
 	}
 	s.index.Unlock()
@@ -443,16 +446,36 @@ func (s *Server) swap(all []*shown, at string) error {
 // forgetIdle unmounts what was last used before a time.
 func (s *Server) forgetIdle(before time.Time) error {
 	s.mu.Lock()
+	shelfs := slices.Collect(maps.Values(s.shelfs))
+	s.mu.Unlock()
+	var errs []error
+	for _, is := range shelfs {
+		if is.looking.TryLock() { // else somebody is coming to it, and may be mounting where this would unmount
+			errs = append(errs, s.forgetIdleOf(is, before))
+			is.looking.Unlock()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Server) forgetIdleOf(is *shelf, before time.Time) error {
+	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.shelfs[is.export] != is {
+		return nil
+	}
 	var idle []*shown
 	var left []string
-	for _, is := range s.shelfs {
-		for _, x := range is.all {
-			if x.mounted.Load() && x.used.Load() < before.UnixNano() {
-				x.mounted.Store(false)
-				idle, left = append(idle, x), append(left, x.at)
-			}
+	for _, x := range is.all {
+		if !x.mounted.Load() || x.used.Load() >= before.UnixNano() {
+			continue
 		}
+		x.mounted.Store(false)
+		if x.used.Load() >= before.UnixNano() { // by who has just seen it mounted
+			x.mounted.Store(true)
+			continue
+		}
+		idle, left = append(idle, x), append(left, x.at)
 	}
 	if len(idle) == 0 {
 		return nil
