@@ -716,6 +716,17 @@ func TestRootSnapshots(t *testing.T) {
 	if status, _ := w.at(dir, "second"); status != statusOK {
 		t.Errorf("what can be mounted again is answered by %d", status)
 	}
+	// One whose number can't be kept is not shown: after a crash that number could be another's.
+	kept, err := os.ReadFile(w.s.idsFile())
+	w.must(errors.Join(err, os.Remove(w.s.idsFile()), os.Mkdir(w.s.idsFile(), 0o700)))
+	m.take("third", "text")
+	if status, _ := w.at(dir, "third"); status != statusNoEnt {
+		t.Errorf("a snapshot whose number can't be kept is answered by %d", status)
+	}
+	w.must(errors.Join(os.Remove(w.s.idsFile()), os.WriteFile(w.s.idsFile(), kept, 0o600)))
+	if status, _ := w.at(dir, "third"); status != statusOK {
+		t.Errorf("once its number can be kept it is answered by %d", status)
+	}
 	export.Clients = prefixes("10.255.255.255/32")
 	w.must(w.s.Export(export))
 	if s := w.opens(first); s == statusOK {
