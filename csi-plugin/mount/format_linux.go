@@ -52,6 +52,9 @@ func Grow(ctx context.Context, device, path, fsType string) error {
 		args = []string{"xfs_growfs", path}
 	}
 	if err := run(ctx, nil, args); err != nil {
+		if fsType != "xfs" && strings.Contains(err.Error(), "Permission denied to resize") { // resize2fs, of EPERM
+			err = fmt.Errorf("it takes CAP_SYS_RESOURCE, which this process has not (docker: --cap-add SYS_RESOURCE); the volume has its new size already: %w", err)
+		}
 		return fmt.Errorf("grow the %s file system on %s: %w", fsType, path, err)
 	}
 	return nil

@@ -140,7 +140,11 @@ func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volum
 	if len(name) > maxDataset {
 		return volume.Snapshot{}, volume.Invalid("snapshot name", "%s has %d characters in ZFS, which takes %d; choose one that is shorter by %d", name, len(name), maxDataset, len(name)-maxDataset)
 	}
-	all, err := b.Snapshots(ctx, "")
+	of := "" // all, of which one alone has a name
+	if r.Automatic {
+		of = id.Volume
+	}
+	all, err := b.Snapshots(ctx, of)
 	if err != nil {
 		return volume.Snapshot{}, err
 	}

@@ -286,14 +286,30 @@ func TestPoolMissing(t *testing.T) {
 	must[volume.Volume](t)(b.Create(t.Context(), r))
 	run(t, "zpool", "online", "second", half)
 
+	other, err := Open(t.Context(), []Pool{{"second", "second/cradle"}, {"default", first}}, "/run/cradle/missing.lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	here := block("here")
+	here.Pool = "default"
+	must[volume.Volume](t)(other.Create(t.Context(), here))
+
 	run(t, "zpool", "export", "second")
 	wants(t, b.Ready(t.Context()), volume.ErrUnavailable, "Ready")
 	wants(t, b.Delete(t.Context(), "v"), volume.ErrUnavailable, "Delete")
 	wants(t, b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "v", Name: "s"}), volume.ErrUnavailable, "DeleteSnapshot")
 	_, err = b.Get(t.Context(), "v")
 	wants(t, err, volume.ErrUnavailable, "Get")
-	_, err = b.List(t.Context())
+	all, err := b.List(t.Context())
 	wants(t, err, volume.ErrUnavailable, "List")
+	if len(all) != 1 || all[0].ID != "here" {
+		t.Errorf("in the pool that is there are %+v", all)
+	}
+	must[volume.Volume](t)(other.Get(t.Context(), "here"))
+	must[volume.Snapshot](t)(other.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "here", Name: "hourly-1"}, Automatic: true}))
+	if err := other.Delete(t.Context(), "here"); err != nil {
+		t.Errorf("one in the pool that is there: %v", err)
+	}
 	_, err = b.Snapshots(t.Context(), "")
 	wants(t, err, volume.ErrUnavailable, "Snapshots")
 	_, err = b.Capacity(t.Context(), r.Parameters)

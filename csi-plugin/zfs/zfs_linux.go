@@ -169,12 +169,16 @@ func (b *Backend) find(ctx context.Context, id string) (*found, error) {
 	if !volume.ValidName(id) {
 		return nil, fmt.Errorf("volume %q: %w", id[:min(len(id), volume.MaxName)], volume.ErrNotFound)
 	}
+	var missing error // of a pool, in which it could be
 	for _, p := range b.pools {
 		out, err := zfs(ctx, "list", "-Hp", "-t", "filesystem,volume", "-o", columns, p.Dataset+"/"+id)
 		if errors.Is(err, errNoDataset) {
-			if err := p.there(ctx); err != nil {
-				return nil, err
+			if err = p.there(ctx); err == nil {
+				continue
 			}
+		}
+		if errors.Is(err, volume.ErrUnavailable) {
+			missing = errors.Join(missing, err)
 			continue
 		}
 		if err != nil {
@@ -189,7 +193,7 @@ func (b *Backend) find(ctx context.Context, id string) (*found, error) {
 		}
 		return f, nil
 	}
-	return nil, fmt.Errorf("volume %s: %w", id, volume.ErrNotFound)
+	return nil, cmp.Or(missing, fmt.Errorf("volume %s: %w", id, volume.ErrNotFound))
 }
 
 // there says, with an ErrUnavailable, that the pool's dataset is missing, of which ZFS says what it says of a volume that was deleted.
@@ -204,10 +208,15 @@ func (p Pool) there(ctx context.Context) error {
 // List is volume.Backend's.
 func (b *Backend) List(ctx context.Context) ([]volume.Volume, error) {
 	var all []volume.Volume
+	var missing error
 	for _, p := range b.pools {
 		out, err := zfs(ctx, "list", "-Hp", "-t", "filesystem,volume", "-d", "1", "-o", columns, p.Dataset)
 		if errors.Is(err, errNoDataset) {
 			err = p.there(ctx)
+		}
+		if errors.Is(err, volume.ErrUnavailable) {
+			missing = errors.Join(missing, fmt.Errorf("pool %s: %w", p.Name, err))
+			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("pool %s: %w", p.Name, err)
@@ -219,7 +228,7 @@ func (b *Backend) List(ctx context.Context) ([]volume.Volume, error) {
 		}
 	}
 	slices.SortFunc(all, func(a, b volume.Volume) int { return cmp.Compare(a.ID, b.ID) })
-	return all, nil
+	return all, missing
 }
 
 // Get is volume.Backend's.
