@@ -672,9 +672,18 @@ func TestRootSnapshots(t *testing.T) {
 		}
 	}
 	idle()
-	other, err := exec.Command("losetup", "--find", "--show", "--read-only", m.image("second")).Output() // takes the device that is free
-	w.must(err)
-	defer exec.Command("losetup", "--detach", strings.TrimSpace(string(other))).Run()
+	// Its device is another's meanwhile, as soon as the kernel has it free.
+	for exec.Command("losetup", "--read-only", devices[0], m.image("second")).Run() != nil {
+		if of, err := exec.Command("losetup", "--noheadings", "--output", "BACK-FILE", devices[0]).Output(); err == nil && len(of) > 0 && !strings.Contains(string(of), "snapshot-first") {
+			break // of somebody else's
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Cleanup(func() {
+		if of, _ := exec.Command("losetup", "--associated", m.image("second"), "--noheadings", "--output", "NAME").Output(); slices.Contains(strings.Fields(string(of)), devices[0]) {
+			_ = exec.Command("losetup", "--detach", devices[0]).Run()
+		}
+	})
 	w.reads("mounted anew", file, "text")
 	if got := w.mounted(); len(got) != 1 || got[0] == devices[0] {
 		t.Errorf("%v is mounted anew as %v", devices, got)
