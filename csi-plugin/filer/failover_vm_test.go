@@ -54,7 +54,7 @@ var drills = []struct {
 	do   func(p *pair, active, other *host)
 }{
 	{"killed", func(p *pair, active, other *host) {
-		p.signal(active.filer.Pid, unix.SIGKILL)
+		active.sends(unix.SIGKILL)
 		p.moved(other)
 		active.again()
 	}},
@@ -65,15 +65,15 @@ var drills = []struct {
 		p.moved(other)
 	}},
 	{"stopped", func(p *pair, active, other *host) {
-		p.signal(active.filer.Pid, unix.SIGTERM)
+		active.sends(unix.SIGTERM)
 		p.moved(other)
 		active.again()
 	}},
 	// The filer is frozen, and continued when another one is active: if it is there still.
 	{"frozen", func(p *pair, active, other *host) {
-		p.signal(active.filer.Pid, unix.SIGSTOP)
+		active.sends(unix.SIGSTOP)
 		p.moved(other)
-		p.signal(active.filer.Pid, unix.SIGCONT)
+		active.sends(unix.SIGCONT)
 		active.again()
 	}},
 	// All of the host's filer is frozen, its warden too, and the filer wakes up first.
@@ -83,7 +83,7 @@ var drills = []struct {
 			p.signal(pid, unix.SIGSTOP)
 		}
 		p.moved(other)
-		p.signal(active.filer.Pid, unix.SIGCONT)
+		active.sends(unix.SIGCONT)
 		time.Sleep(200 * time.Millisecond)
 		for _, pid := range all {
 			p.signal(pid, unix.SIGCONT)
@@ -174,6 +174,9 @@ func (p *pair) ip(args ...string) {
 }
 
 func (p *pair) signal(pid int, s unix.Signal) { _ = unix.Kill(pid, s) } // it may have ended
+
+// sends sends the host's filer a signal, if it is there: its number can be another process's by now.
+func (h *host) sends(s unix.Signal) { _ = h.filer.Signal(s) }
 
 // eventually waits.
 func (p *pair) eventually(what string, f func() error) {
@@ -292,8 +295,10 @@ func (p *pair) end() {
 	}
 	for _, h := range p.hosts {
 		if h.filer != nil {
-			p.signal(h.filer.Pid, unix.SIGCONT)
-			p.signal(h.filer.Pid, unix.SIGTERM)
+			for _, pid := range h.processes() { // a drill may have stopped them
+				p.signal(pid, unix.SIGCONT)
+			}
+			h.sends(unix.SIGTERM)
 			<-h.ended
 		}
 	}
