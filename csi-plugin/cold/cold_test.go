@@ -608,7 +608,7 @@ func TestClock(t *testing.T) {
 	now := time.Now().UTC().Truncate(time.Second)
 	this := vol
 	this.Created = now.Add(-100 * time.Hour)
-	for _, steps := range [][][]time.Duration{ // the snapshots that there are, in hours from now; the last one was taken last
+	for _, steps := range [][][]int{ // the snapshots that there are, in hours from now; the last one was taken last
 		{{-5}, {-5, -4}, {-4, -3}},
 		{{9000}, {9000, 9001}, {9001, -4}, {-4, -3}, {-3, -2}},
 	} {
@@ -619,7 +619,7 @@ func TestClock(t *testing.T) {
 		for i, hours := range steps {
 			source.all, source.data, source.since = nil, random(uint64(i), 5*chunkSize), volume.SnapshotID{}
 			for _, h := range hours {
-				source.all = append(source.all, volume.Snapshot{ID: volume.SnapshotID{Volume: "db", Name: fmt.Sprint("cold-", h)}, Created: now.Add(h * time.Hour), Automatic: true})
+				source.all = append(source.all, volume.Snapshot{ID: volume.SnapshotID{Volume: "db", Name: fmt.Sprint("cold-", h)}, Created: now.Add(time.Duration(h) * time.Hour), Automatic: true})
 			}
 			if i%2 == 1 {
 				s = state{} // another plugin
