@@ -98,7 +98,7 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
-		f.StringVar(&c.snapshots, "snapshots", volume.NoSnapshots, "automatic snapshots of file volumes that are made without the parameter snapshots, such as hourly=24,daily=7,weekly=4,monthly=6")
+		f.StringVar(&c.snapshots, "snapshots", "", "automatic snapshots of file volumes that are made without the parameter snapshots, or none (default: "+usualSnapshots+" with --backend zfs, where they cost nothing; none with others)")
 		c.cold.add(f)
 	}
 	return cmd
@@ -300,7 +300,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	registry := prometheus.NewRegistry()
 	var kept volume.Retention
 	if controller {
-		if kept, err = volume.ParseRetention(c.snapshots); err != nil {
+		if kept, err = c.usual(); err != nil {
 			return errors.Join(fmt.Errorf("--snapshots: %w", err), l.Close(), b.Close())
 		}
 	}
@@ -324,6 +324,21 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		g.Go(func() error { return cold.NewKeeper(source, vault, log, registry, pending(owner)).Run(ctx, taken) })
 	}
 	return errors.Join(g.Wait(), b.Close())
+}
+
+// usualSnapshots are those of file volumes whose parameters do not say.
+const usualSnapshots = "hourly=24,daily=7,weekly=4,monthly=6"
+
+// usual is the schedule of file volumes whose parameters do not say. Without a flag they have one where a snapshot is made at once and shares what does not change.
+func (c *cli) usual() (volume.Retention, error) {
+	schedule := c.snapshots
+	if schedule == "" {
+		schedule = volume.NoSnapshots
+		if c.backend == "zfs" {
+			schedule = usualSnapshots
+		}
+	}
+	return volume.ParseRetention(schedule)
 }
 
 // serveMetrics answers Prometheus until ctx ends.

@@ -59,3 +59,19 @@ func TestCopyKeeps(t *testing.T) {
 		t.Errorf("it was made: %v", err)
 	}
 }
+
+// TestUsualSnapshots: where a snapshot costs nothing file volumes have automatic ones, unless the operator says otherwise.
+func TestUsualSnapshots(t *testing.T) {
+	all := volume.Retention{Hourly: 24, Daily: 7, Weekly: 4, Monthly: 6}
+	for _, c := range []struct {
+		backend, flag string
+		want          volume.Retention
+	}{{"zfs", "", all}, {"zfs", "none", volume.Retention{}}, {"zfs", "daily=2", volume.Retention{Daily: 2}}, {"dir", "", volume.Retention{}}, {"ceph", "", volume.Retention{}}, {"dir", usualSnapshots, all}} {
+		if got, err := (&cli{backend: c.backend, snapshots: c.flag}).usual(); err != nil || got != c.want {
+			t.Errorf("--backend %s --snapshots %q: %v, %v", c.backend, c.flag, got, err)
+		}
+	}
+	if _, err := (&cli{snapshots: "yearly=1"}).usual(); err == nil {
+		t.Error("yearly=1 is a schedule")
+	}
+}
