@@ -103,8 +103,8 @@ func TestVMGaneshaSnapshots(t *testing.T) {
 		echo second >file; rm -r d; echo new >new; ls -A | tr '\n' ' '; ls .snapshots; cat .snapshots/s/file .snapshots/s/d/a
 		(cd .snapshots/s/d/../../..; ls -A | tr '\n' ' '); diff -q file .snapshots/s/file; cp -a .snapshots/s/d back; cat back/a; find . -name a
 		touch .snapshots/s/x 2>/dev/null || echo read-only; mkdir .snapshots/x 2>/dev/null || echo read-only; rmdir .snapshots 2>/dev/null || echo stays; mkdir .snapshots 2>/dev/null || echo is there
-		exec 4<.snapshots/s/file; touch changed; while [ -e changed ]; do sleep 0.2; done
-		cat <&4; ls .snapshots | tr '\n' ' '; cat .snapshots/s/file .snapshots/t/file; touch seen; while [ -e seen ]; do sleep 0.2; done; ls .snapshots`,
+		exec 4<.snapshots/s/file; : >changed; while [ -e changed ]; do sleep 0.2; done
+		cat <&4; ls .snapshots | tr '\n' ' '; cat .snapshots/s/file .snapshots/t/file; : >seen; while [ -e seen ]; do sleep 0.2; done; ls .snapshots`,
 		"--mount", p.Mount("/v"))
 	awaitFile(t, f, host, "ready")
 	f.Must("snapshot", "v", "s")
