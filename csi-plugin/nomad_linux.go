@@ -93,11 +93,11 @@ func (p *place) knows(v *api.CSIVolume, local bool) *api.CSIVolume {
 	}
 }
 
-// placeAt looks for the node of a name, or any in a zone, with a plugin of an id, or any.
-func (n *nomad) placeAt(ctx context.Context, name, zone, plugin string) (*place, error) {
+// find looks for a place, also after plugins that were not healthy.
+func (n *nomad) find(ctx context.Context, look func() (*place, error)) (*place, error) {
 	for end := time.Now().Add(patience); ; {
 		n.unwell = false
-		p, err := n.lookAt(ctx, name, zone, plugin)
+		p, err := look()
 		if p != nil || err == nil {
 			return p, err
 		}
@@ -105,6 +105,11 @@ func (n *nomad) placeAt(ctx context.Context, name, zone, plugin string) (*place,
 			return nil, errors.Join(err, werr)
 		}
 	}
+}
+
+// placeAt looks for the node of a name, or any in a zone, with a plugin of an id, or any.
+func (n *nomad) placeAt(ctx context.Context, name, zone, plugin string) (*place, error) {
+	return n.find(ctx, func() (*place, error) { return n.lookAt(ctx, name, zone, plugin) })
 }
 
 func (n *nomad) lookAt(ctx context.Context, name, zone, plugin string) (*place, error) {
@@ -143,16 +148,7 @@ func (n *nomad) lookAt(ctx context.Context, name, zone, plugin string) (*place, 
 
 // placeOf looks for the node that has a volume.
 func (n *nomad) placeOf(ctx context.Context, v *api.CSIVolume) (*place, error) {
-	for end := time.Now().Add(patience); ; {
-		n.unwell = false
-		p, err := n.lookFor(ctx, v)
-		if p != nil || err == nil {
-			return p, err
-		}
-		if again, werr := n.wait(ctx, end, n.unwell); !again {
-			return nil, errors.Join(err, werr)
-		}
-	}
+	return n.find(ctx, func() (*place, error) { return n.lookFor(ctx, v) })
 }
 
 func (n *nomad) lookFor(ctx context.Context, v *api.CSIVolume) (*place, error) {

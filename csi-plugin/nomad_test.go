@@ -34,13 +34,7 @@ func TestUnlessCut(t *testing.T) {
 		conn.Close()
 	}))
 	defer srv.Close()
-	client, err := api.NewClient(&api.Config{Address: srv.URL})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	var said strings.Builder
-	n := &nomad{c: &cli{stderr: &said}, client: client}
+	n, said := nomadAt(t, srv)
 	p := &place{node: &api.Node{Name: "node1"}, alloc: &api.Allocation{ID: "a", NodeID: "n"}, task: &api.Task{Name: "t"}}
 	receive := func() error { return n.exec(t.Context(), p, nil, io.Discard, "lv2", "receive", "v") }
 	exits := func(code string) func(*websocket.Conn) {
@@ -95,13 +89,7 @@ func TestRegisterUnhealthy(t *testing.T) {
 		}
 	}))
 	defer srv.Close()
-	client, err := api.NewClient(&api.Config{Address: srv.URL})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	var said strings.Builder
-	n := &nomad{c: &cli{stderr: &said}, client: client}
+	n, said := nomadAt(t, srv)
 	if err := n.register(t.Context(), &api.CSIVolume{ID: "v", PluginID: "former"}, &api.CSIVolume{ID: "v", PluginID: "p"}); err != nil {
 		t.Fatal(err)
 	}
@@ -111,4 +99,16 @@ func TestRegisterUnhealthy(t *testing.T) {
 	if strings.Count(said.String(), "not healthy just now") != 1 {
 		t.Errorf("told %q", said.String())
 	}
+}
+
+// nomadAt asks a server, and says what it tells.
+func nomadAt(t *testing.T, srv *httptest.Server) (n *nomad, said *strings.Builder) {
+	t.Helper()
+	client, err := api.NewClient(&api.Config{Address: srv.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.Close)
+	said = &strings.Builder{}
+	return &nomad{c: &cli{stderr: said}, client: client}, said
 }
