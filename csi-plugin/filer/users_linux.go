@@ -96,32 +96,25 @@ func (f *filer) change(r *http.Request, admit admission, e event, do func(ctx co
 // handleSnapshots answers what is about volumes' snapshots, to those whom admit lets.
 func (f *filer) handleSnapshots(mux *http.ServeMux, admit admission) {
 	handle := handleJSON(mux, f.log)
-	handle("GET /volumes/{id}/snapshots", func(r *http.Request) (any, error) {
-		c, err := admit(r, r.PathValue("id"), false)
-		if err != nil {
-			return nil, err
-		}
-		return f.snapshots(r.Context(), c.volume)
-	})
-	handle("GET /volumes/{id}/diff", func(r *http.Request) (any, error) {
-		c, err := admit(r, r.PathValue("id"), false)
-		if err != nil {
-			return nil, err
-		}
-		return f.diff(r.Context(), c.volume, r.URL.Query().Get("from"), r.URL.Query().Get("to"))
+	sees := func(pattern string, do func(r *http.Request, id string) (any, error)) {
+		handle(pattern, func(r *http.Request) (any, error) {
+			c, err := admit(r, r.PathValue("id"), false)
+			if err != nil {
+				return nil, err
+			}
+			return do(r, c.volume)
+		})
+	}
+	sees("GET /volumes/{id}/snapshots", func(r *http.Request, id string) (any, error) { return f.snapshots(r.Context(), id) })
+	sees("GET /volumes/{id}/schedule", func(r *http.Request, id string) (any, error) { return f.schedule(r.Context(), id) })
+	sees("GET /volumes/{id}/diff", func(r *http.Request, id string) (any, error) {
+		return f.diff(r.Context(), id, r.URL.Query().Get("from"), r.URL.Query().Get("to"))
 	})
 	handle("PUT /volumes/{id}/snapshots/{name}", func(r *http.Request) (any, error) {
 		name := r.PathValue("name")
 		return f.change(r, admit, event{What: "snapshot", Volume: r.PathValue("id"), Snapshot: name}, func(ctx context.Context, c caller, _ *event) (any, error) {
 			return f.snapshot(ctx, c.volume, name)
 		})
-	})
-	handle("GET /volumes/{id}/schedule", func(r *http.Request) (any, error) {
-		c, err := admit(r, r.PathValue("id"), false)
-		if err != nil {
-			return nil, err
-		}
-		return f.schedule(r.Context(), c.volume)
 	})
 	handle("PUT /volumes/{id}/schedule", func(r *http.Request) (any, error) {
 		return f.change(r, admit, event{What: "schedule", Volume: r.PathValue("id")}, func(ctx context.Context, c caller, e *event) (any, error) {
