@@ -140,6 +140,21 @@ func TestSeal(t *testing.T) {
 	}
 }
 
+// operations is the place in a call where their number is; nil if it is no call of version 4.
+func operations(b []byte) *cursor {
+	if len(b) < 40 || !bytes.Equal(b[4:24], callOf()[4:24]) {
+		return nil
+	}
+	c := &cursor{b: b}
+	c.skip(6*4 + 4)
+	c.opaque()
+	c.skip(4)
+	c.opaque()
+	c.opaque()
+	c.skip(4)
+	return c
+}
+
 // Whatever a client says, the server hears of no handle but those that are authentic.
 func FuzzCall(f *testing.F) {
 	s := newSeal([]byte("key"))
@@ -160,16 +175,10 @@ func FuzzCall(f *testing.F) {
 			t.Fatalf("%q has become longer: %q", record, got)
 		}
 		// The same walk over what has come of it, without an end before the last operation.
-		c := &cursor{b: got, at: 6 * 4}
-		if len(got) < 40 || !bytes.Equal(got[4:24], callOf()[4:24]) {
+		c := operations(got)
+		if c == nil {
 			return
 		}
-		c.skip(4)
-		c.opaque()
-		c.skip(4)
-		c.opaque()
-		c.opaque()
-		c.skip(4)
 		for n := c.number(); n > 0 && !c.bad; n-- {
 			if op := c.number(); op != opPutfh {
 				c.arguments(op)
@@ -219,18 +228,11 @@ func FuzzHidden(f *testing.F) {
 		if err != nil {
 			return
 		}
-		operations := func(b []byte) (n, last uint32, names []string) {
-			c := &cursor{b: b}
-			if len(b) < 40 || !bytes.Equal(b[4:24], callOf()[4:24]) {
+		walked := func(b []byte) (n, last uint32, names []string) {
+			c := operations(b)
+			if c == nil {
 				return 0, 0, nil
 			}
-			c.skip(6 * 4)
-			c.skip(4)
-			c.opaque()
-			c.skip(4)
-			c.opaque()
-			c.opaque()
-			c.skip(4)
 			n = c.number()
 			var here, saved bool // there is such a directory
 			for i := n; i > 0 && !c.bad; i-- {
@@ -260,8 +262,8 @@ func FuzzHidden(f *testing.F) {
 			}
 			return n, last, names
 		}
-		n, last, _ := operations(record)
-		got, gotLast, names := operations(bytes.Join(parts, nil))
+		n, last, _ := walked(record)
+		got, gotLast, names := walked(bytes.Join(parts, nil))
 		if n != got || last != gotLast && last != opPutfh {
 			t.Fatalf("%q has %d operations, of which %d come, up to %d and %d", record, n, got, last, gotLast)
 		}

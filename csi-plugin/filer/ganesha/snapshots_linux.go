@@ -52,16 +52,12 @@ type shelf struct {
 	dir    string // in the server's root
 	source *snapshots.Source
 
-	clients atomic.Pointer[[]netip.Prefix]
-
 	looking sync.Mutex        // one look at a time
 	all     map[string]*shown // by their keys; the Server's lock is held
 }
 
-// admits says whether the export, and thus the shelf, is for the client at an address.
-func (is *shelf) admits(client netip.Addr) bool {
-	return admits(*is.clients.Load(), client)
-}
+// path is what a name in it is exported as.
+func (is *shelf) path(name string) string { return "/" + is.dir + "/" + name }
 
 // shown is a snapshot. The Server's lock is held but for what is atomic.
 type shown struct {
@@ -78,7 +74,7 @@ type shown struct {
 
 // key is what a snapshot's number is kept by: one that is taken anew is another one.
 func (x *shown) key() string {
-	return fmt.Sprintf("/%s/%s@%d", x.shelf.dir, x.Name, x.Taken.UnixNano())
+	return fmt.Sprintf("%s@%d", x.shelf.path(x.Name), x.Taken.UnixNano())
 }
 
 // An index is what calls ask, without the Server's lock.
@@ -120,8 +116,9 @@ func (s *Server) enlist(path string, id uint16) {
 	s.index.exports[id], s.index.paths[path] = is, is
 }
 
-func admits(clients []netip.Prefix, client netip.Addr) bool {
-	return slices.ContainsFunc(clients, func(p netip.Prefix) bool { return p.Contains(client) })
+// admits says whether the export is for the client at an address.
+func (e *exported) admits(client netip.Addr) bool {
+	return e != nil && slices.ContainsFunc(e.clients, func(p netip.Prefix) bool { return p.Contains(client) })
 }
 
 // A visitor is a client, for whom nothing is mounted that it may not see.
@@ -138,17 +135,15 @@ func (s *Server) shelve(e export) (undo func(), err error) {
 		return func() { s.reshelve(former) }, nil
 	}
 	if former != nil && former.volume == e.Volume {
-		source, clients := former.source, former.clients.Load()
+		source := former.source
 		former.source = e.Snapshots
-		former.clients.Store(&e.Clients)
-		return func() { former.source = source; former.clients.Store(clients) }, nil
+		return func() { former.source = source }, nil
 	}
 	sum := sha256.Sum256(slices.Concat([]byte("snapshots of "), s.Key, []byte(e.Path)))
 	is := &shelf{export: e.Path, volume: e.Volume, dir: dirPrefix + hex.EncodeToString(sum[:dirHash]), source: e.Snapshots, all: map[string]*shown{}}
-	is.clients.Store(&e.Clients)
 	// Handles of before lead to them as well.
 	for key, id := range s.ids.Of {
-		if rest, ok := strings.CutPrefix(key, "/"+is.dir+"/"); ok {
+		if rest, ok := strings.CutPrefix(key, is.path("")); ok {
 			if at := strings.LastIndexByte(rest, '@'); at > 0 {
 				if taken, err := strconv.ParseInt(rest[at+1:], 10, 64); err == nil {
 					x := &shown{Snapshot: snapshots.Snapshot{Name: rest[:at], Taken: time.Unix(0, taken)}, shelf: is, id: id}
@@ -157,7 +152,7 @@ func (s *Server) shelve(e export) (undo func(), err error) {
 			}
 		}
 	}
-	if _, err := s.number("/" + is.dir + "/" + keeper); err != nil {
+	if _, err := s.number(is.path(keeper)); err != nil {
 		return nil, err
 	}
 	s.unshelve(former)
@@ -203,7 +198,7 @@ func (s *Server) discard(is *shelf) error {
 		errs = append(errs, unmount(x.at))
 		delete(s.ids.Of, key)
 	}
-	delete(s.ids.Of, "/"+is.dir+"/"+keeper)
+	delete(s.ids.Of, is.path(keeper))
 	return errors.Join(errs...)
 }
 
@@ -213,7 +208,7 @@ func (s *Server) owns(key string) bool {
 		return true
 	}
 	for _, is := range s.shelfs {
-		if key == "/"+is.dir+"/"+keeper || is.all[key] != nil {
+		if key == is.path(keeper) || is.all[key] != nil {
 			return true
 		}
 	}
@@ -260,11 +255,11 @@ func (s *Server) clearMounts() error {
 // shelfExports are the exports of all shelves.
 func (s *Server) shelfExports(all map[string]export) {
 	for _, is := range s.shelfs {
-		e := export{Export: nfs.Export{Path: "/" + is.dir + "/" + keeper, Root: s.nothing(), Volume: is.dir, ReadOnly: true}, id: s.ids.Of["/"+is.dir+"/"+keeper]}
+		e := export{Export: nfs.Export{Path: is.path(keeper), Root: s.nothing(), Volume: is.dir, ReadOnly: true}, id: s.ids.Of[is.path(keeper)]}
 		all[e.Path] = e
 		for key, x := range is.all {
 			if x.listed && !x.hidden {
-				e := export{Export: nfs.Export{Path: "/" + is.dir + "/" + x.Name, Root: cmp.Or(x.at, s.nothing()), Volume: key, ReadOnly: true, Clients: s.exports[is.export].Clients}, id: x.id}
+				e := export{Export: nfs.Export{Path: is.path(x.Name), Root: cmp.Or(x.at, s.nothing()), Volume: key, ReadOnly: true, Clients: s.exports[is.export].Clients}, id: x.id}
 				all[e.Path] = e
 			}
 		}
@@ -524,15 +519,17 @@ func replace(handle []byte, device, by *[8]byte) {
 	}
 }
 
-func (s *Server) shownBy(handle []byte) *shown {
-	s.index.RLock()
-	defer s.index.RUnlock()
-	return s.index.shown[exportOf(handle)]
+// shown is the snapshot that a handle is of. seen says whether the client may see it.
+func (v visitor) shown(handle []byte) (x *shown, seen bool) {
+	v.index.RLock()
+	defer v.index.RUnlock()
+	x = v.index.shown[exportOf(handle)]
+	return x, x != nil && v.index.paths[x.shelf.export].admits(v.address)
 }
 
 func (v visitor) inner(handle []byte) []byte {
-	x := v.shownBy(handle)
-	if x == nil || !x.shelf.admits(v.address) {
+	x, seen := v.shown(handle)
+	if !seen {
 		return handle
 	}
 	x.used.Store(time.Now().UnixNano())
@@ -546,7 +543,7 @@ func (v visitor) inner(handle []byte) []byte {
 }
 
 func (v visitor) outer(handle []byte) []byte {
-	if x := v.shownBy(handle); x != nil {
+	if x, _ := v.shown(handle); x != nil {
 		if device := x.device.Load(); device != nil {
 			replace(handle, device, &anyDevice)
 		}
@@ -602,14 +599,14 @@ func (v visitor) child(d directory, name string) directory {
 }
 
 func (v visitor) root(e *exported) directory {
-	if !admits(e.clients, v.address) {
+	if !e.admits(v.address) {
 		return directory{}
 	}
 	return e.directory
 }
 
 func (v visitor) shelf(dir string) directory {
-	if is := v.index.shelfs[dir]; is != nil && is.admits(v.address) {
+	if is := v.index.shelfs[dir]; is != nil && v.index.paths[is.export].admits(v.address) {
 		return directory{shelf: is}
 	}
 	return directory{}
