@@ -49,7 +49,7 @@ build() {
   cp -L "$R/bin/busybox" "$I/bin/busybox"
   for m in drivers/virtio/virtio drivers/virtio/virtio_ring drivers/virtio/virtio_pci drivers/virtio/virtio_pci_modern_dev drivers/virtio/virtio_pci_legacy_dev \
            drivers/block/virtio_blk net/core/failover drivers/net/net_failover drivers/net/virtio_net net/sunrpc/sunrpc fs/nfs_common/grace fs/nfs_common/nfs_acl \
-           fs/lockd/lockd fs/netfs/netfs fs/fscache/fscache fs/nfs/nfs fs/nfs/nfsv3 fs/nfs/nfsv4 lib/libcrc32c fs/xfs/xfs drivers/block/loop net/802/stp net/llc/llc net/bridge/bridge drivers/net/veth; do
+           fs/lockd/lockd fs/netfs/netfs fs/fscache/fscache net/dns_resolver/dns_resolver fs/nfs/nfs fs/nfs/nfsv3 fs/nfs/nfsv4 lib/libcrc32c fs/xfs/xfs drivers/block/loop net/802/stp net/llc/llc net/bridge/bridge drivers/net/veth; do
     [ ! -e "$M/$m.ko" ] || cp "$M/$m.ko" "$I/lib/modules/"
   done
   cp ko/*.ko "$I/lib/modules/"; strip --strip-debug "$I"/lib/modules/*.ko
@@ -62,7 +62,7 @@ exec </dev/console >/dev/console 2>&1; ln -sf /proc/mounts /etc/mtab
 load() { for pass in 1 2 3 4; do for m in "$@"; do [ -d /sys/module/$m ] || insmod /lib/modules/$m.ko 2>/dev/null; done; done; }
 load virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk failover net_failover virtio_net
 load spl znvpair zavl zcommon zunicode zlua zzstd icp zfs
-load sunrpc grace nfs_acl lockd netfs fscache nfs nfsv3 nfsv4 libcrc32c xfs loop
+load sunrpc grace nfs_acl lockd netfs fscache dns_resolver nfs nfsv3 nfsv4 libcrc32c xfs loop
 load llc stp bridge veth
 [ -d /sys/module/zfs ] || { echo "lab.sh: zfs did not load"; dmesg | tail -5; }
 ip link set lo up; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2
