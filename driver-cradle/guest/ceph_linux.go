@@ -23,7 +23,7 @@ func mountCeph(c *spec.CephVolume, at string) error {
 	source, own := c.Mount()
 	for _, o := range own {
 		name, _, _ := strings.Cut(o, "=")
-		if _, set := option(data, name); set {
+		if _, set := spec.MountOption(data, name); set {
 			return &stateError{ErrInvalid, fmt.Sprintf("ceph option %s is set by the guest itself", name)}
 		}
 	}

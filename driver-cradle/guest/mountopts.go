@@ -68,32 +68,3 @@ func parseTmpfsOptions(options string) (flags uintptr, data []string, err error)
 	}
 	return flags, data, nil
 }
-
-// option gives the value of the last option of that name.
-func option(data []string, names ...string) (value string, ok bool) {
-	for _, o := range data {
-		name, v, _ := strings.Cut(o, "=")
-		for _, n := range names {
-			if n == name {
-				value, ok = v, true
-			}
-		}
-	}
-	return value, ok
-}
-
-// without removes options by name.
-func without(data []string, names ...string) []string {
-	var kept []string
-	for _, o := range data {
-		name, _, _ := strings.Cut(o, "=")
-		drop := false
-		for _, n := range names {
-			drop = drop || n == name
-		}
-		if !drop {
-			kept = append(kept, o)
-		}
-	}
-	return kept
-}

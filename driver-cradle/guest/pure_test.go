@@ -218,51 +218,6 @@ func FuzzTmpfsOptions(f *testing.F) {
 	})
 }
 
-func TestNFSMounts(t *testing.T) {
-	list := func(v *spec.NFSVolume, host, port, ip string) (out []string) {
-		mounts, err := nfsMounts(v, host, port, ip)
-		if err != nil {
-			return []string{err.Error()}
-		}
-		for _, m := range mounts {
-			out = append(out, m.fstype+" "+m.source+" "+m.data)
-		}
-		return out
-	}
-	for _, x := range []struct {
-		volume         spec.NFSVolume
-		host, port, ip string
-		want           []string
-	}{
-		{
-			spec.NFSVolume{Export: "/data", Options: "hard,vers=4.1"},
-			"filer", "", "192.0.2.1",
-			[]string{"nfs4 filer:/data hard,vers=4.1,addr=192.0.2.1,clientaddr=0.0.0.0"},
-		},
-		{
-			spec.NFSVolume{Export: "/data", Options: "nfsvers=3,soft"},
-			"filer", "12049", "192.0.2.1",
-			[]string{
-				"nfs filer:/data soft,port=12049,vers=3,addr=192.0.2.1,nolock,proto=tcp,mountproto=tcp,mountport=12049",
-				"nfs filer:/data soft,port=12049,vers=3,addr=192.0.2.1,nolock,proto=tcp,mountproto=tcp",
-			},
-		},
-		{
-			spec.NFSVolume{Export: "/"},
-			"2001:db8::1", "", "2001:db8::1",
-			[]string{
-				"nfs4 [2001:db8::1]:/ vers=4.2,addr=2001:db8::1,clientaddr=::", "nfs4 [2001:db8::1]:/ vers=4.1,addr=2001:db8::1,clientaddr=::",
-				"nfs4 [2001:db8::1]:/ vers=4.0,addr=2001:db8::1,clientaddr=::", "nfs [2001:db8::1]:/ vers=3,addr=2001:db8::1,nolock,proto=tcp,mountproto=tcp",
-			},
-		},
-		{spec.NFSVolume{Export: "/", Options: "addr=127.0.0.1"}, "h", "", "192.0.2.1", []string{"nfs option addr is set by the guest itself"}},
-	} {
-		if got := list(&x.volume, x.host, x.port, x.ip); !slices.Equal(got, x.want) {
-			t.Errorf("%+v:\n got %q\nwant %q", x.volume, got, x.want)
-		}
-	}
-}
-
 func TestFSKind(t *testing.T) {
 	image := func(off int, magic string) []byte {
 		b := make([]byte, 128<<10)

@@ -325,7 +325,7 @@ func (c *Container) mountPoint(p point) error {
 	if err != nil {
 		return err
 	}
-	if _, set := option(data, "mode"); !set && existed {
+	if _, set := spec.MountOption(data, "mode"); !set && existed {
 		// As runc: a tmpfs takes on the mode of the directory it covers.
 		if st, err := at.Stat(); err == nil {
 			var raw unix.Stat_t

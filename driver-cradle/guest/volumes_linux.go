@@ -144,7 +144,7 @@ func mountBlock(v *volume) error {
 		flags |= unix.MS_RDONLY
 	}
 	if kind == "xfs" {
-		data = append(without(data, "nouuid"), "nouuid") // a snapshot's clone has its origin's uuid
+		data = append(spec.WithoutMountOptions(data, "nouuid"), "nouuid") // a snapshot's clone has its origin's uuid
 	}
 	err = mount(v.dev, v.path, kind, flags, strings.Join(data, ","))
 	if errors.Is(err, unix.EROFS) && v.readOnly() {
