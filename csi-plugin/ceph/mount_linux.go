@@ -515,27 +515,7 @@ func gone(err error) error {
 }
 
 // others are the mounts of the same file system elsewhere: what was published.
-func (m *mounting) others() (all []*mountinfo.Info, err error) {
-	mounts, err := mountinfo.GetMounts(nil)
-	if err != nil {
-		return nil, err
-	}
-	var own *mountinfo.Info
-	for _, one := range mounts {
-		if one.Mountpoint == m.point() {
-			own = one
-		}
-	}
-	if own == nil {
-		return nil, nil
-	}
-	for _, one := range mounts {
-		if one.Major == own.Major && one.Minor == own.Minor && one.Mountpoint != own.Mountpoint {
-			all = append(all, one)
-		}
-	}
-	return all, nil
-}
+func (m *mounting) others() ([]*mountinfo.Info, error) { return mount.Others(m.point()) }
 
 // replace mounts again what a ceph-fuse that has died has left, at each place where it was.
 func (m *mounting) replace(ctx context.Context, made func() (*spec.CephVolume, error)) error {
@@ -553,11 +533,10 @@ func (m *mounting) replace(ctx context.Context, made func() (*spec.CephVolume, e
 		return err
 	}
 	for _, one := range all {
-		options, _ := mount.ParseOptions(known(one.Options))
 		if err := mount.Detach(one.Mountpoint); err != nil {
 			return err
 		}
-		if err := mount.Bind(filepath.Join(m.point(), one.Root), one.Mountpoint, options); err != nil {
+		if err := mount.Bind(filepath.Join(m.point(), one.Root), one.Mountpoint, mount.OptionsOf(one)); err != nil {
 			return err
 		}
 	}
@@ -571,16 +550,6 @@ func (m *mounting) drop() error {
 		err = mount.Detach(m.point())
 	}
 	return err
-}
-
-// known are those of a mount's options that a bind can have.
-func known(options string) (some []string) {
-	for name := range strings.SplitSeq(options, ",") {
-		if _, unknown := mount.ParseOptions([]string{name}); unknown == "" {
-			some = append(some, name)
-		}
-	}
-	return some
 }
 
 // copying begins the name of what is mounted for a copy, of which the name of the clone follows; what that is made of has another one at its end. No volume's

@@ -181,7 +181,7 @@ func Empty(target string) error {
 // device then, also where a mount namespace that was copied from this host's keeps the file system mounted.
 func Unmount(target string) error {
 	at, err := At(target)
-	if err == nil && at != nil && !strings.HasPrefix(at.FSType, "fuse") { // which has no such thing, and may not answer
+	if err == nil && at != nil && !strings.HasPrefix(at.FSType, "fuse") && !IsNFS(at) { // which have no such thing, or no device, and may not answer
 		if err := Sync(target); err != nil && !dead(err) {
 			return err
 		}
@@ -214,7 +214,7 @@ func unmount(target string, busy int) error {
 // Placed says whether a mount can be one of those that Place, Bind, BindDevice and Empty make: of the file system of a volume, or of a part of one.
 func Placed(at *mountinfo.Info) bool {
 	switch at.FSType {
-	case "ext4", "xfs", ZFS, "ceph":
+	case "ext4", "xfs", ZFS, "ceph", "nfs", "nfs4":
 		return true
 	case "tmpfs":
 		return at.Root != "/" || at.Source == emptySource
@@ -353,6 +353,14 @@ var options = map[string]uintptr{
 	"rw": 0, "defaults": 0, "nodev": 0, "nosuid": 0, // the last two are always set
 	"ro": unix.MS_RDONLY, "noexec": unix.MS_NOEXEC, "noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME,
 	"relatime": unix.MS_RELATIME, "lazytime": unix.MS_LAZYTIME, "sync": unix.MS_SYNCHRONOUS, "dirsync": unix.MS_DIRSYNC,
+}
+
+// OptionsOf are those of a bind mount, for another one in its place.
+func OptionsOf(m *mountinfo.Info) (o Options) {
+	for name := range strings.SplitSeq(m.Options, ",") {
+		o.flags |= options[name] & bindFlags
+	}
+	return o
 }
 
 // Freeze makes the file system that is mounted at path consistent on its device, and whoever writes to it wait until Thaw. It outlasts

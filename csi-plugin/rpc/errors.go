@@ -29,6 +29,7 @@ func translate(err error) error {
 		{volume.ErrBusy, codes.Aborted},
 		{volume.ErrInUse, codes.FailedPrecondition},
 		{volume.ErrForeign, codes.FailedPrecondition},
+		{volume.ErrHost, codes.FailedPrecondition},
 		{volume.ErrNoSpace, codes.ResourceExhausted},
 		{volume.ErrRange, codes.OutOfRange},
 		{volume.ErrInvalid, codes.InvalidArgument},

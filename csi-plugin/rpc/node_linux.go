@@ -141,7 +141,7 @@ func use(v volume.Volume, w wish, readOnly bool) volume.Use {
 	case w.block:
 		return volume.Use{As: volume.AsRaw, ReadOnly: readOnly || w.readOnly}
 	}
-	return volume.Use{As: volume.AsFiles}
+	return volume.Use{As: volume.AsFiles, ReadOnly: readOnly || w.readOnly}
 }
 
 // orElse is the first of two errors that is one.
@@ -239,6 +239,11 @@ func publishFiles(staging, target string, w wish) error {
 		options = options.ReadOnly()
 	}
 	if at == nil {
+		if mount.IsNFS(staged) { // whose server may be away
+			if err := answered(staging, func() error { _, err := mount.Stats(staging); return err }); err != nil {
+				return err
+			}
+		}
 		return mount.Bind(staging, target, options)
 	}
 	return published(target, at.Major == staged.Major && at.Minor == staged.Minor && at.Root == staged.Root, mount.IsReadOnly(at), w.readOnly)
@@ -371,14 +376,7 @@ const patience = 20 * time.Second
 
 // answered does something to what is mounted at path, unless that does not answer.
 func answered(path string, do func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- do() }() // until the mount answers, or ends
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(patience):
-		return fmt.Errorf("%s: %w: what is mounted there does not answer", path, volume.ErrUnavailable)
-	}
+	return mount.Answered(path, patience, volume.ErrUnavailable, do)
 }
 
 // at finds a volume that is published or staged at a path.

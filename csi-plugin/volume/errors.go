@@ -15,6 +15,7 @@ var (
 	ErrRange       = errors.New("size out of range")
 	ErrInvalid     = errors.New("invalid")
 	ErrForeign     = errors.New("content is not the host's") // a volume whose content the host's kernel must not mount
+	ErrHost        = errors.New("not on this host")          // which lacks what it takes
 	ErrUnavailable = errors.New("storage unavailable")       // for the moment: the same call may succeed later
 )
 

@@ -244,7 +244,7 @@ type Snapshot struct {
 // A Use is what a volume is staged for.
 type Use struct {
 	As       As
-	ReadOnly bool // Raw only: the device refuses writes
+	ReadOnly bool // raw: the device refuses writes; files: nobody on this host wants to write for now
 }
 
 // As says who reads a volume's blocks.
