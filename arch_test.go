@@ -46,15 +46,16 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
 	"csi-plugin":      {"spec", "csi-plugin", "internal/command"}, // its commands; the backend is chosen by a switch
-	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp"},
+	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp", "internal/keyed"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/ceph": {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/tree"},
 	"csi-plugin/cold": {"csi-plugin/volume", "internal/durable"},
 
-	"csi-plugin/filer":     {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable"}, // its commands; it is no part of cradle-csi
-	"csi-plugin/filer/api": {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/nfs": {"csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                                                                                             // exports, not volumes
+	"csi-plugin/filer":         {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable", "internal/keyed"}, // its commands; it is no part of cradle-csi
+	"csi-plugin/filer/api":     {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                                  // of cradle-csi as well, which calls the filer
+	"csi-plugin/filer/volumes": {"spec", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer/api"},                                                                                                              // of cradle-csi, where the storage is the filer's
+	"csi-plugin/filer/nfs":     {"csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                                                                                                               // exports, not volumes
 
 	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "csi-plugin/filer/snapshots", "internal/durable"}, // likewise
 
@@ -99,6 +100,7 @@ var mayImport = map[string][]string{
 	"internal/stack":     {"internal/agents", "internal/cgroup", "test/programs"},
 	"internal/tunnel":    {"spec"},
 	"internal/jsonhttp":  {},
+	"internal/keyed":     {},
 
 	"docs":            {},
 	"examples/images": {},

@@ -24,6 +24,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/cold"
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/volumes"
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/csi-plugin/zfs"
@@ -98,7 +99,7 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f.StringArrayVar(&c.networks, "filer-network", nil, "network (10.1.0.0/16) that pods of this host have, for the filer to know them; its addresses and bridges are known; more than once")
 	f.BoolVar(&c.verbose, "verbose", false, "log calls that change nothing as well")
 	if controller {
-		f.StringVar(&c.snapshots, "snapshots", "", "automatic snapshots of file volumes that are made without the parameter snapshots, or none (default: "+usualSnapshots+" with --backend zfs, where they cost nothing; none with others)")
+		f.StringVar(&c.snapshots, "snapshots", "", "automatic snapshots of file volumes that are made without the parameter snapshots, or none (default: "+usualSnapshots+" with --backend zfs, where they cost nothing, or a filer that has it; none with others)")
 		c.cold.add(f)
 	}
 	return cmd
@@ -123,7 +124,7 @@ func (o *filerFlags) client() (filer *api.Client, shared bool, err error) {
 }
 
 func (c *cli) backendFlags(f *pflag.FlagSet) {
-	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir, zfs, ceph")
+	f.StringVar(&c.backend, "backend", "dir", "what keeps the volumes: dir, zfs, ceph, filer (that of --filer, or of a set, which has the storage: this host needs none)")
 	f.StringArrayVar(&c.pools, "pool", nil, "where: a directory (dir, default /var/lib/cradle/volumes), a dataset (zfs), or a file system, or FILESYSTEM/GROUP (ceph); NAME=WHERE to be chosen by the parameter pool; more than once, the first is the default")
 	f.StringVar(&c.ceph.conf, "ceph-conf", "/etc/ceph/ceph.conf", "of --backend ceph: the cluster's configuration")
 	f.StringVar(&c.ceph.id, "ceph-id", "cradle", "of --backend ceph: the client whose key this plugin has, without client.")
@@ -146,6 +147,9 @@ func hostname() string {
 	}
 	return name
 }
+
+// onFiler is the backend that has a filer keep the volumes.
+const onFiler = "filer"
 
 // A keeper is a backend that holds something open.
 type keeper interface {
@@ -189,8 +193,19 @@ func (c *cli) open(ctx context.Context) (b keeper, local bool, err error) {
 		}
 		b, err := ceph.Open(all, ceph.Config{Conf: c.ceph.conf, ID: c.ceph.id, Keyring: c.ceph.keyring, Host: hostname()})
 		return b, false, err
+	case onFiler:
+		f, shared, err := c.filer.client()
+		switch {
+		case err != nil:
+			return nil, false, err
+		case f == nil:
+			return nil, false, errors.New("--backend filer: name the filer that has the volumes with --filer; what has no such flag is for volumes that are on this host")
+		case len(pools) > 0:
+			return nil, false, fmt.Errorf("--pool %s: with --backend filer the pools are those of the filer; leave it out", pools[0])
+		}
+		return volumes.Open(*f), !shared, nil
 	default:
-		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir, zfs and ceph are known", c.backend)
+		return nil, false, fmt.Errorf("--backend %s: there is none of that name; dir, zfs, ceph and filer are known", c.backend)
 	}
 }
 
@@ -269,7 +284,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	}
 	source, ok := b.(cold.Source)
 	if vault != nil && !ok {
-		return errors.Join(fmt.Errorf("--cold: backend %s makes no copies", c.backend), b.Close())
+		return errors.Join(fmt.Errorf("--cold: backend %s makes no copies; leave it out", c.backend), b.Close())
 	}
 	owner, err := owners(c.nomad)
 	if err != nil {
@@ -298,14 +313,12 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		taken = make(chan struct{}, 1)
 	}
 	registry := prometheus.NewRegistry()
-	var kept volume.Retention
-	if controller {
-		if kept, err = c.usual(); err != nil {
-			return errors.Join(fmt.Errorf("--snapshots: %w", err), l.Close(), b.Close())
-		}
+	kept, err := c.usual(b)
+	if err != nil {
+		return errors.Join(fmt.Errorf("--snapshots: %w", err), l.Close(), b.Close())
 	}
 	s := rpc.New(rpc.Config{
-		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local && !shared, Shared: shared, Cold: taken, Owner: owner, Snapshots: kept,
+		Backend: b, Controller: controller, Node: node, NodeID: c.nodeID, Zone: c.zone, Local: local && !shared, Shared: shared && c.backend != onFiler, Cold: taken, Owner: owner, Snapshots: kept,
 		Version: version, Filer: filer, Networks: networks, DirectDir: spec.DirectDir, Log: log, Metrics: registry,
 	})
 	g, ctx := errgroup.WithContext(ctx)
@@ -330,15 +343,25 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 const usualSnapshots = "hourly=24,daily=7,weekly=4,monthly=6"
 
 // usual is the schedule of file volumes whose parameters do not say. Without a flag they have one where a snapshot is made at once and shares what does not change.
-func (c *cli) usual() (volume.Retention, error) {
-	schedule := c.snapshots
-	if schedule == "" {
-		schedule = volume.NoSnapshots
-		if c.backend == "zfs" {
-			schedule = usualSnapshots
-		}
+func (c *cli) usual(b volume.Backend) (func(context.Context) (volume.Retention, error), error) {
+	if c.snapshots != "" {
+		r, err := volume.ParseRetention(c.snapshots)
+		return func(context.Context) (volume.Retention, error) { return r, nil }, err
 	}
-	return volume.ParseRetention(schedule)
+	return func(ctx context.Context) (volume.Retention, error) {
+		name := c.backend
+		if f, ok := b.(*volumes.Backend); ok {
+			far, err := f.Far(ctx)
+			if err != nil {
+				return volume.Retention{}, err
+			}
+			name = far.Name
+		}
+		if name == "zfs" {
+			return volume.ParseRetention(usualSnapshots)
+		}
+		return volume.Retention{}, nil
+	}, nil
 }
 
 // serveMetrics answers Prometheus until ctx ends.

@@ -67,11 +67,15 @@ func TestUsualSnapshots(t *testing.T) {
 		backend, flag string
 		want          volume.Retention
 	}{{"zfs", "", all}, {"zfs", "none", volume.Retention{}}, {"zfs", "daily=2", volume.Retention{Daily: 2}}, {"dir", "", volume.Retention{}}, {"ceph", "", volume.Retention{}}, {"dir", usualSnapshots, all}} {
-		if got, err := (&cli{backend: c.backend, snapshots: c.flag}).usual(); err != nil || got != c.want {
+		usual, err := (&cli{backend: c.backend, snapshots: c.flag}).usual(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := usual(t.Context()); err != nil || got != c.want {
 			t.Errorf("--backend %s --snapshots %q: %v, %v", c.backend, c.flag, got, err)
 		}
 	}
-	if _, err := (&cli{snapshots: "yearly=1"}).usual(); err == nil {
+	if _, err := (&cli{snapshots: "yearly=1"}).usual(nil); err == nil {
 		t.Error("yearly=1 is a schedule")
 	}
 }

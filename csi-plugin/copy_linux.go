@@ -392,7 +392,7 @@ func (c *cli) keeps(b volume.Backend, r volume.Request) error {
 	if err != nil {
 		return err
 	}
-	plugin := rpc.Config{Backend: b, Filer: f, Shared: shared}
+	plugin := rpc.Config{Backend: b, Filer: f, Shared: shared && c.backend != onFiler}
 	if c.cold.where != "" {
 		plugin.Cold = make(chan struct{})
 	}

@@ -22,7 +22,6 @@ import (
 type doctor struct {
 	c     *cli
 	look  bool
-	filer filerFlags
 	found int
 }
 
@@ -40,7 +39,7 @@ Each thing is told on a line of its own. Nothing that is in use is touched.`,
 	}
 	f := cmd.Flags()
 	c.backendFlags(f)
-	d.filer.add(f, filer.Socket)
+	c.filer.add(f, filer.Socket)
 	f.BoolVar(&d.look, "look", false, "only say what there is to repair")
 	f.StringVar(&nomad, "nomad", "", "address of Nomad's API to compare with; its other settings are in NOMAD_TOKEN and so on")
 	f.StringVar(&plugin, "plugin", "cradle", "the plugin's id in Nomad")
@@ -57,7 +56,7 @@ func (d *doctor) report(found string) {
 }
 
 func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
-	f, _, err := d.filer.client()
+	f, _, err := d.c.filer.client()
 	if err != nil {
 		return err
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/keyed"
 	"github.com/cradlestack/cradlestack/spec"
 )
 
@@ -32,6 +33,7 @@ type filer struct {
 	backend    volume.Backend
 	engine     nfs.Engine
 	engineName string
+	keptBy     string // the backend's name
 	dir        string
 	state      string // with what outlasts a reboot, such as grants/ID.json
 	kept       string // with publications/ID.json
@@ -54,6 +56,9 @@ type filer struct {
 	entered  map[string]bool // volumes whose files this process itself works with
 	placed   map[string]bool // volumes that restore has placed, while it is at it
 	compared sync.Map        // volumes of which somebody wants to know what has changed
+	leaving  map[string]bool // volumes that are being deleted
+	busy     keyed.Lock      // of volumes, by id: what lasting does
+	work     sync.WaitGroup  // that it is at
 	gates    sync.Map        // volumes → *gateway.Gate, of WebDAV and S3
 }
 
@@ -150,6 +155,8 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 func (f *filer) hasFiles(ctx context.Context, id string) error {
 	v, err := f.backend.Get(ctx, id)
 	switch {
+	case err == nil && f.leaving[id]:
+		err = fmt.Errorf("volume %s: %w: it is being deleted", id, volume.ErrInUse)
 	case err == nil && v.Block():
 		err = volume.Invalid("volume "+v.ID, "class %s is of block volumes, which have no files to serve", v.Class)
 	case err == nil && f.shared && f.images && v.Size > 0:

@@ -15,7 +15,6 @@ import (
 	"golang.org/x/net/netutil"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
-	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
 // peers is how the filers of a set know each other: by a key that all have. It is in the pool, which one that has never been active may see only later.
@@ -84,7 +83,7 @@ func (m *member) byTheActive(handler func(t *term) http.Handler) http.HandlerFun
 				if err == nil {
 					err = fmt.Errorf("no filer of set %s serves", m.set.name)
 				}
-				answerJSON(w, nil, fmt.Errorf("%w: this filer stands by: %w; try again", volume.ErrUnavailable, err))
+				answerJSON(w, nil, fmt.Errorf("%w: this filer stands by: %w; try again", api.ErrAway, err))
 				return
 			case r.Header.Get(forwarded) != "", active.Member == m.set.member, !active.Serving, active.Control == "":
 				continue
@@ -120,7 +119,7 @@ func passOn(conn net.Conn, address string, w http.ResponseWriter, r *http.Reques
 		},
 		Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
-			answerJSON(w, nil, fmt.Errorf("%w: the active filer has ended, or lost its lease, before it has answered: %w; see what is done, and try again", volume.ErrUnavailable, err))
+			answerJSON(w, nil, fmt.Errorf("%w: the active filer has ended, or lost its lease, before it has answered: %w; see what is done, and try again", api.ErrAway, err))
 		},
 	}).ServeHTTP(w, r)
 }

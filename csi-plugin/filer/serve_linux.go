@@ -383,6 +383,7 @@ func (f *filer) handler() http.Handler {
 		return struct{}{}, f.grow(r.Context(), r.PathValue("id"))
 	})
 	handle("GET /status", func(*http.Request) (any, error) { return f.status() })
+	f.handleVolumes(mux)
 	f.handleSnapshots(mux, func(r *http.Request, id string, _ bool) (caller, error) { return caller{who: "root", volume: id}, nil })
 	return mux
 }

@@ -92,8 +92,8 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 		t.close = append(t.close, func() { users.Close() })
 	}
 	t.filer = &filer{
-		backend: at.backend, engine: engine, engineName: s.engine, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, images: at.images, audit: newAudit(at.state, log), address: address, log: log,
-		since: time.Now(), entered: map[string]bool{}, lease: by, leash: leash, metrics: s.metrics,
+		backend: at.backend, engine: engine, engineName: s.engine, keptBy: s.backend, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, images: at.images, audit: newAudit(at.state, log), address: address, log: log,
+		since: time.Now(), entered: map[string]bool{}, leaving: map[string]bool{}, lease: by, leash: leash, metrics: s.metrics,
 	}
 	t.long, t.stop = context.WithCancelCause(ctx)
 	closeGateways, err := s.gateways.serve(ctx, t.group, t.filer)
@@ -138,6 +138,9 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 func (t *term) put() {
 	if t.stop != nil {
 		t.stop(lease.ErrEnded)
+	}
+	if t.filer != nil {
+		t.work.Wait()
 	}
 	for _, f := range slices.Backward(t.close) {
 		f()

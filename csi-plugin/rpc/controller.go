@@ -53,8 +53,8 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	}
 	_, said := req.GetParameters()["snapshots"]
 	usual := err == nil && !said && !r.Block()
-	if usual {
-		r.Snapshots = s.config.Snapshots
+	if usual && s.config.Snapshots != nil {
+		r.Snapshots, err = s.config.Snapshots(ctx)
 	}
 	if err == nil {
 		err = wanted(req.GetVolumeCapabilities(), &r)
@@ -71,7 +71,7 @@ func (s *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := s.busy.lock(ctx, r.Name)
+	unlock, err := s.busy.Lock(ctx, r.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -242,7 +242,7 @@ func (s *Server) lock(ctx context.Context, id string) (unlock func(), err error)
 	if id == "" {
 		return nil, invalid("volume id: it is missing")
 	}
-	return s.busy.lock(ctx, id)
+	return s.busy.Lock(ctx, id)
 }
 
 func (s *controller) ControllerGetVolume(ctx context.Context, req *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {
@@ -431,7 +431,7 @@ func (s *controller) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshot
 	if err != nil {
 		return &csi.DeleteSnapshotResponse{}, nil // there can't be one
 	}
-	unlock, err := s.busy.lock(ctx, id.Volume)
+	unlock, err := s.busy.Lock(ctx, id.Volume)
 	if err != nil {
 		return nil, err
 	}

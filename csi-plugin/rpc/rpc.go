@@ -26,6 +26,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/keyed"
 )
 
 // Name is what the plugin calls itself, and the prefix of its topology's keys.
@@ -53,8 +54,8 @@ type Config struct {
 	// Cold gets a word each time that Schedule has taken a snapshot for cold storage, for whom copies volumes there; nil where nobody does.
 	Cold chan<- struct{}
 
-	// Snapshots are taken by schedule of file volumes whose parameters do not say which.
-	Snapshots volume.Retention
+	// Snapshots are taken by schedule of file volumes whose parameters do not say which; nil for none.
+	Snapshots func(context.Context) (volume.Retention, error)
 
 	Filer     *api.Client    // that serves file volumes to guests; nil for none
 	Shared    bool           // the filer is one of a set: the pool is on all hosts that make volumes, and holds nothing that one host alone may have mounted
@@ -82,7 +83,7 @@ func (s *Server) owner(ctx context.Context, id string) (Owner, error) {
 type Server struct {
 	config  Config
 	grpc    *grpc.Server
-	busy    keyed
+	busy    keyed.Lock
 	metrics *metrics
 
 	lasting context.Context // of what outlasts its call: complete

@@ -72,51 +72,6 @@ func TestPage(t *testing.T) {
 	}
 }
 
-// One holder of a key at a time, any number of different keys, and a waiter that gives up leaves nothing.
-func TestKeyed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var k keyed
-		unlock, err := k.lock(t.Context(), "v")
-		if err != nil {
-			t.Fatal(err)
-		}
-		other, err := k.lock(t.Context(), "w")
-		if err != nil {
-			t.Fatal(err)
-		}
-		other()
-		ctx, cancel := context.WithCancel(t.Context())
-		gaveUp := make(chan error)
-		go func() {
-			_, err := k.lock(ctx, "v")
-			gaveUp <- err
-		}()
-		entered := false
-		go func() {
-			unlock, err := k.lock(t.Context(), "v")
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			entered = true
-			unlock()
-		}()
-		synctest.Wait()
-		if entered {
-			t.Error("two hold one key")
-		}
-		cancel()
-		if err := <-gaveUp; !errors.Is(err, context.Canceled) {
-			t.Errorf("gave up with %v", err)
-		}
-		unlock()
-		synctest.Wait()
-		if !entered || len(k.held) != 0 {
-			t.Errorf("entered: %t; left: %v", entered, k.held)
-		}
-	})
-}
-
 // What takes longer than its call is done once, and who asks again gets it; the server's end ends it.
 func TestComplete(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -124,7 +79,7 @@ func TestComplete(t *testing.T) {
 		s.lasting, s.end = context.WithCancelCause(t.Context())
 		defer s.work.Wait()
 		defer s.end(errEnds)
-		unlock, err := s.busy.lock(t.Context(), "v")
+		unlock, err := s.busy.Lock(t.Context(), "v")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -145,7 +100,7 @@ func TestComplete(t *testing.T) {
 		}
 		second := make(chan error)
 		go func() {
-			unlock, err := s.busy.lock(t.Context(), "v")
+			unlock, err := s.busy.Lock(t.Context(), "v")
 			if err == nil {
 				err = s.complete(t.Context(), "volume v", unlock, func(ctx context.Context) error {
 					<-ctx.Done()
@@ -167,9 +122,11 @@ func TestComplete(t *testing.T) {
 			t.Errorf("the server has ended: %v", err)
 		}
 		synctest.Wait()
-		if len(s.busy.held) != 0 {
-			t.Errorf("locked: %v", s.busy.held)
+		unlock, err = s.busy.Lock(t.Context(), "v") // as both have let go of it
+		if err != nil {
+			t.Fatal(err)
 		}
+		unlock()
 	})
 }
 

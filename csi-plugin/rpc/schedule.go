@@ -102,7 +102,7 @@ func (d *due) end(id string) {
 func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.Volume) error {
 	waiting, cancel := context.WithTimeout(ctx, lookEvery)
 	defer cancel()
-	unlock, err := s.busy.lock(waiting, v.ID)
+	unlock, err := s.busy.Lock(waiting, v.ID)
 	if err != nil {
 		return fmt.Errorf("%w: %w", volume.ErrBusy, err)
 	}

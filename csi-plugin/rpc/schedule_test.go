@@ -149,7 +149,7 @@ func (m *made) Get(context.Context, string) (volume.Volume, error) { return m.ha
 func TestSnapshotsByDefault(t *testing.T) {
 	usual := volume.Retention{Hourly: 24, Daily: 7, Weekly: 4, Monthly: 6}
 	b := &made{}
-	c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Snapshots: usual}
+	c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Snapshots: func(context.Context) (volume.Retention, error) { return usual, nil }}
 	s := &controller{Server: &Server{config: c, metrics: newMetrics(c)}}
 	create := func(p map[string]string) error {
 		_, err := s.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "v", Parameters: p, VolumeCapabilities: []*csi.VolumeCapability{{
@@ -215,7 +215,7 @@ func TestScheduleGoesOn(t *testing.T) {
 		b := stuck{&shelf{keep: volume.Retention{Hourly: 2}}, make(chan error)}
 		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
 		s := &Server{config: c, metrics: newMetrics(c)}
-		unlock, err := s.busy.lock(t.Context(), "locked")
+		unlock, err := s.busy.Lock(t.Context(), "locked")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -178,17 +178,17 @@ type Origin struct {
 
 // A Volume as it is.
 type Volume struct {
-	ID      string
-	Size    int64 // bytes; 0 is a file volume without a quota
-	Origin  Origin
-	Created time.Time
-	Content Content
+	ID      string    `json:"id"`
+	Size    int64     `json:"size,omitempty"` // bytes; 0 is a file volume without a quota
+	Origin  Origin    `json:"origin,omitzero"`
+	Created time.Time `json:"created"`
+	Content Content   `json:"content,omitempty"`
 
 	// Generation tells apart the volumes of one name that several hosts have: one that was restored elsewhere has the next of the lost one's.
-	Generation int
+	Generation int `json:"generation,omitempty"`
 
 	// Schedule is what somebody has put in place of the parameter snapshots, as ParseRetention reads it; "" is the parameter's.
-	Schedule string
+	Schedule string `json:"schedule,omitempty"`
 	Parameters
 }
 
@@ -233,12 +233,12 @@ func ParseSnapshotID(s string) (SnapshotID, error) {
 
 // A Snapshot is a volume's state at one time.
 type Snapshot struct {
-	ID      SnapshotID
-	Size    int64 // bytes that a volume made of it has at least
-	Created time.Time
+	ID      SnapshotID `json:"id"`
+	Size    int64      `json:"size,omitempty"` // bytes that a volume made of it has at least
+	Created time.Time  `json:"created"`
 	// Copied says that the storage could not share the data with the volume and that all of it was written a second time.
-	Copied    bool
-	Automatic bool // SnapshotRequest.Automatic
+	Copied    bool `json:"copied,omitempty"`
+	Automatic bool `json:"automatic,omitempty"` // SnapshotRequest.Automatic
 }
 
 // A Use is what a volume is staged for.

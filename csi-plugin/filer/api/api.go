@@ -9,6 +9,17 @@
 //	GET    /grants                  []Grant, without secrets
 //	GET    /volumes/{id}/stats      spec.VolumeStats of a published volume
 //	POST   /volumes/{id}/grow       its file system fills the volume, which has become larger
+//	PUT    /volumes/{id}            Request → volume.Volume, which is made where it is not there; again: the same
+//	DELETE /volumes/{id}            it is gone, with its automatic snapshots; one that is not there is no error
+//	GET    /volumes/{id}            volume.Volume
+//	GET    /volumes                 []volume.Volume, by id
+//	POST   /volumes/{id}/expand     Size → Size, which a published one's file system fills
+//	PUT    /snapshots/{id}          volume.Snapshot: VOLUME@NAME is taken, with the parameter automatic as one of the schedule's; again: the same
+//	DELETE /snapshots/{id}          it is gone; one that is not there is no error
+//	GET    /snapshots?volume=       []volume.Snapshot of one volume, or of all, by id
+//	GET    /capacity                Size that a new volume with these parameters can have
+//	GET    /backend                 Backend
+//	GET    /ready                   an error says why nothing can be kept
 //	GET    /status                  Status
 //	POST   /switch                  another filer of the set takes over
 //
@@ -31,11 +42,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/tree"
@@ -127,29 +140,63 @@ type Error struct {
 	Kind    string `json:"kind,omitempty"` // of the sentinel in package volume
 }
 
-// kinds are the sentinels that outlast the way through a socket, with the HTTP codes that they have there.
-var kinds = map[string]struct {
+// ErrAway is that no filer serves at the moment, or that the one which did has ended before it has answered: the same call may succeed as soon as one serves.
+var ErrAway error = &sort{volume.ErrUnavailable}
+
+// ErrGoesOn is what takes longer than a call does. It goes on, and the same call tells what has become of it.
+var ErrGoesOn error = &sort{volume.ErrUnavailable}
+
+// A sort of an error.
+type sort struct{ error }
+
+func (s *sort) Unwrap() error { return s.error }
+
+// kinds are the sentinels that outlast the way through a socket, with the HTTP codes that they have there. What is a sort of another one comes before it.
+var kinds = []struct {
+	kind string
 	is   error
 	code int
 }{
-	"not found":   {volume.ErrNotFound, http.StatusNotFound},
-	"exists":      {volume.ErrExists, http.StatusConflict},
-	"in use":      {volume.ErrInUse, http.StatusConflict},
-	"no space":    {volume.ErrNoSpace, http.StatusInsufficientStorage},
-	"invalid":     {volume.ErrInvalid, http.StatusBadRequest},
-	"foreign":     {volume.ErrForeign, http.StatusConflict},
-	"unavailable": {volume.ErrUnavailable, http.StatusServiceUnavailable},
-	"denied":      {ErrDenied, http.StatusForbidden},
+	{"away", ErrAway, http.StatusServiceUnavailable},
+	{"goes on", ErrGoesOn, http.StatusServiceUnavailable},
+	{"not found", volume.ErrNotFound, http.StatusNotFound},
+	{"exists", volume.ErrExists, http.StatusConflict},
+	{"in use", volume.ErrInUse, http.StatusConflict},
+	{"busy", volume.ErrBusy, http.StatusConflict},
+	{"no space", volume.ErrNoSpace, http.StatusInsufficientStorage},
+	{"range", volume.ErrRange, http.StatusBadRequest},
+	{"invalid", volume.ErrInvalid, http.StatusBadRequest},
+	{"foreign", volume.ErrForeign, http.StatusConflict},
+	{"unavailable", volume.ErrUnavailable, http.StatusServiceUnavailable},
+	{"denied", ErrDenied, http.StatusForbidden},
+	{"unsupported", errors.ErrUnsupported, http.StatusNotImplemented},
 }
 
 // Explain is the body and the HTTP code of an error.
 func Explain(err error) (Error, int) {
-	for kind, k := range kinds {
+	for _, k := range kinds {
 		if errors.Is(err, k.is) {
-			return Error{err.Error(), kind}, k.code
+			return Error{err.Error(), k.kind}, k.code
 		}
 	}
 	return Error{Message: err.Error()}, http.StatusInternalServerError
+}
+
+// explained is the reverse.
+func explained(r *jsonhttp.Refusal) error {
+	var e Error
+	if json.Unmarshal(r.Body, &e) != nil || e.Message == "" {
+		e.Message = r.Error()
+		if r.Code == http.StatusServiceUnavailable { // by who had the lease
+			return &remoteError{e.Message, ErrAway}
+		}
+	}
+	for _, k := range kinds {
+		if k.kind == e.Kind {
+			return &remoteError{e.Message, k.is}
+		}
+	}
+	return &remoteError{e.Message, nil}
 }
 
 // A remote error keeps its sentinel.
@@ -256,17 +303,21 @@ func (c Client) call(ctx context.Context, method, path string, in, out any) erro
 	var unreached *net.OpError
 	switch {
 	case errors.As(err, &refusal):
-		var e Error
-		if json.Unmarshal(refusal.Body, &e) != nil || e.Message == "" {
-			e.Message = refusal.Error()
-		}
-		return &remoteError{e.Message, kinds[e.Kind].is}
+		return explained(refusal)
 	case errors.As(err, &unreached) && unreached.Op == "dial":
-		return fmt.Errorf("%w: no filer answers at %s: %w; start cradle-filer", volume.ErrUnavailable, at, err)
+		return fmt.Errorf("%w: no filer answers at %s: %w; start cradle-filer", ErrAway, at, err)
+	case err != nil && ctx.Err() == nil && cut(err):
+		return fmt.Errorf("%w: the filer at %s has not answered: %w", ErrAway, at, err)
 	case err != nil:
 		return fmt.Errorf("filer at %s: %w", at, err)
 	}
 	return nil
+}
+
+// cut says whether an error is that of a connection whose other end has ended, or does not answer.
+func cut(err error) bool {
+	var n net.Error
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.As(err, &n) && n.Timeout()
 }
 
 // ask asks as one of Nomad's users.

@@ -22,9 +22,15 @@ func TestErrors(t *testing.T) {
 	}
 	refuse := errors.New("nothing yet")
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/volumes/broken/stats" {
+		switch r.URL.Path {
+		case "/volumes/broken/stats":
 			w.WriteHeader(http.StatusBadGateway)
 			return
+		case "/volumes/lapsed/stats": // as who has the lease says it, of any protocol
+			http.Error(w, "another filer serves", http.StatusServiceUnavailable)
+			return
+		case "/volumes/cut/stats":
+			panic(http.ErrAbortHandler)
 		}
 		body, code := Explain(refuse)
 		w.WriteHeader(code)
@@ -36,11 +42,15 @@ func TestErrors(t *testing.T) {
 	sentinels := 0
 	for _, is := range []error{
 		volume.ErrNotFound, volume.ErrExists, volume.ErrInUse, volume.ErrNoSpace, volume.ErrInvalid, volume.ErrForeign, volume.ErrUnavailable, ErrDenied,
+		volume.ErrBusy, volume.ErrRange, errors.ErrUnsupported, ErrAway, ErrGoesOn,
 	} {
 		refuse = fmt.Errorf("volume v: %w: so it is", is)
 		err := c.Unpublish(t.Context(), "p")
 		if !errors.Is(err, is) || err.Error() != refuse.Error() {
 			t.Errorf("%v arrives as %v", refuse, err)
+		}
+		if sort := errors.Is(is, volume.ErrUnavailable); errors.Is(err, volume.ErrUnavailable) != sort || errors.Is(err, ErrAway) != (is == ErrAway) || errors.Is(err, ErrGoesOn) != (is == ErrGoesOn) {
+			t.Errorf("%v arrives as another sort: %v", refuse, err)
 		}
 		sentinels++
 	}
@@ -54,11 +64,16 @@ func TestErrors(t *testing.T) {
 	if _, err := c.Stats(t.Context(), "broken"); err == nil || !strings.Contains(err.Error(), "502") {
 		t.Errorf("an answer without a body: %v", err)
 	}
+	for _, v := range []string{"lapsed", "cut"} {
+		if _, err := c.Stats(t.Context(), v); !errors.Is(err, ErrAway) {
+			t.Errorf("of a filer that may not answer any more: %v", err)
+		}
+	}
 	server.Close()
 	if err := <-done; !errors.Is(err, http.ErrServerClosed) {
 		t.Error(err)
 	}
-	if _, err := c.Status(t.Context()); !errors.Is(err, volume.ErrUnavailable) || !strings.Contains(err.Error(), "start cradle-filer") {
+	if _, err := c.Status(t.Context()); !errors.Is(err, ErrAway) || !errors.Is(err, volume.ErrUnavailable) || !strings.Contains(err.Error(), "start cradle-filer") {
 		t.Errorf("without a filer: %v", err)
 	}
 }

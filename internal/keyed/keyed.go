@@ -1,12 +1,13 @@
-package rpc
+// Package keyed has a lock for each of any number of keys. It imports nothing of the product.
+package keyed
 
 import (
 	"context"
 	"sync"
 )
 
-// keyed is a lock for each key.
-type keyed struct {
+// A Lock for each key. The zero value is ready.
+type Lock struct {
 	mu   sync.Mutex
 	held map[string]*holder
 }
@@ -16,8 +17,8 @@ type holder struct {
 	users int           // who hold or wait for it
 }
 
-// lock waits for the key until ctx ends.
-func (k *keyed) lock(ctx context.Context, key string) (unlock func(), err error) {
+// Lock waits for the key until ctx ends.
+func (k *Lock) Lock(ctx context.Context, key string) (unlock func(), err error) {
 	k.mu.Lock()
 	if k.held == nil {
 		k.held = map[string]*holder{}
