@@ -130,7 +130,7 @@ func power[T any](f *filer, lacks string) (T, error) {
 func parameters(asked map[string]string) (volume.Parameters, error) {
 	p, err := volume.ParseParameters(asked)
 	if err == nil && p.Block() {
-		err = volume.Invalid("parameter class", "%s is of block volumes, and a filer serves files; use nfs, or a plugin with --backend zfs or dir on the host that is to have it", p.Class)
+		err = volume.Invalid("parameter class", "%s is of block volumes, and a filer serves files; use nfs, or a plugin with --backend zfs or dir on the host that is to have it, where cradle-csi copy takes a volume's files", p.Class)
 	}
 	return p, err
 }

@@ -381,7 +381,15 @@ func (m *machine) serves() {
 // nor does one get it by force while the other has it.
 func TestVMSoakFilerZFS(t *testing.T) { zfsFailOver(t, 2*len(zfsDrills)) }
 
-func zfsFailOver(t *testing.T, rounds int) {
+// machines are two that have a disk with a zpool, and a filer of their set each, with the volume vol.
+type machines struct {
+	*pair
+	lab, disk string
+	consul    *servers
+	both      [2]*machine
+}
+
+func newMachines(t *testing.T) *machines {
 	root, err := programs.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -419,7 +427,7 @@ func zfsFailOver(t *testing.T, rounds int) {
 			p.ip("-n", p.ns("c"), "addr", "add", address+"/24", "dev", "eth0")
 		}
 		consul.start(i)
-		defer consul.stop(i)
+		t.Cleanup(func() { consul.stop(i) })
 	}
 	if err := os.WriteFile(p.file("peers.key"), bytes.Repeat([]byte("k"), 32), 0o600); err != nil {
 		t.Fatal(err)
@@ -433,15 +441,14 @@ func zfsFailOver(t *testing.T, rounds int) {
 		p.ip("-n", p.ns("sw"), "tuntap", "add", name, "mode", "tap")
 		p.ip("-n", p.ns("sw"), "link", "set", "dev", name, "master", "bridge0", "up")
 		m.prepare()
-		defer func() {
+		t.Cleanup(func() {
 			m.lose()
 			if t.Failed() {
 				text := m.console.String()
 				t.Logf("%s:\n%s", m.name, text[max(0, len(text)-12<<10):])
 			}
-		}()
+		})
 	}
-	var g sync.WaitGroup
 	for i, m := range both {
 		if i == 0 {
 			m.boot(lab, disk)
@@ -456,26 +463,36 @@ zpool export tank`)
 	for _, m := range both {
 		m.must("touch /start")
 	}
-	settled := func() error {
-		for _, m := range both {
-			s, err := m.status()
-			if err == nil && (!s.Set.Serving || len(s.Set.Standby) != 1) {
-				err = fmt.Errorf("%s says %+v", m.name, *s.Set)
-			}
-			if err != nil {
-				return err
-			}
+	ms := &machines{p, lab, disk, consul, both}
+	p.eventually("a filer serves, and the other stands by", ms.settled)
+	return ms
+}
+
+func (ms *machines) settled() error {
+	for _, m := range ms.both {
+		s, err := m.status()
+		if err == nil && (!s.Set.Serving || len(s.Set.Standby) != 1) {
+			err = fmt.Errorf("%s says %+v", m.name, *s.Set)
 		}
-		return nil
-	}
-	p.eventually("a filer serves, and the other stands by", settled)
-	active := func() (active, other *machine) {
-		s, err := both[0].status()
-		if err == nil && s.Set.Active == both[1].name {
-			return both[1], both[0]
+		if err != nil {
+			return err
 		}
-		return both[0], both[1]
 	}
+	return nil
+}
+
+func (ms *machines) active() (active, other *machine) {
+	s, err := ms.both[0].status()
+	if err == nil && s.Set.Active == ms.both[1].name {
+		return ms.both[1], ms.both[0]
+	}
+	return ms.both[0], ms.both[1]
+}
+
+func zfsFailOver(t *testing.T, rounds int) {
+	ms := newMachines(t)
+	p, both, active := ms.pair, ms.both, ms.active
+	var g sync.WaitGroup
 	a, _ := active()
 	var pub api.Publication
 	var grant api.Grant
@@ -564,11 +581,11 @@ zpool export tank`)
 			a, b = active() // on a busy machine the set may have moved meanwhile
 			d.do(a, b, func(m *machine) {
 				m.lose()
-				m.boot(lab, disk)
+				m.boot(ms.lab, ms.disk)
 				m.must("touch /start")
 			})
 			progress()
-			p.eventually("a filer serves, and the other stands by", settled)
+			p.eventually("a filer serves, and the other stands by", ms.settled)
 			progress()
 			line := ""
 			for _, w := range writers {

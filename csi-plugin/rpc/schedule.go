@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -64,8 +65,9 @@ func (d *due) look(ctx context.Context, g *errgroup.Group) {
 			d.server.config.Log.Warn("automatic snapshots", "error", err)
 		}
 	} // which is no matter of the volumes that are there
+	nothingDue := d.nothingDue(ctx, all)
 	for _, v := range all {
-		if !automatic(v) || ctx.Err() != nil || !d.begin(v.ID) {
+		if !automatic(v) || nothingDue(v) || ctx.Err() != nil || !d.begin(v.ID) {
 			continue
 		}
 		g.Go(func() error {
@@ -75,6 +77,27 @@ func (d *due) look(ctx context.Context, g *errgroup.Group) {
 			}
 			return nil
 		})
+	}
+}
+
+// nothingDue says of which volumes nothing is due, by one question for all of them: several hosts ask a filer, each minute. Where that is not answered, each is asked about.
+func (d *due) nothingDue(ctx context.Context, all []volume.Volume) func(volume.Volume) bool {
+	no := func(volume.Volume) bool { return false }
+	if !slices.ContainsFunc(all, automatic) {
+		return no
+	}
+	snapshots, err := d.snapshotter.Snapshots(ctx, "")
+	if err != nil {
+		return no
+	}
+	has := map[string][]volume.Snapshot{}
+	for _, s := range snapshots {
+		has[s.ID.Volume] = append(has[s.ID.Volume], s)
+	}
+	now := time.Now()
+	return func(v volume.Volume) bool {
+		take, drop := v.Due(has[v.ID], now)
+		return len(take)+len(drop) == 0
 	}
 }
 

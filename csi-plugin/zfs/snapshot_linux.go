@@ -362,7 +362,7 @@ func (b *Backend) clone(ctx context.Context, r volume.Request, origin string, ho
 		}
 	}
 	rec := record{Version: 1, Parameters: r.Parameters, Origin: r.Origin, Created: time.Now().UTC(), Content: content, Generation: r.Generation}
-	if r.Direct {
+	if r.Direct && r.Block() {
 		rec.Content = volume.Guest
 	}
 	args := append([]string{"clone"}, rec.options(size)...)

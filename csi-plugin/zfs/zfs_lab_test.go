@@ -122,7 +122,6 @@ func TestParameters(t *testing.T) {
 		"a file volume with blocks":     func(r *volume.Request) { r.Class = volume.NFS; r.BlockSize = 8192 },
 		"a file volume with ext4":       func(r *volume.Request) { r.Class = volume.NFS; r.FS = "ext4" },
 		"blocks of 512":                 func(r *volume.Request) { r.BlockSize = 512 },
-		"a guest's file volume":         func(r *volume.Request) { r.Class = volume.NFS; r.Direct = true },
 		"a clone with other blocks":     func(r *volume.Request) { r.Origin.Volume = "v"; r.BlockSize = 32 << 10 },
 		"a clone with another kind":     func(r *volume.Request) { r.Origin.Volume = "v"; r.FS = "xfs"; r.Size = 400 << 20 },
 		"a clone of a volume for files": func(r *volume.Request) { r.Origin.Volume = "f" },

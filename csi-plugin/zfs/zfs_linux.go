@@ -253,8 +253,6 @@ func (b *Backend) check(r *volume.Request) (Pool, error) {
 	switch {
 	case r.Class == volume.GFS:
 		return Pool{}, volume.Invalid("parameter class", "gfs is on many hosts at once, which ZFS is not; use ceph, or class nfs")
-	case r.Direct && !r.Block():
-		return Pool{}, volume.Invalid("parameter attach", "there is no server that a guest could mount a %s volume from; use attach=host, or class lv2", r.Class)
 	case !r.Block() && r.FS != "":
 		return Pool{}, volume.Invalid("parameter fs", "a file volume is a file system of ZFS's own; leave it out")
 	case !r.Block() && r.BlockSize != 0:
@@ -334,7 +332,7 @@ func (b *Backend) Create(ctx context.Context, r volume.Request) (volume.Volume, 
 		return volume.Volume{}, err
 	}
 	rec := record{Version: 1, Parameters: r.Parameters, Created: time.Now().UTC(), Generation: r.Generation}
-	if r.Direct {
+	if r.Direct && r.Block() {
 		rec.Content = volume.Guest
 	}
 	var size int64
@@ -403,10 +401,10 @@ func (f *found) stage(ctx context.Context, use volume.Use) (volume.Source, error
 	switch {
 	case use.As != volume.AsFiles && !f.Block():
 		return volume.Source{}, volume.Invalid("volume", "class %s is of file volumes, which have no block device", f.Class)
-	case use.As == volume.AsGuest && !f.Direct, use.As != volume.AsGuest && f.Direct:
-		return volume.Source{}, volume.Invalid("volume", "attach=direct is what guests attach themselves, and nothing else is")
-	case !f.Block():
+	case !f.Block(): // guests have it from a filer
 		return volume.Source{Device: f.dataset, FSType: mount.ZFS}, nil
+	case (use.As == volume.AsGuest) != f.Direct:
+		return volume.Source{}, volume.Invalid("volume", "attach=direct is what guests attach themselves, and nothing else is")
 	}
 	device, err := f.device(ctx)
 	if err != nil {

@@ -154,7 +154,7 @@ func (f *Filer) certify() error {
 func (f *Filer) Run() {
 	f.t.Helper()
 	f.cmd = exec.Command(f.filer, append([]string{
-		"serve", "--socket", f.socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
+		"serve", "--socket", f.Socket(), "--pool", f.Pool, "--state", f.State(), "--listen", net.JoinHostPort(f.Host, port),
 		"--webdav", net.JoinHostPort(f.Host, webdavPort), "--s3", net.JoinHostPort(f.Host, s3Port), "--tls-cert", f.CA(), "--tls-key", f.key(),
 	}, f.flags...)...)
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
@@ -169,7 +169,7 @@ func (f *Filer) Run() {
 	}()
 	ctx, cancel := context.WithTimeout(f.t.Context(), 5*time.Minute)
 	defer cancel()
-	for exec.CommandContext(ctx, f.filer, "status", "--socket", f.socket()).Run() != nil {
+	for exec.CommandContext(ctx, f.filer, "status", "--socket", f.Socket()).Run() != nil {
 		select {
 		case <-ended:
 			f.t.Fatalf("the filer has ended: %v", f.outcome) // its log is told at the test's end
@@ -201,7 +201,8 @@ func (f *Filer) Log() string { return f.log.String() }
 // State is its state directory.
 func (f *Filer) State() string { return filepath.Join(f.dir, "state") }
 
-func (f *Filer) socket() string { return filepath.Join(f.dir, "run", "api.sock") }
+// Socket is where root asks it.
+func (f *Filer) Socket() string { return filepath.Join(f.dir, "run", "api.sock") }
 
 // Volume makes a file volume, with a quota where size is not 0, and returns where this host has its files.
 func (f *Filer) Volume(name string, size int64, parameters map[string]string) (path string) {
@@ -264,7 +265,7 @@ func (f *Filer) Grant(volume string, flags ...string) Grant {
 // Command runs cradle-filer against the filer.
 func (f *Filer) Command(args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
-	cmd := exec.Command(f.filer, append(args, "--socket", f.socket())...)
+	cmd := exec.Command(f.filer, append(args, "--socket", f.Socket())...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		return "", fmt.Errorf("cradle-filer %s: %w: %s", args[0], err, &stderr)
