@@ -11,6 +11,7 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/cold"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -77,5 +78,31 @@ func TestUsualSnapshots(t *testing.T) {
 	}
 	if _, err := (&cli{snapshots: "yearly=1"}).usual(nil); err == nil {
 		t.Error("yearly=1 is a schedule")
+	}
+}
+
+// TestFilerBackend: with --backend filer the filer is named and no pool is, and its volumes are in the zone where other hosts reach it. What is for volumes of this host says so.
+func TestFilerBackend(t *testing.T) {
+	for want, c := range map[string]*cli{
+		"name the filer that has the volumes with --filer": {backend: onFiler},
+		"name its file with --filer-key":                   {backend: onFiler, filer: filerFlags{where: "files.example:2051"}},
+		"the pools are those of the filer":                 {backend: onFiler, filer: filerFlags{where: "/run/filer.sock"}, pools: []string{"tank/cradle"}},
+	} {
+		if _, _, err := c.open(t.Context()); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v", c.filer, err)
+		}
+	}
+	for where, wantLocal := range map[string]bool{"/run/filer.sock": true, "files.example:2051": false} {
+		b, local, err := (&cli{backend: onFiler, filer: filerFlags{where: where, key: "key"}}).open(t.Context())
+		if err != nil || local != wantLocal {
+			t.Fatalf("%s: local: %t, %v", where, local, err)
+		}
+		if _, copies := b.(cold.Source); copies {
+			t.Error("its volumes are copied to cold storage")
+		}
+	}
+	var stdout, stderr strings.Builder
+	if code := run(t.Context(), []string{"host-volume", "create", "--backend", onFiler}, &stdout, &stderr); code == 0 || !strings.Contains(stderr.String(), "for volumes that are on this host") {
+		t.Errorf("a host volume: %d, %s", code, stderr.String())
 	}
 }

@@ -22,6 +22,7 @@ import (
 type doctor struct {
 	c     *cli
 	look  bool
+	filer filerFlags
 	found int
 }
 
@@ -39,7 +40,7 @@ Each thing is told on a line of its own. Nothing that is in use is touched.`,
 	}
 	f := cmd.Flags()
 	c.backendFlags(f)
-	c.filer.add(f, filer.Socket)
+	d.filer.add(f, filer.Socket)
 	f.BoolVar(&d.look, "look", false, "only say what there is to repair")
 	f.StringVar(&nomad, "nomad", "", "address of Nomad's API to compare with; its other settings are in NOMAD_TOKEN and so on")
 	f.StringVar(&plugin, "plugin", "cradle", "the plugin's id in Nomad")
@@ -56,7 +57,8 @@ func (d *doctor) report(found string) {
 }
 
 func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
-	f, _, err := d.c.filer.client()
+	d.c.filer = d.filer
+	f, _, err := d.filer.client()
 	if err != nil {
 		return err
 	}

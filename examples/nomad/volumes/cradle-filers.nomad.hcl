@@ -3,6 +3,10 @@
 # The plugin on such nodes has, in cradle-csi.nomad.hcl:
 #     "--pool", "/mnt/shared/volumes", "--filer", "files.service.consul:2051", "--filer-key", "/mnt/shared/volumes/.cradle-filer@state/handles.key"
 # where files.service.consul is looked up in Consul's DNS; else the floating address stands there.
+#
+# On nodes that have not that file system, and with a set on ZFS on all nodes, the active filer makes the volumes, and the plugin has
+#     "--backend", "filer", "--filer", "files.service.consul:2051", "--filer-key", "/etc/cradle/peers.key"
+# which is a copy of that key, or the file of the filers' --peers-key.
 job "cradle-filers" {
   type = "system"
 
