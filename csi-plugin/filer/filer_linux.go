@@ -59,6 +59,7 @@ type filer struct {
 	leaving  map[string]bool // volumes that are being deleted
 	busy     keyed.Lock      // of volumes, by id: what lasting does
 	work     sync.WaitGroup  // that it is at
+	atWork   chan struct{}   // one of maxAtWork for each
 	gates    sync.Map        // volumes → *gateway.Gate, of WebDAV and S3
 }
 

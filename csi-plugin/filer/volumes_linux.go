@@ -18,7 +18,12 @@ import (
 func (f *filer) handleVolumes(mux *http.ServeMux) {
 	handle := handleJSON(mux, f.log)
 	handle("GET /volumes", func(r *http.Request) (any, error) {
-		return f.fileVolumes(r.Context())
+		all, err := f.fileVolumes(r.Context())
+		if errors.Is(err, volume.ErrUnavailable) { // which is no matter of the volumes that are there
+			missing, _ := api.Explain(err)
+			return api.Volumes{Volumes: all, Missing: &missing}, nil
+		}
+		return api.Volumes{Volumes: all}, err
 	})
 	handle("GET /volumes/{id}", func(r *http.Request) (any, error) { return f.fileVolume(r.Context(), r.PathValue("id")) })
 	handle("PUT /volumes/{id}", func(r *http.Request) (any, error) {
@@ -48,10 +53,13 @@ func (f *filer) handleVolumes(mux *http.ServeMux) {
 	})
 	handle("DELETE /snapshots/{id}", func(r *http.Request) (any, error) {
 		id, err := volume.ParseSnapshotID(r.PathValue("id"))
-		if err != nil {
-			return struct{}{}, nil // there can't be one
+		if err == nil {
+			err = f.dropSnapshot(r.Context(), id)
 		}
-		return struct{}{}, f.dropSnapshot(r.Context(), id)
+		if errors.Is(err, volume.ErrNotFound) { // there can't be one of such a name
+			err = nil
+		}
+		return struct{}{}, err
 	})
 	handle("GET /capacity", func(r *http.Request) (any, error) {
 		asked := map[string]string{}
@@ -96,6 +104,9 @@ func (f *filer) snapshotsOf(ctx context.Context, id string) ([]volume.Snapshot, 
 	b, err := power[volume.Snapshotter](f, "takes no snapshots")
 	if err != nil {
 		return nil, err
+	}
+	if id != "" && !volume.ValidName(id) {
+		return []volume.Snapshot{}, nil
 	}
 	all, err := b.Snapshots(ctx, id)
 	if err != nil || len(all) == 0 {
@@ -293,18 +304,28 @@ func (f *filer) dropSnapshot(ctx context.Context, id volume.SnapshotID) error {
 // answerTime is how long who asks for what may take long waits at once. A caller that has heard nothing for longer has lost the filer's host.
 const answerTime = 20 * time.Second
 
+// maxAtWork is of how many volumes something is done at the same time, whoever asks.
+const maxAtWork = 64
+
 // lasting does something to a volume after what is being done to it. It comes to its end, or to the term's, also where its call's time is up. The lease is held as
 // long: another filer has the pool only once nothing of it is left.
 func (f *filer) lasting(ctx context.Context, id, what string, do func(context.Context) error) error {
-	goesOn := func(context.Context) error { return fmt.Errorf("%s: %w", what, api.ErrGoesOn) }
+	goesOn := func() error { return fmt.Errorf("%s: %w", what, api.ErrGoesOn) }
 	waiting, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	unlock, err := f.busy.Lock(waiting, id)
 	if err != nil {
-		return goesOn(ctx)
+		return goesOn()
+	}
+	select {
+	case f.atWork <- struct{}{}:
+	case <-waiting.Done():
+		unlock()
+		return goesOn()
 	}
 	end, begun := f.lease.TryBegin()
 	if !begun {
+		<-f.atWork
 		unlock()
 		return fmt.Errorf("%w: this filer hands over; try again", api.ErrAway)
 	}
@@ -312,6 +333,7 @@ func (f *filer) lasting(ctx context.Context, id, what string, do func(context.Co
 	f.work.Go(func() {
 		defer end()
 		defer unlock()
+		defer func() { <-f.atWork }()
 		err := do(f.long)
 		if ctx.Err() != nil {
 			f.log.Info("it has come to its end after its call", "what", what, "error", err)
@@ -325,6 +347,6 @@ func (f *filer) lasting(ctx context.Context, id, what string, do func(context.Co
 	case err := <-done:
 		return err
 	case <-waiting.Done():
-		return goesOn(ctx)
+		return goesOn()
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/volumes"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -28,7 +29,7 @@ func testFiler(t *testing.T, backend volume.Backend) *filer {
 	d := t.TempDir()
 	return &filer{
 		backend: backend, keptBy: onDirectories, dir: d, state: d, kept: d, lease: by, long: t.Context(), log: slog.New(slog.DiscardHandler),
-		entered: map[string]bool{}, leaving: map[string]bool{},
+		entered: map[string]bool{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork),
 	}
 }
 
@@ -101,7 +102,7 @@ func TestVolumesRefused(t *testing.T) {
 			t.Errorf("%v, which is not there: %d %s", c, code, text)
 		}
 	}
-	for path, want := range map[string]string{"/volumes": "[]", "/snapshots": "[]", "/snapshots?volume=..%2f": "[]", "/backend": `{"name":"dir","pools":["default"]}`} {
+	for path, want := range map[string]string{"/volumes": `{"volumes":[]}`, "/snapshots": "[]", "/snapshots?volume=..%2f": "[]", "/backend": `{"name":"dir","pools":["default"]}`} {
 		if code, text := ask(handler, "GET", path, ""); code != http.StatusOK || strings.TrimSpace(text) != want {
 			t.Errorf("GET %s: %d %s; want %s", path, code, text, want)
 		}
@@ -173,7 +174,7 @@ func TestVolumesLast(t *testing.T) {
 			t.Error(err)
 		}
 		synctest.Wait()
-		if !idle() || len(f.leaving) > 0 {
+		if !idle() || len(f.leaving) > 0 || len(f.atWork) > 0 {
 			t.Errorf("the lease is held after the end, or %v", f.leaving)
 		}
 		again := make(chan error)
@@ -230,4 +231,30 @@ func TestVolumesHad(t *testing.T) {
 	if err := deleted(); err != nil {
 		t.Error(err)
 	}
+}
+
+// halved is a backend of which one pool is missing.
+type halved struct{ volume.Backend }
+
+func (halved) List(context.Context) ([]volume.Volume, error) {
+	return []volume.Volume{{ID: "v", Parameters: volume.Parameters{Class: volume.NFS}}, {ID: "w", Parameters: volume.Parameters{Class: volume.LV2}}}, volume.ErrUnavailable
+}
+
+// The volumes of pools that are there are listed, though another pool is missing, of which the error tells.
+func TestVolumesHalved(t *testing.T) {
+	f := testFiler(t, halved{})
+	socket := filepath.Join(f.dir, "s")
+	l, err := listenControl(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: f.handler()}
+	done := make(chan error)
+	go func() { done <- server.Serve(l) }()
+	all, err := volumes.Open(api.Client{Socket: socket}).List(t.Context())
+	if !errors.Is(err, volume.ErrUnavailable) || len(all) != 1 || all[0].ID != "v" {
+		t.Errorf("there are %v, %v", all, err)
+	}
+	server.Close()
+	<-done
 }

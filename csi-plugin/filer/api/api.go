@@ -12,7 +12,7 @@
 //	PUT    /volumes/{id}            Request → volume.Volume, which is made where it is not there; again: the same
 //	DELETE /volumes/{id}            it is gone, with its automatic snapshots; one that is not there is no error
 //	GET    /volumes/{id}            volume.Volume
-//	GET    /volumes                 []volume.Volume, by id
+//	GET    /volumes                 Volumes
 //	POST   /volumes/{id}/expand     Size → Size, which a published one's file system fills
 //	PUT    /snapshots/{id}          volume.Snapshot: VOLUME@NAME is taken, with the parameter automatic as one of the schedule's; again: the same
 //	DELETE /snapshots/{id}          it is gone; one that is not there is no error
@@ -191,6 +191,10 @@ func explained(r *jsonhttp.Refusal) error {
 			return &remoteError{e.Message, ErrAway}
 		}
 	}
+	return e.err()
+}
+
+func (e Error) err() error {
 	for _, k := range kinds {
 		if k.kind == e.Kind {
 			return &remoteError{e.Message, k.is}

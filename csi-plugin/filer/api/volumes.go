@@ -29,6 +29,12 @@ type Backend struct {
 	Pools []string `json:"pools"` // what the parameter pool can name, the default's first
 }
 
+// Volumes are those of the pools that are there.
+type Volumes struct {
+	Volumes []volume.Volume `json:"volumes"` // by id
+	Missing *Error          `json:"missing,omitempty"`
+}
+
 func pathOf(id string) string { return "/volumes/" + url.PathEscape(id) }
 
 // Create makes a volume, or finds the one that is there.
@@ -46,9 +52,14 @@ func (c Client) Volume(ctx context.Context, id string) (v volume.Volume, err err
 	return v, c.call(ctx, http.MethodGet, pathOf(id), nil, &v)
 }
 
-// Volumes are all, by id.
+// Volumes are all, by id; with an ErrUnavailable, those of the pools that are there.
 func (c Client) Volumes(ctx context.Context) (all []volume.Volume, err error) {
-	return all, c.call(ctx, http.MethodGet, "/volumes", nil, &all)
+	var out Volumes
+	err = c.call(ctx, http.MethodGet, "/volumes", nil, &out)
+	if err == nil && out.Missing != nil {
+		err = out.Missing.err()
+	}
+	return out.Volumes, err
 }
 
 // Expand makes one larger, with its file system where it is published.
