@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
@@ -179,15 +181,19 @@ func (f *filer) place(ctx context.Context, id string) (root string, err error) {
 		return "", err
 	}
 	root = f.root(id)
-	var o mount.Options
-	if f.engineName == byGanesha {
-		o, _ = mount.ParseOptions([]string{"dirsync"}) // it does not sync directories, and says that they are
-	}
-	err = mount.Place(ctx, source.Device, source.Directory, source.FSType, root, o)
+	err = f.mount(ctx, source, root)
 	if err == nil && f.placed != nil {
 		f.placed[id] = true
 	}
 	return root, err
+}
+
+func (f *filer) mount(ctx context.Context, source volume.Source, root string) error {
+	var o mount.Options
+	if f.engineName == byGanesha {
+		o, _ = mount.ParseOptions([]string{"dirsync"}) // it does not sync directories, and says that they are
+	}
+	return mount.Place(ctx, source.Device, source.Directory, source.FSType, root, o)
 }
 
 // release undoes that, unless somebody has the volume besides those publications and grants that are just ending.
@@ -253,23 +259,64 @@ func (f *filer) end(ctx context.Context, p api.Publication) error {
 func (f *filer) restore(ctx context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.placed = map[string]bool{} // clients wait: a volume that is published many times is asked for once
-	defer func() { f.placed = nil }()
 	all, err := f.published().all()
 	errs := []error{err}
+	grants, err := f.granted().all()
+	errs = append(errs, err)
+	f.placed = map[string]bool{} // clients wait: a volume that is published many times is asked for once
+	defer func() { f.placed = nil }()
+	if err := f.placeAll(ctx, all, grants); err != nil {
+		f.log.Warn("mount all volumes at once", "error", err) // one by one they say what is the matter
+	}
 	for _, p := range all {
 		if err := f.serve(ctx, p); err != nil {
 			errs = append(errs, fmt.Errorf("publication %s: %w", p.ID, err))
 		}
 	}
-	grants, err := f.granted().all()
-	errs = append(errs, err)
 	for _, g := range grants {
 		if err := f.admit(ctx, g); err != nil {
 			errs = append(errs, fmt.Errorf("grant %s: %w", g.ID, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// placesAtOnce bounds what is mounted at a time: after a crash each file system replays its journal.
+const placesAtOnce = 8
+
+// placeAll makes the files of all volumes appear that are published or granted, as far as the backend can be asked for them together.
+func (f *filer) placeAll(ctx context.Context, publications []api.Publication, grants []api.Grant) error {
+	b, ok := f.backend.(volume.FilesStager)
+	wanted := map[string]bool{}
+	for _, p := range publications {
+		wanted[p.Volume] = f.served(p) || wanted[p.Volume]
+	}
+	for _, g := range grants {
+		wanted[g.Volume] = f.webdav != nil || f.s3 != nil || wanted[g.Volume]
+	}
+	if !ok || len(wanted) == 0 {
+		return nil
+	}
+	sources, err := b.StageFiles(ctx)
+	var g errgroup.Group
+	g.SetLimit(placesAtOnce)
+	var mu sync.Mutex
+	for id, wants := range wanted {
+		source, is := sources[id]
+		if !is || !wants {
+			continue
+		}
+		g.Go(func() error {
+			err := f.mount(ctx, source, f.root(id))
+			if err == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				f.placed[id] = true
+			}
+			return err
+		})
+	}
+	return errors.Join(err, g.Wait())
 }
 
 func (f *filer) publications() ([]api.Publication, error) {

@@ -225,20 +225,23 @@ func (h *hold) rest() {
 
 // take takes the pool, and begins to serve from it.
 func (h *hold) take(before tenure) (*term, error) {
-	asked := lease.Now()
+	begun := lease.Now()
+	alone := make(chan error, 1)
+	go func() { alone <- h.lock.alone(h.lost, h.set.member, h.hostID) }()
 	now, former, err := h.lock.holder(h.lost)
 	if err == nil && now != h.session {
 		err = errLost
 	}
 	if err == nil {
-		err = h.prolong(asked)
+		err = h.prolong(begun)
+	}
+	if like := <-alone; err == nil && like != nil && (h.hostID != "" || errors.Is(like, errCloned)) {
+		err = like
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := h.lock.alone(h.lost, h.set.member, h.hostID); err != nil && (h.hostID != "" || errors.Is(err, errCloned)) {
-		return nil, err
-	}
+	asked := lease.Now()
 	// Disks that do not answer keep an import for ever, and the set with it.
 	stuck := time.AfterFunc(takeTime, func() {
 		h.log.Error("taking the pool comes to no end: this process does")
@@ -250,6 +253,7 @@ func (h *hold) take(before tenure) (*term, error) {
 		return nil, err
 	}
 	stuck.Stop()
+	taken := lease.Now()
 	if h.at != nil {
 		if err := h.at.add(); err != nil {
 			return nil, err
@@ -259,6 +263,8 @@ func (h *hold) take(before tenure) (*term, error) {
 	if err != nil {
 		return nil, err
 	}
+	serving := lease.Now()
+	h.log.Info("took over", "after", (serving - begun).Round(time.Millisecond), "consul", (asked - begun).Round(time.Millisecond), "pool", (taken - asked).Round(time.Millisecond), "volumes", (serving - taken).Round(time.Millisecond))
 	h.mu.Lock()
 	h.ganesha = t.ganesha
 	h.mu.Unlock()

@@ -109,7 +109,7 @@ func exportZpools(ctx context.Context, volumes string, names []string) error {
 
 // guard keeps multihost on, without which another host could take a zpool that is in use. It returns when a zpool is gone.
 func (p *sharedZpools) guard(ctx context.Context) error {
-	for ; ctx.Err() == nil; p.member.pause(ctx, guardTime) {
+	for p.member.pause(ctx, settleTime); ctx.Err() == nil; p.member.pause(ctx, guardTime) {
 		for _, name := range p.names {
 			err := zfs.Guard(ctx, name)
 			switch {
@@ -155,7 +155,8 @@ func (p *sharedZpools) syncs() time.Duration {
 }
 
 const (
-	guardTime = 10 * time.Second
-	probeTime = 5 * time.Second
-	syncsLong = 10 * time.Second // for a sync, as status has it
+	settleTime = 2 * time.Second // in which clients come back
+	guardTime  = 10 * time.Second
+	probeTime  = 5 * time.Second
+	syncsLong  = 10 * time.Second // for a sync, as status has it
 )

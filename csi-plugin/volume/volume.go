@@ -109,6 +109,12 @@ type Expander interface {
 	Expand(ctx context.Context, id string, size, limit int64) (int64, error)
 }
 
+// A FilesStager stages many volumes faster than one by one.
+type FilesStager interface {
+	// StageFiles is Stage, for files, of all volumes that it can stage so by one look at the storage. Why another one can't be staged, Stage says.
+	StageFiles(ctx context.Context) (map[string]Source, error)
+}
+
 // A Scheduler keeps with a volume what of its automatic snapshots is kept.
 type Scheduler interface {
 	// Reschedule puts a schedule in the place of the parameter snapshots, as Volume.Schedule has it.

@@ -207,8 +207,17 @@ func (p Pool) there(ctx context.Context) error {
 
 // List is volume.Backend's.
 func (b *Backend) List(ctx context.Context) ([]volume.Volume, error) {
+	found, err := b.list(ctx)
 	var all []volume.Volume
-	var missing error
+	for _, f := range found {
+		all = append(all, f.volume())
+	}
+	slices.SortFunc(all, func(a, b volume.Volume) int { return cmp.Compare(a.ID, b.ID) })
+	return all, err
+}
+
+// list finds the volumes of all pools, in the pools' order.
+func (b *Backend) list(ctx context.Context) (all []*found, missing error) {
 	for _, p := range b.pools {
 		out, err := zfs(ctx, "list", "-Hp", "-t", "filesystem,volume", "-d", "1", "-o", columns, p.Dataset)
 		if errors.Is(err, errNoDataset) {
@@ -223,11 +232,10 @@ func (b *Backend) List(ctx context.Context) ([]volume.Volume, error) {
 		}
 		for _, row := range rows(out) {
 			if f, err := read(row); err == nil && f != nil && row[0] != p.Dataset && volume.ValidName(f.id()) {
-				all = append(all, f.volume())
+				all = append(all, f)
 			}
 		}
 	}
-	slices.SortFunc(all, func(a, b volume.Volume) int { return cmp.Compare(a.ID, b.ID) })
 	return all, missing
 }
 
@@ -395,6 +403,19 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (volume.
 		return volume.Source{}, fmt.Errorf("stage volume %s: %w", id, err)
 	}
 	return source, nil
+}
+
+// StageFiles is volume.FilesStager's: a file volume is staged by knowing it.
+func (b *Backend) StageFiles(ctx context.Context) (map[string]volume.Source, error) {
+	all, err := b.list(ctx)
+	sources := map[string]volume.Source{}
+	for _, f := range all {
+		if f.Block() || f.Direct || sources[f.id()].Device != "" {
+			continue
+		}
+		sources[f.id()] = volume.Source{Device: f.dataset, FSType: mount.ZFS}
+	}
+	return sources, err
 }
 
 func (f *found) stage(ctx context.Context, use volume.Use) (volume.Source, error) {

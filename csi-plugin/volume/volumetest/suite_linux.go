@@ -295,6 +295,7 @@ func testFiles(b *bench) {
 	for _, class := range b.suite.Classes {
 		b.create(volume.Request{Name: "v", Size: size, Parameters: volume.Parameters{Class: class}})
 		b.put("v", class)
+		b.stagedTogether("v", class == volume.NFS)
 		b.with("v", func(dir string) {
 			if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
 				b.Errorf("class %s: there is more than what was written: %v, %v", class, entries, err)
@@ -326,6 +327,25 @@ func testFiles(b *bench) {
 		b.put("v", "plain")
 		b.holds("v", "plain")
 	}
+}
+
+// stagedTogether checks that by one look at the storage a volume has the source that Stage gives it by itself, if it has one; sure says that it has to.
+func (b *bench) stagedTogether(id string, sure bool) {
+	b.Helper()
+	s, ok := b.Backend.(volume.FilesStager)
+	if !ok {
+		return
+	}
+	all, err := s.StageFiles(b.ctx())
+	b.must(err)
+	got, is := all[id]
+	switch want, err := b.Stage(b.ctx(), id, volume.Use{As: volume.AsFiles}); {
+	case !is && sure:
+		b.Errorf("volume %s is not among those that were staged together: %v", id, all)
+	case is && (err != nil || got.Device != want.Device || got.Directory != want.Directory || got.FSType != want.FSType):
+		b.Errorf("volume %s was staged together with others as %+v, and by itself as %+v, %v", id, got, want, err)
+	}
+	b.must(b.Unstage(b.ctx(), id))
 }
 
 // A file volume that has a size takes no more than that, and what is removed is free again.
@@ -458,6 +478,7 @@ func testDirect(b *bench) {
 		b.wants(b.Delete(b.ctx(), "v"), volume.ErrInUse, "delete a volume that a machine has open")
 	}
 	b.must(f.Close())
+	b.stagedTogether("v", false)
 	for _, as := range []volume.As{volume.AsFiles, volume.AsRaw} {
 		_, err = b.Stage(b.ctx(), "v", volume.Use{As: as})
 		b.wants(err, volume.ErrInvalid, "attach a guest's volume on the host")
