@@ -27,7 +27,7 @@ import (
 // TestVMSoakBackendZFS: cradle-csi on a host without ZFS has a set's volumes on a zpool, which two machines have in turns, made, published, grown, snapshotted, cloned and deleted.
 // Meanwhile the set is switched, and the active filer killed: each call succeeds as if nothing had been, and clients see nothing but a pause.
 func TestVMSoakBackendZFS(t *testing.T) {
-	ms := newMachines(t)
+	ms := newMachines(t, embedded)
 	p := ms.pair
 	socket := p.file("csi.sock")
 	conn, root := p.plugin(socket, "monolith", "--endpoint", "unix://"+socket, "--node-id", "client", "--zone", "zone", "--backend", "filer", "--filer", ms.both[1].address+":"+api.PeersPort, "--filer-key", p.file("peers.key"))

@@ -49,9 +49,17 @@ func (c *nfsClient) writer4(export, file string) (handle []byte, w *writer) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		c.t.Fatal(err)
 	}
+	handle, w = c.writes4(export, filepath.Base(file))
+	w.path = func(piece int) (string, int64) { return file, int64(piece) * 4096 }
+	return handle, w
+}
+
+// writes4 writes a file of an export that is there.
+func (c *nfsClient) writes4(export, name string) (handle []byte, w *writer) {
+	c.t.Helper()
 	const putfh, putrootfh, lookup, getfh, read, write = 22, 24, 15, 10, 25, 38
 	found, err := results(c.compound(operation(putrootfh), operation(lookup, opaque(nil, []byte(strings.TrimPrefix(export, "/")))),
-		operation(lookup, opaque(nil, []byte(filepath.Base(file)))), operation(getfh)), 4)
+		operation(lookup, opaque(nil, []byte(name))), operation(getfh)), 4)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -71,6 +79,5 @@ func (c *nfsClient) writer4(export, file string) (handle []byte, w *writer) {
 			}
 			return got[8 : 8+binary.BigEndian.Uint32(got[4:])], nil
 		},
-		path: func(piece int) (string, int64) { return file, int64(piece) * 4096 },
 	}
 }

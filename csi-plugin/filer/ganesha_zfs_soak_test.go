@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -83,6 +84,21 @@ echo all passed
 			t.Fatal(err)
 		}
 	}
+	ganeshaSystem(t, job, "zfs", "/usr/bin/nfs-ls", "/usr/bin/nfs-cat", "/usr/bin/nfs-cp")
+	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(lab, "run", job)
+	cmd.Env = append(os.Environ(), "ZFSLAB_TIMEOUT=1200")
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "all passed") {
+		t.Fatal(fmt.Errorf("%w\n%s", err, out[max(0, len(out)-16<<10):]))
+	}
+}
+
+// ganeshaSystem puts into a machine's job what NFS-Ganesha, and more programs of this host, need there: "cp -a system/. /".
+func ganeshaSystem(t testing.TB, job, hostname string, more ...string) {
+	t.Helper()
 	system := filepath.Join(job, "system")
 	add := func(path string) {
 		t.Helper()
@@ -106,7 +122,7 @@ echo all passed
 	if err != nil || len(vfs) == 0 || len(plugins) == 0 {
 		t.Fatalf("no libfsalvfs.so, or no nsswitch.so (%v): apt-get install nfs-ganesha nfs-ganesha-vfs libnfs-utils", err)
 	}
-	for _, program := range append(append(vfs, plugins...), "/usr/bin/ganesha.nfsd", "/usr/bin/nfs-ls", "/usr/bin/nfs-cat", "/usr/bin/nfs-cp") {
+	for _, program := range slices.Concat(vfs, plugins, []string{"/usr/bin/ganesha.nfsd"}, more) {
 		add(program)
 		out, err := exec.Command("ldd", program).CombinedOutput()
 		if err != nil {
@@ -119,18 +135,9 @@ echo all passed
 		}
 	}
 	add("/etc/netconfig")
-	for name, text := range map[string]string{"hosts": "127.0.0.1 localhost zfs\n", "passwd": "root:x:0:0::/:/bin/sh\n", "idmapd.conf": "", "nsswitch.conf": "passwd: files\n"} {
+	for name, text := range map[string]string{"hosts": "127.0.0.1 localhost " + hostname + "\n", "passwd": "root:x:0:0::/:/bin/sh\n", "idmapd.conf": "", "nsswitch.conf": "passwd: files\n"} {
 		if err := os.WriteFile(filepath.Join(system, "etc", name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(lab, "run", job)
-	cmd.Env = append(os.Environ(), "ZFSLAB_TIMEOUT=1200")
-	out, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "all passed") {
-		t.Fatal(fmt.Errorf("%w\n%s", err, out[max(0, len(out)-16<<10):]))
 	}
 }

@@ -36,6 +36,7 @@ import (
 type machine struct {
 	*pair
 	name, address string
+	engine        string
 	servers       *servers
 	net           *http.Client
 	qemu          *exec.Cmd
@@ -188,11 +189,13 @@ func (m *machine) lostAddress() {
 	})
 }
 
-// zfsDrills are what happens to the active filer, or its machine. boot ends a machine and starts it again.
-var zfsDrills = []struct {
+type zfsDrill struct {
 	name string
 	do   func(active, other *machine, boot func(*machine))
-}{
+}
+
+// zfsDrills are what happens to the active filer, or its machine. boot ends a machine and starts it again.
+var zfsDrills = []zfsDrill{
 	{"switched", func(active, _ *machine, _ func(*machine)) { active.must("./cradle-filer switch") }},
 	{"killed", func(active, _ *machine, _ func(*machine)) {
 		active.must("kill -9 " + active.pids("cradle-filer serve"))
@@ -379,7 +382,18 @@ func (m *machine) serves() {
 // TestVMSoakFilerZFS: two machines have one disk with a zpool, and a filer each. Again and again something of zfsDrills happens to the active one, or its machine, its disk,
 // its network, or Consul, while clients write: nothing that was acknowledged is lost or becomes older, no client sees more than a pause, and never have both the zpool imported,
 // nor does one get it by force while the other has it.
-func TestVMSoakFilerZFS(t *testing.T) { zfsFailOver(t, 2*len(zfsDrills)) }
+func TestVMSoakFilerZFS(t *testing.T) {
+	var names []string
+	for _, d := range zfsDrills {
+		names = append(names, d.name)
+	}
+	zfsFailOver(t, embedded, append(names, names...))
+}
+
+// TestVMSoakGaneshaFilerZFS: the same with NFS-Ganesha, whose calls wait in a zpool that is suspended, as do those of the filer's.
+func TestVMSoakGaneshaFilerZFS(t *testing.T) {
+	zfsFailOver(t, byGanesha, []string{"switched", "disk silent", "killed", "disk silent, and killed", "disk gone", "host lost"})
+}
 
 // machines are two that have a disk with a zpool, and a filer of their set each, with the volume vol.
 type machines struct {
@@ -389,7 +403,7 @@ type machines struct {
 	both      [2]*machine
 }
 
-func newMachines(t *testing.T) *machines {
+func newMachines(t *testing.T, engine string) *machines {
 	root, err := programs.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -436,7 +450,7 @@ func newMachines(t *testing.T) *machines {
 	client := &http.Client{Transport: &http.Transport{DialContext: p.dial, DisableKeepAlives: true}, Timeout: 3 * time.Minute}
 	var both [2]*machine
 	for i, name := range []string{"a", "b"} {
-		m := &machine{pair: p, name: name, address: fmt.Sprintf("10.77.0.%d", i+1), servers: consul, net: client}
+		m := &machine{pair: p, name: name, engine: engine, address: fmt.Sprintf("10.77.0.%d", i+1), servers: consul, net: client}
 		both[i] = m
 		p.ip("-n", p.ns("sw"), "tuntap", "add", name, "mode", "tap")
 		p.ip("-n", p.ns("sw"), "link", "set", "dev", name, "master", "bridge0", "up")
@@ -489,8 +503,8 @@ func (ms *machines) active() (active, other *machine) {
 	return ms.both[0], ms.both[1]
 }
 
-func zfsFailOver(t *testing.T, rounds int) {
-	ms := newMachines(t)
+func zfsFailOver(t *testing.T, engine string, rounds []string) {
+	ms := newMachines(t, engine)
 	p, both, active := ms.pair, ms.both, ms.active
 	var g sync.WaitGroup
 	a, _ := active()
@@ -531,12 +545,16 @@ func zfsFailOver(t *testing.T, rounds int) {
 			t.Errorf("by S3 the snapshot has %q, %v", text, err)
 		}
 	}
-	handle := nfs.open(pub.Export, "nfs")
+	var overNFS *writer
+	if engine == embedded {
+		_, overNFS = nfs.writer3(pub.Export, "nfs")
+		overNFS.path = nil
+	} else {
+		a.must("touch /run/cradle/filer/volumes/vol/nfs")
+		_, overNFS = nfs.writes4(pub.Export, "nfs")
+	}
 	writers := []*writer{
-		{
-			name: "NFS", write: func(piece int, b []byte) error { return nfs.write(handle, piece*4096, b, piece%2 == 0) },
-			read: func(piece int) ([]byte, error) { return nfs.read(handle, piece*4096, len(content("NFS", piece, 1))) },
-		},
+		overNFS,
 		{
 			name: "WebDAV", write: func(piece int, b []byte) error {
 				_, err := ask(dav, grant, http.MethodPut, fmt.Sprint("dav-", piece), b, nil, http.StatusCreated, http.StatusNoContent)
@@ -565,8 +583,8 @@ func zfsFailOver(t *testing.T, rounds int) {
 	})
 	progress := func() { t.Helper(); p.eventually("the writers go on", goingOn(t, writers)) }
 	pauses := map[string][]time.Duration{}
-	for round := range rounds {
-		d := zfsDrills[round%len(zfsDrills)]
+	for round, name := range rounds {
+		d := zfsDrills[slices.IndexFunc(zfsDrills, func(d zfsDrill) bool { return d.name == name })]
 		t.Run(d.name, func(t *testing.T) {
 			p.t = t
 			progress()
@@ -664,11 +682,15 @@ func (m *machine) prepare() {
 			m.t.Fatal(err)
 		}
 	}
+	if m.engine == byGanesha {
+		ganeshaSystem(m.t, job, m.name)
+	}
 	run := fmt.Sprintf(`set -e
+[ ! -d system ] || cp -a system/. /
 hostname %[1]s
 printf '%[2]s' >/etc/hostid
 ip addr flush dev eth0; ip addr add %[3]s/24 dev eth0
-echo 127.0.0.1 localhost >/etc/hosts
+echo 127.0.0.1 localhost %[1]s >/etc/hosts
 httpd -p 8080 -h /job
 ./consul agent -node=%[1]s -bind=%[3]s -retry-join=10.77.0.3 -retry-join=10.77.0.5 -retry-join=10.77.0.6 -retry-interval=1s -data-dir=/consul -log-level=warn &
 echo 500 >/sys/module/zfs/parameters/zfs_multihost_interval # as docs/nfs.md has it
@@ -681,10 +703,10 @@ chmod +x /wrapped/zpool
 export PATH=/wrapped:$PATH
 until [ -e /start ]; do sleep 0.2; done
 while :; do
-  GOTRACEBACK=all ./cradle-filer serve --set files --member %[1]s --backend zfs --pool tank/cradle --peers-key peers.key --floating %[4]s/24@eth0 --webdav :8443 --s3 :9000 --tls-cert tls.crt --tls-key tls.key --rate 0 --metrics :9810 || true
+  GOTRACEBACK=all ./cradle-filer serve --set files --member %[1]s --backend zfs --pool tank/cradle --peers-key peers.key --floating %[4]s/24@eth0 --webdav :8443 --s3 :9000 --tls-cert tls.crt --tls-key tls.key --rate 0 --metrics :9810 --engine %[5]s || true
   sleep 0.5
 done
-`, m.name, m.hostID(), m.address, serviceAddress)
+`, m.name, m.hostID(), m.address, serviceAddress, m.engine)
 	cgi := "#!/bin/sh\nexport PATH=/wrapped:$PATH\nprintf 'Content-Type: text/plain\\r\\n\\r\\n'\ncd /job\nsh 2>&1\necho \"exit $?\"\n"
 	if err := errors.Join(os.WriteFile(filepath.Join(job, "run.sh"), []byte(run), 0o755), os.WriteFile(filepath.Join(job, "cgi-bin/run"), []byte(cgi), 0o755)); err != nil {
 		m.t.Fatal(err)
