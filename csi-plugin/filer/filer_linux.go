@@ -196,6 +196,15 @@ func (f *filer) mount(ctx context.Context, source volume.Source, root string) er
 	return mount.Place(ctx, source.Device, source.Directory, source.FSType, root, o)
 }
 
+// answers refuses to touch a volume whose storage is known to answer nothing: an unmount would have no end, and keep all other volumes' publications and grants waiting.
+func (f *filer) answers(ctx context.Context, id string) error {
+	_, err := f.backend.Get(ctx, id)
+	if errors.Is(err, volume.ErrUnavailable) {
+		return err
+	}
+	return nil
+}
+
 // release undoes that, unless somebody has the volume besides those publications and grants that are just ending.
 func (f *filer) release(ctx context.Context, id string, ending int) error {
 	users := 0
@@ -212,6 +221,9 @@ func (f *filer) release(ctx context.Context, id string, ending int) error {
 		}
 	}
 	if err := errors.Join(err, gerr); err != nil || users > ending || f.entered[id] {
+		return err
+	}
+	if err := f.answers(ctx, id); err != nil {
 		return err
 	}
 	root := f.root(id)

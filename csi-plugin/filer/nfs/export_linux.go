@@ -23,6 +23,7 @@ type exported struct {
 	gone bool
 	slow atomic.Bool // its file system can't say whether reading would wait
 	limits
+	stuck   atomic.Int64 // calls that the storage keeps
 	replied *replies
 
 	opening   sync.Mutex // a snapshot

@@ -820,6 +820,115 @@ func TestRootCrowd(t *testing.T) {
 	}
 }
 
+// Volumes whose storage answers nothing keep waiting who uses them, and nobody else: neither the clients of other volumes, nor the same clients, which have all their mounts
+// in one connection.
+func TestRootStuck(t *testing.T) {
+	w := serve(t)
+	c := w.client(asRoot)
+	answers := make(chan struct{})
+	answer := sync.OnceFunc(func() { close(answers) })
+	t.Cleanup(answer) // before the server's end, which waits for them
+	lookup := func(root []byte) []byte {
+		return newCall(programNFS, 3, procLookup, asRoot, func(e *encoder) { e.opaque(root); e.opaque([]byte(snapshots.Dir)) })
+	}
+	const volumes = maxWorking/maxWorkingInOne + 1
+	var roots [volumes][]byte
+	for i := range roots {
+		dir := filepath.Join(w.above, fmt.Sprint("stuck", i))
+		if err := os.Mkdir(dir, 0o777); err != nil {
+			t.Fatal(err)
+		}
+		x := w.export
+		x.Path, x.Volume, x.Root = fmt.Sprintf("/stuck%d/0123456789", i), fmt.Sprint("stuck", i), dir
+		x.Snapshots = &snapshots.Source{List: func() ([]snapshots.Snapshot, error) { <-answers; return nil, nil }}
+		if err := w.server.Export(x); err != nil {
+			t.Fatal(err)
+		}
+		var s status
+		if s, roots[i] = c.mount(x.Path); s != ok {
+			t.Fatalf("mount: %d", s)
+		}
+	}
+	send := func(c *client, root []byte) {
+		if _, err := c.conn.Write(seal(append(make([]byte, 4), lookup(root)...))); err != nil {
+			t.Error(err)
+		}
+	}
+	goesOn := func(who string, c *client, root []byte) {
+		t.Helper()
+		c.conn.SetDeadline(time.Now().Add(time.Minute))
+		defer c.conn.SetDeadline(time.Time{})
+		if s, _ := c.on(procGetattr, root, nil); s != ok {
+			t.Errorf("%s: %d", who, s)
+		}
+	}
+	for _, root := range roots { // more than are done in each, and altogether; and more than are done of this connection
+		for range maxWorkingInOne {
+			send(c, root)
+		}
+	}
+	goesOn("another client", w.client(asRoot), c.root)
+	goesOn("the same client", c, c.root)
+	// As many as there are of that volume are being done: who comes later is to ask again later.
+	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		if w.server.stuck.Load() == volumes*maxWorkingInOne {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d calls are known to be stuck, of %d", w.server.stuck.Load(), volumes*maxWorkingInOne)
+		}
+	}
+	other := w.dial(asRoot)
+	if reply, err := other.try(lookup(roots[0])); err != nil || !bytes.HasSuffix(reply, []byte{0, 0, byte(errJukebox >> 8), byte(errJukebox & 0xff), 0, 0, 0, 0}) {
+		t.Errorf("one more is answered %x, %v", reply, err)
+	}
+	if err := w.server.Unexport("/stuck0/0123456789"); !errors.Is(err, errStuck) {
+		t.Errorf("the end of an export that can't end says %v", err)
+	}
+	answer()
+	for range volumes * maxWorkingInOne {
+		n, err := readLength(c.r)
+		if err == nil {
+			_, err = c.r.Discard(n)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	goesOn("the same client, when all is well again", c, roots[1])
+	if n := w.server.stuck.Load(); n != 0 {
+		t.Errorf("%d calls are stuck still", n)
+	}
+}
+
+// A call that is done where calls are read, as it is to take no time, and takes some, keeps no other call of its connection.
+func TestRootLate(t *testing.T) {
+	w := serve(t)
+	answers, begun := make(chan struct{}), make(chan struct{}, 1)
+	answer := sync.OnceFunc(func() { close(answers) })
+	w.server.Done = func(procedure, _ string, _, _ int) {
+		if procedure == "GETATTR" {
+			select {
+			case begun <- struct{}{}:
+				<-answers
+			default:
+			}
+		}
+	}
+	c := w.client(asRoot)
+	t.Cleanup(answer)
+	for i := range 3 { // the first of them is kept at its end
+		c.conn.SetDeadline(time.Now().Add(time.Minute))
+		if s, _ := c.on(procGetattr, c.root, nil); s != ok {
+			t.Fatalf("call %d: %d", i, s)
+		}
+	}
+	answer()
+	if s, _ := c.on(procGetattr, c.root, nil); s != ok {
+		t.Errorf("after all: %d", s)
+	}
+}
+
 // A directory of many files is listed whole, each name once, whatever is removed meanwhile.
 func TestRootList(t *testing.T) {
 	w := serve(t)

@@ -26,13 +26,21 @@ import (
 // not others'. Who has no file handle holds a connection and its buffer.
 const (
 	maxConnections, maxConnectionsOfOne = 16384, 2048 // of one address
-	maxCalls                            = 128         // of one connection, at the same time
+	maxCalls, maxKept                   = 128, 1024   // of one connection, at the same time, and others that the storage keeps
 
 	maxWorking, maxWorkingInOne = 256, 64             // calls that are being done
 	maxCalling, maxCallingInOne = 512 << 20, 64 << 20 // bytes of calls
 	maxReplies, maxRepliesInOne = 512 << 20, 64 << 20 // bytes of replies
 
 	patience = time.Minute // with a client that does not go on in the middle of a call or reply
+)
+
+// A call that the storage keeps, as a disk or a zpool that answers nothing does, may have no end. Connections and the server go on without it: clients have all their mounts
+// of a server in one connection.
+const (
+	readsOn  = 100 * time.Millisecond // after which others of its connection are read although it was to be done by then
+	stuck    = 10 * time.Second       // after which it counts no longer among those that are being done
+	maxStuck = 4096                   // of which so many are left alone at most: each has a thread
 )
 
 // limits are of one export, or of all.
@@ -66,6 +74,7 @@ type Server struct {
 
 	connections connections
 	limits
+	stuck atomic.Int64 // calls that the storage keeps
 }
 
 // connections are counted by address.
@@ -140,7 +149,14 @@ func (s *Server) Unexport(path string) error {
 		delete(s.replied, path)
 	}
 	s.mu.Unlock()
-	return x.end()
+	ended := make(chan error, 1)
+	go func() { ended <- x.end() }()
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(stuck):
+		return fmt.Errorf("export of volume %s: %w: nobody begins another one, and those have no end before it answers", x.Volume, errStuck)
+	}
 }
 
 // Close ends all exports.
@@ -251,6 +267,10 @@ type conversation struct {
 	conn   net.Conn
 	client netip.Addr
 
+	calls *semaphore.Weighted // that are being done
+	kept  atomic.Int64        // others, which the storage keeps
+	group sync.WaitGroup
+
 	replied sync.Mutex
 	until   time.Time // the client has to take a reply
 }
@@ -267,10 +287,20 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 		}
 	})
 	defer stop()
-	calls := semaphore.NewWeighted(maxCalls)
-	var g sync.WaitGroup
-	defer g.Wait()
-	r := bufio.NewReaderSize(conn, smallCall)
+	c.calls = semaphore.NewWeighted(maxCalls)
+	defer c.group.Wait()
+	c.listen(ctx, bufio.NewReaderSize(conn, smallCall))
+}
+
+// listen reads the calls. Where one that it does itself is kept by the storage, another goroutine reads on, and this one ends with the call.
+func (c *conversation) listen(ctx context.Context, r *bufio.Reader) {
+	goesOn := make(chan struct{})
+	late := time.AfterFunc(time.Hour, func() {
+		c.group.Go(func() { c.listen(ctx, r) })
+		close(goesOn)
+	})
+	defer late.Stop()
+	late.Stop()
 	for {
 		record, release, err := c.read(ctx, r)
 		if err == nil && record == nil {
@@ -278,26 +308,68 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 		}
 		if err != nil {
 			if errors.Is(err, errRecord) {
-				s.log.Warn("a client that does not speak NFS", "client", c.client, "error", err)
+				c.log.Warn("a client that does not speak NFS", "client", c.client, "error", err)
 			}
 			return
 		}
 		if r.Buffered() == 0 && len(record) <= smallCall {
-			if err = c.answer(ctx, record, false); !errors.Is(err, errWait) {
+			late.Reset(readsOn)
+			err = c.answer(ctx, record, false)
+			superseded := !late.Stop()
+			if !errors.Is(err, errWait) {
 				release()
 				c.ends(ctx, err)
+			}
+			if superseded {
+				<-goesOn
+				if errors.Is(err, errWait) {
+					c.ends(ctx, c.answer(ctx, record, true))
+					release()
+				}
+				return
+			}
+			if !errors.Is(err, errWait) {
 				continue
 			}
 		}
-		if calls.Acquire(ctx, 1) != nil {
+		if c.calls.Acquire(ctx, 1) != nil {
 			release()
 			return
 		}
-		g.Go(func() {
-			defer calls.Release(1)
+		c.group.Go(func() {
+			left := false
+			ended := whenStuck(func() {
+				if left = c.kept.Add(1) <= maxKept; left {
+					c.calls.Release(1)
+				}
+			})
+			defer func() {
+				if ended() {
+					c.kept.Add(-1)
+				}
+				if !left {
+					c.calls.Release(1)
+				}
+			}()
 			defer release()
 			c.ends(ctx, c.answer(ctx, record, true))
 		})
+	}
+}
+
+// whenStuck does something if what begins now lasts so long that it may have no end. ended is called at its end, and says whether it was done.
+func whenStuck(do func()) (ended func() bool) {
+	done := make(chan struct{})
+	late := time.AfterFunc(stuck, func() {
+		defer close(done)
+		do()
+	})
+	return func() bool {
+		if late.Stop() {
+			return false
+		}
+		<-done
+		return true
 	}
 }
 
@@ -343,18 +415,22 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		}
 		e := c.exportOf(call).export
 		if e == nil {
-			return nil, nil, c.passOver(r, n, call)
+			return nil, nil, c.passOver(r, n, call, errStale)
 		}
-		of = []limits{e.limits, c.limits}
-	}
-	takes := int64(room(n))
-	for i, l := range of {
-		if err := l.calling.Acquire(ctx, takes); err != nil {
-			for _, l := range of[:i] {
-				l.calling.Release(takes)
+		of = []limits{c.limits, e.limits}
+		if err := e.memory(ctx, int64(room(n))); err != nil {
+			if errors.Is(err, errStuck) {
+				err = c.passOver(r, n, call, errJukebox)
 			}
 			return nil, nil, err
 		}
+	}
+	takes := int64(room(n))
+	if err := c.calling.Acquire(ctx, takes); err != nil {
+		for _, l := range of[1:] {
+			l.calling.Release(takes)
+		}
+		return nil, nil, err
 	}
 	record = take(n)
 	release = func() {
@@ -370,13 +446,35 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 	return record, release, nil
 }
 
-// passOver answers a WRITE without a valid handle, such as of an export that has ended, and keeps nothing of it.
-func (c *conversation) passOver(r *bufio.Reader, n int, call call) error {
+// errStuck is that the storage keeps calls, and with them what is needed.
+var errStuck = errors.New("the storage keeps calls that have begun")
+
+// memory takes some for a call. It gives up where that which others have may not be given back.
+func (x *exported) memory(ctx context.Context, n int64) error {
+	for !x.calling.TryAcquire(n) {
+		if x.stuck.Load() > 0 {
+			return errStuck
+		}
+		short, cancel := context.WithTimeout(ctx, time.Second)
+		err := x.calling.Acquire(short, n)
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// passOver answers a WRITE without a valid handle, such as of an export that has ended, or one that there is no memory for, and keeps nothing of it.
+func (c *conversation) passOver(r *bufio.Reader, n int, call call, s status) error {
 	if _, err := r.Discard(n); err != nil {
 		return err
 	}
 	e := accept(call.xid, acceptSuccess)
-	e.uint32(uint32(errStale))
+	e.uint32(uint32(s))
 	for range nfsProcedures[procWrite].absent {
 		e.uint32(0)
 	}
@@ -547,16 +645,52 @@ func (x *exchange) done(ctx context.Context) ([]byte, error) {
 			}
 			x.reserved[i] = l.replies
 		}
+		if e.stuck.Load() >= maxWorkingInOne {
+			return x.putOff(), nil
+		}
 		if err := x.acquire(ctx, e.working, 1); err != nil {
 			return nil, err
 		}
 		defer e.working.Release(1)
+		if err := x.acquire(ctx, x.working, 1); err != nil {
+			return nil, err
+		}
+		left := false
+		ended := whenStuck(func() {
+			e.stuck.Add(1)
+			if left = x.conversation.stuck.Add(1) <= maxStuck; left {
+				x.working.Release(1)
+			}
+		})
+		defer func() {
+			if ended() {
+				e.stuck.Add(-1)
+				x.conversation.stuck.Add(-1)
+			}
+			if !left {
+				x.working.Release(1)
+			}
+		}()
+		return x.reply()
 	}
 	if err := x.acquire(ctx, x.working, 1); err != nil {
 		return nil, err
 	}
 	defer x.working.Release(1)
 	return x.reply()
+}
+
+// putOff has the client ask again later.
+func (x *exchange) putOff() []byte {
+	e := accept(x.xid, acceptSuccess)
+	e.uint32(uint32(errJukebox))
+	if x.proc < uint32(len(nfsProcedures)) {
+		for range nfsProcedures[x.proc].absent {
+			e.uint32(0)
+		}
+	}
+	x.outcome, x.later = errJukebox, true
+	return e.b
 }
 
 // acquire takes some of what there is, as soon as there is so much.
