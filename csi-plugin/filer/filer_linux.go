@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -309,15 +311,12 @@ func (f *filer) placeAll(ctx context.Context, publications []api.Publication, gr
 	if !ok || len(wanted) == 0 {
 		return nil
 	}
-	sources, err := b.StageFiles(ctx)
+	maps.DeleteFunc(wanted, func(_ string, wants bool) bool { return !wants })
+	sources, err := b.StageFiles(ctx, slices.Collect(maps.Keys(wanted)))
 	var g errgroup.Group
 	g.SetLimit(placesAtOnce)
 	var mu sync.Mutex
-	for id, wants := range wanted {
-		source, is := sources[id]
-		if !is || !wants {
-			continue
-		}
+	for id, source := range sources {
 		g.Go(func() error {
 			err := f.mount(ctx, source, f.root(id))
 			if err == nil {

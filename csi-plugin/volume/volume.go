@@ -111,8 +111,9 @@ type Expander interface {
 
 // A FilesStager stages many volumes faster than one by one.
 type FilesStager interface {
-	// StageFiles is Stage, for files, of all volumes that it can stage so by one look at the storage. Why another one can't be staged, Stage says.
-	StageFiles(ctx context.Context) (map[string]Source, error)
+	// StageFiles says where those of these volumes are, each of which has been staged for files before, that need nothing but to be mounted. One that can't be mounted is to
+	// be staged by itself, which says why.
+	StageFiles(ctx context.Context, ids []string) (map[string]Source, error)
 }
 
 // A Scheduler keeps with a volume what of its automatic snapshots is kept.

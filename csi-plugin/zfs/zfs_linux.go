@@ -405,15 +405,22 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (volume.
 	return source, nil
 }
 
-// StageFiles is volume.FilesStager's: a file volume is staged by knowing it.
-func (b *Backend) StageFiles(ctx context.Context) (map[string]volume.Source, error) {
-	all, err := b.list(ctx)
+// StageFiles is volume.FilesStager's. Where there is one pool, a file system can only be there: ZFS is not asked, which takes a program.
+func (b *Backend) StageFiles(ctx context.Context, ids []string) (map[string]volume.Source, error) {
 	sources := map[string]volume.Source{}
-	for _, f := range all {
-		if f.Block() || f.Direct || sources[f.id()].Device != "" {
-			continue
+	if len(b.pools) == 1 {
+		for _, id := range ids {
+			if volume.ValidName(id) {
+				sources[id] = volume.Source{Device: b.pools[0].Dataset + "/" + id, FSType: mount.ZFS}
+			}
 		}
-		sources[f.id()] = volume.Source{Device: f.dataset, FSType: mount.ZFS}
+		return sources, nil
+	}
+	all, err := b.list(ctx)
+	for _, f := range all {
+		if slices.Contains(ids, f.id()) && !f.Block() && !f.Direct && sources[f.id()].Device == "" {
+			sources[f.id()] = volume.Source{Device: f.dataset, FSType: mount.ZFS}
+		}
 	}
 	return sources, err
 }
