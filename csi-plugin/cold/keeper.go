@@ -158,6 +158,8 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state) {
 	c, sent, err := k.save(ctx, v, s)
 	switch {
 	case ctx.Err() != nil: // it goes on after the next start
+	case errors.Is(err, volume.ErrDeleted):
+		k.log.Info("cold storage: the volume is deleted, and not copied any more", "volume", v.ID)
 	case err != nil:
 		k.copies.WithLabelValues("failed").Inc()
 		k.log.Warn("cold storage: trying again in a minute", "volume", v.ID, "error", err)

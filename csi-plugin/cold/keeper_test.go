@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -90,5 +91,46 @@ func TestWaited(t *testing.T) {
 	}
 	if info, err := v.Info(t.Context(), c); err != nil || info.Content != volume.Guest {
 		t.Errorf("the copy says of the content %q, %v", info.Content, err)
+	}
+}
+
+// deleted is a backend whose volume is deleted while it is read.
+type deleted struct{ *snapshots }
+
+func (d deleted) Open(ctx context.Context, id, since volume.SnapshotID) (*volume.Blocks, error) {
+	b, err := d.snapshots.Open(ctx, id, since)
+	b.ReaderAt = d
+	return b, err
+}
+
+func (d deleted) ReadAt(p []byte, off int64) (int, error) {
+	if off >= 3*chunkSize {
+		return 0, fmt.Errorf("volume v: %w", volume.ErrDeleted)
+	}
+	return copy(p, d.data[off:]), nil
+}
+
+// A volume that is deleted while it is copied leaves no copy, half or whole, and is no failure. What is made anew under its name is copied.
+func TestDeletedWhileCopied(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	only := snapshot(1)
+	only.Automatic = true
+	source := &snapshots{all: []volume.Snapshot{only}, data: random(1, 5*chunkSize), now: vol}
+	k := NewKeeper(deleted{source}, v, slog.New(slog.DiscardHandler), nil, used)
+	k.copy(t.Context(), vol, &state{})
+	if n := testutil.ToFloat64(k.copies.WithLabelValues("failed")); n != 0 {
+		t.Errorf("%v failures", n)
+	}
+	if all, err := v.Copies(t.Context(), ""); err != nil || len(all) != 0 {
+		t.Errorf("it is copied: %v, %v", all, err)
+	}
+	source.now.Created = vol.Created.Add(time.Hour)
+	k.source = source
+	c, _, err := k.save(t.Context(), source.now, &state{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.Verify(t.Context(), c, &sync.Map{}, func(err error) { t.Error(err) }); err != nil {
+		t.Error(err)
 	}
 }

@@ -431,7 +431,13 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 			return fmt.Errorf("delete volume %s: %w: it has the snapshot %s; delete that first", id, volume.ErrInUse, snap.id())
 		}
 	}
-	if err := f.pool.remove(id); err != nil {
+	waiting, cancel := volume.Reclaiming(ctx)
+	defer cancel()
+	err = mount.Reclaim(waiting, lock, id, nil) // else the image's room would be taken for as long as it is copied, and what has its name by then would not be
+	if err == nil {
+		err = f.pool.remove(id)
+	}
+	if err != nil {
 		return fmt.Errorf("delete volume %s: %w", id, storageError(err))
 	}
 	return nil

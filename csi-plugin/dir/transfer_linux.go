@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 
@@ -27,28 +26,19 @@ func (b *Backend) Open(ctx context.Context, id, _ volume.SnapshotID) (*volume.Bl
 	if err != nil {
 		return nil, err
 	}
-	lock, err := b.lock(ctx, copying+id.Volume)
+	locks, err := b.locks()
+	if err != nil {
+		return nil, errors.Join(err, image.Close())
+	}
+	lease, err := mount.Lend(ctx, locks, id.Volume, fmt.Errorf("volume %s: %w", id.Volume, volume.ErrDeleted))
 	if err != nil {
 		return nil, errors.Join(err, image.Close())
 	}
 	data, err := dataOf(image, f.size)
-	if err != nil {
-		return nil, errors.Join(err, image.Close(), lock.Close())
+	if err = errors.Join(err, lease.Read(image, func() error { return nil })); err != nil {
+		return nil, errors.Join(err, lease.Close())
 	}
-	return &volume.Blocks{ReaderAt: image, Closer: closers{image, lock}, Size: f.size, Data: data, Whole: true}, nil
-}
-
-// copying + a volume's name is a lock of whoever copies it to cold storage: no volume has a colon in its name.
-const copying = "copy:"
-
-type closers []io.Closer
-
-// Close is io.Closer's.
-func (all closers) Close() (err error) {
-	for _, c := range all {
-		err = errors.Join(err, c.Close())
-	}
-	return err
+	return &volume.Blocks{ReaderAt: lease, Closer: lease, Size: f.size, Data: data, Whole: true}, nil
 }
 
 // dataOf are the ranges of a file that are no holes.

@@ -43,6 +43,11 @@ func lockOffset(name string) int64 {
 // Locks is the file of a backend's locks, which Lock takes.
 type Locks string
 
+// Open opens the file: locks that are taken by that end with it.
+func (l Locks) Open() (*os.File, error) {
+	return os.OpenFile(string(l), os.O_RDWR|os.O_CREATE, 0o600)
+}
+
 // Take takes the locks of these names until unlock. The programs that run with the context which it returns, and are given what Held has, have them as well:
 // they outlast this process where those do.
 func (l Locks) Take(ctx context.Context, names ...string) (held context.Context, unlock func(), err error) {
@@ -51,7 +56,7 @@ func (l Locks) Take(ctx context.Context, names ...string) (held context.Context,
 
 // TakeUnless is Take that gives up with the error of hopeless, which is asked every second while somebody else has the locks.
 func (l Locks) TakeUnless(ctx context.Context, hopeless func() error, names ...string) (held context.Context, unlock func(), err error) {
-	f, err := os.OpenFile(string(l), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := l.Open()
 	if err == nil {
 		f, err = lock(ctx, f, hopeless, names...)
 	}

@@ -125,7 +125,7 @@ type Scheduler interface {
 // A Sender opens snapshots of block volumes to be copied elsewhere.
 type Sender interface {
 	// Open opens a snapshot's blocks. Where it can, it tells them apart from those of since, an earlier snapshot of the same volume; the zero
-	// value is none. ErrNotFound is a snapshot that is not there.
+	// value is none. ErrNotFound is a snapshot that is not there. Who deletes the volume waits for nobody that reads it: reading ends with an ErrDeleted then.
 	Open(ctx context.Context, id, since SnapshotID) (*Blocks, error)
 }
 

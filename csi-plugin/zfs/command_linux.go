@@ -70,7 +70,7 @@ func command(ctx context.Context, name string, args ...string) (string, error) {
 	return out.String(), err
 }
 
-// stream runs the program zfs, and gives what it writes to read as it comes.
+// stream runs the program zfs, and gives what it writes to read as it comes, until the context ends.
 func stream(ctx context.Context, read func(io.Reader) error, args ...string) error {
 	return execute(ctx, func(cmd *exec.Cmd, zpool string) error {
 		out, err := cmd.StdoutPipe()
@@ -87,7 +87,11 @@ func stream(ctx context.Context, read func(io.Reader) error, args ...string) err
 				out.Close()
 			}
 		})
+		stop := context.AfterFunc(ctx, func() { out.Close() })
 		rerr := read(out)
+		if !stop() && rerr != nil {
+			rerr = context.Cause(ctx)
+		}
 		close(whole)
 		watch.Wait()
 		if rerr != nil {

@@ -249,7 +249,7 @@ func (f *found) sweep(ctx context.Context) error {
 // drop removes a snapshot. One that clones need goes with the last of them, and until then has another name; so has one that somebody looks at.
 func (s snap) drop(ctx context.Context) error {
 	_, err := zfs(ctx, "destroy", s.name)
-	looked := errors.Is(err, errBusy) && !s.hidden() && !s.Block()
+	looked := errors.Is(err, errBusy) && !s.hidden()
 	if !errors.Is(err, errChildren) && !looked {
 		return err
 	}
@@ -409,7 +409,7 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 	defer unlock()
 	f, err := b.find(ctx, id)
 	if err == nil {
-		err = f.remove(ctx)
+		err = b.remove(ctx, f)
 	} else if errors.Is(err, volume.ErrNotFound) {
 		err = nil
 		for _, p := range b.pools { // what an interrupted Receive left
@@ -422,7 +422,7 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 	return nil
 }
 
-func (f *found) remove(ctx context.Context) error {
+func (b *Backend) remove(ctx context.Context, f *found) error {
 	if err := f.unused(ctx); err != nil {
 		return err
 	}
@@ -433,6 +433,11 @@ func (f *found) remove(ctx context.Context) error {
 	for _, s := range all {
 		if s.ours() && !s.Automatic {
 			return fmt.Errorf("%w: it has the snapshot %s; delete that first", volume.ErrInUse, s.id())
+		}
+	}
+	if f.Block() {
+		if err := b.reclaim(ctx, f); err != nil {
+			return err
 		}
 	}
 	for _, s := range all {
@@ -446,6 +451,17 @@ func (f *found) remove(ctx context.Context) error {
 		}
 	}
 	return f.destroy(ctx)
+}
+
+// reclaim ends a copy to cold storage: what is read for it would be in the way of a deletion. It does not begin again before the context's locks end.
+func (b *Backend) reclaim(ctx context.Context, f *found) error {
+	waiting, cancel := volume.Reclaiming(ctx)
+	defer cancel()
+	err := mount.Reclaim(waiting, mount.Held(ctx), f.id(), func() error { return Suspended(zpool(f.dataset)) })
+	if err != nil {
+		return err
+	}
+	return f.copied().destroy(ctx) // what one that was killed has left
 }
 
 // independent makes no clone depend on a volume. One that is promoted takes the snapshots with it that it needs; they go with what else

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
@@ -15,25 +16,30 @@ import (
 
 // Datasets in a pool that are no volumes have a name that no volume can have: zfs allows the colon, ValidName does not.
 const (
-	copying   = "copy:"    // + a volume's name: a clone of the snapshot that is read
-	receiving = "receive:" // + a volume's name: it is not whole yet
+	copying   = mount.Copying // + a volume's name: a clone of the snapshot that is read
+	receiving = "receive:"    // + a volume's name: it is not whole yet
 )
 
 // Open is volume.Sender's. What differs is what "zfs send" would send; it is read from a clone of the snapshot, whose device is there without
 // those of all other snapshots.
 func (b *Backend) Open(ctx context.Context, id, since volume.SnapshotID) (*volume.Blocks, error) {
-	held, unlock, err := b.locks.Take(ctx, copying+id.Volume)
+	locks, err := b.locks.Open()
 	if err != nil {
 		return nil, err
 	}
-	blocks, err := b.open(held, id, since, unlock)
+	lease, err := mount.Lend(ctx, locks, id.Volume, fmt.Errorf("volume %s: %w", id.Volume, volume.ErrDeleted))
 	if err != nil {
-		unlock()
+		return nil, err
 	}
-	return blocks, err
+	blocks, err := b.open(lease, id, since)
+	if err != nil {
+		return nil, errors.Join(err, lease.Close())
+	}
+	return blocks, nil
 }
 
-func (b *Backend) open(ctx context.Context, id, since volume.SnapshotID, unlock func()) (*volume.Blocks, error) {
+func (b *Backend) open(lease *mount.Lease, id, since volume.SnapshotID) (*volume.Blocks, error) {
+	ctx := lease.Context()
 	f, err := b.find(ctx, id.Volume)
 	if err != nil {
 		return nil, err
@@ -45,7 +51,7 @@ func (b *Backend) open(ctx context.Context, id, since volume.SnapshotID, unlock 
 	if err != nil {
 		return nil, err
 	}
-	blocks := &volume.Blocks{Size: s.size, Whole: true}
+	blocks := &volume.Blocks{ReaderAt: lease, Closer: lease, Size: s.size, Whole: true}
 	args := []string{s.name}
 	if base, err := f.snap(ctx, since.Name); err == nil && since.Volume == id.Volume {
 		blocks.Whole = false
@@ -56,36 +62,29 @@ func (b *Backend) open(ctx context.Context, id, since volume.SnapshotID, unlock 
 	if blocks.Data, err = differences(ctx, s.size, !blocks.Whole, args...); err != nil {
 		return nil, err
 	}
-	p, err := b.pool(f.Pool)
-	if err != nil {
-		return nil, err
-	}
-	c := &found{dataset: p.Dataset + "/" + copying + id.Volume}
+	c := f.copied()
 	if err := c.destroy(ctx); err != nil { // what an interrupted call left
 		return nil, err
 	}
 	if _, err := zfs(ctx, "clone", "-o", "readonly=on", s.name, c.dataset); err != nil {
 		return nil, err
 	}
+	destroy := func() error { return c.destroy(context.WithoutCancel(ctx)) } // also where the caller's time is up
 	device, err := c.device(ctx)
-	if err == nil {
-		var disk *os.File
-		if disk, err = os.Open(device); err == nil {
-			blocks.ReaderAt, blocks.Closer = disk, closer(func() error {
-				defer unlock()
-				return errors.Join(disk.Close(), c.destroy(context.WithoutCancel(ctx))) // also where the caller's time is up
-			})
-			return blocks, nil
-		}
+	if err != nil {
+		return nil, errors.Join(err, destroy())
 	}
-	return nil, errors.Join(err, c.destroy(ctx))
+	disk, err := os.Open(device)
+	if err != nil {
+		return nil, errors.Join(err, destroy())
+	}
+	return blocks, lease.Read(disk, destroy)
 }
 
-// A closer ends what is open.
-type closer func() error
-
-// Close is io.Closer's.
-func (c closer) Close() error { return c() }
+// copied is the clone that a volume's copy is read from.
+func (f *found) copied() *found {
+	return &found{dataset: path.Join(path.Dir(f.dataset), copying+f.id())}
+}
 
 // destroy removes a dataset without snapshots; one that is not there is no error.
 func (f *found) destroy(ctx context.Context) error {

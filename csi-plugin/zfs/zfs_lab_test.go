@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -538,6 +539,77 @@ func TestForeign(t *testing.T) {
 		t.Errorf("Repair: %d, %v", found, err)
 	}
 	run(t, "zfs", "list", dataset+"/v")
+}
+
+// A volume can be deleted in any moment of a copy's beginning: while "zfs send" says what there is to be read, too.
+func TestDeletedWhileOpened(t *testing.T) {
+	b, dataset := open(t)
+	id := volume.SnapshotID{Volume: "v", Name: "cold-20260106T160000Z"}
+	begin := func() {
+		t.Helper()
+		r := block("v")
+		r.Direct = true
+		must[volume.Volume](t)(b.Create(t.Context(), r))
+		source := must[volume.Source](t)(b.Stage(t.Context(), "v", volume.Use{As: volume.AsGuest}))
+		data := make([]byte, r.Size)
+		_, _ = rand.NewChaCha8([32]byte{}).Read(data)
+		if err := os.WriteFile(source.Guest.Block.Path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		must[volume.Snapshot](t)(b.Snapshot(t.Context(), volume.SnapshotRequest{ID: id, Automatic: true}))
+	}
+	begin()
+	began := time.Now()
+	if err := must[*volume.Blocks](t)(b.Open(t.Context(), id, volume.SnapshotID{})).Close(); err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(began)
+	if err := b.Delete(t.Context(), "v"); err != nil {
+		t.Fatal(err)
+	}
+	const moments = 8
+	for i := range moments {
+		begin()
+		var g sync.WaitGroup
+		g.Go(func() {
+			blocks, err := b.Open(t.Context(), id, volume.SnapshotID{})
+			if err == nil {
+				for err == nil {
+					_, err = blocks.ReadAt(make([]byte, 4096), 0)
+				}
+				if err := blocks.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			if !errors.Is(err, volume.ErrDeleted) && !errors.Is(err, volume.ErrNotFound) {
+				t.Errorf("the copy: %v", err)
+			}
+			t.Logf("deleted %d/%d of the time after its beginning: %v", i, moments, err)
+		})
+		time.Sleep(took * time.Duration(i) / moments)
+		if err := b.Delete(t.Context(), "v"); err != nil {
+			t.Error(err)
+		}
+		g.Wait()
+		if all := rest(t, dataset); len(all) > 0 {
+			t.Fatalf("left: %q", all)
+		}
+	}
+}
+
+// What was left of a copy goes with its volume.
+func TestDeletedAfterKill(t *testing.T) {
+	b, dataset := open(t)
+	must[volume.Volume](t)(b.Create(t.Context(), block("v")))
+	id := volume.SnapshotID{Volume: "v", Name: "cold-20260106T160000Z"}
+	must[volume.Snapshot](t)(b.Snapshot(t.Context(), volume.SnapshotRequest{ID: id, Automatic: true}))
+	run(t, "zfs", "clone", dataset+"/v@"+id.Name, dataset+"/"+copying+"v")
+	if err := b.Delete(t.Context(), "v"); err != nil {
+		t.Fatal(err)
+	}
+	if all := rest(t, dataset); len(all) > 0 {
+		t.Errorf("left: %q", all)
+	}
 }
 
 // What a call that was killed between two programs leaves is found and removed.

@@ -302,7 +302,7 @@ func (s Suite) Killed(t *testing.T) { t.Run("Killed", s.testKilled) }
 func (s Suite) testKilled(t *testing.T) {
 	for _, op := range operations {
 		t.Run(op.name, func(t *testing.T) {
-			b := s.bench(t)
+			b := s.bench(t, s.New(t))
 			if !s.has(b.Backend, op.name) {
 				t.Skip("the backend has no such thing")
 			}

@@ -35,9 +35,8 @@ type bench struct {
 	volume.Backend
 }
 
-func (s Suite) bench(t *testing.T) *bench {
+func (s Suite) bench(t *testing.T, storage string) *bench {
 	t.Helper()
-	storage := s.New(t)
 	b, err := s.Open(storage)
 	if err != nil {
 		t.Fatal(err)
@@ -174,13 +173,14 @@ func (s Suite) Methods(t *testing.T, names ...string) {
 		{"Browse", testBrowse},
 		{"Clone", testClone},
 		{"Transfer", testTransfer},
+		{"DeletedWhileRead", testDeletedWhileRead},
 		{"Parallel", testParallel},
 	} {
 		if len(names) > 0 && !slices.Contains(names, test.name) {
 			continue
 		}
 		t.Run(test.name, func(t *testing.T) {
-			b := s.bench(t)
+			b := s.bench(t, s.New(t))
 			test.run(b)
 			b.clear()
 		})
@@ -903,6 +903,95 @@ func testTransfer(b *bench) {
 	b.wants(err, volume.ErrForeign, "mount what a guest has written elsewhere")
 	b.must(snapshots.DeleteSnapshot(b.ctx(), second))
 	b.must(snapshots.DeleteSnapshot(b.ctx(), third))
+}
+
+// A volume can be deleted while it is copied elsewhere, by another process as well: the copy ends, and nothing of it is in the way of a volume of the same name. What is refused ends no copy, and
+// neither does the deletion of the snapshot that is copied.
+func testDeletedWhileRead(b *bench) {
+	sender, ok := b.Backend.(volume.Sender)
+	if !ok {
+		return
+	}
+	other := b.suite.bench(b.T, b.storage).Backend // as another process has it: locks are of an open file
+	snapshots, others := b.Backend.(volume.Snapshotter), other.(volume.Snapshotter)
+	hourly := volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "cold-20260106T160000Z"}, Automatic: true}
+	begin := func(text string) *volume.Blocks {
+		b.Helper()
+		b.create(block("v"))
+		b.put("v", text)
+		_, err := snapshots.Snapshot(b.ctx(), hourly)
+		b.must(err)
+		blocks, err := sender.Open(b.ctx(), hourly.ID, volume.SnapshotID{})
+		b.must(err)
+		return blocks
+	}
+	read := func(blocks *volume.Blocks) error {
+		_, err := blocks.ReadAt(make([]byte, 4096), blocks.Data[0].Start)
+		return err
+	}
+	for _, deletes := range []volume.Backend{b.Backend, other} {
+		blocks := begin("first")
+		_, err := snapshots.Snapshot(b.ctx(), snap("v", "kept"))
+		b.must(err)
+		b.wants(deletes.Delete(b.ctx(), "v"), volume.ErrInUse, "delete what has a snapshot")
+		b.must(read(blocks))
+		b.must(snapshots.DeleteSnapshot(b.ctx(), snap("v", "kept").ID))
+		b.must(others.DeleteSnapshot(b.ctx(), hourly.ID))
+		if all, err := snapshots.Snapshots(b.ctx(), "v"); err != nil || len(all) != 0 {
+			b.Errorf("the snapshot that is copied was deleted, and there are %+v, %v", all, err)
+		}
+		b.must(read(blocks))
+		b.must(deletes.Delete(b.ctx(), "v"))
+		b.wants(read(blocks), volume.ErrDeleted, "read what is deleted")
+
+		// Who reads has not come to closing it yet.
+		b.create(block("v"))
+		b.put("v", "second")
+		_, err = snapshots.Snapshot(b.ctx(), hourly)
+		b.must(err)
+		soon, cancel := context.WithTimeout(b.ctx(), time.Second)
+		if _, err := sender.Open(soon, hourly.ID, volume.SnapshotID{}); err == nil {
+			b.Error("two copy volumes of one name")
+		}
+		cancel()
+		b.must(blocks.Close())
+		again, err := sender.Open(b.ctx(), hourly.ID, volume.SnapshotID{})
+		b.must(err)
+		b.must(read(again))
+		b.must(deletes.Delete(b.ctx(), "v"))
+		b.must(again.Close())
+		if rest := b.suite.Rest(b.T, b.storage); len(rest) > 0 {
+			b.Errorf("left: %q", rest)
+		}
+	}
+
+	// A clone's origin can go while the clone is read, and the clone while its origin is.
+	c, ok := b.Backend.(volume.Cloner)
+	if !ok {
+		return
+	}
+	for _, goes := range []string{"v", "w"} {
+		blocks := begin("origin")
+		w := block("w")
+		w.Origin.Volume = "v"
+		_, err := c.Clone(b.ctx(), w, nil)
+		b.must(err)
+		stays := "v"
+		if goes == "v" {
+			b.must(blocks.Close())
+			of := hourly
+			of.ID.Volume, stays = "w", "w"
+			_, err = snapshots.Snapshot(b.ctx(), of)
+			b.must(err)
+			blocks, err = sender.Open(b.ctx(), of.ID, volume.SnapshotID{})
+			b.must(err)
+		}
+		b.must(b.Delete(b.ctx(), goes))
+		b.must(read(blocks))
+		b.must(b.Delete(b.ctx(), stays))
+		b.wants(read(blocks), volume.ErrDeleted, "read a clone, or an origin, that is deleted")
+		b.must(blocks.Close())
+	}
 }
 
 // Callers at the same time: for one volume they get the same answer, for different ones all succeed.
