@@ -219,8 +219,8 @@ func (c *cli) lv2Receive(ctx context.Context, id, into string, generation int) e
 	if err != nil {
 		return err
 	}
-	// A copy of this very one says that it was used, whatever Nomad knows, which may have forgotten: what is pending is not copied.
-	if there && (v.Origin.Copy == one.String() || v.Created.Equal(one.Born)) {
+	// It was used, whatever Nomad knows, which may have forgotten: what is pending is neither staged nor copied.
+	if there && (v.Used || v.Origin.Copy == one.String() || v.Created.Equal(one.Born)) {
 		fmt.Fprintf(c.stdout, "volume %s: it is there, made of %s\n", id, v.Origin)
 		return nil
 	}

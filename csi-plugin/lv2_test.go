@@ -17,8 +17,14 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
-// What a restore has left is made anew of a newer copy of the former volume. One that has copies of its own was used: it stays, also where Nomad does not know any more that it was restored.
+// What a restore has left is made anew of a newer copy of the former volume. One that was staged, or has copies of its own, was used: it stays, also where Nomad does not know any more that it was restored.
 func TestReceiveAgain(t *testing.T) {
+	t.Run("copied", func(t *testing.T) { testReceiveAgain(t, false) })
+	t.Run("staged", func(t *testing.T) { testReceiveAgain(t, true) })
+}
+
+// testReceiveAgain has the restored volume copied, or staged and not copied yet.
+func testReceiveAgain(t *testing.T, staged bool) {
 	nomad := httptest.NewServer(http.NotFoundHandler()) // it has no Variable of the volume
 	defer nomad.Close()
 	dir := t.TempDir()
@@ -62,7 +68,7 @@ func TestReceiveAgain(t *testing.T) {
 		return v
 	}
 	born := time.Now().Add(-time.Hour).UTC()
-	former := volume.Volume{ID: "db", Created: born, Size: size, Parameters: volume.Parameters{Class: volume.LV2}}
+	former := volume.Volume{ID: "db", Created: born, Size: size, Parameters: volume.Parameters{Class: volume.LV2, Direct: true}}
 	save(former, born.Add(time.Minute))
 	first := receive()
 	if again := receive(); again != first {
@@ -73,8 +79,21 @@ func TestReceiveAgain(t *testing.T) {
 	if second == first {
 		t.Errorf("it is not of the former volume's newest copy: %+v", second)
 	}
-	save(second, time.Now())
+	if staged {
+		b, _, err := c.open(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.Close()
+		if _, err := b.Stage(t.Context(), "db", volume.Use{As: volume.AsGuest}); err != nil {
+			t.Fatal(err)
+		}
+		second.Used = true
+		save(former, born.Add(3*time.Minute))
+	} else {
+		save(second, time.Now())
+	}
 	if now := receive(); now != second {
-		t.Errorf("what was used is removed for a copy of it: %+v, and before %+v", now, second)
+		t.Errorf("what was used is removed for a copy: %+v, and before %+v", now, second)
 	}
 }

@@ -83,6 +83,7 @@ type record struct {
 	Created    time.Time      `json:"created"`
 	Content    volume.Content `json:"content,omitempty"`
 	Generation int            `json:"generation,omitempty"`
+	Used       bool           `json:"used,omitempty"` // after it was restored
 	Schedule   string         `json:"schedule,omitempty"`
 
 	// Of snapshots.
@@ -107,7 +108,7 @@ func (f *found) image() string { return f.path(imageFile) }
 
 // volume is what others see of it.
 func (f *found) volume() volume.Volume {
-	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Schedule: f.Schedule, Parameters: f.Parameters}
+	return volume.Volume{ID: f.folder, Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Used: f.Used, Schedule: f.Schedule, Parameters: f.Parameters}
 }
 
 // there says, with an ErrUnavailable, that the pool's directory is not the one that was opened: its disk was taken away, or came later. Nothing of it is
@@ -568,6 +569,10 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (volume.
 		return volume.Source{}, err
 	}
 	source, err := f.stage(ctx, use, lock)
+	if err == nil && f.Origin.Copy != "" && !f.Used {
+		f.Used = true
+		err = storageError(f.pool.write(f.folder, f.record))
+	}
 	if err != nil {
 		return volume.Source{}, fmt.Errorf("stage volume %s: %w", id, err)
 	}

@@ -194,6 +194,9 @@ type Volume struct {
 	// Generation tells apart the volumes of one name that several hosts have: one that was restored elsewhere has the next of the lost one's.
 	Generation int `json:"generation,omitempty"`
 
+	// Used says of a volume that was restored from cold storage that it was staged since.
+	Used bool
+
 	// Schedule is what somebody has put in place of the parameter snapshots, as ParseRetention reads it; "" is the parameter's.
 	Schedule string `json:"schedule,omitempty"`
 	Parameters

@@ -567,7 +567,7 @@ func TestDeletedWhileOpened(t *testing.T) {
 	if err := b.Delete(t.Context(), "v"); err != nil {
 		t.Fatal(err)
 	}
-	const moments = 8
+	const moments = 4 // each takes an emulated machine some fifty programs
 	for i := range moments {
 		begin()
 		var g sync.WaitGroup

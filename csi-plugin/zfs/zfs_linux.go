@@ -113,6 +113,7 @@ type record struct {
 	Created    time.Time      `json:"created,omitzero"`
 	Content    volume.Content `json:"content,omitempty"`
 	Generation int            `json:"generation,omitempty"`
+	Used       bool           `json:"used,omitempty"` // after it was restored
 	Schedule   string         `json:"schedule,omitempty"`
 
 	// Of snapshots.
@@ -138,7 +139,7 @@ type found struct {
 func (f *found) id() string { return filepath.Base(f.dataset) }
 
 func (f *found) volume() volume.Volume {
-	return volume.Volume{ID: f.id(), Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Schedule: f.Schedule, Parameters: f.Parameters}
+	return volume.Volume{ID: f.id(), Size: f.size, Origin: f.Origin, Created: f.Created, Content: f.Content, Generation: f.Generation, Used: f.Used, Schedule: f.Schedule, Parameters: f.Parameters}
 }
 
 // columns of volumes, in the order that read wants.
@@ -399,6 +400,10 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (volume.
 		return volume.Source{}, err
 	}
 	source, err := f.stage(ctx, use)
+	if err == nil && f.Origin.Copy != "" && !f.Used {
+		f.Used = true
+		_, err = zfs(ctx, "set", f.record.String(), f.dataset)
+	}
 	if err != nil {
 		return volume.Source{}, fmt.Errorf("stage volume %s: %w", id, err)
 	}
