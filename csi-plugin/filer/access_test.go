@@ -21,7 +21,8 @@ import (
 // nomadFor answers as Nomad does: reader may read the volumes of the namespace tenant, writer change them.
 func nomadFor(t *testing.T) *httptest.Server {
 	t.Helper()
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	mux := http.NewServeMux() // as Nomad has one, it sends clients to what a path with .. in it leads to
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		token := r.Header.Get(api.TokenHeader)
 		known := token == "reader" || token == "writer"
 		switch {
@@ -30,9 +31,11 @@ func nomadFor(t *testing.T) *httptest.Server {
 		case !known || r.URL.Query().Get("namespace") != "tenant":
 			http.Error(w, "Permission denied", http.StatusForbidden)
 		case r.Method == http.MethodGet && r.URL.Path == "/v1/volume/csi/data":
-			_ = json.NewEncoder(w).Encode(nomadapi.CSIVolume{ID: "data", ExternalID: "v", PluginID: "cradle"})
+			_ = json.NewEncoder(w).Encode(nomadapi.CSIVolume{ID: "data", Namespace: "tenant", ExternalID: "v", PluginID: "cradle"})
 		case r.Method == http.MethodGet && r.URL.Path == "/v1/volume/csi/foreign":
-			_ = json.NewEncoder(w).Encode(nomadapi.CSIVolume{ID: "foreign", ExternalID: "v", PluginID: "another"})
+			_ = json.NewEncoder(w).Encode(nomadapi.CSIVolume{ID: "foreign", Namespace: "tenant", ExternalID: "v", PluginID: "another"})
+		case r.Method == http.MethodGet && r.URL.Path == "/v1/client/fs/cat/0": // a file of a job
+			_, _ = w.Write([]byte(`{"ID":"` + r.URL.Query().Get("path") + `","Namespace":"tenant","ExternalID":"v","PluginID":"cradle"}`))
 		case r.Method == http.MethodPut && r.URL.Path == "/v1/volumes/snapshot":
 			var asked nomadapi.CSISnapshotCreateRequest
 			if err := json.NewDecoder(r.Body).Decode(&asked); err != nil || len(asked.Snapshots) > 0 {
@@ -46,7 +49,8 @@ func nomadFor(t *testing.T) *httptest.Server {
 		default:
 			http.Error(w, "volume not found", http.StatusNotFound)
 		}
-	}))
+	})
+	s := httptest.NewServer(mux)
 	t.Cleanup(s.Close)
 	return s
 }
@@ -108,6 +112,8 @@ func TestUsers(t *testing.T) {
 		"the volume's own name":          {"writer", "tenant", "v", volume.ErrNotFound, true},
 		"another plugin's":               {"writer", "tenant", "foreign", volume.ErrNotFound, true},
 		"a path":                         {"writer", "tenant", "../volumes", volume.ErrNotFound, true},
+		"a file that says it is one":     {"writer", "tenant", "../../client/fs/cat/0?path=data", volume.ErrNotFound, true},
+		"a parameter":                    {"writer", "tenant", "data?region=x", volume.ErrNotFound, true},
 	} {
 		client := as(c.token, c.namespace)
 		_, list := client.Snapshots(t.Context(), c.volume)
@@ -177,7 +183,7 @@ func TestUsers(t *testing.T) {
 	if !strings.Contains(done[1], `"what":"schedule","who":"the writer 0-1","namespace":"tenant","volume":"data","schedule":"hourly=24,daily=7"}`) || !strings.Contains(done[2], `"error":"schedule`) {
 		t.Errorf("of the schedules audit.log tells %s, %s", done[1], done[2])
 	}
-	if len(refused) != 32 {
+	if len(refused) != 40 {
 		t.Errorf("refused.log has %d lines", len(refused))
 	}
 	for _, line := range refused {

@@ -1,4 +1,4 @@
-//go:build vm && soak
+//go:build vm
 
 package nomad
 
@@ -19,9 +19,9 @@ import (
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
-// TestRootSoakGrants: who may change a volume in its namespace gives and takes grants of it, whose secrets are in Variables of that namespace for its jobs to read. Nobody
+// TestRootGrants: who may change a volume in its namespace gives and takes grants of it, whose secrets are in Variables of that namespace for its jobs to read. Nobody
 // else sees, uses, changes or ends them, whatever their names are.
-func TestRootSoakGrants(t *testing.T) {
+func TestRootGrants(t *testing.T) {
 	s := startStorehouse(t, "", func(o *nomadtest.Options) { o.ACL = true })
 	filer, err := programs.Path("cradle-filer")
 	if err != nil {
@@ -62,6 +62,7 @@ func TestRootSoakGrants(t *testing.T) {
 		t.Cleanup(func() { s.CLI(t, "volume", "delete", "-namespace", namespace, "data") })
 	}
 	token("reader", "red", `capabilities = ["csi-read-volume"]`+variables)
+	token("files", "red", `capabilities = ["csi-read-volume", "csi-write-volume", "read-fs"]`+variables)
 	token("without", "red", writes)
 	as := func(who, namespace string, args ...string) (string, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), nomadtest.Patience)
@@ -176,6 +177,10 @@ job "uploads" {
         args    = ["${NOMAD_SECRETS_DIR}/login"]
       }
       template {
+        destination = "${NOMAD_ALLOC_DIR}/forged"
+        data        = "{\"ID\":\"data\",\"Namespace\":\"red\",\"PluginID\":\"cradle\",\"ExternalID\":\"` + blue.Volume + `\"}"
+      }
+      template {
         destination = "${NOMAD_SECRETS_DIR}/login"
         data        = "{{ with nomadVar \"nomad/jobs/uploads\" }}{{ .user }}:{{ .secret }} {{ .webdav }} {{ .access }}{{ end }}"
       }
@@ -203,6 +208,13 @@ job "uploads" {
 	}
 	if want := login(job) + " " + job.WebDAV + " read-only"; got != want {
 		t.Errorf("the job has %q, not %q", got, want)
+	}
+	// What Nomad answers of anything else than a volume says nothing: a job's files are what who runs it wants.
+	forged := "../../client/fs/cat/" + alloc + "?path=alloc/forged"
+	for _, args := range [][]string{{"snapshots", forged}, {"snapshot", forged, "taken"}, {"grant", forged, "--id", "forged"}, {"diff", forged, "taken"}} {
+		if out, err := as("files", "red", args...); err == nil || !strings.Contains(err.Error(), "not found") {
+			t.Errorf("cradle-filer %q, of a file that says it is blue's: %s, %v", args, out, err)
+		}
 	}
 	// Its end is that of the Variable, and of nothing else.
 	must(as("red", "red", "revoke", "app", "job"))
