@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 
 	nomadapi "github.com/hashicorp/nomad/api"
 
@@ -26,7 +27,45 @@ type caller struct {
 // A nomad says who may do what with which volume.
 type nomad struct {
 	client *nomadapi.Client
-	plugin string // id of the plugin whose volumes these are
+	plugin string   // id of the plugin whose volumes these are
+	limits sync.Map // namespaces that somebody had a right in → *gateway.Limit
+}
+
+// usersRate is how many requests a second a namespace's users have done.
+const usersRate = 50
+
+// An end is what is to be done at the end of a request.
+type end struct {
+	do      func()
+	counted bool
+}
+
+type endKey struct{}
+
+// limited lets no namespace take the connections and the time of all: its users' requests are counted from when Nomad has let them in.
+func limited(handler http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		e := &end{do: func() {}}
+		defer func() { e.do() }()
+		handler.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), endKey{}, e)))
+	})
+}
+
+// begin counts a request of a namespace, once.
+func (n *nomad) begin(r *http.Request, namespace string) error {
+	e, ok := r.Context().Value(endKey{}).(*end)
+	if !ok || e.counted {
+		return nil
+	}
+	l, _ := n.limits.LoadOrStore(namespace, gateway.NewLimit(usersRate))
+	do, err := l.(*gateway.Limit).Begin(r.Context())
+	if errors.Is(err, gateway.ErrBusy) {
+		return fmt.Errorf("namespace %s: %w: too many of its requests are at work; try again", namespace, volume.ErrUnavailable)
+	}
+	if err == nil {
+		e.do, e.counted = do, true
+	}
+	return err
 }
 
 func openNomad(address, plugin string) (*nomad, error) {
@@ -37,7 +76,7 @@ func openNomad(address, plugin string) (*nomad, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--nomad: %w", err)
 	}
-	return &nomad{client, plugin}, nil
+	return &nomad{client: client, plugin: plugin}, nil
 }
 
 func tokenOf(r *http.Request) string {
@@ -78,6 +117,9 @@ func (n *nomad) admit(r *http.Request, id string, change bool) (caller, error) {
 		if _, err := n.client.Raw().Write("/v1/volumes/snapshot", nomadapi.CSISnapshotCreateRequest{Snapshots: []*nomadapi.CSISnapshot{}}, nil, w); err != nil {
 			return c, translated(err, fmt.Sprintf("volume %s of namespace %s", id, namespace), "csi-write-volume")
 		}
+	}
+	if err := n.begin(r, namespace); err != nil {
+		return c, err
 	}
 	gateway.Admitted(r)
 	return c, nil

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -164,6 +167,28 @@ func TestUsers(t *testing.T) {
 		}
 	}
 
+	// One namespace's requests do not take all connections, and each is counted until it has ended.
+	limit, _ := n.limits.Load("tenant")
+	var ends []func()
+	for err == nil {
+		var end func()
+		if end, err = limit.(*gateway.Limit).Begin(t.Context()); err == nil {
+			ends = append(ends, end)
+		}
+	}
+	if _, err := as("reader", "tenant").Snapshots(t.Context(), "data"); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("with as many at work as there may be: %v", err)
+	}
+	ends[0]()
+	for range 2 {
+		if _, err := as("reader", "tenant").Snapshots(t.Context(), "data"); err != nil {
+			t.Errorf("with one less: %v", err)
+		}
+	}
+	for _, end := range ends[1:] {
+		end()
+	}
+
 	// What was not let do, by anybody who has tried, pushes nothing out of the log of what was done.
 	lines := func(name string) []string {
 		text, err := os.ReadFile(filepath.Join(state, name))
@@ -190,6 +215,51 @@ func TestUsers(t *testing.T) {
 		if !strings.Contains(line, `"error":"volume `) {
 			t.Errorf("refused.log tells of what was not let do: %s", line)
 		}
+	}
+}
+
+// crowded has more snapshots of each volume than there are.
+type crowded struct {
+	*dir.Backend
+	more []volume.Snapshot
+}
+
+func (b crowded) Snapshots(context.Context, string) ([]volume.Snapshot, error) { return b.more, nil }
+
+// Of a volume no more snapshots are taken than it can have beside those of its schedule, by rollbacks neither; and who asks again for one that is there has it.
+func TestCrowded(t *testing.T) {
+	own, err := dir.Open([]dir.Pool{{Name: "default", Path: t.TempDir()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { own.Close() })
+	if _, err := own.Create(t.Context(), volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}}); err != nil {
+		t.Fatal(err)
+	}
+	b := &crowded{Backend: own}
+	f := &filer{backend: b}
+	add := func(name string, automatic bool) {
+		b.more = append(b.more, volume.Snapshot{ID: volume.SnapshotID{Volume: "v", Name: name}, Automatic: automatic})
+	}
+	for i := range maxSnapshots {
+		add(fmt.Sprintf("hourly-%d", i), true)
+	}
+	for i := range maxSnapshots / 2 {
+		add(fmt.Sprintf("s%d", i), false)
+		add(fmt.Sprintf("before-rollback-%d", i), true)
+	}
+	if _, err := f.snapshot(t.Context(), "v", "one-more"); !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), "nomad volume snapshot delete PLUGIN v@SNAPSHOT") {
+		t.Errorf("one too many: %v", err)
+	}
+	if _, err := f.rollback(t.Context(), "v", api.Rollback{Snapshot: "s1"}); !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), "before-rollback-") {
+		t.Errorf("a rollback that would make it one too many: %v", err)
+	}
+	if s, err := f.snapshot(t.Context(), "v", "s1"); err != nil || s.Name != "s1" {
+		t.Errorf("one that is there: %+v, %v", s, err)
+	}
+	b.more = b.more[:len(b.more)-1]
+	if s, err := f.snapshot(t.Context(), "v", "one-more"); err != nil || s.Name != "one-more" {
+		t.Errorf("when one was removed: %+v, %v", s, err)
 	}
 }
 

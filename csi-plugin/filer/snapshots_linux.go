@@ -107,9 +107,39 @@ func (f *filer) snapshot(ctx context.Context, id, name string) (api.Snapshot, er
 	if err != nil {
 		return api.Snapshot{}, err
 	}
+	if err := roomFor(ctx, b, volume.SnapshotID{Volume: id, Name: name}); err != nil {
+		return api.Snapshot{}, err
+	}
 	s, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: id, Name: name}})
 	return shown(s), err
 }
+
+// maxSnapshots of a volume are taken here, beside those of a schedule: each takes room that no quota of the volume's counts, and time wherever they are listed.
+const maxSnapshots = 1000
+
+// roomFor says whether one more snapshot can be taken.
+func roomFor(ctx context.Context, b volume.Snapshotter, id volume.SnapshotID) error {
+	all, err := b.Snapshots(ctx, id.Volume)
+	if err != nil {
+		return err
+	}
+	taken := 0
+	for _, s := range all {
+		if s.ID == id {
+			return nil
+		}
+		if !s.Automatic || strings.HasPrefix(s.ID.Name, beforeRollback) {
+			taken++
+		}
+	}
+	if taken >= maxSnapshots {
+		return volume.Invalid("snapshot "+id.Name, "volume %s has %d besides those of its schedule; remove some, by nomad volume snapshot delete PLUGIN %s@SNAPSHOT", id.Volume, taken, id.Volume)
+	}
+	return nil
+}
+
+// beforeRollback is what the names of those snapshots begin with that rollbacks can be undone by.
+const beforeRollback = "before-rollback-"
 
 // A pending rollback is a file in the state directory, from its beginning to its end: one that was interrupted is completed when the filer starts again.
 type pending struct {
@@ -132,13 +162,16 @@ func (f *filer) rollback(ctx context.Context, id string, r api.Rollback) (api.Ro
 	if first, _, _ := strings.Cut(part, "/"); first == snapshots.Dir {
 		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", snapshots.Dir)
 	}
-	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: "before-rollback-" + stamp()}
+	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: beforeRollback + stamp()}
 	return f.makeAsItWas(ctx, p)
 }
 
 func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack, err error) {
 	b, err := f.snapshotter(ctx, p.Volume)
 	if err != nil {
+		return done, err
+	}
+	if err := roomFor(ctx, b, volume.SnapshotID{Volume: p.Volume, Name: p.Undo}); err != nil {
 		return done, err
 	}
 	from, err := b.Browse(ctx, volume.SnapshotID{Volume: p.Volume, Name: p.Snapshot})

@@ -71,7 +71,7 @@ func (f *filer) usersHandler(n *nomad) http.Handler {
 	mux := http.NewServeMux()
 	f.handleSnapshots(mux, n.admit)
 	f.handleGrants(mux, n)
-	return mux
+	return limited(mux)
 }
 
 // An admission says who the caller is, and that Nomad lets it read or change a volume.

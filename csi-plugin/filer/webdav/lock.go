@@ -44,7 +44,9 @@ func (l *lock) covers(path string) bool { return path == l.Path || l.Deep && bel
 const (
 	usualLock = 30 * time.Minute
 	longLock  = 24 * time.Hour
-	maxLocks  = 10_000 // of a volume
+	maxLocks  = 10_000  // of a volume
+	maxLocked = 4 << 20 // bytes of their paths and owners: all are written with each change
+	maxShared = 100     // of one place: who lists it, or what is in it, is told them all
 	maxOwner  = 4 << 10
 )
 
@@ -120,19 +122,24 @@ func (l *locks) on(path string) []lock {
 }
 
 // errTooManyLocks is an answer that says so.
-var errTooManyLocks = &refusal{code: http.StatusInsufficientStorage, err: fmt.Errorf("there are %d locks", maxLocks)}
+var errTooManyLocks = &refusal{code: http.StatusInsufficientStorage, err: errors.New("the volume has as many locks as there is room for; end some")}
 
 // take makes a lock, or says whose is in the way.
 func (l *locks) take(k lock) (lock, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.expire()
+	size, shared := len(k.Path)+len(k.Owner), 0
 	for _, o := range l.all {
+		size += len(o.Path) + len(o.Owner)
+		if o.covers(k.Path) {
+			shared++
+		}
 		if (o.covers(k.Path) || k.covers(o.Path)) && !(o.Shared && k.Shared) {
 			return k, l.locked("no-conflicting-lock", o.Path)
 		}
 	}
-	if len(l.all) >= maxLocks {
+	if len(l.all) >= maxLocks || size > maxLocked || shared >= maxShared {
 		return k, errTooManyLocks
 	}
 	var id [16]byte

@@ -523,6 +523,22 @@ func TestLocksExpire(t *testing.T) {
 		if _, err := l.take(lock{Path: "/one-more", Seconds: 60}); explain(err).code != http.StatusInsufficientStorage {
 			t.Errorf("one too many: %v", err)
 		}
+		// All of them are written with each change, and all of a place are told to who lists it.
+		l.all = nil
+		long := "/" + strings.Repeat("x", maxOwner)
+		for i := range maxLocked / maxOwner / 2 {
+			l.all = append(l.all, &lock{Token: "t", Path: fmt.Sprint(long, i), Owner: long[1:], Expires: time.Now().Add(time.Hour)})
+		}
+		if _, err := l.take(lock{Path: "/one-more", Seconds: 60}); explain(err).code != http.StatusInsufficientStorage {
+			t.Errorf("more than are written: %v", err)
+		}
+		l.all = nil
+		for range maxShared {
+			l.all = append(l.all, &lock{Token: "t", Path: "/", Deep: true, Shared: true, Expires: time.Now().Add(time.Hour)})
+		}
+		if _, err := l.take(lock{Path: "/shared", Shared: true, Seconds: 60}); explain(err).code != http.StatusInsufficientStorage {
+			t.Errorf("more than are listed: %v", err)
+		}
 	})
 }
 
