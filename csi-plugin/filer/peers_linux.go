@@ -12,9 +12,8 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/net/netutil"
-
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
 
 // peers is how the filers of a set know each other: by a key that all have. It is in the pool, which one that has never been active may see only later.
@@ -42,7 +41,7 @@ func (p *peers) config() (*tls.Config, error) {
 	return p.tls, err
 }
 
-// maxPeers bounds connections. They are of who has not shown the key, too.
+// maxPeers bounds connections. They are of who has not shown the key, too, who keep nobody out.
 const maxPeers = 256
 
 func (p *peers) listen(address string) (net.Listener, error) {
@@ -53,9 +52,14 @@ func (p *peers) listen(address string) (net.Listener, error) {
 	if p.address, err = reachable("", l.Addr().(*net.TCPAddr).AddrPort()); err != nil {
 		return nil, errors.Join(fmt.Errorf("--peers: %w", err), l.Close())
 	}
-	return tls.NewListener(netutil.LimitListener(l, maxPeers), &tls.Config{
+	return tls.NewListener(l, &tls.Config{
 		MinVersion: tls.VersionTLS13, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return p.config() },
 	}), nil
+}
+
+// serve answers those who have the key until ctx ends.
+func (p *peers) serve(ctx context.Context, l net.Listener, handler http.Handler) error {
+	return gateway.ServeKnown(ctx, l, handler, maxPeers)
 }
 
 // forwarded is a header of what another member has passed on.

@@ -167,16 +167,18 @@ func (s *server) runSet(ctx context.Context, control, collected net.Listener, lo
 	defer g.Wait()
 	defer end()
 	m.metrics.consul = m.hasConsul
-	served := map[net.Listener]http.Handler{health: m.health(), control: m.control(), others: m.control()}
-	if collected != nil {
-		served[collected] = m.metrics.handler()
-	}
-	for l, h := range served {
+	serve := func(l net.Listener, by func(context.Context, net.Listener, http.Handler) error, h http.Handler) {
 		g.Go(func() {
-			if err := serveHTTP(serving, l, h); err != nil {
+			if err := by(serving, l, h); err != nil {
 				log.Error("serve", "listen", l.Addr(), "error", err)
 			}
 		})
+	}
+	serve(health, serveHTTP, m.health())
+	serve(control, serveHTTP, m.control())
+	serve(others, m.peers.serve, m.control())
+	if collected != nil {
+		serve(collected, serveHTTP, m.metrics.handler())
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

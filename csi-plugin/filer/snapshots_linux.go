@@ -111,6 +111,9 @@ func (f *filer) snapshot(ctx context.Context, id, name string) (api.Snapshot, er
 		return api.Snapshot{}, err
 	}
 	s, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: volume.SnapshotID{Volume: id, Name: name}})
+	if errors.Is(err, volume.ErrExists) { // it says which other volume's, which is not for everybody
+		err = fmt.Errorf("snapshot %s %w, of another volume: names of snapshots are everybody's; take another one", name, volume.ErrExists)
+	}
 	return shown(s), err
 }
 

@@ -50,6 +50,24 @@ func Serve(ctx context.Context, l net.Listener, handler http.Handler, maxHeader 
 	return err
 }
 
+// ServeKnown answers clients on l until ctx ends, most of them at a time, where l lets nobody come as far as a request who has not shown who he is, as one of TLS
+// can: others lose their connections first where there are too many.
+func ServeKnown(ctx context.Context, l net.Listener, handler http.Handler, most int) error {
+	known := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		Admitted(r)
+		handler.ServeHTTP(w, r)
+	})
+	h := &http.Server{Handler: visit(known), ConnContext: remember, ReadHeaderTimeout: headerTime}
+	stop := context.AfterFunc(ctx, func() { h.Close() })
+	defer stop()
+	d := &door{Listener: l, max: most}
+	defer d.closing.Wait()
+	if err := h.Serve(d); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
 // Under lets requests begin, and be answered, as a lease says. One whose answer may not be given loses its connection.
 func Under(by *lease.Lease, handler http.Handler) http.Handler {
 	if by == nil {
