@@ -22,6 +22,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
@@ -32,6 +33,10 @@ import (
 const (
 	startTime = time.Minute
 	idleTime  = 10 * time.Minute // after which a process is ended that nobody uses
+
+	// A body that is no object's content is read whole before anything of it is looked at. The largest are 10,000 parts, and 1000 keys that are to be removed.
+	maxBody, maxBodies = 8 << 20, 16 << 20 // of one, and of those of one grant that are larger than smallBody
+	smallBody          = 64 << 10
 
 	maxProcesses = 128 // of some 20 MiB each: a grant is made by whoever may change a volume
 )
@@ -75,6 +80,7 @@ type granted struct {
 	Grant
 	server *Server
 	limit  *gateway.Limit
+	bodies *semaphore.Weighted
 	root   *os.File
 	past   *snapshots.Opened // nil where there are none
 	proxy  *httputil.ReverseProxy
@@ -100,7 +106,7 @@ func (s *Server) Allow(g Grant) error {
 	if err != nil {
 		return err
 	}
-	w := &granted{Grant: g, server: s, limit: gateway.NewLimit(s.rate), root: root}
+	w := &granted{Grant: g, server: s, limit: gateway.NewLimit(s.rate), bodies: semaphore.NewWeighted(maxBodies), root: root}
 	if g.Snapshots != nil {
 		w.past = snapshots.Open(g.Snapshots)
 	}
@@ -193,6 +199,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
+	content := r.Method == http.MethodPut && key != "" && (!subresource(r) || r.URL.Query().Has("partNumber") && r.URL.Query().Has("uploadId"))
+	if !content && r.ContentLength > maxBody {
+		refuseBody(w)
+		return
+	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(g.ctx, cancel)()
@@ -206,6 +217,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer end()
 	gateway.Admitted(r)
+	if takes := r.ContentLength; !content && (takes < 0 || takes > smallBody) {
+		if takes < 0 {
+			takes = maxBody
+		}
+		if g.bodies.Acquire(ctx, takes) != nil {
+			return // the client has gone, or the grant
+		}
+		defer g.bodies.Release(takes)
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		within, leave, err := g.Gate.Enter(ctx)
 		if err != nil {
@@ -227,6 +248,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.makeRoom()
 	defer g.use()()
 	g.proxy.ServeHTTP(w, r.WithContext(ctx))
+}
+
+func refuseBody(w http.ResponseWriter) {
+	refuse(w, http.StatusBadRequest, "MaxMessageLengthExceeded", fmt.Sprintf("the request has more than %d bytes, and is no object's content", maxBody))
 }
 
 // subresource says whether a request is for something about a bucket rather than for the bucket.
@@ -251,6 +276,11 @@ func refuse(w http.ResponseWriter, code int, name, message string) {
 func (g *granted) failed(w http.ResponseWriter, r *http.Request, err error) {
 	if g.ctx.Err() != nil {
 		refuse(w, http.StatusForbidden, "AccessDenied", "the grant has been revoked")
+		return
+	}
+	var large *http.MaxBytesError
+	if errors.As(err, &large) {
+		refuseBody(w)
 		return
 	}
 	g.server.log.Warn("request over S3", "grant", g.Key, "method", r.Method, "path", r.URL.Path, "error", err)
