@@ -178,11 +178,11 @@ func (p *pair) signal(pid int, s unix.Signal) { _ = unix.Kill(pid, s) } // it ma
 // sends sends the host's filer a signal, if it is there: its number can be another process's by now.
 func (h *host) sends(s unix.Signal) { _ = h.filer.Signal(s) }
 
-// eventually waits.
+// eventually waits: on a host that is short of processors an emulated machine takes minutes to boot.
 func (p *pair) eventually(what string, f func() error) {
 	p.t.Helper()
 	err := f()
-	for end := time.Now().Add(3 * time.Minute); err != nil; err = f() {
+	for end := time.Now().Add(15 * time.Minute); err != nil; err = f() {
 		if time.Now().After(end) {
 			for _, h := range p.hosts {
 				p.t.Logf("%s:\n%s", h.name, h.log.String())
