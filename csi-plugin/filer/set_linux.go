@@ -55,6 +55,10 @@ const (
 	clonedTime = 5 * time.Second  // before this one is asked again whether it is like another
 	leaveTime  = 2 * time.Second  // for what may wait in the kernel for ever
 
+	// A question that waits is with Consul's leader. Where that is lost with the active filer's host, nobody answers it, and another one has to be asked.
+	watchTime = 2 * time.Second
+	watchLate = 3 * time.Second
+
 	sessionTTL = 15 * time.Second // Consul takes it for twice as long at most; a lease does not depend on it
 )
 
@@ -437,7 +441,9 @@ func (m *member) campaign(ctx context.Context) (session string, former tenure, e
 		if ctx.Err() != nil {
 			return "", former, context.Cause(ctx)
 		}
-		p, meta, err := m.lock.client.KV().Get(m.lock.key(), (&consulapi.QueryOptions{WaitIndex: index, WaitTime: 10 * time.Second, RequireConsistent: true}).WithContext(ctx))
+		asking, cancel := context.WithTimeout(ctx, watchTime+watchLate)
+		p, meta, err := m.lock.client.KV().Get(m.lock.key(), (&consulapi.QueryOptions{WaitIndex: index, WaitTime: watchTime, RequireConsistent: true}).WithContext(asking))
+		cancel()
 		if err != nil {
 			if ctx.Err() == nil {
 				m.noConsul(err)
