@@ -20,16 +20,18 @@ import (
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/crowd"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 const (
-	maxConnections = 10000
-	maxCalls       = 1024 // of a connection at once
-	maxRecord      = 1<<20 + 64<<10
-	smallRecord    = 16 << 10
-	maxLarge       = 256 << 20 // of calls that are larger, together
-	buffered       = 4 << 10
+	maxConnections, maxConnectionsOfOne = 10000, 2048 // of one address
+	maxCalls                            = 1024        // of a connection at once
+
+	maxRecord   = 1<<20 + 64<<10
+	smallRecord = 16 << 10
+	maxLarge    = 256 << 20 // of calls that are larger, together
+	buffered    = 4 << 10
 
 	patience = time.Minute // with a peer in the middle of a record
 )
@@ -42,7 +44,7 @@ type front struct {
 	lease *lease.Lease
 	log   *slog.Logger
 	large *semaphore.Weighted
-	most  int64 // connections
+	crowd crowd.Crowd
 
 	mu    sync.Mutex
 	space netns.NsHandle // closed at the end
@@ -50,7 +52,7 @@ type front struct {
 
 func newFront(key []byte, by *lease.Lease, log *slog.Logger) (*front, error) {
 	space, err := isolated()
-	return &front{seal: newSeal(key), lease: by, log: log, space: space, large: semaphore.NewWeighted(maxLarge), most: maxConnections}, err
+	return &front{seal: newSeal(key), lease: by, log: log, space: space, large: semaphore.NewWeighted(maxLarge), crowd: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}}, err
 }
 
 func (f *front) close() error {
@@ -142,7 +144,6 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 	defer g.Wait()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	connections := semaphore.NewWeighted(f.most)
 	for {
 		client, err := l.Accept()
 		if err != nil {
@@ -153,15 +154,17 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
-		if !connections.TryAcquire(1) {
+		from := client.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+		if !f.crowd.Admit(from) {
+			f.log.Debug("too many connections", "client", from)
 			client.Close()
 			continue
 		}
 		g.Go(func() {
-			defer connections.Release(1)
+			defer f.crowd.Leave(from)
 			c := &conversation{front: f, seal: f.seal, client: client, asked: map[uint32]asked{}, room: semaphore.NewWeighted(maxCalls)}
 			if f.guide != nil {
-				c.seal.guide = f.guide(client.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap())
+				c.seal.guide = f.guide(from)
 			}
 			if err := c.run(ctx); err != nil && ctx.Err() == nil && errors.Is(err, errCompound) {
 				f.log.Warn("a client", "address", client.RemoteAddr(), "error", err)

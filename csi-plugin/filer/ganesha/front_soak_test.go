@@ -28,7 +28,7 @@ func TestRootSoakFront(t *testing.T) {
 	if most < 1000 {
 		t.Fatalf("there may be %d files open: not enough; run it with ulimit -n 41000", files.Max)
 	}
-	s := newStage(t, int64(most))
+	s := newStage(t, most)
 	var all []net.Conn
 	defer func() {
 		for _, c := range all {
@@ -37,7 +37,9 @@ func TestRootSoakFront(t *testing.T) {
 	}()
 	dial := func() net.Conn {
 		t.Helper()
-		conn, err := net.Dial("tcp", s.l.Addr().String())
+		// Of one address there may be fewer.
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+len(all)/maxConnectionsOfOne))}}
+		conn, err := d.Dial("tcp", s.l.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}

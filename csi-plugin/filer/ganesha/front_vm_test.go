@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
@@ -28,7 +29,7 @@ type stage struct {
 }
 
 // newStage makes one for so many connections.
-func newStage(t *testing.T, most int64) *stage {
+func newStage(t *testing.T, most int) *stage {
 	t.Helper()
 	by := lease.New()
 	by.Extend(lease.Forever)
@@ -37,7 +38,7 @@ func newStage(t *testing.T, most int64) *stage {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.most = most
+	f.crowd.Most = most
 	s := &stage{front: f}
 	if s.l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 		t.Fatal(err)
@@ -116,6 +117,40 @@ func ask(conn net.Conn, xid uint32) error {
 		err = fmt.Errorf("call %d is answered by %x", xid, reply)
 	}
 	return err
+}
+
+// Who opens connections without end has so many of them, and takes them from nobody else.
+func TestRootFrontCrowd(t *testing.T) {
+	s := newStage(t, maxConnections)
+	s.crowd.MostOfOne = 20
+	dial := func(from string) net.Conn {
+		t.Helper()
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		conn, err := d.Dial("tcp", s.l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	var crowd []net.Conn
+	for range 20 {
+		crowd = append(crowd, dial("127.0.0.2")) // of which none says anything
+	}
+	if err := ask(dial("127.0.0.2"), 1); err == nil {
+		t.Error("one more of that address is answered")
+	}
+	if err := ask(dial("127.0.0.3"), 1); err != nil {
+		t.Errorf("another client: %v", err)
+	}
+	crowd[0].Close()
+	var err error
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if err = ask(dial("127.0.0.2"), 1); err == nil {
+			return
+		}
+	}
+	t.Errorf("after one has ended: %v", err)
 }
 
 // The server sees clients at their own addresses, of either version, which are none of this host's.

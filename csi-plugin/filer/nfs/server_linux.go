@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/crowd"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
@@ -72,44 +73,16 @@ type Server struct {
 
 	replied map[string]*replies // by the export's path
 
-	connections connections
+	connections crowd.Crowd
 	limits
 	stuck atomic.Int64 // calls that the storage keeps
-}
-
-// connections are counted by address.
-type connections struct {
-	mu  sync.Mutex
-	all int
-	of  map[netip.Addr]int
-}
-
-// admit counts one more, unless there are too many.
-func (c *connections) admit(client netip.Addr) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.all >= maxConnections || c.of[client] >= maxConnectionsOfOne {
-		return false
-	}
-	c.all++
-	c.of[client]++
-	return true
-}
-
-func (c *connections) leave(client netip.Addr) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.all--
-	if c.of[client]--; c.of[client] == 0 {
-		delete(c.of, client)
-	}
 }
 
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
 		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{},
-		connections: connections{of: map[netip.Addr]int{}}, limits: newLimits(maxWorking, maxCalling, maxReplies),
+		connections: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
 	return s
@@ -242,13 +215,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			continue
 		}
 		client := addressOf(conn)
-		if !s.connections.admit(client) {
+		if !s.connections.Admit(client) {
 			s.log.Debug("too many connections", "client", client)
 			conn.Close()
 			continue
 		}
 		conversations.Go(func() {
-			defer s.connections.leave(client)
+			defer s.connections.Leave(client)
 			s.converse(ctx, conn)
 		})
 	}
