@@ -242,7 +242,7 @@ func TestEncrypted(t *testing.T) {
 		}
 	}
 	other := NewVault(f, testKey(t))
-	if err := other.Restore(t.Context(), c, disk(t, 1)); !errors.Is(err, ErrDamaged) {
+	if err := other.Restore(t.Context(), c, disk(t, 1)); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "for another key than this one (--cold-key)") {
 		t.Errorf("with another key: %v", err)
 	}
 }

@@ -103,6 +103,9 @@ func (k *Key) seal(data []byte) ([]byte, error) {
 // open is the reverse of seal. d bounds what comes of it.
 func (k *Key) open(sealed []byte, d *zstd.Decoder) ([]byte, error) {
 	r, err := age.Decrypt(bytes.NewReader(sealed), k.identity)
+	if errors.As(err, new(*age.NoIdentityMatchError)) {
+		return nil, errors.New("it is encrypted for another key than this one (--cold-key)")
+	}
 	if err != nil {
 		return nil, err
 	}
