@@ -113,6 +113,10 @@ func (h hostVolume) create(ctx context.Context, b volume.Backend) (volume.Volume
 	v, err := b.Get(ctx, h.request.Name)
 	switch {
 	case errors.Is(err, volume.ErrNotFound):
+		// Its folder is made after the volume, and goes before it.
+		if _, serr := os.Lstat(h.path); serr == nil {
+			return v, fmt.Errorf("volume %s: %w: it was mounted on %s, and is in no pool now; is the pool's disk mounted? \"nomad volume delete -type host %[1]s\" gives it up", h.request.Name, volume.ErrUnavailable, h.path)
+		}
 		v, err = b.Create(ctx, h.request)
 	case err == nil:
 		v, err = h.grow(ctx, b, v)

@@ -10,6 +10,40 @@ import (
 	"testing"
 )
 
+// callHostVolume does what Nomad does, but for the environment.
+func callHostVolume(t *testing.T, operation, pool string) (answer map[string]any, code int) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = run(t.Context(), []string{"host-volume", operation, "--pool", pool}, &out, &errs)
+	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
+		t.Errorf("%s: %v: %s", operation, err, out.String())
+	}
+	return answer, code
+}
+
+// Nomad has each volume made again whenever it starts. Where the pool's disk is not mounted by then, that makes no empty one in its place.
+func TestHostVolumePoolAway(t *testing.T) {
+	pool, mounts := t.TempDir(), t.TempDir()
+	t.Setenv("DHV_VOLUME_ID", "81f57d4b")
+	t.Setenv("DHV_VOLUMES_DIR", mounts)
+	if err := os.Mkdir(filepath.Join(mounts, "81f57d4b"), 0o750); err != nil {
+		t.Fatal(err)
+	}
+	answer, code := callHostVolume(t, "create", pool)
+	if text, _ := answer["error"].(string); code == 0 || !strings.Contains(text, "is in no pool now; is the pool's disk mounted?") {
+		t.Errorf("create: exit code %d, %v", code, answer)
+	}
+	if entries, err := os.ReadDir(pool); err != nil || len(entries) > 0 {
+		t.Errorf("in the pool: %v, %v", entries, err)
+	}
+	if answer, code := callHostVolume(t, "delete", pool); code != 0 {
+		t.Errorf("delete: exit code %d, %v", code, answer)
+	}
+	if left, err := os.ReadDir(mounts); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
 // What Nomad asks for and can't have is told in its protocol's words, and makes nothing. It is no matter for a deletion.
 func TestHostVolumeMistakes(t *testing.T) {
 	for i, c := range []struct{ name, value, want string }{
@@ -31,22 +65,14 @@ func TestHostVolumeMistakes(t *testing.T) {
 			} {
 				t.Setenv(name, value)
 			}
-			call := func(operation string) (answer map[string]any, code int) {
-				var out, errs bytes.Buffer
-				code = run(t.Context(), []string{"host-volume", operation, "--pool", pool}, &out, &errs)
-				if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
-					t.Errorf("%s: %v: %s", operation, err, out.String())
-				}
-				return answer, code
-			}
-			answer, code := call("create")
+			answer, code := callHostVolume(t, "create", pool)
 			if text, _ := answer["error"].(string); code == 0 || !strings.Contains(text, c.want) {
 				t.Errorf("create: exit code %d, %v; want %s", code, answer, c.want)
 			}
 			if entries, err := os.ReadDir(pool); err != nil || len(entries) > 1 { // .lock
 				t.Errorf("in the pool: %v, %v", entries, err)
 			}
-			if answer, code := call("delete"); code != 0 && (c.name == "DHV_PARAMETERS" || c.name == "DHV_CAPACITY_MIN_BYTES") {
+			if answer, code := callHostVolume(t, "delete", pool); code != 0 && (c.name == "DHV_PARAMETERS" || c.name == "DHV_CAPACITY_MIN_BYTES") {
 				t.Errorf("delete: exit code %d, %v", code, answer)
 			}
 		})
