@@ -122,7 +122,7 @@ func (s *session) all(ctx context.Context) (all []volume.Snapshot, err error) {
 // Snapshot is volume.Snapshotter's. The metadata server takes it in an instant, of what clients have written by then.
 func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (snap volume.Snapshot, err error) {
 	id := r.ID
-	if err := volume.CheckName("snapshot name", id.Name); err != nil {
+	if err := r.Check(); err != nil {
 		return snap, err
 	}
 	if !volume.ValidName(id.Volume) {

@@ -90,7 +90,7 @@ func (b *Backend) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, 
 // Snapshot is volume.Snapshotter's.
 func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
 	id := r.ID
-	if err := volume.CheckName("snapshot name", id.Name); err != nil {
+	if err := r.Check(); err != nil {
 		return volume.Snapshot{}, err
 	}
 	lock, err := b.lock(ctx, id.Volume, "@"+id.Name)

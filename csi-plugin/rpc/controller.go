@@ -386,7 +386,8 @@ func (s *controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	if err != nil {
 		return nil, err
 	}
-	if err := volume.CheckName("snapshot name", req.GetName()); err != nil {
+	id := volume.SnapshotID{Volume: req.GetSourceVolumeId(), Name: req.GetName()}
+	if err := (volume.SnapshotRequest{ID: id}).Check(); err != nil {
 		return nil, err
 	}
 	for name := range req.GetParameters() {
@@ -396,7 +397,6 @@ func (s *controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	if err != nil {
 		return nil, err
 	}
-	id := volume.SnapshotID{Volume: req.GetSourceVolumeId(), Name: req.GetName()}
 	var snap volume.Snapshot
 	err = s.complete(ctx, "snapshot "+id.String(), unlock, func(ctx context.Context) error {
 		taken, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Hold: s.hold(id.Volume)})

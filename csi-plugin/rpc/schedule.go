@@ -146,7 +146,10 @@ func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.V
 	}
 	for _, name := range take {
 		id := volume.SnapshotID{Volume: v.ID, Name: name}
-		_, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Automatic: true, Hold: s.hold(v.ID)})
+		snap, err := b.Snapshot(ctx, volume.SnapshotRequest{ID: id, Automatic: true, Hold: s.hold(v.ID)})
+		if err == nil && !snap.Automatic { // an administrator's, by the storage's own means
+			err = fmt.Errorf("snapshot %s %w: it was not taken by schedule; rename or delete it", id, volume.ErrExists)
+		}
 		if errors.Is(err, volume.ErrNotFound) {
 			return nil // deleted meanwhile
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -50,6 +51,11 @@ func (s *shelf) Snapshot(_ context.Context, r volume.SnapshotRequest) (volume.Sn
 	if s.fail {
 		return volume.Snapshot{}, errors.New("no")
 	}
+	for _, has := range s.has {
+		if has.ID == r.ID {
+			return has, nil
+		}
+	}
 	snap := volume.Snapshot{ID: r.ID, Automatic: r.Automatic}
 	s.has = append(s.has, snap)
 	return snap, nil
@@ -60,6 +66,30 @@ func (s *shelf) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error {
 	defer s.mu.Unlock()
 	s.has = slices.DeleteFunc(s.has, func(has volume.Snapshot) bool { return has.ID == id })
 	return nil
+}
+
+// What an administrator has taken under a name of the schedule's is none of its snapshots: that one of this hour is missing is to be seen, and nothing goes for it.
+func TestScheduleNameTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		// synctest's clock begins at midnight UTC on 2000-01-01.
+		b := &shelf{keep: volume.Retention{Hourly: 1}, has: []volume.Snapshot{
+			{ID: volume.SnapshotID{Volume: "v", Name: "hourly-19991231T230000Z"}, Automatic: true},
+			{ID: volume.SnapshotID{Volume: "v", Name: "hourly-20000101T000000Z"}},
+		}}
+		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+		s := &Server{config: c, metrics: newMetrics(c)}
+		err := s.takeDueOf(t.Context(), b, volume.Volume{ID: "v", Parameters: volume.Parameters{Snapshots: b.keep}})
+		if !errors.Is(err, volume.ErrExists) || !strings.Contains(err.Error(), "v@hourly-20000101T000000Z") {
+			t.Error(err)
+		}
+		if all, _ := b.Snapshots(t.Context(), "v"); len(all) != 2 {
+			t.Errorf("left: %v", all)
+		}
+		taken, failed := testutil.ToFloat64(s.metrics.snaps.WithLabelValues("taken")), testutil.ToFloat64(s.metrics.snaps.WithLabelValues("failed"))
+		if taken != 0 || failed != 1 {
+			t.Errorf("counted: %v taken, %v failed", taken, failed)
+		}
+	})
 }
 
 func TestSchedule(t *testing.T) {

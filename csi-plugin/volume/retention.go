@@ -123,6 +123,13 @@ func (p Parameters) Due(has []Snapshot, now time.Time) (take []string, drop []Sn
 // cold is the kind of those that are copied to cold storage.
 var cold = kind{name: "cold", begin: kinds[0].begin}
 
+// ofSchedule says whether a name is one that Due gives.
+func ofSchedule(name string) bool {
+	of, at, _ := strings.Cut(name, "-")
+	_, err := time.Parse(stamp, at)
+	return err == nil && (of == cold.name || slices.ContainsFunc(kinds, func(k kind) bool { return k.name == of }))
+}
+
 // ForCold says whether a snapshot is one that is to be copied to cold storage.
 func (s Snapshot) ForCold() bool { return s.is(cold) }
 

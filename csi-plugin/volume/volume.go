@@ -72,6 +72,16 @@ type SnapshotRequest struct {
 	Hold      Hold
 }
 
+// Check is an ErrInvalid where a snapshot can't be called so. A name of the schedule's is not for others: with it taken, the snapshot of that hour would be missing, and
+// whoever found that one in its place would see it go with the schedule.
+func (r SnapshotRequest) Check() error {
+	err := CheckName("snapshot name", r.ID.Name)
+	if err == nil && !r.Automatic && ofSchedule(r.ID.Name) {
+		err = Invalid("snapshot name", "%s is what a snapshot is called that is taken by schedule; choose another name", r.ID.Name)
+	}
+	return err
+}
+
 // A Hold makes what writes to a volume from outside this host's kernel, a guest, hold still until release is called. It is called only
 // for the time of copying. An error of release says that it had not held still all the time. Without a guest it is nil.
 type Hold func(ctx context.Context) (release func() error, err error)

@@ -126,6 +126,32 @@ func TestSnapshotID(t *testing.T) {
 	}
 }
 
+// The schedule's names are its own: one that somebody else had taken would be no automatic one, and no copy would be made of that hour.
+func TestSnapshotNames(t *testing.T) {
+	p := Parameters{Snapshots: Retention{1, 1, 1, 1}, Cold: Retention{Hourly: 1}}
+	take, _ := p.Due(nil, time.Date(2026, 1, 30, 22, 30, 0, 0, time.UTC))
+	if len(take) != 5 {
+		t.Fatalf("%q are due", take)
+	}
+	for _, name := range take {
+		r := SnapshotRequest{ID: SnapshotID{"v", name}, Automatic: true}
+		if err := r.Check(); err != nil {
+			t.Error(err)
+		}
+		if r.Automatic = false; !errors.Is(r.Check(), ErrInvalid) {
+			t.Errorf("%s by hand: %v", name, r.Check())
+		}
+	}
+	for _, name := range []string{"hourly-mine", "cold", "cold-", "yearly-20260130T000000Z", "before-rollback-20260130T000000Z", "20260130T000000Z"} {
+		if err := (SnapshotRequest{ID: SnapshotID{"v", name}}).Check(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := (SnapshotRequest{ID: SnapshotID{"v", "../x"}, Automatic: true}).Check(); !errors.Is(err, ErrInvalid) {
+		t.Error(err)
+	}
+}
+
 // What was put in place of the parameter counts; what can't be read does not end the snapshots.
 func TestScheduled(t *testing.T) {
 	made := Retention{Hourly: 2}

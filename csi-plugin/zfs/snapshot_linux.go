@@ -124,7 +124,7 @@ func (b *Backend) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, 
 // Snapshot is volume.Snapshotter's. ZFS takes it in an instant, so that nothing has to hold still for long.
 func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
 	id := r.ID
-	if err := volume.CheckName("snapshot name", id.Name); err != nil {
+	if err := r.Check(); err != nil {
 		return volume.Snapshot{}, err
 	}
 	ctx, unlock, err := b.take(ctx, id.Volume, "@"+id.Name)

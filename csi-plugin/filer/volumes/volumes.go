@@ -130,7 +130,7 @@ func (b *Backend) Snapshot(ctx context.Context, r volume.SnapshotRequest) (s vol
 	if err := known(r.ID.Volume); err != nil {
 		return s, err
 	}
-	if err := volume.CheckName("snapshot name", r.ID.Name); err != nil {
+	if err := r.Check(); err != nil {
 		return s, err
 	}
 	return s, b.ask(ctx, func(ctx context.Context) (err error) { s, err = b.client.Take(ctx, r.ID, r.Automatic); return err })

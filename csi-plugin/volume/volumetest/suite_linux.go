@@ -602,7 +602,7 @@ func testSnapshot(b *bench) {
 		if again, err := s.Snapshot(b.ctx(), snap("v", "s")); err != nil || again != one {
 			b.Errorf("class %s: again: %+v, %v", class, again, err)
 		}
-		for _, name := range []string{"", "a/b", "..", "a@b"} {
+		for _, name := range []string{"", "a/b", "..", "a@b", "cold-20260106T150000Z"} {
 			_, err = s.Snapshot(b.ctx(), snap("v", name))
 			b.wants(err, volume.ErrInvalid, fmt.Sprintf("snapshot %q", name))
 		}
