@@ -80,7 +80,7 @@ func TestRootBackendMoves(t *testing.T) {
 		{"delete", func(b *volumes.Backend) error { return errors.Join(b.Delete(ctx, "v"), b.Delete(ctx, "w")) }},
 		{"list", func(b *volumes.Backend) error {
 			all, err := b.List(ctx)
-			if err == nil && len(all) > 0 {
+			if err == nil && (len(all) != 1 || all[0].ID != "vol") { // the pair's own
 				err = fmt.Errorf("%+v", all)
 			}
 			return err
@@ -110,7 +110,7 @@ func TestRootBackendMoves(t *testing.T) {
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
-	if names = slices.DeleteFunc(names, func(name string) bool { return name == ".lock" || name == setState }); len(names) > 0 {
+	if names = slices.DeleteFunc(names, func(name string) bool { return name == ".lock" || name == setState || name == "vol" }); len(names) > 0 {
 		t.Errorf("left in the pool: %q", names)
 	}
 }

@@ -126,7 +126,7 @@ func onPlugin(t *testing.T, keep func(*pair) []string) {
 	if text, err := os.ReadFile(filepath.Join(p.pool, "clone", "data", "third")); err != nil || string(text) != "by third" {
 		t.Errorf("the clone has %q, %v", text, err)
 	}
-	if list, err := controller.ListVolumes(ctx, &csi.ListVolumesRequest{}); err != nil || len(list.Entries) != 2 {
+	if list, err := controller.ListVolumes(ctx, &csi.ListVolumesRequest{}); err != nil || len(list.Entries) != 3 { // with the pair's own
 		t.Errorf("there are %v, %v", list, err)
 	}
 	if _, err := controller.CreateVolume(ctx, &csi.CreateVolumeRequest{

@@ -187,7 +187,7 @@ func (f *filer) sizes(ctx context.Context, r volume.Request) error {
 		image = v.Size > 0
 	}
 	if image {
-		return volume.Invalid("volume "+r.Name, "it would have a size, and its files be in an image, which two hosts must not mount; on directories a set of filers serves volumes that are made without one")
+		return volume.Invalid("volume "+r.Name, "one on the pool of a set of filers, where that is a directory, is without a size: what has one is an image, which two hosts must not mount")
 	}
 	return nil
 }

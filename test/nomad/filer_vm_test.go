@@ -25,11 +25,36 @@ func (s *storehouse) shared(name, kind, network, access string, readOnly bool, s
 // volume grows and is copied under them, and a file in it is rolled back; a third pod may only read. What each has written the others and this host see.
 func TestVMFiler(t *testing.T) {
 	s := startStorehouse(t, "")
-	s.Run(t, s.example("cradle-filer.nomad.hcl"))
+	s.runFiler()
+	s.shareVolume()
+}
+
+// TestVMFilerBackend: the same, of a plugin that has the filer keep the volumes.
+func TestVMFilerBackend(t *testing.T) {
+	s := startStorehouse(t, "")
+	s.runFiler()
+	s.Stop(t, "cradle-csi")
+	text := strings.Replace(s.example("cradle-csi.nomad.hcl"), fmt.Sprintf(`"--pool", %q`, filepath.Join(s.node.Dir, "volumes")), `"--backend", "filer"`, 1)
+	if !strings.Contains(text, `"--backend", "filer"`) {
+		t.Fatalf("the plugin's job is\n%s", text)
+	}
+	s.Run(t, text)
+	s.healthy()
+	s.shareVolume()
+}
+
+func (s *storehouse) runFiler() {
+	s.t.Helper()
+	s.Run(s.t, s.example("cradle-filer.nomad.hcl"))
 	s.eventually("a filer", func() bool {
 		_, err := os.Stat(s.node.Path("/run/cradle/filer/api.sock"))
 		return err == nil
 	})
+}
+
+func (s *storehouse) shareVolume() {
+	t := s.t
+	t.Helper()
 	// xfs, as some hosts take the capability to grow a mounted ext4 even from root.
 	xfs := []string{"mount_options {}", "mount_options {\n  fs_type = \"xfs\"\n}"}
 	s.volume("shared", append(xfs, `"64MiB"`, `"320MiB"`)...)

@@ -19,6 +19,15 @@ import (
 // TestVMSoakFilerSet: pods on two nodes have one volume from a set of filers, whose members run there as a job, on a directory that both have. Each is killed while it is
 // the active one, and hands over; who writes waits and goes on.
 func TestVMSoakFilerSet(t *testing.T) {
+	filerSet(t, func(pool string) string { return fmt.Sprintf(`"--pool", %q`, pool) })
+}
+
+// TestVMSoakFilerSetBackend: the same, of plugins that have the active filer keep the volumes.
+func TestVMSoakFilerSetBackend(t *testing.T) {
+	filerSet(t, func(string) string { return `"--backend", "filer"` })
+}
+
+func filerSet(t *testing.T, keep func(pool string) string) {
 	s := &storehouse{t: t, used: map[string]bool{}}
 	var err error
 	if s.root, err = programs.Root(); err != nil {
@@ -43,7 +52,7 @@ func TestVMSoakFilerSet(t *testing.T) {
 	s.node = nodes[0]
 	replace := strings.NewReplacer("10.1.2.9", floating.String(), "/mnt/shared/volumes", pool,
 		`"--pool", "`+filepath.Join(s.node.Dir, "volumes")+`", "--filer", "/run/cradle/filer/api.sock"`,
-		fmt.Sprintf(`"--pool", %q, "--filer", "%s:2051", "--filer-key", %q`, pool, floating, filepath.Join(pool, ".cradle-filer@state/handles.key")))
+		fmt.Sprintf(`%s, "--filer", "%s:2051", "--filer-key", %q`, keep(pool), floating, filepath.Join(pool, ".cradle-filer@state/handles.key")))
 	s.Run(t, replace.Replace(s.example("cradle-filers.nomad.hcl")))
 	for _, n := range nodes { // these have not all the same data_dir, as hosts do
 		text := strings.ReplaceAll(replace.Replace(s.example("cradle-csi.nomad.hcl")), s.node.Dir, n.Dir)
