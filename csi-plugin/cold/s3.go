@@ -2,14 +2,17 @@ package cold
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
@@ -30,6 +33,33 @@ type S3 struct {
 	Prefix    string // of all names; "" or with / at its end
 	AccessKey string
 	SecretKey string
+
+	patience time.Duration // default patience
+}
+
+// patience is how long a server may neither take nor give a byte. It is longer than minio waits for an answer's beginning.
+const patience = 2 * time.Minute
+
+// A patient connection is one that ends when nothing has gone on in it for a time.
+type patient struct {
+	net.Conn
+	patience time.Duration
+}
+
+// Read is net.Conn's. What is sent meanwhile is a sign of life as well.
+func (c patient) Read(b []byte) (int, error) {
+	if err := c.SetDeadline(time.Now().Add(c.patience)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(b)
+}
+
+// Write is net.Conn's.
+func (c patient) Write(b []byte) (int, error) {
+	if err := c.SetDeadline(time.Now().Add(c.patience)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
 }
 
 // OpenBucket connects nowhere yet.
@@ -42,8 +72,20 @@ func OpenBucket(o S3) (*Bucket, error) {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
 		return nil, fmt.Errorf("s3: %q is no server; write https://s3.example.org", o.Endpoint)
 	}
+	transport, err := minio.DefaultTransport(u.Scheme == "https")
+	if err != nil {
+		return nil, fmt.Errorf("s3: %w", err)
+	}
+	dial := transport.DialContext
+	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return patient{c, cmp.Or(o.patience, patience)}, nil
+	}
 	client, err := minio.New(u.Host, &minio.Options{
-		Creds: credentials.NewStaticV4(o.AccessKey, o.SecretKey, ""), Secure: u.Scheme == "https", Region: o.Region,
+		Creds: credentials.NewStaticV4(o.AccessKey, o.SecretKey, ""), Secure: u.Scheme == "https", Region: o.Region, Transport: transport,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("s3: %w", err)
