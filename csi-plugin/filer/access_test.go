@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	nomadapi "github.com/hashicorp/nomad/api"
 
@@ -76,7 +77,7 @@ func TestUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	f := &filer{backend: b, dir: t.TempDir(), state: state, audit: newAudit(state, log), log: log, entered: map[string]bool{}, long: t.Context()}
+	f := &filer{backend: b, dir: t.TempDir(), state: state, audit: newAudit(state, log), log: log, entered: map[string]bool{}, comparing: make(chan struct{}, maxComparing), long: t.Context()}
 	s := httptest.NewServer(f.usersHandler(n))
 	t.Cleanup(s.Close)
 	as := func(token, namespace string) api.Client {
@@ -145,6 +146,21 @@ func TestUsers(t *testing.T) {
 	}
 	if left, err := f.granted().all(); err != nil || len(left) != 1 {
 		t.Errorf("there are the grants %+v, %v", left, err)
+	}
+	// Some volumes are compared at once; others wait.
+	for range maxComparing {
+		f.comparing <- struct{}{}
+	}
+	soon, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := f.diff(soon, "v", "absent", ""); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("one more is compared: %v", err)
+	}
+	<-f.comparing
+	for range 2 * maxComparing {
+		if _, err := f.diff(t.Context(), "v", "absent", ""); !errors.Is(err, volume.ErrNotFound) {
+			t.Errorf("a snapshot that is not there: %v", err)
+		}
 	}
 	all, err := b.Snapshots(t.Context(), "")
 	if err != nil || len(all) != 1 {

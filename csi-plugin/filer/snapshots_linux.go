@@ -303,6 +303,9 @@ func (f *filer) enter(ctx context.Context, id string) (root *os.Root, leave func
 	return root, leave, err
 }
 
+// maxComparing is how many volumes are compared at once.
+const maxComparing = 2
+
 func (f *filer) diff(ctx context.Context, id, from, to string) (all []tree.Difference, err error) {
 	b, err := f.snapshotter(ctx, id)
 	if err != nil {
@@ -313,6 +316,12 @@ func (f *filer) diff(ctx context.Context, id, from, to string) (all []tree.Diffe
 		return nil, fmt.Errorf("volume %s: %w: it is being compared; try again", id, volume.ErrInUse)
 	}
 	defer f.compared.Delete(id)
+	select {
+	case f.comparing <- struct{}{}:
+		defer func() { <-f.comparing }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("volume %s: others are being compared: %w", id, context.Cause(ctx))
+	}
 	list := func(name string) (entries []tree.Entry, err error) {
 		var root *os.Root
 		if name == "" {

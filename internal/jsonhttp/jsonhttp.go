@@ -53,9 +53,12 @@ func Do(ctx context.Context, transport http.RoundTripper, method, url string, he
 		return err
 	}
 	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return err
+	}
+	if len(data) > maxAnswer {
+		return fmt.Errorf("its answer: it has more than %d MiB", maxAnswer>>20)
 	}
 	if resp.StatusCode >= 300 {
 		return &Refusal{resp.StatusCode, data}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -37,6 +38,9 @@ func TestCall(t *testing.T) {
 	}
 	if err := Call(t.Context(), socket, http.MethodPost, "/", "text", &n); err == nil {
 		t.Error("a text is a number")
+	}
+	if err := Call(t.Context(), socket, http.MethodPost, "/", strings.Repeat("x", maxAnswer), nil); err == nil || !strings.Contains(err.Error(), "more than 64 MiB") {
+		t.Errorf("what is too long is cut: %v", err)
 	}
 	var refusal *Refusal
 	if err := Call(t.Context(), socket, http.MethodPost, "/no", "why", nil); !errors.As(err, &refusal) || refusal.Code != http.StatusConflict || string(refusal.Body) != `"why"` {
