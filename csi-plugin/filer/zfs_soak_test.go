@@ -692,8 +692,7 @@ printf '%[2]s' >/etc/hostid
 ip addr flush dev eth0; ip addr add %[3]s/24 dev eth0
 echo 127.0.0.1 localhost %[1]s >/etc/hosts
 httpd -p 8080 -h /job
-# An agent that is late, as where one emulated processor does all, has the set move by itself.
-nice -n -10 ./consul agent -node=%[1]s -bind=%[3]s -retry-join=10.77.0.3 -retry-join=10.77.0.5 -retry-join=10.77.0.6 -retry-interval=1s -data-dir=/consul -log-level=warn &
+./consul agent -node=%[1]s -bind=%[3]s -retry-join=10.77.0.3 -retry-join=10.77.0.5 -retry-join=10.77.0.6 -retry-interval=1s -data-dir=/consul -log-level=warn &
 echo 500 >/sys/module/zfs/parameters/zfs_multihost_interval # as docs/nfs.md has it
 # There is no udev here, for which zpool import would wait half a minute, nor directories of disks alone.
 mkdir /wrapped /import
