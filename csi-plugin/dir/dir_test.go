@@ -188,6 +188,45 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
+// A snapshot that is damaged is told of, by its file, to who asks for its volume's, and hides no other volume's.
+func TestDamagedSnapshot(t *testing.T) {
+	dir := t.TempDir()
+	b := open(t, Pool{"default", dir})
+	for _, id := range []string{"v", "w"} {
+		if _, err := b.Create(t.Context(), files(id, "")); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"bad", "good"} {
+			if _, err := b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: id, Name: id + name}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	record := filepath.Join(dir, "v/snapshots/vbad", recordFile)
+	if err := os.WriteFile(record, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := b.Snapshots(t.Context(), ""); err != nil || len(all) != 3 || all[0].ID.Name != "vgood" {
+		t.Errorf("all: %v, %v", all, err)
+	}
+	if all, err := b.Snapshots(t.Context(), "w"); err != nil || len(all) != 2 {
+		t.Errorf("the other volume's: %v, %v", all, err)
+	}
+	if _, err := b.Snapshots(t.Context(), "v"); err == nil || !strings.Contains(err.Error(), record) {
+		t.Errorf("the volume's: %v", err)
+	}
+	if err := b.Delete(t.Context(), "v"); err == nil || !strings.Contains(err.Error(), record) {
+		t.Errorf("the volume is deleted with it: %v", err)
+	}
+	var found []string
+	if err := b.Repair(t.Context(), false, func(s string) { found = append(found, s) }); err != nil || len(found) != 1 || !strings.Contains(found[0], "v@vbad can't be read") {
+		t.Errorf("Repair: %q, %v", found, err)
+	}
+	if err := errors.Join(b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "v", Name: "vbad"}), b.DeleteSnapshot(t.Context(), volume.SnapshotID{Volume: "v", Name: "vgood"}), b.Delete(t.Context(), "v")); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestRepair(t *testing.T) {
 	dir := t.TempDir()
 	b := open(t, Pool{"default", dir})

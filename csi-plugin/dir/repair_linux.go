@@ -79,10 +79,13 @@ func (b *Backend) repair(ctx context.Context, p *pool, id string, look bool, rep
 		return err
 	}
 	for _, name := range names {
+		folder := filepath.Join(id, snapshotsDir, name)
 		if strings.HasPrefix(name, ".") {
-			if err := rubbish(filepath.Join(id, snapshotsDir, name)); err != nil {
+			if err := rubbish(folder); err != nil {
 				return err
 			}
+		} else if _, err := p.read(folder); volume.ValidName(name) && err != nil && !errors.Is(err, fs.ErrNotExist) {
+			report(fmt.Sprintf("snapshot %s@%s can't be read: %v", id, name, err)) // for a person to look at
 		}
 	}
 	if f.size == 0 {

@@ -29,7 +29,7 @@ func snapshotFolder(id volume.SnapshotID) string {
 	return filepath.Join(id.Volume, snapshotsDir, id.Name)
 }
 
-// snapshots returns those of a volume.
+// snapshots returns those of a volume; with an error, those that can be read.
 func (f *found) snapshots() ([]*found, error) {
 	names, err := f.pool.list(filepath.Join(f.folder, snapshotsDir))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -39,17 +39,19 @@ func (f *found) snapshots() ([]*found, error) {
 		return nil, err
 	}
 	var all []*found
+	var errs []error
 	for _, name := range names {
 		snap, err := f.pool.read(snapshotFolder(volume.SnapshotID{Volume: f.folder, Name: name}))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // deleted meanwhile
 		}
 		if err != nil {
-			return nil, err
+			errs = append(errs, err)
+			continue
 		}
 		all = append(all, snap)
 	}
-	return all, nil
+	return all, errors.Join(errs...)
 }
 
 // Snapshots is volume.Snapshotter's.
@@ -67,8 +69,8 @@ func (b *Backend) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, 
 		}
 	}
 	var all []volume.Snapshot
-	for _, id := range of {
-		f, err := b.find(id)
+	for _, one := range of {
+		f, err := b.find(one)
 		if errors.Is(err, volume.ErrNotFound) {
 			continue
 		}
@@ -76,7 +78,7 @@ func (b *Backend) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, 
 			return nil, err
 		}
 		snaps, err := f.snapshots()
-		if err != nil {
+		if err != nil && id != "" { // of all, one that is damaged is no matter of the others', and Repair tells of it
 			return nil, err
 		}
 		for _, snap := range snaps {
