@@ -106,3 +106,26 @@ func TestFilerBackend(t *testing.T) {
 		t.Errorf("a host volume: %d, %s", code, stderr.String())
 	}
 }
+
+// A command that looks into cold storage makes none where it is not: nothing would be in it, and who has it unmounted would be told that there are no copies.
+func TestColdMissing(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "cold")
+	key := filepath.Join(t.TempDir(), "key")
+	x, err := age.GenerateX25519Identity()
+	if err == nil {
+		err = os.WriteFile(key, []byte(x.String()+"\n"), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"ls"}, {"verify"}, {"restore", "db", "--pool", filepath.Join(t.TempDir(), "pool")}} {
+		var stdout, stderr bytes.Buffer
+		args = append(append([]string{"cold"}, args...), "--cold", missing, "--cold-key", key)
+		if code := run(t.Context(), args, &stdout, &stderr); code == 0 || !strings.Contains(stderr.String(), "write the directory that the plugin has") {
+			t.Errorf("%v: %d, %s%s", args, code, stdout.String(), stderr.String())
+		}
+		if _, err := os.Stat(missing); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%v has made %s: %v", args, missing, err)
+		}
+	}
+}

@@ -70,8 +70,13 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 	return cold.NewVault(bucket, key), nil
 }
 
-// vault is open for the commands, which need one.
+// vault is open for the commands, which need one that is there: one that open had made would have no copies.
 func (o *coldFlags) vault() (*cold.Vault, error) {
+	if o.where != "" && !strings.Contains(o.where, "://") {
+		if _, err := os.Stat(o.where); err != nil {
+			return nil, fmt.Errorf("--cold: %w; write the directory that the plugin has, and mount it where it is another host's", err)
+		}
+	}
 	v, err := o.open()
 	if err == nil && v == nil {
 		err = errors.New("--cold: it is missing; write the directory or s3://BUCKET that the plugin has")

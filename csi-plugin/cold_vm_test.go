@@ -41,6 +41,9 @@ type coldStore struct {
 func newColdStore(t *testing.T) *coldStore {
 	t.Helper()
 	s := &coldStore{t: t, root: shortDir(t)}
+	if err := os.Mkdir(s.path("cold"), 0o700); err != nil { // the commands make none
+		t.Fatal(err)
+	}
 	x, err := age.GenerateX25519Identity()
 	if err != nil {
 		t.Fatal(err)

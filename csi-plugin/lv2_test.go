@@ -38,7 +38,7 @@ func testReceiveAgain(t *testing.T, staged bool) {
 	}
 	var out bytes.Buffer
 	c := &cli{stdout: &out, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, nomad: nomad.URL, cold: coldFlags{where: filepath.Join(dir, "cold"), key: key}}
-	vault, err := c.cold.vault()
+	vault, err := c.cold.open()
 	if err != nil {
 		t.Fatal(err)
 	}
