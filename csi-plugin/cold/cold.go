@@ -31,8 +31,9 @@ type Store interface {
 	// Put makes an object, or replaces it, as a whole and durably.
 	Put(ctx context.Context, name string, data []byte) error
 
-	// Get reads an object; fs.ErrNotExist where there is none.
-	Get(ctx context.Context, name string) ([]byte, error)
+	// Get reads an object; fs.ErrNotExist where there is none, errTooLarge where it has more bytes than most: who can write to the store
+	// could have all memory taken otherwise.
+	Get(ctx context.Context, name string, most int64) ([]byte, error)
 
 	// List calls each with the names that begin with prefix, which is "" or ends with /, in any order.
 	List(ctx context.Context, prefix string, each func(name string) error) error
@@ -243,15 +244,18 @@ func (v *Vault) chunks(ctx context.Context, c Copy) (map[string]bool, error) {
 
 // manifest reads a copy's list.
 func (v *Vault) manifest(ctx context.Context, c Copy) (*manifest, error) {
-	sealed, err := v.store.Get(ctx, c.object())
+	sealed, err := v.store.Get(ctx, c.object(), maxManifest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("copy %s: %w", c, volume.ErrNotFound)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errTooLarge) {
 		return nil, err
 	}
 	var m *manifest
-	data, err := v.key.open(sealed, v.key.lists)
+	var data []byte
+	if err == nil {
+		data, err = v.key.open(sealed, v.key.lists)
+	}
 	if err == nil {
 		m, err = decode(data, v.key)
 	}
@@ -275,8 +279,8 @@ func (d *damage) Is(target error) bool { return target == ErrDamaged }
 
 // fetch reads chunk i of a copy, which is as it was saved or an error.
 func (v *Vault) fetch(ctx context.Context, c Copy, i int64, name string, size int64) ([]byte, error) {
-	sealed, err := v.store.Get(ctx, c.chunk(name))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	sealed, err := v.store.Get(ctx, c.chunk(name), maxSealed)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errTooLarge) {
 		return nil, err
 	}
 	var data []byte
@@ -285,7 +289,7 @@ func (v *Vault) fetch(ctx context.Context, c Copy, i int64, name string, size in
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if _, lerr := v.store.Get(ctx, c.object()); errors.Is(lerr, fs.ErrNotExist) {
+		if _, lerr := v.store.Get(ctx, c.object(), maxManifest); errors.Is(lerr, fs.ErrNotExist) {
 			return nil, fmt.Errorf("copy %s: %w any more: newer ones have its place; begin again, with one that \"cradle-csi cold ls\" lists", c, volume.ErrNotFound)
 		}
 		err = errors.New("it is missing")

@@ -115,7 +115,7 @@ func TestFolder(t *testing.T) { testStore(t, folder(t)) }
 // testStore is what each kind of store has to do for the vault.
 func testStore(t *testing.T, s Store) {
 	ctx := t.Context()
-	if _, err := s.Get(ctx, "none/x"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.Get(ctx, "none/x", 100); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Get: %v; want ErrNotExist", err)
 	}
 	if err := s.Delete(ctx, "none/x"); err != nil {
@@ -129,8 +129,11 @@ func testStore(t *testing.T, s Store) {
 			t.Fatal(err)
 		}
 	}
-	if data, err := s.Get(ctx, "a/b/c"); err != nil || string(data) != "second" {
+	if data, err := s.Get(ctx, "a/b/c", 6); err != nil || string(data) != "second" {
 		t.Errorf("Get: %q, %v", data, err)
+	}
+	if _, err := s.Get(ctx, "a/b/c", 5); !errors.Is(err, errTooLarge) {
+		t.Errorf("Get what is larger than it can be: %v", err)
 	}
 	for i := range 5 {
 		if err := s.Put(ctx, fmt.Sprint("a/d/", i), []byte{byte(i)}); err != nil {
@@ -236,7 +239,7 @@ func TestEncrypted(t *testing.T) {
 	v := NewVault(f, k)
 	c, _ := save(t, v, 1, blocks(bytes.Repeat([]byte("confidential"), chunkSize/4)), Copy{})
 	for _, name := range objects(t, f) {
-		data, err := f.Get(t.Context(), name)
+		data, err := f.Get(t.Context(), name, maxSealed)
 		if err != nil || bytes.Contains(data, []byte("confidential")) || !bytes.HasPrefix(data, []byte("age-encryption.org/v1\n")) {
 			t.Errorf("%s: %.40q, %v", name, data, err)
 		}
@@ -267,7 +270,7 @@ func TestDamaged(t *testing.T) {
 	chunk := c.chunk(m.chunks[4])
 	get := func(name string) []byte {
 		t.Helper()
-		data, err := f.Get(t.Context(), name)
+		data, err := f.Get(t.Context(), name, maxSealed)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -295,6 +298,7 @@ func TestDamaged(t *testing.T) {
 		"a chunk with another header":                 {chunk, flipped(chunk, 30), "chunk 4 "},
 		"a chunk that is cut off":                     {chunk, get(chunk)[:1000], "chunk 4 "},
 		"an empty chunk":                              {chunk, []byte{}, "chunk 4 "},
+		"one that is larger than any chunk":           {chunk, make([]byte, 8<<20), "damaged: it has more than 2097152 bytes"},
 		"a chunk that is missing":                     {chunk, nil, "chunk 4 (bytes 4194304 to 5242879), " + chunk + ": damaged: it is missing"},
 		"another chunk in its place":                  {chunk, get(c.chunk(m.chunks[5])), "chunk 4 "},
 		"one of somebody who knows the age recipient": {chunk, seal(make([]byte, chunkSize)), "its content is not what was saved"},
@@ -367,11 +371,11 @@ func (b *broken) Put(ctx context.Context, name string, data []byte) error {
 	return errors.Join(b.use(), b.Store.Put(ctx, name, data)) // whether it arrived is not known
 }
 
-func (b *broken) Get(ctx context.Context, name string) ([]byte, error) {
+func (b *broken) Get(ctx context.Context, name string, most int64) ([]byte, error) {
 	if err := b.use(); err != nil {
 		return nil, err
 	}
-	return b.Store.Get(ctx, name)
+	return b.Store.Get(ctx, name, most)
 }
 
 // Interrupted after every number of calls, saving and restoring go on where they were: nothing is sent or fetched twice but what was on its way.
@@ -591,12 +595,12 @@ type stale struct {
 	had map[string][]byte
 }
 
-func (s *stale) Get(ctx context.Context, name string) ([]byte, error) {
+func (s *stale) Get(ctx context.Context, name string, most int64) ([]byte, error) {
 	if data, ok := s.had[name]; ok {
 		delete(s.had, name)
 		return data, nil
 	}
-	data, err := s.Store.Get(ctx, name)
+	data, err := s.Store.Get(ctx, name, most)
 	if err == nil {
 		s.had[name] = data
 	}

@@ -66,11 +66,16 @@ func makeDir(dir string) error {
 }
 
 // Get is Store's.
-func (f *Folder) Get(ctx context.Context, name string) ([]byte, error) {
+func (f *Folder) Get(ctx context.Context, name string, most int64) ([]byte, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	return os.ReadFile(filepath.Join(f.path, filepath.FromSlash(name)))
+	o, err := os.Open(filepath.Join(f.path, filepath.FromSlash(name)))
+	if err != nil {
+		return nil, err
+	}
+	defer o.Close()
+	return readMost(o, most)
 }
 
 // List is Store's.

@@ -24,6 +24,21 @@ const chunkSize = 1 << 20
 // maxManifest bounds what a copy's list can have: a name for each chunk of 16 TiB.
 const maxManifest = 16 << 20 * 80
 
+// maxSealed bounds what a chunk's object can have, whatever of it does not become smaller, with what age adds.
+const maxSealed = 2 * chunkSize
+
+// errTooLarge is an object that is none that was saved.
+var errTooLarge = errors.New("it has more")
+
+// readMost reads what a store gives for an object.
+func readMost(r io.Reader, most int64) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(r, most+1))
+	if err == nil && int64(len(data)) > most {
+		return nil, fmt.Errorf("%w than %d bytes", errTooLarge, most)
+	}
+	return data, err
+}
+
 // A header is a list's first line.
 type header struct {
 	Version    int               `json:"version"` // 1

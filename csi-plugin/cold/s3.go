@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -105,13 +104,13 @@ func (b *Bucket) Put(ctx context.Context, name string, data []byte) error {
 const maxPut = 64 << 20
 
 // Get is Store's.
-func (b *Bucket) Get(ctx context.Context, name string) ([]byte, error) {
+func (b *Bucket) Get(ctx context.Context, name string, most int64) ([]byte, error) {
 	o, err := b.client.GetObject(ctx, b.bucket, b.prefix+name, minio.GetObjectOptions{})
 	if err != nil {
 		return nil, b.error("get", name, err)
 	}
 	defer o.Close()
-	data, err := io.ReadAll(o)
+	data, err := readMost(o, most)
 	return data, b.error("get", name, err)
 }
 

@@ -44,7 +44,7 @@ func TestS3Stalled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if data, err := b.Get(ctx, "x"); err == nil || ctx.Err() != nil {
+	if data, err := b.Get(ctx, "x", 1000); err == nil || ctx.Err() != nil {
 		t.Errorf("Get: %q, %v", data, err)
 	}
 	if err := b.Put(ctx, "x", make([]byte, 32<<20)); err == nil || ctx.Err() != nil { // more than the kernel's buffers take
