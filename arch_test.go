@@ -57,8 +57,9 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/volumes": {"spec", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer/api"},                                                                                                              // of cradle-csi, where the storage is the filer's
 	"csi-plugin/filer/nfs":     {"csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                                                                                                               // exports, not volumes
 
-	"csi-plugin/filer/ganesha": {"csi-plugin/filer/lease", "csi-plugin/filer/nfs", "csi-plugin/filer/snapshots", "internal/durable"}, // likewise
+	"csi-plugin/filer/ganesha": {"csi-plugin/filer/crowd", "csi-plugin/filer/lease", "csi-plugin/filer/nfs", "csi-plugin/filer/snapshots", "internal/durable"}, // likewise
 
+	"csi-plugin/filer/crowd":     {},
 	"csi-plugin/filer/lease":     {},
 	"csi-plugin/filer/snapshots": {},
 	"csi-plugin/filer/gateway":   {"csi-plugin/filer/lease"},
