@@ -178,7 +178,7 @@ job "uploads" {
       }
       template {
         destination = "${NOMAD_ALLOC_DIR}/forged"
-        data        = "{\"ID\":\"data\",\"Namespace\":\"red\",\"PluginID\":\"cradle\",\"ExternalID\":\"` + blue.Volume + `\"}"
+        data        = "{\"ID\":\"data\",\"Namespace\":\"red\",\"PluginID\":\"cradle\",\"ExternalID\":\"`+blue.Volume+`\"}"
       }
       template {
         destination = "${NOMAD_SECRETS_DIR}/login"
