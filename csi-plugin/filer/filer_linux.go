@@ -389,7 +389,7 @@ func (f *filer) grow(ctx context.Context, id string) error {
 		return err
 	}
 	source, err := f.backend.Stage(ctx, id, volume.Use{As: volume.AsFiles})
-	if err != nil || source.Device == "" {
+	if err != nil || source.Device == "" || source.FSType == mount.ZFS { // whose quota is all there is to grow
 		return err
 	}
 	return mount.Grow(ctx, source.Device, root, source.FSType)
