@@ -54,7 +54,7 @@ var mayImport = map[string][]string{
 
 	"csi-plugin/filer":         {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable", "internal/keyed"}, // its commands; it is no part of cradle-csi
 	"csi-plugin/filer/api":     {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                                  // of cradle-csi as well, which calls the filer
-	"csi-plugin/filer/volumes": {"spec", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer/api"},                                                                                                              // of cradle-csi, where the storage is the filer's
+	"csi-plugin/filer/volumes": {"spec", "csi-plugin/mount", "csi-plugin/volume", "csi-plugin/filer/api", "internal/durable"},                                                                                          // of cradle-csi, where the storage is the filer's
 	"csi-plugin/filer/nfs":     {"csi-plugin/filer/crowd", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                                                                                     // exports, not volumes
 
 	"csi-plugin/filer/ganesha": {"csi-plugin/filer/crowd", "csi-plugin/filer/lease", "csi-plugin/filer/nfs", "csi-plugin/filer/snapshots", "internal/durable"}, // likewise

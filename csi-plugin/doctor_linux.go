@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	filer "github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/volumes"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/spec"
@@ -23,6 +24,7 @@ type doctor struct {
 	c     *cli
 	look  bool
 	filer filerFlags
+	gone  []string // volumes to abandon
 	found int
 }
 
@@ -42,6 +44,7 @@ Each thing is told on a line of its own. Nothing that is in use is touched.`,
 	c.backendFlags(f)
 	d.filer.add(f, filer.Socket)
 	f.BoolVar(&d.look, "look", false, "only say what there is to repair")
+	f.StringArrayVar(&d.gone, "abandon", nil, "of --backend filer: take this volume away from this host, as its filer will not come back: who uses it gets errors, and what has not reached the filer is lost; more than once")
 	f.StringVar(&nomad, "nomad", "", "address of Nomad's API to compare with; its other settings are in NOMAD_TOKEN and so on")
 	f.StringVar(&plugin, "plugin", "cradle", "the plugin's id in Nomad")
 	return cmd
@@ -70,6 +73,9 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 		return err
 	}
 	defer b.Close()
+	if err := d.abandon(ctx, b); err != nil {
+		return err
+	}
 	var errs []error
 	if nomad != "" {
 		errs = append(errs, d.nomad(ctx, nomad, plugin))
@@ -83,6 +89,23 @@ func (d *doctor) run(ctx context.Context, nomad, plugin string) error {
 	}
 	if d.found == 0 {
 		fmt.Fprintln(d.c.stdout, "nothing to repair")
+	}
+	return nil
+}
+
+// abandon takes volumes away whose filer will not come back.
+func (d *doctor) abandon(ctx context.Context, b volume.Backend) error {
+	if len(d.gone) == 0 {
+		return nil
+	}
+	f, ok := b.(*volumes.Backend)
+	if !ok {
+		return fmt.Errorf("--abandon %s: it is for what this host has mounted from a filer (--backend filer)", d.gone[0])
+	}
+	for _, id := range d.gone {
+		if err := f.Abandon(ctx, id, d.look, d.report); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -1,5 +1,5 @@
 // Package volumes is volume.Backend for a host that has not the storage: every call goes to a filer, or to whichever filer of a set serves, which has its own backend
-// do it. Nothing is kept here. It imports no other backend.
+// do it, and this host mounts what the filer serves. It imports no other backend.
 package volumes
 
 import (
@@ -16,13 +16,14 @@ import (
 // Backend is volume.Backend of a filer's volumes.
 type Backend struct {
 	client api.Client
+	dir    string // Dir
 
 	mu    sync.Mutex
 	pools []string // as the filer said last
 }
 
 // Open returns the backend. The filer need not serve yet.
-func Open(client api.Client) *Backend { return &Backend{client: client} }
+func Open(client api.Client) *Backend { return &Backend{client: client, dir: Dir} }
 
 // Close does nothing: all is the filer's.
 func (b *Backend) Close() error { return nil }
