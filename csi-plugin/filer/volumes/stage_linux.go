@@ -34,7 +34,6 @@ const Dir = "/var/lib/cradle/nfs"
 // A note is of a volume that this host has, or is about to have, mounted.
 type note struct {
 	Publication string `json:"publication"`
-	ReadOnly    bool   `json:"readOnly,omitempty"`
 	Former      string `json:"former,omitempty"` // the source of a mount that is being replaced
 }
 
@@ -75,7 +74,8 @@ func (b *Backend) write(id string, n note) error {
 	return durable.WriteFile(b.noteFile(id), append(data, '\n'))
 }
 
-// Stage is volume.Backend's. A volume is mounted once on a host, for whom to read only is up to the filer, and to who publishes it.
+// Stage is volume.Backend's. A volume is mounted once on a host, for writing: that some of its places are for reading only is up to who publishes it there. The filer could not
+// refuse writes meanwhile: the kernel keeps a refusal, and tells it to those who may write later on.
 func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (source volume.Source, err error) {
 	v, err := b.Get(ctx, id)
 	switch {
@@ -94,7 +94,7 @@ func (b *Backend) Stage(ctx context.Context, id string, use volume.Use) (source 
 		return source, err
 	}
 	defer unlock()
-	if err := b.up(ctx, id, use.ReadOnly); err != nil {
+	if err := b.up(ctx, id); err != nil {
 		return source, fmt.Errorf("stage volume %s: %w", id, err)
 	}
 	source.Directory = b.point(id)
@@ -121,7 +121,7 @@ func stale(err error) bool {
 }
 
 // up publishes a volume, which is locked, for this host and mounts it, unless that is done; what is mounted from a publication that is no more is mounted again where it was.
-func (b *Backend) up(ctx context.Context, id string, readOnly bool) error {
+func (b *Backend) up(ctx context.Context, id string) error {
 	if err := mount.NFSClient(); errors.Is(err, mount.ErrNoNFS) {
 		return fmt.Errorf("%w: %w: load it (modprobe nfs), or make the volume with attach=direct, which pods of cradle attach themselves", volume.ErrHost, err)
 	} else if err != nil {
@@ -139,9 +139,8 @@ func (b *Backend) up(ctx context.Context, id string, readOnly bool) error {
 		return err
 	}
 	if n.Publication == "" {
-		n.Publication, n.ReadOnly = "host-"+strings.ToLower(rand.Text()), readOnly
+		n.Publication = "host-" + strings.ToLower(rand.Text())
 	}
-	n.ReadOnly = readOnly && (at == nil || n.ReadOnly) // somebody else on this host may write
 	if err := b.write(id, n); err != nil {
 		return err
 	}
@@ -188,7 +187,7 @@ func (b *Backend) publish(ctx context.Context, id string, n note) (p api.Publica
 	}
 	ask := func() error {
 		return b.ask(ctx, func(ctx context.Context) (err error) {
-			p, err = b.client.Publish(ctx, api.Publication{ID: n.Publication, Volume: id, ReadOnly: n.ReadOnly, Clients: clients})
+			p, err = b.client.Publish(ctx, api.Publication{ID: n.Publication, Volume: id, Clients: clients})
 			return err
 		})
 	}
@@ -255,9 +254,7 @@ func (b *Backend) identify() error {
 
 // mount mounts a volume at its place, instead of what is there.
 func (b *Backend) mount(ctx context.Context, id string, p api.Publication) error {
-	n := p.NFS()
-	n.ReadOnly = false // that is the filer's, which may let this host write later on
-	tree, err := mount.NFS(ctx, n)
+	tree, err := mount.NFS(ctx, p.NFS())
 	if err != nil {
 		for _, away := range []error{unix.ECONNREFUSED, unix.ETIMEDOUT, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ECONNRESET, unix.EIO, unix.EINTR} {
 			if errors.Is(err, away) {
@@ -497,7 +494,7 @@ func (b *Backend) repair(ctx context.Context, id string, published map[string]ap
 	if look {
 		return nil
 	}
-	return b.up(ctx, id, n.ReadOnly)
+	return b.up(ctx, id)
 }
 
 // source is what a publication is mounted as.
