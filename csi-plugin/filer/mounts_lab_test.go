@@ -73,7 +73,7 @@ func newMounter(t *testing.T, netns, name string, filer ...string) *mounter {
 // boot gives it mounts of its own.
 func (m *mounter) boot(netns string) {
 	m.t.Helper()
-	m.holder = exec.Command("ip", "netns", "exec", netns, "sh", "-c", `mount --make-rprivate / && mount --make-rshared / && mount -t tmpfs tmpfs /run && mkdir -p /var/lib/cradle && mount --bind "$0" /var/lib/cradle && mount --make-rshared / && echo up && exec sleep 100000`, m.file("state"))
+	m.holder = exec.Command("ip", "netns", "exec", netns, "sh", "-c", `mount --make-rprivate / && mount --make-rshared / && mount -t tmpfs tmpfs /run && mkdir -p /var/lib/cradle && mount --bind "$0" /var/lib/cradle && mount --make-private /var/lib/cradle && mount --make-rshared / && echo up && exec sleep 100000`, m.file("state"))
 	out, err := m.holder.StdoutPipe()
 	m.holder.Stderr = &m.log
 	if err == nil {
@@ -165,7 +165,7 @@ func (m *mounter) within() context.Context {
 
 func (m *mounter) create(id string, size int64, parameters ...string) {
 	m.t.Helper()
-	p := map[string]string{"class": "nfs"}
+	p := map[string]string{"class": "nfs", "snapshots": "none"} // which would be in the way for minutes in an emulated machine
 	for i := 0; i < len(parameters); i += 2 {
 		p[parameters[i]] = parameters[i+1]
 	}
@@ -559,9 +559,12 @@ func (s *single) uses(version string) {
 	b.detach("seen", reads, "seen")
 	b.write(b.file("written/file"), "third")
 	b.detach("seen", writes, "written")
+	s.publications(3) // though it has another volume of this filer mounted
 	a.detach("seen", writes, "seen")
 	_, err = a.DeleteVolume(a.within(), &csi.DeleteVolumeRequest{VolumeId: "seen"})
 	a.must("delete", err)
+
+	t.Log("both hosts have used it")
 
 	// A rollback is seen.
 	s.command("snapshot", "vol", "s")
@@ -571,6 +574,8 @@ func (s *single) uses(version string) {
 	a.is(a.file("t/by-a"), "one")
 	b.is(b.file("t/by-a"), "one")
 	a.is(a.file("t/.snapshots/s/by-b"), "two")
+
+	t.Log("it was rolled back")
 
 	// The plugin is killed, and whatever starts next finds nothing to do.
 	was := a.mounted(" nfs")
@@ -603,6 +608,7 @@ func (s *single) uses(version string) {
 	a.detach("vol", writes, "t")
 	a.rest()
 	s.publications(0)
+	t.Log("all of its uses have come to their end")
 }
 
 // dies has the filer away, and killed, under mounts.
@@ -659,6 +665,7 @@ func (s *single) loses() {
 		t.Errorf("doctor: %s", out)
 	}
 	a.is(a.file("t/kept"), "kept")
+	t.Log("what the filer had lost is mounted again")
 	if out := a.doctor(); out != "nothing to repair\n" {
 		t.Errorf("doctor, again: %s", out)
 	}
@@ -675,6 +682,7 @@ func (s *single) loses() {
 	if log := a.log.String(); !strings.Contains(log, "volume vol: published for this host, and not mounted") {
 		t.Errorf("the plugin says nothing of it:\n%s", log)
 	}
+	t.Log("its host was lost")
 }
 
 // abandons has a filer go for good while somebody writes.
@@ -700,6 +708,7 @@ func (s *single) abandons() {
 		s.command("unpublish", p.ID)
 	}
 	a.start()
+	t.Log("it was abandoned")
 	a.must("unpublish", a.unpublish("vol", "t"))
 	a.must("unstage", a.unstage("vol", writes))
 	a.attach("vol", writes, "t")
