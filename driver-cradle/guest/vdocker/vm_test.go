@@ -243,6 +243,7 @@ func launch() spec.Launch {
 	add("talk", spec.Container{Settings: quick}, script("for i in $(seq 1 50); do echo out $i; echo err $i >&2; done; printf unfinished; exec sleep 1000000")...)
 	add("tick", spec.Container{Settings: quick}, script("i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo tick $i; sleep 1; done")...)
 	add("code", spec.Container{Settings: quick}, script("echo said; exit 3")...)
+	add("brief", spec.Container{Settings: quick}, script("exit 3")...)
 	add("cat", spec.Container{Settings: spec.Settings{StopTimeout: &zero, OpenStdin: true, StdinOnce: true}}, "cat")
 	add("shell", spec.Container{Settings: spec.Settings{StopTimeout: &zero, OpenStdin: true, TTY: true}}, "sh")
 	add("files", spec.Container{Settings: quick})
