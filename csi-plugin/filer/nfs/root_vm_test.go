@@ -1404,6 +1404,13 @@ func TestRootLease(t *testing.T) {
 			answers <- err
 		}()
 	}
+	ended := func() { // a call is at work until a moment after its answer
+		t.Helper()
+		if err := l.Idle(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ended()
 	x := w.server.paths[w.export.Path]
 	x.Lock() // the call has begun, and is not done
 	ask(c)
@@ -1415,6 +1422,7 @@ func TestRootLease(t *testing.T) {
 	if err := <-answers; err != errHungUp {
 		t.Errorf("it is answered after the lease: %v", err)
 	}
+	ended()
 	c = w.dial(asRoot)
 	ask(c)
 	if _, idle := l.Lapsed(); !idle {
