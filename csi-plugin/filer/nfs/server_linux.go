@@ -310,39 +310,37 @@ func (c *conversation) listen(ctx context.Context, r *bufio.Reader) {
 			return
 		}
 		c.group.Go(func() {
-			left := false
-			ended := whenStuck(func() {
-				if left = c.kept.Add(1) <= maxKept; left {
-					c.calls.Release(1)
-				}
-			})
-			defer func() {
-				if ended() {
-					c.kept.Add(-1)
-				}
-				if !left {
-					c.calls.Release(1)
-				}
-			}()
+			defer untilStuck(c.calls, maxKept, &c.kept)()
 			defer release()
 			c.ends(ctx, c.answer(ctx, record, true))
 		})
 	}
 }
 
-// whenStuck does something if what begins now lasts so long that it may have no end. ended is called at its end, and says whether it was done.
-func whenStuck(do func()) (ended func() bool) {
-	done := make(chan struct{})
+// untilStuck gives back one of places, which was taken, at the end of what begins now, or before that if it lasts so long that it may have no end. It is counted
+// from then on to its end; where those in the first of counts are more than most, it keeps its place.
+func untilStuck(places *semaphore.Weighted, most int64, counts ...*atomic.Int64) (end func()) {
+	left, done := false, make(chan struct{})
 	late := time.AfterFunc(stuck, func() {
 		defer close(done)
-		do()
-	})
-	return func() bool {
-		if late.Stop() {
-			return false
+		for i, n := range counts {
+			now := n.Add(1)
+			left = left || i == 0 && now <= most
 		}
-		<-done
-		return true
+		if left {
+			places.Release(1)
+		}
+	})
+	return func() {
+		if !late.Stop() {
+			<-done
+			for _, n := range counts {
+				n.Add(-1)
+			}
+		}
+		if !left {
+			places.Release(1)
+		}
 	}
 }
 
@@ -628,22 +626,7 @@ func (x *exchange) done(ctx context.Context) ([]byte, error) {
 		if err := x.acquire(ctx, x.working, 1); err != nil {
 			return nil, err
 		}
-		left := false
-		ended := whenStuck(func() {
-			e.stuck.Add(1)
-			if left = x.conversation.stuck.Add(1) <= maxStuck; left {
-				x.working.Release(1)
-			}
-		})
-		defer func() {
-			if ended() {
-				e.stuck.Add(-1)
-				x.conversation.stuck.Add(-1)
-			}
-			if !left {
-				x.working.Release(1)
-			}
-		}()
+		defer untilStuck(x.working, maxStuck, &x.conversation.stuck, &e.stuck)()
 		return x.reply()
 	}
 	if err := x.acquire(ctx, x.working, 1); err != nil {
