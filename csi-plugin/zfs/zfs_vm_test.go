@@ -38,6 +38,10 @@ func inLab(t *testing.T, script string) {
 	inLabWith(t, script, func(string) {})
 }
 
+// postMortem says at the end of a run that has failed how much memory and space was left, and what waits in the kernel.
+const postMortem = `trap 'test $? = 0 || { grep -E "^(MemTotal|MemAvailable|Shmem|Slab):" /proc/meminfo; df -m; zpool list -v; echo w >/proc/sysrq-trigger; dmesg | tail -n 100; }' EXIT
+`
+
 // inLabWith is inLab for a script that finds more files in its directory.
 func inLabWith(t *testing.T, script string, more func(dir string)) {
 	t.Helper()
@@ -45,9 +49,9 @@ func inLabWith(t *testing.T, script string, more func(dir string)) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lab := filepath.Join(root, "tools/zfs/lab.sh")
-	if out, err := exec.Command(lab, "build").CombinedOutput(); err != nil {
-		t.Fatalf("%s build: %v\n%s", lab, err, out)
+	lab, err := programs.Lab()
+	if err != nil {
+		t.Fatal(err)
 	}
 	job := t.TempDir()
 	build := func(out, pkg, tags string) {
@@ -79,7 +83,7 @@ func inLabWith(t *testing.T, script string, more func(dir string)) {
 		}
 	}
 	more(job)
-	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte("set -e\nmkdir /failing\nmount -t tmpfs -o size=80m failing /failing\n"+script+"echo all passed\n"), 0o755); err != nil {
+	if err := os.WriteFile(filepath.Join(job, "run.sh"), []byte("set -e\n"+postMortem+"mkdir /failing\nmount -t tmpfs -o size=80m failing /failing\n"+script+"echo all passed\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	var console bytes.Buffer
