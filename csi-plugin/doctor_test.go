@@ -23,7 +23,7 @@ func TestDoctorClaims(t *testing.T) {
 		alloc("lost", "node3", "lost"),
 	}
 	answers := map[string]any{
-		"/v1/volumes":                []*api.CSIVolumeListStub{{ID: "data", Namespace: "prod", PluginID: "cradle"}, {ID: "other", PluginID: "other"}},
+		"/v1/volumes":                []*api.CSIVolumeListStub{{ID: "data", Namespace: "prod", PluginID: "claims"}, {ID: "other", PluginID: "other"}},
 		"/v1/volume/csi/data":        &api.CSIVolume{ID: "data", Namespace: "prod", Allocations: allocs},
 		"/v1/allocations":            []*api.AllocationListStub{},
 		"/v1/volume/csi/data/detach": map[string]string{},
@@ -47,7 +47,7 @@ func TestDoctorClaims(t *testing.T) {
 	for _, look := range []bool{true, false} {
 		var out bytes.Buffer
 		d := &doctor{c: &cli{stdout: &out}, look: look}
-		if err := d.nomad(t.Context(), nomad.URL, "cradle"); err != nil {
+		if err := d.nomad(t.Context(), nomad.URL, "claims"); err != nil {
 			t.Fatal(err)
 		}
 		verb := "repaired"
@@ -65,7 +65,7 @@ func TestDoctorClaims(t *testing.T) {
 		t.Errorf("detached %v; want %v", detached, want)
 	}
 	nomad.Close()
-	if err := (&doctor{c: &cli{}}).nomad(t.Context(), nomad.URL, "cradle"); err == nil || !strings.Contains(err.Error(), "nomad at "+nomad.URL) {
+	if err := (&doctor{c: &cli{}}).nomad(t.Context(), nomad.URL, "claims"); err == nil || !strings.Contains(err.Error(), "nomad at "+nomad.URL) {
 		t.Errorf("a nomad that is not there: %v", err)
 	}
 }
