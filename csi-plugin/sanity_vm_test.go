@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
 	"github.com/cradlestack/cradlestack/internal/filertest"
 	"github.com/cradlestack/cradlestack/internal/mountns"
 )
@@ -46,7 +47,7 @@ func TestRootSanity(t *testing.T) {
 // TestRootSanityFiler runs it against volumes that a filer keeps, and that guests mount from there.
 func TestRootSanityFiler(t *testing.T) {
 	filer := filertest.Start(t)
-	sanity(t, shortDir(t), pool{[]string{"--backend", "filer", "--filer", filer.Socket()}, func() []string { return leftIn(t, filer.Pool) }}, "class: nfs\nattach: direct")
+	sanity(t, shortDir(t), pool{[]string{"--backend", "filer", "--filer", filer.Socket()}, func() []string { return volumetest.Left(t, filer.Pool) }}, "class: nfs\nattach: direct")
 }
 
 func eachSanity(t *testing.T, kinds map[string]string) {
@@ -118,21 +119,7 @@ type pool struct {
 // dirPool is a directory.
 func dirPool(t *testing.T, dir string) pool {
 	at := filepath.Join(dir, "pool")
-	return pool{[]string{"--pool", at}, func() []string { return leftIn(t, at) }}
-}
-
-// leftIn is what there is in a directory of volumes.
-func leftIn(t *testing.T, at string) (names []string) {
-	entries, err := os.ReadDir(at)
-	if err != nil {
-		t.Error(err)
-	}
-	for _, e := range entries {
-		if e.Name() != ".lock" {
-			names = append(names, e.Name())
-		}
-	}
-	return names
+	return pool{[]string{"--pool", at}, func() []string { return volumetest.Left(t, at) }}
 }
 
 // serve runs cradle-csi monolith until the test ends, and then looks for what it left.

@@ -467,12 +467,7 @@ func (m *mounting) unmount(ctx context.Context) error {
 	case st == dead:
 		err = m.drop()
 	case st == living:
-		err = unix.Unmount(m.point(), unix.UMOUNT_NOFOLLOW)
-		for pause := time.Millisecond; errors.Is(err, unix.EBUSY) && pause <= time.Second && ctx.Err() == nil; pause *= 2 {
-			time.Sleep(pause) // what has looked whether it answers, and was answered only now, has it open for a moment
-			err = unix.Unmount(m.point(), unix.UMOUNT_NOFOLLOW)
-		}
-		if errors.Is(err, unix.EBUSY) {
+		if err = mount.Patiently(ctx, func() error { return unix.Unmount(m.point(), unix.UMOUNT_NOFOLLOW) }); errors.Is(err, unix.EBUSY) {
 			err = fmt.Errorf("%s: %w: end what still uses it", m.point(), volume.ErrInUse)
 		}
 	}

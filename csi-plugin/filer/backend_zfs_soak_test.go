@@ -41,9 +41,6 @@ func TestVMSoakBackendZFS(t *testing.T) {
 	}
 	must(csi.NewIdentityClient(conn).Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true)))
 	controller, node := csi.NewControllerClient(conn), csi.NewNodeClient(conn)
-	anybody := &csi.VolumeCapability{
-		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}}, AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER},
-	}
 	const mib = int64(1 << 20)
 	size := 64 * mib
 	made, err := controller.CreateVolume(ctx, &csi.CreateVolumeRequest{

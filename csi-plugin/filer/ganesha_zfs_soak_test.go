@@ -66,13 +66,9 @@ umount /run/cradle/filer/volumes/vol
 zpool export tank
 echo all passed
 `
-	root, err := filepath.Abs("../..")
+	lab, err := programs.Lab()
 	if err != nil {
 		t.Fatal(err)
-	}
-	lab := filepath.Join(root, "tools/zfs/lab.sh")
-	if out, err := exec.Command(lab, "build").CombinedOutput(); err != nil {
-		t.Fatalf("lab.sh build: %v\n%s", err, out)
 	}
 	job := t.TempDir()
 	for _, name := range []string{"cradle-filer", "cradle-csi"} {

@@ -21,9 +21,9 @@ func TestVMSoakFilerMounts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lab := filepath.Join(root, "tools/zfs/lab.sh")
-	if out, err := exec.Command(lab, "build").CombinedOutput(); err != nil {
-		t.Fatalf("lab.sh build: %v\n%s", err, out)
+	lab, err := programs.Lab()
+	if err != nil {
+		t.Fatal(err)
 	}
 	job := t.TempDir()
 	place := func(name, from string) {

@@ -38,6 +38,11 @@ func TestRootPluginFiler(t *testing.T) {
 	onPlugin(t, func(*pair) []string { return []string{"--backend", "filer"} })
 }
 
+// anybody is how a volume is asked for that many write to on many hosts.
+var anybody = &csi.VolumeCapability{
+	AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}}, AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER},
+}
+
 func onPlugin(t *testing.T, keep func(*pair) []string) {
 	p := newPair(t, 3*time.Second)
 	active, other := p.active()
@@ -57,9 +62,6 @@ func onPlugin(t *testing.T, keep func(*pair) []string) {
 	}
 	must(csi.NewIdentityClient(conn).Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true)))
 	controller, node := csi.NewControllerClient(conn), csi.NewNodeClient(conn)
-	anybody := &csi.VolumeCapability{
-		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}}, AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER},
-	}
 	must(controller.CreateVolume(ctx, &csi.CreateVolumeRequest{Name: "shared", VolumeCapabilities: []*csi.VolumeCapability{anybody}, Parameters: map[string]string{"class": "nfs", "attach": "direct"}}))
 	t.Cleanup(func() {
 		if _, err := controller.DeleteVolume(context.WithoutCancel(ctx), &csi.DeleteVolumeRequest{VolumeId: "shared"}); err != nil {

@@ -351,13 +351,21 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 // maxRequest bounds what is read of a request.
 const maxRequest = 1 << 20
 
+// read reads what a request has sent.
+func read(r *http.Request, what string, into any) error {
+	if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(into); err != nil {
+		return volume.Invalid(what, "%v", err)
+	}
+	return nil
+}
+
 func (f *filer) handler() http.Handler {
 	mux := http.NewServeMux()
 	handle := handleJSON(mux, f.log)
 	handle("PUT /publications/{id}", func(r *http.Request) (any, error) {
 		var p api.Publication
-		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&p); err != nil {
-			return nil, volume.Invalid("publication", "%v", err)
+		if err := read(r, "publication", &p); err != nil {
+			return nil, err
 		}
 		p.ID = r.PathValue("id")
 		return f.publish(r.Context(), p)
@@ -368,8 +376,8 @@ func (f *filer) handler() http.Handler {
 	handle("GET /publications", func(*http.Request) (any, error) { return f.publications() })
 	handle("PUT /grants/{id}", func(r *http.Request) (any, error) {
 		var g api.Grant
-		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&g); err != nil {
-			return nil, volume.Invalid("grant", "%v", err)
+		if err := read(r, "grant", &g); err != nil {
+			return nil, err
 		}
 		g.ID, g.Tenant = r.PathValue("id"), nil
 		return f.grant(r.Context(), g)

@@ -4,10 +4,8 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net/http"
 	"regexp"
@@ -34,8 +32,8 @@ func (f *filer) handleGrants(mux *http.ServeMux, n *nomad) {
 	handle := handleJSON(mux, f.log)
 	handle("PUT /grants/{id}", func(r *http.Request) (any, error) {
 		var g api.Grant
-		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&g); err != nil {
-			return nil, volume.Invalid("grant", "%v", err)
+		if err := read(r, "grant", &g); err != nil {
+			return nil, err
 		}
 		t := api.Tenant{Name: r.PathValue("id"), Volume: g.Volume}
 		if g.Tenant != nil {

@@ -4,17 +4,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 
 	"github.com/spf13/pflag"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
-	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/command"
 )
 
@@ -119,8 +116,8 @@ func (f *filer) handleSnapshots(mux *http.ServeMux, admit admission) {
 	handle("PUT /volumes/{id}/schedule", func(r *http.Request) (any, error) {
 		return f.change(r, admit, event{What: "schedule", Volume: r.PathValue("id")}, func(ctx context.Context, c caller, e *event) (any, error) {
 			var asked api.Schedule
-			if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&asked); err != nil {
-				return nil, volume.Invalid("schedule", "%v", err)
+			if err := read(r, "schedule", &asked); err != nil {
+				return nil, err
 			}
 			e.Schedule = cmp.Or(asked.Snapshots, "as the volume was made")
 			return f.reschedule(ctx, c.volume, asked.Snapshots)
@@ -129,8 +126,8 @@ func (f *filer) handleSnapshots(mux *http.ServeMux, admit admission) {
 	handle("POST /volumes/{id}/rollback", func(r *http.Request) (any, error) {
 		return f.change(r, admit, event{What: "rollback", Volume: r.PathValue("id")}, func(ctx context.Context, c caller, e *event) (any, error) {
 			var asked api.Rollback
-			if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&asked); err != nil {
-				return nil, volume.Invalid("rollback", "%v", err)
+			if err := read(r, "rollback", &asked); err != nil {
+				return nil, err
 			}
 			done, err := f.rollback(ctx, c.volume, asked)
 			e.Snapshot, e.Path, e.Undo = asked.Snapshot, asked.Path, done.Undo

@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"slices"
 	"time"
@@ -77,14 +75,6 @@ func (f *filer) handleVolumes(mux *http.ServeMux) {
 	handle("GET /ready", func(r *http.Request) (any, error) { return struct{}{}, f.backend.Ready(r.Context()) })
 }
 
-// read reads what a request has sent.
-func read(r *http.Request, what string, into any) error {
-	if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(into); err != nil {
-		return volume.Invalid(what, "%v", err)
-	}
-	return nil
-}
-
 // fileVolumes are those that a filer can serve: what else is in its pools belongs to the plugins of its host.
 func (f *filer) fileVolumes(ctx context.Context) ([]volume.Volume, error) {
 	all, err := f.backend.List(ctx)
@@ -111,6 +101,12 @@ func (f *filer) snapshotsOf(ctx context.Context, id string) ([]volume.Snapshot, 
 	all, err := b.Snapshots(ctx, id)
 	if err != nil || len(all) == 0 {
 		return []volume.Snapshot{}, err
+	}
+	if id != "" {
+		if v, err := f.backend.Get(ctx, id); err == nil && v.Block() {
+			return []volume.Snapshot{}, nil
+		}
+		return all, nil
 	}
 	volumes, err := f.backend.List(ctx)
 	blocks := map[string]bool{}

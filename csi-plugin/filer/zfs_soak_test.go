@@ -404,13 +404,9 @@ type machines struct {
 }
 
 func newMachines(t *testing.T, engine string) *machines {
-	root, err := programs.Root()
+	lab, err := programs.Lab()
 	if err != nil {
 		t.Fatal(err)
-	}
-	lab := filepath.Join(root, "tools/zfs/lab.sh")
-	if out, err := exec.Command(lab, "build").CombinedOutput(); err != nil {
-		t.Fatalf("%s build: %v\n%s", lab, err, out)
 	}
 	p := &pair{t: t, dir: t.TempDir(), id: fmt.Sprintf("fz%d", os.Getpid()), programs: map[string]string{}}
 	for _, name := range []string{"cradle-filer", "cradle-s3", "cradle-csi"} {

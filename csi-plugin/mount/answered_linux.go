@@ -1,10 +1,24 @@
 package mount
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+// Patiently unmounts, and again while what is mounted is busy, for a moment: who has looked whether it answers, and was answered only now, has it open for as long.
+func Patiently(ctx context.Context, unmount func() error) error {
+	err := unmount()
+	for pause := time.Millisecond; errors.Is(err, unix.EBUSY) && pause <= time.Second && ctx.Err() == nil; pause *= 2 {
+		time.Sleep(pause)
+		err = unmount()
+	}
+	return err
+}
 
 // unanswered are the paths that somebody asks, each with a channel that is closed when there is an answer.
 var unanswered sync.Map

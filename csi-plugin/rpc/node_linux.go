@@ -141,7 +141,7 @@ func use(v volume.Volume, w wish, readOnly bool) volume.Use {
 	case w.block:
 		return volume.Use{As: volume.AsRaw, ReadOnly: readOnly || w.readOnly}
 	}
-	return volume.Use{As: volume.AsFiles, ReadOnly: readOnly || w.readOnly}
+	return volume.Use{As: volume.AsFiles}
 }
 
 // orElse is the first of two errors that is one.

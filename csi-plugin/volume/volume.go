@@ -264,7 +264,7 @@ type Snapshot struct {
 // A Use is what a volume is staged for.
 type Use struct {
 	As       As
-	ReadOnly bool // raw: the device refuses writes; files: nobody on this host wants to write for now
+	ReadOnly bool // AsRaw only: the device refuses writes
 }
 
 // As says who reads a volume's blocks.

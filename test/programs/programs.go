@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 )
 
@@ -23,6 +24,19 @@ func Root() (string, error) {
 			return "", errors.New("this is not inside the repository; run it there")
 		}
 	}
+}
+
+// Lab builds the machine with ZFS where that is not done, and returns the program that runs it.
+func Lab() (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	lab := filepath.Join(root, "tools/zfs/lab.sh")
+	if out, err := exec.Command(lab, "build").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s build: %w\n%s", lab, err, out)
+	}
+	return lab, nil
 }
 
 // Path is the path of a built program.

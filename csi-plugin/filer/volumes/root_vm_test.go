@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -44,23 +43,9 @@ func suite() volumetest.Suite {
 			storage, err := dir.Open([]dir.Pool{{Name: "default", Path: poolOf(socket)}})
 			return &besides{Open(api.Client{Socket: socket}), storage}, err
 		},
-		Rest:    func(t *testing.T, socket string) []string { return left(t, poolOf(socket)) },
+		Rest:    func(t *testing.T, socket string) []string { return volumetest.Left(t, poolOf(socket)) },
 		Classes: []string{volume.NFS},
 	}
-}
-
-// left is what there is in a pool.
-func left(t *testing.T, pool string) (names []string) {
-	entries, err := os.ReadDir(pool)
-	if err != nil {
-		t.Error(err)
-	}
-	for _, e := range entries {
-		if e.Name() != ".lock" {
-			names = append(names, e.Name())
-		}
-	}
-	return names
 }
 
 func TestMain(m *testing.M) { suite().Main(m) }
@@ -103,7 +88,7 @@ func TestRootBackendKilled(t *testing.T) {
 	if kills < 3 {
 		t.Errorf("it was killed %d times", kills)
 	}
-	if names := left(t, f.Pool); len(names) > 0 {
+	if names := volumetest.Left(t, f.Pool); len(names) > 0 {
 		t.Errorf("left in the pool: %q", names)
 	}
 }

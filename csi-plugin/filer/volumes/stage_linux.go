@@ -26,9 +26,10 @@ import (
 
 // Dir is where volumes are mounted, and where is written down what the filer has published for this host. It outlasts a reboot, as the publications do:
 //
-//	ID         a volume's files: a mount
-//	ID.json    its note, which is there before its publication is, and as long
-//	identity   by which servers of NFS version 4 know this host
+//	mounts/ID       a volume's files: a mount
+//	notes/ID.json   its note, which is there before its publication is, and as long
+//	identity        by which servers of NFS version 4 know this host
+//	lock            the file of the volumes' locks
 const Dir = "/var/lib/cradle/nfs"
 
 // A note is of a volume that this host has, or is about to have, mounted.
@@ -378,11 +379,7 @@ func (b *Backend) down(ctx context.Context, id string) error {
 }
 
 func unmount(ctx context.Context, point string) error {
-	err := mount.Unmount(point)
-	for pause := time.Millisecond; errors.Is(err, unix.EBUSY) && pause <= time.Second && ctx.Err() == nil; pause *= 2 {
-		time.Sleep(pause) // what has looked whether it answers has it open for a moment
-		err = mount.Unmount(point)
-	}
+	err := mount.Patiently(ctx, func() error { return mount.Unmount(point) })
 	if errors.Is(err, unix.EBUSY) {
 		err = fmt.Errorf("%s: %w: end what still uses it", point, volume.ErrInUse)
 	}

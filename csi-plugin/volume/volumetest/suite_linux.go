@@ -153,6 +153,21 @@ func (s Suite) Run(t *testing.T) {
 	s.Killed(t)
 }
 
+// Left is what there is in a directory of volumes besides their locks.
+func Left(t *testing.T, pool string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(pool)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, e := range entries {
+		if e.Name() != ".lock" {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
 // Methods runs the tests of these names, all where there are none, but does not kill anything.
 func (s Suite) Methods(t *testing.T, names ...string) {
 	for _, test := range []struct {
