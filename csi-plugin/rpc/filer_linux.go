@@ -90,6 +90,11 @@ func (s *Server) unserve(ctx context.Context, id, target string) error {
 	if a := s.attacher(); a != nil {
 		return a.Detach(ctx, id, target)
 	}
+	if b, ok := s.config.Backend.(volume.Stager); ok {
+		if staged, err := b.Staged(id); err != nil || staged {
+			return err
+		}
+	}
 	v, err := s.config.Backend.Get(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) || err == nil && !v.Served() {
 		return nil

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net"
@@ -57,5 +58,25 @@ func TestServe(t *testing.T) {
 		if c.Bits() == 0 || c.Addr().IsLoopback() {
 			t.Errorf("%v may have the volume", c)
 		}
+	}
+}
+
+// away is a backend whose filer does not answer, on a host that has the volume "here" staged.
+type away struct{ volume.Backend }
+
+func (away) Get(context.Context, string) (volume.Volume, error) {
+	return volume.Volume{}, volume.ErrUnavailable
+}
+
+func (away) Staged(id string) (bool, error) { return id == "here", nil }
+
+// What a host has mounted itself is unpublished without the filer; what a guest may have is not, which would leave it what it may.
+func TestUnserveWithoutFiler(t *testing.T) {
+	s := New(Config{Backend: away{}, DirectDir: t.TempDir()})
+	if err := s.unserve(t.Context(), "here", target); err != nil {
+		t.Errorf("staged on this host: %v", err)
+	}
+	if err := s.unserve(t.Context(), "guests", target); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("a guest's: %v", err)
 	}
 }

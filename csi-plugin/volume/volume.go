@@ -126,6 +126,11 @@ type FilesStager interface {
 	StageFiles(ctx context.Context, ids []string) (map[string]Source, error)
 }
 
+// A Stager knows by itself what is staged on this host, where Get has to ask somebody who may be away: a volume can be unpublished then, too.
+type Stager interface {
+	Staged(id string) (bool, error)
+}
+
 // A Scheduler keeps with a volume what of its automatic snapshots is kept.
 type Scheduler interface {
 	// Reschedule puts a schedule in the place of the parameter snapshots, as Volume.Schedule has it.

@@ -326,11 +326,8 @@ func of(source string) ([]*mountinfo.Info, error) {
 
 // Unstage is volume.Backend's.
 func (b *Backend) Unstage(ctx context.Context, id string) error {
-	if !volume.ValidName(id) {
-		return nil
-	}
-	if _, err := os.Lstat(b.noteFile(id)); errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if staged, err := b.Staged(id); err != nil || !staged {
+		return err
 	}
 	ctx, unlock, err := b.locks().Take(ctx, id)
 	if err != nil {
@@ -344,6 +341,18 @@ func (b *Backend) Unstage(ctx context.Context, id string) error {
 		return fmt.Errorf("unstage volume %s: %w", id, err)
 	}
 	return nil
+}
+
+// Staged is volume.Stager's.
+func (b *Backend) Staged(id string) (bool, error) {
+	if !volume.ValidName(id) {
+		return false, nil
+	}
+	_, err := os.Lstat(b.noteFile(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // down unmounts a volume, which is locked, when all that was written is at the filer, and ends its publication.
