@@ -182,13 +182,35 @@ func (s *stack) newZpool() {
 	s.eventually("the end of the zpool", func() bool { return exec.Command("zpool", "destroy", "-f", name).Run() == nil }) // the plugin may just look at it
 	s.eventually("word of the missing zpool", func() bool {
 		_, stderr, code := s.TryCLI(s.t, "", "volume", "snapshot", "list", "-plugin", s.id)
-		return code != 0 && strings.Contains(stderr, "import its zpool")
+		return code != 0 && strings.Contains(stderr+s.unhealthy(), "import its zpool")
 	})
 	s.command("zpool", "create", "-f", "-O", "mountpoint=none", name, disk)
 	if err := s.kill("cradle-csi"); err != nil {
 		s.t.Fatal(err)
 	}
 	s.eventually("the plugin's dataset", func() bool { return exec.Command("zfs", "list", s.dataset()).Run() == nil })
+}
+
+// unhealthy is why Nomad does not ask the node's plugin for anything; "" where it does.
+func (s *stack) unhealthy() string {
+	s.t.Helper()
+	stubs, _, err := s.API.Nodes().List(nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, stub := range stubs {
+		if stub.Name != s.node.Name {
+			continue
+		}
+		n, _, err := s.API.Nodes().Info(stub.ID, nil)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if c := n.CSIControllerPlugins[s.id]; c != nil && !c.Healthy {
+			return c.HealthDescription
+		}
+	}
+	return ""
 }
 
 // command runs a program of the host's, which has to succeed.

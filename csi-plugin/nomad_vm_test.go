@@ -71,6 +71,9 @@ func (s *stack) drivers() map[string]nomadtest.Plugin {
 
 // stopUsers ends the jobs that have volumes while there is a plugin that can unmount them.
 func (s *stack) stopUsers() {
+	if s.t.Failed() {
+		s.lastWords()
+	}
 	jobs, _, err := s.API.Jobs().List(nil)
 	if err != nil {
 		s.t.Error(err)
@@ -81,6 +84,17 @@ func (s *stack) stopUsers() {
 		}
 	}
 	s.eventually("the end of all mounts", func() bool { return len(s.mounts("/csi/monolith/")) == 0 })
+}
+
+// lastWords shows what tasks have said last, the plugins' among them.
+func (s *stack) lastWords() {
+	for _, n := range s.Clients() {
+		logs, _ := filepath.Glob(filepath.Join(n.Dir, "nomad/alloc/*/alloc/logs/*.std*.0"))
+		for _, log := range logs {
+			text, err := os.ReadFile(log)
+			s.t.Logf("%s, %v:\n%s", log, err, text[max(0, len(text)-4<<10):])
+		}
+	}
 }
 
 // plugin runs the plugin and waits until Nomad has seen it.

@@ -672,6 +672,9 @@ func (b *Backend) Ready(ctx context.Context) error {
 		if err != nil && !errors.Is(err, volume.ErrUnavailable) {
 			err = fmt.Errorf("%w: %w", volume.ErrUnavailable, err)
 		}
+		if err != nil && strings.Contains(err.Error(), "no such pool") {
+			err = fmt.Errorf("%w; import its zpool", err)
+		}
 		if err != nil {
 			return fmt.Errorf("pool %s: %w", p.Name, err)
 		}

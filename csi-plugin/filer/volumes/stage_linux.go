@@ -274,10 +274,11 @@ func (b *Backend) mount(ctx context.Context, id string, p api.Publication) error
 		}
 		return err
 	}
-	if err := os.MkdirAll(b.point(id), 0o700); err != nil {
-		return errors.Join(err, unix.Close(int(tree)))
+	err = drop(b.point(id))
+	if err == nil { // only now: what is mounted there may not say that it is a directory
+		err = os.MkdirAll(b.point(id), 0o700)
 	}
-	if err := drop(b.point(id)); err != nil {
+	if err != nil {
 		return errors.Join(err, unix.Close(int(tree)))
 	}
 	return tree.Attach(b.point(id))
