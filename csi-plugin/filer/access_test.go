@@ -77,7 +77,7 @@ func TestUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	f := &filer{backend: b, dir: t.TempDir(), state: state, audit: newAudit(state, log), log: log, entered: map[string]bool{}, comparing: make(chan struct{}, maxComparing), long: t.Context()}
+	f := &filer{backend: b, dir: t.TempDir(), state: state, audit: newAudit(state, log), log: log, entered: map[string]*visit{}, comparing: make(chan struct{}, maxComparing), long: t.Context()}
 	s := httptest.NewServer(f.usersHandler(n))
 	t.Cleanup(s.Close)
 	as := func(token, namespace string) api.Client {

@@ -55,17 +55,17 @@ type filer struct {
 	log        *slog.Logger
 	since      time.Time
 
-	tenants   sync.Mutex      // one of their grants at a time, with its Variable
-	mu        sync.Mutex      // one change at a time
-	entered   map[string]bool // volumes whose files this process itself works with
-	placed    map[string]bool // volumes that restore has placed, while it is at it
-	compared  sync.Map        // volumes of which somebody wants to know what has changed
-	comparing chan struct{}   // one of maxComparing for each of them that is: lists of all that is in both are in memory
-	leaving   map[string]bool // volumes that are being deleted
-	busy      keyed.Lock      // of volumes, by id: what lasting does
-	work      sync.WaitGroup  // that it is at
-	atWork    chan struct{}   // one of maxAtWork for each
-	gates     sync.Map        // volumes → *gateway.Gate, of WebDAV and S3
+	tenants   sync.Mutex        // one of their grants at a time, with its Variable
+	mu        sync.Mutex        // one change at a time
+	entered   map[string]*visit // of volumes
+	placed    map[string]bool   // volumes that restore has placed, while it is at it
+	compared  sync.Map          // volumes of which somebody wants to know what has changed
+	comparing chan struct{}     // one of maxComparing for each of them that is: lists of all that is in both are in memory
+	leaving   map[string]bool   // volumes that are being deleted
+	busy      keyed.Lock        // of volumes, by id: what lasting does
+	work      sync.WaitGroup    // that it is at
+	atWork    chan struct{}     // one of maxAtWork for each
+	gates     sync.Map          // volumes → *gateway.Gate, of WebDAV and S3
 }
 
 // options are for clients: they wait for as long as the filer is away, and ask again often enough to go on soon.
@@ -223,7 +223,7 @@ func (f *filer) release(ctx context.Context, id string, ending int) error {
 			users++
 		}
 	}
-	if err := errors.Join(err, gerr); err != nil || users > ending || f.entered[id] {
+	if err := errors.Join(err, gerr); err != nil || users > ending || f.entered[id] != nil {
 		return err
 	}
 	if err := f.answers(ctx, id); err != nil {

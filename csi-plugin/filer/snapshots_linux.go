@@ -185,7 +185,7 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 	if _, err := from.Lstat(p.Path); err != nil {
 		return done, fmt.Errorf("path %s: %w in snapshot %s of volume %s", p.Path, volume.ErrNotFound, p.Snapshot, p.Volume)
 	}
-	to, leave, err := f.enter(ctx, p.Volume)
+	to, leave, err := f.enter(ctx, p.Volume, nil)
 	if err != nil {
 		return done, err
 	}
@@ -273,22 +273,53 @@ func (f *filer) complete(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// enter opens a volume's files for this process. They stay where they are mounted until leave is called. Only one at a time may.
-func (f *filer) enter(ctx context.Context, id string) (root *os.Root, leave func() error, err error) {
+// A visit is this process's own work with a volume's files.
+type visit struct {
+	end  context.CancelCauseFunc // of a comparison, which no rollback waits for; nil for others
+	left chan struct{}
+}
+
+// begin begins a visit: a volume has one at a time, and a rollback ends a comparison, which who may only read could begin again and again. f.mu is held.
+func (f *filer) begin(ctx context.Context, id string, end context.CancelCauseFunc) (left func(), err error) {
+	for v := f.entered[id]; v != nil; v = f.entered[id] {
+		if v.end == nil || end != nil {
+			return nil, fmt.Errorf("volume %s: %w: it is being rolled back, or compared; try again", id, volume.ErrInUse)
+		}
+		v.end(fmt.Errorf("volume %s: %w: it is being rolled back; try again", id, volume.ErrInUse))
+		f.mu.Unlock()
+		select {
+		case <-v.left:
+		case <-ctx.Done():
+		}
+		f.mu.Lock()
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
+	v := &visit{end: end, left: make(chan struct{})}
+	f.entered[id] = v
+	return func() {
+		delete(f.entered, id)
+		close(v.left)
+	}, nil
+}
+
+// enter opens a volume's files for this process. They stay where they are mounted until leave is called. Only one at a time may; end is a comparison's end.
+func (f *filer) enter(ctx context.Context, id string, end context.CancelCauseFunc) (root *os.Root, leave func() error, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.entered[id] {
-		return nil, nil, fmt.Errorf("volume %s: %w: it is being rolled back, or compared; try again", id, volume.ErrInUse)
+	left, err := f.begin(ctx, id, end)
+	if err != nil {
+		return nil, nil, err
 	}
 	at, err := f.place(ctx, id)
 	if err == nil {
 		root, err = os.OpenRoot(at)
 	}
-	f.entered[id] = true
 	leave = func() error {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		delete(f.entered, id)
+		left()
 		var err error
 		if root != nil {
 			err = root.Close()
@@ -322,11 +353,18 @@ func (f *filer) diff(ctx context.Context, id, from, to string) (all []tree.Diffe
 	case <-ctx.Done():
 		return nil, fmt.Errorf("volume %s: others are being compared: %w", id, context.Cause(ctx))
 	}
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	defer func() {
+		if err != nil && errors.Is(context.Cause(ctx), volume.ErrInUse) {
+			err = context.Cause(ctx)
+		}
+	}()
 	list := func(name string) (entries []tree.Entry, err error) {
 		var root *os.Root
 		if name == "" {
 			var leave func() error
-			if root, leave, err = f.enter(ctx, id); err != nil {
+			if root, leave, err = f.enter(ctx, id, end); err != nil {
 				return nil, err
 			}
 			defer func() { err = errors.Join(err, leave()) }()

@@ -210,7 +210,7 @@ func (f *filer) leave(id string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	who, err := f.has(id)
-	if err == nil && f.entered[id] {
+	if err == nil && f.entered[id] != nil {
 		who = "it is being rolled back, or compared"
 	}
 	if err != nil {

@@ -29,7 +29,7 @@ func testFiler(t *testing.T, backend volume.Backend) *filer {
 	d := t.TempDir()
 	return &filer{
 		backend: backend, keptBy: onDirectories, dir: d, state: d, kept: d, lease: by, long: t.Context(), log: slog.New(slog.DiscardHandler),
-		entered: map[string]bool{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork),
+		entered: map[string]*visit{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork),
 	}
 }
 
@@ -223,7 +223,7 @@ func TestVolumesHad(t *testing.T) {
 	if err := f.granted().remove("g"); err != nil {
 		t.Fatal(err)
 	}
-	f.entered["v"] = true
+	f.entered["v"] = &visit{}
 	if err := deleted(); !errors.Is(err, volume.ErrInUse) {
 		t.Errorf("being rolled back: %v", err)
 	}
@@ -257,4 +257,50 @@ func TestVolumesHalved(t *testing.T) {
 	}
 	server.Close()
 	<-done
+}
+
+// Who may only read a volume compares it as often as he likes, and does not hold up who rolls it back.
+func TestRollbackEndsComparison(t *testing.T) {
+	f := &filer{entered: map[string]*visit{}}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	comparing, end := context.WithCancelCause(t.Context())
+	left, err := f.begin(t.Context(), "v", end)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.begin(t.Context(), "v", func(error) {}); !errors.Is(err, volume.ErrInUse) {
+		t.Errorf("compared twice: %v", err)
+	}
+	go func() {
+		<-comparing.Done()
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		left()
+	}()
+	left, err = f.begin(t.Context(), "v", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := context.Cause(comparing); !errors.Is(err, volume.ErrInUse) {
+		t.Errorf("who compares is told %v", err)
+	}
+	for what, end := range map[string]context.CancelCauseFunc{"rolled back": nil, "compared": func(error) {}} {
+		if _, err := f.begin(t.Context(), "v", end); !errors.Is(err, volume.ErrInUse) {
+			t.Errorf("%s while it is being rolled back: %v", what, err)
+		}
+	}
+	left()
+	if len(f.entered) > 0 {
+		t.Errorf("left are %v", f.entered)
+	}
+	// Who gives up waits for nobody.
+	if _, err := f.begin(t.Context(), "v", func(error) {}); err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := f.begin(gone, "v", nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("a caller who has gone: %v", err)
+	}
 }
