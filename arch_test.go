@@ -50,7 +50,7 @@ var mayImport = map[string][]string{
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/ceph": {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/tree"},
-	"csi-plugin/cold": {"csi-plugin/volume", "internal/durable"},
+	"csi-plugin/cold": {"csi-plugin/volume"},
 
 	"csi-plugin/filer":         {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable", "internal/keyed"}, // its commands; it is no part of cradle-csi
 	"csi-plugin/filer/api":     {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                                  // of cradle-csi as well, which calls the filer

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -107,9 +108,9 @@ func TestFilerBackend(t *testing.T) {
 	}
 }
 
-// A command that looks into cold storage makes none where it is not: nothing would be in it, and who has it unmounted would be told that there are no copies.
+// A command that looks into cold storage makes none where it is not, and does not say of a directory on which nothing is mounted that there are no copies.
 func TestColdMissing(t *testing.T) {
-	missing := filepath.Join(t.TempDir(), "cold")
+	missing, empty := filepath.Join(t.TempDir(), "cold"), t.TempDir()
 	key := filepath.Join(t.TempDir(), "key")
 	x, err := age.GenerateX25519Identity()
 	if err == nil {
@@ -119,13 +120,18 @@ func TestColdMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{{"ls"}, {"verify"}, {"restore", "db", "--pool", filepath.Join(t.TempDir(), "pool")}} {
-		var stdout, stderr bytes.Buffer
-		args = append(append([]string{"cold"}, args...), "--cold", missing, "--cold-key", key)
-		if code := run(t.Context(), args, &stdout, &stderr); code == 0 || !strings.Contains(stderr.String(), "write the directory that the plugin has") {
-			t.Errorf("%v: %d, %s%s", args, code, stdout.String(), stderr.String())
+		for _, where := range []string{missing, empty} {
+			var stdout, stderr bytes.Buffer
+			args := slices.Concat([]string{"cold"}, args, []string{"--cold", where, "--cold-key", key})
+			if code := run(t.Context(), args, &stdout, &stderr); code == 0 || !strings.Contains(stderr.String(), where) || !strings.Contains(stderr.String(), "write the directory that the plugin has, and mount it") {
+				t.Errorf("%v: %d, %s%s", args, code, stdout.String(), stderr.String())
+			}
 		}
 		if _, err := os.Stat(missing); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%v has made %s: %v", args, missing, err)
+		}
+		if left, err := os.ReadDir(empty); err != nil || len(left) != 0 {
+			t.Errorf("%v has made %v, %v", args, left, err)
 		}
 	}
 }

@@ -70,10 +70,14 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 	return cold.NewVault(bucket, key), nil
 }
 
-// vault is open for the commands, which need one that is there: one that open had made would have no copies.
+// vault is open for the commands, which need one that is there: in what is mounted nowhere they would find no copies.
 func (o *coldFlags) vault() (*cold.Vault, error) {
 	if o.where != "" && !strings.Contains(o.where, "://") {
-		if _, err := os.Stat(o.where); err != nil {
+		_, err := os.Stat(o.where)
+		if err == nil && !cold.Begun(o.where) {
+			err = fmt.Errorf("%s: nothing was ever copied to it", o.where)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("--cold: %w; write the directory that the plugin has, and mount it where it is another host's", err)
 		}
 	}
@@ -184,7 +188,19 @@ func (c *cli) coldRestore(ctx context.Context, o *coldFlags, name, as, pool stri
 		return err
 	}
 	defer b.Close()
+	if err := known(ctx, v, b); err != nil {
+		return err
+	}
 	return c.receive(ctx, b, v, one, volume.Request{Name: cmp.Or(as, one.Volume), Parameters: volume.Parameters{Pool: pool}})
+}
+
+// known refuses a vault that is not the one which the backend's volumes are copied to, where that is known.
+func known(ctx context.Context, v *cold.Vault, b volume.Backend) error {
+	n, ok := b.(volume.Noter)
+	if !ok {
+		return nil
+	}
+	return v.Known(ctx, n)
 }
 
 // receive makes a volume of a copy. Name, pool and generation are the request's.

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
@@ -41,9 +42,6 @@ type coldStore struct {
 func newColdStore(t *testing.T) *coldStore {
 	t.Helper()
 	s := &coldStore{t: t, root: shortDir(t)}
-	if err := os.Mkdir(s.path("cold"), 0o700); err != nil { // the commands make none
-		t.Fatal(err)
-	}
 	x, err := age.GenerateX25519Identity()
 	if err != nil {
 		t.Fatal(err)
@@ -84,6 +82,12 @@ func (s *coldStore) must(args ...string) string {
 		s.t.Fatalf("cold %s: %d\n%s%s", strings.Join(args, " "), code, out, errs)
 	}
 	return out
+}
+
+// copied says whether the volume is. Before the plugin has made the directory the command says that it is missing.
+func (s *coldStore) copied() bool {
+	out, _, _ := s.command("ls")
+	return strings.Contains(out, "db@")
 }
 
 // with mounts a volume of a pool.
@@ -132,6 +136,7 @@ func (s *coldStore) volume(pool string, content []byte) {
 	s.t.Helper()
 	b := s.open(pool)
 	defer b.Close()
+	defer s.snapshot(b, 0)
 	r := volume.Request{Name: "db", Size: 64 << 20, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 24}, Snapshots: s.snapshots}}
 	if _, err := b.Create(s.t.Context(), r); err != nil {
 		s.t.Fatal(err)
@@ -141,11 +146,66 @@ func (s *coldStore) volume(pool string, content []byte) {
 			s.t.Fatal(err)
 		}
 	})
-	name := "cold-" + time.Now().UTC().Truncate(time.Hour).Format("20060102T150405Z")
+}
+
+// snapshot takes that of some hours ago.
+func (s *coldStore) snapshot(b coldBackend, hours int) {
+	s.t.Helper()
+	name := "cold-" + time.Now().UTC().Truncate(time.Hour).Add(-time.Duration(hours)*time.Hour).Format("20060102T150405Z")
 	_, err := b.Snapshot(s.t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "db", Name: name}, Automatic: true})
 	if err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// TestRootColdUnmounted has cold storage on another file system, which is not mounted when the plugin starts the next time: it says so, copies nothing to what is there instead, and
+// goes on once it is mounted.
+func TestRootColdUnmounted(t *testing.T) { testColdUnmounted(newColdStore(t)) }
+
+func testColdUnmounted(s *coldStore) {
+	t := s.t
+	other := t.TempDir() // what is mounted there
+	at := s.path("cold")
+	bind := func() {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(at, 0o700), unix.Mount(other, at, "", unix.MS_BIND, "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unbind := func() {
+		t.Helper()
+		if err := unix.Unmount(at, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bind()
+	defer unbind()
+	s.volume("pool", []byte("data"))
+	s.monolith("pool", func(string) { s.until("a copy", s.copied) })
+	newest := func() string { return regexp.MustCompile("db@[0-9TZ]+").FindString(s.must("ls")) }
+	first := newest()
+	unbind()
+	func() {
+		b := s.open("pool")
+		defer b.Close()
+		s.snapshot(b, -1) // later than what is copied
+	}()
+	s.monolith("pool", func(metrics string) {
+		s.metric(metrics, `cradle_csi_cold_copies_total{result="failed"} [1-9]`)
+		s.metric(metrics, `cradle_csi_cold_age_seconds{volume="db"} \d`)
+		for _, args := range [][]string{{"ls"}, append([]string{"restore", "db"}, s.backend("other")...)} {
+			if out, errs, code := s.command(args...); code == 0 || !strings.Contains(errs, at+": nothing was ever copied to it") {
+				t.Errorf("%v: %d, %s%s", args, code, out, errs)
+			}
+		}
+		if left, err := os.ReadDir(at); err != nil || len(left) != 0 {
+			t.Errorf("on the wrong file system there are %v, %v", left, err)
+		}
+		bind()
+		s.until("the next copy", func() bool { return newest() > first })
+	})
+	s.must("verify")
+	s.remove("pool", "db")
 }
 
 // holds compares a volume's content.
@@ -240,7 +300,7 @@ func testCold(s *coldStore) {
 	_, _ = rand.Read(content)
 	s.volume("pool", content)
 	s.monolith("pool", func(metrics string) {
-		s.until("a copy", func() bool { return strings.Contains(s.must("ls"), "db@") })
+		s.until("a copy", s.copied)
 		s.metric(metrics, `cradle_csi_cold_age_seconds{volume="db"} \d`)
 	})
 	if out := s.must("verify"); !strings.Contains(out, ": whole, ") {
@@ -309,11 +369,10 @@ func TestRootColdKilled(t *testing.T) {
 	content := make([]byte, 24<<20)
 	_, _ = rand.Read(content)
 	s.volume("pool", content)
-	saved := func() bool { return strings.Contains(s.must("ls"), "db@") }
 	kills := 0
-	for ; !saved(); kills++ { // the plugin, as it copies, for longer each time: on a slow machine it has to come to that
+	for ; !s.copied(); kills++ { // the plugin, as it copies, for longer each time: on a slow machine it has to come to that
 		within := time.Duration(kills+2) * time.Second
-		s.killed(exec.Command(program, s.args("monolith", "--pool", s.path("pool"), "--endpoint", "unix://"+s.path("csi.sock"), "--node-id", "host")...), within, saved)
+		s.killed(exec.Command(program, s.args("monolith", "--pool", s.path("pool"), "--endpoint", "unix://"+s.path("csi.sock"), "--node-id", "host")...), within, s.copied)
 	}
 	t.Logf("copied, killed %d times", kills)
 	s.remove("pool", "db")

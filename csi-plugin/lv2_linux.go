@@ -188,6 +188,9 @@ func (c *cli) lv2Receive(ctx context.Context, id, into string, generation int) e
 	}
 	defer b.Close()
 	vault, err := c.cold.vault()
+	if err == nil {
+		err = known(ctx, vault, b)
+	}
 	if err != nil {
 		return err
 	}

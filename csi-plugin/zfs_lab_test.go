@@ -31,6 +31,13 @@ func TestZFSColdUnreachable(t *testing.T) {
 	testColdUnreachable(s, 2)
 }
 
+// TestZFSColdUnmounted is TestRootColdUnmounted with zvols.
+func TestZFSColdUnmounted(t *testing.T) {
+	s := newColdStore(t)
+	s.dataset = "tank"
+	testColdUnmounted(s)
+}
+
 // TestZFSSanity runs the whole of csi-sanity for each kind of volume that the zfs backend has.
 func TestZFSSanity(t *testing.T) {
 	for _, class := range []string{"lv2", "nfs"} {

@@ -51,6 +51,21 @@ type Vault struct {
 // NewVault returns the vault in a store.
 func NewVault(s Store, k *Key) *Vault { return &Vault{s, k} }
 
+// Use takes the vault into use for the volumes of a backend: a directory that is not the one which that has used before is an error from now on, whatever is done, until
+// the former one is there again.
+func (v *Vault) Use(ctx context.Context, n volume.Noter) error { return v.use(ctx, n, true) }
+
+// Known is Use where nothing is to be written. A backend that has used no vault in this place knows none.
+func (v *Vault) Known(ctx context.Context, n volume.Noter) error { return v.use(ctx, n, false) }
+
+func (v *Vault) use(ctx context.Context, n volume.Noter, begin bool) error {
+	f, ok := v.store.(*Folder)
+	if !ok {
+		return nil // a bucket is that of its name
+	}
+	return f.use(ctx, n, begin)
+}
+
 // A Copy is one that is complete.
 type Copy struct {
 	Volume string

@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -37,7 +36,7 @@ func testKey(t testing.TB) *Key {
 
 func folder(t *testing.T) *Folder {
 	t.Helper()
-	f, err := OpenFolder(filepath.Join(t.TempDir(), "cold"))
+	f, err := OpenFolder(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

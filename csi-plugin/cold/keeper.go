@@ -20,6 +20,7 @@ type Source interface {
 	volume.Backend
 	volume.Snapshotter
 	volume.Sender
+	volume.Noter
 }
 
 // A Keeper saves the snapshots that were taken for cold storage, and removes copies that are too many.
@@ -109,6 +110,13 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 	} // which is no matter of the volumes that are there
 	all = slices.DeleteFunc(all, func(v volume.Volume) bool { return v.Cold == (volume.Retention{}) })
 	k.see(all, err == nil)
+	if err := k.vault.Use(ctx, k.source); err != nil {
+		if ctx.Err() == nil {
+			k.copies.WithLabelValues("failed").Inc()
+			k.log.Warn("cold storage: trying again in a minute", "error", err)
+		}
+		return
+	}
 	for _, v := range all {
 		if s := k.begin(v); s != nil {
 			g.Go(func() error { k.copy(ctx, v, s); return nil })

@@ -4,8 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,6 +25,7 @@ type many struct {
 	volume.Backend
 	volume.Snapshotter
 	volume.Sender
+	volume.Noter
 	n    int
 	data []byte
 }
@@ -49,7 +55,7 @@ func (m many) Open(context.Context, volume.SnapshotID, volume.SnapshotID) (*volu
 func TestKeeperManyVolumes(t *testing.T) {
 	v := NewVault(folder(t), testKey(t))
 	synctest.Test(t, func(t *testing.T) {
-		m := many{n: 5 * atOnce, data: random(1, 4*chunkSize)}
+		m := many{Noter: new(note), n: 5 * atOnce, data: random(1, 4*chunkSize)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
@@ -68,6 +74,171 @@ func TestKeeperManyVolumes(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// note is a Noter's.
+type note struct {
+	line string
+	full error // that it can't be kept
+}
+
+func (n *note) Note(context.Context) (string, error) { return n.line, nil }
+
+func (n *note) SetNote(_ context.Context, line string) error {
+	if n.full == nil {
+		n.line = line
+	}
+	return n.full
+}
+
+// A directory on which nothing is mounted, and one that is gone, are not what volumes were copied to: nothing is written there, and the copies go on once the former one is there again.
+func TestUnmounted(t *testing.T) {
+	key := testKey(t)
+	root := t.TempDir()
+	at, away := filepath.Join(root, "cold"), filepath.Join(root, "away")
+	open := func() *Vault {
+		f, err := OpenFolder(at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return NewVault(f, key)
+	}
+	ctx := t.Context()
+	n := &note{full: errors.New("the pool is full")}
+	v := open()
+	for range 2 { // which makes one mark
+		if err := v.Use(ctx, n); !errors.Is(err, n.full) {
+			t.Fatal(err)
+		}
+	}
+	n.full = nil
+	if err := v.Use(ctx, n); err != nil { // without ceremony
+		t.Fatal(err)
+	}
+	if all := objects(t, v.store); len(all) != 1 || !Begun(at) {
+		t.Errorf("in use there are %q", all)
+	}
+	one, _ := save(t, v, 1, blocks(random(1, 5*chunkSize)), Copy{})
+
+	elsewhere := func(v *Vault) {
+		t.Helper()
+		for what, do := range map[string]func() error{
+			"use":    func() error { return v.Use(ctx, n) },
+			"known":  func() error { return v.Known(ctx, n) },
+			"put":    func() error { return v.store.Put(ctx, "copies/x", nil) },
+			"delete": func() error { return v.store.Delete(ctx, one.object()) },
+			"list":   func() error { _, err := v.Copies(ctx, ""); return err },
+			"get":    func() error { _, err := v.Info(ctx, one); return err },
+			"fetch":  func() error { return v.Restore(ctx, one, disk(t, 5*chunkSize)) },
+		} {
+			err := do()
+			if !errors.Is(err, volume.ErrUnavailable) || errors.Is(err, volume.ErrNotFound) || errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "cold storage "+at+": ") || !strings.Contains(err.Error(), "; mount that one there") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	}
+	if err := os.Rename(at, away); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere(v)
+	again := open() // the plugin's next start
+	if err := again.Use(ctx, n); err == nil {
+		t.Error("the next start takes what is not there into use")
+	}
+	elsewhere(again)
+	if _, err := os.Stat(at); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it was made: %v", err)
+	}
+	if err := os.Mkdir(at, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere(v)
+	elsewhere(again)
+	if left, err := os.ReadDir(at); err != nil || len(left) != 0 || Begun(at) {
+		t.Errorf("in what is none there are %v, %v", left, err)
+	}
+
+	// A plugin that runs meanwhile tells of it.
+	synctest.Test(t, func(t *testing.T) {
+		m := many{Noter: n, n: 3, data: random(1, 4*chunkSize)}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		k := NewKeeper(m, open(), slog.New(slog.DiscardHandler), nil, used)
+		go func() { done <- k.Run(ctx, nil) }()
+		time.Sleep(3 * lookEvery)
+		synctest.Wait()
+		if ages, failed := testutil.CollectAndCount(k), testutil.ToFloat64(k.copies.WithLabelValues("failed")); ages != m.n || failed < 3 {
+			t.Errorf("of %d volumes %d have an age, and %v failures are counted", m.n, ages, failed)
+		}
+		if left, err := os.ReadDir(at); err != nil || len(left) != 0 {
+			t.Errorf("in what is none there are %v, %v", left, err)
+		}
+		if err := errors.Join(os.Remove(at), os.Rename(away, at)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * lookEvery)
+		synctest.Wait()
+		if all, err := again.Copies(ctx, ""); err != nil || len(all) != 1+m.n {
+			t.Errorf("once it is there, copies are %v, %v", all, err)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	for _, v := range []*Vault{v, again} {
+		if err := v.Use(ctx, n); err != nil {
+			t.Error(err)
+		}
+		restored(t, v, one, 5*chunkSize)
+	}
+
+	// Another one has its place: somebody has made the mark that the error names.
+	mark, _, _ := strings.Cut(n.line, " ")
+	if err := errors.Join(os.Rename(at, away), os.MkdirAll(filepath.Join(at, marks), 0o700), os.WriteFile(filepath.Join(at, marks, mark), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Use(ctx, n); err != nil {
+		t.Error(err)
+	}
+}
+
+// Who can write to the directory, which may be other hosts', neither has a plugin write anywhere else nor makes it wait.
+func TestFolderHostile(t *testing.T) {
+	f := folder(t)
+	outside := filepath.Join(t.TempDir(), "shadow")
+	if err := os.WriteFile(outside, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	at := func(name string) string { return filepath.Join(f.path, name) }
+	err := errors.Join(
+		os.Mkdir(at("a"), 0o700), os.Symlink(outside, at("a/"+temporary+"x")), os.Symlink(outside, at("a/y")),
+		os.Symlink(filepath.Dir(outside), at("b")), syscall.Mkfifo(at("a/"+temporary+"pipe"), 0o600), syscall.Mkfifo(at("a/other"), 0o600),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	for _, name := range []string{"a/x", "a/y", "a/pipe"} {
+		if err := f.Put(ctx, name, []byte("data")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else if data, err := f.Get(ctx, name, 10); err != nil || string(data) != "data" {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+	}
+	for what, err := range map[string]error{"put": f.Put(ctx, "b/shadow", []byte("data")), "delete": f.Delete(ctx, "b/shadow")} {
+		if err == nil {
+			t.Errorf("%s goes where a link leads", what)
+		}
+	}
+	for _, name := range []string{"b/shadow", "a/other"} {
+		if data, err := f.Get(ctx, name, 10); err == nil || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+	}
+	if data, err := os.ReadFile(outside); err != nil || string(data) != "secret" {
+		t.Errorf("outside there is %q, %v", data, err)
+	}
 }
 
 // While a volume waits for its turn it may get its first content, or a task that may write whatever it wants, or be deleted and made again: a copy says what it is by then.

@@ -175,19 +175,24 @@ func (p *pool) write(folder string, r record) error {
 	if err != nil {
 		return err
 	}
-	temporary := filepath.Join(folder, "."+recordFile)
+	return p.replace(filepath.Join(folder, recordFile), append(data, '\n'))
+}
+
+// replace writes a file in one step.
+func (p *pool) replace(name string, data []byte) error {
+	temporary := hidden(name)
 	f, err := p.root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(append(data, '\n'))
+	_, err = f.Write(data)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := p.root.Rename(temporary, filepath.Join(folder, recordFile)); err != nil {
+	if err := p.root.Rename(temporary, name); err != nil {
 		return err
 	}
-	return p.sync(folder)
+	return p.sync(filepath.Dir(name))
 }
 
 // sync makes what was made, renamed or removed in a folder outlast a power cut.

@@ -33,6 +33,42 @@ func files(name, pool string) volume.Request {
 	return volume.Request{Name: name, Parameters: volume.Parameters{Class: volume.NFS, Pool: pool}}
 }
 
+// A note outlasts the process, and the absence of a pool's disk. It is no volume's.
+func TestNote(t *testing.T) {
+	dir := t.TempDir()
+	one, two := Pool{"one", filepath.Join(dir, "one")}, Pool{"two", filepath.Join(dir, "two")}
+	b := open(t, one, two)
+	if line, err := b.Note(t.Context()); err != nil || line != "" {
+		t.Errorf("at first: %q, %v", line, err)
+	}
+	for _, line := range []string{"first", "second one"} {
+		if err := b.SetNote(t.Context(), line); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := b.Note(t.Context()); err != nil || got != line {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	err := errors.Join(b.Repair(t.Context(), false, func(found string) { t.Error(found) }), b.Delete(t.Context(), "note"))
+	if all, lerr := b.List(t.Context()); err != nil || lerr != nil || len(all) != 0 {
+		t.Errorf("listed: %v, %v, %v", all, lerr, err)
+	}
+	if line, err := b.Note(t.Context()); err != nil || line != "second one" {
+		t.Errorf("after a repair: %q, %v", line, err)
+	}
+	if err := os.Rename(one.Path, one.Path+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.SetNote(t.Context(), "third"); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("without a pool: %v", err)
+	}
+	for _, b := range []*Backend{b, open(t, one, two)} { // which takes an empty directory for the pool
+		if line, err := b.Note(t.Context()); err != nil || line != "second one" {
+			t.Errorf("without a pool: %q, %v", line, err)
+		}
+	}
+}
+
 // A name means one volume, whatever pool it is in.
 func TestPools(t *testing.T) {
 	dir := t.TempDir()

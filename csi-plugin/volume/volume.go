@@ -103,6 +103,15 @@ type Cloner interface {
 	Clone(ctx context.Context, r Request, hold Hold) (Volume, error)
 }
 
+// A Noter keeps a line of text with its pools, for who copies their volumes: what it has to know after its next start.
+type Noter interface {
+	// Note is the line, "" where there is none yet. ErrUnavailable is a pool that is missing and may have it.
+	Note(ctx context.Context) (string, error)
+
+	// SetNote replaces it.
+	SetNote(ctx context.Context, line string) error
+}
+
 // An Attacher has file volumes that guests mount from the storage itself, with attach=direct.
 type Attacher interface {
 	// Attach returns what the guest at the target mounts, with a secret of its own. Repeated, it returns the same.
