@@ -9,8 +9,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"testing"
 	"time"
 )
+
+// TestRootGaneshaFailover does to filers with NFS-Ganesha the first two of the drills: the active one is killed, and switched.
+func TestRootGaneshaFailover(t *testing.T) { failOver(t, 2, 3*time.Second, byGanesha) }
 
 // compound makes a call of NFS version 4.0 (RFC 7530 §15.2) until it is answered, and not with "later".
 func (c *nfsClient) compound(ops ...[]byte) []byte {
