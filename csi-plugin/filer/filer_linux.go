@@ -63,6 +63,7 @@ type filer struct {
 	comparing chan struct{}     // one of maxComparing for each of them that is: lists of all that is in both are in memory
 	leaving   map[string]bool   // volumes that are being deleted
 	busy      keyed.Lock        // of volumes, by id: what lasting does
+	failed    sync.Map          // volumes, by id → failed: what it came to where nobody waited any more, at most one of each
 	work      sync.WaitGroup    // that it is at
 	atWork    chan struct{}     // one of maxAtWork for each
 	gates     sync.Map          // volumes → *gateway.Gate, of WebDAV and S3

@@ -153,19 +153,18 @@ func (f *filer) makeVolume(ctx context.Context, id string, asked api.Request) (v
 	if r.Origin.Copy != "" || r.Origin.Volume != "" && r.Origin.Snapshot != (volume.SnapshotID{}) {
 		return v, volume.Invalid("origin", "it is one volume, or one snapshot")
 	}
-	return v, f.lasting(ctx, id, "volume "+id, func(ctx context.Context) (err error) {
+	return lasting(ctx, f, id, "volume "+id, r, func(ctx context.Context) (v volume.Volume, err error) {
 		if err := f.sizes(ctx, r); err != nil {
-			return err
+			return v, err
 		}
 		if r.Origin == (volume.Origin{}) {
-			v, err = f.backend.Create(ctx, r)
-			return err
+			return f.backend.Create(ctx, r)
 		}
 		b, err := power[volume.Cloner](f, "makes no clones")
-		if err == nil {
-			v, err = b.Clone(ctx, r, nil)
+		if err != nil {
+			return v, err
 		}
-		return err
+		return b.Clone(ctx, r, nil)
 	})
 }
 
@@ -193,16 +192,17 @@ func (f *filer) deleteVolume(ctx context.Context, id string) error {
 	if !volume.ValidName(id) {
 		return nil
 	}
-	return f.lasting(ctx, id, "volume "+id+", which is being deleted", func(ctx context.Context) error {
+	_, err := lasting(ctx, f, id, "volume "+id+", which is being deleted", nil, func(ctx context.Context) (struct{}, error) {
 		if _, err := f.fileVolume(ctx, id); errors.Is(err, volume.ErrInvalid) {
-			return err
+			return struct{}{}, err
 		} // of one that is not there something may be left
 		if err := f.leave(id); err != nil {
-			return err
+			return struct{}{}, err
 		}
 		defer f.left(id)
-		return f.backend.Delete(ctx, id)
+		return struct{}{}, f.backend.Delete(ctx, id)
 	})
+	return err
 }
 
 // leave has nobody get a volume any more, unless somebody has it.
@@ -257,17 +257,17 @@ func (f *filer) expand(ctx context.Context, id string, asked api.Size) (now api.
 	if err != nil {
 		return now, err
 	}
-	return now, f.lasting(ctx, id, "volume "+id, func(ctx context.Context) error {
+	return lasting(ctx, f, id, "volume "+id+", which grows", asked, func(ctx context.Context) (now api.Size, err error) {
 		if _, err := f.fileVolume(ctx, id); err != nil {
-			return err
+			return now, err
 		}
 		if now.Bytes, err = b.Expand(ctx, id, asked.Bytes, asked.Limit); err != nil {
-			return err
+			return now, err
 		}
 		if err := f.grow(ctx, id); !errors.Is(err, volume.ErrNotFound) { // one that is not published grows when it is
-			return err
+			return now, err
 		}
-		return nil
+		return now, nil
 	})
 }
 
@@ -276,11 +276,11 @@ func (f *filer) takeSnapshot(ctx context.Context, r volume.SnapshotRequest) (s v
 	if err != nil {
 		return s, err
 	}
-	return s, f.lasting(ctx, r.ID.Volume, "snapshot "+r.ID.String(), func(ctx context.Context) (err error) {
-		if _, err = f.fileVolume(ctx, r.ID.Volume); err == nil {
-			s, err = b.Snapshot(ctx, r)
+	return lasting(ctx, f, r.ID.Volume, "snapshot "+r.ID.String(), r.Automatic, func(ctx context.Context) (s volume.Snapshot, err error) {
+		if _, err := f.fileVolume(ctx, r.ID.Volume); err != nil {
+			return s, err
 		}
-		return err
+		return b.Snapshot(ctx, r)
 	})
 }
 
@@ -289,12 +289,13 @@ func (f *filer) dropSnapshot(ctx context.Context, id volume.SnapshotID) error {
 	if err != nil {
 		return err
 	}
-	return f.lasting(ctx, id.Volume, "snapshot "+id.String()+", which is being deleted", func(ctx context.Context) error {
+	_, err = lasting(ctx, f, id.Volume, "snapshot "+id.String()+", which is being deleted", nil, func(ctx context.Context) (struct{}, error) {
 		if _, err := f.fileVolume(ctx, id.Volume); errors.Is(err, volume.ErrInvalid) {
-			return err
+			return struct{}{}, err
 		}
-		return b.DeleteSnapshot(ctx, id)
+		return struct{}{}, b.DeleteSnapshot(ctx, id)
 	})
+	return err
 }
 
 // answerTime is how long who asks for what may take long waits at once. A caller that has heard nothing for longer has lost the filer's host.
@@ -303,46 +304,72 @@ const answerTime = 20 * time.Second
 // maxAtWork is of how many volumes something is done at the same time, whoever asks.
 const maxAtWork = 64
 
-// lasting does something to a volume after what is being done to it. It comes to its end, or to the term's, also where its call's time is up. The lease is held as
-// long: another filer has the pool only once nothing of it is left.
-func (f *filer) lasting(ctx context.Context, id, what string, do func(context.Context) error) error {
+// A failed is what has come of something that nobody waited for any more.
+type failed struct {
+	what string // and how it was asked for
+	err  error
+	at   time.Time
+}
+
+// told is how long an error is kept for who asks again: it does so at once.
+const told = time.Minute
+
+// lasting does something to a volume, as asked for, after what is being done to it. It comes to its end, or to the term's, also where its call's time is up. Who asks for
+// the same again then hears of an error: it would never come to an end if it were begun anew instead. The lease is held as long: another filer has the pool only once
+// nothing of it is left.
+func lasting[T any](ctx context.Context, f *filer, id, what string, asked any, do func(context.Context) (T, error)) (done T, err error) {
 	goesOn := func() error { return fmt.Errorf("%s: %w", what, api.ErrGoesOn) }
 	waiting, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	unlock, err := f.busy.Lock(waiting, id)
 	if err != nil {
-		return goesOn()
+		return done, goesOn()
+	}
+	exactly := fmt.Sprintf("%s %+v", what, asked)
+	if former, is := f.failed.LoadAndDelete(id); is {
+		if was := former.(failed); was.what == exactly && time.Since(was.at) < told {
+			unlock()
+			return done, was.err
+		}
 	}
 	select {
 	case f.atWork <- struct{}{}:
 	case <-waiting.Done():
 		unlock()
-		return goesOn()
+		return done, goesOn()
 	}
 	end, begun := f.lease.TryBegin()
 	if !begun {
 		<-f.atWork
 		unlock()
-		return fmt.Errorf("%w: this filer hands over; try again", api.ErrAway)
+		return done, fmt.Errorf("%w: this filer hands over; try again", api.ErrAway)
 	}
-	done := make(chan error, 1)
+	type outcome struct {
+		done T
+		err  error
+	}
+	outcomes := make(chan outcome)
 	f.work.Go(func() {
 		defer end()
 		defer unlock()
 		defer func() { <-f.atWork }()
-		err := do(f.long)
-		if ctx.Err() != nil {
-			f.log.Info("it has come to its end after its call", "what", what, "error", err)
-		}
+		done, err := do(f.long)
 		if err != nil && f.long.Err() != nil {
 			err = fmt.Errorf("%s: %w: this filer has handed over meanwhile: %w", what, api.ErrAway, err)
 		}
-		done <- err
+		select {
+		case outcomes <- outcome{done, err}:
+		case <-waiting.Done():
+			f.log.Info("it has come to its end after its call", "what", what, "error", err)
+			if err != nil {
+				f.failed.Store(id, failed{exactly, err, time.Now()})
+			}
+		}
 	})
 	select {
-	case err := <-done:
-		return err
+	case o := <-outcomes:
+		return o.done, o.err
 	case <-waiting.Done():
-		return goesOn()
+		return done, goesOn()
 	}
 }

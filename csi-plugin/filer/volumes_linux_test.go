@@ -134,6 +134,14 @@ func (s slow) Get(_ context.Context, id string) (volume.Volume, error) {
 	return volume.Volume{ID: id, Parameters: volume.Parameters{Class: volume.NFS}}, nil
 }
 
+func (slow) Snapshot(context.Context, volume.SnapshotRequest) (s volume.Snapshot, err error) {
+	return s, nil
+}
+
+func (slow) DeleteSnapshot(context.Context, volume.SnapshotID) error { return nil }
+
+func (slow) Snapshots(context.Context, string) ([]volume.Snapshot, error) { return nil, nil }
+
 func (s slow) Delete(ctx context.Context, _ string) error {
 	select {
 	case err := <-s.goOn:
@@ -192,6 +200,47 @@ func TestVolumesLast(t *testing.T) {
 		if !idle() {
 			t.Error("the lease is held")
 		}
+	})
+}
+
+// What takes longer than a call, and fails, is told to who asks for the same again, and to nobody else: begun anew each time it would never come to an end.
+func TestVolumesFail(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := slow{goOn: make(chan error)}
+		f := testFiler(t, b)
+		for range 2 {
+			if err := f.deleteVolume(t.Context(), "v"); !errors.Is(err, api.ErrGoesOn) {
+				t.Fatal(err)
+			}
+			again := make(chan error)
+			go func() { again <- f.deleteVolume(t.Context(), "v") }()
+			synctest.Wait()
+			b.goOn <- volume.ErrNoSpace
+			if err := <-again; !errors.Is(err, volume.ErrNoSpace) {
+				t.Errorf("what has failed meanwhile: %v", err)
+			}
+		}
+		if err := f.deleteVolume(t.Context(), "v"); !errors.Is(err, api.ErrGoesOn) { // once it is told, it is done anew
+			t.Fatal(err)
+		}
+		b.goOn <- volume.ErrNoSpace
+		synctest.Wait()
+		// Who asks for something else, or much later, asks for the first time.
+		if _, err := f.takeSnapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}); errors.Is(err, volume.ErrNoSpace) {
+			t.Errorf("another one is told that, too: %v", err)
+		}
+		for range 2 {
+			if err := f.deleteVolume(t.Context(), "v"); !errors.Is(err, api.ErrGoesOn) {
+				t.Errorf("and now: %v", err)
+			}
+			b.goOn <- volume.ErrNoSpace
+			time.Sleep(2 * told)
+		}
+		if err := f.deleteVolume(t.Context(), "v"); !errors.Is(err, api.ErrGoesOn) {
+			t.Fatal(err)
+		}
+		b.goOn <- nil
+		f.work.Wait()
 	})
 }
 
