@@ -153,9 +153,17 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 	if f.engineName == byGanesha && !strings.Contains(","+at.VFSOptions+","+at.Options+",", ",dirsync,") {
 		f.log.Warn("after a power cut files of this volume may have the names that they had some seconds before: its file system is mounted without dirsync, on the host as well or by the operator", "volume", p.Volume)
 	}
-	return f.engine.Export(nfs.Export{
+	return stuck(f.engine.Export(nfs.Export{
 		Path: p.Export, Root: root, Volume: p.Volume, ReadOnly: p.ReadOnly, Clients: p.Clients, Hidden: webdav.Hidden, Snapshots: f.seen(p.Volume),
-	})
+	}))
+}
+
+// stuck gives an engine's error its meaning.
+func stuck(err error) error {
+	if errors.Is(err, nfs.ErrStuck) {
+		return fmt.Errorf("%w: %w; try again once it does", volume.ErrUnavailable, err)
+	}
+	return err
 }
 
 // hasFiles refuses what can't be served.
@@ -263,7 +271,7 @@ func (f *filer) unpublish(ctx context.Context, id string) error {
 // end undoes serve, as far as no other publication needs it, and then the record.
 func (f *filer) end(ctx context.Context, p api.Publication) error {
 	if err := f.engine.Unexport(p.Export); err != nil {
-		return err
+		return stuck(err)
 	}
 	if err := f.release(ctx, p.Volume, 1); err != nil {
 		return err

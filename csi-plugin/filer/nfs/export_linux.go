@@ -21,7 +21,10 @@ type exported struct {
 	tree // the volume's files
 	fsid uint64
 	gone bool
-	slow atomic.Bool // its file system can't say whether reading would wait
+
+	ended   chan struct{} // closed when it is gone, and no call is at work in it
+	failure error         // that came of it
+	slow    atomic.Bool   // its file system can't say whether reading would wait
 	limits
 	stuck   atomic.Int64 // calls that the storage keeps
 	replied *replies
@@ -47,7 +50,7 @@ func openExport(e Export, key []byte) (*exported, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := &exported{Export: e, sealer: newSealer(key, e.Path), tree: tree{root: root}, limits: newLimits(maxWorkingInOne, maxCallingInOne, maxRepliesInOne), snapshots: map[snapshotID]*tree{}}
+	x := &exported{Export: e, ended: make(chan struct{}), sealer: newSealer(key, e.Path), tree: tree{root: root}, limits: newLimits(maxWorkingInOne, maxCallingInOne, maxRepliesInOne), snapshots: map[snapshotID]*tree{}}
 	sum := sha256.Sum256([]byte(e.Volume))
 	x.fsid = binary.BigEndian.Uint64(sum[:])
 	o := object{export: x, tree: &x.tree, fd: int(root.Fd())}

@@ -882,8 +882,15 @@ func TestRootStuck(t *testing.T) {
 	if reply, err := other.try(lookup(roots[0])); err != nil || !bytes.HasSuffix(reply, []byte{0, 0, byte(errJukebox >> 8), byte(errJukebox & 0xff), 0, 0, 0, 0}) {
 		t.Errorf("one more is answered %x, %v", reply, err)
 	}
-	if err := w.server.Unexport("/stuck0/0123456789"); !errors.Is(err, errStuck) {
-		t.Errorf("the end of an export that can't end says %v", err)
+	changed := w.export
+	changed.Path, changed.Volume, changed.Root = "/stuck1/0123456789", "stuck1", filepath.Join(w.above, "stuck1")
+	if err := w.server.Export(changed); !errors.Is(err, ErrStuck) {
+		t.Errorf("one that is changed and can't end before says %v", err)
+	}
+	for range 2 { // who asks again is not told that it has ended
+		if err := w.server.Unexport("/stuck0/0123456789"); !errors.Is(err, ErrStuck) {
+			t.Errorf("the end of an export that can't end says %v", err)
+		}
 	}
 	answer()
 	for range volumes * maxWorkingInOne {
@@ -898,6 +905,14 @@ func TestRootStuck(t *testing.T) {
 	goesOn("the same client, when all is well again", c, roots[1])
 	if n := w.server.stuck.Load(); n != 0 {
 		t.Errorf("%d calls are stuck still", n)
+	}
+	for i := range 2 {
+		if err := w.server.Unexport(fmt.Sprintf("/stuck%d/0123456789", i)); err != nil {
+			t.Errorf("the end of one whose calls have ended: %v", err)
+		}
+	}
+	if n := len(w.server.leaving); n != 0 {
+		t.Errorf("%d exports have not ended", n)
 	}
 }
 

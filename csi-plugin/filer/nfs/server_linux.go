@@ -10,8 +10,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -71,6 +73,8 @@ type Server struct {
 	tags  map[tag]*exported
 	held  map[string]int // volumes → calls of Hold
 
+	leaving map[string][]*exported // by path: those that calls are at work in still, or may be
+
 	replied map[string]*replies // by the export's path
 
 	connections crowd.Crowd
@@ -81,7 +85,7 @@ type Server struct {
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
-		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{},
+		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{}, leaving: map[string][]*exported{},
 		connections: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
@@ -102,54 +106,88 @@ func (s *Server) Export(e Export) error {
 		return fmt.Errorf("export of volume %s: %w", e.Volume, err)
 	}
 	s.mu.Lock()
-	former := s.paths[e.Path]
+	s.leave(e.Path)
 	s.paths[e.Path], s.tags[x.tag] = x, x
 	if x.replied = s.replied[e.Path]; x.replied == nil {
 		x.replied = newReplies()
 		s.replied[e.Path] = x.replied
 	}
 	s.mu.Unlock()
-	return former.end()
+	return s.left(e.Path)
 }
 
 // Unexport is Engine's.
 func (s *Server) Unexport(path string) error {
 	s.mu.Lock()
-	x := s.paths[path]
-	if x != nil {
+	if x := s.leave(path); x != nil {
 		delete(s.paths, path)
 		delete(s.tags, x.tag)
 		delete(s.replied, path)
 	}
 	s.mu.Unlock()
-	ended := make(chan error, 1)
-	go func() { ended <- x.end() }()
-	select {
-	case err := <-ended:
-		return err
-	case <-time.After(stuck):
-		return fmt.Errorf("export of volume %s: %w: nobody begins another one, and those have no end before it answers", x.Volume, errStuck)
+	return s.left(path)
+}
+
+// leave begins to end what is exported at a path. The server is locked.
+func (s *Server) leave(path string) *exported {
+	x := s.paths[path]
+	if x != nil {
+		s.leaving[path] = append(s.leaving[path], x)
+		go x.end() // which left waits for, or nobody where the storage keeps its calls
+	}
+	return x
+}
+
+// left waits for the end of all that was exported at a path before, by whichever call, for as long as a call of clients' may take.
+func (s *Server) left(path string) error {
+	late := time.After(stuck)
+	for {
+		s.mu.Lock()
+		var x *exported
+		if all := s.leaving[path]; len(all) > 0 {
+			x = all[0]
+		} else {
+			delete(s.leaving, path)
+		}
+		s.mu.Unlock()
+		if x == nil {
+			return nil
+		}
+		select {
+		case <-x.ended:
+		case <-late:
+			return fmt.Errorf("export of volume %s: %w: nobody begins another one, and those have no end before it answers", x.Volume, ErrStuck)
+		}
+		s.mu.Lock()
+		s.leaving[path] = slices.DeleteFunc(s.leaving[path], func(other *exported) bool { return other == x })
+		s.mu.Unlock()
+		if x.failure != nil {
+			return x.failure
+		}
 	}
 }
 
 // Close ends all exports.
 func (s *Server) Close() error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	var errs []error
-	for _, x := range s.paths {
-		errs = append(errs, x.end())
+	for path := range s.paths {
+		s.leave(path)
 	}
 	clear(s.paths)
 	clear(s.tags)
+	all := slices.Concat(slices.Collect(maps.Values(s.leaving))...)
+	clear(s.leaving)
+	s.mu.Unlock() // which calls that are at work take as well
+	var errs []error
+	for _, x := range all {
+		<-x.ended
+		errs = append(errs, x.failure)
+	}
 	return errors.Join(errs...)
 }
 
 // end waits for the calls that are at work, and lets no other begin.
-func (x *exported) end() error {
-	if x == nil {
-		return nil
-	}
+func (x *exported) end() {
 	x.Lock()
 	defer x.Unlock()
 	x.gone = true
@@ -158,7 +196,8 @@ func (x *exported) end() error {
 		errs = append(errs, t.root.Close())
 	}
 	clear(x.snapshots)
-	return errors.Join(errs...)
+	x.failure = errors.Join(errs...)
+	close(x.ended)
 }
 
 // Hold is Engine's.
@@ -390,7 +429,7 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		}
 		of = []limits{c.limits, e.limits}
 		if err := e.memory(ctx, int64(room(n))); err != nil {
-			if errors.Is(err, errStuck) {
+			if errors.Is(err, ErrStuck) {
 				err = c.passOver(r, n, call, errJukebox)
 			}
 			return nil, nil, err
@@ -417,14 +456,14 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 	return record, release, nil
 }
 
-// errStuck is that the storage keeps calls, and with them what is needed.
-var errStuck = errors.New("the storage keeps calls that have begun")
+// ErrStuck is that the storage keeps calls, and with them what is needed.
+var ErrStuck = errors.New("the storage keeps calls that have begun")
 
 // memory takes some for a call. It gives up where that which others have may not be given back.
 func (x *exported) memory(ctx context.Context, n int64) error {
 	for !x.calling.TryAcquire(n) {
 		if x.stuck.Load() > 0 {
-			return errStuck
+			return ErrStuck
 		}
 		short, cancel := context.WithTimeout(ctx, time.Second)
 		err := x.calling.Acquire(short, n)
