@@ -234,6 +234,46 @@ func TestUsers(t *testing.T) {
 	}
 }
 
+// Who has no right in a namespace has Nomad asked once by a request, however many grants are there; and one namespace whose Variables Nomad does not write keeps no
+// other one waiting.
+func TestTenantsApart(t *testing.T) {
+	asked := 0
+	nobody := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked++
+		http.Error(w, "Permission denied", http.StatusForbidden)
+	}))
+	t.Cleanup(nobody.Close)
+	n, err := openNomad(nobody.URL, "cradle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &filer{state: t.TempDir(), log: slog.New(slog.DiscardHandler), long: t.Context()}
+	s := httptest.NewServer(f.usersHandler(n))
+	t.Cleanup(s.Close)
+	for i := range 9 {
+		g := api.Grant{ID: fmt.Sprint("g", i), Volume: fmt.Sprint("v", i), Tenant: &api.Tenant{Namespace: "tenant", Name: fmt.Sprint("g", i), Volume: fmt.Sprint("data", i)}}
+		if err := f.granted().write(g.ID, g); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := (api.Client{URL: s.URL, Token: "guess", Namespace: "tenant"}).Grants(t.Context()); err != nil || len(all) > 0 || asked != 1 {
+		t.Errorf("Nomad was asked %d times; shown are %v, %v", asked, all, err)
+	}
+	unlock, err := f.tenants.Lock(t.Context(), "slow")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	soon, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := f.revokeTenant(soon, variable{}, api.Tenant{Namespace: "other", Name: "g"}); err != nil {
+		t.Errorf("another namespace: %v", err)
+	}
+	if err := f.revokeTenant(soon, variable{}, api.Tenant{Namespace: "slow", Name: "g"}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the same one: %v", err)
+	}
+}
+
 // crowded has more snapshots of each volume than there are.
 type crowded struct {
 	*dir.Backend

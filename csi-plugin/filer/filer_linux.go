@@ -55,7 +55,7 @@ type filer struct {
 	log        *slog.Logger
 	since      time.Time
 
-	tenants   sync.Mutex        // one of their grants at a time, with its Variable
+	tenants   keyed.Lock        // of namespaces: one of their grants at a time, with its Variable, for which Nomad is waited for
 	mu        sync.Mutex        // one change at a time
 	entered   map[string]*visit // of volumes
 	placed    map[string]bool   // volumes that restore has placed, while it is at it

@@ -83,6 +83,8 @@ func (f *filer) handleGrants(mux *http.ServeMux, n *nomad) {
 			switch {
 			case aerr == nil:
 				shown = append(shown, g)
+			case errors.Is(aerr, api.ErrDenied): // as it is for each volume of the namespace: whoever asks has Nomad asked once
+				return []api.Grant{}, nil
 			case !notForThem(aerr):
 				return nil, aerr
 			}
@@ -128,8 +130,11 @@ func (f *filer) grantTenant(ctx context.Context, v variable, g api.Grant) (api.G
 			return g, volume.Invalid("grant "+t.Name, "%d is no number of a user or group", id)
 		}
 	}
-	f.tenants.Lock()
-	defer f.tenants.Unlock()
+	unlock, err := f.tenants.Lock(ctx, t.Namespace)
+	if err != nil {
+		return g, err
+	}
+	defer unlock()
 	former, others, err := f.tenantGrant(*t)
 	switch {
 	case err != nil:
@@ -157,8 +162,11 @@ func (f *filer) grantTenant(ctx context.Context, v variable, g api.Grant) (api.G
 
 // revokeTenant ends a namespace's grant. The Variable goes first: as long as the grant is there, it can be revoked again.
 func (f *filer) revokeTenant(ctx context.Context, v variable, t api.Tenant) error {
-	f.tenants.Lock()
-	defer f.tenants.Unlock()
+	unlock, err := f.tenants.Lock(ctx, t.Namespace)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	g, _, err := f.tenantGrant(t)
 	if err != nil || g.ID == "" || *g.Tenant != t {
 		return err // somebody else has been faster
