@@ -85,17 +85,22 @@ func (s *Server) serve(ctx context.Context, v volume.Volume, target string, w wi
 	return spec.Volume{Name: v.ID, Class: v.Class, NFS: n}, nil
 }
 
+// local is Get, but that nobody is asked for a volume that this host has staged itself and guests do not mount: no more is known of that then.
+func (s *Server) local(ctx context.Context, id string) (volume.Volume, error) {
+	if b, ok := s.config.Backend.(volume.Stager); ok {
+		if staged, err := b.Staged(id); err != nil || staged {
+			return volume.Volume{ID: id}, err
+		}
+	}
+	return s.config.Backend.Get(ctx, id)
+}
+
 // unserve is the reverse, of a volume that guests mount.
 func (s *Server) unserve(ctx context.Context, id, target string) error {
 	if a := s.attacher(); a != nil {
 		return a.Detach(ctx, id, target)
 	}
-	if b, ok := s.config.Backend.(volume.Stager); ok {
-		if staged, err := b.Staged(id); err != nil || staged {
-			return err
-		}
-	}
-	v, err := s.config.Backend.Get(ctx, id)
+	v, err := s.local(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) || err == nil && !v.Served() {
 		return nil
 	}

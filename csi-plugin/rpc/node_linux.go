@@ -331,7 +331,7 @@ func placed(path string) error {
 }
 
 func (s *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
-	v, path, err := s.at(ctx, req.GetVolumeId(), req.GetVolumePath())
+	v, path, err := s.at(ctx, s.local, req.GetVolumeId(), req.GetVolumePath())
 	if err != nil {
 		return nil, err
 	}
@@ -380,14 +380,14 @@ func answered(path string, do func() error) error {
 }
 
 // at finds a volume that is published or staged at a path.
-func (s *node) at(ctx context.Context, id, path string) (volume.Volume, string, error) {
+func (s *node) at(ctx context.Context, get func(context.Context, string) (volume.Volume, error), id, path string) (volume.Volume, string, error) {
 	if id == "" {
 		return volume.Volume{}, "", invalid("volume id: it is missing")
 	}
 	if path == "" {
 		return volume.Volume{}, "", invalid("volume path: it is missing")
 	}
-	v, err := s.config.Backend.Get(ctx, id)
+	v, err := get(ctx, id)
 	if err != nil {
 		return v, "", err
 	}
@@ -412,7 +412,7 @@ func (s *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 		return nil, err
 	}
 	defer unlock()
-	v, path, err := s.at(ctx, req.GetVolumeId(), req.GetVolumePath())
+	v, path, err := s.at(ctx, s.config.Backend.Get, req.GetVolumeId(), req.GetVolumePath())
 	if err != nil {
 		return nil, err
 	}
