@@ -114,7 +114,11 @@ func (s *stack) healthy() {
 
 func (s *stack) eventually(what string, f func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(nomadtest.Patience); !f(); time.Sleep(100 * time.Millisecond) {
+	every := 100 * time.Millisecond
+	if s.zfs { // in a machine that is emulated, where a look takes a second of its processors
+		every = 3 * time.Second
+	}
+	for end := time.Now().Add(nomadtest.Patience); !f(); time.Sleep(every) {
 		if time.Now().After(end) {
 			s.t.Fatalf("%s: not within %v\n%s", what, nomadtest.Patience, s.Describe())
 		}

@@ -61,6 +61,11 @@ func TestVMSoakZFSHosts(t *testing.T) {
 // TestVMSoakZFSLost is the restore drill of TestVMSoakLost with two nodes and two zpools, of which the one that has the volume is destroyed.
 func TestVMSoakZFSLost(t *testing.T) { nomadInLab(t, "TestZFSNomadLost", twoZpools) }
 
+// TestVMSoakFilerNomad has Nomad's tasks on volumes of a filer on another host, which their host's kernel mounts.
+func TestVMSoakFilerNomad(t *testing.T) {
+	nomadInLab(t, "TestZFSNomadFiler", "zpool create -f -O mountpoint=none server /dev/vda1")
+}
+
 // twoZpools are of the nodes' names.
 const twoZpools = `zpool create -f -O mountpoint=none client1 /dev/vda1
 truncate -s 1G /client2
@@ -91,7 +96,7 @@ NOMADTEST_PATIENCE=10m ./csi.test -test.v -test.timeout 2h -test.run '^`+test+`$
 		}
 		tools := filepath.Join(dir, "tools")
 		for link, to := range map[string]string{
-			"arch_test.go": filepath.Join(root, "arch_test.go"), "bin/cradle-csi": filepath.Join(root, "bin/cradle-csi"), "nomad": nomad,
+			"arch_test.go": filepath.Join(root, "arch_test.go"), "bin/cradle-csi": filepath.Join(root, "bin/cradle-csi"), "bin/cradle-filer": filepath.Join(root, "bin/cradle-filer"), "nomad": nomad,
 			"examples/nomad/volumes": filepath.Join(root, "examples/nomad/volumes"), "bridge": "/usr/lib/cni/bridge",
 		} {
 			at := filepath.Join(dir, link)

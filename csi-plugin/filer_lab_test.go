@@ -1,0 +1,155 @@
+//go:build vm && soak && zfslab
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/cradlestack/cradlestack/internal/nomadtest"
+	"github.com/cradlestack/cradlestack/test/programs"
+)
+
+// TestZFSNomadFiler: two tasks that are no pods have one volume of a filer's on another host, which their host's kernel mounts. It grows, gets a snapshot and is rolled back; plugin, filer and
+// Nomad's client are killed. It runs in a machine with ZFS, whose kernel has an NFS client.
+func TestZFSNomadFiler(t *testing.T) {
+	s := &stack{t: t, id: "cradle", zfs: true}
+	s.Cluster = nomadtest.Start(t, nomadtest.Options{
+		Clients: 1, Server: `heartbeat_grace = "2m"`, Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
+		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
+	})
+	s.node = s.Clients()[0]
+	t.Cleanup(s.stopUsers)
+	key := filepath.Join(s.Dir(), "peers.key")
+	if err := os.WriteFile(key, bytes.Repeat([]byte("k"), 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f := &fileServer{stack: s, key: key}
+	f.serve()
+	job := regexp.MustCompile(`"--backend", "zfs", "--pool", "[^"]*", "--filer", "[^"]*"`).ReplaceAllString(s.example("cradle-csi.nomad.hcl"),
+		`"--backend", "filer", "--filer", "`+s.Server().IP.String()+`:2051", "--filer-key", "`+key+`"`)
+	s.Run(t, job)
+	s.healthy()
+
+	s.volume("shared", `  attach = "direct"`, "")
+	shared := func(job, script string) use {
+		return use{job: job, volume: "shared", mode: "multi-node-multi-writer", script: script}
+	}
+	said := regexp.MustCompile(`(?m)^\d+$`)
+	counts := func(job string) (goesOn func()) {
+		t.Helper()
+		s.Run(t, strings.Replace(shared(job, "n=0; while :; do echo $n >>/v/"+job+"; $b sync /v/"+job+"; echo $n; n=$((n+1)); $b sleep 0.2; done").hcl(), `type = "batch"`, `type = "service"`, 1))
+		a := s.UntilRunning(t, job)
+		return func() {
+			t.Helper()
+			s.UntilAnswers(t, a.ID)
+			was := len(said.FindAllString(s.Logs(t, a.ID, "t", "stdout"), -1))
+			s.UntilLogs(t, a.ID, "t", "stdout", func(all string) bool { return len(said.FindAllString(all, -1)) > was+3 })
+		}
+	}
+	one, two := counts("one"), counts("two")
+	goOn := func() { t.Helper(); one(); two() }
+	goOn()
+	if out := s.ended(shared("look", "$b head -n 1 /v/one; $b head -n 1 /v/two; $b mount | $b grep ' /v '").hcl()); !strings.HasPrefix(out, "0\n0\n") || !strings.Contains(out, "type nfs ") || !strings.Contains(out, "hard") {
+		t.Errorf("a third one sees %s", out)
+	}
+	s.ended(shared("first", "echo first >/v/kept").hcl())
+	s.volume("shared", `  attach = "direct"`, "", "64MiB", "96MiB")
+	if out := s.ended(shared("size", "$b df -m /v | $b awk 'END {print $2}'").hcl()); func() bool { n, err := strconv.Atoi(out); return err != nil || n < 90 || n > 100 }() {
+		t.Errorf("grown it has %s MiB", out)
+	}
+	s.CLI(t, "volume", "snapshot", "create", "shared", "s")
+	s.ended(shared("second", "echo second >/v/kept").hcl())
+	f.command("rollback", "shared", "s", "kept")
+	if out := s.ended(shared("again", "$b cat /v/kept /v/.snapshots/s/kept").hcl()); out != "first\nfirst" {
+		t.Errorf("rolled back it has %q", out)
+	}
+	goOn()
+
+	f.kill()
+	f.serve()
+	goOn()
+	if err := errors.Join(s.kill("cradle-csi"), s.node.KillClient(), s.node.StartAgents()); err != nil {
+		t.Fatal(err)
+	}
+	goOn()
+	s.healthy()
+	if _, stderr, code := s.TryCLI(t, "", "volume", "delete", "shared"); code == 0 || !strings.Contains(stderr, "in use") {
+		t.Errorf("delete a volume in use: exit code %d, %s", code, stderr)
+	}
+	// A task ends while the filer is away, which Nomad then asks for nothing but to unstage it.
+	f.kill()
+	s.Stop(t, "one")
+	f.serve()
+	two()
+	s.Stop(t, "two")
+	s.released("shared")
+	s.CLI(t, "volume", "snapshot", "delete", "cradle", "shared@s")
+	s.eventually("the volume is deleted", func() bool {
+		_, _, code := s.TryCLI(t, "", "volume", "delete", "shared")
+		return code == 0
+	})
+	if table, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(s.node.PID()), "mounts")); err != nil || bytes.Contains(table, []byte(" nfs ")) {
+		t.Errorf("left mounted: %s, %v", table, err)
+	}
+	if left := f.command("publications"); strings.Contains(left, "shared") {
+		t.Errorf("left published: %s", left)
+	}
+	f.kill()
+}
+
+// A fileServer is cradle-filer on the server's host, which is not the client's.
+type fileServer struct {
+	*stack
+	key string
+	cmd *exec.Cmd
+	log bytes.Buffer
+}
+
+func (f *fileServer) program() string {
+	f.t.Helper()
+	program, err := programs.Path("cradle-filer")
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return program
+}
+
+func (f *fileServer) serve() {
+	f.t.Helper()
+	ip := f.Server().IP.String()
+	f.cmd = f.Server().Command(f.t.Context(), f.program(), "serve", "--backend", "zfs", "--pool", "server/files", "--state", filepath.Join(f.Dir(), "filer"),
+		"--listen", ip+":2049", "--peers", ip+":2051", "--peers-key", f.key)
+	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
+	if err := f.Server().Launch(f.cmd); err != nil {
+		f.t.Fatal(err)
+	}
+	f.eventually("the filer serves", func() bool {
+		_, err := f.Server().Output(f.t.Context(), f.program(), "status")
+		return err == nil
+	})
+}
+
+func (f *fileServer) kill() {
+	f.t.Helper()
+	if err := f.cmd.Process.Kill(); err != nil {
+		f.t.Fatal(err)
+	}
+	f.cmd.Wait()
+}
+
+func (f *fileServer) command(args ...string) string {
+	f.t.Helper()
+	out, err := f.Server().Output(f.t.Context(), f.program(), args...)
+	if err != nil {
+		f.t.Fatalf("%v\n%s", err, &f.log)
+	}
+	return out
+}
