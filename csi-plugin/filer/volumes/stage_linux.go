@@ -128,7 +128,7 @@ func (b *Backend) up(ctx context.Context, id string) error {
 	} else if err != nil {
 		return err
 	}
-	if err := b.identify(); err != nil {
+	if err := b.identify(ctx); err != nil {
 		return err
 	}
 	n, err := b.note(id)
@@ -240,17 +240,28 @@ func (b *Backend) addresses() (all []netip.Prefix, err error) {
 }
 
 // identify tells this host from others that have its name.
-func (b *Backend) identify() error {
+func (b *Backend) identify(ctx context.Context) error {
+	id, err := b.identity(ctx)
+	if err != nil {
+		return err
+	}
+	return mount.IdentifyNFS(id)
+}
+
+// identity is what this host is known by, from its first mount on.
+func (b *Backend) identity(ctx context.Context) (string, error) {
+	_, unlock, err := b.locks().Take(ctx, "/identity") // no volume's name: others are staged at the same time
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
 	path := filepath.Join(b.dir, "identity")
 	id, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		id = []byte(strings.ToLower(rand.Text()))
 		err = durable.WriteFile(path, id)
 	}
-	if err != nil {
-		return err
-	}
-	return mount.IdentifyNFS(string(id))
+	return string(id), err
 }
 
 // mount mounts a volume at its place, instead of what is there.

@@ -178,6 +178,23 @@ func TestStageWithoutClient(t *testing.T) {
 	}
 }
 
+// Volumes that are staged at the same time, the first ones of a host, give it one identity.
+func TestIdentity(t *testing.T) {
+	for range 50 {
+		b := Open(api.Client{})
+		b.dir = t.TempDir()
+		var g sync.WaitGroup
+		for range 8 {
+			g.Go(func() {
+				if id, err := b.identity(t.Context()); err != nil || len(id) != 26 {
+					t.Errorf("it is %q, %v", id, err)
+				}
+			})
+		}
+		g.Wait()
+	}
+}
+
 func TestAddresses(t *testing.T) {
 	b := Open(api.Client{Socket: "/there"})
 	all, err := b.addresses()
