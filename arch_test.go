@@ -134,7 +134,7 @@ var testsMayImport = map[string][]string{
 	"csi-plugin/zfs":              {"csi-plugin/volume/volumetest", "test/programs"},
 	"csi-plugin/filer":            {"internal/filertest", "internal/locked", "internal/mountns", "test/programs"},
 	"csi-plugin/filer/volumes":    {"csi-plugin/dir", "csi-plugin/volume/volumetest", "internal/filertest"},
-	"csi-plugin/filer/nfs":        {"internal/mountns"},
+	"csi-plugin/filer/nfs":        {"internal/locked", "internal/mountns"},
 	"csi-plugin/filer/ganesha":    {"internal/mountns", "internal/netnstest"},
 	"csi-plugin/filer/s3":         {"test/programs"},
 	"csi-plugin/filer/webdav":     {"internal/mountns"},

@@ -28,6 +28,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
+	"github.com/cradlestack/cradlestack/internal/locked"
 	"github.com/cradlestack/cradlestack/internal/mountns"
 )
 
@@ -817,6 +818,69 @@ func TestRootCrowd(t *testing.T) {
 	}
 	if s, _ := other.on(procGetattr, root, nil); s != ok {
 		t.Errorf("a call from another address: %d", s)
+	}
+}
+
+// Clients that do not take their replies, or stop in the middle of large calls, keep nobody else waiting, by however many exports they have: neither those who read and
+// write, nor those who only look.
+func TestRootGreedy(t *testing.T) {
+	for _, how := range []string{"read", "write"} {
+		t.Run(how, func(t *testing.T) {
+			w := serve(t)
+			var log locked.Buffer
+			w.server.log = slog.New(slog.NewTextHandler(&log, nil))
+			c := w.client(asRoot)
+			_, file := c.create(c.root, "file", guarded, attributes(0o600))
+			if err := os.Truncate(filepath.Join(w.root, "file"), maxData); err != nil {
+				t.Fatal(err)
+			}
+			said := func() bool { return strings.Contains(log.String(), "have lost their connections") }
+			for i := range maxReplies/maxRepliesInOne + 1 {
+				x := w.export
+				x.Path = fmt.Sprintf("/volume/greedy%04d", i)
+				if err := w.server.Export(x); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for round := 0; round < 3 && !said(); round++ { // a slow machine may be too late to have it all at once
+				for i := range maxReplies/maxRepliesInOne + 1 {
+					greedy := w.dial(asRoot)
+					s, root := greedy.mount(fmt.Sprintf("/volume/greedy%04d", i))
+					if s != ok {
+						t.Fatalf("mount: %d", s)
+					}
+					_, own := greedy.lookup(root, "file")
+					read := newCall(programNFS, 3, procRead, asRoot, func(e *encoder) { e.opaque(own); e.uint64(0); e.uint32(maxData) })
+					write := newCall(programNFS, 3, procWrite, asRoot, func(e *encoder) {
+						e.opaque(own)
+						e.uint64(0)
+						e.uint32(maxData)
+						e.uint32(unstable)
+						e.opaque(make([]byte, maxData))
+					})
+					read, write = seal(append(make([]byte, 4), read...)), seal(append(make([]byte, 4), write...))[:2*smallCall]
+					for range maxRepliesInOne/maxRecord + 8 {
+						if how == "read" {
+							_, _ = greedy.conn.Write(read) // which may have lost it already
+						} else {
+							_, _ = w.dial(asRoot).conn.Write(write)
+						}
+					}
+				}
+				if s, _ := c.on(procGetattr, c.root, nil); s != ok {
+					t.Errorf("getattr: %d", s)
+				}
+				if s, _ := c.write(file, 0, strings.Repeat("x", maxData), unstable); s != ok {
+					t.Errorf("write: %d", s)
+				}
+				if s, _ := c.read(file, 0, maxData); s != ok {
+					t.Errorf("read: %d", s)
+				}
+			}
+			if !said() {
+				t.Error("they are waited for")
+			}
+		})
 	}
 }
 

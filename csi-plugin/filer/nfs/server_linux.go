@@ -36,6 +36,7 @@ const (
 	maxReplies, maxRepliesInOne = 512 << 20, 64 << 20 // bytes of replies
 
 	patience = time.Minute // with a client that does not go on in the middle of a call or reply
+	hurry    = time.Second // where others wait for the memory that it has meanwhile
 )
 
 // A call that the storage keeps, as a disk or a zpool that answers nothing does, may have no end. Connections and the server go on without it: clients have all their mounts
@@ -80,12 +81,16 @@ type Server struct {
 	connections crowd.Crowd
 	limits
 	stuck atomic.Int64 // calls that the storage keeps
+
+	began   time.Time
+	short   atomic.Int64 // calls that wait for memory
+	talking sync.Map     // each *conversation
 }
 
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
-		key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{}, leaving: map[string][]*exported{},
+		began: time.Now(), key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{}, leaving: map[string][]*exported{},
 		connections: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
@@ -238,6 +243,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	var conversations sync.WaitGroup
 	defer conversations.Wait()
 	conversations.Go(func() { s.forgetSnapshots(ctx) })
+	conversations.Go(func() { s.hurry(ctx) })
 	for wait := time.Millisecond; ; {
 		conn, err := l.Accept()
 		switch {
@@ -285,6 +291,48 @@ type conversation struct {
 
 	replied sync.Mutex
 	until   time.Time // the client has to take a reply
+
+	reads, writes atomic.Int64 // since when, after began, it waits for the client in the middle of a call, or of a reply; 0 where it does not
+}
+
+// hurry ends, again and again while calls wait for memory, the conversations of clients that have some and do not go on: however many exports somebody has, he keeps
+// nobody else waiting.
+func (s *Server) hurry(ctx context.Context) {
+	t := time.NewTicker(hurry / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+		if s.short.Load() == 0 {
+			continue
+		}
+		ended := 0
+		for c := range s.talking.Range {
+			c := c.(*conversation)
+			for _, since := range []int64{c.reads.Load(), c.writes.Load()} {
+				if since != 0 && time.Since(s.began)-time.Duration(since) > hurry {
+					c.conn.Close()
+					ended++
+				}
+			}
+		}
+		if ended > 0 {
+			s.log.Warn("clients that did not go on while others waited for memory have lost their connections", "connections", ended)
+		}
+	}
+}
+
+// memory takes some of all clients'.
+func (s *Server) memory(ctx context.Context, of *semaphore.Weighted, n int64) error {
+	if of.TryAcquire(n) {
+		return nil
+	}
+	s.short.Add(1)
+	defer s.short.Add(-1)
+	return of.Acquire(ctx, n)
 }
 
 // converse answers the calls on a connection, several at a time and in no order. One that comes alone and need not wait for anything is done right here: another
@@ -300,6 +348,8 @@ func (s *Server) converse(ctx context.Context, conn net.Conn) {
 	})
 	defer stop()
 	c.calls = semaphore.NewWeighted(maxCalls)
+	s.talking.Store(c, nil)
+	defer s.talking.Delete(c)
 	defer c.group.Wait()
 	c.listen(ctx, bufio.NewReaderSize(conn, smallCall))
 }
@@ -436,7 +486,7 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		}
 	}
 	takes := int64(room(n))
-	if err := c.calling.Acquire(ctx, takes); err != nil {
+	if err := c.memory(ctx, c.calling, takes); err != nil {
 		for _, l := range of[1:] {
 			l.calling.Release(takes)
 		}
@@ -448,6 +498,10 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		for _, l := range of {
 			l.calling.Release(takes)
 		}
+	}
+	if n > smallCall { // else all of it is here
+		c.reads.Store(int64(time.Since(c.began)))
+		defer c.reads.Store(0)
 	}
 	if _, err := io.ReadFull(r, record); err != nil {
 		release()
@@ -501,10 +555,13 @@ func (c *conversation) send(reply []byte) error {
 	if !c.Lease.Holds() {
 		return errLapsed
 	}
-	if now := time.Now(); c.until.Sub(now) < patience {
+	now := time.Now()
+	if c.until.Sub(now) < patience {
 		c.until = now.Add(patience + patience/4)
 		c.conn.SetWriteDeadline(c.until)
 	}
+	c.writes.Store(int64(now.Sub(c.began)))
+	defer c.writes.Store(0)
 	_, err := c.conn.Write(seal(reply))
 	return err
 }
@@ -691,6 +748,8 @@ func (x *exchange) putOff() []byte {
 // acquire takes some of what there is, as soon as there is so much.
 func (x *exchange) acquire(ctx context.Context, of *semaphore.Weighted, n int64) error {
 	switch {
+	case x.waits && of == x.limits.replies:
+		return x.memory(ctx, of, n)
 	case x.waits:
 		return of.Acquire(ctx, n)
 	case of.TryAcquire(n):
