@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -138,6 +139,7 @@ var drills = []struct {
 
 // A pair is two filers over one directory, on hosts that are network namespaces, with a third one for Consul, and clients in a fourth.
 type pair struct {
+	looks    time.Duration // between two looks of eventually
 	t        testing.TB
 	lease    time.Duration
 	flags    []string // of each filer
@@ -189,7 +191,7 @@ func (p *pair) eventually(what string, f func() error) {
 			}
 			p.t.Fatalf("%s: %v", what, err)
 		}
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(cmp.Or(p.looks, 20*time.Millisecond))
 	}
 }
 

@@ -408,7 +408,8 @@ func newMachines(t *testing.T, engine string) *machines {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pair{t: t, dir: t.TempDir(), id: fmt.Sprintf("fz%d", os.Getpid()), programs: map[string]string{}}
+	// A look is a program that is started in a machine that is emulated.
+	p := &pair{t: t, looks: time.Second, dir: t.TempDir(), id: fmt.Sprintf("fz%d", os.Getpid()), programs: map[string]string{}}
 	for _, name := range []string{"cradle-filer", "cradle-s3", "cradle-csi"} {
 		if p.programs[name], err = programs.Path(name); err != nil {
 			t.Fatal(err)
