@@ -46,11 +46,11 @@ var mayImport = map[string][]string{
 	"driver-cradle/guest/cradle-init": {"spec", "driver-cradle/wire", "driver-cradle/guest"},
 
 	"csi-plugin":      {"spec", "csi-plugin", "internal/command"}, // its commands; the backend is chosen by a switch
-	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp", "internal/keyed"},
+	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp", "internal/keyed", "internal/turns"},
 	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/ceph": {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/tree"},
-	"csi-plugin/cold": {"csi-plugin/volume"},
+	"csi-plugin/cold": {"csi-plugin/volume", "internal/turns"},
 
 	"csi-plugin/filer":         {"spec", "csi-plugin/dir", "csi-plugin/mount", "csi-plugin/tree", "csi-plugin/volume", "csi-plugin/zfs", "csi-plugin/filer", "internal/command", "internal/durable", "internal/keyed"}, // its commands; it is no part of cradle-csi
 	"csi-plugin/filer/api":     {"spec", "csi-plugin/tree", "csi-plugin/volume", "internal/jsonhttp"},                                                                                                                  // of cradle-csi as well, which calls the filer
@@ -102,6 +102,7 @@ var mayImport = map[string][]string{
 	"internal/tunnel":    {"spec"},
 	"internal/jsonhttp":  {},
 	"internal/keyed":     {},
+	"internal/turns":     {},
 
 	"docs":            {},
 	"examples/images": {},

@@ -460,6 +460,8 @@ func (s *snapshots) Open(_ context.Context, _, since volume.SnapshotID) (*volume
 	return b, nil
 }
 
+func goesOn() {}
+
 func used(context.Context, volume.Volume) (bool, error) { return false, nil }
 
 // A volume whose restoring has not come to its end is not copied: its copies would be newer than those of the one that is used.
@@ -470,20 +472,20 @@ func TestPending(t *testing.T) {
 	answer, aerr := true, error(nil)
 	k := NewKeeper(&snapshots{all: []volume.Snapshot{only}, data: random(1, 6*chunkSize), now: vol}, v, slog.New(slog.DiscardHandler), nil, func(context.Context, volume.Volume) (bool, error) { return answer, aerr })
 	s := &state{}
-	if c, _, err := k.save(t.Context(), vol, s); err != nil || c != (Copy{}) {
+	if c, _, err := k.save(t.Context(), vol, s, goesOn); err != nil || c != (Copy{}) {
 		t.Errorf("copied as %v, %v", c, err)
 	}
 	answer, aerr = false, errBroken
-	if c, _, err := k.save(t.Context(), vol, s); !errors.Is(err, errBroken) || c != (Copy{}) {
+	if c, _, err := k.save(t.Context(), vol, s, goesOn); !errors.Is(err, errBroken) || c != (Copy{}) {
 		t.Errorf("nobody knows: copied as %v, %v", c, err)
 	}
 	aerr = nil
-	if c, _, err := k.save(t.Context(), vol, s); err != nil || c == (Copy{}) {
+	if c, _, err := k.save(t.Context(), vol, s, goesOn); err != nil || c == (Copy{}) {
 		t.Errorf("in use: %v, %v", c, err)
 	}
 	answer, aerr = true, errBroken // who has been asked once is not asked again
 	k.source.(*snapshots).all[0].ID.Name, k.source.(*snapshots).all[0].Created = "cold-2", snapshot(2).Created
-	if c, _, err := k.save(t.Context(), vol, s); err != nil || c == (Copy{}) {
+	if c, _, err := k.save(t.Context(), vol, s, goesOn); err != nil || c == (Copy{}) {
 		t.Errorf("in use before: %v, %v", c, err)
 	}
 }
@@ -509,7 +511,7 @@ func TestSnapshotTakenAgain(t *testing.T) {
 			step.all[i].Automatic = true
 		}
 		source.all, source.data = step.all, random(step.seed, 6*chunkSize)
-		c, _, err := k.save(t.Context(), vol, &state{})
+		c, _, err := k.save(t.Context(), vol, &state{}, goesOn)
 		if err != nil || source.since != step.since {
 			t.Fatalf("step %d: compared with %q, want %q, %v", i, source.since, step.since, err)
 		}
@@ -628,7 +630,7 @@ func TestClock(t *testing.T) {
 				s = state{} // another plugin
 			}
 			for range 2 {
-				if _, _, err := k.save(t.Context(), this, &s); err != nil {
+				if _, _, err := k.save(t.Context(), this, &s, goesOn); err != nil {
 					t.Fatalf("%v, %d: %v", steps, i, err)
 				}
 			}
@@ -662,7 +664,7 @@ func TestClock(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c, _, err := k.save(t.Context(), this, &s); err != nil || c != (Copy{}) {
+			if c, _, err := k.save(t.Context(), this, &s, goesOn); err != nil || c != (Copy{}) {
 				t.Errorf("%v: an old snapshot is copied as %v, %v", steps, c, err)
 			}
 			if now, err := v.Find(t.Context(), "db"); err != nil || now != before {

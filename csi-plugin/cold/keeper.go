@@ -4,15 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"sync"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sync/errgroup"
-
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/turns"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // A Source is a backend whose volumes can be copied.
@@ -76,8 +76,13 @@ func (k *Keeper) Collect(all chan<- prometheus.Metric) {
 	}
 }
 
-// atOnce is how many volumes are copied at the same time.
-const atOnce = 4
+// atOnce volumes are copied at the same time. One of which nothing is read for longer than tooLong, as its storage does not answer, counts apart: as many as apart. (What is sent has an end before
+// that, but to a directory that hangs, and then there is nothing that could be copied.)
+const (
+	atOnce  = 4
+	apart   = 28
+	tooLong = 5 * time.Minute
+)
 
 // lookEvery is how often Run looks for what is to be saved.
 const lookEvery = time.Minute
@@ -85,23 +90,23 @@ const lookEvery = time.Minute
 // Run looks for what is to be saved every minute, and when it is told that snapshots were taken, until ctx ends. What fails is tried again the next time, as
 // long as it takes; local snapshots go on meanwhile.
 func (k *Keeper) Run(ctx context.Context, taken <-chan struct{}) error {
-	var g errgroup.Group
-	g.SetLimit(atOnce)
+	g := &turns.Turns{AtOnce: atOnce, Apart: apart, Patience: tooLong}
+	defer g.Wait()
 	t := time.NewTicker(lookEvery)
 	defer t.Stop()
 	for {
-		k.look(ctx, &g)
+		k.look(ctx, g)
 		select {
 		case <-taken:
 		case <-t.C:
 		case <-ctx.Done():
-			return g.Wait()
+			return nil
 		}
 	}
 }
 
 // look begins a copy of each volume of which none is being made, and waits where there is no room for more: each has its turn.
-func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
+func (k *Keeper) look(ctx context.Context, g *turns.Turns) {
 	all, err := k.source.List(ctx)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -119,7 +124,9 @@ func (k *Keeper) look(ctx context.Context, g *errgroup.Group) {
 	}
 	for _, v := range all {
 		if s := k.begin(v); s != nil {
-			g.Go(func() error { k.copy(ctx, v, s); return nil })
+			if !g.Go(ctx, func(goesOn func()) { k.copy(ctx, v, s, goesOn) }) {
+				k.end(s)
+			}
 		}
 	}
 }
@@ -160,10 +167,10 @@ func (k *Keeper) end(s *state) {
 	s.busy = false
 }
 
-func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state) {
+func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state, goesOn func()) {
 	defer k.end(s)
 	began := time.Now()
-	c, sent, err := k.save(ctx, v, s)
+	c, sent, err := k.save(ctx, v, s, goesOn)
 	switch {
 	case ctx.Err() != nil: // it goes on after the next start
 	case errors.Is(err, volume.ErrDeleted):
@@ -179,7 +186,7 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state) {
 }
 
 // save makes the copy of the newest snapshot, should there be none. The zero value is that there was nothing to do.
-func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, sent int64, err error) {
+func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state, goesOn func()) (c Copy, sent int64, err error) {
 	if !s.used {
 		pending, err := k.pending(ctx, v)
 		if err != nil || pending {
@@ -248,12 +255,25 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state) (c Copy, s
 		return c, 0, errors.Join(err, blocks.Close())
 	}
 	v = now
+	blocks.ReaderAt = &watched{blocks.ReaderAt, goesOn}
 	c, sent, err = k.vault.Save(ctx, v, snap, Order{taken, former}, blocks, base)
 	if err == nil {
 		k.saved(s, snap)
 		err = k.vault.Prune(ctx, v, v.Cold, c)
 	}
 	return c, sent, errors.Join(err, blocks.Close()) // until then no other plugin saves a copy of it
+}
+
+// watched tells of each chunk that is read: the one before it, of the few that are on their way, has been sent.
+type watched struct {
+	io.ReaderAt
+	goesOn func()
+}
+
+func (w *watched) ReadAt(p []byte, off int64) (int, error) {
+	n, err := w.ReaderAt.ReadAt(p, off)
+	w.goesOn()
+	return n, err
 }
 
 func (k *Keeper) saved(s *state, newest volume.Snapshot) {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,6 +29,9 @@ type many struct {
 	volume.Noter
 	n    int
 	data []byte
+
+	dead   int // of them, whose storage does not answer before answer is closed
+	answer chan struct{}
 }
 
 func (m many) List(ctx context.Context) (all []volume.Volume, err error) {
@@ -43,6 +47,10 @@ func (m many) Get(_ context.Context, id string) (volume.Volume, error) {
 }
 
 func (m many) Snapshots(_ context.Context, id string) ([]volume.Snapshot, error) {
+	if n, err := strconv.Atoi(id[1:]); err != nil || n < m.dead {
+		<-m.answer
+		return nil, errors.New("the disk is dead")
+	}
 	time.Sleep(time.Second)
 	return []volume.Snapshot{{ID: volume.SnapshotID{Volume: id, Name: "cold-20260106T160000Z"}, Created: born.Add(time.Hour), Automatic: true}}, nil
 }
@@ -70,6 +78,28 @@ func TestKeeperManyVolumes(t *testing.T) {
 			t.Errorf("%d of %d volumes are copied: %v, %v", len(all), m.n, all, err)
 		}
 		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Volumes whose storage does not answer keep no other one from being copied.
+func TestKeeperGoesOn(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	synctest.Test(t, func(t *testing.T) {
+		m := many{Noter: new(note), n: 6*atOnce + 1, data: random(1, 4*chunkSize), dead: 6 * atOnce, answer: make(chan struct{})}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
+		go func() { done <- k.Run(ctx, nil) }()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if all, err := v.Copies(ctx, ""); err != nil || len(all) != 1 {
+			t.Errorf("copies are %v, %v", all, err)
+		}
+		cancel()
+		close(m.answer)
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
@@ -251,12 +281,12 @@ func TestWaited(t *testing.T) {
 	listed := vol
 	listed.Content = volume.Blank
 	source.now.Created = vol.Created.Add(time.Hour)
-	if c, _, err := k.save(t.Context(), listed, &state{}); !errors.Is(err, volume.ErrNotFound) || c != (Copy{}) {
+	if c, _, err := k.save(t.Context(), listed, &state{}, goesOn); !errors.Is(err, volume.ErrNotFound) || c != (Copy{}) {
 		t.Errorf("what was made again is copied as %v, %v", c, err)
 	}
 	source.now = vol
 	source.now.Content = volume.Guest
-	c, _, err := k.save(t.Context(), listed, &state{})
+	c, _, err := k.save(t.Context(), listed, &state{}, goesOn)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +318,7 @@ func TestDeletedWhileCopied(t *testing.T) {
 	only.Automatic = true
 	source := &snapshots{all: []volume.Snapshot{only}, data: random(1, 5*chunkSize), now: vol}
 	k := NewKeeper(deleted{source}, v, slog.New(slog.DiscardHandler), nil, used)
-	k.copy(t.Context(), vol, &state{})
+	k.copy(t.Context(), vol, &state{}, goesOn)
 	if n := testutil.ToFloat64(k.copies.WithLabelValues("failed")); n != 0 {
 		t.Errorf("%v failures", n)
 	}
@@ -297,7 +327,7 @@ func TestDeletedWhileCopied(t *testing.T) {
 	}
 	source.now.Created = vol.Created.Add(time.Hour)
 	k.source = source
-	c, _, err := k.save(t.Context(), source.now, &state{})
+	c, _, err := k.save(t.Context(), source.now, &state{}, goesOn)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,16 +8,20 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/internal/turns"
 )
 
 // lookEvery is how often Schedule looks for snapshots that are due.
 const lookEvery = time.Minute
 
-// atOnce is of how many volumes snapshots are taken at the same time: one is copied for as long as it is large.
-const atOnce = 4
+// Snapshots are taken of atOnce volumes at the same time: one is copied for as long as it is large. A volume that takes longer than tooLong, as its storage does not answer,
+// counts apart: as many as apart.
+const (
+	atOnce  = 4
+	apart   = 28
+	tooLong = 5 * time.Minute
+)
 
 // Schedule takes the volumes' automatic snapshots, and removes those that are too many, until ctx ends. What can't be taken is tried again
 // the next time: a period's snapshot comes late rather than never. A volume that takes long, or whose storage does not answer, holds up no other one.
@@ -26,17 +30,17 @@ func (s *Server) Schedule(ctx context.Context) error {
 	if !ok {
 		return nil
 	}
-	var g errgroup.Group
-	g.SetLimit(atOnce)
+	g := &turns.Turns{AtOnce: atOnce, Apart: apart, Patience: tooLong}
+	defer g.Wait()
 	d := &due{server: s, snapshotter: b, busy: map[string]bool{}}
 	t := time.NewTicker(lookEvery)
 	defer t.Stop()
 	for {
-		d.look(ctx, &g)
+		d.look(ctx, g)
 		select {
 		case <-t.C:
 		case <-ctx.Done():
-			return g.Wait()
+			return nil
 		}
 	}
 }
@@ -58,7 +62,7 @@ type due struct {
 }
 
 // look begins with each volume that nobody is at.
-func (d *due) look(ctx context.Context, g *errgroup.Group) {
+func (d *due) look(ctx context.Context, g *turns.Turns) {
 	all, err := d.server.config.Backend.List(ctx)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -70,13 +74,15 @@ func (d *due) look(ctx context.Context, g *errgroup.Group) {
 		if !automatic(v) || nothingDue(v) || ctx.Err() != nil || !d.begin(v.ID) {
 			continue
 		}
-		g.Go(func() error {
+		began := g.Go(ctx, func(func()) {
 			defer d.end(v.ID)
 			if err := d.server.takeDueOf(ctx, d.snapshotter, v); err != nil && ctx.Err() == nil {
 				d.server.config.Log.Warn("automatic snapshots", "volume", v.ID, "error", err)
 			}
-			return nil
 		})
+		if !began {
+			d.end(v.ID)
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -214,14 +215,20 @@ func TestSnapshotsByDefault(t *testing.T) {
 	}
 }
 
-// stuck is a backend with three volumes, of which the first one's storage does not answer.
+// stuck is a backend with some volumes whose storage does not answer, and two others.
 type stuck struct {
 	*shelf
+	dead    int
 	answers chan error
 }
 
 func (s stuck) List(context.Context) (all []volume.Volume, err error) {
-	for _, id := range []string{"dead", "locked", "well"} {
+	ids := []string{"locked", "well"}
+	for i := range s.dead {
+		ids = append(ids, fmt.Sprintf("dead-%d", i))
+	}
+	slices.Sort(ids)
+	for _, id := range ids {
 		all = append(all, volume.Volume{ID: id, Parameters: volume.Parameters{Snapshots: s.keep}})
 	}
 	return all, nil
@@ -233,16 +240,16 @@ func (s stuck) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, err
 }
 
 func (s stuck) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
-	if r.ID.Volume == "dead" {
+	if strings.HasPrefix(r.ID.Volume, "dead") {
 		return volume.Snapshot{}, <-s.answers
 	}
 	return s.shelf.Snapshot(ctx, r)
 }
 
-// A volume whose storage does not answer, or that another call has, holds up no other one's snapshots.
+// Volumes whose storage does not answer, or that another call has, hold up no other one's snapshots.
 func TestScheduleGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := stuck{&shelf{keep: volume.Retention{Hourly: 2}}, make(chan error)}
+		b := stuck{&shelf{keep: volume.Retention{Hourly: 2}}, 5 * atOnce, make(chan error)}
 		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
 		s := &Server{config: c, metrics: newMetrics(c)}
 		unlock, err := s.busy.Lock(t.Context(), "locked")
@@ -264,7 +271,9 @@ func TestScheduleGoesOn(t *testing.T) {
 			t.Errorf("once it is free there are %v", has)
 		}
 		cancel()
-		b.answers <- errors.New("the disk is dead")
+		for range b.dead {
+			b.answers <- errors.New("the disk is dead")
+		}
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
