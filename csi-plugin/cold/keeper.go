@@ -194,6 +194,9 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state, goesOn fun
 		}
 		s.used = true // from now on, without asking anybody
 	}
+	if s.newest.Newest(time.Now()) {
+		return c, 0, nil
+	}
 	all, err := k.source.Snapshots(ctx, v.ID)
 	snap := newest(all)
 	if err != nil || snap.ID == (volume.SnapshotID{}) || same(snap, s.newest) {
@@ -211,7 +214,7 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state, goesOn fun
 		info, err := k.vault.Info(ctx, base)
 		switch {
 		case err == nil:
-			was = volume.Snapshot{ID: volume.SnapshotID{Volume: v.ID, Name: info.Snapshot}, Created: info.Created}
+			was = volume.Snapshot{ID: volume.SnapshotID{Volume: v.ID, Name: info.Snapshot}, Created: info.Created, Automatic: true}
 			k.saved(s, was)
 		case !errors.Is(err, ErrDamaged):
 			return c, 0, err

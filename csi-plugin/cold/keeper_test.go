@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -30,6 +31,7 @@ type many struct {
 	n    int
 	data []byte
 
+	asked  *atomic.Int64
 	dead   int // of them, whose storage does not answer before answer is closed
 	answer chan struct{}
 }
@@ -50,6 +52,11 @@ func (m many) Snapshots(_ context.Context, id string) ([]volume.Snapshot, error)
 	if n, err := strconv.Atoi(id[1:]); err != nil || n < m.dead {
 		<-m.answer
 		return nil, errors.New("the disk is dead")
+	}
+	if m.asked != nil {
+		m.asked.Add(1)
+		at := time.Now().UTC().Truncate(time.Hour)
+		return []volume.Snapshot{{ID: volume.SnapshotID{Volume: id, Name: "cold-" + at.Format(stamp)}, Created: at, Automatic: true}}, nil
 	}
 	time.Sleep(time.Second)
 	return []volume.Snapshot{{ID: volume.SnapshotID{Volume: id, Name: "cold-20260106T160000Z"}, Created: born.Add(time.Hour), Automatic: true}}, nil
@@ -102,6 +109,33 @@ func TestKeeperGoesOn(t *testing.T) {
 		close(m.answer)
 		if err := <-done; err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// A volume whose newest snapshot is copied is not asked for others before the hour is over, nor by the plugin's next start.
+func TestKeeperAsksSeldom(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(time.Until(born) + time.Hour)
+		m := many{Noter: new(note), n: 1, data: random(1, 4*chunkSize), asked: new(atomic.Int64)}
+		for range 2 {
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
+			go func() { done <- k.Run(ctx, nil) }()
+			time.Sleep(5*time.Hour + 20*time.Minute)
+			synctest.Wait()
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if all, err := v.Copies(t.Context(), ""); err != nil || len(all) != 2 {
+			t.Errorf("copies are %v, %v", all, err)
+		}
+		if n := m.asked.Load(); n > 2*13 {
+			t.Errorf("asked %d times", n)
 		}
 	})
 }

@@ -56,6 +56,7 @@ func (s *Server) tellCold() {
 type due struct {
 	server      *Server
 	snapshotter volume.Snapshotter
+	settled     map[string]string // volumes of which nothing is due, by id, and as what that was so
 
 	mu   sync.Mutex
 	busy map[string]bool // volumes, by id
@@ -69,9 +70,8 @@ func (d *due) look(ctx context.Context, g *turns.Turns) {
 			d.server.config.Log.Warn("automatic snapshots", "error", err)
 		}
 	} // which is no matter of the volumes that are there
-	nothingDue := d.nothingDue(ctx, all)
-	for _, v := range all {
-		if !automatic(v) || nothingDue(v) || ctx.Err() != nil || !d.begin(v.ID) {
+	for _, v := range d.undone(ctx, all) {
+		if ctx.Err() != nil || !d.begin(v.ID) {
 			continue
 		}
 		began := g.Go(ctx, func(func()) {
@@ -86,25 +86,43 @@ func (d *due) look(ctx context.Context, g *turns.Turns) {
 	}
 }
 
-// nothingDue says of which volumes nothing is due, by one question for all of them: several hosts ask a filer, each minute. Where that is not answered, each is asked about.
-func (d *due) nothingDue(ctx context.Context, all []volume.Volume) func(volume.Volume) bool {
-	no := func(volume.Volume) bool { return false }
-	if !slices.ContainsFunc(all, automatic) {
-		return no
+// undone are the volumes of which something may be due. There is one question for all of them, where several hosts may ask one filer, and ZFS reads all snapshots for an answer; and none about those of
+// which nothing was due before in this hour: nothing is then before the next one begins. Where there is no answer, each is asked about.
+func (d *due) undone(ctx context.Context, all []volume.Volume) (undone []volume.Volume) {
+	now := time.Now()
+	settled := map[string]string{}
+	as := func(v volume.Volume) string {
+		return fmt.Sprint(now.UTC().Truncate(time.Hour), v.Created, v.Scheduled(), v.Cold)
+	}
+	for _, v := range all {
+		switch {
+		case !automatic(v):
+		case d.settled[v.ID] == as(v):
+			settled[v.ID] = as(v)
+		default:
+			undone = append(undone, v)
+		}
+	}
+	d.settled = settled
+	if len(undone) == 0 {
+		return nil
 	}
 	snapshots, err := d.snapshotter.Snapshots(ctx, "")
 	if err != nil {
-		return no
+		return undone
 	}
 	has := map[string][]volume.Snapshot{}
 	for _, s := range snapshots {
 		has[s.ID.Volume] = append(has[s.ID.Volume], s)
 	}
-	now := time.Now()
-	return func(v volume.Volume) bool {
+	return slices.DeleteFunc(undone, func(v volume.Volume) bool {
 		take, drop := v.Due(has[v.ID], now)
-		return len(take)+len(drop) == 0
-	}
+		nothing := len(take)+len(drop) == 0
+		if nothing {
+			settled[v.ID] = as(v)
+		}
+		return nothing
+	})
 }
 
 // automatic says whether a volume has automatic snapshots. Of one that has none any more those that were taken stay.

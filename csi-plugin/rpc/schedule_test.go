@@ -27,6 +27,7 @@ type shelf struct {
 	has      []volume.Snapshot
 	fail     bool
 	schedule string
+	asked    int
 }
 
 func (s *shelf) List(ctx context.Context) ([]volume.Volume, error) {
@@ -43,6 +44,7 @@ func (s *shelf) Get(_ context.Context, id string) (volume.Volume, error) {
 func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.asked++
 	return slices.Clone(s.has), nil
 }
 
@@ -151,6 +153,27 @@ func TestSchedule(t *testing.T) {
 		change("")
 		if got, want := names(), []string{"v@hourly-20000101T030000Z", "v@hourly-20000102T040000Z"}; !slices.Equal(got, want) {
 			t.Errorf("as it was made there are %v; want %v", got, want)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Where nothing can be due before the next hour begins, the storage is not asked for all snapshots each minute.
+func TestScheduleAsksSeldom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &shelf{keep: volume.Retention{Hourly: 2, Daily: 1}}
+		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+		s := &Server{config: c, metrics: newMetrics(c)}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.Schedule(ctx) }()
+		time.Sleep(25*time.Hour + 30*time.Minute)
+		synctest.Wait()
+		if b.asked > 3*26 || len(b.has) != 3 {
+			t.Errorf("asked %d times, there are %v", b.asked, b.has)
 		}
 		cancel()
 		if err := <-done; err != nil {

@@ -133,6 +133,14 @@ func ofSchedule(name string) bool {
 // ForCold says whether a snapshot is one that is to be copied to cold storage.
 func (s Snapshot) ForCold() bool { return s.is(cold) }
 
+// Newest says whether no later one for cold storage than this can have been taken by a time.
+func (s Snapshot) Newest(now time.Time) bool {
+	return s.ForCold() && s.ID.Name == cold.at(now)
+}
+
+// at is the name of the one that is taken at a time.
+func (k kind) at(now time.Time) string { return k.name + "-" + k.begin(now.UTC()).Format(stamp) }
+
 func (s Snapshot) is(k kind) bool { return s.Automatic && strings.HasPrefix(s.ID.Name, k.name+"-") }
 
 func (k kind) due(keep int, has []Snapshot, now time.Time) (take []string, drop []SnapshotID) {
@@ -142,7 +150,7 @@ func (k kind) due(keep int, has []Snapshot, now time.Time) (take []string, drop 
 			kept = append(kept, s)
 		}
 	}
-	name := k.name + "-" + k.begin(now).Format(stamp)
+	name := k.at(now)
 	if keep > 0 && !slices.ContainsFunc(kept, func(s Snapshot) bool { return s.ID.Name == name }) {
 		take = append(take, name)
 		keep-- // what is to come is kept as well
