@@ -207,6 +207,9 @@ func (p *pool) sync(folder string) error {
 
 // hidden is what a folder is called before it is whole, and when it goes.
 func hidden(folder string) string {
+	if "."+folder == lockFile {
+		return lockFile + ":"
+	}
 	dir, name := filepath.Split(folder)
 	return dir + "." + name
 }

@@ -69,6 +69,43 @@ func TestNote(t *testing.T) {
 	}
 }
 
+// A volume may be called as a file of the pool's own is, but for its dot: its folder, while it is not whole, is not that file.
+func TestVolumeLock(t *testing.T) {
+	b := open(t, Pool{"default", t.TempDir()})
+	held, err := b.lock(t.Context(), "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	for range 2 {
+		if _, err := b.Create(t.Context(), files("lock", "")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.Clone(t.Context(), volume.Request{Name: "other", Origin: volume.Origin{Volume: "lock"}, Parameters: volume.Parameters{Class: volume.NFS}}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(b.Delete(t.Context(), "lock"), b.Delete(t.Context(), "lock"), b.Delete(t.Context(), "other")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.pools[0].root.Mkdir(hidden("lock"), 0o700); err != nil { // as one that is killed does
+		t.Fatal(err)
+	}
+	var found []string
+	if err := b.Repair(t.Context(), false, func(one string) { found = append(found, one) }); err != nil || len(found) != 1 {
+		t.Errorf("%q, %v", found, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if lock, err := b.lock(ctx, "v"); err == nil {
+		lock.Close()
+		t.Error("two have one lock")
+	}
+	if left, err := os.ReadDir(b.pools[0].path); err != nil || len(left) != 1 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
 // A name means one volume, whatever pool it is in.
 func TestPools(t *testing.T) {
 	dir := t.TempDir()

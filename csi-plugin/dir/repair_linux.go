@@ -26,7 +26,7 @@ func (b *Backend) Repair(ctx context.Context, look bool, report func(string)) er
 		}
 		ids := map[string]bool{}
 		for _, name := range names {
-			if id := strings.TrimPrefix(name, "."); volume.ValidName(id) && name != lockFile {
+			if id := strings.TrimSuffix(strings.TrimPrefix(name, "."), ":"); volume.ValidName(id) && name != lockFile {
 				ids[id] = true
 			}
 		}
