@@ -334,7 +334,7 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 		g.Go(func() error { return s.Schedule(ctx) })
 	}
 	if vault != nil {
-		g.Go(func() error { return cold.NewKeeper(source, vault, log, registry, pending(owner)).Run(ctx, taken) })
+		g.Go(func() error { return cold.NewKeeper(source, vault, log, registry).Run(ctx, taken) })
 	}
 	return errors.Join(g.Wait(), b.Close())
 }

@@ -194,6 +194,14 @@ func (c *cli) coldRestore(ctx context.Context, o *coldFlags, name, as, pool stri
 	return c.receive(ctx, b, v, one, volume.Request{Name: cmp.Or(as, one.Volume), Parameters: volume.Parameters{Pool: pool}})
 }
 
+// damaged says how to have another copy, where one is.
+func damaged(one cold.Copy, err error) error {
+	if errors.Is(err, cold.ErrDamaged) {
+		err = fmt.Errorf("%w; \"cradle-csi cold ls %s\" lists others. Remove %s from cold storage to have the one before it be the newest", err, one.Volume, one.Object())
+	}
+	return err
+}
+
 // known refuses a vault that is not the one which the backend's volumes are copied to, where that is known.
 func known(ctx context.Context, v *cold.Vault, b volume.Backend) error {
 	n, ok := b.(volume.Noter)
@@ -211,7 +219,7 @@ func (c *cli) receive(ctx context.Context, b volume.Backend, v *cold.Vault, one 
 	}
 	info, err := v.Info(ctx, one)
 	if err != nil {
-		return err
+		return damaged(one, err)
 	}
 	pool := r.Pool
 	if r.Parameters, err = volume.ParseParameters(info.Parameters); err != nil {
@@ -221,15 +229,12 @@ func (c *cli) receive(ctx context.Context, b volume.Backend, v *cold.Vault, one 
 		r.Compression, r.BlockSize = "", 0 // zfs alone has them
 	}
 	// Its own copies are the newer ones, also where this host's clock is behind.
-	all, err := v.Copies(ctx, r.Name)
-	if err != nil {
+	if r.After, err = v.Born(ctx, r.Name); err != nil {
 		return err
-	}
-	if len(all) > 0 {
-		r.After = all[len(all)-1].Born
 	}
 	r.Pool, r.Size, r.Origin.Copy = pool, info.Size, one.String()
 	made, err := receiver.Receive(ctx, r, info.Content, func(ctx context.Context, disk *os.File) error { return v.Restore(ctx, one, disk) })
+	err = damaged(one, err)
 	if err != nil {
 		return err
 	}

@@ -346,7 +346,7 @@ func testCold(s *coldStore) {
 		t.Fatal(err)
 	}
 	name := strings.TrimPrefix(chunks[7], s.path("cold")+"/")
-	if _, errs, code := s.command(append([]string{"restore", "db"}, s.backend("other")...)...); code == 0 || !strings.Contains(errs, name+": damaged") {
+	if _, errs, code := s.command(append([]string{"restore", "db"}, s.backend("other")...)...); code == 0 || !strings.Contains(errs, name+": damaged") || !strings.Contains(errs, "Remove copies/db/") {
 		t.Errorf("restored with a damaged chunk: %d, %s", code, errs)
 	}
 	if out, errs, code := s.command("verify"); code == 0 || !strings.Contains(out, name+": damaged") || !strings.Contains(errs, "damaged: 1 of ") {

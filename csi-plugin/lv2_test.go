@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -39,7 +40,7 @@ func testReceiveAgain(t *testing.T, staged bool) {
 	var out bytes.Buffer
 	c := &cli{stdout: &out, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, nomad: nomad.URL, cold: coldFlags{where: filepath.Join(dir, "cold"), key: key}}
 	vault, err := c.cold.open()
-	if err != nil {
+	if err = errors.Join(err, os.Mkdir(c.cold.where, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	const size = 8 << 20

@@ -87,8 +87,8 @@ const (
 // line is what the copies of one volume have in common, and their chunks.
 func (c Copy) line() string { return c.Volume + "/" + c.Born.UTC().Format(bornStamp) + "/" }
 
-// object is the name of the copy's list.
-func (c Copy) object() string { return listsDir + c.line() + c.Taken.UTC().Format(stamp) + suffix }
+// Object is the name of the copy's list in the store.
+func (c Copy) Object() string { return listsDir + c.line() + c.Taken.UTC().Format(stamp) + suffix }
 
 // parseObject reads the name of a copy's list.
 func parseObject(name string) (c Copy, ok bool) {
@@ -138,6 +138,27 @@ func (v *Vault) Find(ctx context.Context, name string) (Copy, error) {
 		}
 	}
 	return Copy{}, fmt.Errorf("copy %.300q: %w; \"cradle-csi cold ls\" lists those that there are", name, volume.ErrNotFound)
+}
+
+// lastYear is the last one that has a place in a name, or in JSON.
+const lastYear = 9999
+
+// Born is when the newest volume of a name was made that there are copies of; the zero value where there are none. What can't be read counts for nothing: without the key, too, somebody can
+// have made a list of any time.
+func (v *Vault) Born(ctx context.Context, id string) (born time.Time, err error) {
+	all, err := v.Copies(ctx, id)
+	for _, c := range slices.Backward(all) {
+		if err != nil {
+			break
+		}
+		if _, err = v.manifest(ctx, c); err == nil {
+			return c.Born, nil
+		}
+		if errors.Is(err, ErrDamaged) || errors.Is(err, volume.ErrNotFound) { // removed meanwhile
+			err = nil
+		}
+	}
+	return time.Time{}, err
 }
 
 // workers is how many chunks are on their way at once.
@@ -235,9 +256,12 @@ func (v *Vault) Save(ctx context.Context, of volume.Volume, s volume.Snapshot, o
 	if err != nil {
 		return c, sent, err
 	}
+	if len(m.chunks) == 0 && m.Content == volume.Trusted {
+		m.Content = volume.Blank // the snapshot was taken before the file system was made
+	}
 	sealed, err := v.key.seal(m.encode(v.key))
 	if err == nil {
-		err = v.store.Put(ctx, c.object(), sealed)
+		err = v.store.Put(ctx, c.Object(), sealed)
 	}
 	return c, sent + int64(len(sealed)), err
 }
@@ -259,7 +283,7 @@ func (v *Vault) chunks(ctx context.Context, c Copy) (map[string]bool, error) {
 
 // manifest reads a copy's list.
 func (v *Vault) manifest(ctx context.Context, c Copy) (*manifest, error) {
-	sealed, err := v.store.Get(ctx, c.object(), maxManifest)
+	sealed, err := v.store.Get(ctx, c.Object(), maxManifest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("copy %s: %w", c, volume.ErrNotFound)
 	}
@@ -278,7 +302,7 @@ func (v *Vault) manifest(ctx context.Context, c Copy) (*manifest, error) {
 		err = fmt.Errorf("it is one of %s@%s", m.Volume, m.Taken.Format(stamp))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("copy %s: %s: %w", c, c.object(), &damage{err})
+		return nil, fmt.Errorf("copy %s: %s: %w", c, c.Object(), &damage{err})
 	}
 	return m, nil
 }
@@ -304,7 +328,7 @@ func (v *Vault) fetch(ctx context.Context, c Copy, i int64, name string, size in
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if _, lerr := v.store.Get(ctx, c.object(), maxManifest); errors.Is(lerr, fs.ErrNotExist) {
+		if _, lerr := v.store.Get(ctx, c.Object(), maxManifest); errors.Is(lerr, fs.ErrNotExist) {
 			return nil, fmt.Errorf("copy %s: %w any more: newer ones have its place; begin again, with one that \"cradle-csi cold ls\" lists", c, volume.ErrNotFound)
 		}
 		err = errors.New("it is missing")
@@ -411,7 +435,7 @@ func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retenti
 	}
 	line := Copy{Volume: of.ID, Born: of.Created}.line()
 	all = slices.DeleteFunc(all, func(c Copy) bool { return c.line() != line })
-	if len(all) == 0 || all[len(all)-1].object() != saved.object() {
+	if len(all) == 0 || all[len(all)-1].Object() != saved.Object() {
 		return fmt.Errorf("remove old copies of volume %s: the list of its copies does not end with %s, which was saved; nothing is removed", of.ID, saved)
 	}
 	taken := make([]time.Time, len(all))
@@ -438,7 +462,7 @@ func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retenti
 		return nil
 	}
 	for _, c := range drop {
-		if err := v.store.Delete(ctx, c.object()); err != nil {
+		if err := v.store.Delete(ctx, c.Object()); err != nil {
 			return err
 		}
 	}

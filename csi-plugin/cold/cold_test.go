@@ -302,10 +302,10 @@ func TestDamaged(t *testing.T) {
 		"another chunk in its place":                  {chunk, get(c.chunk(m.chunks[5])), "chunk 4 "},
 		"one of somebody who knows the age recipient": {chunk, seal(make([]byte, chunkSize)), "its content is not what was saved"},
 		"one that unpacks to much":                    {chunk, seal(make([]byte, 64<<20)), "chunk 4 "},
-		"a list with another bit":                     {c.object(), flipped(c.object(), -5), "copy db@"},
-		"an older list under another name":            {c.object(), get(foreign.object()), "it is one of web@"},
-		"a list by who knows the recipient":           {c.object(), seal([]byte("{\"version\":1}\nend 00\n")), "its list is not what was saved"},
-		"an empty list":                               {c.object(), seal(nil), "its list is not what was saved"},
+		"a list with another bit":                     {c.Object(), flipped(c.Object(), -5), "copy db@"},
+		"an older list under another name":            {c.Object(), get(foreign.Object()), "it is one of web@"},
+		"a list by who knows the recipient":           {c.Object(), seal([]byte("{\"version\":1}\nend 00\n")), "its list is not what was saved"},
+		"an empty list":                               {c.Object(), seal(nil), "its list is not what was saved"},
 	} {
 		t.Run(what, func(t *testing.T) {
 			was := get(damage.object)
@@ -462,39 +462,11 @@ func (s *snapshots) Open(_ context.Context, _, since volume.SnapshotID) (*volume
 
 func goesOn() {}
 
-func used(context.Context, volume.Volume) (bool, error) { return false, nil }
-
-// A volume whose restoring has not come to its end is not copied: its copies would be newer than those of the one that is used.
-func TestPending(t *testing.T) {
-	v := NewVault(folder(t), testKey(t))
-	only := snapshot(1)
-	only.Automatic = true
-	answer, aerr := true, error(nil)
-	k := NewKeeper(&snapshots{all: []volume.Snapshot{only}, data: random(1, 6*chunkSize), now: vol}, v, slog.New(slog.DiscardHandler), nil, func(context.Context, volume.Volume) (bool, error) { return answer, aerr })
-	s := &state{}
-	if c, _, err := k.save(t.Context(), vol, s, goesOn); err != nil || c != (Copy{}) {
-		t.Errorf("copied as %v, %v", c, err)
-	}
-	answer, aerr = false, errBroken
-	if c, _, err := k.save(t.Context(), vol, s, goesOn); !errors.Is(err, errBroken) || c != (Copy{}) {
-		t.Errorf("nobody knows: copied as %v, %v", c, err)
-	}
-	aerr = nil
-	if c, _, err := k.save(t.Context(), vol, s, goesOn); err != nil || c == (Copy{}) {
-		t.Errorf("in use: %v, %v", c, err)
-	}
-	answer, aerr = true, errBroken // who has been asked once is not asked again
-	k.source.(*snapshots).all[0].ID.Name, k.source.(*snapshots).all[0].Created = "cold-2", snapshot(2).Created
-	if c, _, err := k.save(t.Context(), vol, s, goesOn); err != nil || c == (Copy{}) {
-		t.Errorf("in use before: %v, %v", c, err)
-	}
-}
-
 // A snapshot that was deleted, and taken again under its name, is another one: what has changed since is not told by it.
 func TestSnapshotTakenAgain(t *testing.T) {
 	v := NewVault(folder(t), testKey(t))
 	source := &snapshots{now: vol}
-	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
+	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil)
 	first, again, later := snapshot(1), snapshot(1), snapshot(2)
 	again.Created = again.Created.Add(30 * time.Second)
 	for i, step := range []struct {
@@ -563,7 +535,7 @@ func TestOldLists(t *testing.T) {
 	}
 	three, _ := save(t, v, 3, blocks(random(2, 6*chunkSize)), two)
 	before := objects(t, f)
-	old := NewVault(&forgetful{f, func(name string) bool { return name == three.object() }}, k)
+	old := NewVault(&forgetful{f, func(name string) bool { return name == three.Object() }}, k)
 	if err := old.Prune(t.Context(), vol, volume.Retention{}, three); err == nil || !strings.Contains(err.Error(), "nothing is removed") {
 		t.Errorf("by a list that is old: %v", err)
 	}
@@ -619,7 +591,7 @@ func TestClock(t *testing.T) {
 	} {
 		v := NewVault(folder(t), testKey(t))
 		source := &snapshots{now: this}
-		k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
+		k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil)
 		var s state
 		for i, hours := range steps {
 			source.all, source.data, source.since = nil, random(uint64(i), 5*chunkSize), volume.SnapshotID{}

@@ -25,10 +25,9 @@ type Source interface {
 
 // A Keeper saves the snapshots that were taken for cold storage, and removes copies that are too many.
 type Keeper struct {
-	source  Source
-	vault   *Vault
-	log     *slog.Logger
-	pending func(context.Context, volume.Volume) (bool, error)
+	source Source
+	vault  *Vault
+	log    *slog.Logger
 
 	copies *prometheus.CounterVec
 	sent   prometheus.Counter
@@ -41,14 +40,13 @@ type Keeper struct {
 type state struct {
 	born   time.Time
 	newest volume.Snapshot // that is copied; the zero value is none yet
-	used   bool            // it is none that is pending
 	busy   bool
 }
 
-// NewKeeper returns one that does nothing yet. Volumes that are pending are not copied: as the volume's newest ones their copies would have the place of those of the one that is used meanwhile. metrics is nil for none.
-func NewKeeper(s Source, v *Vault, log *slog.Logger, metrics prometheus.Registerer, pending func(context.Context, volume.Volume) (bool, error)) *Keeper {
+// NewKeeper returns one that does nothing yet. metrics is nil for none.
+func NewKeeper(s Source, v *Vault, log *slog.Logger, metrics prometheus.Registerer) *Keeper {
 	k := &Keeper{
-		source: s, vault: v, log: log, pending: pending, volumes: map[string]*state{},
+		source: s, vault: v, log: log, volumes: map[string]*state{},
 		copies: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cradle_csi_cold_copies_total", Help: "Copies to cold storage that were tried, by result."}, []string{"result"}),
 		sent:   prometheus.NewCounter(prometheus.CounterOpts{Name: "cradle_csi_cold_sent_bytes_total", Help: "What complete copies have added to cold storage."}),
 	}
@@ -113,7 +111,7 @@ func (k *Keeper) look(ctx context.Context, g *turns.Turns) {
 			k.log.Warn("cold storage", "error", err)
 		}
 	} // which is no matter of the volumes that are there
-	all = slices.DeleteFunc(all, func(v volume.Volume) bool { return v.Cold == (volume.Retention{}) })
+	all = slices.DeleteFunc(all, func(v volume.Volume) bool { return !copied(v) })
 	k.see(all, err == nil)
 	if err := k.vault.Use(ctx, k.source); err != nil {
 		if ctx.Err() == nil {
@@ -129,6 +127,12 @@ func (k *Keeper) look(ctx context.Context, g *turns.Turns) {
 			}
 		}
 	}
+}
+
+// copied says whether a volume is one that is copied. One that was made of a copy is that copy until somebody has used it: copies of it would have the place of those of the volume of its name that is in use, on another
+// host, as the newest.
+func copied(v volume.Volume) bool {
+	return v.Cold != (volume.Retention{}) && (v.Origin.Copy == "" || v.Used)
 }
 
 // see knows volumes before it is their turn, and where these are all, no longer those that are gone.
@@ -187,13 +191,6 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state, goesOn fun
 
 // save makes the copy of the newest snapshot, should there be none. The zero value is that there was nothing to do.
 func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state, goesOn func()) (c Copy, sent int64, err error) {
-	if !s.used {
-		pending, err := k.pending(ctx, v)
-		if err != nil || pending {
-			return c, 0, err
-		}
-		s.used = true // from now on, without asking anybody
-	}
 	if s.newest.Newest(time.Now()) {
 		return c, 0, nil
 	}
@@ -230,6 +227,9 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state, goesOn fun
 		// Where the clock was ahead, and was set back since, or is behind now, copies go on being later than those before, by as much as their snapshots are.
 		if !taken.Truncate(time.Second).After(base.Taken) {
 			taken = base.Taken.Add(max(time.Second, snap.Created.Sub(was.Created)))
+		}
+		if taken.Year() > lastYear {
+			return c, 0, fmt.Errorf("copy %s: nothing can be later; remove %s from cold storage, which is damaged", base, base.Object())
 		}
 		if err != nil {
 			base = Copy{}

@@ -31,6 +31,8 @@ type many struct {
 	n    int
 	data []byte
 
+	unused, restored string // of them, that were made of a copy
+
 	asked  *atomic.Int64
 	dead   int // of them, whose storage does not answer before answer is closed
 	answer chan struct{}
@@ -45,7 +47,14 @@ func (m many) List(ctx context.Context) (all []volume.Volume, err error) {
 }
 
 func (m many) Get(_ context.Context, id string) (volume.Volume, error) {
-	return volume.Volume{ID: id, Created: born, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 2}}}, nil
+	v := volume.Volume{ID: id, Created: born, Parameters: volume.Parameters{Class: volume.LV2, Cold: volume.Retention{Hourly: 2}}}
+	switch id {
+	case m.unused:
+		v.Origin.Copy = "copy"
+	case m.restored:
+		v.Origin.Copy, v.Used = "copy", true
+	}
+	return v, nil
 }
 
 func (m many) Snapshots(_ context.Context, id string) ([]volume.Snapshot, error) {
@@ -73,7 +82,7 @@ func TestKeeperManyVolumes(t *testing.T) {
 		m := many{Noter: new(note), n: 5 * atOnce, data: random(1, 4*chunkSize)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
-		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
+		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil)
 		go func() { done <- k.Run(ctx, nil) }()
 		synctest.Wait() // four are at work, the others wait for their turn
 		if n := testutil.CollectAndCount(k); n != m.n {
@@ -98,7 +107,7 @@ func TestKeeperGoesOn(t *testing.T) {
 		m := many{Noter: new(note), n: 6*atOnce + 1, data: random(1, 4*chunkSize), dead: 6 * atOnce, answer: make(chan struct{})}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
-		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
+		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil)
 		go func() { done <- k.Run(ctx, nil) }()
 		time.Sleep(time.Hour)
 		synctest.Wait()
@@ -122,7 +131,7 @@ func TestKeeperAsksSeldom(t *testing.T) {
 		for range 2 {
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error)
-			k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil, used)
+			k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil)
 			go func() { done <- k.Run(ctx, nil) }()
 			time.Sleep(5*time.Hour + 20*time.Minute)
 			synctest.Wait()
@@ -136,6 +145,32 @@ func TestKeeperAsksSeldom(t *testing.T) {
 		}
 		if n := m.asked.Load(); n > 2*13 {
 			t.Errorf("asked %d times", n)
+		}
+	})
+}
+
+// What was made of a copy, and is not used yet, is not copied, be it that a restore has not come to its end, or that somebody wants to look at it: its copies would be newer than those of the one that
+// is used. It has no age, which would be an alert.
+func TestUnused(t *testing.T) {
+	v := NewVault(folder(t), testKey(t))
+	synctest.Test(t, func(t *testing.T) {
+		m := many{Noter: new(note), n: 3, data: random(1, 4*chunkSize), unused: "v0", restored: "v1"}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		k := NewKeeper(m, v, slog.New(slog.DiscardHandler), nil)
+		go func() { done <- k.Run(ctx, nil) }()
+		time.Sleep(3 * lookEvery)
+		synctest.Wait()
+		all, err := v.Copies(ctx, "")
+		if err != nil || len(all) != 2 || all[0].Volume != "v1" || all[1].Volume != "v2" {
+			t.Errorf("copies are %v, %v", all, err)
+		}
+		if n := testutil.CollectAndCount(k); n != 2 {
+			t.Errorf("%d volumes have an age", n)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
 		}
 	})
 }
@@ -190,7 +225,7 @@ func TestUnmounted(t *testing.T) {
 			"use":    func() error { return v.Use(ctx, n) },
 			"known":  func() error { return v.Known(ctx, n) },
 			"put":    func() error { return v.store.Put(ctx, "copies/x", nil) },
-			"delete": func() error { return v.store.Delete(ctx, one.object()) },
+			"delete": func() error { return v.store.Delete(ctx, one.Object()) },
 			"list":   func() error { _, err := v.Copies(ctx, ""); return err },
 			"get":    func() error { _, err := v.Info(ctx, one); return err },
 			"fetch":  func() error { return v.Restore(ctx, one, disk(t, 5*chunkSize)) },
@@ -227,7 +262,7 @@ func TestUnmounted(t *testing.T) {
 		m := many{Noter: n, n: 3, data: random(1, 4*chunkSize)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
-		k := NewKeeper(m, open(), slog.New(slog.DiscardHandler), nil, used)
+		k := NewKeeper(m, open(), slog.New(slog.DiscardHandler), nil)
 		go func() { done <- k.Run(ctx, nil) }()
 		time.Sleep(3 * lookEvery)
 		synctest.Wait()
@@ -311,7 +346,7 @@ func TestWaited(t *testing.T) {
 	only := snapshot(1)
 	only.Automatic = true
 	source := &snapshots{all: []volume.Snapshot{only}, data: random(1, 5*chunkSize), now: vol}
-	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil, used)
+	k := NewKeeper(source, v, slog.New(slog.DiscardHandler), nil)
 	listed := vol
 	listed.Content = volume.Blank
 	source.now.Created = vol.Created.Add(time.Hour)
@@ -326,6 +361,58 @@ func TestWaited(t *testing.T) {
 	}
 	if info, err := v.Info(t.Context(), c); err != nil || info.Content != volume.Guest {
 		t.Errorf("the copy says of the content %q, %v", info.Content, err)
+	}
+}
+
+// A snapshot that was taken before the volume had a file system, and that is copied when it has one, has none: what is restored gets one, instead of being mounted as it is. What a guest has had
+// stays a guest's.
+func TestBlankByThen(t *testing.T) {
+	for now, want := range map[volume.Content]volume.Content{volume.Trusted: volume.Blank, volume.Blank: volume.Blank, volume.Guest: volume.Guest} {
+		v := NewVault(folder(t), testKey(t))
+		of := vol
+		of.Content = now
+		c, _, err := v.Save(t.Context(), of, snapshot(1), Order{Taken: snapshot(1).Created}, blocks(make([]byte, 3*chunkSize)), Copy{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, err := v.Info(t.Context(), c); err != nil || info.Content != want {
+			t.Errorf("of what is %q by then the copy says %q, %v; want %q", now, info.Content, err, want)
+		}
+	}
+}
+
+// Who can write to the store makes lists of any time, which say nothing without the key: a copy is made all the same where one can be later, and it is told which list is in the way where none can. What
+// is restored is not born in the year 9999.
+func TestForgedTimes(t *testing.T) {
+	f := folder(t)
+	v := NewVault(f, testKey(t))
+	ctx := t.Context()
+	only := snapshot(1)
+	only.Automatic = true
+	k := NewKeeper(&snapshots{all: []volume.Snapshot{only}, data: random(1, 5*chunkSize), now: vol}, v, slog.New(slog.DiscardHandler), nil)
+	forge := func(c Copy) Copy {
+		t.Helper()
+		if err := f.Put(ctx, c.Object(), []byte("forged")); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	last := time.Date(9999, 12, 31, 23, 59, 59, 999999999, time.UTC)
+	forge(Copy{"db", born, time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)})
+	c, _, err := k.save(ctx, vol, &state{}, goesOn)
+	if found, ferr := v.Find(ctx, "db"); err != nil || ferr != nil || c == (Copy{}) || found != c {
+		t.Errorf("saved as %v, %v; the newest is %v, %v", c, err, found, ferr)
+	}
+	end := forge(Copy{"db", born, last.Truncate(time.Second)})
+	if c, _, err := k.save(ctx, vol, &state{}, goesOn); err == nil || !strings.Contains(err.Error(), "remove "+end.Object()) {
+		t.Errorf("saved as %v, %v", c, err)
+	}
+	forge(Copy{"db", last, born})
+	if at, err := v.Born(ctx, "db"); err != nil || !at.Equal(born) {
+		t.Errorf("the newest volume is of %v, %v", at, err)
+	}
+	if at, err := v.Born(ctx, "none"); err != nil || !at.IsZero() {
+		t.Errorf("one that there is not is of %v, %v", at, err)
 	}
 }
 
@@ -351,7 +438,7 @@ func TestDeletedWhileCopied(t *testing.T) {
 	only := snapshot(1)
 	only.Automatic = true
 	source := &snapshots{all: []volume.Snapshot{only}, data: random(1, 5*chunkSize), now: vol}
-	k := NewKeeper(deleted{source}, v, slog.New(slog.DiscardHandler), nil, used)
+	k := NewKeeper(deleted{source}, v, slog.New(slog.DiscardHandler), nil)
 	k.copy(t.Context(), vol, &state{}, goesOn)
 	if n := testutil.ToFloat64(k.copies.WithLabelValues("failed")); n != 0 {
 		t.Errorf("%v failures", n)
