@@ -66,6 +66,8 @@ func TestRootNoSpace(t *testing.T) {
 	} {
 		if err := call(); !errors.Is(err, volume.ErrNoSpace) {
 			t.Errorf("%s: %v; want %v", what, err, volume.ErrNoSpace)
+		} else if what == "snapshot" && !strings.Contains(err.Error(), "a copy would take 64MiB") { // else what is free was taken for the time of it
+			t.Errorf("%s: %v", what, err)
 		}
 	}
 	if all := rest(t, filepath.Join(at, "pool")); len(all) != 3 && len(all) != 4 { // v, its image and record, and an empty folder for snapshots

@@ -11,8 +11,11 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
+	"github.com/cradlestack/cradlestack/spec"
 )
 
 // id is a snapshot's, by its folder VOLUME/snapshots/NAME.
@@ -342,7 +345,9 @@ func (f *found) copyTo(ctx context.Context, to *pool, h string, hold volume.Hold
 	err = reflink(image, from)
 	if errors.Is(err, errors.ErrUnsupported) {
 		copied = true
+		err = to.roomToCopy(from)
 		switch {
+		case err != nil:
 		case len(points) > 0:
 			if err = mount.Freeze(points[0]); err == nil {
 				err = copySparse(ctx, image, from)
@@ -365,6 +370,19 @@ func (f *found) copyTo(ctx context.Context, to *pool, h string, hold volume.Hold
 		err = image.Sync()
 	}
 	return copied, err
+}
+
+// roomToCopy refuses a copy that would fill the pool before it is whole, and take what the images in it still need: by schedule it would be begun again each minute.
+func (p *pool) roomToCopy(image *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(image.Fd()), &st); err != nil {
+		return &os.PathError{Op: "stat", Path: image.Name(), Err: err}
+	}
+	free, err := p.free()
+	if takes := st.Blocks * 512; err == nil && takes > free {
+		err = fmt.Errorf("%w: the pool's file system can't share data between files, a copy would take %v, and pool %s has %v left", volume.ErrNoSpace, spec.Bytes(takes), p.name, spec.Bytes(free))
+	}
+	return err
 }
 
 // writers says where this host has the file system mounted, and whether somebody may be writing who can't be made to hold still here: a task
