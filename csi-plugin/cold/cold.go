@@ -466,16 +466,28 @@ func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retenti
 			return err
 		}
 	}
-	there, err := v.chunks(ctx, Copy{Volume: of.ID, Born: of.Created})
+	var rubbish []string // what a process that was killed has left, too
+	err = v.store.List(ctx, chunksDir+line, func(object string) error {
+		if name, ok := strings.CutSuffix(path.Base(object), suffix); !ok || !wanted[name] {
+			rubbish = append(rubbish, object)
+		}
+		return nil
+	})
+	if err == nil {
+		err = v.store.List(ctx, listsDir+line, func(object string) error {
+			if strings.HasPrefix(path.Base(object), temporary) {
+				rubbish = append(rubbish, object)
+			}
+			return nil
+		})
+	}
 	if err != nil {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(workers)
-	for name := range there {
-		if !wanted[name] {
-			g.Go(func() error { return v.store.Delete(ctx, Copy{Volume: of.ID, Born: of.Created}.chunk(name)) })
-		}
+	for _, object := range rubbish {
+		g.Go(func() error { return v.store.Delete(ctx, object) })
 	}
 	return g.Wait()
 }

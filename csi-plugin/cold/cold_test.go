@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"path"
 	"slices"
 	"strings"
 	"sync"
@@ -215,6 +216,16 @@ func testVault(t *testing.T, s Store) {
 		}
 	}
 
+	for _, c := range []Copy{one, three} { // what a process that was killed has left in a folder
+		for _, object := range []string{path.Join(path.Dir(c.chunk("00")), temporary+"x.age"), path.Join(path.Dir(c.Object()), temporary+path.Base(c.Object()))} {
+			if err := s.Put(t.Context(), object, []byte("half")); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if all, err := v.Copies(t.Context(), "db"); err != nil || len(all) != 3 {
+		t.Errorf("%v, %v", all, err)
+	}
 	if err := v.Prune(t.Context(), vol, volume.Retention{Hourly: 2}, three); err != nil {
 		t.Fatal(err)
 	}

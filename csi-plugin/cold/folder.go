@@ -228,10 +228,10 @@ func (f *Folder) List(ctx context.Context, prefix string, each func(string) erro
 			return err
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
-		case d.IsDir() || strings.HasPrefix(d.Name(), temporary):
+		case d.IsDir():
 			return nil
 		}
-		return each(name)
+		return each(name) // what is not whole as well, which nothing else is called like
 	})
 }
 
