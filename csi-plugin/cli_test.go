@@ -3,12 +3,14 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"filippo.io/age"
 
@@ -135,3 +137,48 @@ func TestColdMissing(t *testing.T) {
 		}
 	}
 }
+
+// A copy that is removed while all are verified, as it is each hour, is no failure, and no end.
+func TestVerifyRemoved(t *testing.T) {
+	dir := t.TempDir()
+	x, err := age.GenerateX25519Identity()
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "key"), []byte(x.String()+"\n"), 0o600)
+	}
+	o := coldFlags{where: filepath.Join(dir, "cold"), key: filepath.Join(dir, "key")}
+	vault, verr := o.open()
+	if err := errors.Join(err, verr, os.Mkdir(o.where, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	of := volume.Volume{ID: "db", Created: time.Now().Add(-9 * time.Hour), Parameters: volume.Parameters{Class: volume.LV2}}
+	for n := range 3 {
+		taken := of.Created.Add(time.Duration(n+1) * time.Hour)
+		blocks := &volume.Blocks{ReaderAt: strings.NewReader(strings.Repeat("x", 1<<20)), Size: 1 << 20, Data: []volume.Range{{End: 1 << 20}}, Whole: true}
+		if _, _, err := vault.Save(t.Context(), of, volume.Snapshot{Created: taken}, cold.Order{Taken: taken}, blocks, cold.Copy{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := vault.Copies(t.Context(), "")
+	if err != nil || len(all) != 3 {
+		t.Fatal(all, err)
+	}
+	var out strings.Builder
+	c := &cli{stderr: io.Discard, stdout: onWrite(func(p []byte) (int, error) {
+		if out.Len() == 0 { // the first one is verified, all are listed
+			if err := os.Remove(filepath.Join(o.where, all[1].Object())); err != nil {
+				t.Error(err)
+			}
+		}
+		return out.Write(p)
+	})}
+	if err := c.coldVerify(t.Context(), &o, nil); err != nil || !strings.Contains(out.String(), all[1].String()+": removed meanwhile") || !strings.Contains(out.String(), all[2].String()+": whole") {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+	if err := c.coldVerify(t.Context(), &o, []string{all[1].String()}); !errors.Is(err, volume.ErrNotFound) {
+		t.Errorf("one that is named, and is not there: %v", err)
+	}
+}
+
+type onWrite func([]byte) (int, error)
+
+func (w onWrite) Write(p []byte) (int, error) { return w(p) }

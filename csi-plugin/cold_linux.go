@@ -150,6 +150,8 @@ func (c *cli) coldVerify(ctx context.Context, o *coldFlags, args []string) error
 			fmt.Fprintf(c.stdout, "%s: whole, %v of a volume of %v\n", one, spec.Bytes(info.Stored), spec.Bytes(info.Size))
 		case errors.Is(err, cold.ErrDamaged):
 			errs = append(errs, err)
+		case errors.Is(err, volume.ErrNotFound) && len(args) == 0:
+			fmt.Fprintf(c.stdout, "%s: removed meanwhile, as newer ones have its place\n", one)
 		default:
 			return err
 		}

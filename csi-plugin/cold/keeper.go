@@ -177,7 +177,7 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state, goesOn fun
 	c, sent, err := k.save(ctx, v, s, goesOn)
 	switch {
 	case ctx.Err() != nil: // it goes on after the next start
-	case errors.Is(err, volume.ErrDeleted):
+	case errors.Is(err, volume.ErrDeleted), err != nil && k.gone(ctx, v):
 		k.log.Info("cold storage: the volume is deleted, and not copied any more", "volume", v.ID)
 	case err != nil:
 		k.copies.WithLabelValues("failed").Inc()
@@ -187,6 +187,12 @@ func (k *Keeper) copy(ctx context.Context, v volume.Volume, s *state, goesOn fun
 		k.sent.Add(float64(sent))
 		k.log.Info("cold storage: copied", "copy", c.String(), "sent", sent, "took", time.Since(began).Round(time.Millisecond))
 	}
+}
+
+// gone says that a volume was deleted since it was listed.
+func (k *Keeper) gone(ctx context.Context, v volume.Volume) bool {
+	now, err := k.source.Get(ctx, v.ID)
+	return errors.Is(err, volume.ErrNotFound) || err == nil && !now.Created.Equal(v.Created)
 }
 
 // save makes the copy of the newest snapshot, should there be none. The zero value is that there was nothing to do.

@@ -353,6 +353,10 @@ func TestWaited(t *testing.T) {
 	if c, _, err := k.save(t.Context(), listed, &state{}, goesOn); !errors.Is(err, volume.ErrNotFound) || c != (Copy{}) {
 		t.Errorf("what was made again is copied as %v, %v", c, err)
 	}
+	k.copy(t.Context(), listed, &state{}, goesOn)
+	if n := testutil.ToFloat64(k.copies.WithLabelValues("failed")); n != 0 {
+		t.Errorf("that it was deleted is %v failures", n)
+	}
 	source.now = vol
 	source.now.Content = volume.Guest
 	c, _, err := k.save(t.Context(), listed, &state{}, goesOn)

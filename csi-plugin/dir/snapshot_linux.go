@@ -49,7 +49,7 @@ func (f *found) snapshots() ([]*found, error) {
 			continue // deleted meanwhile
 		}
 		if err != nil {
-			errs = append(errs, err)
+			errs = append(errs, fmt.Errorf("snapshot %s@%s can't be read; delete it to go on: %w", f.folder, name, err))
 			continue
 		}
 		all = append(all, snap)
