@@ -669,6 +669,33 @@ func (s *single) loses() {
 	}
 	s.publications(1)
 
+	// As it is when that is killed on the way.
+	notes := a.file("state/nfs/notes/vol.json")
+	var note map[string]any
+	text, err := os.ReadFile(notes)
+	if err == nil {
+		err = json.Unmarshal(text, &note)
+	}
+	a.must("note", err)
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	a.must("boot", err)
+	note["boot"] = strings.TrimSpace(string(boot))
+	note["former"], note["places"] = "former", []map[string]string{{"at": a.file("t"), "root": "/", "options": "rw,nosuid,nodev"}, {"at": a.file("unpublished"), "root": "/", "options": "rw"}}
+	text, err = json.Marshal(note)
+	if err == nil {
+		err = os.WriteFile(notes, text, 0o600)
+	}
+	a.must("note", err)
+	a.must("umount", a.in("umount", a.file("t")).Run())
+	if out := a.doctor(); !strings.Contains(out, "repaired: volume vol: ") {
+		t.Errorf("doctor, after a kill: %s", out)
+	}
+	a.is(a.file("t/kept"), "kept")
+	if out := a.doctor(); out != "nothing to repair\n" {
+		t.Errorf("doctor, again: %s", out)
+	}
+	t.Log("what a kill had left away is mounted again")
+
 	// Its host is lost, and comes back.
 	a.kill()
 	a.lose()

@@ -34,8 +34,17 @@ const Dir = "/var/lib/cradle/nfs"
 
 // A note is of a volume that this host has, or is about to have, mounted.
 type note struct {
-	Publication string `json:"publication"`
-	Former      string `json:"former,omitempty"` // the source of a mount that is being replaced
+	Publication string  `json:"publication"`
+	Former      string  `json:"former,omitempty"` // the source of a mount that is being replaced
+	Places      []place `json:"places,omitempty"` // where it is to be again
+	Boot        string  `json:"boot,omitempty"`   // that of those: after another one nothing of them is mounted
+}
+
+// A place is where a volume is seen besides.
+type place struct {
+	At      string `json:"at"`
+	Root    string `json:"root"`
+	Options string `json:"options"`
 }
 
 func (b *Backend) locks() mount.Locks        { return mount.Locks(filepath.Join(b.dir, "lock")) }
@@ -61,10 +70,21 @@ func (b *Backend) note(id string) (n note, err error) {
 			err = errors.New("it names no publication")
 		}
 	}
+	if err == nil && n.Former != "" {
+		var now string
+		if now, err = boot(); err == nil && now != n.Boot {
+			n.Former, n.Places, n.Boot = "", nil, ""
+		}
+	}
 	if err != nil {
-		err = fmt.Errorf("%s: %w", b.noteFile(id), err)
+		err = fmt.Errorf("%s: %w; remove it once nothing of the volume is mounted here", b.noteFile(id), err)
 	}
 	return n, err
+}
+
+func boot() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id)), err
 }
 
 func (b *Backend) write(id string, n note) error {
@@ -157,7 +177,9 @@ func (b *Backend) up(ctx context.Context, id string) error {
 	if at != nil {
 		switch err := answers(b.point(id)); {
 		case at.Source != source || stale(err):
-			n.Former = at.Source
+			if err := n.replaces(at.Source, b.point(id)); err != nil {
+				return err
+			}
 			if err := b.write(id, n); err != nil {
 				return err
 			}
@@ -173,10 +195,10 @@ func (b *Backend) up(ctx context.Context, id string) error {
 	if n.Former == "" {
 		return nil
 	}
-	if err := again(b.point(id), n.Former); err != nil {
+	if err := n.again(b.point(id), source); err != nil {
 		return err
 	}
-	n.Former = ""
+	n.Former, n.Places, n.Boot = "", nil, ""
 	return b.write(id, n)
 }
 
@@ -311,20 +333,44 @@ func drop(path string) error {
 	}
 }
 
-// again makes what is mounted at point appear wherever something of a former source is.
-func again(point, former string) error {
-	places, err := of(former)
+// replaces notes where a source is mounted besides a point, before anything of it is taken away.
+func (n *note) replaces(former, point string) error {
+	mounts, err := of(former)
 	if err != nil {
 		return err
 	}
-	for _, m := range places {
-		if m.Mountpoint == point {
-			continue
+	if n.Boot, err = boot(); err != nil {
+		return err
+	}
+	n.Former = former
+	for _, m := range mounts {
+		at := func(p place) bool { return p.At == m.Mountpoint }
+		if m.Mountpoint != point && !slices.ContainsFunc(n.Places, at) {
+			n.Places = append(n.Places, place{m.Mountpoint, m.Root, m.Options})
 		}
-		if err := drop(m.Mountpoint); err != nil {
+	}
+	return nil
+}
+
+// again makes what is mounted at point, from a source, appear in all places. One whose directory is no more was unpublished meanwhile.
+func (n *note) again(point, source string) error {
+	for _, p := range n.Places {
+		at, err := mount.At(p.At)
+		if err != nil {
 			return err
 		}
-		if err := mount.Bind(filepath.Join(point, m.Root), m.Mountpoint, mount.OptionsOf(m)); err != nil {
+		if at != nil && (!mount.IsNFS(at) || at.Source == source && n.Former != source) {
+			continue
+		}
+		if at != nil {
+			if err := drop(p.At); err != nil {
+				return err
+			}
+		}
+		if _, err := os.Lstat(p.At); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := mount.Bind(filepath.Join(point, p.Root), p.At, mount.OptionsOf(&mountinfo.Info{Options: p.Options})); err != nil {
 			return err
 		}
 	}
@@ -470,7 +516,7 @@ func (b *Backend) repair(ctx context.Context, id string, published map[string]ap
 		return err
 	}
 	p, is := published[n.Publication]
-	if at == nil {
+	if at == nil && n.Former == "" {
 		if is {
 			if places, err := of(source(p)); err != nil || len(places) > 0 {
 				return err // somebody has unmounted it here alone
@@ -491,13 +537,13 @@ func (b *Backend) repair(ctx context.Context, id string, published map[string]ap
 		return err
 	}
 	switch {
-	case len(others) == 0 && time.Since(used) > idling:
+	case n.Former == "" && len(others) == 0 && time.Since(used) > idling:
 		report(fmt.Sprintf("volume %s: mounted, and at no place: its attachment did not come to its end", id))
 		if look {
 			return nil
 		}
 		return b.down(ctx, id)
-	case !is || source(p) != at.Source || n.Former != "":
+	case n.Former != "" || !is || source(p) != at.Source:
 		report(fmt.Sprintf("volume %s: mounted from a publication that the filer has no more; what is mounted from it is mounted again, and processes have to open their files anew", id))
 	default:
 		own, err := b.addresses()

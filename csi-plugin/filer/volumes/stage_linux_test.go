@@ -122,6 +122,23 @@ func TestRepairEndsPublications(t *testing.T) {
 	}
 }
 
+// What was to be mounted again before a reboot is not afterwards: nobody is there who has it.
+func TestNoteAfterReboot(t *testing.T) {
+	f, b := serve(t, "host-own")
+	place := t.TempDir()
+	b.left(t, "vol", `{"publication":"host-own","former":"filer:/x","boot":"another","places":[{"at":"`+place+`","root":"/","options":"rw"}]}`)
+	var found []string
+	if err := b.Repair(t.Context(), false, func(what string) { found = append(found, what) }); err != nil {
+		t.Fatal(err)
+	}
+	if len(found) != 1 || !strings.Contains(found[0], "and not mounted") || len(f.ids()) > 0 || len(b.rest(t)) > 0 {
+		t.Errorf("found %q; left are the publications %v, and %v", found, f.ids(), b.rest(t))
+	}
+	if mounted, err := mount.Is(place); err != nil || mounted {
+		t.Errorf("mounted: %t, %v", mounted, err)
+	}
+}
+
 // A filer that is away costs no note: the publication would never end.
 func TestRepairWithoutFiler(t *testing.T) {
 	_, b := serve(t)
