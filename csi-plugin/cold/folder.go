@@ -112,7 +112,7 @@ func (f *Folder) open() (*os.Root, error) {
 		return nil, fmt.Errorf("cold storage %s: %w: it is not the directory that copies were made to before; mount that one there (should this one have its place from now on, make the file %s in it)",
 			f.path, volume.ErrUnavailable, marks+mark)
 	default:
-		return nil, fmt.Errorf("cold storage %s: %w: %v", f.path, volume.ErrUnavailable, err)
+		return nil, fmt.Errorf("cold storage %s: %w: %s", f.path, volume.ErrUnavailable, err.Error())
 	}
 }
 
