@@ -692,7 +692,7 @@ func failOver(t *testing.T, rounds int, lease time.Duration, engine string) {
 		t.Fatal(err)
 	}
 	data := filepath.Join(p.pool, "vol", "data")
-	nfs := &nfsClient{pair: p, address: pub.Address}
+	nfs := &nfsClient{pair: p, t: p.t, address: pub.Address}
 	defer nfs.close()
 	dav := &http.Client{Transport: &http.Transport{DialContext: p.dial, TLSClientConfig: &tls.Config{RootCAs: p.roots, MinVersion: tls.VersionTLS12}}, Timeout: 10 * time.Second}
 	locked := lockDAV(t, dav, grant)
@@ -843,6 +843,7 @@ func (p *pair) probe(ctx context.Context, c *nfsClient, handle []byte) (moves in
 // An nfsClient is one as Linux is with the option hard: what is not answered is asked again, as the same call, for ever.
 type nfsClient struct {
 	*pair
+	t       testing.TB // of the whole test: the pair's is that of a part while there is one
 	address string
 	xid     atomic.Uint32
 	mu      sync.Mutex
