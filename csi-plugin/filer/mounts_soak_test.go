@@ -42,10 +42,10 @@ cd csi-plugin/filer
 // with an error, and every line is there.
 func TestVMSoakFilerMountsSet(t *testing.T) {
 	p := newPair(t, 5*time.Second)
-	p.ip("-n", p.ns("sw"), "tuntap", "add", "m", "mode", "tap")
-	p.ip("-n", p.ns("sw"), "link", "set", "dev", "m", "master", "bridge0", "up")
+	p.ip("-n", p.ns("sw"), "tuntap", "add", "lab", "mode", "tap")
+	p.ip("-n", p.ns("sw"), "link", "set", "dev", "lab", "master", "bridge0", "up")
 	job, lab := mountsJob(t, `hostname client
-ip netns add lab; ip addr flush dev eth0; ip link set eth0 netns lab; ip -n lab link set lo up; ip -n lab addr add 10.77.0.7/24 dev eth0; ip -n lab link set eth0 up
+for do in "netns add lab" "link set eth0 netns lab" "-n lab link set lo up" "-n lab addr add 10.77.0.7/24 dev eth0" "-n lab link set eth0 up"; do /bin/ip $do; done # not the shell's own
 LAB_SET=`+p.hosts[1].address+":"+api.PeersPort+` ./csi-plugin/filer/filer.test -test.v -test.timeout 2h -test.run '^TestLabSet$'
 `)
 	key, err := os.ReadFile(filepath.Join(p.pool, setState, "handles.key"))
@@ -57,7 +57,7 @@ LAB_SET=`+p.hosts[1].address+":"+api.PeersPort+` ./csi-plugin/filer/filer.test -
 	}
 	var console locked.Buffer
 	cmd := exec.Command("ip", "netns", "exec", p.ns("sw"), lab, "run", job)
-	cmd.Env = append(os.Environ(), "ZFSLAB_TIMEOUT=7200", "ZFSLAB_NET=tap,ifname=m,script=no,downscript=no")
+	cmd.Env = append(os.Environ(), "ZFSLAB_TIMEOUT=7200", "ZFSLAB_NET=tap,ifname=lab,script=no,downscript=no")
 	cmd.Stdout = io.MultiWriter(&console, t.Output())
 	cmd.Stderr = cmd.Stdout
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
