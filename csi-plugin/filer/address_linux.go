@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -53,21 +54,47 @@ func (a *floating) on(do func(link netlink.Link, address *netlink.Addr) error) e
 	return nil
 }
 
-// add gives the address to this host, which may have it already.
-func (a *floating) add() error { return a.on(netlink.AddrReplace) }
+// add gives the address to this host, which may have it already. What is left of connections from when it had it before is no one's: a client that comes from the same port as then, as kernels do for
+// NFS, would be answered by it for minutes, and neither be heard nor told that its connection is no more.
+func (a *floating) add() error {
+	a.reset(closing...)
+	return a.on(netlink.AddrReplace)
+}
 
-// reset ends connections to the address whose process can't close them, as calls of it wait in the kernel: their clients would wait as well, and not ask elsewhere. A
-// kernel without INET_DIAG_DESTROY leaves them.
-func (a *floating) reset() {
+var (
+	open    = []uint32{netlink.TCP_ESTABLISHED, netlink.TCP_CLOSE_WAIT}
+	parting = []uint32{netlink.TCP_FIN_WAIT1, netlink.TCP_FIN_WAIT2, netlink.TCP_CLOSING, netlink.TCP_LAST_ACK}
+	closing = append(slices.Clip(parting), netlink.TCP_TIME_WAIT)
+)
+
+// connections calls do for those to the address that are in one of some states.
+func (a *floating) connections(states []uint32, do func(family uint8, id netlink.SocketID)) {
 	address := a.prefix.Addr()
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		all, _ := netlink.SocketDiagTCP(family)
 		for _, s := range all {
 			at, _ := netip.AddrFromSlice(s.ID.Source)
-			if at.Unmap() == address && (s.State == netlink.TCP_ESTABLISHED || s.State == netlink.TCP_CLOSE_WAIT) {
-				_ = destroy(family, s.ID)
+			if at.Unmap() == address && slices.Contains(states, uint32(s.State)) {
+				do(family, s.ID)
 			}
 		}
+	}
+}
+
+// reset ends connections. A kernel without INET_DIAG_DESTROY leaves them.
+func (a *floating) reset(states ...uint32) {
+	a.connections(states, func(family uint8, id netlink.SocketID) { _ = destroy(family, id) })
+}
+
+// parts waits, not for long, until clients have answered that connections are closed: without the address they could not, and would say so again and again to the next host that has it.
+func (a *floating) parts() {
+	for range 20 {
+		n := 0
+		a.connections(parting, func(uint8, netlink.SocketID) { n++ })
+		if n == 0 {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
@@ -88,9 +115,12 @@ func destroy(family uint8, id netlink.SocketID) error {
 	return err
 }
 
-// remove takes it away. That it is not there is no error.
+// remove takes it away. That it is not there is no error. Connections whose process can't close them, as calls of it wait in the kernel, are ended: their clients would wait as well, and not ask
+// elsewhere.
 func (a *floating) remove() error {
-	a.reset()
+	a.reset(open...)
+	a.parts()
+	a.reset(closing...)
 	return a.on(func(link netlink.Link, address *netlink.Addr) error {
 		err := netlink.AddrDel(link, address)
 		if errors.Is(err, unix.EADDRNOTAVAIL) {

@@ -42,8 +42,12 @@ func TestRootFloatingReset(t *testing.T) {
 		if a.prefix.Addr().Is4() {
 			from.IP = net.IPv4(127, 0, 0, 1)
 		}
-		connect := func(host string) net.Conn {
+		pair := func(host string) (net.Conn, net.Conn) {
 			client, err := (&net.Dialer{LocalAddr: from}).Dial("tcp", net.JoinHostPort(host, port))
+			for end := time.Now().Add(time.Minute); errors.Is(err, unix.ENETUNREACH) && time.Now().Before(end); { // its route comes a moment after the address
+				time.Sleep(time.Millisecond)
+				client, err = (&net.Dialer{LocalAddr: from}).Dial("tcp", net.JoinHostPort(host, port))
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -52,8 +56,9 @@ func TestRootFloatingReset(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { errors.Join(client.Close(), server.Close()) })
-			return client
+			return client, server
 		}
+		connect := func(host string) net.Conn { client, _ := pair(host); return client }
 		its, other := connect(a.prefix.Addr().String()), connect(from.IP.String())
 		if err := a.remove(); err != nil {
 			t.Fatal(err)
@@ -64,6 +69,36 @@ func TestRootFloatingReset(t *testing.T) {
 		}
 		if _, err := other.Write([]byte("x")); err != nil {
 			t.Errorf("%s: a connection to another address: %v", a, err)
+		}
+		// What the process has closed is not left to answer clients that come from the same port later on: neither where they have closed it as well, nor where they have not.
+		left := func() (n int) {
+			a.connections(closing, func(uint8, netlink.SocketID) { n++ })
+			return n
+		}
+		for _, both := range []bool{true, false} {
+			for what, end := range map[string]func() error{"removed": a.remove, "added": a.add} {
+				if err := a.add(); err != nil {
+					t.Fatal(err)
+				}
+				client, server := pair(a.prefix.Addr().String())
+				if err := server.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if both {
+					if err := client.Close(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if left() == 0 {
+					t.Fatalf("%s: a connection that was closed is not there any more", a)
+				}
+				if err := end(); err != nil {
+					t.Fatal(err)
+				}
+				if n := left(); n > 0 {
+					t.Errorf("%s is %s: %d connections are left of those that were closed (by the client, too: %t)", a, what, n, both)
+				}
+			}
 		}
 	}
 }
