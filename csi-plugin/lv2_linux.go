@@ -209,7 +209,7 @@ func (c *cli) lv2Receive(ctx context.Context, id, into string, generation int) e
 		if err != nil {
 			return err
 		}
-		pending, err := pending(owner)(ctx, v)
+		pending, err := pending(ctx, owner, v)
 		if err != nil {
 			return err
 		}

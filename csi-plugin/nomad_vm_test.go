@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/volume/volumetest"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/spec"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -490,12 +491,8 @@ func (s *stack) empty() {
 		if out, err := exec.Command("zfs", "list", "-H", "-r", "-t", "all", "-o", "name", s.dataset()).CombinedOutput(); err != nil || strings.TrimSpace(string(out)) != s.dataset() {
 			s.t.Errorf("left in the pool: %s, %v", out, err)
 		}
-	} else {
-		entries, err := os.ReadDir(filepath.Join(s.node.Dir, "volumes"))
-		entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return e.Name() == ".lock" || e.Name() == "note:" }) // the pool's own
-		if err != nil || len(entries) > 0 {
-			s.t.Errorf("left in the pool: %v, %v", entries, err)
-		}
+	} else if names := volumetest.Left(s.t, filepath.Join(s.node.Dir, "volumes")); len(names) > 0 && !slices.Equal(names, []string{"note:"}) { // the pool's own
+		s.t.Errorf("left in the pool: %v", names)
 	}
 	if records, err := os.ReadDir(s.node.Path(spec.DirectDir)); len(records) > 0 || err != nil && !os.IsNotExist(err) {
 		s.t.Errorf("left of direct attachments: %v, %v", records, err)

@@ -115,12 +115,10 @@ func owners(address string) (func(ctx context.Context, id string) (rpc.Owner, er
 }
 
 // pending says, by what owners returned, whether a volume is of a restore that has not come to its end: nobody has used it, as no plugin lets anybody.
-func pending(owner func(context.Context, string) (rpc.Owner, error)) func(context.Context, volume.Volume) (bool, error) {
-	return func(ctx context.Context, v volume.Volume) (bool, error) {
-		if owner == nil || v.Generation == 0 {
-			return false, nil
-		}
-		o, err := owner(ctx, v.ID)
-		return o.Generation < v.Generation, err
+func pending(ctx context.Context, owner func(context.Context, string) (rpc.Owner, error), v volume.Volume) (bool, error) {
+	if owner == nil || v.Generation == 0 {
+		return false, nil
 	}
+	o, err := owner(ctx, v.ID)
+	return o.Generation < v.Generation, err
 }

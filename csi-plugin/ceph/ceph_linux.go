@@ -65,11 +65,11 @@ func Open(pools []Pool, c Config) (*Backend, error) {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	boot, err := mount.Boot()
 	if err != nil {
 		return nil, err
 	}
-	return &Backend{pools, c, strings.TrimSpace(string(boot))}, nil
+	return &Backend{pools, c, boot}, nil
 }
 
 // Close does nothing: all is in the cluster.

@@ -10,9 +10,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/turns"
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // A Source is a backend whose volumes can be copied.

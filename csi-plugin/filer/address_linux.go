@@ -57,43 +57,45 @@ func (a *floating) on(do func(link netlink.Link, address *netlink.Addr) error) e
 // add gives the address to this host, which may have it already. What is left of connections from when it had it before is no one's: a client that comes from the same port as then, as kernels do for
 // NFS, would be answered by it for minutes, and neither be heard nor told that its connection is no more.
 func (a *floating) add() error {
-	a.reset(closing...)
+	a.reset(closed)
 	return a.on(netlink.AddrReplace)
 }
 
+// States of connections: parting ones are those whose client has not answered yet that this host has closed them.
 var (
-	open    = []uint32{netlink.TCP_ESTABLISHED, netlink.TCP_CLOSE_WAIT}
-	parting = []uint32{netlink.TCP_FIN_WAIT1, netlink.TCP_FIN_WAIT2, netlink.TCP_CLOSING, netlink.TCP_LAST_ACK}
-	closing = append(slices.Clip(parting), netlink.TCP_TIME_WAIT)
+	opened  = []uint8{netlink.TCP_ESTABLISHED, netlink.TCP_CLOSE_WAIT}
+	parting = []uint8{netlink.TCP_FIN_WAIT1, netlink.TCP_FIN_WAIT2, netlink.TCP_CLOSING, netlink.TCP_LAST_ACK}
+	closed  = append(slices.Clip(parting), netlink.TCP_TIME_WAIT)
 )
 
-// connections calls do for those to the address that are in one of some states.
-func (a *floating) connections(states []uint32, do func(family uint8, id netlink.SocketID)) {
+// connections are those to the address that are in one of some states.
+func (a *floating) connections(states []uint8) (found []*netlink.Socket) {
 	address := a.prefix.Addr()
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		all, _ := netlink.SocketDiagTCP(family)
 		for _, s := range all {
 			at, _ := netip.AddrFromSlice(s.ID.Source)
-			if at.Unmap() == address && slices.Contains(states, uint32(s.State)) {
-				do(family, s.ID)
+			if at.Unmap() == address && slices.Contains(states, s.State) {
+				found = append(found, s)
 			}
 		}
 	}
+	return found
 }
 
 // reset ends connections. A kernel without INET_DIAG_DESTROY leaves them.
-func (a *floating) reset(states ...uint32) {
-	a.connections(states, func(family uint8, id netlink.SocketID) { _ = destroy(family, id) })
+func (a *floating) reset(states []uint8) {
+	for _, s := range a.connections(states) {
+		_ = destroy(s.Family, s.ID)
+	}
 }
 
-// parts waits, not for long, until clients have answered that connections are closed: without the address they could not, and would say so again and again to the next host that has it.
+// partingTime is how long clients may take to answer that connections are closed.
+const partingTime = 200 * time.Millisecond
+
+// parts waits until they have: without the address they could not, and would say so again and again to the next host that has it.
 func (a *floating) parts() {
-	for range 20 {
-		n := 0
-		a.connections(parting, func(uint8, netlink.SocketID) { n++ })
-		if n == 0 {
-			return
-		}
+	for end := time.Now().Add(partingTime); len(a.connections(parting)) > 0 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}
 }
@@ -118,9 +120,9 @@ func destroy(family uint8, id netlink.SocketID) error {
 // remove takes it away. That it is not there is no error. Connections whose process can't close them, as calls of it wait in the kernel, are ended: their clients would wait as well, and not ask
 // elsewhere.
 func (a *floating) remove() error {
-	a.reset(open...)
+	a.reset(opened)
 	a.parts()
-	a.reset(closing...)
+	a.reset(closed)
 	return a.on(func(link netlink.Link, address *netlink.Addr) error {
 		err := netlink.AddrDel(link, address)
 		if errors.Is(err, unix.EADDRNOTAVAIL) {

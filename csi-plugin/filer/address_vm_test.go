@@ -71,10 +71,7 @@ func TestRootFloatingReset(t *testing.T) {
 			t.Errorf("%s: a connection to another address: %v", a, err)
 		}
 		// What the process has closed is not left to answer clients that come from the same port later on: neither where they have closed it as well, nor where they have not.
-		left := func() (n int) {
-			a.connections(closing, func(uint8, netlink.SocketID) { n++ })
-			return n
-		}
+		left := func() int { return len(a.connections(closed)) }
 		for _, both := range []bool{true, false} {
 			for what, end := range map[string]func() error{"removed": a.remove, "added": a.add} {
 				if err := a.add(); err != nil {

@@ -57,7 +57,7 @@ func TestVMSoakBackendZFS(t *testing.T) {
 	var d spec.DirectAttachment
 	text, err := os.ReadFile(filepath.Join(root, spec.DirectDir, spec.DirectFile(target)))
 	must(nil, errors.Join(err, json.Unmarshal(text, &d)))
-	nfs := &nfsClient{pair: p, t: p.t, address: d.Volume.NFS.Address}
+	nfs := p.nfs(d.Volume.NFS.Address)
 	defer nfs.close()
 	handle := nfs.open(d.Volume.NFS.Export, "file")
 	page := func(round int) []byte { return bytes.Repeat([]byte{byte('a' + round)}, 4096) }

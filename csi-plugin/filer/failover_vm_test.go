@@ -692,7 +692,7 @@ func failOver(t *testing.T, rounds int, lease time.Duration, engine string) {
 		t.Fatal(err)
 	}
 	data := filepath.Join(p.pool, "vol", "data")
-	nfs := &nfsClient{pair: p, t: p.t, address: pub.Address}
+	nfs := p.nfs(pub.Address)
 	defer nfs.close()
 	dav := &http.Client{Transport: &http.Transport{DialContext: p.dial, TLSClientConfig: &tls.Config{RootCAs: p.roots, MinVersion: tls.VersionTLS12}}, Timeout: 10 * time.Second}
 	locked := lockDAV(t, dav, grant)
@@ -849,6 +849,8 @@ type nfsClient struct {
 	mu      sync.Mutex
 	conn    net.Conn
 }
+
+func (p *pair) nfs(address string) *nfsClient { return &nfsClient{pair: p, t: p.t, address: address} }
 
 func (c *nfsClient) close() {
 	if c.conn != nil {

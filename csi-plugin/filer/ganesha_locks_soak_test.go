@@ -110,7 +110,7 @@ func TestRootSoakGaneshaLocks(t *testing.T) {
 		name string
 		want uint32
 	}{{&one, "one", 0}, {&two, "two", 10010}} { // NFS4ERR_DENIED
-		c := &locker{nfsClient: &nfsClient{pair: p, t: p.t, address: pub.Address}, name: l.name}
+		c := &locker{nfsClient: p.nfs(pub.Address), name: l.name}
 		defer c.close()
 		*l.at = c
 		if err := c.begin(); err != nil {

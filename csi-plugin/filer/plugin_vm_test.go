@@ -89,7 +89,7 @@ func onPlugin(t *testing.T, keep func(*pair) []string) {
 	}
 	use := func(d spec.DirectAttachment, file string) {
 		t.Helper()
-		c := &nfsClient{pair: p, t: p.t, address: d.Volume.NFS.Address}
+		c := p.nfs(d.Volume.NFS.Address)
 		defer c.close()
 		must(nil, c.write(c.open(d.Volume.NFS.Export, file), 0, []byte("by "+file), true))
 		if text, err := os.ReadFile(filepath.Join(p.pool, "shared", "data", file)); err != nil || string(text) != "by "+file {
@@ -143,7 +143,7 @@ func onPlugin(t *testing.T, keep func(*pair) []string) {
 	if out, err := other.command("publications", "-o", "json"); err != nil || strings.TrimSpace(out) != "[]" {
 		t.Errorf("at the end there are %s, %v", out, err)
 	}
-	c := &nfsClient{pair: p, t: p.t, address: first.Volume.NFS.Address}
+	c := p.nfs(first.Volume.NFS.Address)
 	defer c.close()
 	if reply := c.call(c.record(-1, []byte(first.Volume.NFS.Export), nil)); binary.BigEndian.Uint32(reply) == 0 {
 		t.Error("what was unpublished can be mounted")

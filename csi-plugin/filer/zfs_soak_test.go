@@ -510,7 +510,7 @@ func zfsFailOver(t *testing.T, engine string, rounds []string) {
 	if err := errors.Join(json.Unmarshal([]byte(a.must("./cradle-filer publish vol --client 10.77.0.0/24 -o json")), &pub), json.Unmarshal([]byte(a.must("./cradle-filer grant vol -o json")), &grant)); err != nil {
 		t.Fatal(err)
 	}
-	nfs := &nfsClient{pair: p, t: p.t, address: pub.Address}
+	nfs := p.nfs(pub.Address)
 	defer nfs.close()
 	dav := &http.Client{Transport: &http.Transport{DialContext: p.dial, TLSClientConfig: &tls.Config{RootCAs: p.roots, MinVersion: tls.VersionTLS12}}, Timeout: 10 * time.Second}
 	put := func(text string) {

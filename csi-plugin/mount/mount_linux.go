@@ -315,6 +315,12 @@ func Stats(path string) (spec.VolumeStats, error) {
 	}, nil
 }
 
+// Boot is another one after each boot of this host: what it had mounted is gone then.
+func Boot() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id)), err
+}
+
 // Options of a mount that a caller chose.
 type Options struct {
 	flags uintptr

@@ -3,7 +3,6 @@ package zfs
 import (
 	"context"
 	"errors"
-	"fmt"
 	"strings"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
@@ -17,15 +16,12 @@ func (b *Backend) Note(ctx context.Context) (string, error) {
 	var missing error
 	for _, p := range b.pools {
 		out, err := zfs(ctx, "get", "-H", "-o", "value", noteProperty, p.Dataset)
-		if errors.Is(err, errNoDataset) {
-			err = p.there(ctx)
-		}
-		if errors.Is(err, volume.ErrUnavailable) {
-			missing = errors.Join(missing, fmt.Errorf("pool %s: %w", p.Name, err))
+		if err = p.said(ctx, err); errors.Is(err, volume.ErrUnavailable) {
+			missing = errors.Join(missing, err)
 			continue
 		}
 		if err != nil {
-			return "", fmt.Errorf("pool %s: %w", p.Name, err)
+			return "", err
 		}
 		if line := strings.TrimSuffix(out, "\n"); line != "-" {
 			return line, nil
@@ -37,8 +33,9 @@ func (b *Backend) Note(ctx context.Context) (string, error) {
 // SetNote is volume.Noter's. It is in all pools: what one that is not there would have said is known then.
 func (b *Backend) SetNote(ctx context.Context, line string) error {
 	for _, p := range b.pools {
-		if _, err := zfs(ctx, "set", noteProperty+"="+line, p.Dataset); err != nil {
-			return fmt.Errorf("pool %s: %w", p.Name, err)
+		_, err := zfs(ctx, "set", noteProperty+"="+line, p.Dataset)
+		if err = p.said(ctx, err); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -94,11 +94,8 @@ func (b *Backend) Snapshots(ctx context.Context, id string) ([]volume.Snapshot, 
 	if id == "" {
 		for _, p := range b.pools {
 			some, err := snaps(ctx, p.Dataset, 2)
-			if errors.Is(err, errNoDataset) {
-				err = p.there(ctx)
-			}
-			if err != nil {
-				return nil, fmt.Errorf("pool %s: %w", p.Name, err)
+			if err = p.said(ctx, err); err != nil {
+				return nil, err
 			}
 			found = append(found, some...)
 		}

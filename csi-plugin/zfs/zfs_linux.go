@@ -206,6 +206,17 @@ func (p Pool) there(ctx context.Context) error {
 	return err
 }
 
+// said is what an error of a command about the pool's dataset means.
+func (p Pool) said(ctx context.Context, err error) error {
+	if errors.Is(err, errNoDataset) {
+		return p.there(ctx)
+	}
+	if err != nil {
+		err = fmt.Errorf("pool %s: %w", p.Name, err)
+	}
+	return err
+}
+
 // List is volume.Backend's.
 func (b *Backend) List(ctx context.Context) ([]volume.Volume, error) {
 	found, err := b.list(ctx)
@@ -221,15 +232,12 @@ func (b *Backend) List(ctx context.Context) ([]volume.Volume, error) {
 func (b *Backend) list(ctx context.Context) (all []*found, missing error) {
 	for _, p := range b.pools {
 		out, err := zfs(ctx, "list", "-Hp", "-t", "filesystem,volume", "-d", "1", "-o", columns, p.Dataset)
-		if errors.Is(err, errNoDataset) {
-			err = p.there(ctx)
-		}
-		if errors.Is(err, volume.ErrUnavailable) {
-			missing = errors.Join(missing, fmt.Errorf("pool %s: %w", p.Name, err))
+		if err = p.said(ctx, err); errors.Is(err, volume.ErrUnavailable) {
+			missing = errors.Join(missing, err)
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("pool %s: %w", p.Name, err)
+			return nil, err
 		}
 		for _, row := range rows(out) {
 			if f, err := read(row); err == nil && f != nil && row[0] != p.Dataset && volume.ValidName(f.id()) {

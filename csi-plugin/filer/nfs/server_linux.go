@@ -242,8 +242,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer stop()
 	var conversations sync.WaitGroup
 	defer conversations.Wait()
-	conversations.Go(func() { s.forgetSnapshots(ctx) })
-	conversations.Go(func() { s.hurry(ctx) })
+	conversations.Go(func() { every(ctx, lookForIdle, s.forgetSnapshots) })
+	conversations.Go(func() { every(ctx, hurry/2, s.hurry) })
 	for wait := time.Millisecond; ; {
 		conn, err := l.Accept()
 		switch {
@@ -295,33 +295,37 @@ type conversation struct {
 	reads, writes atomic.Int64 // since when, after began, it waits for the client in the middle of a call, or of a reply; 0 where it does not
 }
 
-// hurry ends, again and again while calls wait for memory, the conversations of clients that have some and do not go on: however many exports somebody has, he keeps
-// nobody else waiting.
-func (s *Server) hurry(ctx context.Context) {
-	t := time.NewTicker(hurry / 2)
+// every does something again and again until ctx ends.
+func every(ctx context.Context, period time.Duration, do func()) {
+	t := time.NewTicker(period)
 	defer t.Stop()
 	for {
 		select {
 		case <-t.C:
+			do()
 		case <-ctx.Done():
 			return
 		}
-		if s.short.Load() == 0 {
-			continue
-		}
-		ended := 0
-		for c := range s.talking.Range {
-			c := c.(*conversation)
-			for _, since := range []int64{c.reads.Load(), c.writes.Load()} {
-				if since != 0 && time.Since(s.began)-time.Duration(since) > hurry {
-					c.conn.Close()
-					ended++
-				}
+	}
+}
+
+// hurry ends, while calls wait for memory, the conversations of clients that have some and do not go on: however many exports somebody has, he keeps nobody else waiting.
+func (s *Server) hurry() {
+	if s.short.Load() == 0 {
+		return
+	}
+	ended := 0
+	for c := range s.talking.Range {
+		c := c.(*conversation)
+		for _, since := range []int64{c.reads.Load(), c.writes.Load()} {
+			if since != 0 && time.Since(s.began)-time.Duration(since) > hurry {
+				c.conn.Close()
+				ended++
 			}
 		}
-		if ended > 0 {
-			s.log.Warn("clients that did not go on while others waited for memory have lost their connections", "connections", ended)
-		}
+	}
+	if ended > 0 {
+		s.log.Warn("clients that did not go on while others waited for memory have lost their connections", "connections", ended)
 	}
 }
 

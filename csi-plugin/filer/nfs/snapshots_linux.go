@@ -1,7 +1,6 @@
 package nfs
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
@@ -182,25 +181,16 @@ const (
 	idleAfter   = time.Minute
 )
 
-func (s *Server) forgetSnapshots(ctx context.Context) {
-	t := time.NewTicker(lookForIdle)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return
-		}
-		s.mu.RLock()
-		var all []*exported
-		for _, x := range s.paths {
-			all = append(all, x)
-		}
-		s.mu.RUnlock()
-		for _, x := range all {
-			if err := x.forgetSnapshots(time.Now().Add(-idleAfter)); err != nil {
-				s.log.Warn("close a snapshot", "volume", x.Volume, "error", err)
-			}
+func (s *Server) forgetSnapshots() {
+	s.mu.RLock()
+	var all []*exported
+	for _, x := range s.paths {
+		all = append(all, x)
+	}
+	s.mu.RUnlock()
+	for _, x := range all {
+		if err := x.forgetSnapshots(time.Now().Add(-idleAfter)); err != nil {
+			s.log.Warn("close a snapshot", "volume", x.Volume, "error", err)
 		}
 	}
 }

@@ -72,7 +72,7 @@ func (b *Backend) note(id string) (n note, err error) {
 	}
 	if err == nil && n.Former != "" {
 		var now string
-		if now, err = boot(); err == nil && now != n.Boot {
+		if now, err = mount.Boot(); err == nil && now != n.Boot {
 			n.Former, n.Places, n.Boot = "", nil, ""
 		}
 	}
@@ -80,11 +80,6 @@ func (b *Backend) note(id string) (n note, err error) {
 		err = fmt.Errorf("%s: %w; remove it once nothing of the volume is mounted here", b.noteFile(id), err)
 	}
 	return n, err
-}
-
-func boot() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(id)), err
 }
 
 func (b *Backend) write(id string, n note) error {
@@ -339,7 +334,7 @@ func (n *note) replaces(former, point string) error {
 	if err != nil {
 		return err
 	}
-	if n.Boot, err = boot(); err != nil {
+	if n.Boot, err = mount.Boot(); err != nil {
 		return err
 	}
 	n.Former = former
