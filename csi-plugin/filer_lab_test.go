@@ -17,24 +17,19 @@ import (
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
-// TestZFSNomadFiler: two tasks that are no pods have one volume of a filer's on another host, which their host's kernel mounts. It grows, gets a snapshot and is rolled back; plugin, filer and
+// TestZFSNomadFiler: two tasks that are no pods have one volume of their host's filer, which the host's kernel mounts. It grows, gets a snapshot and is rolled back; plugin, filer and
 // Nomad's client are killed. It runs in a machine with ZFS, whose kernel has an NFS client.
 func TestZFSNomadFiler(t *testing.T) {
 	s := &stack{t: t, id: "cradle", zfs: true}
 	s.Cluster = nomadtest.Start(t, nomadtest.Options{
-		Clients: 1, Server: `heartbeat_grace = "2m"`, Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
+		Server: `heartbeat_grace = "2m"`, Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
 		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
 	})
 	s.node = s.Clients()[0]
 	t.Cleanup(s.stopUsers)
-	key := filepath.Join(s.Dir(), "peers.key")
-	if err := os.WriteFile(key, bytes.Repeat([]byte("k"), 32), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f := &fileServer{stack: s, key: key}
+	f := &fileServer{stack: s}
 	f.serve()
-	job := regexp.MustCompile(`"--backend", "zfs", "--pool", "[^"]*", "--filer", "[^"]*"`).ReplaceAllString(s.example("cradle-csi.nomad.hcl"),
-		`"--backend", "filer", "--filer", "`+s.Server().IP.String()+`:2051", "--filer-key", "`+key+`"`)
+	job := strings.Replace(s.example("cradle-csi.nomad.hcl"), `"--backend", "zfs", "--pool", "`+s.dataset()+`"`, `"--backend", "filer"`, 1)
 	s.Run(t, job)
 	s.healthy()
 
@@ -105,10 +100,9 @@ func TestZFSNomadFiler(t *testing.T) {
 	f.kill()
 }
 
-// A fileServer is cradle-filer on the server's host, which is not the client's.
+// A fileServer is cradle-filer on the node.
 type fileServer struct {
 	*stack
-	key string
 	cmd *exec.Cmd
 	log bytes.Buffer
 }
@@ -124,15 +118,13 @@ func (f *fileServer) program() string {
 
 func (f *fileServer) serve() {
 	f.t.Helper()
-	ip := f.Server().IP.String()
-	f.cmd = f.Server().Command(f.t.Context(), f.program(), "serve", "--backend", "zfs", "--pool", "server/files", "--state", filepath.Join(f.Dir(), "filer"),
-		"--listen", ip+":2049", "--peers", ip+":2051", "--peers-key", f.key)
+	f.cmd = f.node.Command(f.t.Context(), f.program(), "serve", "--backend", "zfs", "--pool", f.dataset(), "--state", filepath.Join(f.Dir(), "filer"), "--listen", f.node.IP.String()+":2049")
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
-	if err := f.Server().Launch(f.cmd); err != nil {
+	if err := f.node.Launch(f.cmd); err != nil {
 		f.t.Fatal(err)
 	}
 	f.eventually("the filer serves", func() bool {
-		_, err := f.Server().Output(f.t.Context(), f.program(), "status")
+		_, err := f.node.Output(f.t.Context(), f.program(), "status")
 		return err == nil
 	})
 }
@@ -147,7 +139,7 @@ func (f *fileServer) kill() {
 
 func (f *fileServer) command(args ...string) string {
 	f.t.Helper()
-	out, err := f.Server().Output(f.t.Context(), f.program(), args...)
+	out, err := f.node.Output(f.t.Context(), f.program(), args...)
 	if err != nil {
 		f.t.Fatalf("%v\n%s", err, &f.log)
 	}

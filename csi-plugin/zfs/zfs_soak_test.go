@@ -61,7 +61,7 @@ func TestVMSoakZFSHosts(t *testing.T) {
 // TestVMSoakZFSLost is the restore drill of TestVMSoakLost with two nodes and two zpools, of which the one that has the volume is destroyed.
 func TestVMSoakZFSLost(t *testing.T) { nomadInLab(t, "TestZFSNomadLost", twoZpools) }
 
-// TestVMSoakFilerNomad has Nomad's tasks on volumes of a filer on another host, which their host's kernel mounts.
+// TestVMSoakFilerNomad has Nomad's tasks on volumes of their host's filer, which the host's kernel mounts.
 func TestVMSoakFilerNomad(t *testing.T) {
 	nomadInLab(t, "TestZFSNomadFiler", "zpool create -f -O mountpoint=none server /dev/vda1")
 }
