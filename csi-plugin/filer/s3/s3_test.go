@@ -1,10 +1,16 @@
 package s3
 
 import (
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
 
 func TestAccessKey(t *testing.T) {
@@ -36,6 +42,61 @@ func TestCheckBucket(t *testing.T) {
 		if err := CheckBucket(name); (err == nil) != want {
 			t.Errorf("%q: %v", name, err)
 		}
+	}
+}
+
+// TestRevokedWhileWaiting: a request whose grant ends while it waits, for its turn, for memory, or for the end of a rollback, is not said to be done. A grant that is
+// made again as it is ends none.
+func TestRevokedWhileWaiting(t *testing.T) {
+	for name, c := range map[string]struct {
+		method, path string
+		busy         func(t *testing.T, g *granted) // has it wait
+	}{
+		"turn": {"PUT", "/volume/object", func(t *testing.T, g *granted) {
+			if _, err := g.limit.Begin(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		"memory": {"POST", "/volume?delete", func(t *testing.T, g *granted) {
+			if err := g.bodies.Acquire(t.Context(), maxBodies); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		"rollback": {"PUT", "/volume/object", func(t *testing.T, g *granted) {
+			go g.Gate.Hold(t.Context(), func() error { <-t.Context().Done(); return nil })
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, err := New("/bin/true", filepath.Join(t.TempDir(), "s3"), 1e-6, slog.New(slog.NewTextHandler(t.Output(), nil))) // one request, and the next one in eleven days
+				if err != nil {
+					t.Fatal(err)
+				}
+				g := Grant{Key: "key", Secret: "secret", Volume: "volume", Root: t.TempDir(), Gate: &gateway.Gate{}}
+				allow := func() {
+					if err := s.Allow(g); err != nil {
+						t.Fatal(err)
+					}
+				}
+				allow()
+				c.busy(t, s.grants["key"])
+				synctest.Wait()
+				answer := httptest.NewRecorder()
+				r := httptest.NewRequest(c.method, c.path, strings.NewReader(strings.Repeat("x", 2*smallBody)))
+				r.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0")
+				go s.ServeHTTP(answer, r)
+				synctest.Wait()
+				allow()
+				synctest.Wait()
+				if answer.Body.Len() > 0 {
+					t.Errorf("one that waits is answered %d as its grant is made again: %s", answer.Code, answer.Body)
+				}
+				s.Forbid("key")
+				if answer.Code != http.StatusServiceUnavailable {
+					t.Errorf("what was not done is answered %d: %s", answer.Code, answer.Body)
+				}
+			})
+		})
 	}
 }
 

@@ -96,10 +96,13 @@ type granted struct {
 	idle  *time.Timer
 }
 
-// Allow lets a user in, or changes the grant of that user.
+// Allow lets a user in, or changes the grant of that user, whose requests end then. Where nothing is changed they go on.
 func (s *Server) Allow(g Grant) error {
 	if err := CheckBucket(g.Volume); err != nil {
 		return fmt.Errorf("volume %s over S3: %w", g.Volume, err)
+	}
+	if s.allows(g) {
+		return nil
 	}
 	s.Forbid(g.Key)
 	root, err := os.Open(g.Root)
@@ -123,6 +126,25 @@ func (s *Server) Allow(g Grant) error {
 	defer s.mu.Unlock()
 	s.grants[g.Key] = w
 	return nil
+}
+
+// allows says whether a grant is there already, and its directory the same.
+func (s *Server) allows(g Grant) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	is := s.grants[g.Key]
+	if is == nil {
+		return false
+	}
+	former := is.Grant
+	alike := (former.Snapshots == nil) == (g.Snapshots == nil)
+	former.Snapshots, g.Snapshots = nil, nil
+	if !alike || former != g {
+		return false
+	}
+	open, err := is.root.Stat()
+	now, nerr := os.Stat(g.Root)
+	return err == nil && nerr == nil && os.SameFile(open, now)
 }
 
 // Forbid ends a grant: from its return on nothing is done for it. One that is not there is no error.
@@ -208,12 +230,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	defer context.AfterFunc(g.ctx, cancel)()
 	end, err := g.limit.Begin(ctx)
-	if errors.Is(err, gateway.ErrBusy) {
-		w.Header().Set("Retry-After", "1")
-		refuse(w, http.StatusServiceUnavailable, "SlowDown", err.Error())
-	}
 	if err != nil {
-		return // or the client has gone, or the grant
+		putOff(w, "SlowDown", err) // or the client has gone, or the grant
+		return
 	}
 	defer end()
 	gateway.Admitted(r)
@@ -221,8 +240,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if takes < 0 {
 			takes = maxBody
 		}
-		if g.bodies.Acquire(ctx, takes) != nil {
-			return // the client has gone, or the grant
+		if err := g.bodies.Acquire(ctx, takes); err != nil {
+			putOff(w, "ServiceUnavailable", err) // the client has gone, or the grant
+			return
 		}
 		defer g.bodies.Release(takes)
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
@@ -230,7 +250,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		within, leave, err := g.Gate.Enter(ctx)
 		if err != nil {
-			return // the client has gone, or the grant
+			putOff(w, "ServiceUnavailable", err) // the client has gone, or the grant
+			return
 		}
 		defer leave()
 		ctx = within
@@ -248,6 +269,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.makeRoom()
 	defer g.use()()
 	g.proxy.ServeHTTP(w, r.WithContext(ctx))
+}
+
+// putOff has the client try again. To say nothing would be to say that it is done.
+func putOff(w http.ResponseWriter, name string, why error) {
+	w.Header().Set("Retry-After", "1")
+	refuse(w, http.StatusServiceUnavailable, name, why.Error())
 }
 
 func refuseBody(w http.ResponseWriter) {
@@ -284,8 +311,7 @@ func (g *granted) failed(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	}
 	g.server.log.Warn("request over S3", "grant", g.Key, "method", r.Method, "path", r.URL.Path, "error", err)
-	w.Header().Set("Retry-After", "1")
-	refuse(w, http.StatusServiceUnavailable, "ServiceUnavailable", "try again")
+	putOff(w, "ServiceUnavailable", errors.New("try again"))
 }
 
 // persist puts what a request has changed on stable storage before it is answered.

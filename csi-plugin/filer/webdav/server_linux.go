@@ -68,10 +68,13 @@ func New(dir string, perSecond float64, log *slog.Logger) *Server {
 	return &Server{dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, volumes: map[string]*opened{}}
 }
 
-// Allow lets a user in, or changes the grant of that user.
+// Allow lets a user in, or changes the grant of that user, whose requests end then. Where nothing is changed they go on.
 func (s *Server) Allow(g Grant) error {
 	if err := g.check(); err != nil {
 		return err
+	}
+	if s.allows(g) {
+		return nil
 	}
 	s.Forbid(g.User)
 	s.mu.Lock()
@@ -100,6 +103,25 @@ func (s *Server) Allow(g Grant) error {
 	w.ctx, w.end = context.WithCancelCause(context.Background())
 	s.grants[g.User] = w
 	return nil
+}
+
+// allows says whether a grant is there already, and its directory the same.
+func (s *Server) allows(g Grant) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	is := s.grants[g.User]
+	if is == nil {
+		return false
+	}
+	former := is.Grant
+	alike := (former.Snapshots == nil) == (g.Snapshots == nil)
+	former.Snapshots, g.Snapshots = nil, nil
+	if !alike || former != g {
+		return false
+	}
+	open, err := is.volume.root.Stat(".")
+	now, nerr := os.Stat(g.Root)
+	return err == nil && nerr == nil && os.SameFile(open, now)
 }
 
 // errRevoked ends requests.
@@ -193,12 +215,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r.Body = &body{ReadCloser: r.Body, ctx: g.ctx}
 	out := &answer{ResponseWriter: w, ctx: g.ctx}
 	end, err := g.limit.Begin(ctx)
-	if errors.Is(err, gateway.ErrBusy) {
+	if err != nil { // or the client has gone, or the grant: to say nothing would be to say that it is done
 		h.Set("Retry-After", "1")
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
-	}
-	if err != nil {
-		return // or the client has gone
+		return
 	}
 	defer end()
 	q := &request{w: out, r: r, server: s, change: change{g.volume, g.Grant}}

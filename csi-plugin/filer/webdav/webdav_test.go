@@ -423,6 +423,46 @@ func TestUploads(t *testing.T) {
 	}
 }
 
+// TestRevokedWhileWaiting: a request whose grant ends while it waits for its turn is not said to be done. A grant that is made again as it is ends none.
+func TestRevokedWhileWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(filepath.Join(t.TempDir(), "locks"), 1e-6, slog.New(slog.NewTextHandler(t.Output(), nil))) // one request, and the next one in eleven days
+		g := Grant{User: "u", Secret: "p", Volume: "v", Root: t.TempDir(), UID: os.Getuid(), GID: os.Getgid()}
+		allow := func() {
+			if err := s.Allow(g); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put := func(name string) *httptest.ResponseRecorder {
+			answer := httptest.NewRecorder()
+			r := httptest.NewRequest("PUT", "/v/"+name, strings.NewReader("content"))
+			r.SetBasicAuth("u", "p")
+			go s.ServeHTTP(answer, r)
+			synctest.Wait()
+			return answer
+		}
+		allow()
+		if got := put("first"); got.Code != http.StatusCreated {
+			t.Fatalf("the first one is answered %d: %s", got.Code, got.Body)
+		}
+		second := put("second")
+		allow()
+		synctest.Wait()
+		if second.Body.Len() > 0 {
+			t.Errorf("one that waits is answered %d as its grant is made again: %s", second.Code, second.Body)
+		}
+		s.Forbid("u")
+		if second.Code != http.StatusServiceUnavailable {
+			t.Errorf("what was not done is answered %d", second.Code)
+		}
+		g.ReadOnly = true
+		allow()
+		if got := put("third"); got.Code != http.StatusForbidden {
+			t.Errorf("a grant that may only read is answered %d: %s", got.Code, got.Body)
+		}
+	})
+}
+
 const lockBody = `<?xml version="1.0"?><D:lockinfo xmlns:D="DAV:"><D:lockscope><D:%s/></D:lockscope><D:locktype><D:write/></D:locktype><D:owner><x:name xmlns:x="urn:x">me &amp; you</x:name></D:owner></D:lockinfo>`
 
 // TestLocksOutlastTheProcess: as their file does, and so does what they forbid.
