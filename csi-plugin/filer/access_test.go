@@ -307,7 +307,7 @@ func TestCrowded(t *testing.T) {
 	if _, err := f.snapshot(t.Context(), "v", "one-more"); !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), "nomad volume snapshot delete PLUGIN v@SNAPSHOT") {
 		t.Errorf("one too many: %v", err)
 	}
-	if _, err := f.rollback(t.Context(), "v", api.Rollback{Snapshot: "s1"}); !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), "before-rollback-") {
+	if _, err := f.rollback(t.Context(), caller{volume: "v"}, "v", api.Rollback{Snapshot: "s1"}); !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), "before-rollback-") {
 		t.Errorf("a rollback that would make it one too many: %v", err)
 	}
 	if s, err := f.snapshot(t.Context(), "v", "s1"); err != nil || s.Name != "s1" {

@@ -400,7 +400,7 @@ func TestRootSnapshots(t *testing.T) {
 			// A filer that was killed in the middle has left this.
 			f.Signal(syscall.SIGKILL)
 			pending := filepath.Join(f.State(), "rollbacks", name+".json")
-			text := fmt.Sprintf(`{"volume": %q, "snapshot": %q, "path": ".", "undo": "killed"}`, name, first)
+			text := fmt.Sprintf(`{"volume": %q, "snapshot": %q, "path": ".", "undo": "killed", "who": %q}`, name, first, map[string]string{"image": "somebody"}[name])
 			if err := os.WriteFile(pending, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -442,7 +442,7 @@ func TestRootSnapshots(t *testing.T) {
 	}
 	want := map[string]int{
 		"snapshot by root true false": 4, "snapshot by root false false": 2, "rollback by root true true": 10, "rollback by root false false": 8,
-		"rollback completed after an interruption by cradle-filer true true": 2,
+		"rollback completed after an interruption by somebody true true": 1, "rollback completed after an interruption by cradle-filer true true": 1,
 	}
 	if !maps.Equal(told, want) {
 		t.Errorf("audit.log tells %v, not %v", told, want)

@@ -41,7 +41,13 @@ func (r records[T]) write(id string, record T) error {
 	return durable.WriteFile(r.file(id), append(data, '\n'))
 }
 
-func (r records[T]) remove(id string) error { return os.Remove(r.file(id)) }
+// remove removes a record for good: what it was about does not come back after a power cut.
+func (r records[T]) remove(id string) error {
+	if err := os.Remove(r.file(id)); err != nil {
+		return err
+	}
+	return durable.SyncDir(r.dir)
+}
 
 // all are the records by id.
 func (r records[T]) all() ([]T, error) {

@@ -3,15 +3,98 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/dir"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/filertest"
 )
+
+// eager is an engine whose clients go on in the moment in which they may.
+type eager struct {
+	nfs.Engine
+	goOn func()
+}
+
+func (e eager) Hold(_ string, do func() error) error {
+	err := do()
+	e.goOn()
+	return err
+}
+
+// interrupted is a backend under which the filer is told to end as soon as it has taken a snapshot.
+type interrupted struct {
+	*dir.Backend
+	end context.CancelFunc
+}
+
+func (b interrupted) Snapshot(ctx context.Context, r volume.SnapshotRequest) (volume.Snapshot, error) {
+	s, err := b.Backend.Snapshot(ctx, r)
+	b.end()
+	return s, err
+}
+
+// TestRootRollbackEnds: a rollback that is done is not completed once more after a crash, which would take from clients what they have been told is done since: that is settled
+// before they go on. After one that the filer's end has interrupted nobody goes on before it is completed, which is told of who has asked for it.
+func TestRootRollbackEnds(t *testing.T) {
+	b, err := dir.Open([]dir.Pool{{Name: "default", Path: t.TempDir()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	f := testFiler(t, b)
+	f.audit = newAudit(f.state, f.log)
+	if _, err := b.Create(t.Context(), volume.Request{Name: "v", Parameters: volume.Parameters{Class: volume.NFS}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Snapshot(t.Context(), volume.SnapshotRequest{ID: volume.SnapshotID{Volume: "v", Name: "s"}}); err != nil {
+		t.Fatal(err)
+	}
+	asks := caller{who: "somebody", namespace: "n", volume: "v"}
+	goesOn := false
+	f.engine = eager{goOn: func() {
+		goesOn = true
+		if p, err := f.rollbacks().read("v"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("clients go on, and after a crash %+v would be done: %v", p, err)
+		}
+	}}
+	if _, err := f.rollback(t.Context(), asks, "theirs", api.Rollback{Snapshot: "s"}); err != nil || !goesOn {
+		t.Fatalf("clients go on: %t, %v", goesOn, err)
+	}
+
+	f.engine = eager{goOn: func() {}}
+	ctx, end := context.WithCancel(t.Context())
+	f.backend = interrupted{b, end}
+	if _, err := f.rollback(ctx, asks, "theirs", api.Rollback{Snapshot: "s"}); !errors.Is(err, lease.ErrEnded) {
+		t.Errorf("one that is interrupted: %v", err)
+	}
+	if _, _, err := f.gate("v").Enter(t.Context()); !errors.Is(err, gateway.ErrHeld) {
+		t.Errorf("who changes something before it is completed: %v", err)
+	}
+	next := testFiler(t, b)
+	next.dir, next.state, next.kept, next.engine, next.audit = f.dir, f.state, f.kept, f.engine, f.audit
+	if err := next.complete(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if p, err := f.rollbacks().read("v"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("there is %+v still: %v", p, err)
+	}
+	text, err := os.ReadFile(f.audit.path)
+	if told := string(text); err != nil || strings.Count(told, "\n") != 1 || !strings.Contains(told, `"who":"somebody","namespace":"n","volume":"theirs"`) {
+		t.Errorf("the audit log tells %q, %v", told, err)
+	}
+}
 
 // TestRootRollbacksAtOnce: of rollbacks of a volume that are asked for at once one is done at a time, and others are refused: the volume is as one of the snapshots,
 // whole, and each that was done can be undone.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
@@ -150,14 +152,20 @@ type pending struct {
 	Snapshot string `json:"snapshot"`
 	Path     string `json:"path"`
 	Undo     string `json:"undo"`
+
+	// Of who has asked for it, for the audit log.
+	Who       string `json:"who,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
+	As        string `json:"as,omitempty"` // the volume, as they call it
 }
 
 func (f *filer) rollbacks() records[pending] {
 	return records[pending]{filepath.Join(f.state, "rollbacks"), "rollback of volume"}
 }
 
-// rollback makes a volume, or a path in it, what it was when a snapshot was taken. Files that are in both stay the same files, as clients have them open.
-func (f *filer) rollback(ctx context.Context, id string, r api.Rollback) (api.RolledBack, error) {
+// rollback makes a volume, or a path in it, what it was when a snapshot was taken. Files that are in both stay the same files, as clients have them open. as is how
+// the caller calls the volume.
+func (f *filer) rollback(ctx context.Context, c caller, as string, r api.Rollback) (api.RolledBack, error) {
 	part := strings.TrimPrefix(path.Clean("/"+r.Path), "/")
 	if part == "" {
 		part = "."
@@ -165,7 +173,7 @@ func (f *filer) rollback(ctx context.Context, id string, r api.Rollback) (api.Ro
 	if first, _, _ := strings.Cut(part, "/"); first == snapshots.Dir {
 		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", snapshots.Dir)
 	}
-	p := pending{Volume: id, Snapshot: r.Snapshot, Path: part, Undo: beforeRollback + stamp()}
+	p := pending{Volume: c.volume, Snapshot: r.Snapshot, Path: part, Undo: beforeRollback + stamp(), Who: c.who, Namespace: c.namespace, As: as}
 	return f.makeAsItWas(ctx, p)
 }
 
@@ -203,15 +211,27 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 		done.Undo = p.Undo
 		changes, err := pass(ctx, from, to, p.Path)
 		done.Entries, done.Bytes = changes.Entries, changes.Bytes
-		return err
+		if err != nil && ctx.Err() != nil { // it is to be completed: who waits must not go on before
+			return fmt.Errorf("it is completed as soon as a filer serves again: %w: %w", lease.ErrEnded, err)
+		}
+		// Before anybody goes on: completed once more after a crash, it would take from them what they have been told is done since.
+		return errors.Join(err, f.forget(p))
 	})
 	if err == nil || ctx.Err() == nil {
 		if err != nil && done.Undo != "" {
 			err = fmt.Errorf("volume %s is part of snapshot %s and part of what it was before, which is kept as %s; roll it back again once the reason is mended: %w", p.Volume, p.Snapshot, p.Undo, err)
 		}
-		err = errors.Join(err, f.rollbacks().remove(p.Volume))
+		err = errors.Join(err, f.forget(p))
 	}
 	return done, err
+}
+
+// forget has a rollback not be completed any more.
+func (f *filer) forget(p pending) error {
+	if err := f.rollbacks().remove(p.Volume); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // gate is what changes of a volume by WebDAV and S3 go through.
@@ -260,14 +280,14 @@ func (f *filer) complete(ctx context.Context) error {
 	var errs []error
 	for _, p := range all {
 		done, err := f.makeAsItWas(ctx, p)
-		f.audit.write(event{What: "rollback completed after an interruption", Who: "cradle-filer", Volume: p.Volume, Snapshot: p.Snapshot, Path: p.Path, Undo: done.Undo}, err)
+		f.audit.write(event{
+			What: "rollback completed after an interruption", Who: cmp.Or(p.Who, "cradle-filer"), Namespace: p.Namespace, Volume: cmp.Or(p.As, p.Volume), Snapshot: p.Snapshot, Path: p.Path, Undo: done.Undo,
+		}, err)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("rollback of volume %s that was interrupted: %w", p.Volume, err))
 		}
 		if ctx.Err() == nil {
-			if err := f.rollbacks().remove(p.Volume); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				errs = append(errs, err)
-			}
+			errs = append(errs, f.forget(p))
 		}
 	}
 	return errors.Join(errs...)

@@ -129,7 +129,7 @@ func (f *filer) handleSnapshots(mux *http.ServeMux, admit admission) {
 			if err := read(r, "rollback", &asked); err != nil {
 				return nil, err
 			}
-			done, err := f.rollback(ctx, c.volume, asked)
+			done, err := f.rollback(ctx, c, e.Volume, asked)
 			e.Snapshot, e.Path, e.Undo = asked.Snapshot, asked.Path, done.Undo
 			return done, err
 		})

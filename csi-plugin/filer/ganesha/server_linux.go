@@ -539,7 +539,7 @@ func unspecified() netip.Addr {
 }
 
 // Hold is Engine's. The process ends meanwhile, so that clients of all volumes wait: they claim their locks when it is there again.
-func (s *Server) Hold(_ string, do func() error) error {
+func (s *Server) Hold(_ string, do func() error) (err error) {
 	s.mu.Lock()
 	s.held++
 	if s.held == 1 {
@@ -548,6 +548,9 @@ func (s *Server) Hold(_ string, do func() error) error {
 	}
 	s.mu.Unlock()
 	defer func() {
+		if errors.Is(err, lease.ErrEnded) {
+			return
+		}
 		s.mu.Lock()
 		s.held--
 		s.mu.Unlock()

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 // A Gate is what changes of a volume go through: while it is held none is made. The zero value is open, and a nil one is always.
@@ -13,6 +15,7 @@ type Gate struct {
 	opens  chan struct{} // closed when it is held no longer; nil while it is open
 	inside map[*passing]struct{}
 	empty  chan struct{} // closed when the last one has left; nil where nobody waits for that
+	shut   bool          // for good
 }
 
 type passing struct{ end context.CancelCauseFunc }
@@ -40,6 +43,9 @@ func (g *Gate) Enter(ctx context.Context) (_ context.Context, leave func(), err 
 		g.mu.Lock()
 	}
 	defer g.mu.Unlock()
+	if g.shut {
+		return ctx, nil, ErrHeld
+	}
 	p := &passing{}
 	ctx, p.end = context.WithCancelCause(ctx)
 	if g.inside == nil {
@@ -58,8 +64,9 @@ func (g *Gate) Enter(ctx context.Context) (_ context.Context, leave func(), err 
 	}, nil
 }
 
-// Hold lets no change begin, waits for those that have, and does something. There is one at a time.
-func (g *Gate) Hold(ctx context.Context, do func() error) error {
+// Hold lets no change begin, waits for those that have, and does something. There is one at a time. What ends by lease.ErrEnded is not done: another process will, and
+// nobody enters here any more.
+func (g *Gate) Hold(ctx context.Context, do func() error) (err error) {
 	g.mu.Lock()
 	if g.opens != nil {
 		g.mu.Unlock()
@@ -78,6 +85,7 @@ func (g *Gate) Hold(ctx context.Context, do func() error) error {
 		defer g.mu.Unlock()
 		close(g.opens)
 		g.opens, g.empty = nil, nil
+		g.shut = g.shut || errors.Is(err, lease.ErrEnded)
 	}()
 	select {
 	case <-empty:

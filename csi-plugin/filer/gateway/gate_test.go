@@ -3,9 +3,12 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 )
 
 // TestGate: while it is held nobody enters, who is inside is waited for and then broken off, and who waits may give up.
@@ -111,6 +114,27 @@ func TestGate(t *testing.T) {
 			t.Fatal(err)
 		}
 		leave()
+		// What is done elsewhere lets nobody in here any more, neither who has waited nor who comes.
+		held, release = make(chan struct{}), make(chan struct{})
+		go func() {
+			done <- g.Hold(t.Context(), func() error { close(held); <-release; return fmt.Errorf("a rollback: %w", lease.ErrEnded) })
+		}()
+		<-held
+		go func() {
+			_, _, err := g.Enter(t.Context())
+			entered <- err
+		}()
+		synctest.Wait()
+		close(release)
+		if err := <-done; !errors.Is(err, lease.ErrEnded) {
+			t.Error(err)
+		}
+		if err := <-entered; !errors.Is(err, ErrHeld) {
+			t.Errorf("who has waited for what is done elsewhere: %v", err)
+		}
+		if _, _, err := g.Enter(t.Context()); !errors.Is(err, ErrHeld) {
+			t.Errorf("who comes then: %v", err)
+		}
 		_, leave, err = (*Gate)(nil).Enter(t.Context())
 		if err != nil {
 			t.Fatal(err)

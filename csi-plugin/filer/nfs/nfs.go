@@ -23,7 +23,8 @@ type Engine interface {
 	// Unexport ends what is served at path: from its return on no call changes anything there. One that is not there is no error.
 	Unexport(path string) error
 
-	// Hold calls do while no call is at work in a volume's exports: clients ask again, by themselves, until it is done.
+	// Hold calls do while no call is at work in a volume's exports: clients ask again, by themselves, until it is done. What ends by lease.ErrEnded is not: another
+	// process will do it, and none of their calls is done here any more.
 	Hold(volume string, do func() error) error
 
 	// Close ends all exports. Nothing of them is open from its return on.

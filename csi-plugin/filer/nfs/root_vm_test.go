@@ -1464,6 +1464,13 @@ func TestRootHold(t *testing.T) {
 	if s, _ := c.on(procGetattr, c.root, nil); s != ok {
 		t.Errorf("afterwards: %d", s)
 	}
+	// What ends with the lease is done elsewhere: nothing is done here before.
+	if err := w.server.Hold("volume", func() error { return fmt.Errorf("a rollback: %w", lease.ErrEnded) }); !errors.Is(err, lease.ErrEnded) {
+		t.Errorf("held: %v", err)
+	}
+	if s, _ := c.on(procGetattr, c.root, nil); s != errJukebox {
+		t.Errorf("after what is done elsewhere: %d", s)
+	}
 }
 
 // TestRootLease: what a call has done is not answered once the lease has lapsed, calls wait until it holds again, and end with it.

@@ -206,7 +206,7 @@ func (x *exported) end() {
 }
 
 // Hold is Engine's.
-func (s *Server) Hold(volume string, do func() error) error {
+func (s *Server) Hold(volume string, do func() error) (err error) {
 	s.mu.Lock()
 	s.held[volume]++
 	var all []*exported
@@ -217,6 +217,9 @@ func (s *Server) Hold(volume string, do func() error) error {
 	}
 	s.mu.Unlock()
 	defer func() {
+		if errors.Is(err, lease.ErrEnded) {
+			return
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.held[volume]--; s.held[volume] == 0 {
