@@ -8,22 +8,56 @@ import (
 func TestCrowd(t *testing.T) {
 	c := Crowd{Most: 3, MostOfOne: 2}
 	a, b := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
+	ended := map[int]bool{}
+	guests := map[int]*Guest{}
 	for i, step := range []struct {
 		client netip.Addr
-		want   bool
-	}{{a, true}, {a, true}, {a, false}, {b, true}, {b, false}} {
-		if got := c.Admit(step.client); got != step.want {
-			t.Errorf("%d: %v is admitted: %t", i, step.client, got)
+		known  bool
+		ends   int // who has to go; -1 for nobody
+		none   bool
+	}{
+		0: {client: a, known: true, ends: -1},
+		1: {client: a, ends: -1},
+		2: {client: a, ends: 1},                         // as of that address there are too many, and 0 is known
+		3: {client: b, ends: -1},                        // of another one there are not
+		4: {client: b, ends: 2},                         // but of all: whoever is the longest stranger
+		5: {client: b, ends: 3, known: true},            // of b again
+		6: {client: b, ends: 4, known: true},            // likewise
+		7: {client: b, ends: -1, none: true},            // all are known
+		8: {client: netip.Addr{}, ends: -1, none: true}, // and here as well
+	} {
+		g := c.Admit(step.client, func() { ended[i] = true })
+		if (g == nil) != step.none {
+			t.Fatalf("%d: %v is admitted: %t", i, step.client, g != nil)
+		}
+		if guests[i] = g; g != nil && step.known {
+			g.Know()
+			g.Know()
+		}
+		if step.ends >= 0 {
+			if !ended[step.ends] {
+				t.Errorf("%d: %d has not been ended, but %v", i, step.ends, ended)
+			}
+			guests[step.ends].Leave() // as it does once it has ended
+		}
+		delete(ended, step.ends)
+		if len(ended) > 0 {
+			t.Fatalf("%d: ended are %v, and not %d alone", i, ended, step.ends)
 		}
 	}
-	c.Leave(a)
-	if c.Admit(b); c.all != 3 || len(c.of) != 2 {
-		t.Errorf("there are %d of %v", c.all, c.of)
+	if c.all != 3 || len(c.of) != 2 || c.strangers.Len() != 0 {
+		t.Errorf("there are %d of %v, with %d strangers", c.all, c.of, c.strangers.Len())
 	}
-	for _, client := range []netip.Addr{a, b, b} {
-		c.Leave(client)
+	guests[5].Leave()
+	guests[5].Leave()
+	if guests[9] = c.Admit(b, nil); guests[9] == nil {
+		t.Error("nobody is admitted after one has left")
 	}
-	if c.all != 0 || len(c.of) != 0 {
-		t.Errorf("nobody is there any more, and there are %d of %v", c.all, c.of)
+	for _, i := range []int{0, 6, 9} {
+		guests[i].Leave()
+	}
+	guests[9].Know() // late
+	if c.all != 0 || len(c.of) != 0 || c.strangers.Len() != 0 {
+		t.Errorf("nobody is there any more, and there are %d of %v, with %d strangers", c.all, c.of, c.strangers.Len())
 	}
 }

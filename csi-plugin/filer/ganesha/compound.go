@@ -28,6 +28,9 @@ type guide interface {
 	inner(handle []byte) []byte
 	outer(handle []byte) []byte
 
+	// admits says whether a handle is of an export that is for this client.
+	admits(handle []byte) bool
+
 	// top is the server's root, at the directory that a handle is of, and child the one that a name in a directory leads to, as far as it matters which it is.
 	top() directory
 	at(handle []byte) directory
@@ -424,6 +427,7 @@ func (c *cursor) opened() {
 type question struct {
 	xid     uint32
 	handles bool // it asks for some
+	shown   bool // it has one of an export that is for the client
 	others  []other
 }
 
@@ -516,6 +520,7 @@ func (w *walk) handle() {
 	}
 	w.way.end = w.at
 	w.here = directory{}
+	w.q.shown = w.q.shown || own != nil && (w.seal.guide == nil || w.seal.guide.admits(own))
 	if w.seal.guide != nil && own != nil {
 		w.here = w.seal.guide.at(own)
 		own = w.seal.guide.inner(own)

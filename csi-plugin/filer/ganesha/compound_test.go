@@ -195,6 +195,7 @@ type everywhere struct{}
 func (everywhere) inner(handle []byte) []byte { return handle }
 func (everywhere) outer(handle []byte) []byte { return handle }
 func (everywhere) comes(directory, string)    {}
+func (everywhere) admits([]byte) bool         { return true }
 func (everywhere) top() directory             { return directory{top: true} }
 func (everywhere) at([]byte) directory {
 	names := []string{"hidden", ".snapshots"}

@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	maxConnections, maxConnectionsOfOne = 10000, 2048 // of one address
+	maxConnections, maxConnectionsOfOne = 10000, 2048 // of one address; where there are more, those go first that have shown no handle of an export
 	maxCalls                            = 1024        // of a connection at once
 
 	maxRecord   = 1<<20 + 64<<10
@@ -155,14 +155,15 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 			continue
 		}
 		from := client.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-		if !f.crowd.Admit(from) {
+		guest := f.crowd.Admit(from, func() { client.Close() })
+		if guest == nil {
 			f.log.Debug("too many connections", "client", from)
 			client.Close()
 			continue
 		}
 		g.Go(func() {
-			defer f.crowd.Leave(from)
-			c := &conversation{front: f, seal: f.seal, client: client, asked: map[uint32]asked{}, room: semaphore.NewWeighted(maxCalls)}
+			defer guest.Leave()
+			c := &conversation{front: f, seal: f.seal, guest: guest, client: client, asked: map[uint32]asked{}, room: semaphore.NewWeighted(maxCalls)}
 			if f.guide != nil {
 				c.seal.guide = f.guide(from)
 			}
@@ -177,6 +178,7 @@ func (f *front) serve(ctx context.Context, l net.Listener) {
 type conversation struct {
 	*front
 	seal           seal // for this client
+	guest          *crowd.Guest
 	client, server net.Conn
 	room           *semaphore.Weighted
 
@@ -277,6 +279,9 @@ func (c *conversation) askOne(ctx context.Context, r *bufio.Reader) error {
 	parts, q, err := c.seal.call(record)
 	if err != nil {
 		return err
+	}
+	if q.shown {
+		c.guest.Know()
 	}
 	if binary.BigEndian.Uint32(record[4:]) == msgCall {
 		if err := c.room.Acquire(ctx, 1); err != nil {

@@ -119,7 +119,7 @@ func ask(conn net.Conn, xid uint32) error {
 	return err
 }
 
-// Who opens connections without end has so many of them, and takes them from nobody else.
+// Who opens connections without end takes them from nobody else: neither from those who have shown a file handle, nor from those who come, be it from the same address.
 func TestRootFrontCrowd(t *testing.T) {
 	s := newStage(t, maxConnections)
 	s.crowd.MostOfOne = 20
@@ -133,18 +133,40 @@ func TestRootFrontCrowd(t *testing.T) {
 		t.Cleanup(func() { conn.Close() })
 		return conn
 	}
-	var crowd []net.Conn
-	for range 20 {
-		crowd = append(crowd, dial("127.0.0.2")) // of which none says anything
+	handle, err := s.seal.close([]byte("a file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	shows := func(conn net.Conn, handle []byte) {
+		t.Helper()
+		if err := send(conn, [][]byte{callOf(words(opPutfh), encode(handle))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := record(conn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	known, stranger := dial("127.0.0.2"), dial("127.0.0.2")
+	shows(known, handle)
+	shows(stranger, []byte("a handle that was made up"))
+	for range 2 * s.crowd.MostOfOne {
+		dial("127.0.0.2") // and says nothing
+	}
+	for who, conn := range map[string]net.Conn{"who has shown a handle": known, "one more of that address": dial("127.0.0.2"), "another client": dial("127.0.0.3")} {
+		if err := ask(conn, 1); err != nil {
+			t.Errorf("%s: %v", who, err)
+		}
+	}
+	if err := ask(stranger, 1); err == nil {
+		t.Error("one that has shown nothing has outlasted them all")
+	}
+	for range s.crowd.MostOfOne - 1 {
+		shows(dial("127.0.0.2"), handle)
 	}
 	if err := ask(dial("127.0.0.2"), 1); err == nil {
-		t.Error("one more of that address is answered")
+		t.Error("one more of that address is answered, where all have shown handles")
 	}
-	if err := ask(dial("127.0.0.3"), 1); err != nil {
-		t.Errorf("another client: %v", err)
-	}
-	crowd[0].Close()
-	var err error
+	known.Close()
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if err = ask(dial("127.0.0.2"), 1); err == nil {
 			return

@@ -551,6 +551,13 @@ func (v visitor) outer(handle []byte) []byte {
 	return handle
 }
 
+func (v visitor) admits(handle []byte) bool {
+	v.index.RLock()
+	defer v.index.RUnlock()
+	e := v.index.exports[exportOf(handle)]
+	return e != nil && e.admits(v.address)
+}
+
 func (v visitor) at(handle []byte) directory {
 	id := exportOf(handle)
 	v.index.RLock()

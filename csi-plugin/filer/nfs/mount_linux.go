@@ -51,6 +51,7 @@ func mnt(x *exchange) status {
 	if err != nil {
 		return statusOf(err)
 	}
+	x.guest.Know()
 	x.log.Info("mounted", "client", x.client, "volume", e.Volume, "read-only", e.ReadOnly)
 	x.out.uint32(uint32(ok))
 	x.out.opaque(handle)

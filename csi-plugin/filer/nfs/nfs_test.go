@@ -200,7 +200,7 @@ func FuzzConversation(f *testing.F) {
 			_, _ = here.Write(sent) // the server may have hung up
 			here.Close()
 		})
-		s.converse(t.Context(), there)
+		s.converse(t.Context(), there, s.connections.Admit(netip.Addr{}, func() {}))
 		g.Wait()
 		runtime.ReadMemStats(&after)
 		if took, most := after.TotalAlloc-before.TotalAlloc, uint64(1<<20+400*len(sent)); took > most {

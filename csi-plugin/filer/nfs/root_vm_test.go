@@ -785,12 +785,22 @@ func TestRootStable(t *testing.T) {
 	}
 }
 
-// Somebody who opens connections without end, and leaves calls unfinished on them, takes them from nobody else, and little memory.
+// Somebody who opens connections without end, and leaves calls unfinished on them, takes them from nobody else, and little memory: neither from those who have shown a file
+// handle, nor from those who come, be it from the same address.
 func TestRootCrowd(t *testing.T) {
 	w := serve(t)
-	w.export.Clients = []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}
+	w.export.Clients = []netip.Prefix{netip.MustParsePrefix("127.0.0.1/31"), netip.MustParsePrefix("127.0.0.2/32")}
 	if err := w.server.Export(w.export); err != nil {
 		t.Fatal(err)
+	}
+	mounted := w.dial(asRoot)
+	s, root := mounted.mount(w.export.Path)
+	if s != ok {
+		t.Fatalf("mount: %d", s)
+	}
+	rests := w.dial(asRoot) // over which a client that has been here before goes on
+	if s, _ := rests.on(procGetattr, root, nil); s != ok {
+		t.Fatalf("a call over another connection: %d", s)
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -798,9 +808,10 @@ func TestRootCrowd(t *testing.T) {
 	for range maxConnectionsOfOne + 100 {
 		_, _ = w.dial(asRoot).conn.Write(unfinished) // of those that are too many, some fail
 	}
-	c := w.dial(asRoot)
-	if _, err := c.try(newCall(programNFS, 3, 0, nil, nil)); !errors.Is(err, errHungUp) {
-		t.Errorf("one connection more: %v", err)
+	for who, c := range map[string]*client{"who has mounted": mounted, "who has shown a handle": rests, "who comes": w.dial(asRoot)} {
+		if s, _ := c.on(procGetattr, root, nil); s != ok {
+			t.Errorf("%s: %d", who, s)
+		}
 	}
 	runtime.ReadMemStats(&after)
 	if took := after.HeapInuse + after.StackInuse - before.HeapInuse - before.StackInuse; after.HeapInuse > before.HeapInuse && took > maxConnectionsOfOne*64<<10 {
@@ -812,8 +823,7 @@ func TestRootCrowd(t *testing.T) {
 	}
 	t.Cleanup(func() { conn.Close() })
 	other := &client{t: t, conn: conn, r: bufio.NewReader(conn), user: asRoot}
-	s, root := other.mount(w.export.Path)
-	if s != ok {
+	if s, root = other.mount(w.export.Path); s != ok {
 		t.Fatalf("mount from another address: %d", s)
 	}
 	if s, _ := other.on(procGetattr, root, nil); s != ok {

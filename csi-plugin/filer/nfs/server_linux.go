@@ -28,7 +28,7 @@ import (
 // Bounds of what clients together can make the server hold, and of what those of one export can: a hostile client keeps its own volume waiting,
 // not others'. Who has no file handle holds a connection and its buffer.
 const (
-	maxConnections, maxConnectionsOfOne = 16384, 2048 // of one address
+	maxConnections, maxConnectionsOfOne = 16384, 2048 // of one address; where there are more, those go first that have shown no handle
 	maxCalls, maxKept                   = 128, 1024   // of one connection, at the same time, and others that the storage keeps
 
 	maxWorking, maxWorkingInOne = 256, 64             // calls that are being done
@@ -263,14 +263,15 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			continue
 		}
 		client := addressOf(conn)
-		if !s.connections.Admit(client) {
+		guest := s.connections.Admit(client, func() { conn.Close() })
+		if guest == nil {
 			s.log.Debug("too many connections", "client", client)
 			conn.Close()
 			continue
 		}
 		conversations.Go(func() {
-			defer s.connections.Leave(client)
-			s.converse(ctx, conn)
+			defer guest.Leave()
+			s.converse(ctx, conn, guest)
 		})
 	}
 }
@@ -287,6 +288,7 @@ type conversation struct {
 	*Server
 	conn   net.Conn
 	client netip.Addr
+	guest  *crowd.Guest
 
 	calls *semaphore.Weighted // that are being done
 	kept  atomic.Int64        // others, which the storage keeps
@@ -344,9 +346,9 @@ func (s *Server) memory(ctx context.Context, of *semaphore.Weighted, n int64) er
 
 // converse answers the calls on a connection, several at a time and in no order. One that comes alone and need not wait for anything is done right here: another
 // goroutine would be woken on another processor, which takes longer than such a call.
-func (s *Server) converse(ctx context.Context, conn net.Conn) {
+func (s *Server) converse(ctx context.Context, conn net.Conn, guest *crowd.Guest) {
 	defer conn.Close()
-	c := &conversation{Server: s, conn: conn, client: addressOf(conn)}
+	c := &conversation{Server: s, conn: conn, client: addressOf(conn), guest: guest}
 	stop := context.AfterFunc(ctx, func() {
 		conn.SetReadDeadline(time.Unix(1, 0))
 		if !s.Lease.Holds() { // no call will be answered, and some may have no end
@@ -945,6 +947,7 @@ func (x *exchange) enter(handle []byte) (r reference, s status) {
 	} else if r, well = x.export.sealer.open(handle); !well {
 		return r, errBadHandle
 	}
+	x.guest.Know()
 	if r.snapshot != (snapshotID{}) && !x.waits { // which may have to be mounted
 		return r, mustWait
 	}
