@@ -76,6 +76,9 @@ func (m *move) run(ctx context.Context, id string) error {
 	if v == nil {
 		return n.unknown(id)
 	}
+	if err := volume.CheckName("volume "+id+": what the plugin calls it", stored(v, id)); err != nil { // it becomes an argument
+		return err
+	}
 	from, err := n.placeOf(ctx, v)
 	if err != nil {
 		return err

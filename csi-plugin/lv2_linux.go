@@ -49,9 +49,6 @@ type restore struct {
 }
 
 func (r *restore) run(ctx context.Context, id string) error {
-	if err := volume.CheckName("volume", id); err != nil {
-		return err
-	}
 	n, err := openNomad(r.c, r.namespace)
 	if err != nil {
 		return err
@@ -65,21 +62,28 @@ func (r *restore) run(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	o, err := readOwner(ctx, n.client, p.alloc.Namespace, stored(now, id))
+	var o owner
+	if now == nil {
+		o, err = n.forgotten(ctx, p.alloc.Namespace, id)
+	} else {
+		o, err = readOwner(ctx, n.client, p.alloc.Namespace, stored(now, id))
+	}
 	if err != nil {
 		return err
 	}
-	if now == nil && o.volume == nil {
-		return n.unknown(id)
-	}
 	want := p.has(cmp.Or(now, o.volume))
-	id = want.ID
-	if class := cmp.Or(want.Context["class"], want.Parameters["class"]); class != volume.LV2 {
+	if err := volume.CheckName("volume "+id+": what the plugin calls it", stored(want, id)); err != nil { // it becomes an argument
+		return err
+	}
+	if class := classOf(want); class != volume.LV2 {
 		return fmt.Errorf("volume %s: it is of class %s; cold storage has block volumes, lv2", id, class)
 	}
 	restored := now != nil && now.PluginID == p.plugin && o.Node == p.node.Name // by a call before
 	if !restored {
 		err = n.unused(ctx, now)
+	}
+	if err == nil && now != nil && !restored {
+		err = n.sole(ctx, now, func(other *api.CSIVolumeListStub) bool { return other.PluginID == p.plugin && o.Node == p.node.Name })
 	}
 	if err != nil {
 		return err

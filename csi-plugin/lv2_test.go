@@ -2,19 +2,24 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"filippo.io/age"
+	"github.com/gorilla/websocket"
+	"github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/cold"
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -96,5 +101,112 @@ func testReceiveAgain(t *testing.T, staged bool) {
 	}
 	if now := receive(); now != second {
 		t.Errorf("what was used is removed for a copy: %+v, and before %+v", now, second)
+	}
+}
+
+// Nomad's id of a volume may be another one than the plugin's name for it (db[0] has to), and what is not meant is not restored.
+func TestRestoreWhich(t *testing.T) {
+	of := func(id, plugin, namespace, external string) *api.CSIVolume {
+		return &api.CSIVolume{ID: id, ExternalID: external, Namespace: namespace, PluginID: plugin, Provider: rpc.Name, Context: map[string]string{"class": "lv2"}}
+	}
+	files := of("pages", "files", "default", "db-0")
+	files.Context["class"] = "nfs"
+	text := func(v *api.CSIVolume) string {
+		data, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	noted := func(v *api.CSIVolume) api.VariableItems {
+		return api.VariableItems{"generation": "1", "node": "node1", "volume": text(v)}
+	}
+	for _, c := range []struct {
+		name, id  string
+		volumes   []*api.CSIVolume
+		variables map[string]api.VariableItems
+		want      string // of the error; the plugin's name follows where it is received
+		received  string
+	}{
+		{"another name", "db[0]", []*api.CSIVolume{of("db[0]", "p1", "default", "db-0"), files, of("db[0]", "p1", "tests", "db-0")}, nil, "exit code 3", "db-0"},
+		{"forgotten", "db[0]", nil, map[string]api.VariableItems{"cradle/lv2/db-0": noted(of("db[0]", "p1", "default", "db-0")), "cradle/lv2/db-1": noted(of("db[1]", "p1", "default", "db-1"))}, "exit code 3", "db-0"},
+		{"forgotten by its name", "db", nil, map[string]api.VariableItems{"cradle/lv2/db": noted(of("db", "p1", "default", "db"))}, "exit code 3", "db"},
+		{"another namespace's", "db", nil, map[string]api.VariableItems{"cradle/lv2/db": noted(of("db", "p1", "tests", "db"))}, "volume db: Nomad knows none in namespace default", ""},
+		{"unknown", "../db?", nil, nil, "volume ../db?: Nomad knows none", ""},
+		{"another plugin's has its name", "db", []*api.CSIVolume{of("db", "p1", "default", "db"), of("other", "p3", "tests", "db")}, nil, "volume db: plugin p3 has one of its name db as well (volume other in namespace tests)", ""},
+		{"it is there twice", "db", []*api.CSIVolume{of("db", "p1", "default", "db"), of("other", "p2", "tests", "db")}, map[string]api.VariableItems{"cradle/lv2/db": {"generation": "1", "node": "node2", "volume": text(of("other", "p2", "tests", "db"))}}, "exit code 3", "db"},
+		{"no name", "db", []*api.CSIVolume{of("db", "p1", "default", "--into")}, nil, `volume db: what the plugin calls it: "--into" is no name`, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var received string
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				namespace := r.URL.Query().Get("namespace")
+				var answer any
+				switch dir, last := path.Split(r.URL.Path); {
+				case last == "exec":
+					var command []string
+					if err := json.Unmarshal([]byte(r.URL.Query().Get("command")), &command); err != nil || len(command) < 4 {
+						t.Error(command, err)
+						return
+					}
+					received = command[3]
+					conn, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
+					if err == nil {
+						err = errors.Join(conn.WriteMessage(websocket.TextMessage, []byte(`{"exited": true, "result": {"exit_code": 3}}`)), conn.Close())
+					}
+					if err != nil {
+						t.Error(err)
+					}
+					return
+				case r.URL.Path == "/v1/nodes":
+					answer = []*api.NodeListStub{{ID: "n2", Name: "node2", Status: api.NodeStatusReady}}
+				case dir == "/v1/node/":
+					answer = &api.Node{ID: "n2", Name: "node2", CSIControllerPlugins: map[string]*api.CSIInfo{"p2": {Healthy: true, AllocID: "a"}}, CSINodePlugins: map[string]*api.CSIInfo{
+						"p2": {NodeInfo: &api.CSINodeInfo{AccessibleTopology: &api.CSITopology{Segments: map[string]string{rpc.TopologyHost: "node2"}}}},
+					}}
+				case dir == "/v1/plugin/csi/":
+					answer = &api.CSIPlugin{ID: "p2", Provider: rpc.Name}
+				case dir == "/v1/allocation/":
+					group, task := "g", &api.Task{Name: "t", CSIPluginConfig: &api.TaskCSIPluginConfig{ID: "p2"}}
+					answer = &api.Allocation{ID: "a", NodeID: "n2", Namespace: "default", TaskGroup: group, Job: &api.Job{TaskGroups: []*api.TaskGroup{{Name: &group, Tasks: []*api.Task{task}}}}}
+				case r.URL.Path == "/v1/volumes":
+					var all []*api.CSIVolumeListStub
+					for _, v := range c.volumes {
+						all = append(all, &api.CSIVolumeListStub{ID: v.ID, Namespace: v.Namespace, ExternalID: v.ExternalID, PluginID: v.PluginID, Provider: v.Provider})
+					}
+					answer = all
+				case dir == "/v1/volume/csi/":
+					for _, v := range c.volumes {
+						if v.ID == last && v.Namespace == namespace {
+							answer = v
+						}
+					}
+				case r.URL.Path == "/v1/vars":
+					all := []*api.VariableMetadata{}
+					for name := range c.variables {
+						all = append(all, &api.VariableMetadata{Path: name})
+					}
+					answer = all
+				case r.Method == http.MethodPut:
+					answer = &api.Variable{ModifyIndex: 2}
+				case strings.HasPrefix(r.URL.Path, "/v1/var/"):
+					name := strings.TrimPrefix(r.URL.Path, "/v1/var/")
+					if items, ok := c.variables[name]; ok {
+						answer = &api.Variable{Path: name, ModifyIndex: 1, Items: items}
+					}
+				}
+				if answer == nil {
+					http.NotFound(w, r)
+				} else if err := json.NewEncoder(w).Encode(answer); err != nil {
+					t.Error(err)
+				}
+			}))
+			defer srv.Close()
+			t.Setenv("NOMAD_ADDR", srv.URL)
+			r := &restore{c: &cli{stdout: io.Discard, stderr: io.Discard}, to: "node2", namespace: "default"}
+			if err := r.run(t.Context(), c.id); err == nil || !strings.Contains(err.Error(), c.want) || received != c.received {
+				t.Errorf("%v, received %q; want %s, %q", err, received, c.want, c.received)
+			}
+		})
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
 // A nomad is Nomad for a command that works on volumes of several nodes.
@@ -262,8 +264,11 @@ func (h heard) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// registered is what Nomad knows of a volume; nil where it does not.
+// registered is what Nomad knows of a volume; nil where it does not. Its id there may be another one than the plugin's, as db[0] is.
 func (n *nomad) registered(ctx context.Context, id string) (*api.CSIVolume, error) {
+	if strings.ContainsAny(id, "/?#%") { // which would be another path
+		return nil, nil
+	}
 	v, _, err := n.client.CSIVolumes().Info(id, query(ctx, n.namespace))
 	var response api.UnexpectedResponseError
 	if errors.As(err, &response) && response.StatusCode() == http.StatusNotFound {
@@ -283,6 +288,59 @@ func stored(v *api.CSIVolume, id string) string {
 func (n *nomad) unknown(id string) error {
 	return fmt.Errorf("volume %s: Nomad knows none in namespace %s; \"nomad volume status\" lists them", id, n.namespace)
 }
+
+// forgotten is what a restore has noted of a volume that Nomad does not know any more: the restore was interrupted between taking it from one plugin and giving it to another.
+// namespace is the notes'. What is noted of another namespace's volume is not meant.
+func (n *nomad) forgotten(ctx context.Context, namespace, id string) (o owner, err error) {
+	paths := []string{ownerPath(id)}
+	for tried := 0; tried < len(paths); tried++ {
+		one, err := readOwnerAt(ctx, n.client, namespace, paths[tried])
+		if err != nil {
+			return o, err
+		}
+		if one.volume != nil && one.volume.ID == id && one.volume.Namespace == n.namespace && one.index > o.index {
+			o = one
+		}
+		if tried == 0 && o.volume == nil { // it is noted by the plugin's name for it
+			all, _, err := n.client.Variables().PrefixList(ownersPath, query(ctx, namespace))
+			if err != nil {
+				return o, errors.Join(n.unknown(id), err)
+			}
+			for _, v := range all {
+				paths = append(paths, v.Path)
+			}
+		}
+	}
+	if o.volume == nil {
+		return o, n.unknown(id)
+	}
+	return o, nil
+}
+
+// sole refuses a block volume whose name one of another plugin has as well: cold storage and generations know names alone, so that the copies of the other one might be taken for its own, and the other one for a former one of it.
+// What is the same one, registered twice, may be.
+func (n *nomad) sole(ctx context.Context, v *api.CSIVolume, same func(*api.CSIVolumeListStub) bool) error {
+	all, _, err := n.client.CSIVolumes().List(query(ctx, api.AllNamespacesNamespace))
+	if err != nil {
+		return err
+	}
+	for _, other := range all {
+		if other.Provider != rpc.Name || other.PluginID == v.PluginID || same(other) || stored(&api.CSIVolume{ExternalID: other.ExternalID}, other.ID) != stored(v, v.ID) {
+			continue
+		}
+		known, err := (&nomad{client: n.client, namespace: other.Namespace}).registered(ctx, other.ID)
+		if err != nil {
+			return err
+		}
+		if known != nil && classOf(known) == volume.LV2 {
+			return fmt.Errorf("volume %s: plugin %s has one of its name %s as well (volume %s in namespace %s), and which copies are whose is not known: \"cradle-csi cold ls %[3]s\" lists those of both with the times at which the volumes were made, \"cradle-csi cold restore\" makes a volume of one of them, by another name",
+				v.ID, other.PluginID, stored(v, v.ID), other.ID, other.Namespace)
+		}
+	}
+	return nil
+}
+
+func classOf(v *api.CSIVolume) string { return cmp.Or(v.Context["class"], v.Parameters["class"]) }
 
 // unused refuses a volume that somebody may write to at this moment.
 func (n *nomad) unused(ctx context.Context, v *api.CSIVolume) error {

@@ -32,12 +32,18 @@ func ownerPath(id string) string {
 		sum := sha256.Sum256([]byte(id))
 		id = "~" + hex.EncodeToString(sum[:])
 	}
-	return "cradle/lv2/" + strings.ReplaceAll(id, ".", "~")
+	return ownersPath + strings.ReplaceAll(id, ".", "~")
 }
 
+const ownersPath = "cradle/lv2/"
+
 // readOwner reads it; it is the zero value where there is none.
-func readOwner(ctx context.Context, nomad *api.Client, namespace, id string) (o owner, err error) {
-	v, _, err := nomad.Variables().Peek(ownerPath(id), (&api.QueryOptions{Namespace: namespace}).WithContext(ctx))
+func readOwner(ctx context.Context, nomad *api.Client, namespace, id string) (owner, error) {
+	return readOwnerAt(ctx, nomad, namespace, ownerPath(id))
+}
+
+func readOwnerAt(ctx context.Context, nomad *api.Client, namespace, path string) (o owner, err error) {
+	v, _, err := nomad.Variables().Peek(path, query(ctx, namespace))
 	if err != nil || v == nil {
 		return o, err
 	}
