@@ -339,6 +339,29 @@ func (c *cli) serve(ctx context.Context, controller, node bool) error {
 	return errors.Join(g.Wait(), b.Close())
 }
 
+// storage is the name of the backend that has the volumes, be it a filer's.
+func (c *cli) storage(ctx context.Context, b volume.Backend) (string, error) {
+	f, ok := b.(*volumes.Backend)
+	if !ok {
+		return c.backend, nil
+	}
+	far, err := f.Far(ctx)
+	return far.Name, err
+}
+
+// suit leaves out of a request what another backend's volume was made with, and the one of a name does not have: such a volume is not one that somebody asks for here.
+func suit(storage string, r *volume.Request) {
+	if storage != "zfs" {
+		r.Compression = ""
+	}
+	if storage != "zfs" || !r.Block() {
+		r.BlockSize = 0
+	}
+	if !r.Block() && (storage != "dir" || r.Size == 0) {
+		r.FS = ""
+	}
+}
+
 // usualSnapshots are those of file volumes whose parameters do not say.
 const usualSnapshots = "hourly=24,daily=7,weekly=4,monthly=6"
 
@@ -349,13 +372,9 @@ func (c *cli) usual(b volume.Backend) (func(context.Context) (volume.Retention, 
 		return func(context.Context) (volume.Retention, error) { return r, nil }, err
 	}
 	return func(ctx context.Context) (volume.Retention, error) {
-		name := c.backend
-		if f, ok := b.(*volumes.Backend); ok {
-			far, err := f.Far(ctx)
-			if err != nil {
-				return volume.Retention{}, err
-			}
-			name = far.Name
+		name, err := c.storage(ctx, b)
+		if err != nil {
+			return volume.Retention{}, err
 		}
 		if name == "zfs" {
 			return volume.ParseRetention(usualSnapshots)

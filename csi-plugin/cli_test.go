@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -61,6 +63,52 @@ func TestCopyKeeps(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(c.pools[0], "new")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("it was made: %v", err)
+	}
+}
+
+// A volume is copied to one of another backend without the parameters that this does not have, and Nomad is told what there is.
+func TestCopyElsewhere(t *testing.T) {
+	var out bytes.Buffer
+	c := &cli{stdout: &out, backend: "dir", pools: []string{filepath.Join(t.TempDir(), "pool")}}
+	b, _, err := c.open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	n := creation{Of: "old", Parameters: map[string]string{"class": "nfs", "compression": "zstd", "snapshots": "daily=7"}}
+	if err := c.copyList(t.Context(), b, "new", n); err != nil {
+		t.Fatal(err)
+	}
+	out.Reset()
+	var at located
+	if err := errors.Join(c.copyWhole(t.Context(), b, "new", "old", nil), json.Unmarshal(out.Bytes(), &at)); err != nil {
+		t.Fatal(err)
+	}
+	parameters, context := n.has(at.Parameters)
+	if want := map[string]string{"class": "nfs", "snapshots": "daily=7"}; !maps.Equal(parameters, want) {
+		t.Errorf("its parameters: %v, not %v", parameters, want)
+	}
+	if want := map[string]string{"class": "nfs", "snapshots": "daily=7", "pool": "default"}; !maps.Equal(context, want) {
+		t.Errorf("it has %v, not %v", context, want)
+	}
+	all := volume.Parameters{FS: "xfs", Compression: "zstd", BlockSize: 8192}
+	for _, c := range []struct {
+		storage, class string
+		size           int64
+		want           volume.Parameters
+	}{
+		{"dir", volume.LV2, 1 << 30, volume.Parameters{FS: "xfs"}},
+		{"dir", volume.NFS, 1 << 30, volume.Parameters{FS: "xfs"}},
+		{"dir", volume.NFS, 0, volume.Parameters{}},
+		{"zfs", volume.LV2, 1 << 30, all},
+		{"zfs", volume.NFS, 1 << 30, volume.Parameters{Compression: "zstd"}},
+		{"ceph", volume.GFS, 1 << 30, volume.Parameters{}},
+	} {
+		r := volume.Request{Size: c.size, Parameters: all}
+		r.Class, c.want.Class = c.class, c.class
+		if suit(c.storage, &r); r.Parameters != c.want {
+			t.Errorf("%s, %s, %d bytes: %+v, not %+v", c.storage, c.class, c.size, r.Parameters, c.want)
+		}
 	}
 }
 

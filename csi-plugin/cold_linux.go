@@ -227,9 +227,7 @@ func (c *cli) receive(ctx context.Context, b volume.Backend, v *cold.Vault, one 
 	if r.Parameters, err = volume.ParseParameters(info.Parameters); err != nil {
 		return fmt.Errorf("copy %s: %w", one, err)
 	}
-	if c.backend == "dir" {
-		r.Compression, r.BlockSize = "", 0 // zfs alone has them
-	}
+	suit(c.backend, &r)
 	// Its own copies are the newer ones, also where this host's clock is behind.
 	if r.After, err = v.Born(ctx, r.Name); err != nil {
 		return err

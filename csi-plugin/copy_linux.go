@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -203,11 +204,11 @@ func (m *move) pass(ctx context.Context, n *nomad, from, to *place, id string, n
 func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c creation, sent tree.Changes) error {
 	want := *v
 	want.ID, want.Name, want.ExternalID, want.Capacity, want.RequestedCapacityMin, want.RequestedCapacityMax = m.as, m.as, m.as, c.Size, c.Size, 0
-	want.Parameters, want.Context = c.Parameters, c.Parameters
 	if c.Parameters["class"] != v.Context["class"] {
 		want.MountOptions, want.RequestedCapabilities = nil, capabilities(c.Parameters["class"])
 	}
 	at, err := m.ask(ctx, n, to, "whole", "--of", c.Of)
+	want.Parameters, want.Context = c.has(at.Parameters)
 	var now *api.CSIVolume
 	if err == nil {
 		now, err = n.registered(ctx, m.as)
@@ -219,6 +220,16 @@ func (m *move) end(ctx context.Context, n *nomad, to *place, v *api.CSIVolume, c
 		err = m.done(ctx, n, to, v.ID, c, sent)
 	}
 	return err
+}
+
+// has is how Nomad is to know the new volume: what it was to be, without what its backend has not, and what it is.
+func (c creation) has(is map[string]string) (parameters, context map[string]string) {
+	if len(is) == 0 { // the plugin there is of before
+		return c.Parameters, c.Parameters
+	}
+	parameters = maps.Clone(c.Parameters)
+	maps.DeleteFunc(parameters, func(name, value string) bool { return is[name] != value })
+	return parameters, is
 }
 
 // done lets go of a volume that Nomad knows, and that is whole.
@@ -245,6 +256,8 @@ type located struct {
 	Local bool   `json:"local"` // on its node alone
 	Of    string `json:"of"`    // "" where no copy was begun, or the last one has come to its end
 	Whole bool   `json:"whole"` // it has all that the other one had
+
+	Parameters map[string]string `json:"parameters,omitempty"` // of one that is whole
 }
 
 // capabilities of a class whose files a host mounts.
@@ -371,7 +384,12 @@ func (c *cli) copyList(ctx context.Context, b volume.Backend, id string, n creat
 	_, err = b.Get(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) {
 		r := volume.Request{Name: id, Size: n.Size, Generation: n.Generation, Parameters: p}
-		if err = c.keeps(b, r); err == nil {
+		var storage string
+		if storage, err = c.storage(ctx, b); err == nil {
+			suit(storage, &r)
+			err = c.keeps(b, r)
+		}
+		if err == nil {
 			_, err = b.Create(ctx, r)
 		}
 	}
@@ -568,7 +586,11 @@ func (c *cli) copyWhole(ctx context.Context, b volume.Backend, id, of string, _ 
 	if err != nil {
 		return err
 	}
-	return json.NewEncoder(c.stdout).Encode(located{Local: c.local, Of: of, Whole: true})
+	v, err := b.Get(ctx, id)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(c.stdout).Encode(located{Local: c.local, Of: of, Whole: true, Parameters: v.Map()})
 }
 
 func (c *cli) copyEnd(ctx context.Context, b volume.Backend, id, of string, _ io.Reader) error {
