@@ -153,18 +153,19 @@ func (s *controller) reachable(r *csi.TopologyRequirement) error {
 	if len(r.GetRequisite()) == 0 {
 		return nil
 	}
-	here := s.topology()
 	for _, t := range r.GetRequisite() {
-		if contains(here, t.GetSegments()) {
+		if s.reaches(t.GetSegments()) {
 			return nil
 		}
 	}
-	return status.Errorf(codes.ResourceExhausted, "accessibility requirements: volumes made here are reachable at %v alone", here)
+	return status.Errorf(codes.ResourceExhausted, "accessibility requirements: volumes made here are reachable at %v alone", s.topology())
 }
 
-func contains(have, want map[string]string) bool {
-	for k, v := range want {
-		if have[k] != v {
+// reaches says whether volumes that are made here can be used in a part of the topology: where they are not on this host alone, whatever host it names.
+func (s *Server) reaches(segments map[string]string) bool {
+	here := s.topology()
+	for k, v := range segments {
+		if here[k] != v && (k != TopologyHost || s.config.Local) {
 			return false
 		}
 	}
@@ -293,7 +294,7 @@ func (s *controller) GetCapacity(ctx context.Context, req *csi.GetCapacityReques
 			return &csi.GetCapacityResponse{}, nil
 		}
 	}
-	if t := req.GetAccessibleTopology(); t != nil && !contains(s.topology(), t.GetSegments()) {
+	if t := req.GetAccessibleTopology(); t != nil && !s.reaches(t.GetSegments()) {
 		return &csi.GetCapacityResponse{}, nil
 	}
 	n, err := s.config.Backend.Capacity(ctx, p)

@@ -72,6 +72,37 @@ func TestPage(t *testing.T) {
 	}
 }
 
+// A block volume is on its host; what all hosts of a zone have can be made by any of them, whichever it is for.
+func TestReachable(t *testing.T) {
+	type at = map[string]string
+	for _, c := range []struct {
+		wants        at
+		local, zonal bool // whether a volume of this host alone, and one of its zone, is reachable there
+	}{
+		{at{TopologyHost: "a", TopologyZone: "east"}, true, true},
+		{at{TopologyHost: "a"}, true, true},
+		{at{TopologyZone: "east"}, true, true},
+		{at{TopologyHost: "b", TopologyZone: "east"}, false, true},
+		{at{TopologyHost: "b"}, false, true},
+		{at{TopologyHost: "a", TopologyZone: "west"}, false, false},
+		{at{TopologyHost: "b", TopologyZone: "west"}, false, false},
+		{at{"topology.example.org/rack": "1"}, false, false},
+	} {
+		for local, want := range map[bool]bool{true: c.local, false: c.zonal} {
+			s := &controller{Server: &Server{config: Config{Backend: fixed{}, NodeID: "a", Zone: "east", Local: local}}}
+			wants := &csi.Topology{Segments: c.wants}
+			err := s.reachable(&csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: at{TopologyZone: "north"}}, wants}})
+			if got := status.Code(err); got != map[bool]codes.Code{true: codes.OK, false: codes.ResourceExhausted}[want] {
+				t.Errorf("%v, on this host alone %t: %v", c.wants, local, err)
+			}
+			free, err := s.GetCapacity(t.Context(), &csi.GetCapacityRequest{AccessibleTopology: wants, Parameters: at{"pool": "default"}})
+			if err != nil || free.GetAvailableCapacity() > 0 != want {
+				t.Errorf("%v, on this host alone %t: %v free, %v", c.wants, local, free, err)
+			}
+		}
+	}
+}
+
 // What takes longer than its call is done once, and who asks again gets it; the server's end ends it.
 func TestComplete(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
