@@ -55,12 +55,19 @@ func (c change) target(name string) string {
 		if to = path.Join(path.Dir(name), to); visible(to) != nil {
 			break
 		}
-		if _, err := c.stat(to); err != nil {
+		// Where a directory on the way is a link itself, that may be another file.
+		if there, err := c.stat(to); err != nil || !c.same(name, there) {
 			break
 		}
 		name = to
 	}
 	return name
+}
+
+// same says whether a name leads to a file.
+func (c change) same(name string, file fs.FileInfo) bool {
+	fi, err := c.stat(name)
+	return err == nil && os.SameFile(fi.(info).FileInfo, file.(info).FileInfo)
 }
 
 // put makes a file of what r has, or replaces one: whoever reads sees the old one or the new one. Once all is there, admit is asked whether that may be.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -243,6 +244,16 @@ func TestLinksInside(t *testing.T) {
 	}
 	if _, err := os.Readlink(filepath.Join(w.root, "link")); err != nil {
 		t.Error(err)
+	}
+	// What a link leads to is not what its text says where the directory that it is in is a link as well.
+	if err := errors.Join(os.MkdirAll(filepath.Join(w.root, "deep/in"), 0o755), os.Symlink("deep/in", filepath.Join(w.root, "short")), os.Symlink("../other", filepath.Join(w.root, "deep/in/link"))); err != nil {
+		t.Fatal(err)
+	}
+	w.write("other", "another file")
+	w.write("deep/other", "old")
+	w.want(http.StatusNoContent, "PUT", "/short/link", "new")
+	if got, _ := w.want(http.StatusOK, "GET", "/short/link", ""); got != "new" || w.file("other") != "another file" {
+		t.Errorf("what was put is %q, and what it was not put to %q", got, w.file("other"))
 	}
 }
 
