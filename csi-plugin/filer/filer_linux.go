@@ -19,6 +19,7 @@ import (
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/ganesha"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/s3"
@@ -158,9 +159,9 @@ func (f *filer) serve(ctx context.Context, p api.Publication) error {
 	}))
 }
 
-// stuck gives an engine's error its meaning.
+// stuck gives the error of a protocol its meaning.
 func stuck(err error) error {
-	if errors.Is(err, nfs.ErrStuck) {
+	if errors.Is(err, nfs.ErrStuck) || errors.Is(err, gateway.ErrStuck) {
 		return fmt.Errorf("%w: %w; try again once it does", volume.ErrUnavailable, err)
 	}
 	return err

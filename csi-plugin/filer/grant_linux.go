@@ -81,7 +81,7 @@ func (f *filer) admit(ctx context.Context, g api.Grant) error {
 	if err == nil && f.s3 != nil && s3.CheckBucket(g.Volume) == nil {
 		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen, Gate: gate})
 	}
-	return err
+	return stuck(err)
 }
 
 // revoke ends a grant.
@@ -106,11 +106,15 @@ func (f *filer) revoke(ctx context.Context, id string) error {
 
 // endGrant undoes admit, as far as nobody else needs it, and then the record.
 func (f *filer) endGrant(ctx context.Context, g api.Grant) error {
+	var errs []error
 	if f.webdav != nil {
-		f.webdav.Forbid(g.ID)
+		errs = append(errs, f.webdav.Forbid(g.ID))
 	}
 	if f.s3 != nil {
-		f.s3.Forbid(g.ID)
+		errs = append(errs, f.s3.Forbid(g.ID))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("end grant %s: %w", g.ID, stuck(err))
 	}
 	if err := f.release(ctx, g.Volume, 1); err != nil {
 		return err

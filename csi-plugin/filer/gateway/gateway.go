@@ -112,6 +112,46 @@ func (a *answer) Write(p []byte) (int, error) {
 	return a.ResponseWriter.Write(p)
 }
 
+// ErrStuck is that requests of a grant which has ended have no end, as the storage keeps them.
+var ErrStuck = errors.New("the storage keeps requests that have begun")
+
+// stuckAfter is how long they may take.
+const stuckAfter = 10 * time.Second
+
+// An Ending is a grant's: nothing begins for it any more.
+type Ending struct {
+	late  time.Time
+	ended chan struct{}
+}
+
+// End does what ends a grant once its requests have ended, which may have no end.
+func End(do func()) *Ending {
+	e := &Ending{time.Now().Add(stuckAfter), make(chan struct{})}
+	go func() { // which Wait waits for, or nobody where the storage keeps requests
+		defer close(e.ended)
+		do()
+	}()
+	return e
+}
+
+// Wait waits for that, for as long as it may take from its beginning on: who asks again and again waits once.
+func (e *Ending) Wait() error {
+	select {
+	case <-e.ended:
+		return nil
+	case <-time.After(time.Until(e.late)):
+	}
+	select {
+	case <-e.ended:
+		return nil
+	default:
+		return ErrStuck
+	}
+}
+
+// Ended is closed at its end.
+func (e *Ending) Ended() <-chan struct{} { return e.ended }
+
 // A Meter is told of each request at its end: how it was answered, 0 where that was broken off, and how many bytes of content came and went.
 type Meter func(method string, code int, in, out int64)
 

@@ -22,6 +22,7 @@ type exported struct {
 	fsid uint64
 	gone bool
 
+	late    time.Time     // when it should have ended, where it leaves
 	ended   chan struct{} // closed when it is gone, and no call is at work in it
 	failure error         // that came of it
 	slow    atomic.Bool   // its file system can't say whether reading would wait

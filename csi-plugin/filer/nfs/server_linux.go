@@ -137,15 +137,15 @@ func (s *Server) Unexport(path string) error {
 func (s *Server) leave(path string) *exported {
 	x := s.paths[path]
 	if x != nil {
+		x.late = time.Now().Add(stuck)
 		s.leaving[path] = append(s.leaving[path], x)
 		go x.end() // which left waits for, or nobody where the storage keeps its calls
 	}
 	return x
 }
 
-// left waits for the end of all that was exported at a path before, by whichever call, for as long as a call of clients' may take.
+// left waits for the end of all that was exported at a path before, by whichever call, for as long as a call of clients' may take: who asks again and again waits once.
 func (s *Server) left(path string) error {
-	late := time.After(stuck)
 	for {
 		s.mu.Lock()
 		var x *exported
@@ -160,7 +160,7 @@ func (s *Server) left(path string) error {
 		}
 		select {
 		case <-x.ended:
-		case <-late:
+		case <-time.After(max(time.Until(x.late), readsOn)): // of what has ended meanwhile is heard
 			return fmt.Errorf("export of volume %s: %w: nobody begins another one, and those have no end before it answers", x.Volume, ErrStuck)
 		}
 		s.mu.Lock()

@@ -1,6 +1,7 @@
 package s3
 
 import (
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 )
@@ -98,6 +100,40 @@ func TestRevokedWhileWaiting(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestStuck: who ends a grant whose requests the storage keeps is told so, and waits for them once.
+func TestStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := New("/bin/true", filepath.Join(t.TempDir(), "s3"), 0, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := Grant{Key: "key", Secret: "secret", Volume: "volume", Root: t.TempDir()}
+		if err := s.Allow(g); err != nil {
+			t.Fatal(err)
+		}
+		kept := s.grants["key"]
+		kept.working.Add(1)
+		began := time.Now()
+		for range 2 {
+			if err := s.Forbid("key"); !errors.Is(err, gateway.ErrStuck) {
+				t.Errorf("its end: %v", err)
+			}
+		}
+		if err := s.Allow(g); !errors.Is(err, gateway.ErrStuck) {
+			t.Errorf("made again: %v", err)
+		}
+		if waited := time.Since(began); waited != 10*time.Second {
+			t.Errorf("all of that has taken %v", waited)
+		}
+		kept.working.Done()
+		synctest.Wait()
+		if err := errors.Join(s.Forbid("key"), s.Allow(g)); err != nil {
+			t.Errorf("when the storage has answered: %v", err)
+		}
+		s.Close()
+	})
 }
 
 // FuzzAccessKey: whatever a client says, a key is a part of what it has said.

@@ -59,6 +59,7 @@ type Server struct {
 
 	mu     sync.Mutex
 	grants map[string]*granted // by access key
+	ending map[string]*gateway.Ending
 }
 
 // New makes a server that runs program, cradle-s3, with its sockets in dir, and does as many requests a second of each grant as perSecond says, of 0 all.
@@ -72,7 +73,7 @@ func New(program, dir string, perSecond float64, log *slog.Logger) (*Server, err
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, err
 	}
-	return &Server{most: maxProcesses, program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}}, nil
+	return &Server{most: maxProcesses, program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, ending: map[string]*gateway.Ending{}}, nil
 }
 
 // A grant at work.
@@ -104,7 +105,9 @@ func (s *Server) Allow(g Grant) error {
 	if s.allows(g) {
 		return nil
 	}
-	s.Forbid(g.Key)
+	if err := s.Forbid(g.Key); err != nil {
+		return fmt.Errorf("grant %s: %w", g.Key, err)
+	}
 	root, err := os.Open(g.Root)
 	if err != nil {
 		return err
@@ -147,37 +150,49 @@ func (s *Server) allows(g Grant) bool {
 	return err == nil && nerr == nil && os.SameFile(open, now)
 }
 
-// Forbid ends a grant: from its return on nothing is done for it. One that is not there is no error.
-func (s *Server) Forbid(key string) {
-	s.mu.Lock()
-	w := s.grants[key]
-	delete(s.grants, key)
-	s.mu.Unlock()
-	if w == nil {
-		return
+// Forbid ends a grant: from its return on nothing is done for it. One that is not there is no error. Where the storage keeps what had begun it is gateway.ErrStuck, again
+// and again until that has ended.
+func (s *Server) Forbid(key string) error {
+	if e := s.forbid(key); e != nil {
+		return e.Wait()
 	}
-	w.end()
-	w.mu.Lock()
-	w.stop()
-	w.mu.Unlock()
-	w.working.Wait()
-	w.mu.Lock()
-	w.stop()
-	w.mu.Unlock()
-	w.past.Close()
-	w.root.Close()
+	return nil
+}
+
+// forbid begins to end a grant; nil is none.
+func (s *Server) forbid(key string) *gateway.Ending {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if w := s.grants[key]; w != nil {
+		delete(s.grants, key)
+		w.end()
+		s.ending[key] = gateway.End(func() {
+			w.mu.Lock()
+			w.stop()
+			w.mu.Unlock()
+			w.working.Wait()
+			w.mu.Lock()
+			w.stop()
+			w.mu.Unlock()
+			w.past.Close()
+			w.root.Close()
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			delete(s.ending, key)
+		})
+	}
+	return s.ending[key]
 }
 
 // Close ends all grants.
 func (s *Server) Close() {
 	s.mu.Lock()
-	var keys []string
-	for key := range s.grants {
-		keys = append(keys, key)
-	}
+	keys := slices.Concat(slices.Collect(maps.Keys(s.grants)), slices.Collect(maps.Keys(s.ending)))
 	s.mu.Unlock()
 	for _, key := range keys {
-		s.Forbid(key)
+		if e := s.forbid(key); e != nil {
+			<-e.Ended()
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -43,6 +44,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	grants  map[string]*granted // by user
+	ending  map[string]*gateway.Ending
 	volumes map[string]*opened
 }
 
@@ -65,7 +67,7 @@ type granted struct {
 
 // New makes a server that keeps volumes' locks in dir, and does as many requests a second of each grant as perSecond says, of 0 all.
 func New(dir string, perSecond float64, log *slog.Logger) *Server {
-	return &Server{dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, volumes: map[string]*opened{}}
+	return &Server{dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, ending: map[string]*gateway.Ending{}, volumes: map[string]*opened{}}
 }
 
 // Allow lets a user in, or changes the grant of that user, whose requests end then. Where nothing is changed they go on.
@@ -76,7 +78,9 @@ func (s *Server) Allow(g Grant) error {
 	if s.allows(g) {
 		return nil
 	}
-	s.Forbid(g.User)
+	if err := s.Forbid(g.User); err != nil {
+		return fmt.Errorf("grant %s: %w", g.User, err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	o := s.volumes[g.Volume]
@@ -127,42 +131,48 @@ func (s *Server) allows(g Grant) bool {
 // errRevoked ends requests.
 var errRevoked = errors.New("the grant has been revoked")
 
-// Forbid ends a grant: from its return on nothing is done for it, and no file of its volume is open where it was the last. One that is not there is no error.
-func (s *Server) Forbid(user string) {
-	s.mu.Lock()
-	w := s.grants[user]
-	delete(s.grants, user)
-	s.mu.Unlock()
-	if w == nil {
-		return
+// Forbid ends a grant: from its return on nothing is done for it, and no file of its volume is open where it was the last. One that is not there is no error. Where the
+// storage keeps what had begun it is gateway.ErrStuck, again and again until that has ended.
+func (s *Server) Forbid(user string) error {
+	if e := s.forbid(user); e != nil {
+		return e.Wait()
 	}
-	w.end(errRevoked)
-	w.working.Wait()
+	return nil
+}
+
+// forbid begins to end a grant; nil is none.
+func (s *Server) forbid(user string) *gateway.Ending {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if o := s.volumes[w.Volume]; o.grants > 1 {
-		o.grants--
-	} else {
-		delete(s.volumes, w.Volume)
-		o.volume.snapshots.Close()
-		o.volume.root.Close()
+	if w := s.grants[user]; w != nil {
+		delete(s.grants, user)
+		w.end(errRevoked)
+		s.ending[user] = gateway.End(func() {
+			w.working.Wait()
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			delete(s.ending, user)
+			if o := s.volumes[w.Volume]; o.grants > 1 {
+				o.grants--
+			} else {
+				delete(s.volumes, w.Volume)
+				o.volume.snapshots.Close()
+				o.volume.root.Close()
+			}
+		})
 	}
+	return s.ending[user]
 }
 
 // Close ends all grants.
 func (s *Server) Close() {
-	for {
-		s.mu.Lock()
-		user, some := "", false
-		for user = range s.grants {
-			some = true
-			break
+	s.mu.Lock()
+	users := slices.Concat(slices.Collect(maps.Keys(s.grants)), slices.Collect(maps.Keys(s.ending)))
+	s.mu.Unlock()
+	for _, user := range users {
+		if e := s.forbid(user); e != nil {
+			<-e.Ended()
 		}
-		s.mu.Unlock()
-		if !some {
-			return
-		}
-		s.Forbid(user)
 	}
 }
 

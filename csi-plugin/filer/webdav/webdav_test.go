@@ -25,6 +25,7 @@ import (
 	"golang.org/x/net/webdav"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
 
 // A world is a directory that is served to user "u" with the secret "p", with something beside it that nobody may see.
@@ -471,6 +472,50 @@ func TestRevokedWhileWaiting(t *testing.T) {
 		if got := put("third"); got.Code != http.StatusForbidden {
 			t.Errorf("a grant that may only read is answered %d: %s", got.Code, got.Body)
 		}
+	})
+}
+
+// TestStuck: who ends a grant whose requests the storage keeps is told so, and waits for them once.
+func TestStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(filepath.Join(t.TempDir(), "locks"), 0, slog.New(slog.NewTextHandler(t.Output(), nil)))
+		answers := make(chan struct{})
+		g := Grant{User: "u", Secret: "p", Volume: "v", Root: t.TempDir(), Snapshots: &snapshots.Source{List: func() ([]snapshots.Snapshot, error) { <-answers; return nil, nil }}}
+		if err := s.Allow(g); err != nil {
+			t.Fatal(err)
+		}
+		r := httptest.NewRequest("PROPFIND", "/v/.snapshots", nil)
+		r.SetBasicAuth("u", "p")
+		r.Header.Set("Depth", "1")
+		go s.ServeHTTP(httptest.NewRecorder(), r)
+		synctest.Wait()
+		began := time.Now()
+		for range 2 {
+			if err := s.Forbid("u"); !errors.Is(err, gateway.ErrStuck) {
+				t.Errorf("its end: %v", err)
+			}
+		}
+		if err := s.Allow(g); !errors.Is(err, gateway.ErrStuck) {
+			t.Errorf("made again: %v", err)
+		}
+		if waited := time.Since(began); waited != 10*time.Second {
+			t.Errorf("all of that has taken %v", waited)
+		}
+		r = httptest.NewRequest("GET", "/v/", nil)
+		r.SetBasicAuth("u", "p")
+		answer := httptest.NewRecorder()
+		if s.ServeHTTP(answer, r); answer.Code != http.StatusUnauthorized {
+			t.Errorf("who comes meanwhile is answered %d", answer.Code)
+		}
+		close(answers)
+		synctest.Wait()
+		if err := s.Forbid("u"); err != nil || len(s.volumes) > 0 {
+			t.Errorf("its end, when the storage has answered: %v, %v", err, s.volumes)
+		}
+		if err := s.Allow(g); err != nil {
+			t.Error(err)
+		}
+		s.Close()
 	})
 }
 
