@@ -426,7 +426,7 @@ func (m *manifest) info() Info {
 	return Info{m.Snapshot, created, m.Former, m.Size, int64(len(m.chunks)) * chunkSize, m.Content, m.Parameters}
 }
 
-// Prune removes the copies of a volume that the retention does not keep, and then the chunks that no copy has. Nobody may save one of the same volume
+// Prune removes the copies of a volume that the retention does not keep, and then the chunks that no copy has, unless which these are can't be said. Nobody may save one of the same volume
 // meanwhile. saved is the newest one: a list of copies that lacks it is an old one, and nothing is removed by that.
 func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retention, saved Copy) error {
 	all, err := v.Copies(ctx, of.ID)
@@ -445,14 +445,19 @@ func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retenti
 	kept := keep.Keep(taken)
 	wanted := map[string]bool{}
 	var drop []Copy
+	var unread []error
 	for i, c := range all {
 		if !kept[i] {
 			drop = append(drop, c)
 			continue
 		}
 		m, err := v.manifest(ctx, c)
+		if errors.Is(err, ErrDamaged) {
+			unread = append(unread, err)
+			continue
+		}
 		if err != nil {
-			return err // which chunks it has can't be said: none goes
+			return err
 		}
 		for _, name := range m.chunks {
 			wanted[name] = true
@@ -465,6 +470,9 @@ func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retenti
 		if err := v.store.Delete(ctx, c.Object()); err != nil {
 			return err
 		}
+	}
+	if len(unread) > 0 {
+		return fmt.Errorf("volume %s: copies that are too many are removed, but not their chunks, as a list of those that are kept can't be read; it goes in its time, or remove it from cold storage: %w", of.ID, errors.Join(unread...))
 	}
 	var rubbish []string // what a process that was killed has left, too
 	err = v.store.List(ctx, chunksDir+line, func(object string) error {

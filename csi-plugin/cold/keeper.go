@@ -269,7 +269,9 @@ func (k *Keeper) save(ctx context.Context, v volume.Volume, s *state, goesOn fun
 	c, sent, err = k.vault.Save(ctx, v, snap, Order{taken, former}, blocks, base)
 	if err == nil {
 		k.saved(s, snap)
-		err = k.vault.Prune(ctx, v, v.Cold, c)
+		if err := k.vault.Prune(ctx, v, v.Cold, c); err != nil && ctx.Err() == nil { // the copy is made all the same, and the next one tries again
+			k.log.Error("cold storage: old copies can't be removed", "volume", v.ID, "error", err)
+		}
 	}
 	return c, sent, errors.Join(err, blocks.Close()) // until then no other plugin saves a copy of it
 }

@@ -149,6 +149,53 @@ func TestKeeperAsksSeldom(t *testing.T) {
 	})
 }
 
+// Copies that another key has made, or that are damaged, are in the way of none: new ones are made, and count as made, and old ones go in their time, with their chunks once all that are kept can be read.
+func TestKeyChanged(t *testing.T) {
+	f := folder(t)
+	chunks := func() (n int) {
+		if err := f.List(t.Context(), chunksDir, func(string) error { n++; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	first, second := NewVault(f, testKey(t)), NewVault(f, testKey(t))
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(time.Until(born.Truncate(time.Hour)) + time.Hour)
+		m := many{Noter: new(note), n: 1, data: random(1, 4*chunkSize), asked: new(atomic.Int64)}
+		size := 0 // of a copy, in chunks
+		for _, step := range []struct {
+			v                     *Vault
+			hours, copies, chunks int
+		}{{first, 3, 2, 1}, {second, 1, 2, 2}, {second, 1, 2, 1}} {
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			k := NewKeeper(m, step.v, slog.New(slog.DiscardHandler), nil)
+			go func() { done <- k.Run(ctx, nil) }()
+			time.Sleep(time.Duration(step.hours)*time.Hour - time.Minute)
+			synctest.Wait()
+			made, failed := testutil.ToFloat64(k.copies.WithLabelValues("made")), testutil.ToFloat64(k.copies.WithLabelValues("failed"))
+			if made != float64(step.hours) || failed != 0 {
+				t.Errorf("in %d hours %v copies are made, and %v failed", step.hours, made, failed)
+			}
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if all, err := step.v.Copies(t.Context(), ""); err != nil || len(all) != step.copies {
+				t.Errorf("copies are %v, %v", all, err)
+			}
+			n := chunks()
+			if size == 0 {
+				size = n
+			}
+			if n == 0 || n != step.chunks*size {
+				t.Errorf("%d chunks, not %d times %d", n, step.chunks, size)
+			}
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
 // What was made of a copy, and is not used yet, is not copied, be it that a restore has not come to its end, or that somebody wants to look at it: its copies would be newer than those of the one that
 // is used. It has no age, which would be an alert.
 func TestUnused(t *testing.T) {
