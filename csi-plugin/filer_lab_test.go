@@ -34,13 +34,15 @@ func TestZFSNomadFiler(t *testing.T) {
 	s.healthy()
 
 	s.volume("shared", `  attach = "direct"`, "")
-	shared := func(job, script string) use {
-		return use{job: job, volume: "shared", mode: "multi-node-multi-writer", script: script}
+	// A task of exec is nobody, with capabilities that make it root for a local file system; the filer goes by who it is.
+	shared := func(job, script string) string {
+		text := use{job: job, volume: "shared", mode: "multi-node-multi-writer", script: script}.hcl()
+		return strings.Replace(text, `driver = "exec"`, `driver = "exec"`+"\n      user   = \"root\"", 1)
 	}
 	said := regexp.MustCompile(`(?m)^\d+$`)
 	counts := func(job string) (goesOn func()) {
 		t.Helper()
-		s.Run(t, strings.Replace(shared(job, "n=0; while :; do echo $n >>/v/"+job+"; $b sync /v/"+job+"; echo $n; n=$((n+1)); $b sleep 0.2; done").hcl(), `type = "batch"`, `type = "service"`, 1))
+		s.Run(t, strings.Replace(shared(job, "n=0; while :; do echo $n >>/v/"+job+"; $b sync /v/"+job+"; echo $n; n=$((n+1)); $b sleep 0.2; done"), `type = "batch"`, `type = "service"`, 1))
 		a := s.UntilRunning(t, job)
 		return func() {
 			t.Helper()
@@ -52,18 +54,18 @@ func TestZFSNomadFiler(t *testing.T) {
 	one, two := counts("one"), counts("two")
 	goOn := func() { t.Helper(); one(); two() }
 	goOn()
-	if out := s.ended(shared("look", "$b head -n 1 /v/one; $b head -n 1 /v/two; $b mount | $b grep ' /v '").hcl()); !strings.HasPrefix(out, "0\n0\n") || !strings.Contains(out, "type nfs ") || !strings.Contains(out, "hard") {
+	if out := s.ended(shared("look", "$b head -n 1 /v/one; $b head -n 1 /v/two; $b mount | $b grep ' /v '")); !strings.HasPrefix(out, "0\n0\n") || !strings.Contains(out, "type nfs ") || !strings.Contains(out, "hard") {
 		t.Errorf("a third one sees %s", out)
 	}
-	s.ended(shared("first", "echo first >/v/kept").hcl())
+	s.ended(shared("first", "echo first >/v/kept"))
 	s.volume("shared", `  attach = "direct"`, "", "64MiB", "96MiB")
-	if out := s.ended(shared("size", "$b df -m /v | $b awk 'END {print $2}'").hcl()); func() bool { n, err := strconv.Atoi(out); return err != nil || n < 90 || n > 100 }() {
+	if out := s.ended(shared("size", "$b df -m /v | $b awk 'END {print $2}'")); func() bool { n, err := strconv.Atoi(out); return err != nil || n < 90 || n > 100 }() {
 		t.Errorf("grown it has %s MiB", out)
 	}
 	s.CLI(t, "volume", "snapshot", "create", "shared", "s")
-	s.ended(shared("second", "echo second >/v/kept").hcl())
+	s.ended(shared("second", "echo second >/v/kept"))
 	f.command("rollback", "shared", "s", "kept")
-	if out := s.ended(shared("again", "$b cat /v/kept /v/.snapshots/s/kept").hcl()); out != "first\nfirst" {
+	if out := s.ended(shared("again", "$b cat /v/kept /v/.snapshots/s/kept")); out != "first\nfirst" {
 		t.Errorf("rolled back it has %q", out)
 	}
 	goOn()
