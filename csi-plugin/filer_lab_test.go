@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -26,8 +27,9 @@ func TestZFSNomadFiler(t *testing.T) {
 		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
 	})
 	s.node = s.Clients()[0]
-	t.Cleanup(s.stopUsers)
 	f := &fileServer{stack: s}
+	t.Cleanup(f.kill)
+	t.Cleanup(s.stopUsers) // while the filer serves, without which nothing can be unmounted
 	f.serve()
 	job := strings.Replace(s.example("cradle-csi.nomad.hcl"), `"--backend", "zfs", "--pool", "`+s.dataset()+`"`, `"--backend", "filer"`, 1)
 	s.Run(t, job)
@@ -99,7 +101,6 @@ func TestZFSNomadFiler(t *testing.T) {
 	if left := f.command("publications"); strings.Contains(left, "shared") {
 		t.Errorf("left published: %s", left)
 	}
-	f.kill()
 }
 
 // A fileServer is cradle-filer on the node.
@@ -120,7 +121,7 @@ func (f *fileServer) program() string {
 
 func (f *fileServer) serve() {
 	f.t.Helper()
-	f.cmd = f.node.Command(f.t.Context(), f.program(), "serve", "--backend", "zfs", "--pool", f.dataset(), "--state", filepath.Join(f.Dir(), "filer"), "--listen", f.node.IP.String()+":2049")
+	f.cmd = f.node.Command(context.WithoutCancel(f.t.Context()), f.program(), "serve", "--backend", "zfs", "--pool", f.dataset(), "--state", filepath.Join(f.Dir(), "filer"), "--listen", f.node.IP.String()+":2049")
 	f.cmd.Stdout, f.cmd.Stderr = &f.log, &f.log
 	if err := f.node.Launch(f.cmd); err != nil {
 		f.t.Fatal(err)
@@ -133,10 +134,14 @@ func (f *fileServer) serve() {
 
 func (f *fileServer) kill() {
 	f.t.Helper()
+	if f.cmd == nil {
+		return
+	}
 	if err := f.cmd.Process.Kill(); err != nil {
 		f.t.Fatal(err)
 	}
 	f.cmd.Wait()
+	f.cmd = nil
 }
 
 func (f *fileServer) command(args ...string) string {
