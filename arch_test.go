@@ -47,7 +47,7 @@ var mayImport = map[string][]string{
 
 	"csi-plugin":      {"spec", "csi-plugin", "internal/command"}, // its commands; the backend is chosen by a switch
 	"csi-plugin/rpc":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/filer/api", "internal/jsonhttp", "internal/keyed", "internal/turns"},
-	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
+	"csi-plugin/dir":  {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/tree"},
 	"csi-plugin/zfs":  {"spec", "csi-plugin/volume", "csi-plugin/mount"},
 	"csi-plugin/ceph": {"spec", "csi-plugin/volume", "csi-plugin/mount", "csi-plugin/tree"},
 	"csi-plugin/cold": {"csi-plugin/volume", "internal/turns"},
@@ -63,8 +63,8 @@ var mayImport = map[string][]string{
 	"csi-plugin/filer/lease":     {},
 	"csi-plugin/filer/snapshots": {},
 	"csi-plugin/filer/gateway":   {"csi-plugin/filer/lease"},
-	"csi-plugin/filer/webdav":    {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots", "internal/durable"}, // directories, not volumes
-	"csi-plugin/filer/s3":        {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                     // so is this
+	"csi-plugin/filer/webdav":    {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots", "csi-plugin/tree", "internal/durable"}, // directories, not volumes
+	"csi-plugin/filer/s3":        {"csi-plugin/filer/gateway", "csi-plugin/filer/lease", "csi-plugin/filer/snapshots"},                                        // so is this
 
 	"csi-plugin/mount":  {"spec"},
 	"csi-plugin/tree":   {},

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/spec"
 )
@@ -217,7 +218,7 @@ func hidden(folder string) string {
 // make makes a folder in one step: fill gets the hidden folder's name. The caller holds the lock.
 func (p *pool) make(folder string, r *record, fill func(hidden string) error) error {
 	h := hidden(folder)
-	err := p.removeAll(h)
+	err := tree.RemoveAll(p.root, h)
 	if err == nil {
 		err = p.root.Mkdir(h, 0o700)
 	}
@@ -234,7 +235,7 @@ func (p *pool) make(folder string, r *record, fill func(hidden string) error) er
 		err = p.sync(filepath.Dir(folder))
 	}
 	if err != nil {
-		err = errors.Join(err, p.removeAll(h))
+		err = errors.Join(err, tree.RemoveAll(p.root, h))
 	}
 	return err
 }
@@ -242,7 +243,7 @@ func (p *pool) make(folder string, r *record, fill func(hidden string) error) er
 // remove removes a folder, of which nothing is to be seen from its first step on. The caller holds the lock.
 func (p *pool) remove(folder string) error {
 	h := hidden(folder)
-	if err := p.removeAll(h); err != nil {
+	if err := tree.RemoveAll(p.root, h); err != nil {
 		return err
 	}
 	err := p.root.Rename(folder, h)
@@ -255,7 +256,7 @@ func (p *pool) remove(folder string) error {
 	if err := p.sync(filepath.Dir(folder)); err != nil {
 		return err
 	}
-	return p.removeAll(h)
+	return tree.RemoveAll(p.root, h)
 }
 
 // Create is volume.Backend's.
@@ -419,7 +420,7 @@ func (b *Backend) Delete(ctx context.Context, id string) error {
 	f, err := b.find(id)
 	if errors.Is(err, volume.ErrNotFound) {
 		for _, p := range b.pools { // what an interrupted call left
-			if err := p.removeAll(hidden(id)); err != nil {
+			if err := tree.RemoveAll(p.root, hidden(id)); err != nil {
 				return err
 			}
 		}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -208,14 +209,14 @@ func TestDeep(t *testing.T) {
 		t.Errorf("left of the snapshot: %v, %v", left, err)
 	}
 
-	nest(t, filepath.Join(pool, "deep/data"), "d", 6*deepest)
-	nest(t, filepath.Join(pool, "deep/data"), "e", 2*deepest)
+	nest(t, filepath.Join(pool, "deep/data"), "d", 6*tree.Deepest)
+	nest(t, filepath.Join(pool, "deep/data"), "e", 2*tree.Deepest)
 	var was unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
 		t.Fatal(err)
 	}
 	few := was
-	few.Cur = 4 * deepest
+	few.Cur = 4 * tree.Deepest
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -61,7 +62,7 @@ func (b *Backend) repair(ctx context.Context, p *pool, id string, look bool, rep
 		if look {
 			return nil
 		}
-		return p.removeAll(folder)
+		return tree.RemoveAll(p.root, folder)
 	}
 	if err := rubbish(hidden(id)); err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -97,7 +98,7 @@ func (b *Backend) receive(ctx context.Context, p *pool, r volume.Request, conten
 		rec.Content = volume.Guest
 	}
 	if left, err := p.read(h); err != nil || left.Origin != r.Origin || left.Generation != r.Generation || left.Parameters != r.Parameters || left.size != r.Size {
-		if err := p.removeAll(h); err != nil {
+		if err := tree.RemoveAll(p.root, h); err != nil {
 			return err
 		}
 		if err := p.room(r.Name, r.Size); err != nil { // what is left has taken its own already

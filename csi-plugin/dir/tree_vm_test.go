@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tree copies the folder a to the folder b.
-func tree(t *testing.T, dir string) (bool, error) {
+// copyOf copies the folder a to the folder b.
+func copyOf(t *testing.T, dir string) (bool, error) {
 	t.Helper()
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -37,7 +37,7 @@ func TestRootTree(t *testing.T) {
 			if err := unix.Setxattr(filepath.Join(dir, "a/file"), "user.note", []byte("kept"), 0); err != nil {
 				t.Fatal(err)
 			}
-			copied, err := tree(t, dir)
+			copied, err := copyOf(t, dir)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -83,7 +83,7 @@ func TestRootTreeHostile(t *testing.T) {
 	g.Go(func() { swap("file", filepath.Join(secret, "file")) })
 	copies := 0
 	for end := time.Now().Add(2 * time.Second); copies == 0 || time.Now().Before(end); {
-		if _, err := tree(t, dir); err == nil { // else it met a link that leads out
+		if _, err := copyOf(t, dir); err == nil { // else it met a link that leads out
 			copies++
 			err := filepath.WalkDir(filepath.Join(dir, "b"), func(path string, d os.DirEntry, err error) error {
 				if err == nil && d.Type().IsRegular() {

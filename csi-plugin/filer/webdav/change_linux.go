@@ -12,6 +12,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 )
 
 // A change is what a request does to the volume, for the grant's user.
@@ -192,7 +194,7 @@ func (c change) remove(name string) error {
 	if err := c.root.Rename(rel(name), part); err != nil {
 		return err
 	}
-	return errors.Join(c.sync(path.Dir(name)), c.root.RemoveAll(part))
+	return errors.Join(c.sync(path.Dir(name)), tree.RemoveAll(c.root, part))
 }
 
 // move gives a file or directory another name. What has that one is gone then, but not before.

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 )
 
 // A volume is a directory that is served.
@@ -42,7 +43,7 @@ func openVolume(name, root, locksFile string) (*volume, error) {
 		return nil, err
 	}
 	l.prefix = "/" + name
-	if err := r.RemoveAll(temporary); err != nil { // a process that was killed leaves it
+	if err := tree.RemoveAll(r, temporary); err != nil { // a process that was killed leaves it
 		return nil, errors.Join(err, r.Close())
 	}
 	return &volume{root: r, locks: l}, nil
@@ -137,7 +138,7 @@ func (v *volume) part() (name string, done func(), err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.parts == 0 {
-		if err := v.root.RemoveAll(temporary); err != nil {
+		if err := tree.RemoveAll(v.root, temporary); err != nil {
 			return "", nil, err
 		}
 		if err := v.root.Mkdir(temporary, 0o700); err != nil {
@@ -147,11 +148,11 @@ func (v *volume) part() (name string, done func(), err error) {
 	v.parts++
 	name = temporary + "/" + rand.Text()
 	return name, func() {
-		_ = v.root.RemoveAll(name) // what stays is removed with the directory
+		_ = tree.RemoveAll(v.root, name) // what stays is removed with the directory
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		if v.parts--; v.parts == 0 {
-			_ = v.root.RemoveAll(temporary)
+			_ = tree.RemoveAll(v.root, temporary)
 		}
 	}, nil
 }

@@ -23,9 +23,11 @@ import (
 	"time"
 
 	"golang.org/x/net/webdav"
+	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 )
 
 // A world is a directory that is served to user "u" with the secret "p", with something beside it that nobody may see.
@@ -473,6 +475,42 @@ func TestRevokedWhileWaiting(t *testing.T) {
 			t.Errorf("a grant that may only read is answered %d: %s", got.Code, got.Body)
 		}
 	})
+}
+
+// TestDeep: what is removed may be directories in each other without end, as pods can make them. It takes no file that others need, and nothing of it stays.
+func TestDeep(t *testing.T) {
+	w := serve(t)
+	w.write("file", "content")
+	dir, err := unix.Open(w.root, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	for range 6 * tree.Deepest {
+		if err == nil {
+			err = unix.Mkdirat(dir, "d", 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		above := dir
+		dir, err = unix.Openat(above, "d", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+		unix.Close(above)
+	}
+	unix.Close(dir)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	few := was
+	few.Cur = 4 * tree.Deepest
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
+		t.Fatal(err)
+	}
+	w.want(http.StatusNoContent, "DELETE", "/d", "")
+	w.want(http.StatusNoContent, "PUT", "/file", "new")
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if entries, err := os.ReadDir(w.root); err != nil || len(entries) != 1 {
+		t.Errorf("at the end there are %v, %v", entries, err)
+	}
 }
 
 // TestStuck: who ends a grant whose requests the storage keeps is told so, and waits for them once.

@@ -1,4 +1,4 @@
-package dir
+package tree
 
 import (
 	"errors"
@@ -12,17 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// removeAll removes a folder that nobody else changes. os.Root.RemoveAll has a directory open for each level, and who had a volume may have made more of these
-// than a process may have files open: what lies deeper than deepest is moved up first.
-func (p *pool) removeAll(folder string) error {
-	err := p.root.Remove(folder)
+// RemoveAll removes a file or folder; that it is not there is no error. os.Root.RemoveAll has a directory open for each level, and who has a volume may make more of
+// these than a process may have files open: what lies deeper than Deepest is moved up first.
+func RemoveAll(root *os.Root, folder string) error {
+	err := root.Remove(folder)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if !full(err) {
 		return err
 	}
-	top, err := p.root.OpenRoot(folder)
+	top, err := root.OpenRoot(folder)
 	if err != nil {
 		return err
 	}
@@ -31,10 +31,11 @@ func (p *pool) removeAll(folder string) error {
 	if err := r.empty(top, ""); err != nil {
 		return err
 	}
-	return p.root.Remove(folder)
+	return root.Remove(folder)
 }
 
-const deepest = 50
+// Deepest is how many levels are open at a time.
+const Deepest = 50
 
 // full says whether an error is that of a directory in which there is something.
 func full(err error) bool { return errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) }
@@ -67,7 +68,7 @@ func (r *remover) remove(dir *os.Root, name, at string) error {
 	if !full(err) {
 		return err
 	}
-	if strings.Count(at, "/") >= deepest {
+	if strings.Count(at, "/") >= Deepest {
 		return r.up(at)
 	}
 	sub, err := dir.OpenRoot(name)
