@@ -2,7 +2,7 @@
 # nomad job run -var node=NAME cradle-csi-host.nomad.hcl
 #
 # Nomad sends what is to be made to any plugin of an id, so that each host has its own. With ACLs the plugin has to be allowed to read which volumes
-# were restored elsewhere: nomad acl policy apply -job cradle-csi-NAME cradle-csi-NAME cradle-csi.policy.hcl
+# were restored elsewhere: nomad acl policy apply -namespace default -job cradle-csi-NAME cradle-csi-NAME cradle-csi.policy.hcl
 variable "node" {
   type = string
 }
