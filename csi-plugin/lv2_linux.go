@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/cradlestack/cradlestack/csi-plugin/rpc"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -243,9 +245,9 @@ func (c *cli) lv2Receive(ctx context.Context, id, into string, generation int) e
 func (c *cli) lv2DiscardCommand() *cobra.Command {
 	var endpoint string
 	cmd := &cobra.Command{
-		Use: "discard VOLUME", Short: "remove what this host has of a volume that was restored on another", Args: cobra.ExactArgs(1),
-		Long: `Remove what this host has of a volume that was restored on another node, for good. The one that Nomad knows is never removed. Nomad's address and
-token are in NOMAD_ADDR, NOMAD_TOKEN and so on.`,
+		Use: "discard VOLUME", Short: "remove what this host has of a volume that was restored on another, or what cold restore has made", Args: cobra.ExactArgs(1),
+		Long: `Remove what this host has of a volume that was restored on another node, for good, or what "cold restore" has made here and nobody has used. The one
+that Nomad knows is never removed. Nomad's address and token are in NOMAD_ADDR, NOMAD_TOKEN and so on.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := c.as(endpoint); err != nil {
 				return err
@@ -277,15 +279,42 @@ func (c *cli) lv2Discard(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if v.Generation == o.Generation {
+	looked := v.Generation == 0 && o.Generation == 0 && v.Origin.Copy != "" && !v.Used // what cold restore has made
+	if looked {
+		if looked, err = unknown(ctx, client, id, c.nodeID); err != nil {
+			return err
+		}
+	}
+	if v.Generation == o.Generation && !looked {
 		return fmt.Errorf("volume %s: it is the one that is in use; \"nomad volume delete %[1]s\" removes it", id)
 	}
-	if !o.former(v.Generation) {
+	if !looked && !o.former(v.Generation) {
 		return fmt.Errorf("volume %s: it is of generation %d, of which Nomad's namespace %s does not know that it was given up; set NOMAD_NAMESPACE to that of the plugin's job", id, v.Generation, config.Namespace)
 	}
 	if err := b.Delete(ctx, id); err != nil {
 		return err
 	}
+	if looked {
+		fmt.Fprintf(c.stdout, "volume %s: it is removed; it was made of %s, and nobody has used it\n", id, v.Origin)
+		return nil
+	}
 	fmt.Fprintf(c.stdout, "volume %s: generation %d is removed; generation %d is on node %s\n", id, v.Generation, o.Generation, cmp.Or(o.Node, "that made it"))
 	return nil
+}
+
+// unknown says whether Nomad has no volume that the plugin on a node calls so: then none that was made of a copy is one that jobs could have.
+func unknown(ctx context.Context, client *api.Client, id, node string) (bool, error) {
+	all, err := seesAll(ctx, client)
+	if err == nil && !all {
+		err = fmt.Errorf("volume %s: whether Nomad has it, a management token alone (NOMAD_TOKEN) sees in all namespaces", id)
+	}
+	if err != nil {
+		return false, err
+	}
+	volumes, _, err := client.CSIVolumes().List(query(ctx, api.AllNamespacesNamespace))
+	return !slices.ContainsFunc(volumes, func(v *api.CSIVolumeListStub) bool {
+		return stored(&api.CSIVolume{ExternalID: v.ExternalID}, v.ID) == id && (len(v.Topologies) == 0 || slices.ContainsFunc(v.Topologies, func(t *api.CSITopology) bool {
+			return cmp.Or(t.Segments[rpc.TopologyHost], node) == node
+		}))
+	}), err
 }

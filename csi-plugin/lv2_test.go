@@ -210,3 +210,81 @@ func TestRestoreWhich(t *testing.T) {
 		})
 	}
 }
+
+// What was made of a copy for a look is removed while nobody has used it and Nomad knows no such volume here.
+func TestDiscardRestored(t *testing.T) {
+	dir := t.TempDir()
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := filepath.Join(dir, "key")
+	if err := os.WriteFile(key, []byte(x.String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := &cli{stdout: io.Discard, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, nodeID: "node1", cold: coldFlags{where: filepath.Join(dir, "cold"), key: key}}
+	vault, err := c.cold.open()
+	if err = errors.Join(err, os.Mkdir(c.cold.where, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	const size = 8 << 20
+	born := time.Now().Add(-time.Hour).UTC()
+	blocks := &volume.Blocks{ReaderAt: strings.NewReader(strings.Repeat("x", size)), Size: size, Data: []volume.Range{{End: size}}, Whole: true}
+	of := volume.Volume{ID: "db", Created: born, Size: size, Parameters: volume.Parameters{Class: volume.LV2, Direct: true}}
+	if _, _, err := vault.Save(t.Context(), of, volume.Snapshot{Created: born}, cold.Order{Taken: born}, blocks, cold.Copy{}); err != nil {
+		t.Fatal(err)
+	}
+	at := func(host string) []*api.CSITopology {
+		return []*api.CSITopology{{Segments: map[string]string{rpc.TopologyHost: host, rpc.TopologyZone: "east"}}}
+	}
+	for _, c2 := range []struct {
+		name    string
+		token   api.ACLToken
+		volumes []*api.CSIVolumeListStub
+		use     bool
+		want    string // "" is removed
+	}{
+		{"another token", api.ACLToken{Type: "client"}, nil, false, "a management token alone (NOMAD_TOKEN)"},
+		{"known", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill[0]", ExternalID: "drill", Topologies: at("node1")}}, false, "it is the one that is in use"},
+		{"known somewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill"}}, false, "it is the one that is in use"},
+		{"known elsewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill", ExternalID: "drill", Topologies: at("node2")}, {ID: "db", Topologies: at("node1")}}, false, ""},
+		{"used", api.ACLToken{Type: "management"}, nil, true, "it is the one that is in use"},
+	} {
+		t.Run(c2.name, func(t *testing.T) {
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				var answer any = c2.token
+				switch r.URL.Path {
+				case "/v1/volumes":
+					answer = c2.volumes
+				case "/v1/acl/token/self":
+				default:
+					http.NotFound(w, r)
+					return
+				}
+				if err := json.NewEncoder(w).Encode(answer); err != nil {
+					t.Error(err)
+				}
+			}))
+			defer srv.Close()
+			t.Setenv("NOMAD_ADDR", srv.URL)
+			if err := c.coldRestore(t.Context(), &c.cold, "db", "drill", ""); err != nil {
+				t.Fatal(err)
+			}
+			b, _, err := c.open(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.Close()
+			if c2.use {
+				if _, err := b.Stage(t.Context(), "drill", volume.Use{As: volume.AsGuest}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			err = c.lv2Discard(t.Context(), "drill")
+			_, gerr := b.Get(t.Context(), "drill")
+			if (err == nil) != (c2.want == "") || err != nil && !strings.Contains(err.Error(), c2.want) || errors.Is(gerr, volume.ErrNotFound) != (c2.want == "") {
+				t.Errorf("%v; the volume: %v; want %q", err, gerr, c2.want)
+			}
+		})
+	}
+}
