@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
@@ -987,6 +988,63 @@ func TestRootStuck(t *testing.T) {
 	}
 	if n := len(w.server.leaving); n != 0 {
 		t.Errorf("%d exports have not ended", n)
+	}
+}
+
+// What calls have of all clients' memory is others' again once the storage has kept them for long: those of other volumes would wait for it without an end.
+func TestRootStuckMemory(t *testing.T) {
+	w := serve(t)
+	const few = 3
+	w.server.limits = newLimits(maxWorking, few*maxRecord+smallCall, few*maxRecord+smallReply)
+	answers := make(chan struct{})
+	answer := sync.OnceFunc(func() { close(answers) })
+	t.Cleanup(answer) // before the server's end, which waits for them
+	x := w.export
+	x.Path, x.Volume = "/stuck/0123456789", "stuck"
+	x.Snapshots = &snapshots.Source{List: func() ([]snapshots.Snapshot, error) { <-answers; return nil, nil }}
+	if err := w.server.Export(x); err != nil {
+		t.Fatal(err)
+	}
+	handle, _ := w.server.paths[x.Path].seal(reference{snapshot: snapshotID{1}, kind: 1, kernel: make([]byte, 8)})
+	for what, call := range map[string][]byte{
+		"calls": newCall(programNFS, 3, procWrite, asRoot, func(e *encoder) {
+			e.opaque(handle)
+			e.uint64(0)
+			e.uint32(maxData)
+			e.uint32(unstable)
+			e.opaque(make([]byte, maxData))
+		}),
+		"replies": newCall(programNFS, 3, procRead, asRoot, func(e *encoder) { e.opaque(handle); e.uint64(0); e.uint32(maxData) }),
+	} {
+		for range few {
+			if _, err := w.dial(asRoot).conn.Write(seal(append(make([]byte, 4), call...))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		of := map[string]*semaphore.Weighted{"calls": w.server.calling, "replies": w.server.replies}[what]
+		for end := time.Now().Add(time.Minute); of.TryAcquire(maxRecord); time.Sleep(time.Millisecond) {
+			if of.Release(maxRecord); time.Now().After(end) {
+				t.Fatalf("there is memory for %s", what)
+			}
+		}
+	}
+	c := w.client(asRoot)
+	c.conn.SetDeadline(time.Now().Add(time.Minute))
+	_, file := c.create(c.root, "file", guarded, attributes(0o600))
+	if s, _ := c.write(file, 0, strings.Repeat("x", maxData), unstable); s != ok {
+		t.Errorf("write: %d", s)
+	}
+	if s, _ := c.read(file, 0, maxData); s != ok {
+		t.Errorf("read: %d", s)
+	}
+	answer()
+	for end := time.Now().Add(time.Minute); w.server.lent.Load() != 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d bytes are lent, when all have ended", w.server.lent.Load())
+		}
+	}
+	if !w.server.calling.TryAcquire(few*maxRecord) || !w.server.replies.TryAcquire(few*maxRecord) {
+		t.Error("some of the memory is lost")
 	}
 }
 

@@ -45,6 +45,7 @@ const (
 	readsOn  = 100 * time.Millisecond // after which others of its connection are read although it was to be done by then
 	stuck    = 10 * time.Second       // after which it counts no longer among those that are being done
 	maxStuck = 4096                   // of which so many are left alone at most: each has a thread
+	maxLent  = 1 << 30                // bytes that they have besides: what others wait for is not theirs any more
 )
 
 // limits are of one export, or of all.
@@ -81,6 +82,7 @@ type Server struct {
 	connections crowd.Crowd
 	limits
 	stuck atomic.Int64 // calls that the storage keeps
+	lent  atomic.Int64 // bytes that they have
 
 	began   time.Time
 	short   atomic.Int64 // calls that wait for memory
@@ -334,8 +336,67 @@ func (s *Server) hurry() {
 	}
 }
 
-// memory takes some of all clients'.
-func (s *Server) memory(ctx context.Context, of *semaphore.Weighted, n int64) error {
+// A memory is what a call, and its reply, have of all clients'. Once the storage has kept the call for long it is no part of that any more, as far as maxLent goes: else
+// clients of other volumes would wait for what may have no end.
+type memory struct {
+	*Server
+
+	mu    sync.Mutex
+	late  bool
+	parts [2]part
+}
+
+// Parts of it, each of its own limit.
+const ofCall, ofReply = 0, 1
+
+type part struct{ held, lent int64 }
+
+func (m *memory) of(which int) *semaphore.Weighted {
+	return [...]*semaphore.Weighted{ofCall: m.calling, ofReply: m.replies}[which]
+}
+
+// has notes what was taken.
+func (m *memory) has(which int, n int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.parts[which] = part{held: n}
+	if m.late {
+		m.lend(which)
+	}
+}
+
+// isLate is for a call that is at work for so long that it may have no end.
+func (m *memory) isLate() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.late = true
+	m.lend(ofCall)
+	m.lend(ofReply)
+}
+
+// lend lets others have as much as a part is. It is locked.
+func (m *memory) lend(which int) {
+	p := &m.parts[which]
+	if m.lent.Add(p.held) > maxLent {
+		m.lent.Add(-p.held)
+		return
+	}
+	m.of(which).Release(p.held)
+	p.held, p.lent = 0, p.lent+p.held
+}
+
+// free gives a part back.
+func (m *memory) free(which int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := &m.parts[which]
+	m.of(which).Release(p.held)
+	m.lent.Add(-p.lent)
+	*p = part{}
+}
+
+// borrow takes some of all clients'.
+func (s *Server) borrow(ctx context.Context, of *semaphore.Weighted, n int64) error {
 	if of.TryAcquire(n) {
 		return nil
 	}
@@ -373,7 +434,7 @@ func (c *conversation) listen(ctx context.Context, r *bufio.Reader) {
 	defer late.Stop()
 	late.Stop()
 	for {
-		record, release, err := c.read(ctx, r)
+		record, mem, release, err := c.read(ctx, r)
 		if err == nil && record == nil {
 			continue
 		}
@@ -385,7 +446,7 @@ func (c *conversation) listen(ctx context.Context, r *bufio.Reader) {
 		}
 		if r.Buffered() == 0 && len(record) <= smallCall {
 			late.Reset(readsOn)
-			err = c.answer(ctx, record, false)
+			err = c.answer(ctx, record, mem, false)
 			superseded := !late.Stop()
 			if !errors.Is(err, errWait) {
 				release()
@@ -394,7 +455,7 @@ func (c *conversation) listen(ctx context.Context, r *bufio.Reader) {
 			if superseded {
 				<-goesOn
 				if errors.Is(err, errWait) {
-					c.ends(ctx, c.answer(ctx, record, true))
+					c.ends(ctx, c.answer(ctx, record, mem, true))
 					release()
 				}
 				return
@@ -408,19 +469,20 @@ func (c *conversation) listen(ctx context.Context, r *bufio.Reader) {
 			return
 		}
 		c.group.Go(func() {
-			defer untilStuck(c.calls, maxKept, &c.kept)()
+			defer untilStuck(c.calls, maxKept, mem.isLate, &c.kept)()
 			defer release()
-			c.ends(ctx, c.answer(ctx, record, true))
+			c.ends(ctx, c.answer(ctx, record, mem, true))
 		})
 	}
 }
 
 // untilStuck gives back one of places, which was taken, at the end of what begins now, or before that if it lasts so long that it may have no end. It is counted
-// from then on to its end; where those in the first of counts are more than most, it keeps its place.
-func untilStuck(places *semaphore.Weighted, most int64, counts ...*atomic.Int64) (end func()) {
+// from then on to its end; where those in the first of counts are more than most, it keeps its place. isLate is called then.
+func untilStuck(places *semaphore.Weighted, most int64, isLate func(), counts ...*atomic.Int64) (end func()) {
 	left, done := false, make(chan struct{})
 	late := time.AfterFunc(stuck, func() {
 		defer close(done)
+		isLate()
 		for i, n := range counts {
 			now := n.Add(1)
 			left = left || i == 0 && now <= most
@@ -454,58 +516,61 @@ const smallCall = 16 << 10
 
 // read takes the next call from the connection; none where it was answered already. One that needs memory of its own has to be a WRITE with a valid
 // handle.
-func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte, release func(), err error) {
+func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte, mem *memory, release func(), err error) {
 	if ctx.Err() != nil {
-		return nil, nil, context.Cause(ctx)
+		return nil, nil, nil, context.Cause(ctx)
 	}
 	n, err := readLength(r)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	if n > r.Buffered() {
 		c.conn.SetReadDeadline(time.Now().Add(patience))
 		defer c.conn.SetReadDeadline(time.Time{})
 		if ctx.Err() != nil { // whose end has set another one
-			return nil, nil, context.Cause(ctx)
+			return nil, nil, nil, context.Cause(ctx)
 		}
 	}
 	head, err := r.Peek(min(n, smallCall))
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	of := []limits{c.limits}
+	var own *exported
 	if n > smallCall {
 		call, _, err := parseCall(head)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		if call.program != programNFS || call.version != version3 || call.proc != procWrite {
-			return nil, nil, fmt.Errorf("%w: %d bytes that are no data for a file", errRecord, n)
+			return nil, nil, nil, fmt.Errorf("%w: %d bytes that are no data for a file", errRecord, n)
 		}
 		e := c.exportOf(call).export
 		if e == nil {
-			return nil, nil, c.passOver(r, n, call, errStale)
+			return nil, nil, nil, c.passOver(r, n, call, errStale)
 		}
-		of = []limits{c.limits, e.limits}
+		own = e
 		if err := e.memory(ctx, int64(room(n))); err != nil {
 			if errors.Is(err, ErrStuck) {
 				err = c.passOver(r, n, call, errJukebox)
 			}
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 	}
 	takes := int64(room(n))
-	if err := c.memory(ctx, c.calling, takes); err != nil {
-		for _, l := range of[1:] {
-			l.calling.Release(takes)
+	if err := c.borrow(ctx, c.calling, takes); err != nil {
+		if own != nil {
+			own.calling.Release(takes)
 		}
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
+	mem = &memory{Server: c.Server}
+	mem.has(ofCall, takes)
 	record = take(n)
 	release = func() {
 		give(record)
-		for _, l := range of {
-			l.calling.Release(takes)
+		mem.free(ofCall)
+		if own != nil {
+			own.calling.Release(takes)
 		}
 	}
 	if n > smallCall { // else all of it is here
@@ -514,9 +579,9 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 	}
 	if _, err := io.ReadFull(r, record); err != nil {
 		release()
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	return record, release, nil
+	return record, mem, release, nil
 }
 
 // ErrStuck is that the storage keeps calls, and with them what is needed.
@@ -620,7 +685,7 @@ func give(b []byte) {
 var errWait = errors.New("it has to wait")
 
 // answer does one call and sends its reply. One that is not to wait is done right now, or not at all.
-func (c *conversation) answer(ctx context.Context, record []byte, waits bool) error {
+func (c *conversation) answer(ctx context.Context, record []byte, mem *memory, waits bool) error {
 	call, reply, err := parseCall(record)
 	if err != nil {
 		return err
@@ -638,7 +703,7 @@ func (c *conversation) answer(ctx context.Context, record []byte, waits bool) er
 		}
 	}
 	defer end()
-	x := &exchange{conversation: c, call: call, waits: waits}
+	x := &exchange{conversation: c, call: call, memory: mem, waits: waits}
 	defer x.release()
 	if reply == nil && call.once() {
 		reply, err = x.onlyOnce(ctx, identify(c.client, record))
@@ -715,12 +780,14 @@ var errRepeated = errors.New("a repeated call that was not done")
 func (x *exchange) done(ctx context.Context) ([]byte, error) {
 	if e := x.first().export; e != nil { // else its reply is a refusal, or the handle of a root
 		x.bytes = x.atMost()
-		for i, l := range []limits{e.limits, x.limits} {
-			if err := x.acquire(ctx, l.replies, x.bytes); err != nil {
-				return nil, err
-			}
-			x.reserved[i] = l.replies
+		if err := x.acquire(ctx, e.replies, x.bytes); err != nil {
+			return nil, err
 		}
+		x.reserved = e.replies
+		if err := x.acquire(ctx, x.limits.replies, x.bytes); err != nil {
+			return nil, err
+		}
+		x.memory.has(ofReply, x.bytes)
 		if e.stuck.Load() >= maxWorkingInOne {
 			return x.putOff(), nil
 		}
@@ -731,7 +798,7 @@ func (x *exchange) done(ctx context.Context) ([]byte, error) {
 		if err := x.acquire(ctx, x.working, 1); err != nil {
 			return nil, err
 		}
-		defer untilStuck(x.working, maxStuck, &x.conversation.stuck, &e.stuck)()
+		defer untilStuck(x.working, maxStuck, x.memory.isLate, &x.conversation.stuck, &e.stuck)()
 		return x.reply()
 	}
 	if err := x.acquire(ctx, x.working, 1); err != nil {
@@ -758,7 +825,7 @@ func (x *exchange) putOff() []byte {
 func (x *exchange) acquire(ctx context.Context, of *semaphore.Weighted, n int64) error {
 	switch {
 	case x.waits && of == x.limits.replies:
-		return x.memory(ctx, of, n)
+		return x.borrow(ctx, of, n)
 	case x.waits:
 		return of.Acquire(ctx, n)
 	case of.TryAcquire(n):
@@ -770,10 +837,9 @@ func (x *exchange) acquire(ctx context.Context, of *semaphore.Weighted, n int64)
 // release is called once the reply is sent, or there is none.
 func (x *exchange) release() {
 	give(x.buffer)
-	for _, of := range x.reserved {
-		if of != nil {
-			of.Release(x.bytes)
-		}
+	x.memory.free(ofReply)
+	if x.reserved != nil {
+		x.reserved.Release(x.bytes)
 	}
 }
 
@@ -843,6 +909,7 @@ const (
 type exchange struct {
 	*conversation
 	call
+	memory  *memory
 	waits   bool // for memory, its turn or the disk, as long as it takes
 	out     encoder
 	outcome status
@@ -853,8 +920,8 @@ type exchange struct {
 	looked bool // at the first handle
 	target target
 
-	bytes    int64 // reserved for the reply
-	reserved [2]*semaphore.Weighted
+	bytes    int64               // reserved for the reply
+	reserved *semaphore.Weighted // of the export's
 }
 
 // reply does the call.
