@@ -108,9 +108,16 @@ func (h *hostVolume) readWishes() (err error) {
 	return err
 }
 
-// create makes the volume, or makes it larger, and mounts it. Nomad calls it again whenever it starts.
-func (h hostVolume) create(ctx context.Context, b volume.Backend) (volume.Volume, error) {
-	v, err := b.Get(ctx, h.request.Name)
+// create makes the volume, or makes it larger, and mounts it. Nomad calls it again whenever it starts. Of a volume whose creation fails it knows nothing any more, not even its id: then
+// there is none.
+func (h hostVolume) create(ctx context.Context, b volume.Backend) (v volume.Volume, err error) {
+	made := false
+	defer func() {
+		if err != nil && made {
+			err = errors.Join(err, h.undo(context.WithoutCancel(ctx), b))
+		}
+	}()
+	v, err = b.Get(ctx, h.request.Name)
 	switch {
 	case errors.Is(err, volume.ErrNotFound):
 		// Its folder is made after the volume, and goes before it.
@@ -118,6 +125,7 @@ func (h hostVolume) create(ctx context.Context, b volume.Backend) (volume.Volume
 			return v, fmt.Errorf("volume %s: %w: it was mounted on %s, and is in no pool now; is the pool's disk mounted? \"nomad volume delete -type host %[1]s\" gives it up", h.request.Name, volume.ErrUnavailable, h.path)
 		}
 		v, err = b.Create(ctx, h.request)
+		made = err == nil
 	case err == nil:
 		v, err = h.grow(ctx, b, v)
 	}
@@ -129,6 +137,18 @@ func (h hostVolume) create(ctx context.Context, b volume.Backend) (volume.Volume
 		return v, err
 	}
 	return v, mount.Place(ctx, source.Device, source.Directory, source.FSType, h.path, mount.Options{})
+}
+
+// undo removes a volume that was made, and could not be mounted.
+func (h hostVolume) undo(ctx context.Context, b volume.Backend) error {
+	if err := mount.Unmount(h.path); err != nil {
+		return err
+	}
+	_ = os.Remove(h.path) // which may never have been
+	if err := b.Unstage(ctx, h.request.Name); err != nil {
+		return err
+	}
+	return b.Delete(ctx, h.request.Name)
 }
 
 // grow compares a volume that is there with the request, which may be for a larger one.

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
 // callHostVolume does what Nomad does, but for the environment.
@@ -76,5 +78,35 @@ func TestHostVolumeMistakes(t *testing.T) {
 				t.Errorf("delete: exit code %d, %v", code, answer)
 			}
 		})
+	}
+}
+
+// Nomad forgets a volume whose creation fails. One that is made and can't be mounted is not left in the pool; one that was there stays.
+func TestHostVolumeUnmountable(t *testing.T) {
+	pool := t.TempDir()
+	mounts := filepath.Join(t.TempDir(), "mounts")
+	if err := os.WriteFile(mounts, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("DHV_VOLUME_ID", "81f57d4b")
+	t.Setenv("DHV_VOLUMES_DIR", mounts)
+	there := func() bool {
+		_, err := os.Stat(filepath.Join(pool, "81f57d4b"))
+		return err == nil
+	}
+	if answer, code := callHostVolume(t, "create", pool); code == 0 || answer["error"] == nil || there() {
+		t.Errorf("create: exit code %d, %v; it is there: %t", code, answer, there())
+	}
+	c := &cli{backend: "dir", pools: []string{pool}}
+	b, _, err := c.open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	if _, err := b.Create(t.Context(), volume.Request{Name: "81f57d4b", Parameters: volume.Parameters{Class: volume.NFS}}); err != nil {
+		t.Fatal(err)
+	}
+	if answer, code := callHostVolume(t, "create", pool); code == 0 || answer["error"] == nil || !there() {
+		t.Errorf("create again: exit code %d, %v; it is there: %t", code, answer, there())
 	}
 }
