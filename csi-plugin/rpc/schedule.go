@@ -151,12 +151,12 @@ func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.V
 	defer cancel()
 	unlock, err := s.busy.Lock(waiting, v.ID)
 	if err != nil {
-		return fmt.Errorf("%w: %w", volume.ErrBusy, err)
+		return s.untaken(ctx, fmt.Errorf("%w: %w", volume.ErrBusy, err))
 	}
 	defer unlock()
 	has, err := b.Snapshots(ctx, v.ID)
 	if err != nil {
-		return err
+		return s.untaken(ctx, err)
 	}
 	var errs []error
 	take, drop := v.Due(has, time.Now())
@@ -196,4 +196,12 @@ func (s *Server) takeDueOf(ctx context.Context, b volume.Snapshotter, v volume.V
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// untaken counts an error for which a volume's snapshots are not even begun.
+func (s *Server) untaken(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		s.metrics.taken(err)
+	}
+	return err
 }

@@ -26,6 +26,7 @@ type shelf struct {
 	mu       sync.Mutex
 	has      []volume.Snapshot
 	fail     bool
+	silent   bool
 	schedule string
 	asked    int
 }
@@ -45,6 +46,9 @@ func (s *shelf) Snapshots(context.Context, string) ([]volume.Snapshot, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.asked++
+	if s.silent {
+		return nil, volume.ErrUnavailable
+	}
 	return slices.Clone(s.has), nil
 }
 
@@ -91,6 +95,39 @@ func TestScheduleNameTaken(t *testing.T) {
 		taken, failed := testutil.ToFloat64(s.metrics.snaps.WithLabelValues("taken")), testutil.ToFloat64(s.metrics.snaps.WithLabelValues("failed"))
 		if taken != 0 || failed != 1 {
 			t.Errorf("counted: %v taken, %v failed", taken, failed)
+		}
+	})
+}
+
+// Snapshots that are due and not even begun, as another call has the volume for long or its storage does not say which there are, count as failed: the alert goes by that.
+func TestScheduleUntaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &shelf{keep: volume.Retention{Hourly: 1}}
+		c := Config{Backend: b, DirectDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+		s := &Server{config: c, metrics: newMetrics(c)}
+		v := volume.Volume{ID: "v", Parameters: volume.Parameters{Snapshots: b.keep}}
+		unlock, err := s.busy.Lock(t.Context(), "v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.takeDueOf(t.Context(), b, v); !errors.Is(err, volume.ErrBusy) {
+			t.Error(err)
+		}
+		unlock()
+		b.silent = true
+		if err := s.takeDueOf(t.Context(), b, v); !errors.Is(err, volume.ErrUnavailable) {
+			t.Error(err)
+		}
+		if n := testutil.ToFloat64(s.metrics.snaps.WithLabelValues("failed")); n != 2 {
+			t.Errorf("%v failures are counted", n)
+		}
+		ended, end := context.WithCancel(t.Context())
+		end()
+		if err := s.takeDueOf(ended, b, v); err == nil {
+			t.Error("a plugin that ends goes on")
+		}
+		if n := testutil.ToFloat64(s.metrics.snaps.WithLabelValues("failed")); n != 2 {
+			t.Errorf("%v failures are counted, with the plugin's end", n)
 		}
 	})
 }
