@@ -71,11 +71,11 @@ var parameters = map[string]func(p *Parameters, value string) string{
 	},
 	// zfsprops(7), compression.
 	"compression": func(p *Parameters, v string) string { return oneOf(&p.Compression, v, "on", "off", "lz4", "zstd") },
-	// zfsprops(7), volblocksize: a power of two from 512 bytes to 128 KiB.
+	// zfsprops(7), volblocksize: a power of two, to 128 KiB. Less than a page is less than a file system's block.
 	"volblocksize": func(p *Parameters, v string) string {
 		n, err := spec.ParseBytes(v)
-		if p.BlockSize = n; err != nil || n < 512 || n > 128<<10 || n&(n-1) != 0 {
-			return "is no block size; write a power of two from 512 to 128KiB"
+		if p.BlockSize = n; err != nil || n < 4096 || n > 128<<10 || n&(n-1) != 0 {
+			return "is no block size; write a power of two from 4KiB to 128KiB"
 		}
 		return ""
 	},
