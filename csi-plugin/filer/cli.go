@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -105,7 +106,10 @@ is at one of the addresses has the volume. Nomad's volumes with attach=direct ar
 			}
 			return c.print(p, func(w io.Writer) {
 				fmt.Fprintf(w, "publication\t%s\n", p.ID)
-				host, port, _ := strings.Cut(p.Address, ":")
+				host, port, _ := net.SplitHostPort(p.Address)
+				if strings.Contains(host, ":") { // of IPv6
+					host = "[" + host + "]"
+				}
 				ports := "port=" + port
 				if strings.HasPrefix(p.Options, "vers=3") {
 					ports += ",mountport=" + port

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -120,12 +121,25 @@ What is there now is kept in another snapshot before, whose name is printed: rol
 			}
 			return c.print(done, func(w io.Writer) {
 				fmt.Fprintf(w, "changed\t%d files and directories, %s were written\n", done.Entries, spec.Bytes(done.Bytes))
-				fmt.Fprintf(w, "undo\tcradle-filer rollback %s %s\n", args[0], done.Undo)
+				fmt.Fprintf(w, "undo\tcradle-filer rollback %s\n", strings.Join(append([]string{args[0], done.Undo}, words(args[2:])...), " ")) // of the same part: others may have changed the rest since
 			})
 		},
 	}
 	c.userFlags(cmd)
 	return cmd
+}
+
+// words are arguments as a shell takes them.
+func words(args []string) (all []string) {
+	for _, a := range args {
+		if a == "" || strings.ContainsFunc(a, func(c rune) bool {
+			return !strings.ContainsRune("/._-+=:@%,", c) && !unicode.IsLetter(c) && !unicode.IsDigit(c)
+		}) {
+			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+		}
+		all = append(all, a)
+	}
+	return all
 }
 
 // shownName is a file's name, which its users have chosen: one that a terminal would take for something else is in quotes, as Go writes it.
