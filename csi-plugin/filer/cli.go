@@ -115,7 +115,7 @@ is at one of the addresses has the volume. Nomad's volumes with attach=direct ar
 					ports += ",mountport=" + port
 				}
 				fmt.Fprintf(w, "a host\tmount -t nfs -o %s,%s %s:%s DIRECTORY\n", p.Options, ports, host, p.Export)
-				fmt.Fprintf(w, "a pod\tkcradle summon --mount type=nfs,source=nfs://%s%s,target=PATH,options=%s …\n", p.Address, p.Export, p.Options)
+				fmt.Fprintf(w, "a pod\tkcradle summon --mount 'type=nfs,source=nfs://%s%s,target=PATH,\"options=%s\"' …\n", p.Address, p.Export, p.Options) // of CSV, in which options are one field
 			})
 		},
 	}

@@ -2,11 +2,12 @@ package main
 
 import (
 	"bytes"
+	"encoding/csv"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -47,10 +48,11 @@ func TestPrinted(t *testing.T) {
 		if !strings.Contains(said, want) {
 			t.Errorf("at %s it says %q", a, said)
 		}
-		_, source, _ := strings.Cut(said, "source=")
-		source, _, _ = strings.Cut(source, ",")
-		if u, err := url.Parse(source); err != nil || u.Host != a || u.Path != "/v/secret" {
-			t.Errorf("at %s a pod's source is %q, %v", a, source, err)
+		_, word, _ := strings.Cut(said, "--mount '")
+		word, _, _ = strings.Cut(word, "'")
+		fields, err := csv.NewReader(strings.NewReader(word)).Read() // as kcradle reads it
+		if want := []string{"type=nfs", "source=nfs://" + a + "/v/secret", "target=PATH", "options=vers=3,hard"}; err != nil || !slices.Equal(fields, want) {
+			t.Errorf("at %s a pod is told %q, %v", a, fields, err)
 		}
 	}
 	for path, want := range map[string]string{"": "rollback v before", "letters/größe": "rollback v before letters/größe", "it's $HOME": `rollback v before 'it'\''s $HOME'`} {
