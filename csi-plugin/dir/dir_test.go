@@ -403,3 +403,49 @@ func TestPoolMissing(t *testing.T) {
 		t.Errorf("it is there again: %+v, %v", all, err)
 	}
 }
+
+// Of a file with several names, the one that was to be copied first may be gone by then, as mail servers have it: the others are copied all the same, as one file.
+func TestFirstNameGone(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"from", "to", "to/sub"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "from/a"), []byte("text"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(filepath.Join(dir, "from/a"), filepath.Join(dir, "from/b")); err != nil {
+		t.Fatal(err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	from, err := root.OpenRoot("from")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	to, err := root.OpenRoot("to/sub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, "from/a"), &st); err != nil {
+		t.Fatal(err)
+	}
+	c := treeCopy{ctx: t.Context(), to: root, links: map[inode]named{{st.Dev, st.Ino}: {"to/sub", "gone"}}}
+	for _, name := range []string{"a", "b"} {
+		if err := c.entry(from, to, "to/sub", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, aerr := os.Stat(filepath.Join(dir, "to/sub/a"))
+	b, berr := os.Stat(filepath.Join(dir, "to/sub/b"))
+	if aerr != nil || berr != nil || !os.SameFile(a, b) || a.Size() != 4 {
+		t.Errorf("%v, %v; %v, %v", a, aerr, b, berr)
+	}
+}

@@ -20,7 +20,7 @@ import (
 // Whoever writes to the directory meanwhile may be hostile. All paths are resolved inside the root, so that the worst it gets is
 // a copy of other files of its own; what vanishes while it is looked at is left out.
 func copyTree(ctx context.Context, from *os.Root, source string, to *os.Root, target string) (copied bool, err error) {
-	c := treeCopy{ctx: ctx, to: to, links: map[inode]string{}}
+	c := treeCopy{ctx: ctx, to: to, links: map[inode]named{}}
 	if err := c.directory(from, source, to, target, target); err != nil {
 		return false, err
 	}
@@ -29,10 +29,13 @@ func copyTree(ctx context.Context, from *os.Root, source string, to *os.Root, ta
 
 type inode struct{ dev, ino uint64 }
 
+// A named is a file in a directory below the root of all copies. All in one have one text of its path: there may be very many, and it may be long.
+type named struct{ dir, name string }
+
 type treeCopy struct {
 	ctx    context.Context
 	to     *os.Root
-	links  map[inode]string // files with several names → the first one that was copied, by its path
+	links  map[inode]named // files with several names → the first one that was copied
 	copied bool
 }
 
@@ -70,7 +73,7 @@ func (c *treeCopy) directory(from *os.Root, source string, to *os.Root, target, 
 	for {
 		names, err := d.Readdirnames(256)
 		for _, name := range names {
-			if err := c.entry(in, out, name, filepath.Join(path, name)); err != nil {
+			if err := c.entry(in, out, path, name); err != nil {
 				return err
 			}
 		}
@@ -92,13 +95,13 @@ func (c *treeCopy) directory(from *os.Root, source string, to *os.Root, target, 
 	return errors.Join(ownership(to, target, fi), t.Sync())
 }
 
-func (c *treeCopy) entry(from, to *os.Root, name, path string) error {
+func (c *treeCopy) entry(from, to *os.Root, dir, name string) error {
 	if c.ctx.Err() != nil {
 		return context.Cause(c.ctx)
 	}
 	fi, err := from.Lstat(name)
 	if err == nil {
-		err = c.copy(from, to, name, path, fi)
+		err = c.copy(from, to, named{dir, name}, fi)
 	}
 	if gone := (*fs.PathError)(nil); errors.As(err, &gone) && errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted or renamed meanwhile
@@ -106,14 +109,17 @@ func (c *treeCopy) entry(from, to *os.Root, name, path string) error {
 	return err
 }
 
-func (c *treeCopy) copy(from, to *os.Root, name, path string, fi fs.FileInfo) error {
+func (c *treeCopy) copy(from, to *os.Root, at named, fi fs.FileInfo) error {
+	name, path := at.name, filepath.Join(at.dir, at.name)
 	st := fi.Sys().(*syscall.Stat_t)
 	key := inode{st.Dev, st.Ino}
 	if st.Nlink > 1 && !fi.IsDir() {
 		if first, ok := c.links[key]; ok {
-			return c.to.Link(first, path)
-		}
-		c.links[key] = path
+			if err := c.to.Link(filepath.Join(first.dir, first.name), path); !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		} // else that one was deleted or renamed before it was copied
+		c.links[key] = at
 	}
 	switch fi.Mode().Type() {
 	case 0:
