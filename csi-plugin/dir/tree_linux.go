@@ -162,10 +162,13 @@ func (c *treeCopy) file(from, to *os.Root, name string) error {
 		}
 	}
 	if err == nil {
+		err = owner(to, name, fi)
+	}
+	if err == nil {
 		err = attributes(t, f)
 	}
 	if err == nil {
-		err = ownership(to, name, fi)
+		err = modeAndTimes(to, name, fi)
 	}
 	return errors.Join(err, t.Sync())
 }
@@ -183,12 +186,21 @@ func node(to *os.Root, name string, fi fs.FileInfo, st *syscall.Stat_t) error {
 	return ownership(to, name, fi)
 }
 
-// ownership gives a copy its owner, mode and times, in that order: a change of owner takes set-user-id bits away.
+// ownership gives a copy its owner, mode and times, in that order: a change of owner takes set-user-id bits away, and of a file its capabilities, which are an attribute.
 func ownership(to *os.Root, name string, fi fs.FileInfo) error {
-	st := fi.Sys().(*syscall.Stat_t)
-	if err := to.Lchown(name, int(st.Uid), int(st.Gid)); err != nil {
+	if err := owner(to, name, fi); err != nil {
 		return err
 	}
+	return modeAndTimes(to, name, fi)
+}
+
+func owner(to *os.Root, name string, fi fs.FileInfo) error {
+	st := fi.Sys().(*syscall.Stat_t)
+	return to.Lchown(name, int(st.Uid), int(st.Gid))
+}
+
+func modeAndTimes(to *os.Root, name string, fi fs.FileInfo) error {
+	st := fi.Sys().(*syscall.Stat_t)
 	d, err := to.Open(filepath.Dir(name))
 	if err != nil {
 		return err

@@ -37,9 +37,17 @@ func TestRootTree(t *testing.T) {
 			if err := unix.Setxattr(filepath.Join(dir, "a/file"), "user.note", []byte("kept"), 0); err != nil {
 				t.Fatal(err)
 			}
+			netRaw := "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" // linux/capability.h, vfs_cap_data
+			if err := unix.Setxattr(filepath.Join(dir, "a/sparse"), "security.capability", []byte(netRaw), 0); err != nil {
+				t.Fatal(err)
+			}
 			copied, err := copyOf(t, dir)
 			if err != nil {
 				t.Fatal(err)
+			}
+			value := make([]byte, 64)
+			if n, err := unix.Getxattr(filepath.Join(dir, "b/sparse"), "security.capability", value); err != nil || string(value[:n]) != netRaw {
+				t.Errorf("the capabilities of a file are %q, %v", value[:max(n, 0)], err)
 			}
 			if shares := fsType == "xfs"; copied == shares {
 				t.Errorf("copied: %t", copied)

@@ -378,11 +378,17 @@ func in(root *os.Root, name, what string, do func(dir int, name string) error) e
 	return nil
 }
 
-// complete gives an entry its attributes, owner, mode and time, in that order: writing changes times, and a change of owner takes set-user-id bits
-// away. A file is closed.
+// complete gives an entry its owner, attributes, mode and time, in that order: writing changes times, and a change of owner takes file capabilities, which are
+// an attribute, and set-user-id bits away. A file is closed.
 func complete(root *os.Root, e Entry, f *os.File) error {
 	if e.Name != "" {
 		return nil
+	}
+	if err := root.Lchown(e.Path, int(e.UID), int(e.GID)); err != nil {
+		if f != nil {
+			err = errors.Join(err, f.Close())
+		}
+		return err
 	}
 	kind := e.Mode & unix.S_IFMT
 	if kind == unix.S_IFREG || kind == unix.S_IFDIR {
@@ -397,9 +403,6 @@ func complete(root *os.Root, e Entry, f *os.File) error {
 			return err
 		}
 	}
-	if err := root.Lchown(e.Path, int(e.UID), int(e.GID)); err != nil {
-		return err
-	}
 	if kind != unix.S_IFLNK {
 		if e.Path == "." {
 			return chmodRoot(root, e.Mode)
@@ -411,7 +414,7 @@ func complete(root *os.Root, e Entry, f *os.File) error {
 	if kind == unix.S_IFDIR {
 		return nil
 	}
-	at := unix.NsecToTimespec(e.Modified.UnixNano())
+	at := unix.Timespec{Sec: e.Modified.Unix(), Nsec: int64(e.Modified.Nanosecond())} // which has room for other centuries as well
 	return in(root, e.Path, "utimes", func(dir int, name string) error {
 		return unix.UtimesNanoAt(dir, name, []unix.Timespec{at, at}, unix.AT_SYMLINK_NOFOLLOW)
 	})

@@ -67,10 +67,14 @@ func fill(t *testing.T, dir string) {
 		os.WriteFile(path("large"), bytes.Repeat([]byte("0123456789abcdef"), 3*chunk/16+1), 0o600),
 		os.WriteFile(path("sparse"), []byte("begin"), 0o600), os.Truncate(path("sparse"), 1<<30),
 		os.Link(path("large"), path("d/same")), os.Symlink("../nowhere", path("d/link")), unix.Mkfifo(path("fifo"), 0o600),
+		unix.UtimesNanoAt(unix.AT_FDCWD, path("large"), []unix.Timespec{{Sec: inYear2300}, {Sec: inYear2300, Nsec: 5}}, 0),
 		os.Chtimes(path("d/e/small"), time.Time{}, time.Unix(1e9, 123456789)), os.Chmod(path("d/e/small"), 0o4751), os.Chmod(path("d/e"), 0o500),
 	)
 	t.Cleanup(func() { os.Chmod(path("d/e"), 0o700) })
 }
+
+// inYear2300 is more than 64 bits of nanoseconds after 1970.
+const inYear2300 = 10413792000
 
 func TestCopy(t *testing.T) {
 	a, b := t.TempDir(), t.TempDir()
