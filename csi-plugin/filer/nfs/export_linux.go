@@ -28,6 +28,7 @@ type exported struct {
 	slow    atomic.Bool   // its file system can't say whether reading would wait
 	limits
 	stuck   atomic.Int64 // calls that the storage keeps
+	small   atomic.Int64 // bytes of small calls
 	replied *replies
 
 	opening   sync.Mutex // a snapshot

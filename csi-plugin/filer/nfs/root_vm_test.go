@@ -1048,6 +1048,61 @@ func TestRootStuckMemory(t *testing.T) {
 	}
 }
 
+// Calls of one export that wait for each other have so much of all clients' memory and no more, however small each is: others are to be made again later.
+func TestRootSmallCalls(t *testing.T) {
+	w := serve(t)
+	answers := make(chan struct{})
+	answer := sync.OnceFunc(func() { close(answers) })
+	t.Cleanup(answer) // before the server's end, which waits for them
+	w.export.Snapshots = &snapshots.Source{List: func() ([]snapshots.Snapshot, error) { <-answers; return nil, nil }}
+	if err := w.server.Export(w.export); err != nil {
+		t.Fatal(err)
+	}
+	first := w.dial(asRoot)
+	s, root := first.mount(w.export.Path)
+	if s != ok {
+		t.Fatalf("mount: %d", s)
+	}
+	call := append(newCall(programNFS, 3, procLookup, asRoot, func(e *encoder) { e.opaque(root); e.opaque([]byte(snapshots.Dir)) }), make([]byte, smallCall)...)[:smallCall]
+	call = seal(append(make([]byte, 4), call...))
+	replies := make(chan status, 1)
+	for range maxSmallInOne/smallCall/maxCalls + 2 {
+		c := w.dial(asRoot)
+		for range maxCalls {
+			if _, err := c.conn.Write(call); err != nil {
+				t.Fatal(err)
+			}
+		}
+		go func() {
+			if n, err := readLength(c.r); err == nil && n == 32 {
+				reply := make([]byte, n)
+				_, _ = io.ReadFull(c.r, reply)
+				select {
+				case replies <- status(binary.BigEndian.Uint32(reply[24:])):
+				default:
+				}
+			}
+		}()
+	}
+	select {
+	case s := <-replies:
+		if s != errJukebox {
+			t.Errorf("one too many is answered %v", s)
+		}
+	case <-time.After(time.Minute):
+		t.Error("all wait for each other, and with them the memory that they have")
+	}
+	answer()
+	if s, _ := first.on(procGetattr, root, nil); s != ok {
+		t.Errorf("afterwards: %v", s)
+	}
+	for end := time.Now().Add(time.Minute); w.server.paths[w.export.Path].small.Load() != 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("some of the calls have no end")
+		}
+	}
+}
+
 // A call that is done where calls are read, as it is to take no time, and takes some, keeps no other call of its connection.
 func TestRootLate(t *testing.T) {
 	w := serve(t)

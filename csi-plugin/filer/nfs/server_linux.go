@@ -34,6 +34,7 @@ const (
 	maxWorking, maxWorkingInOne = 256, 64             // calls that are being done
 	maxCalling, maxCallingInOne = 512 << 20, 64 << 20 // bytes of calls
 	maxReplies, maxRepliesInOne = 512 << 20, 64 << 20 // bytes of replies
+	maxSmallInOne               = 64 << 20            // bytes of calls that are too small to wait for that
 
 	patience = time.Minute // with a client that does not go on in the middle of a call or reply
 	hurry    = time.Second // where others wait for the memory that it has meanwhile
@@ -341,6 +342,8 @@ func (s *Server) hurry() {
 type memory struct {
 	*Server
 
+	small int64 // of the call, where that is not counted as one of its export's yet
+
 	mu    sync.Mutex
 	late  bool
 	parts [2]part
@@ -565,6 +568,9 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 	}
 	mem = &memory{Server: c.Server}
 	mem.has(ofCall, takes)
+	if own == nil {
+		mem.small = takes
+	}
 	record = take(n)
 	release = func() {
 		give(record)
@@ -779,6 +785,10 @@ var errRepeated = errors.New("a repeated call that was not done")
 // done does the call, once there is room for the reply and it is its turn.
 func (x *exchange) done(ctx context.Context) ([]byte, error) {
 	if e := x.first().export; e != nil { // else its reply is a refusal, or the handle of a root
+		defer e.small.Add(-x.memory.small)
+		if e.small.Add(x.memory.small) > maxSmallInOne { // of calls that wait for each other
+			return x.putOff(), nil
+		}
 		x.bytes = x.atMost()
 		if err := x.acquire(ctx, e.replies, x.bytes); err != nil {
 			return nil, err
