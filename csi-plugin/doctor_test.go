@@ -69,3 +69,32 @@ func TestDoctorClaims(t *testing.T) {
 		t.Errorf("a nomad that is not there: %v", err)
 	}
 }
+
+// A plugin's id that Nomad does not know is a mistake, or "nothing to repair" would be said of what was not looked at.
+func TestDoctorPlugin(t *testing.T) {
+	nomad := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var answer any = []string{}
+		switch r.URL.Path {
+		case "/v1/plugin/csi/cradle-node1":
+			answer = &api.CSIPlugin{ID: "cradle-node1"}
+		case "/v1/plugin/csi/cradle-gone":
+			http.NotFound(w, r)
+			return
+		case "/v1/acl/token/self":
+			answer = &api.ACLToken{Type: "management"}
+		case "/v1/volumes", "/v1/allocations":
+		default:
+			t.Errorf("%s %s", r.Method, r.URL)
+		}
+		if err := json.NewEncoder(w).Encode(answer); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer nomad.Close()
+	if err := (&doctor{c: &cli{}}).nomad(t.Context(), nomad.URL, "cradle-node1"); err != nil {
+		t.Error(err)
+	}
+	if err := (&doctor{c: &cli{}}).nomad(t.Context(), nomad.URL, "cradle-gone"); err == nil || !strings.Contains(err.Error(), "--plugin cradle-gone: there is none of that id") {
+		t.Error(err)
+	}
+}
