@@ -91,7 +91,8 @@ func (c *cli) serveCommand(name, short string, controller, node bool) *cobra.Com
 	f := cmd.Flags()
 	c.backendFlags(f)
 	f.StringVar(&c.endpoint, "endpoint", defaultEndpoint(), "unix socket to serve on ($CSI_ENDPOINT, which Nomad sets)")
-	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name")
+	f.StringVar(&c.nodeID, "node-id", hostname(), "this host's name in the topology: its volumes stay on the host of that name (default: the host's name)")
+	f.Lookup("node-id").DefValue = "" // what the help says is the same on each host
 	f.StringVar(&c.zone, "zone", "", "zone that this host is in")
 	f.StringVar(&c.nomad, "nomad", command.TaskAPI(), "address of Nomad's API, which knows what was restored on another host; its token is in NOMAD_TOKEN (default: the task API, where the task has an identity)")
 	f.StringVar(&c.metrics, "metrics", "", "address to serve Prometheus metrics on, at /metrics, to whoever reaches it: 10.0.0.1:9809, or :9809 for 127.0.0.1 alone")

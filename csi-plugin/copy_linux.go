@@ -46,7 +46,7 @@ Interrupted, the same command goes on where it was. Nomad's address and token ar
 	f.StringVar(&m.zone, "zone", "", "the zone that it is to be in (default: the node that has the volume)")
 	f.StringVar(&m.to, "to", "", "the node that it is to be on, by name")
 	f.StringVar(&m.plugin, "plugin", "", "the plugin that is to have it, by its id in Nomad (default: the volume's, or any on the node)")
-	f.StringVar(&m.namespace, "namespace", env("NOMAD_NAMESPACE", api.DefaultNamespace), "the namespace of both")
+	f.StringVar(&m.namespace, "namespace", env("NOMAD_NAMESPACE", api.DefaultNamespace), "the namespace of both ($NOMAD_NAMESPACE)")
 	_ = cmd.MarkFlagRequired("as")
 	cmd.AddCommand(c.copyParts()...)
 	return cmd

@@ -39,7 +39,7 @@ on the node has. A volume that an allocation uses on a node that is up is refuse
 	f := cmd.Flags()
 	f.StringVar(&r.to, "to", "", "the node, by name")
 	f.StringVar(&r.into, "into", "", "name of its pool (default: the first)")
-	f.StringVar(&r.namespace, "namespace", env("NOMAD_NAMESPACE", api.DefaultNamespace), "the volume's namespace")
+	f.StringVar(&r.namespace, "namespace", env("NOMAD_NAMESPACE", api.DefaultNamespace), "the volume's namespace ($NOMAD_NAMESPACE)")
 	_ = cmd.MarkFlagRequired("to")
 	return cmd
 }

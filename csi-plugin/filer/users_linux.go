@@ -23,7 +23,7 @@ type usersAPI struct {
 }
 
 func (u *usersAPI) flags(f *pflag.FlagSet) {
-	f.StringVar(&u.address, "api", "", "address to answer Nomad's users on, about their volumes' snapshots: 0.0.0.0:2050 (default: only root is answered, on the socket)")
+	f.StringVar(&u.address, "api", "", "address to answer Nomad's users on, about their volumes' snapshots and grants: 0.0.0.0:2050 (default: only root is answered, on the socket)")
 	f.StringVar(&u.cert, "api-cert", "", "PEM file of the certificate for that; without one it has to be a loopback address, as tokens are sent there")
 	f.StringVar(&u.key, "api-key", "", "PEM file of its key")
 	f.StringVar(&u.nomadAt, "nomad", command.TaskAPI(), "address of Nomad's API, which says what a user's token allows (default: the task API, where the task has an identity)")
