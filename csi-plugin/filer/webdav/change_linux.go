@@ -241,8 +241,8 @@ func (c change) place(from, to string) (replaced bool, err error) {
 	return true, nil
 }
 
-// maxDepth bounds how deep a tree is copied: two descriptors are open for each step.
-const maxDepth = 200
+// maxDepth bounds how deep a tree is copied, and maxCopies how many of a volume are at the same time: three files of the process are open for each step.
+const maxDepth, maxCopies = 200, 4
 
 // copy makes a copy of a file or directory, of the latter without what is in it unless deep says so. It is there whole or not at all.
 func (c change) copy(ctx context.Context, source *file, to string, deep bool) (replaced bool, err error) {
@@ -261,6 +261,12 @@ func (c change) copy(ctx context.Context, source *file, to string, deep bool) (r
 		depth := 0
 		if deep {
 			depth = maxDepth
+			select {
+			case c.copies <- struct{}{}:
+				defer func() { <-c.copies }()
+			case <-ctx.Done():
+				return false, context.Cause(ctx)
+			}
 		}
 		err = c.copyDirectory(ctx, source, part, parent, depth)
 	}
@@ -386,12 +392,11 @@ func (c change) copyEntry(ctx context.Context, from, to *os.Root, e fs.DirEntry,
 	if err != nil {
 		return err
 	}
-	defer d.Close()
 	fi, err := d.Stat()
-	if err != nil {
-		return err
+	if err == nil {
+		err = c.dress(deeperTo, fi, &file{File: d, info: info{fi}, volume: c.volume, name: name}, parent)
 	}
-	if err := c.dress(deeperTo, fi, &file{File: d, info: info{fi}, volume: c.volume, name: name}, parent); err != nil {
+	if d.Close(); err != nil {
 		return err
 	}
 	return c.copyEntries(ctx, deeperFrom, deeperTo, false, parent, depth-1)

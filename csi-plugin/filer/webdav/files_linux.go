@@ -29,6 +29,8 @@ type volume struct {
 
 	snapshots *snapshots.Opened // nil where there are none
 
+	copies chan struct{} // one of maxCopies for each directory that is being copied
+
 	mu    sync.Mutex
 	parts int // in its temporary directory
 }
@@ -46,7 +48,7 @@ func openVolume(name, root, locksFile string) (*volume, error) {
 	if err := tree.RemoveAll(r, temporary); err != nil { // a process that was killed leaves it
 		return nil, errors.Join(err, r.Close())
 	}
-	return &volume{root: r, locks: l}, nil
+	return &volume{root: r, locks: l, copies: make(chan struct{}, maxCopies)}, nil
 }
 
 // rel is a path in the volume as os.Root has it.

@@ -513,6 +513,42 @@ func TestDeep(t *testing.T) {
 	}
 }
 
+// TestCopiesAtOnce: so many directories of a volume are copied at the same time, each of which takes files of the process as it is deep. Others wait.
+func TestCopiesAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(filepath.Join(t.TempDir(), "locks"), 0, slog.New(slog.NewTextHandler(t.Output(), nil)))
+		g := Grant{User: "u", Secret: "p", Volume: "v", Root: t.TempDir(), UID: os.Getuid(), GID: os.Getgid()}
+		if err := errors.Join(s.Allow(g), os.MkdirAll(filepath.Join(g.Root, "dir/in"), 0o755), os.WriteFile(filepath.Join(g.Root, "file"), nil, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		copies := func(name string) *httptest.ResponseRecorder {
+			answer := httptest.NewRecorder()
+			r := httptest.NewRequest("COPY", "/v/"+name, nil)
+			r.SetBasicAuth("u", "p")
+			r.Header.Set("Destination", "/v/copy-of-"+name)
+			go s.ServeHTTP(answer, r)
+			synctest.Wait()
+			return answer
+		}
+		for range maxCopies {
+			s.volumes["v"].copies <- struct{}{}
+		}
+		if got := copies("file"); got.Code != http.StatusCreated {
+			t.Errorf("a file is copied with %d", got.Code)
+		}
+		waits := copies("dir")
+		if _, err := os.Stat(filepath.Join(g.Root, "copy-of-dir")); err == nil {
+			t.Error("one too many is copied")
+		}
+		<-s.volumes["v"].copies
+		synctest.Wait()
+		if waits.Code != http.StatusCreated || len(s.volumes["v"].copies) != maxCopies-1 {
+			t.Errorf("one that has waited is copied with %d, and %d are still at it", waits.Code, len(s.volumes["v"].copies))
+		}
+		s.Close()
+	})
+}
+
 // TestStuck: who ends a grant whose requests the storage keeps is told so, and waits for them once.
 func TestStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
