@@ -368,3 +368,14 @@ func TestAudit(t *testing.T) {
 		t.Errorf("what could not be written is told so: %s", &told)
 	}
 }
+
+// Grants count together where the same people make them.
+func TestOwner(t *testing.T) {
+	tenant := func(namespace, volume string) string {
+		return owner(api.Grant{ID: namespace + volume, Volume: volume, Tenant: &api.Tenant{Namespace: namespace}})
+	}
+	root := func(volume string) string { return owner(api.Grant{Volume: volume}) }
+	if tenant("n", "v") != tenant("n", "w") || tenant("n", "v") == tenant("m", "v") || root("v") == root("w") || root("v") == tenant("v", "v") {
+		t.Errorf("%q, %q, %q, %q", tenant("n", "v"), tenant("n", "w"), tenant("m", "v"), root("v"))
+	}
+}

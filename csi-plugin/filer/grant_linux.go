@@ -68,6 +68,14 @@ func whose(g api.Grant) string {
 	return "namespace " + g.Tenant.Namespace
 }
 
+// owner is whose requests are counted together: those of a namespace's grants, or of root's for one volume.
+func owner(g api.Grant) string {
+	if g.Tenant == nil {
+		return "volume " + g.Volume
+	}
+	return whose(g)
+}
+
 // admit lets a grant's user in.
 func (f *filer) admit(ctx context.Context, g api.Grant) error {
 	if f.webdav == nil && f.s3 == nil {
@@ -76,10 +84,10 @@ func (f *filer) admit(ctx context.Context, g api.Grant) error {
 	root, err := f.place(ctx, g.Volume)
 	seen, gate := f.seen(g.Volume), f.gate(g.Volume)
 	if err == nil && f.webdav != nil {
-		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen, Gate: gate})
+		err = f.webdav.Allow(webdav.Grant{User: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Owner: owner(g), Snapshots: seen, Gate: gate})
 	}
 	if err == nil && f.s3 != nil && s3.CheckBucket(g.Volume) == nil {
-		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Snapshots: seen, Gate: gate})
+		err = f.s3.Allow(s3.Grant{Key: g.ID, Secret: g.Secret, Volume: g.Volume, Root: root, ReadOnly: g.ReadOnly, UID: g.UID, GID: g.GID, Owner: owner(g), Snapshots: seen, Gate: gate})
 	}
 	return stuck(err)
 }

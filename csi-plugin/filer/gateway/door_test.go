@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -187,5 +188,43 @@ func TestLimit(t *testing.T) {
 	ends[0]()
 	if _, err := l.Begin(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestOwners: so many requests are at work of all grants that somebody has, however many he makes.
+func TestOwners(t *testing.T) {
+	var o Owners
+	var ends []func()
+	begun := 0
+	for range maxOfOwner/maxAtOnce + 2 {
+		l := o.NewLimit("one", 0)
+		for {
+			end, err := l.Begin(t.Context())
+			if err != nil {
+				break
+			}
+			ends = append(ends, end)
+			begun++
+		}
+	}
+	if begun != maxOfOwner {
+		t.Errorf("%d of one owner are at work", begun)
+	}
+	if _, err := o.NewLimit("another", 0).Begin(t.Context()); err != nil {
+		t.Errorf("one of another: %v", err)
+	}
+	for _, end := range ends {
+		end()
+	}
+	slow := o.NewLimit("one", 1e-9)
+	if _, err := slow.Begin(t.Context()); err != nil {
+		t.Errorf("once all have ended: %v", err)
+	}
+	given, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 2 * maxOfOwner { // who gives up leaves nothing
+		if _, err := slow.Begin(given); errors.Is(err, ErrBusy) || err == nil {
+			t.Fatalf("who gives up: %v", err)
+		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 const (
 	maxConnections = 2000
 	maxAtOnce      = 256              // requests of one grant
+	maxOfOwner     = 512              // of all that somebody has
 	headerTime     = 30 * time.Second // for a request's head
 	stalled        = time.Minute      // without a byte in the middle of a request or its answer
 )
@@ -221,6 +223,7 @@ func (c *counted) Read(p []byte) (int, error) {
 type Limit struct {
 	rate   *rate.Limiter
 	atOnce *semaphore.Weighted
+	owner  *semaphore.Weighted // of all that the grant's owner has; nil where that is this one
 }
 
 // NewLimit has so many requests a second done, of 0 all; twice as many at a time, and more have to wait.
@@ -229,20 +232,41 @@ func NewLimit(perSecond float64) *Limit {
 	if perSecond <= 0 {
 		limit = rate.Inf
 	}
-	return &Limit{rate.NewLimiter(limit, max(1, int(min(2*limit, 10_000)))), semaphore.NewWeighted(maxAtOnce)}
+	return &Limit{rate.NewLimiter(limit, max(1, int(min(2*limit, 10_000)))), semaphore.NewWeighted(maxAtOnce), nil}
 }
 
-// ErrBusy is a grant of which so many requests are at work, or wait, that no other one does: it would keep other grants' connections.
-var ErrBusy = errors.New("too many requests of this grant at once; try again")
+// Owners are those who have grants: however many somebody makes, there are connections for others.
+type Owners struct{ all sync.Map }
+
+// NewLimit is that of one more grant of an owner's.
+func (o *Owners) NewLimit(owner string, perSecond float64) *Limit {
+	l := NewLimit(perSecond)
+	all, _ := o.all.LoadOrStore(owner, semaphore.NewWeighted(maxOfOwner))
+	l.owner = all.(*semaphore.Weighted)
+	return l
+}
+
+// ErrBusy is a grant of which, or an owner of whose grants, so many requests are at work, or wait, that no other one does: it would keep other grants' connections.
+var ErrBusy = errors.New("too many requests of this grant, or of its owner's others, at once; try again")
 
 // Begin waits until a request may be done. It counts until end is called.
 func (l *Limit) Begin(ctx context.Context) (end func(), err error) {
 	if !l.atOnce.TryAcquire(1) {
 		return nil, ErrBusy
 	}
-	if err := l.rate.Wait(ctx); err != nil {
+	if l.owner != nil && !l.owner.TryAcquire(1) {
 		l.atOnce.Release(1)
+		return nil, ErrBusy
+	}
+	end = func() {
+		l.atOnce.Release(1)
+		if l.owner != nil {
+			l.owner.Release(1)
+		}
+	}
+	if err := l.rate.Wait(ctx); err != nil {
+		end()
 		return nil, err
 	}
-	return func() { l.atOnce.Release(1) }, nil
+	return end, nil
 }

@@ -22,7 +22,8 @@ type Grant struct {
 	Volume   string // the bucket
 	Root     string // its directory
 	ReadOnly bool
-	UID, GID int // whom belongs what is made
+	UID, GID int    // whom belongs what is made
+	Owner    string // whose the grant is, with others of his
 
 	Snapshots *snapshots.Source // of the directory; nil for none
 	Gate      *gateway.Gate     // that changes of the directory go through; nil for none

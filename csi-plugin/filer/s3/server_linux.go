@@ -57,6 +57,8 @@ type Server struct {
 	most      int64 // processes
 	processes atomic.Int64
 
+	owners gateway.Owners
+
 	mu     sync.Mutex
 	grants map[string]*granted // by access key
 	ending map[string]*gateway.Ending
@@ -112,7 +114,7 @@ func (s *Server) Allow(g Grant) error {
 	if err != nil {
 		return err
 	}
-	w := &granted{Grant: g, server: s, limit: gateway.NewLimit(s.rate), bodies: semaphore.NewWeighted(maxBodies), root: root}
+	w := &granted{Grant: g, server: s, limit: s.owners.NewLimit(g.Owner, s.rate), bodies: semaphore.NewWeighted(maxBodies), root: root}
 	if g.Snapshots != nil {
 		w.past = snapshots.Open(g.Snapshots)
 	}

@@ -42,6 +42,8 @@ type Server struct {
 	rate float64 // requests a second of each grant
 	log  *slog.Logger
 
+	owners gateway.Owners
+
 	mu      sync.Mutex
 	grants  map[string]*granted // by user
 	ending  map[string]*gateway.Ending
@@ -103,7 +105,7 @@ func (s *Server) Allow(g Grant) error {
 		return fmt.Errorf("grant %s: volume %s is at %s", g.User, g.Volume, o.root)
 	}
 	o.grants++
-	w := &granted{Grant: g, volume: o.volume, limit: gateway.NewLimit(s.rate)}
+	w := &granted{Grant: g, volume: o.volume, limit: s.owners.NewLimit(g.Owner, s.rate)}
 	w.ctx, w.end = context.WithCancelCause(context.Background())
 	s.grants[g.User] = w
 	return nil

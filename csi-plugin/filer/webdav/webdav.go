@@ -26,7 +26,8 @@ type Grant struct {
 	Volume   string // the first step of the URLs' paths, and the name of the file that keeps the locks
 	Root     string // its directory
 	ReadOnly bool
-	UID, GID int // whom belongs what is made
+	UID, GID int    // whom belongs what is made
+	Owner    string // whose the grant is, with others of his
 
 	Snapshots *snapshots.Source // of the directory; nil for none
 	Gate      *gateway.Gate     // that changes of the directory go through; nil for none
