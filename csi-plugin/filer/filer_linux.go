@@ -341,11 +341,8 @@ func (f *filer) placeAll(ctx context.Context, publications []api.Publication, gr
 	return errors.Join(err, g.Wait())
 }
 
-func (f *filer) publications() ([]api.Publication, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.published().all()
-}
+// publications does not wait for what is being changed, nor do grants and status: that may be waiting for storage.
+func (f *filer) publications() ([]api.Publication, error) { return f.published().all() }
 
 func (f *filer) status() (api.Status, error) {
 	s, _, err := f.census()

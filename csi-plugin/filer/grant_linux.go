@@ -131,8 +131,6 @@ func (f *filer) endGrant(ctx context.Context, g api.Grant) error {
 }
 
 func (f *filer) grants() ([]api.Grant, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	all, err := f.granted().all()
 	shown := []api.Grant{}
 	for _, g := range all {

@@ -65,6 +65,9 @@ func (r records[T]) all() ([]T, error) {
 	all := []T{}
 	for _, id := range ids {
 		record, err := r.read(id)
+		if errors.Is(err, fs.ErrNotExist) { // it has been removed meanwhile
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -282,6 +282,31 @@ func TestVolumesHad(t *testing.T) {
 	}
 }
 
+// Who only looks does not wait for a change, which may wait for storage, and minds nothing that is removed meanwhile.
+func TestStatusWhileChanging(t *testing.T) {
+	f := testFiler(t, slow{})
+	for _, id := range []string{"p", "q"} {
+		if err := errors.Join(f.published().write(id, api.Publication{ID: id, Volume: "v"}), f.granted().write(id, api.Grant{ID: id, Volume: "w", Secret: "secret"})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s, err := f.status(); err != nil || s.Publications != 2 || s.Grants != 2 || s.Volumes != 2 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	gone := filepath.Join(f.kept, "publications/gone.json")
+	if err := os.Symlink("removed", gone); err != nil { // is listed, and can't be read any more
+		t.Fatal(err)
+	}
+	if all, err := f.publications(); err != nil || len(all) != 2 {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if all, err := f.grants(); err != nil || len(all) != 2 || all[0].Secret != "" {
+		t.Errorf("%+v, %v", all, err)
+	}
+}
+
 // halved is a backend of which one pool is missing.
 type halved struct{ volume.Backend }
 
