@@ -24,7 +24,7 @@ func TestZFSNomadFiler(t *testing.T) {
 	s := &stack{t: t, id: "cradle", zfs: true}
 	s.Cluster = nomadtest.Start(t, nomadtest.Options{
 		Server: `heartbeat_grace = "2m"`, Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
-		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
+		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}\noptions {\n  \"user.checked_drivers\" = \"java\" # exec may be root\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
 	})
 	s.node = s.Clients()[0]
 	f := &fileServer{stack: s}
