@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -248,5 +249,27 @@ func TestRootNomadHosts(t *testing.T) {
 		t.Errorf("the copy: %s", out)
 	}
 	s.CLI(t, "volume", "delete", "pages")
+	s.empty()
+}
+
+// A volume of a job with per_alloc has an id in Nomad that can be no plugin's name for it.
+func TestRootNomadNumbered(t *testing.T) {
+	s := startHosts(t)
+	one, two := s.Clients()[0], s.Clients()[1]
+	const id = "ledger[0]"
+	s.on(one)
+	s.volume("ledger", "cradle-node1", s.id, `= "ledger"`+"\nname", fmt.Sprintf("= %q\nname", id))
+	s.copied("ledger")
+	if err := os.RemoveAll(filepath.Join(s.node.Dir, "volumes/ledger")); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := s.try("lv2", "restore", id, "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume "+id+" is on node "+two.Name+" now\n") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s.on(two)
+	if v, _, err := s.API.CSIVolumes().Info(id, nil); err != nil || v.PluginID != s.id || v.ExternalID != "ledger" {
+		t.Errorf("Nomad knows %+v, %v", v, err)
+	}
+	s.CLI(t, "volume", "delete", id)
 	s.empty()
 }
