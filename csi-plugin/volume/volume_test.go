@@ -3,6 +3,8 @@ package volume
 import (
 	"errors"
 	"maps"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -32,6 +34,34 @@ func TestParseParameters(t *testing.T) {
 	}
 	if p, err := ParseParameters(nil); err != nil || p != (Parameters{Class: NFS}) {
 		t.Errorf("none: %+v, %v", p, err)
+	}
+}
+
+// The table of docs/csi.md has the parameters that there are.
+func TestParametersAreTold(t *testing.T) {
+	page, err := os.ReadFile("../../docs/csi.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), "\n## Parameters\n")
+	section, _, _ = strings.Cut(section, "\n#")
+	told := map[string]bool{}
+	for row := range strings.Lines(section) {
+		if cells := strings.Split(row, "|"); len(cells) > 2 {
+			for _, name := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cells[1], -1) {
+				told[name[1]] = true
+			}
+		}
+	}
+	for name := range told {
+		if parameters[name] == nil {
+			t.Errorf("docs/csi.md tells of the parameter %s, which there is not", name)
+		}
+	}
+	for name := range parameters {
+		if !told[name] {
+			t.Errorf("docs/csi.md does not tell of the parameter %s", name)
+		}
 	}
 }
 
