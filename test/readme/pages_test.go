@@ -98,11 +98,13 @@ func TestLinks(t *testing.T) {
 type command struct {
 	subcommands map[string]bool
 	flags       map[string]string
+	defaults    map[string]string // of flags that have one which is no empty string
 }
 
 var (
-	sections = regexp.MustCompile(`(?m)^#+ `)
-	flagged  = regexp.MustCompile(`(?m)^ +(?:-(\w), )?--([\w-]+)(?: (\S+(?: \S+)*))?(?: {3}|\n)`)
+	sections  = regexp.MustCompile(`(?m)^#+ `)
+	defaulted = regexp.MustCompile(`(?m)--([\w-]+) .*\(default "?([^":)][^")]*)"?\)$`)
+	flagged   = regexp.MustCompile(`(?m)^ +(?:-(\w), )?--([\w-]+)(?: (\S+(?: \S+)*))?(?: {3}|\n)`)
 )
 
 // reference reads docs/PROGRAM.md, which is written from the commands' own help: each command by its path, with the flags of those above it.
@@ -111,7 +113,7 @@ func reference(t *testing.T, pages map[string]string, program string) map[string
 	all := map[string]command{}
 	for _, section := range sections.Split(pages["docs/"+program+".md"], -1)[1:] {
 		path, text, _ := strings.Cut(section, "\n")
-		c := command{map[string]bool{}, map[string]string{"help": "", "h": "", "version": ""}}
+		c := command{map[string]bool{}, map[string]string{"help": "", "h": "", "version": ""}, map[string]string{}}
 		if i := strings.LastIndex(path, " "); i >= 0 {
 			above, ok := all[path[:i]]
 			if !ok {
@@ -127,6 +129,9 @@ func reference(t *testing.T, pages map[string]string, program string) map[string
 			if f[1] != "" {
 				c.flags[f[1]] = f[3]
 			}
+		}
+		for _, f := range defaulted.FindAllStringSubmatch(text, -1) {
+			c.defaults[f[1]] = f[2]
 		}
 		all[path] = c
 	}
@@ -193,7 +198,7 @@ func TestCommands(t *testing.T) {
 	}
 }
 
-// TestFlags: each flag that the storage's pages name is one of the programs they are about.
+// TestFlags: each flag that the storage's pages name is one of the programs they are about, and has the default that their tables say.
 func TestFlags(t *testing.T) {
 	pages := texts(t, ".md")
 	known := map[string]bool{}
@@ -215,6 +220,22 @@ func TestFlags(t *testing.T) {
 				t.Errorf("%s: no command has the flag %s", page, span[1])
 			}
 		}
+	}
+	rows := 0
+	for page, c := range map[string]command{
+		"docs/csi.md": reference(t, pages, "cradle-csi")["cradle-csi monolith"], "docs/nfs.md": reference(t, pages, "cradle-filer")["cradle-filer serve"],
+		"docs/webdav.md": reference(t, pages, "cradle-filer")["cradle-filer serve"], "docs/s3.md": reference(t, pages, "cradle-filer")["cradle-filer serve"],
+	} {
+		for _, row := range regexp.MustCompile("(?m)^\\| `--([\\w-]+)` \\| ([^|]*) \\|").FindAllStringSubmatch(pages[page], -1) {
+			if want := c.defaults[row[1]]; want != "" && !strings.Contains(want, ": ") { // not prose
+				if rows++; !strings.Contains(row[2], want) {
+					t.Errorf("%s: --%s is %s by default, and the table says %q", page, row[1], want, row[2])
+				}
+			}
+		}
+	}
+	if rows < 8 {
+		t.Errorf("%d defaults were found", rows)
 	}
 	if named < 50 {
 		t.Errorf("%d flags were found", named)
