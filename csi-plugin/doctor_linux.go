@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -186,8 +185,7 @@ func (d *doctor) nomad(ctx context.Context, address, plugin string) error {
 		return fmt.Errorf("nomad at %s: %w", address, err)
 	}
 	if len(targets)+len(volumes) == 0 { // of a plugin that is no more there may be some
-		var response api.UnexpectedResponseError
-		if _, _, err := client.CSIPlugins().Info(plugin, (&api.QueryOptions{}).WithContext(ctx)); errors.As(err, &response) && response.StatusCode() == http.StatusNotFound {
+		if _, _, err := client.CSIPlugins().Info(plugin, query(ctx, "")); notFound(err) {
 			return fmt.Errorf("nomad at %s: --plugin %s: there is none of that id, and no volume or mount of it; \"nomad plugin status\" lists them", address, plugin)
 		}
 	}

@@ -171,7 +171,9 @@ func (n *nomad) lookFor(ctx context.Context, v *api.CSIVolume) (*place, error) {
 func (n *nomad) place(ctx context.Context, node, only string) (*place, error) {
 	p := &place{}
 	var err error
-	if p.node, _, err = n.client.Nodes().Info(node, query(ctx, "")); err != nil {
+	if p.node, _, err = n.client.Nodes().Info(node, query(ctx, "")); notFound(err) {
+		return nil, nil // it was purged, and Nomad does not know yet that its plugins went with it
+	} else if err != nil {
 		return nil, err
 	}
 	for id, info := range p.node.CSIControllerPlugins {
@@ -270,11 +272,16 @@ func (n *nomad) registered(ctx context.Context, id string) (*api.CSIVolume, erro
 		return nil, nil
 	}
 	v, _, err := n.client.CSIVolumes().Info(id, query(ctx, n.namespace))
-	var response api.UnexpectedResponseError
-	if errors.As(err, &response) && response.StatusCode() == http.StatusNotFound {
+	if notFound(err) {
 		return nil, nil
 	}
 	return v, err
+}
+
+// notFound says whether Nomad knows nothing of what it was asked about.
+func notFound(err error) bool {
+	var response api.UnexpectedResponseError
+	return errors.As(err, &response) && response.StatusCode() == http.StatusNotFound
 }
 
 // stored is what the plugin calls a volume.
@@ -352,6 +359,9 @@ func (n *nomad) unused(ctx context.Context, v *api.CSIVolume) error {
 			continue
 		}
 		node, _, err := n.client.Nodes().Info(a.NodeID, query(ctx, ""))
+		if notFound(err) {
+			continue // a lost one that was purged, and its allocations are there a while longer
+		}
 		if err != nil {
 			return err
 		}

@@ -101,6 +101,46 @@ func TestRegisterUnhealthy(t *testing.T) {
 	}
 }
 
+// A volume is in use on a node that is up. One that is down, or that Nomad does not know any more, is no reason not to restore it elsewhere.
+func TestUnused(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch status := path.Base(r.URL.Path); status {
+		case "purged":
+			http.Error(w, "node not found", http.StatusNotFound)
+		case "unknown":
+			http.Error(w, "no leader", http.StatusInternalServerError)
+		default:
+			if err := json.NewEncoder(w).Encode(&api.Node{ID: status, Name: status, Status: status}); err != nil {
+				t.Error(err)
+			}
+		}
+	}))
+	defer srv.Close()
+	n, _ := nomadAt(t, srv)
+	if p, err := n.place(t.Context(), "purged", ""); p != nil || err != nil {
+		t.Errorf("the plugin on a node that was purged: %v, %v", p, err)
+	}
+	for _, c := range []struct {
+		node, alloc string
+		unused      bool
+	}{
+		{"ready", "running", false},
+		{"ready", "lost", false},
+		{"ready", "complete", true},
+		{"initializing", "running", false},
+		{"down", "running", true},
+		{"disconnected", "unknown", true},
+		{"purged", "lost", true},
+		{"purged", "running", true},
+		{"unknown", "running", false},
+	} {
+		v := &api.CSIVolume{ID: "v", Allocations: []*api.AllocationListStub{{ID: "ended", NodeID: "ready", ClientStatus: "failed"}, {ID: "a", NodeID: c.node, ClientStatus: c.alloc}}}
+		if err := n.unused(t.Context(), v); (err == nil) != c.unused {
+			t.Errorf("%s on a node that is %s: %v", c.alloc, c.node, err)
+		}
+	}
+}
+
 // nomadAt asks a server, and says what it tells.
 func nomadAt(t *testing.T, srv *httptest.Server) (n *nomad, said *strings.Builder) {
 	t.Helper()
