@@ -79,11 +79,11 @@ func (c config) serve() error {
 	if err != nil {
 		return err
 	}
-	var served backend.Backend = files
+	var objects backend.Backend = files
 	if c.Snapshots != "" {
-		served = &past{files, c.Bucket, "/run/" + c.Snapshots}
+		objects = &past{files, c.Bucket, "/run/" + c.Snapshots}
 	}
-	return embedgw.RunVersityGW(context.Background(), whole{served}, &embedgw.Config{
+	return embedgw.RunVersityGW(context.Background(), whole{objects}, &embedgw.Config{
 		RootUserAccess: c.Key, RootUserSecret: c.Secret, Ports: []string{"/run/s3.sock"}, AdminPorts: []string{"/run/admin.sock"}, SocketPerm: "0600",
 		MaxConnections: 1024, MaxRequests: 512, AdminMaxConnections: 1, AdminMaxRequests: 1, MultipartMaxParts: 10_000,
 		Readonly: c.ReadOnly, Quiet: true, DisableACLs: true, DisableStrictBucketNames: true,

@@ -36,10 +36,13 @@ type past struct {
 	socket string
 }
 
-// former says whether a key is of the snapshots. Posix cleans keys so as well.
+// served are the directories of what helps to serve the volume otherwise (filer/webdav, Hidden): nothing of it is an object, nor can be made one.
+var served = []string{".cradle-webdav", ".zfs"}
+
+// former says whether a key is of the snapshots, or of what is no object at all. Posix cleans keys so as well.
 func former(key string) bool {
-	key = path.Clean("/" + key)
-	return key == "/"+snapshotsDir || strings.HasPrefix(key, "/"+snapshotsDir+"/")
+	first, _, _ := strings.Cut(path.Clean("/" + key)[1:], "/")
+	return first == snapshotsDir || slices.Contains(served, first)
 }
 
 func isFormer(key *string) bool { return key != nil && former(*key) }
