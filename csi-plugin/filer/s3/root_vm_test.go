@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
+	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
 
@@ -309,6 +310,16 @@ func TestRootConfined(t *testing.T) {
 	if _, err := get(t.Context(), c, "file"); err == nil {
 		t.Error("a grant that has ended is one")
 	}
+}
+
+// TestRootLongKey: a grant may have the longest name that there is.
+func TestRootLongKey(t *testing.T) {
+	w := serve(t)
+	key := strings.Repeat("k", 128)
+	w.allow(Grant{Key: key, Secret: "secret", Snapshots: &snapshots.Source{List: func() ([]snapshots.Snapshot, error) { return nil, nil }}})
+	c := w.client(key, "secret")
+	w.put(c, "object", "content")
+	w.want(c, "object", "content")
 }
 
 // TestRootKilled: the process may die at any time; the next request finds another one.

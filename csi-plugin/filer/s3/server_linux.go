@@ -3,6 +3,8 @@ package s3
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -464,7 +466,8 @@ type configuration struct {
 }
 
 func (g *granted) start() (_ *child, err error) {
-	base := filepath.Join(g.server.dir, g.Key)
+	sum := sha256.Sum256([]byte(g.Key)) // sockets' paths have 107 bytes at most (unix(7)), and keys may have more
+	base := filepath.Join(g.server.dir, hex.EncodeToString(sum[:8]))
 	c := &child{run: filepath.Join(base, "run"), done: make(chan struct{})}
 	mount := filepath.Join(base, "root")
 	if err := os.RemoveAll(base); err != nil {
