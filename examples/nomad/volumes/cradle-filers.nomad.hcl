@@ -1,4 +1,5 @@
 # A set of filers, on every node that has the file system at /mnt/shared: one of them serves its volumes at the floating address, another takes over when that ends.
+# Before it: mkdir /mnt/shared/volumes, once.
 #
 # The plugin on such nodes has, in cradle-csi.nomad.hcl:
 #     "--pool", "/mnt/shared/volumes", "--filer", "files.service.consul:2051", "--filer-key", "/mnt/shared/volumes/.cradle-filer@state/handles.key"
