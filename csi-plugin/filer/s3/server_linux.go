@@ -138,8 +138,8 @@ func (s *Server) Allow(g Grant) error {
 // allows says whether a grant is there already, and its directory the same.
 func (s *Server) allows(g Grant) bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	is := s.grants[g.Key]
+	s.mu.Unlock()
 	if is == nil {
 		return false
 	}
