@@ -77,8 +77,12 @@ func (l *lister) list(dir *os.Root, base, name string) error {
 	default:
 		e.Device = st.Rdev
 	}
+	if err != nil {
+		delete(l.seen, key) // its other names are not names of what is not listed
+		return err
+	}
 	l.all = append(l.all, e)
-	return err
+	return nil
 }
 
 func (l *lister) directory(dir *os.Root, base string, e Entry) error {

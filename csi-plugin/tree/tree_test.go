@@ -295,3 +295,43 @@ func FuzzReceive(f *testing.F) {
 		}
 	})
 }
+
+// What goes between two looks at it is not listed, nor as a name of it what is left.
+func TestListGone(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	must(t, os.WriteFile(path("z"), []byte("text"), 0o600), os.Link(path("z"), path("y")))
+	root := open(t, dir)
+	stop, stopped := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				stopped <- nil
+				return
+			default:
+			}
+			if err := errors.Join(os.Link(path("z"), path("a")), os.Remove(path("a"))); err != nil {
+				stopped <- err
+				return
+			}
+		}
+	}()
+	for {
+		l := lister{ctx: t.Context(), seen: map[inode]string{}}
+		err := l.list(root, "a", "a")
+		var opened *os.PathError
+		if !errors.As(err, &opened) || !strings.HasPrefix(opened.Op, "open") {
+			continue // it was there, or was not for the first look
+		}
+		if err := errors.Join(l.list(root, "y", "y"), l.list(root, "z", "z")); err != nil {
+			t.Error(err)
+		}
+		if len(l.all) != 2 || l.all[0].Path != "y" || l.all[0].Size != 4 || l.all[1].Name != "y" {
+			t.Errorf("listed: %+v", l.all)
+		}
+		break
+	}
+	close(stop)
+	must(t, <-stopped)
+}
