@@ -196,8 +196,11 @@ func (c *cli) coldRestore(ctx context.Context, o *coldFlags, name, as, pool stri
 	return c.receive(ctx, b, v, one, volume.Request{Name: cmp.Or(as, one.Volume), Parameters: volume.Parameters{Pool: pool}})
 }
 
-// damaged says how to have another copy, where one is.
+// damaged says how to have another copy, where one is. One that is only not read with this key is not to be removed for that.
 func damaged(one cold.Copy, err error) error {
+	if errors.Is(err, cold.ErrKey) {
+		return fmt.Errorf("%w; give this host the key that the copies are made with. Should it have that, somebody else has made this one: then remove %s from cold storage to have the one before it be the newest", err, one.Object())
+	}
 	if errors.Is(err, cold.ErrDamaged) {
 		err = fmt.Errorf("%w; \"cradle-csi cold ls %s\" lists others. Remove %s from cold storage to have the one before it be the newest", err, one.Volume, one.Object())
 	}

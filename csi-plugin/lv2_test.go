@@ -288,3 +288,38 @@ func TestDiscardRestored(t *testing.T) {
 		})
 	}
 }
+
+// A copy that another key reads is not told to be damaged, and to be removed: who has brought the wrong key to a new host would lose it.
+func TestRestoreOtherKey(t *testing.T) {
+	dir := t.TempDir()
+	c := &cli{stdout: io.Discard, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, cold: coldFlags{where: filepath.Join(dir, "cold"), key: filepath.Join(dir, "key")}}
+	vault := func() *cold.Vault {
+		t.Helper()
+		x, err := age.GenerateX25519Identity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(c.cold.key, []byte(x.String()+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		v, err := c.cold.open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	if err := os.Mkdir(c.cold.where, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	born := time.Now().Add(-time.Hour).UTC()
+	of := volume.Volume{ID: "db", Created: born, Size: 1 << 20, Parameters: volume.Parameters{Class: volume.LV2}}
+	blocks := &volume.Blocks{ReaderAt: strings.NewReader(""), Size: 1 << 20, Whole: true}
+	if _, _, err := vault().Save(t.Context(), of, volume.Snapshot{Created: born}, cold.Order{Taken: born}, blocks, cold.Copy{}); err != nil {
+		t.Fatal(err)
+	}
+	vault()
+	err := c.coldRestore(t.Context(), &c.cold, "db", "", "")
+	if err == nil || !errors.Is(err, cold.ErrKey) || !strings.Contains(err.Error(), "give this host the key that the copies are made with") || strings.Contains(err.Error(), "lists others") {
+		t.Error(err)
+	}
+}

@@ -472,7 +472,7 @@ func (v *Vault) Prune(ctx context.Context, of volume.Volume, keep volume.Retenti
 		}
 	}
 	if len(unread) > 0 {
-		return fmt.Errorf("volume %s: copies that are too many are removed, but not their chunks, as a list of those that are kept can't be read; it goes in its time, or remove it from cold storage: %w", of.ID, errors.Join(unread...))
+		return fmt.Errorf("volume %s: copies that are too many are removed, but not their chunks, as a list of those that are kept can't be read. It goes in its time: %w", of.ID, errors.Join(unread...))
 	}
 	var rubbish []string // what a process that was killed has left, too
 	err = v.store.List(ctx, chunksDir+line, func(object string) error {

@@ -100,11 +100,14 @@ func (k *Key) seal(data []byte) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
+// ErrKey is what another key opens, or nobody's: who can write to a store can put into it what is encrypted for whom he likes.
+var ErrKey = errors.New("it is encrypted for another key than this one (--cold-key)")
+
 // open is the reverse of seal. d bounds what comes of it.
 func (k *Key) open(sealed []byte, d *zstd.Decoder) ([]byte, error) {
 	r, err := age.Decrypt(bytes.NewReader(sealed), k.identity)
 	if errors.As(err, new(*age.NoIdentityMatchError)) {
-		return nil, errors.New("it is encrypted for another key than this one (--cold-key)")
+		return nil, ErrKey
 	}
 	if err != nil {
 		return nil, err
