@@ -216,6 +216,7 @@ func TestRootFiler(t *testing.T) {
 	refused(`"client" not set`, "publish", "v")
 	refused("neither an address nor a network", "publish", "v", "--client", "everybody")
 	refused("publication: ", "publish", "v", "--id", "../x", "--client", "10.0.0.1")
+	refused("switch: this filer is alone", "switch")
 
 	list, err := f.Command("publications", "-o", "json")
 	if err != nil {

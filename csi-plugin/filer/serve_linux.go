@@ -391,6 +391,9 @@ func (f *filer) handler() http.Handler {
 		return struct{}{}, f.grow(r.Context(), r.PathValue("id"))
 	})
 	handle("GET /status", func(*http.Request) (any, error) { return f.status() })
+	handle("POST /switch", func(*http.Request) (any, error) { // a set's member answers that itself
+		return nil, volume.Invalid("switch", "this filer is alone, and no other one can take over; those of a set (serve --set) can")
+	})
 	f.handleVolumes(mux)
 	f.handleSnapshots(mux, func(r *http.Request, id string, _ bool) (caller, error) { return caller{who: "root", volume: id}, nil })
 	return mux

@@ -89,6 +89,7 @@ func TestVolumesRefused(t *testing.T) {
 		{"PUT", "/snapshots/absent@s", "", "not found"},
 		{"PUT", "/snapshots/absent", "", "not found"},
 		{"PUT", "/snapshots/..%2fa@s", "", "not found"},
+		{"POST", "/switch", "", "invalid"},
 		{"GET", "/capacity?class=lv2", "", "invalid"},
 		{"GET", "/capacity?class=nfs&colour=red", "", "invalid"},
 		{"GET", "/capacity?class=nfs&pool=none", "", "invalid"},
