@@ -64,13 +64,17 @@ func anchors(page string) map[string]bool {
 	return all
 }
 
-// TestLinks: what a page refers to in the repository is there, the place in the other page as well.
+// TestLinks: what a page refers to in the repository is there, the place in the other page as well; and each page of docs/ is referred to.
 func TestLinks(t *testing.T) {
 	root, err := programs.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	pages, found := texts(t, ".md"), 0
+	pages, found, linked := texts(t, ".md"), 0, map[string]bool{}
+	places := map[string]map[string]bool{}
+	for name, text := range pages {
+		places[name] = anchors(text)
+	}
 	for name, text := range pages {
 		for _, link := range links.FindAllStringSubmatch(fences.ReplaceAllString(text, ""), -1) {
 			if strings.Contains(link[1], ":") {
@@ -81,12 +85,18 @@ func TestLinks(t *testing.T) {
 			to := name
 			if path != "" {
 				to = filepath.Join(filepath.Dir(name), path)
+				linked[to] = linked[to] || name != "CHANGELOG.md"
 			}
 			if _, err := os.Stat(filepath.Join(root, to)); err != nil {
 				t.Errorf("%s: %s leads nowhere: %v", name, link[1], err)
-			} else if page, ok := pages[to]; ok && anchor != "" && !anchors(page)[anchor] {
+			} else if at, ok := places[to]; ok && anchor != "" && !at[anchor] {
 				t.Errorf("%s: %s leads to no heading of %s", name, link[1], to)
 			}
+		}
+	}
+	for name := range pages {
+		if strings.HasPrefix(name, "docs/") && !linked[name] {
+			t.Errorf("no page leads to %s", name)
 		}
 	}
 	if found < 100 {
