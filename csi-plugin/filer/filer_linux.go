@@ -25,6 +25,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/s3"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/webdav"
 	"github.com/cradlestack/cradlestack/csi-plugin/mount"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/keyed"
 	"github.com/cradlestack/cradlestack/spec"
@@ -62,6 +63,7 @@ type filer struct {
 	placed    map[string]bool   // volumes that restore has placed, while it is at it
 	compared  sync.Map          // volumes of which somebody wants to know what has changed
 	comparing chan struct{}     // one of maxComparing for each of them that is: lists of all that is in both are in memory
+	lists     *tree.Memory      // that those and rollbacks have for that
 	leaving   map[string]bool   // volumes that are being deleted
 	busy      keyed.Lock        // of volumes, by id: what lasting does
 	failed    sync.Map          // volumes, by id → failed: what it came to where nobody waited any more, at most one of each

@@ -17,6 +17,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/filertest"
 )
@@ -73,7 +74,19 @@ func TestRootRollbackEnds(t *testing.T) {
 		t.Fatalf("clients go on: %t, %v", goesOn, err)
 	}
 
+	// One that there is no memory for changes nothing, and is not tried again.
+	f.lists = tree.NewMemory(100)
 	f.engine = eager{goOn: func() {}}
+	if _, err := f.rollback(t.Context(), asks, "theirs", api.Rollback{Snapshot: "s"}); !errors.Is(err, volume.ErrUnavailable) || !strings.Contains(err.Error(), "roll back a path in it at a time") || strings.Contains(err.Error(), "is part of") {
+		t.Errorf("one of too many files: %v", err)
+	}
+	if _, err := f.diff(t.Context(), "v", "s", ""); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("a comparison of too many: %v", err)
+	}
+	if p, err := f.rollbacks().read("v"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what was refused is to be done: %+v, %v", p, err)
+	}
+	f.lists = nil
 	ctx, end := context.WithCancel(t.Context())
 	f.backend = interrupted{b, end}
 	if _, err := f.rollback(ctx, asks, "theirs", api.Rollback{Snapshot: "s"}); !errors.Is(err, lease.ErrEnded) {

@@ -209,7 +209,10 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 			return err
 		}
 		done.Undo = p.Undo
-		changes, err := pass(ctx, from, to, p.Path)
+		listing, end := f.lists.Use(ctx)
+		changes, err := pass(listing, from, to, p.Path)
+		end()
+		err = tooMuch(p.Volume, err)
 		done.Entries, done.Bytes = changes.Entries, changes.Bytes
 		if err != nil && ctx.Err() != nil { // it is to be completed: who waits must not go on before
 			return fmt.Errorf("it is completed as soon as a filer serves again: %w: %w", lease.ErrEnded, err)
@@ -218,7 +221,7 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 		return errors.Join(err, f.forget(p))
 	})
 	if err == nil || ctx.Err() == nil {
-		if err != nil && done.Undo != "" {
+		if err != nil && done.Undo != "" && !errors.Is(err, tree.ErrTooMuch) { // which is before anything is changed
 			err = fmt.Errorf("volume %s is part of snapshot %s and part of what it was before, which is kept as %s; roll it back again once the reason is mended: %w", p.Volume, p.Snapshot, p.Undo, err)
 		}
 		err = errors.Join(err, f.forget(p))
@@ -232,6 +235,23 @@ func (f *filer) forget(p pending) error {
 		return err
 	}
 	return nil
+}
+
+// memoryOfLists is a quarter of the host's: rollbacks and comparisons have all names of a volume's files in memory, and whoever may ask for them can have made any number.
+func memoryOfLists() int64 {
+	var host unix.Sysinfo_t
+	if err := unix.Sysinfo(&host); err != nil {
+		return 1 << 30
+	}
+	return int64(host.Totalram) * int64(host.Unit) / 4
+}
+
+// tooMuch says what to do where there was none.
+func tooMuch(id string, err error) error {
+	if errors.Is(err, tree.ErrTooMuch) {
+		return fmt.Errorf("volume %s: %w: roll back a path in it at a time, or try again once other volumes are neither being rolled back nor compared: %w", id, volume.ErrUnavailable, err)
+	}
+	return err
 }
 
 // gate is what changes of a volume by WebDAV and S3 go through.
@@ -396,13 +416,15 @@ func (f *filer) diff(ctx context.Context, id, from, to string) (all []tree.Diffe
 		}
 		return tree.List(ctx, root, ".", notOurs...)
 	}
+	ctx, free := f.lists.Use(ctx)
+	defer free()
 	older, err := list(from)
 	if err != nil {
-		return nil, err
+		return nil, tooMuch(id, err)
 	}
 	newer, err := list(to)
 	if err != nil {
-		return nil, err
+		return nil, tooMuch(id, err)
 	}
 	if all = tree.Compare(older, newer); all == nil {
 		all = []tree.Difference{}

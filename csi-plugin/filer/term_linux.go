@@ -18,6 +18,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/gateway"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -93,7 +94,7 @@ func (s *server) begin(ctx context.Context, at place, by *lease.Lease, leash *os
 	}
 	t.filer = &filer{
 		backend: at.backend, engine: engine, engineName: s.engine, keptBy: s.backend, dir: filepath.Dir(s.socket), state: at.state, kept: at.kept, shared: at.shared, images: at.images, audit: newAudit(at.state, log), address: address, log: log,
-		since: time.Now(), entered: map[string]*visit{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork), comparing: make(chan struct{}, maxComparing), lease: by, leash: leash, metrics: s.metrics,
+		since: time.Now(), entered: map[string]*visit{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork), comparing: make(chan struct{}, maxComparing), lists: tree.NewMemory(memoryOfLists()), lease: by, leash: leash, metrics: s.metrics,
 	}
 	t.long, t.stop = context.WithCancelCause(ctx)
 	closeGateways, err := s.gateways.serve(ctx, t.group, t.filer)

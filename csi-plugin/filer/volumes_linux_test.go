@@ -19,6 +19,7 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/api"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/lease"
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/volumes"
+	"github.com/cradlestack/cradlestack/csi-plugin/tree"
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
@@ -29,7 +30,7 @@ func testFiler(t *testing.T, backend volume.Backend) *filer {
 	d := t.TempDir()
 	return &filer{
 		backend: backend, keptBy: onDirectories, dir: d, state: d, kept: d, lease: by, long: t.Context(), log: slog.New(slog.DiscardHandler),
-		entered: map[string]*visit{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork),
+		entered: map[string]*visit{}, leaving: map[string]bool{}, atWork: make(chan struct{}, maxAtWork), comparing: make(chan struct{}, maxComparing), lists: tree.NewMemory(1 << 30),
 	}
 }
 

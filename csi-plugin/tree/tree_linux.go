@@ -15,6 +15,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,14 +29,72 @@ const maxPath = unix.PathMax
 // List reads a part of a directory, "." for all of it, but for what is to be left out. The order is one in which all can be made.
 func List(ctx context.Context, root *os.Root, part string, without ...string) ([]Entry, error) {
 	l := lister{ctx: ctx, without: without, seen: map[inode]string{}}
+	l.use, _ = ctx.Value(useKey{}).(*use)
 	err := l.list(root, part, part)
 	return l.all, err
 }
 
 type inode struct{ dev, ino uint64 }
 
+// A Memory bounds what lists take that are there at the same time: directories may have any number of files. A nil one has no end.
+type Memory struct{ left atomic.Int64 }
+
+// NewMemory has so many bytes.
+func NewMemory(most int64) *Memory {
+	m := &Memory{}
+	m.left.Store(most)
+	return m
+}
+
+// ErrTooMuch is a list that there is no memory for.
+var ErrTooMuch = errors.New("there is no memory for the list of all its files")
+
+// A use is what one caller's lists take.
+type use struct {
+	of    *Memory
+	taken atomic.Int64
+}
+
+type useKey struct{}
+
+// Use has all lists that are made under the context take of the memory, until end is called.
+func (m *Memory) Use(ctx context.Context) (_ context.Context, end func()) {
+	if m == nil {
+		return ctx, func() {}
+	}
+	u := &use{of: m}
+	return context.WithValue(ctx, useKey{}, u), func() { m.left.Add(u.taken.Swap(0)) }
+}
+
+func (u *use) take(n int64) error {
+	if u == nil {
+		return nil
+	}
+	u.taken.Add(n)
+	if u.of.left.Add(-n) < 0 {
+		return ErrTooMuch
+	}
+	return nil
+}
+
+// What an entry takes as a rule, in its list and in what is made of that, with what waits to be collected; a chunk of a file; and what a map does.
+const entrySize, chunkSize, chunksSize = 400, 100, 200
+
+// size is what it takes.
+func (e *Entry) size() int64 {
+	n := entrySize + 2*len(e.Path) + len(e.Name) + len(e.Target) + chunkSize*len(e.Chunks)
+	if len(e.Chunks) > 0 {
+		n += chunksSize
+	}
+	for name, value := range e.Attributes {
+		n += chunksSize + len(name) + len(value)
+	}
+	return int64(n)
+}
+
 type lister struct {
 	ctx     context.Context
+	use     *use // nil where nothing is bounded
 	without []string
 	seen    map[inode]string // files with several names → the first
 	all     []Entry
@@ -59,8 +118,7 @@ func (l *lister) list(dir *os.Root, base, name string) error {
 	st := fi.Sys().(*syscall.Stat_t)
 	key := inode{st.Dev, st.Ino}
 	if first, ok := l.seen[key]; ok {
-		l.all = append(l.all, Entry{Path: name, Name: first})
-		return nil
+		return l.add(Entry{Path: name, Name: first})
 	}
 	if st.Nlink > 1 && !fi.IsDir() {
 		l.seen[key] = name
@@ -81,8 +139,12 @@ func (l *lister) list(dir *os.Root, base, name string) error {
 		delete(l.seen, key) // its other names are not names of what is not listed
 		return err
 	}
+	return l.add(e)
+}
+
+func (l *lister) add(e Entry) error {
 	l.all = append(l.all, e)
-	return nil
+	return l.use.take(e.size())
 }
 
 func (l *lister) directory(dir *os.Root, base string, e Entry) error {
@@ -104,7 +166,9 @@ func (l *lister) directory(dir *os.Root, base string, e Entry) error {
 	if err != nil {
 		return err
 	}
-	l.all = append(l.all, e)
+	if err := l.add(e); err != nil {
+		return err
+	}
 	slices.Sort(names)
 	for _, name := range names {
 		if err := l.list(dir, name, path.Join(e.Path, name)); err != nil && !errors.Is(err, fs.ErrNotExist) { // it has gone meanwhile

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/gob"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -334,4 +335,44 @@ func TestListGone(t *testing.T) {
 	}
 	close(stop)
 	must(t, <-stopped)
+}
+
+// TestMemory: lists that are there at the same time take no more than there is, and give it back.
+func TestMemory(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 10 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), []byte("content"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	m := NewMemory(10_000)
+	first, end := m.Use(t.Context())
+	if all, err := List(first, root, "."); err != nil || len(all) != 11 {
+		t.Fatalf("%d, %v", len(all), err)
+	}
+	second, endSecond := m.Use(t.Context())
+	if _, err := List(second, root, "."); !errors.Is(err, ErrTooMuch) {
+		t.Errorf("beside the first one: %v", err)
+	}
+	endSecond()
+	end()
+	end()
+	if left := m.left.Load(); left != 10_000 {
+		t.Errorf("%d bytes are left of all", left)
+	}
+	third, end := m.Use(t.Context())
+	defer end()
+	if _, err := List(third, root, "."); err != nil {
+		t.Errorf("after the first one: %v", err)
+	}
+	nobody, end := (*Memory)(nil).Use(t.Context())
+	defer end()
+	if _, err := List(nobody, root, "."); err != nil {
+		t.Error(err)
+	}
 }
