@@ -1,4 +1,4 @@
-# The CSI plugin, on every client, from its signed image:
+# The CSI plugin, on the client that has volumes (of several each needs a plugin id of its own, see README.md), from its signed image:
 #
 #     bali run -q --cache /var/cache/bali /var/lib/bali/nomad/current -- job run -var image=SOURCE/cradle-csi.tar.gz - <cradle-csi.nomad.hcl
 #

@@ -1,4 +1,5 @@
-# The CSI plugin, on every node, with volumes in a directory of each.
+# The CSI plugin, with volumes in a directory of its node, which is the only one that has volumes. Where several have, each needs a plugin id of its own, as
+# Nomad asks any plugin of an id for whatever volume: cradle-csi-host.nomad.hcl.
 #
 # stage_publish_base_dir is this client's data_dir, client/csi/TYPE/ID: under raw_exec the plugin sees the host's paths.
 job "cradle-csi" {
