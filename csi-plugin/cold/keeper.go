@@ -33,6 +33,8 @@ type Keeper struct {
 	copies *prometheus.CounterVec
 	sent   prometheus.Counter
 
+	compared bool // otherKey has looked
+
 	mu      sync.Mutex
 	volumes map[string]*state // by id
 }
@@ -112,6 +114,10 @@ func (k *Keeper) look(ctx context.Context, g *turns.Turns) {
 			k.log.Warn("cold storage", "error", err)
 		}
 	} // which is no matter of the volumes that are there
+	here := map[string]bool{}
+	for _, v := range all {
+		here[v.ID] = true
+	}
 	all = slices.DeleteFunc(all, func(v volume.Volume) bool { return !copied(v) })
 	k.see(all, err == nil)
 	if err := k.vault.Use(ctx, k.source); err != nil {
@@ -128,6 +134,36 @@ func (k *Keeper) look(ctx context.Context, g *turns.Turns) {
 			}
 		}
 	}
+	if !k.compared && ctx.Err() == nil {
+		k.compared = k.otherKey(ctx, here) == nil // else copies fail as well, which say why
+	}
+}
+
+// some is how many volumes of other hosts otherKey looks at.
+const some = 4
+
+// otherKey tells where copies that other hosts have made are not read with the key of this one: all goes well then until one is to be restored on another host.
+func (k *Keeper) otherKey(ctx context.Context, here map[string]bool) error {
+	all, err := k.vault.Copies(ctx, "")
+	if err != nil {
+		return err
+	}
+	looked := map[string]bool{}
+	for _, c := range slices.Backward(all) { // the newest of each volume
+		if here[c.Volume] || looked[c.Volume] || len(looked) == some {
+			continue
+		}
+		looked[c.Volume] = true
+		_, err := k.vault.Info(ctx, c)
+		switch {
+		case errors.Is(err, ErrKey):
+			k.log.Error("cold storage: a copy of a volume that is not here was made with another key than this host has; hosts that are to restore each other's volumes have one key", "copy", c.String())
+			return nil
+		case err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, volume.ErrNotFound):
+			return err
+		}
+	}
+	return nil
 }
 
 // copied says whether a volume is one that is copied. One that was made of a copy is that copy until somebody has used it: copies of it would have the place of those of the volume of its name that is in use, on another

@@ -1,6 +1,7 @@
 package cold
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -194,6 +195,39 @@ func TestKeyChanged(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 	})
+}
+
+// A host whose key is not that of the others says so as it begins, and not when its volumes are to be restored elsewhere.
+func TestOtherKey(t *testing.T) {
+	f := folder(t)
+	key := testKey(t)
+	other := vol
+	other.ID = "other"
+	if _, _, err := NewVault(f, key).Save(t.Context(), other, snapshot(1), Order{Taken: snapshot(1).Created}, blocks(random(2, 4*chunkSize)), Copy{}); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		key  *Key
+		want int
+	}{"the same key": {key, 0}, "another one": {testKey(t), 1}} {
+		synctest.Test(t, func(t *testing.T) {
+			m := many{Noter: new(note), n: 1, data: random(1, 4*chunkSize)}
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			var said bytes.Buffer
+			k := NewKeeper(m, NewVault(f, c.key), slog.New(slog.NewTextHandler(&said, nil)), nil)
+			go func() { done <- k.Run(ctx, nil) }()
+			time.Sleep(3 * lookEvery)
+			synctest.Wait()
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if n := strings.Count(said.String(), "a copy of a volume that is not here was made with another key"); n != c.want {
+				t.Errorf("%s: it is told %d times: %s", name, n, said.String())
+			}
+		})
+	}
 }
 
 // What was made of a copy, and is not used yet, is not copied, be it that a restore has not come to its end, or that somebody wants to look at it: its copies would be newer than those of the one that
