@@ -37,6 +37,7 @@ func TestMistakes(t *testing.T) {
 		"monolith --endpoint e --pool a=p --pool a=q":                "--pool a=p is called a as well",
 		"monolith --endpoint e --pool p --node-id a/b":               `--node-id "a/b": letters`,
 		"monolith --endpoint e --pool p --backend s3":                "--backend s3: there is none of that name",
+		"cold ls --cold-key key --cold s3:/copies":                   "--cold s3:/copies: write s3://BUCKET/PREFIX with the server's address as --cold-endpoint",
 		"cold ls --cold-key key --cold https://s3.example.org/store": "--cold https://s3.example.org/store: write s3://BUCKET/PREFIX with the server's address as --cold-endpoint",
 	} {
 		var out, errs bytes.Buffer

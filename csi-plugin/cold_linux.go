@@ -43,7 +43,7 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 		return nil, fmt.Errorf("--cold-key: %w", err)
 	}
 	if !strings.HasPrefix(o.where, "s3://") {
-		if strings.Contains(o.where, "://") {
+		if strings.Contains(o.where, "://") || strings.HasPrefix(o.where, "s3:") {
 			return nil, fmt.Errorf("--cold %s: write s3://BUCKET/PREFIX with the server's address as --cold-endpoint, or a directory", o.where)
 		}
 		folder, err := cold.OpenFolder(o.where)
@@ -72,7 +72,7 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 
 // vault is open for the commands, which need one that is there: in what is mounted nowhere they would find no copies.
 func (o *coldFlags) vault() (*cold.Vault, error) {
-	if o.where != "" && !strings.Contains(o.where, "://") {
+	if o.where != "" && !strings.Contains(o.where, "://") && !strings.HasPrefix(o.where, "s3:") {
 		_, err := os.Stat(o.where)
 		if err == nil && !cold.Begun(o.where) {
 			err = fmt.Errorf("%s: nothing was ever copied to it", o.where)
