@@ -24,7 +24,7 @@ func TestZFSNomadFiler(t *testing.T) {
 	s := &stack{t: t, id: "cradle", zfs: true}
 	s.Cluster = nomadtest.Start(t, nomadtest.Options{
 		Server: `heartbeat_grace = "2m"`, Drivers: []string{"raw_exec", "exec"}, Plugins: s.drivers(),
-		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}\noptions {\n  \"user.checked_drivers\" = \"java\" # exec may be root\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
+		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}", Keep: []string{"nomad/client/csi", "/run/cradle"},
 	})
 	s.node = s.Clients()[0]
 	f := &fileServer{stack: s}
@@ -36,10 +36,20 @@ func TestZFSNomadFiler(t *testing.T) {
 	s.healthy()
 
 	s.volume("shared", `  attach = "direct"`, "")
-	// A task of exec is nobody, with capabilities that make it root for a local file system; the filer goes by who it is.
 	shared := func(job, script string) string {
-		text := use{job: job, volume: "shared", mode: "multi-node-multi-writer", script: script}.hcl()
-		return strings.Replace(text, `driver = "exec"`, `driver = "exec"`+"\n      user   = \"root\"", 1)
+		return use{job: job, volume: "shared", mode: "multi-node-multi-writer", script: script}.hcl()
+	}
+	// Tasks of exec are nobody, with capabilities that make them root for a local file system; the filer goes by who they are, and the volume is root's.
+	owner := s.Run(t, shared("owner", "while test $($b stat -c %u /v) != 65534; do $b sleep 1; done; echo x >/v/x; $b rm /v/x"))
+	places := s.mounts("/per-alloc/" + s.UntilRunning(t, owner).ID)
+	if len(places) != 1 {
+		t.Fatalf("mounts of the owner's task: %v", places)
+	}
+	if err := os.Chown(s.node.Path(strings.Fields(places[0])[4]), 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	if a := s.UntilEnded(t, owner); a.ClientStatus != "complete" {
+		t.Fatalf("the owner's task: %s\n%s", a.ClientStatus, s.Describe())
 	}
 	said := regexp.MustCompile(`(?m)^\d+$`)
 	counts := func(job string) (goesOn func()) {
