@@ -10,9 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/hashicorp/nomad/api"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
@@ -71,7 +74,7 @@ func TestZFSNomadFiler(t *testing.T) {
 	}
 	s.ended(shared("first", "echo first >/v/kept"))
 	s.volume("shared", `  attach = "direct"`, "", "64MiB", "96MiB")
-	if out := s.ended(shared("size", "$b df -m /v | $b awk 'END {print $2}'")); func() bool { n, err := strconv.Atoi(out); return err != nil || n < 90 || n > 100 }() {
+	if out := s.ended(shared("size", "$b df -P -m /v | $b awk 'END {print $2}'")); func() bool { n, err := strconv.Atoi(out); return err != nil || n < 90 || n > 100 }() {
 		t.Errorf("grown it has %s MiB", out)
 	}
 	s.CLI(t, "volume", "snapshot", "create", "shared", "s")
@@ -93,10 +96,17 @@ func TestZFSNomadFiler(t *testing.T) {
 	if _, stderr, code := s.TryCLI(t, "", "volume", "delete", "shared"); code == 0 || !strings.Contains(stderr, "in use") {
 		t.Errorf("delete a volume in use: exit code %d, %s", code, stderr)
 	}
-	// A task ends while the filer is away, which Nomad then asks for nothing but to unstage it.
+	// A task is stopped while the filer is away, and ends once it is back: the kernel lets nobody be killed who waits in fsync(2).
 	f.kill()
-	s.Stop(t, "one")
+	s.CLI(t, "job", "stop", "-detach", "one")
+	s.eventually("the task is told to end", func() bool {
+		all, _, err := s.API.Jobs().Allocations("one", true, nil)
+		return err == nil && slices.ContainsFunc(all, func(a *api.AllocationListStub) bool {
+			return a.TaskStates["t"] != nil && slices.ContainsFunc(a.TaskStates["t"].Events, func(e *api.TaskEvent) bool { return e.Type == api.TaskKilling })
+		})
+	})
 	f.serve()
+	s.Stop(t, "one")
 	two()
 	s.Stop(t, "two")
 	s.released("shared")
