@@ -32,7 +32,12 @@ func TestZFSNomadFiler(t *testing.T) {
 	s.node = s.Clients()[0]
 	f := &fileServer{stack: s}
 	t.Cleanup(f.kill)
-	t.Cleanup(s.stopUsers) // while the filer serves, without which nothing can be unmounted
+	t.Cleanup(s.stopUsers)
+	t.Cleanup(func() { // without it nothing can be unmounted
+		if f.cmd == nil {
+			f.serve()
+		}
+	})
 	f.serve()
 	job := strings.Replace(s.example("cradle-csi.nomad.hcl"), `"--backend", "zfs", "--pool", "`+s.dataset()+`"`, `"--backend", "filer"`, 1)
 	s.Run(t, job)
