@@ -90,7 +90,10 @@ func (r *restore) run(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	generation, written := o.begin(p.node.Name)
+	generation, written := o.Generation, true // or it was lost again
+	if !restored {
+		generation, written = o.begin(p.node.Name, now)
+	}
 	if !written {
 		if err := o.write(ctx, n.client, p.alloc.Namespace, stored(want, id)); err != nil {
 			return err
@@ -280,15 +283,18 @@ func (c *cli) lv2Discard(ctx context.Context, id string) error {
 		return err
 	}
 	looked := v.Generation == 0 && o.Generation == 0 && v.Origin.Copy != "" && !v.Used // what cold restore has made
-	if looked {
-		if looked, err = unknown(ctx, client, id, c.nodeID); err != nil {
+	replaced := o.replaced(c.nodeID) && v.Generation == o.Generation
+	if looked || replaced {
+		unknown, err := unknown(ctx, client, id, c.nodeID)
+		if err != nil {
 			return err
 		}
+		looked, replaced = looked && unknown, replaced && unknown
 	}
-	if v.Generation == o.Generation && !looked {
+	if v.Generation == o.Generation && !looked && !replaced {
 		return fmt.Errorf("volume %s: it is the one that is in use; \"nomad volume delete %[1]s\" removes it", id)
 	}
-	if !looked && !o.former(v.Generation) {
+	if !looked && !replaced && !o.former(v.Generation) {
 		return fmt.Errorf("volume %s: it is of generation %d, of which Nomad's namespace %s does not know that it was given up; set NOMAD_NAMESPACE to that of the plugin's job", id, v.Generation, config.Namespace)
 	}
 	if err := b.Delete(ctx, id); err != nil {
@@ -296,6 +302,10 @@ func (c *cli) lv2Discard(ctx context.Context, id string) error {
 	}
 	if looked {
 		fmt.Fprintf(c.stdout, "volume %s: it is removed; it was made of %s, and nobody has used it\n", id, v.Origin)
+		return nil
+	}
+	if replaced {
+		fmt.Fprintf(c.stdout, "volume %s: generation %d of before it was made anew on another node is removed; generation %d may be restored here\n", id, v.Generation, o.next.Generation)
 		return nil
 	}
 	fmt.Fprintf(c.stdout, "volume %s: generation %d is removed; generation %d is on node %s\n", id, v.Generation, o.Generation, cmp.Or(o.Node, "that made it"))

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	mathrand "math/rand/v2"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
-	"github.com/cradlestack/cradlestack/test/programs"
 )
 
 // TestVMSoakHosts does what takes more than one host.
@@ -261,38 +259,6 @@ func (s *stack) betweenKills(most time.Duration, enough int, args ...string) (ki
 		s.t.Logf("%s, killed after %v: %q", args[0], time.Since(begin).Round(time.Millisecond), out)
 	}
 	return kills, false
-}
-
-// here runs cradle-csi on the node, for its plugin.
-func (s *stack) here(args ...string) (string, error) {
-	s.t.Helper()
-	program, err := programs.Path("cradle-csi")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	cmd := s.node.Command(s.t.Context(), program, append(args, "--endpoint", s.socket())...)
-	cmd.Env = append(cmd.Env, "NOMAD_ADDR=http://"+s.Server().IP.String()+":4646")
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := s.node.Launch(cmd); err != nil {
-		s.t.Fatal(err)
-	}
-	err = cmd.Wait()
-	return out.String(), err
-}
-
-// socket is the plugin's on the node; what former allocations have left serves nobody.
-func (s *stack) socket() string {
-	s.t.Helper()
-	all, _, err := s.API.Jobs().Allocations("cradle-csi-"+s.node.Name, true, nil)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	i := slices.IndexFunc(all, func(a *api.AllocationListStub) bool { return nomadtest.Running(a) })
-	if i < 0 {
-		s.t.Fatalf("no plugin runs on %s", s.node.Name)
-	}
-	return filepath.Join(s.node.Dir, "nomad/client/csi/plugins", all[i].ID, "csi.sock")
 }
 
 // TestVMSoakLost is the restore drill: what a job has written is copied, the volume is destroyed, and it is restored on the other node by a command that is

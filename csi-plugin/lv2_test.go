@@ -121,20 +121,29 @@ func TestRestoreWhich(t *testing.T) {
 	noted := func(v *api.CSIVolume) api.VariableItems {
 		return api.VariableItems{"generation": "1", "node": "node1", "volume": text(v)}
 	}
+	made := func(index uint64, v *api.CSIVolume) *api.CSIVolume { v.CreateIndex = index; return v }
+	on := func(v *api.CSIVolume, generation, next string) api.VariableItems {
+		return api.VariableItems{"generation": generation, "node": "node2", "volume": text(v), "next_generation": next, "next_node": "node2"}
+	}
+	// The Variable is what Nomad wrote as number 10.
 	for _, c := range []struct {
 		name, id  string
 		volumes   []*api.CSIVolume
 		variables map[string]api.VariableItems
-		want      string // of the error; the plugin's name follows where it is received
+		want      string // of the error; the plugin's name and the generation follow where it is received
 		received  string
 	}{
-		{"another name", "db[0]", []*api.CSIVolume{of("db[0]", "p1", "default", "db-0"), files, of("db[0]", "p1", "tests", "db-0")}, nil, "exit code 3", "db-0"},
-		{"forgotten", "db[0]", nil, map[string]api.VariableItems{"cradle/lv2/db-0": noted(of("db[0]", "p1", "default", "db-0")), "cradle/lv2/db-1": noted(of("db[1]", "p1", "default", "db-1"))}, "exit code 3", "db-0"},
-		{"forgotten by its name", "db", nil, map[string]api.VariableItems{"cradle/lv2/db": noted(of("db", "p1", "default", "db"))}, "exit code 3", "db"},
+		{"another name", "db[0]", []*api.CSIVolume{of("db[0]", "p1", "default", "db-0"), files, of("db[0]", "p1", "tests", "db-0")}, nil, "exit code 3", "db-0 1"},
+		{"forgotten", "db[0]", nil, map[string]api.VariableItems{"cradle/lv2/db-0": noted(of("db[0]", "p1", "default", "db-0")), "cradle/lv2/db-1": noted(of("db[1]", "p1", "default", "db-1"))}, "exit code 3", "db-0 2"},
+		{"forgotten by its name", "db", nil, map[string]api.VariableItems{"cradle/lv2/db": noted(of("db", "p1", "default", "db"))}, "exit code 3", "db 2"},
 		{"another namespace's", "db", nil, map[string]api.VariableItems{"cradle/lv2/db": noted(of("db", "p1", "tests", "db"))}, "volume db: Nomad knows none in namespace default", ""},
 		{"unknown", "../db?", nil, nil, "volume ../db?: Nomad knows none", ""},
 		{"another plugin's has its name", "db", []*api.CSIVolume{of("db", "p1", "default", "db"), of("other", "p3", "tests", "db")}, nil, "volume db: plugin p3 has one of its name db as well (volume other in namespace tests)", ""},
-		{"it is there twice", "db", []*api.CSIVolume{of("db", "p1", "default", "db"), of("other", "p2", "tests", "db")}, map[string]api.VariableItems{"cradle/lv2/db": {"generation": "1", "node": "node2", "volume": text(of("other", "p2", "tests", "db"))}}, "exit code 3", "db"},
+		{"it is there twice", "db", []*api.CSIVolume{of("db", "p1", "default", "db"), of("other", "p2", "tests", "db")}, map[string]api.VariableItems{"cradle/lv2/db": {"generation": "1", "node": "node2", "volume": text(of("other", "p2", "tests", "db"))}}, "exit code 3", "db 1"},
+		{"interrupted", "db", []*api.CSIVolume{made(9, of("db", "p1", "default", "db"))}, map[string]api.VariableItems{"cradle/lv2/db": on(of("db", "p2", "default", "db"), "1", "1")}, "exit code 3", "db 1"},
+		{"made anew on another node", "db", []*api.CSIVolume{made(11, of("db", "p1", "default", "db"))}, map[string]api.VariableItems{"cradle/lv2/db": on(of("db", "p2", "default", "db"), "1", "1")}, "exit code 3", "db 2"},
+		{"made anew, interrupted", "db", []*api.CSIVolume{made(9, of("db", "p1", "default", "db"))}, map[string]api.VariableItems{"cradle/lv2/db": on(of("db", "p2", "default", "db"), "1", "2")}, "exit code 3", "db 2"},
+		{"lost again", "db", []*api.CSIVolume{made(11, of("db", "p2", "default", "db"))}, map[string]api.VariableItems{"cradle/lv2/db": on(of("db", "p2", "default", "db"), "1", "1")}, "exit code 3", "db 1"},
 		{"no name", "db", []*api.CSIVolume{of("db", "p1", "default", "--into")}, nil, `volume db: what the plugin calls it: "--into" is no name`, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -145,11 +154,11 @@ func TestRestoreWhich(t *testing.T) {
 				switch dir, last := path.Split(r.URL.Path); {
 				case last == "exec":
 					var command []string
-					if err := json.Unmarshal([]byte(r.URL.Query().Get("command")), &command); err != nil || len(command) < 4 {
+					if err := json.Unmarshal([]byte(r.URL.Query().Get("command")), &command); err != nil || len(command) < 6 {
 						t.Error(command, err)
 						return
 					}
-					received = command[3]
+					received = command[3] + " " + command[5]
 					conn, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
 					if err == nil {
 						err = errors.Join(conn.WriteMessage(websocket.TextMessage, []byte(`{"exited": true, "result": {"exit_code": 3}}`)), conn.Close())
@@ -188,11 +197,11 @@ func TestRestoreWhich(t *testing.T) {
 					}
 					answer = all
 				case r.Method == http.MethodPut:
-					answer = &api.Variable{ModifyIndex: 2}
+					answer = &api.Variable{ModifyIndex: 12}
 				case strings.HasPrefix(r.URL.Path, "/v1/var/"):
 					name := strings.TrimPrefix(r.URL.Path, "/v1/var/")
 					if items, ok := c.variables[name]; ok {
-						answer = &api.Variable{Path: name, ModifyIndex: 1, Items: items}
+						answer = &api.Variable{Path: name, ModifyIndex: 10, Items: items}
 					}
 				}
 				if answer == nil {
@@ -237,18 +246,27 @@ func TestDiscardRestored(t *testing.T) {
 	at := func(host string) []*api.CSITopology {
 		return []*api.CSITopology{{Segments: map[string]string{rpc.TopologyHost: host, rpc.TopologyZone: "east"}}}
 	}
+	// The volume is of generation 0, as is what is in use.
+	replaced := func(next, generation string) api.VariableItems {
+		return api.VariableItems{"generation": "0", "node": "node1", "volume": "null", "next_node": next, "next_generation": generation}
+	}
 	for _, c2 := range []struct {
 		name    string
 		token   api.ACLToken
 		volumes []*api.CSIVolumeListStub
 		use     bool
 		want    string // "" is removed
+		owner   api.VariableItems
 	}{
-		{"another token", api.ACLToken{Type: "client"}, nil, false, "a management token alone (NOMAD_TOKEN)"},
-		{"known", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill[0]", ExternalID: "drill", Topologies: at("node1")}}, false, "it is the one that is in use"},
-		{"known somewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill"}}, false, "it is the one that is in use"},
-		{"known elsewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill", ExternalID: "drill", Topologies: at("node2")}, {ID: "db", Topologies: at("node1")}}, false, ""},
-		{"used", api.ACLToken{Type: "management"}, nil, true, "it is the one that is in use"},
+		{"another token", api.ACLToken{Type: "client"}, nil, false, "a management token alone (NOMAD_TOKEN)", nil},
+		{"known", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill[0]", ExternalID: "drill", Topologies: at("node1")}}, false, "it is the one that is in use", nil},
+		{"known somewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill"}}, false, "it is the one that is in use", nil},
+		{"known elsewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill", ExternalID: "drill", Topologies: at("node2")}, {ID: "db", Topologies: at("node1")}}, false, "", nil},
+		{"used", api.ACLToken{Type: "management"}, nil, true, "it is the one that is in use", nil},
+		{"made anew elsewhere", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill", Topologies: at("node2")}}, true, "", replaced("node1", "1")},
+		{"made anew here", api.ACLToken{Type: "management"}, []*api.CSIVolumeListStub{{ID: "drill", Topologies: at("node1")}}, true, "it is the one that is in use", replaced("node1", "1")},
+		{"made anew, brought to another node", api.ACLToken{Type: "management"}, nil, true, "it is the one that is in use", replaced("node2", "1")},
+		{"not made anew", api.ACLToken{Type: "management"}, nil, true, "it is the one that is in use", replaced("node1", "0")},
 	} {
 		t.Run(c2.name, func(t *testing.T) {
 			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -257,6 +275,11 @@ func TestDiscardRestored(t *testing.T) {
 				case "/v1/volumes":
 					answer = c2.volumes
 				case "/v1/acl/token/self":
+				case "/v1/var/cradle/lv2/drill":
+					if answer = (&api.Variable{Items: c2.owner}); c2.owner != nil {
+						break
+					}
+					fallthrough
 				default:
 					http.NotFound(w, r)
 					return

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -89,6 +90,38 @@ func (s *stack) try(args ...string) (string, error) {
 	}
 	err := cmd.Wait()
 	return out.String(), err
+}
+
+// here runs cradle-csi on the node, for its plugin.
+func (s *stack) here(args ...string) (string, error) {
+	s.t.Helper()
+	program, err := programs.Path("cradle-csi")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := s.node.Command(s.t.Context(), program, append(args, "--endpoint", s.socket())...)
+	cmd.Env = append(cmd.Env, "NOMAD_ADDR=http://"+s.Server().IP.String()+":4646")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := s.node.Launch(cmd); err != nil {
+		s.t.Fatal(err)
+	}
+	err = cmd.Wait()
+	return out.String(), err
+}
+
+// socket is the plugin's on the node; what former allocations have left serves nobody.
+func (s *stack) socket() string {
+	s.t.Helper()
+	all, _, err := s.API.Jobs().Allocations("cradle-csi-"+s.node.Name, true, nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	i := slices.IndexFunc(all, func(a *api.AllocationListStub) bool { return nomadtest.Running(a) })
+	if i < 0 {
+		s.t.Fatalf("no plugin runs on %s", s.node.Name)
+	}
+	return filepath.Join(s.node.Dir, "nomad/client/csi/plugins", all[i].ID, "csi.sock")
 }
 
 // copied waits for a copy of what the volume holds by now: without its snapshot of this hour, and started anew, the plugin makes one at once.
@@ -271,5 +304,57 @@ func TestRootNomadNumbered(t *testing.T) {
 		t.Errorf("Nomad knows %+v, %v", v, err)
 	}
 	s.CLI(t, "volume", "delete", id)
+	s.empty()
+}
+
+// A volume that was restored on a node, deleted, made anew on another one and lost there comes back on that node with a generation of its own: the lost one can't come back, as it could while both
+// had the same.
+func TestRootNomadAnew(t *testing.T) {
+	s := startHosts(t)
+	one, two := s.Clients()[0], s.Clients()[1]
+	lose := func() (back func()) { // the volume's folder is away, as with its host
+		t.Helper()
+		was := filepath.Join(s.node.Dir, "volumes/ledger")
+		if err := os.Rename(was, s.node.Dir+"/lost"); err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			t.Helper()
+			if err := os.Rename(s.node.Dir+"/lost", was); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	restore := func() {
+		t.Helper()
+		for range 2 { // the second time nothing is left to do
+			if out, err := s.try("lv2", "restore", "ledger", "--to", two.Name); err != nil || !strings.HasSuffix(out, "volume ledger is on node "+two.Name+" now\n") {
+				t.Fatalf("%v\n%s", err, out)
+			}
+		}
+	}
+	discard := func(want string) {
+		t.Helper()
+		if out, err := s.here("lv2", "discard", "ledger"); !strings.Contains(out, want) {
+			t.Errorf("discard on %s: %v, %s; want %s", s.node.Name, err, out, want)
+		}
+	}
+	s.on(one)
+	s.volume("ledger", "cradle-node1", s.id)
+	s.copied("ledger")
+	back := lose()
+	restore()
+	back()
+	discard("generation 0 is removed; generation 1 is on node " + two.Name)
+	s.CLI(t, "volume", "delete", "ledger")
+	s.volume("ledger", "cradle-node1", s.id)
+	s.copied("ledger")
+	back = lose()
+	restore()
+	back()
+	discard("generation 1 is removed; generation 2 is on node " + two.Name)
+	s.on(two)
+	discard("it is the one that is in use")
+	s.CLI(t, "volume", "delete", "ledger")
 	s.empty()
 }

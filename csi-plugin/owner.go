@@ -61,17 +61,26 @@ func readOwnerAt(ctx context.Context, nomad *api.Client, namespace, path string)
 	return o, nil
 }
 
-// begin is the generation of the volume that a restore makes on a node, and whether that has to be written first. No two nodes make one of the same: what a
-// restore has left that was given up is never taken for the volume.
-func (o *owner) begin(node string) (generation int, written bool) {
+// begin is the generation of the volume that a restore makes on a node, and whether that is written already. No two volumes that are in use have the same, wherever: what
+// a restore has left that was given up is never taken for the volume. now is what Nomad knows, nil where it has forgotten it.
+func (o *owner) begin(node string, now *api.CSIVolume) (generation int, written bool) {
 	switch {
-	case o.Node == node: // it was restored there; a call was interrupted, or the volume was lost again
-		return o.Generation, true
 	case o.next.Node == node && o.next.Generation > o.Generation: // a call was interrupted
 		return o.next.Generation, true
+	case o.Node == node && !o.before(now): // a call was interrupted later
+		return o.Generation, true
 	}
 	o.next = rpc.Owner{Generation: max(o.Generation, o.next.Generation) + 1, Node: node}
 	return o.next.Generation, false
+}
+
+// before says whether all that was restored was, before what Nomad knows was made: that is another one, made anew, and has got the generation of the last one. A restore
+// writes before it has Nomad know anything, and Nomad numbers all that is written.
+func (o *owner) before(now *api.CSIVolume) bool { return now != nil && now.CreateIndex > o.index }
+
+// replaced says whether what a node has of the generation that is used is a former one: a restore to it found that the volume was made anew elsewhere, with that generation.
+func (o *owner) replaced(node string) bool {
+	return o.Node == node && o.next.Node == node && o.next.Generation > o.Generation
 }
 
 // former says whether a generation is one that was given up: before the one that is used, or of a restore that never came to its end.
