@@ -65,6 +65,7 @@ type filer struct {
 	comparing chan struct{}     // one of maxComparing for each of them that is: lists of all that is in both are in memory
 	lists     *tree.Memory      // that those and rollbacks have for that
 	leaving   map[string]bool   // volumes that are being deleted
+	halves    sync.Map          // volumes, by id, that a former process may have left half rolled back
 	busy      keyed.Lock        // of volumes, by id: what lasting does
 	failed    sync.Map          // volumes, by id → failed: what it came to where nobody waited any more, at most one of each
 	work      sync.WaitGroup    // that it is at
@@ -94,6 +95,9 @@ func (f *filer) publish(ctx context.Context, p api.Publication) (api.Publication
 	}
 	if len(p.Clients) == 0 {
 		return p, volume.Invalid("publication "+p.ID, "it is for no clients; say the addresses that may mount it")
+	}
+	if err := f.whole(ctx, p.Volume); err != nil {
+		return p, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -141,6 +145,9 @@ func (f *filer) served(p api.Publication) bool {
 func (f *filer) serve(ctx context.Context, p api.Publication) error {
 	if !f.served(p) {
 		return errors.New("it was published by another engine (--engine); publish it again, and have its clients mount it again")
+	}
+	if err := f.isWhole(p.Volume); err != nil {
+		return err
 	}
 	root, err := f.place(ctx, p.Volume)
 	if err != nil {
@@ -295,7 +302,13 @@ func (f *filer) restore(ctx context.Context) error {
 	if err := f.placeAll(ctx, all, grants); err != nil {
 		f.log.Warn("mount all volumes at once", "error", err) // one by one they say what is the matter
 	}
-	for _, p := range all {
+	return errors.Join(append(errs, f.serveAll(ctx, all, grants))...)
+}
+
+// serveAll serves publications and grants, as far as it can.
+func (f *filer) serveAll(ctx context.Context, publications []api.Publication, grants []api.Grant) error {
+	var errs []error
+	for _, p := range publications {
 		if err := f.serve(ctx, p); err != nil {
 			errs = append(errs, fmt.Errorf("publication %s: %w", p.ID, err))
 		}

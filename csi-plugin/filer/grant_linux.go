@@ -27,6 +27,9 @@ func (f *filer) grant(ctx context.Context, g api.Grant) (api.Grant, error) {
 	if f.webdav == nil && f.s3 == nil {
 		return g, volume.Invalid("grant "+g.ID, "there is nothing to use it with; let the filer serve WebDAV by --webdav, or S3 by --s3")
 	}
+	if err := f.whole(ctx, g.Volume); err != nil {
+		return g, err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	former, err := f.granted().read(g.ID)
@@ -80,6 +83,9 @@ func owner(g api.Grant) string {
 func (f *filer) admit(ctx context.Context, g api.Grant) error {
 	if f.webdav == nil && f.s3 == nil {
 		return nil
+	}
+	if err := f.isWhole(g.Volume); err != nil {
+		return err
 	}
 	root, err := f.place(ctx, g.Volume)
 	seen, gate := f.seen(g.Volume), f.gate(g.Volume)

@@ -49,8 +49,8 @@ func (r records[T]) remove(id string) error {
 	return durable.SyncDir(r.dir)
 }
 
-// all are the records by id.
-func (r records[T]) all() ([]T, error) {
+// ids are those of the records that there are.
+func (r records[T]) ids() ([]string, error) {
 	entries, err := os.ReadDir(r.dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -62,6 +62,15 @@ func (r records[T]) all() ([]T, error) {
 		}
 	}
 	slices.Sort(ids)
+	return ids, nil
+}
+
+// all are the records by id.
+func (r records[T]) all() ([]T, error) {
+	ids, err := r.ids()
+	if err != nil {
+		return nil, err
+	}
 	all := []T{}
 	for _, id := range ids {
 		record, err := r.read(id)

@@ -146,7 +146,8 @@ func roomFor(ctx context.Context, b volume.Snapshotter, id volume.SnapshotID) er
 // beforeRollback is what the names of those snapshots begin with that rollbacks can be undone by.
 const beforeRollback = "before-rollback-"
 
-// A pending rollback is a file in the state directory, from its beginning to its end: one that was interrupted is completed when the filer starts again.
+// A pending rollback is a file in the state directory, from its beginning to its end: one that was interrupted is completed when the filer starts again, or when its volume
+// can be read again. Nobody gets the volume before.
 type pending struct {
 	Volume   string `json:"volume"`
 	Snapshot string `json:"snapshot"`
@@ -174,10 +175,19 @@ func (f *filer) rollback(ctx context.Context, c caller, as string, r api.Rollbac
 		return api.RolledBack{}, volume.Invalid("path "+r.Path, "snapshots stay as they are; name what is to become as it was, without %s", snapshots.Dir)
 	}
 	p := pending{Volume: c.volume, Snapshot: r.Snapshot, Path: part, Undo: beforeRollback + stamp(), Who: c.who, Namespace: c.namespace, As: as}
-	return f.makeAsItWas(ctx, p)
+	half, err := f.half(p.Volume)
+	if err != nil {
+		return api.RolledBack{}, err
+	}
+	done, err := f.makeAsItWas(ctx, p, false)
+	if err == nil && half != nil {
+		f.resume(ctx, p.Volume)
+	}
+	return done, err
 }
 
-func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack, err error) {
+// makeAsItWas does a rollback, or completes one that was interrupted: that stays to be completed where it can't be, or another one takes its place which does all of it.
+func (f *filer) makeAsItWas(ctx context.Context, p pending, completes bool) (done api.RolledBack, err error) {
 	b, err := f.snapshotter(ctx, p.Volume)
 	if err != nil {
 		return done, err
@@ -201,6 +211,21 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 	if _, err := to.Lstat(path.Dir(p.Path)); err != nil {
 		return done, fmt.Errorf("path %s: there is no %s in volume %s now; roll that back", p.Path, path.Dir(p.Path), p.Volume)
 	}
+	half, err := f.half(p.Volume)
+	switch {
+	case err != nil:
+		return done, err
+	case completes && (half == nil || *half != p):
+		return done, fmt.Errorf("volume %s: %w: it was rolled back meanwhile; try again", p.Volume, volume.ErrInUse)
+	case half != nil && p.Path != "." && p.Path != half.Path:
+		return done, f.refusal(half, errors.New("this rollback is of another path"))
+	}
+	settle := func(err error) error {
+		if err != nil && half != nil {
+			return err
+		}
+		return errors.Join(err, f.forget(p.Volume))
+	}
 	if err := f.rollbacks().write(p.Volume, p); err != nil {
 		return done, err
 	}
@@ -218,23 +243,94 @@ func (f *filer) makeAsItWas(ctx context.Context, p pending) (done api.RolledBack
 			return fmt.Errorf("it is completed as soon as a filer serves again: %w: %w", lease.ErrEnded, err)
 		}
 		// Before anybody goes on: completed once more after a crash, it would take from them what they have been told is done since.
-		return errors.Join(err, f.forget(p))
+		return settle(err)
 	})
 	if err == nil || ctx.Err() == nil {
 		if err != nil && done.Undo != "" && !errors.Is(err, tree.ErrTooMuch) { // which is before anything is changed
 			err = fmt.Errorf("volume %s is part of snapshot %s and part of what it was before, which is kept as %s; roll it back again once the reason is mended: %w", p.Volume, p.Snapshot, p.Undo, err)
 		}
-		err = errors.Join(err, f.forget(p))
+		err = settle(err)
 	}
 	return done, err
 }
 
-// forget has a rollback not be completed any more.
-func (f *filer) forget(p pending) error {
-	if err := f.rollbacks().remove(p.Volume); !errors.Is(err, fs.ErrNotExist) {
+// forget has the rollback of a volume not be completed any more.
+func (f *filer) forget(id string) error {
+	if err := f.rollbacks().remove(id); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	f.halves.Delete(id)
 	return nil
+}
+
+// half is the rollback that a former process had begun of a volume, and that is not completed; nil where there is none, or somebody has removed its record.
+func (f *filer) half(id string) (*pending, error) {
+	if _, is := f.halves.Load(id); !is {
+		return nil, nil
+	}
+	p, err := f.rollbacks().read(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		f.halves.Delete(id)
+		return nil, nil
+	}
+	if err != nil {
+		err = fmt.Errorf("volume %s: %w: it may be half rolled back: %w; restore %s, or remove it to have the volume as it is", id, volume.ErrUnavailable, err, f.rollbacks().file(id))
+	}
+	return &p, err
+}
+
+// refusal says why nobody gets a volume, and what to do.
+func (f *filer) refusal(p *pending, why error) error {
+	part := ""
+	if p.Path != "." {
+		part = ", path " + p.Path
+	}
+	// Its kind is this one, whatever the reason is of.
+	return fmt.Errorf("volume %s%s: %w: its rollback to snapshot %s was interrupted, and nobody gets the volume before that is completed: %v; once that is mended publish or grant it again, roll it back to another snapshot (%s has what was before), or remove %s to have it as it is", p.Volume, part, volume.ErrUnavailable, p.Snapshot, why, p.Undo, f.rollbacks().file(p.Volume))
+}
+
+// isWhole refuses a volume that may be half rolled back.
+func (f *filer) isWhole(id string) error {
+	p, err := f.half(id)
+	if p == nil || err != nil {
+		return err
+	}
+	return f.refusal(p, errors.New("it could not be when the filer started, whose log says why"))
+}
+
+// whole completes the rollback of a volume that may be half rolled back, for who wants to have it.
+func (f *filer) whole(ctx context.Context, id string) error {
+	if p, err := f.half(id); p == nil || err != nil {
+		return err
+	}
+	_, err := lasting(ctx, f, id, "volume "+id+", whose rollback is completed", nil, func(ctx context.Context) (none struct{}, err error) {
+		p, err := f.half(id)
+		if p == nil || err != nil {
+			return none, err
+		}
+		if _, err := f.fileVolume(ctx, id); err != nil {
+			return none, err
+		}
+		if err := f.finish(ctx, *p); err != nil {
+			return none, f.refusal(p, err)
+		}
+		f.resume(ctx, id)
+		return none, nil
+	})
+	return err
+}
+
+// resume serves what is published and granted of a volume that is whole again.
+func (f *filer) resume(ctx context.Context, id string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	publications, err := f.published().all()
+	grants, gerr := f.granted().all()
+	publications = slices.DeleteFunc(publications, func(p api.Publication) bool { return p.Volume != id })
+	grants = slices.DeleteFunc(grants, func(g api.Grant) bool { return g.Volume != id })
+	if err := errors.Join(err, gerr, f.serveAll(ctx, publications, grants)); err != nil {
+		f.log.Warn("what was published before", "volume", id, "error", err)
+	}
 }
 
 // memoryOfLists is a quarter of the host's: rollbacks and comparisons have all names of a volume's files in memory, and whoever may ask for them can have made any number.
@@ -293,24 +389,52 @@ var notOurs = append([]string{"lost+found"}, webdav.Hidden...)
 
 // complete completes the rollbacks that a former process had begun.
 func (f *filer) complete(ctx context.Context) error {
-	all, err := f.rollbacks().all()
+	ids, err := f.rollbacks().ids()
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, p := range all {
-		done, err := f.makeAsItWas(ctx, p)
-		f.audit.write(event{
-			What: "rollback completed after an interruption", Who: cmp.Or(p.Who, "cradle-filer"), Namespace: p.Namespace, Volume: cmp.Or(p.As, p.Volume), Snapshot: p.Snapshot, Path: p.Path, Undo: done.Undo,
-		}, err)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("rollback of volume %s that was interrupted: %w", p.Volume, err))
-		}
-		if ctx.Err() == nil {
-			errs = append(errs, f.forget(p))
+	for _, id := range ids {
+		f.halves.Store(id, nil)
+		p, err := f.half(id)
+		if p == nil || err != nil {
+			errs = append(errs, err)
+		} else if err := f.finish(ctx, *p); err != nil {
+			f.completed(*p, "", err)
+			errs = append(errs, f.refusal(p, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// finish completes a rollback. One of another volume of that name, or that nothing is left of, is none.
+func (f *filer) finish(ctx context.Context, p pending) error {
+	done, err := f.makeAsItWas(ctx, p, true)
+	if errors.Is(err, volume.ErrNotFound) && f.hopeless(ctx, p) {
+		f.completed(p, "", err)
+		return f.forget(p.Volume)
+	}
+	if err == nil {
+		f.completed(p, done.Undo, nil)
+	}
+	return err
+}
+
+// hopeless says whether a volume has neither what it was to become nor what it was.
+func (f *filer) hopeless(ctx context.Context, p pending) bool {
+	b, err := f.snapshotter(ctx, p.Volume)
+	if err != nil {
+		return false
+	}
+	all, err := b.Snapshots(ctx, p.Volume)
+	return err == nil && !slices.ContainsFunc(all, func(s volume.Snapshot) bool { return s.ID.Name == p.Snapshot || s.ID.Name == p.Undo })
+}
+
+// completed tells what has come of a rollback that was interrupted.
+func (f *filer) completed(p pending, undo string, err error) {
+	f.audit.write(event{
+		What: "rollback completed after an interruption", Who: cmp.Or(p.Who, "cradle-filer"), Namespace: p.Namespace, Volume: cmp.Or(p.As, p.Volume), Snapshot: p.Snapshot, Path: p.Path, Undo: undo,
+	}, err)
 }
 
 // A visit is this process's own work with a volume's files.

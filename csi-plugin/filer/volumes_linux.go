@@ -200,7 +200,10 @@ func (f *filer) deleteVolume(ctx context.Context, id string) error {
 			return struct{}{}, err
 		}
 		defer f.left(id)
-		return struct{}{}, f.backend.Delete(ctx, id)
+		if err := f.backend.Delete(ctx, id); err != nil {
+			return struct{}{}, err
+		}
+		return struct{}{}, f.forget(id)
 	})
 	return err
 }
