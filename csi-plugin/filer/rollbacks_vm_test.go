@@ -77,6 +77,18 @@ func TestRootRollbackEnds(t *testing.T) {
 		t.Fatalf("clients go on: %t, %v", goesOn, err)
 	}
 
+	// One that can't begin, as the storage keeps a call, is refused, changes nothing, and is not tried again.
+	for _, kept := range []error{fmt.Errorf("volume v: %w", nfs.ErrStuck), gateway.ErrStuck} {
+		f.engine = exporting{failure: kept}
+		done, err := f.rollback(t.Context(), asks, "theirs", api.Rollback{Snapshot: "s"})
+		if !errors.Is(err, volume.ErrUnavailable) || !errors.Is(err, kept) || !strings.Contains(err.Error(), "try again") || strings.Contains(err.Error(), "is part of") || done.Undo != "" {
+			t.Errorf("one that can't begin: %+v, %v", done, err)
+		}
+		if p, err := f.rollbacks().read("v"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("what was refused is to be done: %+v, %v", p, err)
+		}
+	}
+
 	// One that there is no memory for changes nothing, and is not tried again.
 	f.lists = tree.NewMemory(100)
 	f.engine = eager{goOn: func() {}}

@@ -358,7 +358,7 @@ func (f *filer) gate(id string) *gateway.Gate {
 
 // hold does something while no client changes a volume: they wait.
 func (f *filer) hold(ctx context.Context, id string, do func() error) error {
-	return f.gate(id).Hold(ctx, func() error { return f.engine.Hold(id, do) })
+	return stuck(f.gate(id).Hold(ctx, func() error { return f.engine.Hold(id, do) }))
 }
 
 // pass makes a part of one directory like that of another.

@@ -188,6 +188,17 @@ func (c *child) kill() {
 	<-c.done
 }
 
+// dies kills it, and says whether it has ended by a time, which it does not while the storage keeps a call.
+func (c *child) dies(limit time.Duration) bool {
+	_ = c.cmd.Process.Kill()
+	select {
+	case <-c.done:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
 // reload has it read its configuration again. The problems that it had with it are what it says; an error is that it did not say that it is done.
 func (c *child) reload(ctx context.Context) (problems []string, err error) {
 	complete := c.out.expect("Reread exports complete")

@@ -1,10 +1,14 @@
 package ganesha
 
 import (
+	"errors"
+	"log/slog"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/nfs"
 )
@@ -89,5 +93,28 @@ func TestNumbers(t *testing.T) {
 	}
 	if second, err := s.epoch(); err != nil || second <= first {
 		t.Errorf("after epoch %d there is %d, %v", first, second, err)
+	}
+}
+
+// A process that has no end, as the storage keeps a call of its, has nobody hold a volume; the next one does once it has ended.
+func TestHoldStuck(t *testing.T) {
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Wait() }) // it is killed
+	s := &Server{Config: Config{Log: slog.New(slog.DiscardHandler)}, holding: 10 * time.Millisecond, wake: make(chan struct{}, 1)}
+	c := &child{cmd: cmd, done: make(chan struct{})}
+	s.child = c
+	if err := s.Hold("v", func() error { t.Error("it is held"); return nil }); !errors.Is(err, nfs.ErrStuck) || !strings.Contains(err.Error(), "volume v") {
+		t.Errorf("held while the storage keeps a call: %v", err)
+	}
+	if s.held != 0 || s.alive() != c {
+		t.Errorf("it counts as held (%d), or the process as ended", s.held)
+	}
+	close(c.done)
+	held := false
+	if err := s.Hold("v", func() error { held = true; return nil }); err != nil || !held || s.held != 0 {
+		t.Errorf("held once it has ended: %t, %v, %d", held, err, s.held)
 	}
 }

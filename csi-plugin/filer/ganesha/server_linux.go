@@ -71,6 +71,8 @@ type Server struct {
 	giveUp time.Duration
 	broken chan error // why it gives up
 
+	holding time.Duration // nfs.Patience
+
 	mu      sync.Mutex // one change at a time
 	exports map[string]export
 	shelfs  map[string]*shelf // by the paths of exports
@@ -95,7 +97,7 @@ type ids struct {
 // New returns a server without exports.
 func New(c Config) (*Server, error) {
 	sum := sha256.Sum256(append([]byte("name of "), c.Key...))
-	s := &Server{Config: c, name: "cradle-filer-" + hex.EncodeToString(sum[:8]), exports: map[string]export{}, shelfs: map[string]*shelf{}, index: newIndex(), wake: make(chan struct{}, 1), giveUp: giveUp, broken: make(chan error, 1)}
+	s := &Server{Config: c, name: "cradle-filer-" + hex.EncodeToString(sum[:8]), exports: map[string]export{}, shelfs: map[string]*shelf{}, index: newIndex(), wake: make(chan struct{}, 1), giveUp: giveUp, holding: nfs.Patience, broken: make(chan error, 1)}
 	if !c.Listen.IsValid() || c.Listen.Port() == 0 {
 		return nil, fmt.Errorf("%s: NFS-Ganesha has to be told an address and a port", c.Listen)
 	}
@@ -539,11 +541,16 @@ func unspecified() netip.Addr {
 }
 
 // Hold is Engine's. The process ends meanwhile, so that clients of all volumes wait: they claim their locks when it is there again.
-func (s *Server) Hold(_ string, do func() error) (err error) {
+func (s *Server) Hold(volume string, do func() error) (err error) {
 	s.mu.Lock()
 	s.held++
-	if s.held == 1 {
+	if c := s.alive(); s.held == 1 && c != nil {
 		s.drain()
+		if !c.dies(s.holding) { // and another is started once it has
+			s.held--
+			s.mu.Unlock()
+			return fmt.Errorf("volume %s: %w: nothing is done to it, and NFS-Ganesha is not there again, before it answers", volume, nfs.ErrStuck)
+		}
 		s.stop()
 	}
 	s.mu.Unlock()

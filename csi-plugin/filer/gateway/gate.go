@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -23,8 +24,8 @@ type passing struct{ end context.CancelCauseFunc }
 // ErrHeld ends a change that has taken too long for who wants to hold the gate. Whoever makes it tries again.
 var ErrHeld = errors.New("the volume is being rolled back; try again")
 
-// gatePatience is how long who holds a gate waits for changes that have begun, before they end by ErrHeld.
-const gatePatience = 10 * time.Second
+// gatePatience is how long who holds a gate waits for changes that have begun, before they end by ErrHeld; and gateStuck how long for that: the storage may keep them.
+const gatePatience, gateStuck = 10 * time.Second, time.Minute
 
 // Enter waits until the gate is open. The change is made under the context that it returns, until leave is called.
 func (g *Gate) Enter(ctx context.Context) (_ context.Context, leave func(), err error) {
@@ -64,7 +65,7 @@ func (g *Gate) Enter(ctx context.Context) (_ context.Context, leave func(), err 
 	}, nil
 }
 
-// Hold lets no change begin, waits for those that have, and does something. There is one at a time. What ends by lease.ErrEnded is not done: another process will, and
+// Hold lets no change begin, waits for those that have, and does something. There is one at a time. Where the storage keeps a change it is ErrStuck, and nothing is done. What ends by lease.ErrEnded is not done: another process will, and
 // nobody enters here any more.
 func (g *Gate) Hold(ctx context.Context, do func() error) (err error) {
 	g.mu.Lock()
@@ -104,5 +105,7 @@ func (g *Gate) Hold(ctx context.Context, do func() error) (err error) {
 		return do()
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	case <-time.After(gateStuck):
+		return fmt.Errorf("%w: nothing is done to the volume before it answers", ErrStuck)
 	}
 }

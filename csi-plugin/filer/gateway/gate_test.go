@@ -98,6 +98,21 @@ func TestGate(t *testing.T) {
 		leave()
 		<-done
 
+		// One that the storage keeps ends it all for who wants to hold the gate, and nobody else.
+		_, leave, err = g.Enter(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Hold(t.Context(), func() error { t.Error("it is held while one that has no end is inside"); return nil }); !errors.Is(err, ErrStuck) {
+			t.Errorf("held while the storage keeps a change: %v", err)
+		}
+		if _, leave, err := g.Enter(t.Context()); err != nil {
+			t.Errorf("who enters then: %v", err)
+		} else {
+			leave()
+		}
+		leave()
+
 		// Who wants to hold it gives up.
 		_, leave, err = g.Enter(t.Context())
 		if err != nil {

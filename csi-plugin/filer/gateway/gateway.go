@@ -114,7 +114,7 @@ func (a *answer) Write(p []byte) (int, error) {
 	return a.ResponseWriter.Write(p)
 }
 
-// ErrStuck is that requests of a grant which has ended have no end, as the storage keeps them.
+// ErrStuck is that requests of a grant which has ended, or of a volume that is to be held, have no end, as the storage keeps them.
 var ErrStuck = errors.New("the storage keeps requests that have begun")
 
 // stuckAfter is how long they may take.

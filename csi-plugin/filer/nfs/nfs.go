@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/filer/snapshots"
 )
@@ -24,12 +25,15 @@ type Engine interface {
 	Unexport(path string) error
 
 	// Hold calls do while no call is at work in a volume's exports: clients ask again, by themselves, until it is done. What ends by lease.ErrEnded is not: another
-	// process will do it, and none of their calls is done here any more.
+	// process will do it, and none of their calls is done here any more. Where the storage keeps calls for longer than Patience it is ErrStuck, and do is not called.
 	Hold(volume string, do func() error) error
 
 	// Close ends all exports. Nothing of them is open from its return on.
 	Close() error
 }
+
+// Patience is how long Hold waits for calls that have begun: as slow storage may need to have it all on disk.
+const Patience = time.Minute
 
 // An Export is a directory as some clients may see it.
 type Export struct {

@@ -1587,6 +1587,28 @@ func TestRootHold(t *testing.T) {
 	if s, _ := c.on(procGetattr, c.root, nil); s != ok {
 		t.Errorf("afterwards: %d", s)
 	}
+	// A call that the storage keeps, of the export that there is or of the one before, has nobody hold the volume, and others go on.
+	w.server.holding = 10 * time.Millisecond
+	for _, what := range []string{"a call", "a call of an export that was changed"} {
+		x := w.server.paths[w.export.Path]
+		x.RLock()
+		if what != "a call" {
+			go w.server.Export(w.export)
+			for left := 0; left == 0; runtime.Gosched() {
+				w.server.mu.Lock()
+				left = len(w.server.leaving[w.export.Path])
+				w.server.mu.Unlock()
+			}
+		}
+		if err := w.server.Hold("volume", func() error { t.Errorf("the volume is held under %s", what); return nil }); !errors.Is(err, ErrStuck) || !strings.Contains(err.Error(), "volume volume") {
+			t.Errorf("held under %s: %v", what, err)
+		}
+		if s, _ := c.on(procGetattr, c.root, nil); s != ok {
+			t.Errorf("another call, after %s kept the volume from being held: %d", what, s)
+		}
+		x.RUnlock()
+	}
+	w.server.holding = Patience
 	// What ends with the lease is done elsewhere: nothing is done here before.
 	if err := w.server.Hold("volume", func() error { return fmt.Errorf("a rollback: %w", lease.ErrEnded) }); !errors.Is(err, lease.ErrEnded) {
 		t.Errorf("held: %v", err)

@@ -85,6 +85,8 @@ type Server struct {
 	stuck atomic.Int64 // calls that the storage keeps
 	lent  atomic.Int64 // bytes that they have
 
+	holding time.Duration // Patience
+
 	began   time.Time
 	short   atomic.Int64 // calls that wait for memory
 	talking sync.Map     // each *conversation
@@ -93,7 +95,7 @@ type Server struct {
 // New returns a server without exports. Handles that were made with the same key stay valid.
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
-		began: time.Now(), key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{}, leaving: map[string][]*exported{},
+		holding: Patience, began: time.Now(), key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{}, leaving: map[string][]*exported{},
 		connections: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
@@ -213,7 +215,7 @@ func (s *Server) Hold(volume string, do func() error) (err error) {
 	s.mu.Lock()
 	s.held[volume]++
 	var all []*exported
-	for _, x := range s.paths {
+	for _, x := range slices.Concat(append(slices.Collect(maps.Values(s.leaving)), slices.Collect(maps.Values(s.paths)))...) {
 		if x.Volume == volume {
 			all = append(all, x)
 		}
@@ -229,9 +231,15 @@ func (s *Server) Hold(volume string, do func() error) (err error) {
 			delete(s.held, volume)
 		}
 	}()
-	for _, x := range all { // calls that have begun
-		x.Lock()
-		x.Unlock() //nolint:staticcheck // nothing is done under the lock: those that begin later see that the volume is held
+	end := time.Now().Add(s.holding)
+	for _, x := range all { // calls that have begun; those that begin later see that the volume is held
+		for !x.TryLock() { // as Lock would keep all others from then on, whatever comes of this
+			if time.Now().After(end) {
+				return fmt.Errorf("volume %s: %w: nothing is done to it before it answers", volume, ErrStuck)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		x.Unlock()
 	}
 	return do()
 }
@@ -999,9 +1007,13 @@ func (x *exchange) enter(handle []byte) (r reference, s status) {
 	if x.export == nil {
 		x.mu.RLock()
 		e := x.tags[t]
+		held := e != nil && x.held[e.Volume] > 0
 		x.mu.RUnlock()
 		if e == nil {
 			return r, errStale
+		}
+		if held && e.admits(x.client) { // who would hold waits for those alone that have begun
+			return r, errJukebox
 		}
 		if !e.TryRLock() {
 			if !x.waits {
