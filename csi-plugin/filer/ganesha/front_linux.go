@@ -25,7 +25,8 @@ import (
 )
 
 const (
-	maxConnections, maxConnectionsOfOne = 10000, 2048 // of one address; where there are more, those go first that have shown no handle of an export
+	maxConnections, maxConnectionsOfOne = 10000, 2048 // of one address; where there are more, those go first that have shown no handle of an export, and then of all those without a call for long
+	idleTime                            = time.Minute // which that is: clients that have anything open renew their lease more often, and sessions outlast connections
 	maxCalls                            = 1024        // of a connection at once
 
 	maxRecord   = 1<<20 + 64<<10
@@ -52,7 +53,7 @@ type front struct {
 
 func newFront(key []byte, by *lease.Lease, log *slog.Logger) (*front, error) {
 	space, err := isolated()
-	return &front{seal: newSeal(key), lease: by, log: log, space: space, large: semaphore.NewWeighted(maxLarge), crowd: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}}, err
+	return &front{seal: newSeal(key), lease: by, log: log, space: space, large: semaphore.NewWeighted(maxLarge), crowd: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne, Idle: idleTime}}, err
 }
 
 func (f *front) close() error {
@@ -295,7 +296,8 @@ func (c *conversation) askOne(ctx context.Context, r *bufio.Reader) error {
 		c.mu.Lock()
 		_, twice := c.asked[q.xid]
 		if !twice {
-			c.asked[q.xid] = asked{q, func() { end(); c.room.Release(1) }}
+			c.guest.Begin()
+			c.asked[q.xid] = asked{q, func() { c.guest.End(); end(); c.room.Release(1) }}
 		}
 		c.mu.Unlock()
 		if twice {

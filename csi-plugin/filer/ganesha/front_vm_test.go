@@ -175,6 +175,50 @@ func TestRootFrontCrowd(t *testing.T) {
 	t.Errorf("after one has ended: %v", err)
 }
 
+// Where all have shown a handle, the one goes that has had no call for longest.
+func TestRootFrontIdle(t *testing.T) {
+	s := newStage(t, 3)
+	s.crowd.Idle = time.Nanosecond
+	dial := func() net.Conn {
+		t.Helper()
+		conn, err := net.Dial("tcp", s.l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	handle, err := s.seal.close([]byte("a file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []net.Conn
+	for range 3 {
+		conn := dial()
+		if err := send(conn, [][]byte{callOf(words(opPutfh), encode(handle))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := record(conn); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, conn)
+	}
+	if err := ask(all[0], 1); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); ask(dial(), 1) != nil; time.Sleep(10 * time.Millisecond) { // a call is at work until a moment after its answer
+		if time.Now().After(end) {
+			t.Fatal("nobody is answered any more")
+		}
+	}
+	if err := ask(all[0], 2); err != nil {
+		t.Errorf("who has just had a call: %v", err)
+	}
+	if ask(all[1], 1) == nil && ask(all[2], 1) == nil {
+		t.Error("all are there, and one more")
+	}
+}
+
 // The server sees clients at their own addresses, of either version, which are none of this host's.
 func TestRootFrontAddresses(t *testing.T) {
 	s := newStage(t, maxConnections)

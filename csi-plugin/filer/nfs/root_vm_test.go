@@ -1542,6 +1542,41 @@ func TestRootSnapshots(t *testing.T) {
 // statusFrom is the first of a call's results.
 func statusFrom(s status, _ any) status { return s }
 
+// Where all have shown a handle, the one goes that has had no call for longest.
+func TestRootIdle(t *testing.T) {
+	w := serve(t)
+	w.before = func(s *Server) { s.connections.Most, s.connections.Idle = 3, time.Nanosecond }
+	w.start()
+	all := []*client{w.client(asRoot), nil, nil}
+	getattr := newCall(programNFS, 3, procGetattr, asRoot, func(e *encoder) { e.opaque(all[0].root) })
+	asks := func(c *client) error {
+		_, err := c.try(getattr)
+		return err
+	}
+	for i := range all {
+		if i > 0 {
+			all[i] = w.dial(asRoot)
+		}
+		if err := asks(all[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := asks(all[0]); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); asks(w.dial(asRoot)) != nil; time.Sleep(10 * time.Millisecond) { // a call is at work until a moment after its answer
+		if time.Now().After(end) {
+			t.Fatal("nobody is answered any more")
+		}
+	}
+	if err := asks(all[0]); err != nil {
+		t.Errorf("who has just had a call: %v", err)
+	}
+	if asks(all[1]) == nil && asks(all[2]) == nil {
+		t.Error("all are there, and one more")
+	}
+}
+
 // While a volume is held no call is at work in it, and clients are told to ask again; other volumes go on.
 func TestRootHold(t *testing.T) {
 	w := serve(t)

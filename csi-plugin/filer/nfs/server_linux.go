@@ -28,7 +28,8 @@ import (
 // Bounds of what clients together can make the server hold, and of what those of one export can: a hostile client keeps its own volume waiting,
 // not others'. Who has no file handle holds a connection and its buffer.
 const (
-	maxConnections, maxConnectionsOfOne = 16384, 2048 // of one address; where there are more, those go first that have shown no handle
+	maxConnections, maxConnectionsOfOne = 16384, 2048 // of one address; where there are more, those go first that have shown no handle, and then of all those without a call for long
+	idle                                = time.Minute // which that is: who has such a connection makes another one when he needs it
 	maxCalls, maxKept                   = 128, 1024   // of one connection, at the same time, and others that the storage keeps
 
 	maxWorking, maxWorkingInOne = 256, 64             // calls that are being done
@@ -96,7 +97,7 @@ type Server struct {
 func New(key [KeySize]byte, log *slog.Logger) *Server {
 	s := &Server{
 		holding: Patience, began: time.Now(), key: key[:], log: log, paths: map[string]*exported{}, tags: map[tag]*exported{}, replied: map[string]*replies{}, held: map[string]int{}, leaving: map[string][]*exported{},
-		connections: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne}, limits: newLimits(maxWorking, maxCalling, maxReplies),
+		connections: crowd.Crowd{Most: maxConnections, MostOfOne: maxConnectionsOfOne, Idle: idle}, limits: newLimits(maxWorking, maxCalling, maxReplies),
 	}
 	s.lost()
 	return s
@@ -580,7 +581,9 @@ func (c *conversation) read(ctx context.Context, r *bufio.Reader) (record []byte
 		mem.small = takes
 	}
 	record = take(n)
+	c.guest.Begin()
 	release = func() {
+		c.guest.End()
 		give(record)
 		mem.free(ofCall)
 		if own != nil {
