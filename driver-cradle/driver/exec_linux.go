@@ -56,7 +56,7 @@ func (l *limited) Write(p []byte) (int, error) {
 // ExecTaskStreamingRaw runs a command in a container of the task, connected with Nomad's client; or it is a tunnel.
 func (d *Driver) ExecTaskStreamingRaw(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) error {
 	if len(command) > 0 && command[0] == spec.TunnelCommand {
-		return stream.Send(drivers.NewExecStreamingResponseExit(d.tunnel(ctx, taskID, command, tty, stream)))
+		return d.tunnel(ctx, taskID, command, tty, stream)
 	}
 	t, err := d.task(taskID)
 	if err != nil {
@@ -80,14 +80,18 @@ func (d *Driver) ExecTaskStreamingRaw(ctx context.Context, taskID string, comman
 			return err
 		}
 	}
-	// Nomad's client loses what it has not read yet, the exit code above all, if the stream ends before it has passed its input on (plugins/drivers/client.go,
-	// ExecTaskStreamingRaw): its user is told "unexpected EOF". Nobody waits for this: who has the exit code is done.
+	untilPassed(ctx, all)
+	return nil
+}
+
+// untilPassed waits for the end of what Nomad's client sends to a command that has ended. The client loses what it has not read yet, the exit code above all, if the stream ends
+// before it has passed its input on (plugins/drivers/client.go, ExecTaskStreamingRaw): its user is told "unexpected EOF". Nobody waits for this: who has the exit code is done.
+func untilPassed(ctx context.Context, all <-chan struct{}) {
 	select {
 	case <-all:
 	case <-time.After(inputPatience):
 	case <-ctx.Done():
 	}
-	return nil
 }
 
 // inputPatience is how long the end of the input may come after that of the command.

@@ -23,18 +23,28 @@ import (
 // exitRefused is the exit code of a tunnel that there is not, or no longer.
 const exitRefused = 125
 
-// tunnel connects an exec's stream with docker's API of the task's pod, as spec.TunnelCommand says. It returns the exit code.
-func (d *Driver) tunnel(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) int {
+// tunnel connects an exec's stream with docker's API of the task's pod, as spec.TunnelCommand says.
+func (d *Driver) tunnel(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) error {
 	out := &frames{stream: stream}
 	conn, at, err := d.dialTunnel(ctx, taskID, command, tty)
-	if err == nil {
+	refused := err != nil
+	if !refused {
 		err = carry(ctx, conn, at, stream, out)
 	}
+	code := 0
 	if err != nil {
 		_ = out.tell(err.Error() + "\n") // nobody is there who could be told otherwise
-		return exitRefused
+		code = exitRefused
 	}
-	return 0
+	if err := stream.Send(drivers.NewExecStreamingResponseExit(code)); err != nil || !refused {
+		return err
+	}
+	ignored, typed := io.Pipe()
+	ignored.Close()
+	all := make(chan struct{})
+	go listen(ctx, stream, typed, make(chan drivers.TerminalSize, 2), all) // it ends with the stream, which is after this function
+	untilPassed(ctx, all)
+	return nil
 }
 
 // dialTunnel connects to a pod, and says where that is to be had as well.

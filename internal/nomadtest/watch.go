@@ -309,7 +309,17 @@ func (c *Cluster) UntilAlloc(t testing.TB, job, what string, f func(*api.Allocat
 		}
 		return false
 	})
+	c.untilKept(t, found)
 	return found
+}
+
+// untilKept waits until Nomad answers with what it has told of an allocation: it tells of a change just before that can be read (nomad/state/state_changes.go, txn.Commit).
+func (c *Cluster) untilKept(t testing.TB, a *api.AllocationListStub) {
+	t.Helper()
+	ctx, cancel := patient(t)
+	defer cancel()
+	// An allocation that is gone, or a server, is for the caller to find.
+	_, _, _ = c.API.Allocations().Info(a.ID, (&api.QueryOptions{Namespace: a.Namespace, WaitIndex: a.ModifyIndex - 1}).WithContext(ctx))
 }
 
 // UntilRunning waits for an allocation of a job that runs, all of its tasks included.
@@ -329,6 +339,7 @@ func (c *Cluster) UntilEnded(t testing.TB, job string) (a *api.AllocationListStu
 		a = all[0]
 		return Ended(a)
 	})
+	c.untilKept(t, a)
 	c.UntilWritten(t, a)
 	return a
 }
