@@ -137,7 +137,7 @@ func (k kind) operations(t *testing.T, kcradle, dir, image string, how ...string
 	run(append(args, "--", "sh", "-c", check)...)
 	first := run("run", pod)
 	t.Log(did(t, kcradle, pod))
-	if len(strings.Split(first, "\n")) < 8 {
+	if strings.Count(first, "\n") < 4 { // the directory, and one of each worker's: chance may have removed all in them
 		t.Errorf("only these files are left:\n%s", first)
 	}
 	if second := run("run", pod); second != first {
