@@ -286,7 +286,7 @@ func (f *filer) refusal(p *pending, why error) error {
 		part = ", path " + p.Path
 	}
 	// Its kind is this one, whatever the reason is of.
-	return fmt.Errorf("volume %s%s: %w: its rollback to snapshot %s was interrupted, and nobody gets the volume before that is completed: %v; once that is mended publish or grant it again, roll it back to another snapshot (%s has what was before), or remove %s to have it as it is", p.Volume, part, volume.ErrUnavailable, p.Snapshot, why, p.Undo, f.rollbacks().file(p.Volume))
+	return fmt.Errorf("volume %s%s: %w: its rollback to snapshot %s was interrupted, and nobody gets the volume before that is completed: %s; once that is mended publish or grant it again, roll it back to another snapshot (%s has what was before), or remove %s to have it as it is", p.Volume, part, volume.ErrUnavailable, p.Snapshot, why.Error(), p.Undo, f.rollbacks().file(p.Volume))
 }
 
 // isWhole refuses a volume that may be half rolled back.

@@ -27,16 +27,21 @@ const exitRefused = 125
 func (d *Driver) tunnel(ctx context.Context, taskID string, command []string, tty bool, stream drivers.ExecTaskStream) error {
 	out := &frames{stream: stream}
 	conn, at, err := d.dialTunnel(ctx, taskID, command, tty)
-	refused := err != nil
-	if !refused {
-		err = carry(ctx, conn, at, stream, out)
+	if err != nil {
+		return refuse(ctx, err, stream, out)
 	}
 	code := 0
-	if err != nil {
+	if err := carry(ctx, conn, at, stream, out); err != nil {
 		_ = out.tell(err.Error() + "\n") // nobody is there who could be told otherwise
 		code = exitRefused
 	}
-	if err := stream.Send(drivers.NewExecStreamingResponseExit(code)); err != nil || !refused {
+	return stream.Send(drivers.NewExecStreamingResponseExit(code))
+}
+
+// refuse says why there is no tunnel.
+func refuse(ctx context.Context, why error, stream drivers.ExecTaskStream, out *frames) error {
+	_ = out.tell(why.Error() + "\n") // as above
+	if err := stream.Send(drivers.NewExecStreamingResponseExit(exitRefused)); err != nil {
 		return err
 	}
 	ignored, typed := io.Pipe()
