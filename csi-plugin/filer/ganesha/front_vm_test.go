@@ -119,32 +119,38 @@ func ask(conn net.Conn, xid uint32) error {
 	return err
 }
 
+// comes is a client's connection.
+func comes(t *testing.T, s *stage, from string) net.Conn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	conn, err := d.Dial("tcp", s.l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// shows has a client show a handle.
+func shows(t *testing.T, conn net.Conn, handle []byte) {
+	t.Helper()
+	if err := send(conn, [][]byte{callOf(words(opPutfh), encode(handle))}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := record(conn); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Who opens connections without end takes them from nobody else: neither from those who have shown a file handle, nor from those who come, be it from the same address.
 func TestRootFrontCrowd(t *testing.T) {
 	s := newStage(t, maxConnections)
 	s.crowd.MostOfOne = 20
-	dial := func(from string) net.Conn {
-		t.Helper()
-		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-		conn, err := d.Dial("tcp", s.l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		return conn
-	}
+	dial := func(from string) net.Conn { t.Helper(); return comes(t, s, from) }
+	shows := func(conn net.Conn, handle []byte) { t.Helper(); shows(t, conn, handle) }
 	handle, err := s.seal.close([]byte("a file"))
 	if err != nil {
 		t.Fatal(err)
-	}
-	shows := func(conn net.Conn, handle []byte) {
-		t.Helper()
-		if err := send(conn, [][]byte{callOf(words(opPutfh), encode(handle))}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := record(conn); err != nil {
-			t.Fatal(err)
-		}
 	}
 	known, stranger := dial("127.0.0.2"), dial("127.0.0.2")
 	shows(known, handle)
@@ -179,15 +185,7 @@ func TestRootFrontCrowd(t *testing.T) {
 func TestRootFrontIdle(t *testing.T) {
 	s := newStage(t, 3)
 	s.crowd.Idle = time.Nanosecond
-	dial := func() net.Conn {
-		t.Helper()
-		conn, err := net.Dial("tcp", s.l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		return conn
-	}
+	dial := func() net.Conn { t.Helper(); return comes(t, s, "127.0.0.1") }
 	handle, err := s.seal.close([]byte("a file"))
 	if err != nil {
 		t.Fatal(err)
@@ -195,12 +193,7 @@ func TestRootFrontIdle(t *testing.T) {
 	var all []net.Conn
 	for range 3 {
 		conn := dial()
-		if err := send(conn, [][]byte{callOf(words(opPutfh), encode(handle))}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := record(conn); err != nil {
-			t.Fatal(err)
-		}
+		shows(t, conn, handle)
 		all = append(all, conn)
 	}
 	if err := ask(all[0], 1); err != nil {

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -120,39 +122,66 @@ var ErrStuck = errors.New("the storage keeps requests that have begun")
 // stuckAfter is how long they may take.
 const stuckAfter = 10 * time.Second
 
-// An Ending is a grant's: nothing begins for it any more.
-type Ending struct {
+// Endings are those of grants: nothing begins for them any more. The zero value is none.
+type Endings struct {
+	mu  sync.Mutex
+	all map[string]*ending // by grant
+}
+
+type ending struct {
 	late  time.Time
 	ended chan struct{}
 }
 
-// End does what ends a grant once its requests have ended, which may have no end.
-func End(do func()) *Ending {
-	e := &Ending{time.Now().Add(stuckAfter), make(chan struct{})}
+// Begin does what ends a grant once its requests have ended, which may have no end.
+func (e *Endings) Begin(grant string, do func()) {
+	one := &ending{time.Now().Add(stuckAfter), make(chan struct{})}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.all == nil {
+		e.all = map[string]*ending{}
+	}
+	e.all[grant] = one
 	go func() { // which Wait waits for, or nobody where the storage keeps requests
-		defer close(e.ended)
 		do()
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		delete(e.all, grant)
+		close(one.ended)
 	}()
-	return e
 }
 
-// Wait waits for that, for as long as it may take from its beginning on: who asks again and again waits once.
-func (e *Ending) Wait() error {
-	select {
-	case <-e.ended:
+// Wait waits for that of a grant, for as long as it may take from its beginning on: who asks again and again waits once. Where the storage keeps what had begun it is
+// ErrStuck, again and again until that has ended.
+func (e *Endings) Wait(grant string) error {
+	e.mu.Lock()
+	one := e.all[grant]
+	e.mu.Unlock()
+	if one == nil {
 		return nil
-	case <-time.After(time.Until(e.late)):
 	}
 	select {
-	case <-e.ended:
+	case <-one.ended:
+		return nil
+	case <-time.After(time.Until(one.late)):
+	}
+	select {
+	case <-one.ended:
 		return nil
 	default:
 		return ErrStuck
 	}
 }
 
-// Ended is closed at its end.
-func (e *Ending) Ended() <-chan struct{} { return e.ended }
+// WaitAll waits for all of them to their end.
+func (e *Endings) WaitAll() {
+	e.mu.Lock()
+	all := slices.Collect(maps.Values(e.all))
+	e.mu.Unlock()
+	for _, one := range all {
+		<-one.ended
+	}
+}
 
 // A Meter is told of each request at its end: how it was answered, 0 where that was broken off, and how many bytes of content came and went.
 type Meter func(method string, code int, in, out int64)

@@ -59,11 +59,11 @@ type Server struct {
 	most      int64 // processes
 	processes atomic.Int64
 
-	owners gateway.Owners
+	owners  gateway.Owners
+	endings gateway.Endings
 
 	mu     sync.Mutex
 	grants map[string]*granted // by access key
-	ending map[string]*gateway.Ending
 }
 
 // New makes a server that runs program, cradle-s3, with its sockets in dir, and does as many requests a second of each grant as perSecond says, of 0 all.
@@ -77,7 +77,7 @@ func New(program, dir string, perSecond float64, log *slog.Logger) (*Server, err
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, err
 	}
-	return &Server{most: maxProcesses, program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, ending: map[string]*gateway.Ending{}}, nil
+	return &Server{most: maxProcesses, program: program, dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}}, nil
 }
 
 // A grant at work.
@@ -157,47 +157,41 @@ func (s *Server) allows(g Grant) bool {
 // Forbid ends a grant: from its return on nothing is done for it. One that is not there is no error. Where the storage keeps what had begun it is gateway.ErrStuck, again
 // and again until that has ended.
 func (s *Server) Forbid(key string) error {
-	if e := s.forbid(key); e != nil {
-		return e.Wait()
-	}
-	return nil
+	s.mu.Lock()
+	s.forbid(key)
+	s.mu.Unlock()
+	return s.endings.Wait(key)
 }
 
-// forbid begins to end a grant; nil is none.
-func (s *Server) forbid(key string) *gateway.Ending {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if w := s.grants[key]; w != nil {
-		delete(s.grants, key)
-		w.end()
-		s.ending[key] = gateway.End(func() {
-			w.mu.Lock()
-			w.stop()
-			w.mu.Unlock()
-			w.working.Wait()
-			w.mu.Lock()
-			w.stop()
-			w.mu.Unlock()
-			w.past.Close()
-			w.root.Close()
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			delete(s.ending, key)
-		})
+// forbid begins to end a grant. The server is locked.
+func (s *Server) forbid(key string) {
+	w := s.grants[key]
+	if w == nil {
+		return
 	}
-	return s.ending[key]
+	delete(s.grants, key)
+	w.end()
+	s.endings.Begin(key, func() {
+		w.mu.Lock()
+		w.stop()
+		w.mu.Unlock()
+		w.working.Wait()
+		w.mu.Lock()
+		w.stop()
+		w.mu.Unlock()
+		w.past.Close()
+		w.root.Close()
+	})
 }
 
 // Close ends all grants.
 func (s *Server) Close() {
 	s.mu.Lock()
-	keys := slices.Concat(slices.Collect(maps.Keys(s.grants)), slices.Collect(maps.Keys(s.ending)))
-	s.mu.Unlock()
-	for _, key := range keys {
-		if e := s.forbid(key); e != nil {
-			<-e.Ended()
-		}
+	for key := range s.grants {
+		s.forbid(key)
 	}
+	s.mu.Unlock()
+	s.endings.WaitAll()
 }
 
 // Rest ends the processes that there are. The next request of a grant starts one again.

@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -42,11 +41,11 @@ type Server struct {
 	rate float64 // requests a second of each grant
 	log  *slog.Logger
 
-	owners gateway.Owners
+	owners  gateway.Owners
+	endings gateway.Endings
 
 	mu      sync.Mutex
 	grants  map[string]*granted // by user
-	ending  map[string]*gateway.Ending
 	volumes map[string]*opened
 }
 
@@ -69,7 +68,7 @@ type granted struct {
 
 // New makes a server that keeps volumes' locks in dir, and does as many requests a second of each grant as perSecond says, of 0 all.
 func New(dir string, perSecond float64, log *slog.Logger) *Server {
-	return &Server{dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, ending: map[string]*gateway.Ending{}, volumes: map[string]*opened{}}
+	return &Server{dir: dir, rate: perSecond, log: log, grants: map[string]*granted{}, volumes: map[string]*opened{}}
 }
 
 // Allow lets a user in, or changes the grant of that user, whose requests end then. Where nothing is changed they go on.
@@ -136,46 +135,42 @@ var errRevoked = errors.New("the grant has been revoked")
 // Forbid ends a grant: from its return on nothing is done for it, and no file of its volume is open where it was the last. One that is not there is no error. Where the
 // storage keeps what had begun it is gateway.ErrStuck, again and again until that has ended.
 func (s *Server) Forbid(user string) error {
-	if e := s.forbid(user); e != nil {
-		return e.Wait()
-	}
-	return nil
+	s.mu.Lock()
+	s.forbid(user)
+	s.mu.Unlock()
+	return s.endings.Wait(user)
 }
 
-// forbid begins to end a grant; nil is none.
-func (s *Server) forbid(user string) *gateway.Ending {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if w := s.grants[user]; w != nil {
-		delete(s.grants, user)
-		w.end(errRevoked)
-		s.ending[user] = gateway.End(func() {
-			w.working.Wait()
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			delete(s.ending, user)
-			if o := s.volumes[w.Volume]; o.grants > 1 {
-				o.grants--
-			} else {
-				delete(s.volumes, w.Volume)
-				o.volume.snapshots.Close()
-				o.volume.root.Close()
-			}
-		})
+// forbid begins to end a grant. The server is locked.
+func (s *Server) forbid(user string) {
+	w := s.grants[user]
+	if w == nil {
+		return
 	}
-	return s.ending[user]
+	delete(s.grants, user)
+	w.end(errRevoked)
+	s.endings.Begin(user, func() {
+		w.working.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if o := s.volumes[w.Volume]; o.grants > 1 {
+			o.grants--
+		} else {
+			delete(s.volumes, w.Volume)
+			o.volume.snapshots.Close()
+			o.volume.root.Close()
+		}
+	})
 }
 
 // Close ends all grants.
 func (s *Server) Close() {
 	s.mu.Lock()
-	users := slices.Concat(slices.Collect(maps.Keys(s.grants)), slices.Collect(maps.Keys(s.ending)))
-	s.mu.Unlock()
-	for _, user := range users {
-		if e := s.forbid(user); e != nil {
-			<-e.Ended()
-		}
+	for user := range s.grants {
+		s.forbid(user)
 	}
+	s.mu.Unlock()
+	s.endings.WaitAll()
 }
 
 // Serve answers clients on l, which may be one of TLS, until ctx ends, then those whose requests had begun.
