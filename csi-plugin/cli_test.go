@@ -20,16 +20,22 @@ import (
 	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 )
 
-// What a command line can't mean is refused, and nothing is made of it.
-func TestMistakes(t *testing.T) {
-	t.Chdir(t.TempDir())
+// newKey writes a key of cold storage to a file.
+func newKey(t testing.TB, file string) {
+	t.Helper()
 	x, err := age.GenerateX25519Identity()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile("key", []byte(x.String()+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("# a comment\n"+x.String()+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// What a command line can't mean is refused, and nothing is made of it.
+func TestMistakes(t *testing.T) {
+	t.Chdir(t.TempDir())
+	newKey(t, "key")
 	for line, want := range map[string]string{
 		"doctor --look --pool missing":                               "missing: no such file or directory; write the plugin's own --backend and --pool",
 		"doctor --pool . --filer files:2051":                         "name its file with --filer-key",
@@ -163,13 +169,7 @@ func TestFilerBackend(t *testing.T) {
 func TestColdMissing(t *testing.T) {
 	missing, empty := filepath.Join(t.TempDir(), "cold"), t.TempDir()
 	key := filepath.Join(t.TempDir(), "key")
-	x, err := age.GenerateX25519Identity()
-	if err == nil {
-		err = os.WriteFile(key, []byte(x.String()+"\n"), 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	newKey(t, key)
 	for _, args := range [][]string{{"ls"}, {"verify"}, {"restore", "db", "--pool", filepath.Join(t.TempDir(), "pool")}} {
 		for _, where := range []string{missing, empty} {
 			var stdout, stderr bytes.Buffer
@@ -190,13 +190,10 @@ func TestColdMissing(t *testing.T) {
 // A copy that is removed while all are verified, as it is each hour, is no failure, and no end.
 func TestVerifyRemoved(t *testing.T) {
 	dir := t.TempDir()
-	x, err := age.GenerateX25519Identity()
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, "key"), []byte(x.String()+"\n"), 0o600)
-	}
 	o := coldFlags{where: filepath.Join(dir, "cold"), key: filepath.Join(dir, "key")}
-	vault, verr := o.open()
-	if err := errors.Join(err, verr, os.Mkdir(o.where, 0o700)); err != nil {
+	newKey(t, o.key)
+	vault, err := o.open()
+	if err = errors.Join(err, os.Mkdir(o.where, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	of := volume.Volume{ID: "db", Created: time.Now().Add(-9 * time.Hour), Parameters: volume.Parameters{Class: volume.LV2}}

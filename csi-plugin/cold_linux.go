@@ -43,7 +43,7 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 		return nil, fmt.Errorf("--cold-key: %w", err)
 	}
 	if !strings.HasPrefix(o.where, "s3://") {
-		if strings.Contains(o.where, "://") || strings.HasPrefix(o.where, "s3:") {
+		if o.addressed() {
 			return nil, fmt.Errorf("--cold %s: write s3://BUCKET/PREFIX with the server's address as --cold-endpoint, or a directory", o.where)
 		}
 		folder, err := cold.OpenFolder(o.where)
@@ -70,9 +70,14 @@ func (o *coldFlags) open() (*cold.Vault, error) {
 	return cold.NewVault(bucket, key), nil
 }
 
+// addressed says whether it is no directory, be it written well or not.
+func (o *coldFlags) addressed() bool {
+	return strings.Contains(o.where, "://") || strings.HasPrefix(o.where, "s3:")
+}
+
 // vault is open for the commands, which need one that is there: in what is mounted nowhere they would find no copies.
 func (o *coldFlags) vault() (*cold.Vault, error) {
-	if o.where != "" && !strings.Contains(o.where, "://") && !strings.HasPrefix(o.where, "s3:") {
+	if o.where != "" && !o.addressed() {
 		_, err := os.Stat(o.where)
 		if err == nil && !cold.Begun(o.where) {
 			err = fmt.Errorf("%s: nothing was ever copied to it", o.where)

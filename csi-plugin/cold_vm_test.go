@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"filippo.io/age"
 	"golang.org/x/sys/unix"
 
 	"github.com/cradlestack/cradlestack/csi-plugin/dir"
@@ -42,13 +41,7 @@ type coldStore struct {
 func newColdStore(t *testing.T) *coldStore {
 	t.Helper()
 	s := &coldStore{t: t, root: shortDir(t)}
-	x, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(s.path("key"), []byte("# a comment\n"+x.String()+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	newKey(t, s.path("key"))
 	return s
 }
 

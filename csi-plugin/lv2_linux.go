@@ -323,7 +323,7 @@ func unknown(ctx context.Context, client *api.Client, id, node string) (bool, er
 	}
 	volumes, _, err := client.CSIVolumes().List(query(ctx, api.AllNamespacesNamespace))
 	return !slices.ContainsFunc(volumes, func(v *api.CSIVolumeListStub) bool {
-		return stored(&api.CSIVolume{ExternalID: v.ExternalID}, v.ID) == id && (len(v.Topologies) == 0 || slices.ContainsFunc(v.Topologies, func(t *api.CSITopology) bool {
+		return cmp.Or(v.ExternalID, v.ID) == id && (len(v.Topologies) == 0 || slices.ContainsFunc(v.Topologies, func(t *api.CSITopology) bool {
 			return cmp.Or(t.Segments[rpc.TopologyHost], node) == node
 		}))
 	}), err

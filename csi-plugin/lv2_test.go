@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"filippo.io/age"
 	"github.com/gorilla/websocket"
 	"github.com/hashicorp/nomad/api"
 
@@ -34,14 +33,8 @@ func testReceiveAgain(t *testing.T, staged bool) {
 	nomad := httptest.NewServer(http.NotFoundHandler()) // it has no Variable of the volume
 	defer nomad.Close()
 	dir := t.TempDir()
-	x, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
 	key := filepath.Join(dir, "key")
-	if err := os.WriteFile(key, []byte(x.String()+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	newKey(t, key)
 	var out bytes.Buffer
 	c := &cli{stdout: &out, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, nomad: nomad.URL, cold: coldFlags{where: filepath.Join(dir, "cold"), key: key}}
 	vault, err := c.cold.open()
@@ -223,14 +216,8 @@ func TestRestoreWhich(t *testing.T) {
 // What was made of a copy for a look is removed while nobody has used it and Nomad knows no such volume here.
 func TestDiscardRestored(t *testing.T) {
 	dir := t.TempDir()
-	x, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
 	key := filepath.Join(dir, "key")
-	if err := os.WriteFile(key, []byte(x.String()+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	newKey(t, key)
 	c := &cli{stdout: io.Discard, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, nodeID: "node1", cold: coldFlags{where: filepath.Join(dir, "cold"), key: key}}
 	vault, err := c.cold.open()
 	if err = errors.Join(err, os.Mkdir(c.cold.where, 0o700)); err != nil {
@@ -318,13 +305,7 @@ func TestRestoreOtherKey(t *testing.T) {
 	c := &cli{stdout: io.Discard, stderr: io.Discard, backend: "dir", pools: []string{filepath.Join(dir, "pool")}, cold: coldFlags{where: filepath.Join(dir, "cold"), key: filepath.Join(dir, "key")}}
 	vault := func() *cold.Vault {
 		t.Helper()
-		x, err := age.GenerateX25519Identity()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(c.cold.key, []byte(x.String()+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		newKey(t, c.cold.key)
 		v, err := c.cold.open()
 		if err != nil {
 			t.Fatal(err)

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -16,9 +17,8 @@ import (
 
 	"github.com/hashicorp/nomad/api"
 
-	"filippo.io/age"
-
 	"github.com/cradlestack/cradlestack/csi-plugin/cold"
+	"github.com/cradlestack/cradlestack/csi-plugin/volume"
 	"github.com/cradlestack/cradlestack/internal/nomadtest"
 	"github.com/cradlestack/cradlestack/test/programs"
 )
@@ -41,13 +41,7 @@ func (s *stack) startHosts() {
 		Client: "chroot_env {\n  \"/bin/busybox\" = \"/bin/busybox\"\n}",
 		Keep:   []string{"volumes", "nomad/client/csi", "/run/cradle"},
 	})
-	x, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(s.Dir(), "key"), []byte(x.String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	newKey(t, filepath.Join(s.Dir(), "key"))
 	for _, n := range s.Clients() {
 		s.on(n)
 		job := s.example("cradle-csi-host.nomad.hcl")
@@ -145,9 +139,6 @@ func (s *stack) copied(id string) {
 			})
 		}
 	}
-	if err := s.kill("cradle-csi"); err != nil {
-		s.t.Fatal(err)
-	}
 	key, err := cold.ReadKey(filepath.Join(s.Dir(), "key"))
 	if err != nil {
 		s.t.Fatal(err)
@@ -156,9 +147,17 @@ func (s *stack) copied(id string) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	vault := cold.NewVault(folder, key)
+	former, err := vault.Find(s.t.Context(), id) // which may be of this second, too
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		s.t.Fatal(err)
+	}
+	if err := s.kill("cradle-csi"); err != nil {
+		s.t.Fatal(err)
+	}
 	s.eventually("a copy of "+id, func() bool {
-		c, err := cold.NewVault(folder, key).Find(s.t.Context(), id)
-		return err == nil && !c.Taken.Before(since)
+		c, err := vault.Find(s.t.Context(), id)
+		return err == nil && !c.Taken.Before(since) && c != former
 	})
 	s.healthy()
 }

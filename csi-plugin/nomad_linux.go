@@ -332,7 +332,7 @@ func (n *nomad) sole(ctx context.Context, v *api.CSIVolume, same func(*api.CSIVo
 		return err
 	}
 	for _, other := range all {
-		if other.Provider != rpc.Name || other.PluginID == v.PluginID || same(other) || stored(&api.CSIVolume{ExternalID: other.ExternalID}, other.ID) != stored(v, v.ID) {
+		if other.Provider != rpc.Name || other.PluginID == v.PluginID || same(other) || cmp.Or(other.ExternalID, other.ID) != stored(v, v.ID) {
 			continue
 		}
 		known, err := (&nomad{client: n.client, namespace: other.Namespace}).registered(ctx, other.ID)
