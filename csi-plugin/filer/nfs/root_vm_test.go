@@ -1093,13 +1093,13 @@ func TestRootSmallCalls(t *testing.T) {
 		t.Error("all wait for each other, and with them the memory that they have")
 	}
 	answer()
-	if s, _ := first.on(procGetattr, root, nil); s != ok {
-		t.Errorf("afterwards: %v", s)
-	}
 	for end := time.Now().Add(time.Minute); w.server.paths[w.export.Path].small.Load() != 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("some of the calls have no end")
 		}
+	}
+	if s, _ := first.on(procGetattr, root, nil); s != ok {
+		t.Errorf("afterwards: %v", s)
 	}
 }
 
